@@ -1,0 +1,137 @@
+"""Every operator of the library: its schema and its fake kernel, on one page.
+
+Conventions shared by all operators
+    tensors, params, scores   the tensors of a mask in the mask's order, contiguous. Tensor i stands for the rows
+                              [rows_i, columns_i] = (shape[0], prod(shape[1:])); a tensor of fewer than two dimensions is one row
+    crow_indices              int64 [rows + 1], rows = sum of rows_i: where each row's entries begin
+    col_indices               uint16 or int32 [nnz], strictly ascending within each row
+    compact tensors           [nnz], in that order
+
+Arguments have been validated by `functional` when an operator runs; kernels repeat only what memory safety needs.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "deftx"
+
+# Lives as long as the process: a Library that is collected takes its operators with it.
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+SCHEMAS = {
+    # values[i] = the tensors' entry i of the mask. All tensors have one dtype, which is the result's.
+    "csr_gather": "(Tensor[] tensors, Tensor crow_indices, Tensor col_indices) -> Tensor",
+    # entry i of the tensors = values[i]. `values` has the tensors' dtype.
+    "csr_scatter_": "(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor values) -> ()",
+    # entry i of the tensors += alpha * values[i], computed in float32 (float64 for float64 tensors) and rounded once.
+    # `values` has the tensors' dtype or float32.
+    "csr_add_": "(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor values, float alpha) -> ()",
+    # scope "global": k = [k]; "tensor": k[i] entries of tensor i; "row": k[i] entries of each row of tensor i.
+    # `bad` int64 [2] is (tensor, flat index) of the first NaN or infinite score, or (-1, -1); then the rest is meaningless.
+    "topk_mask": "(Tensor[] scores, int[] k, str scope) -> (Tensor crow_indices, Tensor col_indices, Tensor bad)",
+    # a [..., m, n], test_matrix [..., n, l] with rank <= l <= min(m, n), or None for the exact decomposition.
+    "truncated_svd": "(Tensor a, int rank, int n_iter, Tensor? test_matrix) -> (Tensor U, Tensor S, Tensor Vh)",
+    # delta [b, m, n]; rule "rank" (reads rank), "energy" (reads energy) or "gavish-donoho".
+    # Returns (denoised [b, m, n], rank int64 [b], captured energy float64 [b]).
+    "svd_denoise": (
+        "(Tensor delta, str rule, int rank, float energy, float residual_density, int n_iter, Tensor? test_matrix)"
+        " -> (Tensor denoised, Tensor rank, Tensor energy)"
+    ),
+    # One AdamW step at the masked entries. grads: the dense gradients, or one compact tensor where compact_grads.
+    # exp_avg, exp_avg_sq, values, decay_to: compact, float32 (float64 for float64 params); decay_to may have the params' dtype.
+    # step, lr, grad_scale, found_inf: one-element tensors on the params' device, of any floating or integer dtype.
+    "sparse_adamw_": (
+        "(Tensor(a!)[] params, Tensor[] grads, bool compact_grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? values,"
+        " Tensor crow_indices, Tensor col_indices, Tensor step, Tensor lr, float beta1, float beta2, float eps, float weight_decay,"
+        " Tensor? decay_to, float l1, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
+    ),
+    # The masked entries of grad_output.T @ input: grad_output [N, m], input [N, n], mask of one [m, n] tensor -> dtype [nnz].
+    "masked_linear_grad": (
+        "(Tensor grad_output, Tensor input, Tensor crow_indices, Tensor col_indices, ScalarType dtype) -> Tensor"
+    ),
+    # The masked entries of an embedding's weight gradient: grad_output [N, d], indices int [N] -> dtype [nnz].
+    # Rows equal to padding_idx receive no gradient (-1: none).
+    "masked_embedding_grad": (
+        "(Tensor grad_output, Tensor indices, Tensor crow_indices, Tensor col_indices, int padding_idx, ScalarType dtype) -> Tensor"
+    ),
+}
+
+MAX_UINT16_COLUMNS = 65_536
+
+
+def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
+    """The matrix that a tensor of this shape stands for in a CSRMask."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+def column_dtype(shapes: Sequence[Sequence[int]]) -> torch.dtype:
+    """uint16 where every tensor has at most 65,536 columns, else int32."""
+    return torch.uint16 if all(rows_and_columns(s)[1] <= MAX_UINT16_COLUMNS for s in shapes) else torch.int32
+
+
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
+
+
+def _fake(name):
+    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=LIBRARY)
+
+
+@_fake("csr_gather")
+def _(tensors, crow_indices, col_indices):
+    return tensors[0].new_empty(col_indices.shape)
+
+
+@_fake("csr_scatter_")
+def _(tensors, crow_indices, col_indices, values):
+    return None
+
+
+@_fake("csr_add_")
+def _(tensors, crow_indices, col_indices, values, alpha):
+    return None
+
+
+@_fake("topk_mask")
+def _(scores, k, scope):
+    rows = [rows_and_columns(s.shape)[0] for s in scores]
+    nnz = sum(n * r for n, r in zip(k, rows, strict=True)) if scope == "row" else sum(k)
+    like = scores[0]
+    crow_indices = like.new_empty(sum(rows) + 1, dtype=torch.int64)
+    col_indices = like.new_empty(nnz, dtype=column_dtype([s.shape for s in scores]))
+    return crow_indices, col_indices, like.new_empty(2, dtype=torch.int64)
+
+
+@_fake("truncated_svd")
+def _(a, rank, n_iter, test_matrix):
+    *batch, m, n = a.shape
+    return a.new_empty(*batch, m, rank), a.new_empty(*batch, rank), a.new_empty(*batch, rank, n)
+
+
+@_fake("svd_denoise")
+def _(delta, rule, rank, energy, residual_density, n_iter, test_matrix):
+    batch = delta.shape[0]
+    return torch.empty_like(delta), delta.new_empty(batch, dtype=torch.int64), delta.new_empty(batch, dtype=torch.float64)
+
+
+@_fake("sparse_adamw_")
+def _(
+    params, grads, compact_grads, exp_avg, exp_avg_sq, values, crow_indices, col_indices, step, lr, beta1, beta2, eps,
+    weight_decay, decay_to, l1, maximize, grad_scale, found_inf,
+):  # fmt: skip
+    return None
+
+
+@_fake("masked_linear_grad")
+def _(grad_output, input, crow_indices, col_indices, dtype):
+    return grad_output.new_empty(col_indices.shape, dtype=dtype)
+
+
+@_fake("masked_embedding_grad")
+def _(grad_output, indices, crow_indices, col_indices, padding_idx, dtype):
+    return grad_output.new_empty(col_indices.shape, dtype=dtype)

@@ -1,0 +1,1 @@
+"""Registrations of the operators' implementations, one thin file per kind."""

@@ -1,0 +1,637 @@
+"""The stateless public operations: arguments are checked here, once; the work is done by `torch.ops.deftx`."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from deftx_kernels.mask import CSRMask
+
+SCOPES = ("global", "tensor", "row")
+GAVISH_DONOHO = "gavish-donoho"
+
+
+# ---- truncated SVD ------------------------------------------------------------------------------------------------------
+
+
+def truncated_svd(
+    a: Tensor,  # [..., m, n]
+    rank: int,
+    *,
+    oversample: int = 16,
+    n_iter: int = 2,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets of a batch of matrices.
+
+    Randomised block subspace iteration (Halko, Martinsson & Tropp 2011), or the exact decomposition where `rank + oversample`
+    is half of min(m, n) or more. float16 and bfloat16 are computed in float32.
+
+    Args:
+        a: floating point [..., m, n].
+        rank: how many triplets, at least 1; no more than min(m, n) are returned.
+        oversample: extra columns of the random test matrix.
+        n_iter: power iterations.
+        generator: source of the test matrix; by default one with a fixed seed, so that equal calls give equal results.
+
+    Returns:
+        U [..., m, r], S [..., r] (descending), Vh [..., r, n] with r = min(rank, m, n), in the dtype of `a`.
+
+    Raises:
+        ValueError: rank < 1, oversample < 0, n_iter < 0, fewer than two dimensions, a NaN or infinite entry.
+        TypeError: `a` is not a floating-point tensor, or `rank` not an int.
+    """
+    _check_matrix(a, "a")
+    _check_int(rank, "rank", 1)
+    r = min(rank, *a.shape[-2:])
+    test_matrix = _test_matrix(a, r, oversample, n_iter, generator)
+    return torch.ops.deftx.truncated_svd(a.detach().contiguous(), r, n_iter, test_matrix)
+
+
+def svd_denoise(
+    delta: Tensor | Mapping[str, Tensor] | Sequence[Tensor],
+    *,
+    rank: int | str | None = None,
+    energy: float | None = None,
+    residual_density: float = 0.0,
+    return_info: bool = False,
+    oversample: int = 16,
+    n_iter: int = 2,
+    generator: torch.Generator | None = None,
+) -> Any:
+    """L + prune(H) for each matrix: L its truncated SVD, H = delta - L (DeFT-X, Simon & Jyothi, arXiv 2505.15090).
+
+    Args:
+        delta: a tensor [..., m, n] (a batch of matrices), a mapping or a sequence of such tensors. Tensors of fewer than two
+            dimensions pass through.
+        rank: the rank of L, or "gavish-donoho" for the optimal hard threshold of unknown noise (Gavish & Donoho 2014).
+        energy: or: the smallest rank whose singular values hold this share of the sum of squares, 0 < energy <= 1.
+        residual_density: the fraction of H's entries kept, the largest of each matrix. 1 gives `delta` back bit for bit.
+        return_info: also return, per tensor, {"rank": int64 [...], "energy": float64 [...]}: the rank of L and the share of the
+            sum of squares that it holds.
+        oversample, n_iter, generator: as in `truncated_svd`; used with an int `rank`.
+
+    Returns:
+        The same structure, shapes and dtypes as `delta`; with `return_info` a pair (result, info) of that structure, where info
+        of a tensor that passed through is None.
+
+    Raises:
+        ValueError: not exactly one of rank and energy, a value out of range, a NaN or infinite entry (the tensor is named).
+        TypeError: something is not a floating-point tensor.
+    """
+    _check_rule(rank, energy, residual_density)
+
+    def one(tensor: Tensor, name: str) -> tuple[Tensor, dict[str, Tensor] | None]:
+        _check_matrix(tensor, name, min_dim=0)
+        if tensor.dim() < 2 or (residual_density == 1 and not return_info):  # L + H is delta itself
+            return tensor.detach().clone(), None
+        return _denoise_one(tensor.detach(), rank, energy, residual_density, oversample, n_iter, generator)
+
+    if isinstance(delta, Tensor):
+        result, info = one(delta, "delta")
+    elif isinstance(delta, Mapping):
+        pairs = {n: one(t, f"delta[{n!r}]") for n, t in delta.items()}
+        result, info = {n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()}
+    elif isinstance(delta, Sequence) and not isinstance(delta, str):
+        listed = [one(t, f"delta[{i}]") for i, t in enumerate(delta)]
+        result, info = type(delta)(p[0] for p in listed), type(delta)(p[1] for p in listed)  # type: ignore[call-arg]
+    else:
+        raise TypeError(f"delta must be a tensor, a mapping or a sequence of tensors, got {type(delta).__name__}")
+    return (result, info) if return_info else result
+
+
+def _denoise_one(tensor, rank, energy, residual_density, oversample, n_iter, generator) -> tuple[Tensor, dict[str, Tensor]]:
+    batch = tensor.reshape(-1, *tensor.shape[-2:]).contiguous()
+    rule, fixed, test_matrix = "energy", 0, None
+    if rank == GAVISH_DONOHO:
+        rule = GAVISH_DONOHO
+    elif rank is not None:
+        rule, fixed = "rank", min(rank, *batch.shape[-2:])
+        test_matrix = _test_matrix(batch, fixed, oversample, n_iter, generator)
+    # Keeping all of H is no denoising: the differences stay what they are, and only the information is computed.
+    density = 0.0 if residual_density == 1 else float(residual_density)
+    result, ranks, energies = torch.ops.deftx.svd_denoise(batch, rule, fixed, float(energy or 0), density, n_iter, test_matrix)
+    if residual_density == 1:
+        result = batch.clone()
+    shape = tensor.shape[:-2]
+    return result.view(tensor.shape), {"rank": ranks.view(shape), "energy": energies.view(shape)}
+
+
+def _test_matrix(a: Tensor, rank: int, oversample: int, n_iter: int, generator: torch.Generator | None) -> Tensor | None:
+    """Gaussian [..., n, rank + oversample], or None where the exact decomposition is the better way."""
+    _check_int(oversample, "oversample", 0)
+    _check_int(n_iter, "n_iter", 0)
+    columns = rank + oversample
+    if 2 * columns >= min(a.shape[-2:]):
+        return None
+    if generator is None:
+        generator = torch.Generator(device=a.device).manual_seed(0)
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    shape = (*a.shape[:-2], a.shape[-1], columns)
+    return torch.randn(shape, dtype=dtype, device=generator.device, generator=generator).to(a.device)
+
+
+# ---- selection ----------------------------------------------------------------------------------------------------------
+
+
+def topk_mask(
+    scores: Mapping[str, Tensor] | Tensor,
+    *,
+    k: int | None = None,
+    density: float | None = None,
+    scope: str = "global",
+) -> CSRMask:
+    """The mask of exactly the k entries of largest |score|.
+
+    Ties go to the tensor whose name comes first, then to the smaller flat index: the same on every device and in every run.
+
+    Args:
+        scores: name → floating-point tensor on one device; a single tensor counts as {"tensor": scores}.
+        k: how many entries; with scope "tensor" or "row": of each tensor or row.
+        density: or: their share, 0 <= density <= 1; round(density * numel) entries are selected.
+        scope: "global" selects over all tensors together, "tensor" within each tensor, "row" within each row.
+
+    Raises:
+        ValueError: not exactly one of k and density, one out of range, an unknown scope, tensors on several devices, a score that
+            is NaN or infinite (the tensor and the flat index are named).
+        TypeError: a score is not a floating-point tensor.
+    """
+    if isinstance(scores, Tensor):
+        scores = {"tensor": scores}
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"scores must be a tensor or a mapping of names to tensors, got {type(scores).__name__}")
+    names = sorted(scores)
+    for name in names:
+        _check_float(scores[name], f"scores[{name!r}]")
+    _check_devices({n: scores[n] for n in names}, "scores")
+    shapes = [scores[n].shape for n in names]
+    CSRMask.check_layout(names, shapes)
+    counts = _counts(names, shapes, k, density, scope)
+    dtype = scores[names[0]].dtype
+    for name in names:
+        dtype = torch.promote_types(dtype, scores[name].dtype)
+    crow, col = _topk([scores[n] for n in names], counts, scope, dtype, [f"scores[{n!r}]" for n in names])
+    return CSRMask._trusted(names, shapes, crow, col)
+
+
+def _topk(tensors: list[Tensor], counts: list[int], scope: str, dtype: torch.dtype, labels: list[str]) -> tuple[Tensor, Tensor]:
+    crow, col, bad = torch.ops.deftx.topk_mask([t.detach().to(dtype).contiguous() for t in tensors], counts, scope)
+    tensor, index = bad.tolist()
+    if tensor >= 0:
+        value = float(tensors[tensor].detach().reshape(-1)[index])
+        raise ValueError(f"{labels[tensor]} holds {value} at flat index {index}: every entry must be finite")
+    return crow, col
+
+
+def _counts(names: Sequence[str], shapes: Sequence[torch.Size], k: int | None, density: float | None, scope: str) -> list[int]:
+    """What the operator takes as `k`: one number, or one for each tensor."""
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+    if (k is None) == (density is None):
+        raise ValueError(f"exactly one of k and density is needed, got k={k}, density={density}")
+    if density is not None and not (_is_number(density) and 0 <= density <= 1):
+        raise ValueError(f"density must be in [0, 1], got {density}")
+    if k is not None:
+        _check_int(k, "k", 0)
+    if scope == "global":
+        sizes, labels = [sum(s.numel() for s in shapes)], ["all tensors together"]
+    else:
+        labels = [f"{'each row of ' if scope == 'row' else ''}tensor {n!r}" for n in names]
+        sizes = [(math.prod(s[1:]) if len(s) > 1 else s.numel()) if scope == "row" else s.numel() for s in shapes]
+    if k is None:
+        return [round(float(density) * size) for size in sizes]  # type: ignore[arg-type]
+    for size, label in zip(sizes, labels):
+        if k > size:
+            raise ValueError(f"k = {k} is more than the {size} entries of {label}")
+    return [k] * len(sizes)
+
+
+def select_mask(
+    tuned: Mapping[str, Tensor] | nn.Module,
+    base: Mapping[str, Tensor] | nn.Module,
+    *,
+    k: int | None = None,
+    density: float | None = None,
+    rank: int | str | None = None,
+    energy: float | None = None,
+    residual_density: float = 0.0,
+    scope: str = "global",
+    names: Iterable[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CSRMask:
+    """The entries in which `tuned` differs most from `base`: DeFT-X with a rank or an energy, LT-SFT (Ansell et al. 2022) without.
+
+    The differences are taken in float32 (float64 where both models are), denoised by `svd_denoise` and selected by `topk_mask`,
+    one group of tensors after the other: beside the models there exist the candidates (6 bytes for each selected entry) and
+    the differences of one group, never those of the whole model.
+
+    Args:
+        tuned, base: θ1 and θ0: modules (their named parameters) or mappings of names to tensors, of any floating dtypes. Tensors
+            may lie on different devices; the mask lies where `base` does.
+        k, density, scope: as in `topk_mask`.
+        rank, energy, residual_density: as in `svd_denoise`; neither rank nor energy: no denoising.
+        names: the tensors to choose from; by default all floating-point ones of `base`.
+        progress: called with (tensors done, tensors in all).
+
+    Raises:
+        ValueError: as `topk_mask` and `svd_denoise`; also a tensor that is missing in `tuned` or has another shape there.
+    """
+    if rank is not None or energy is not None:
+        _check_rule(rank, energy, residual_density)
+    elif residual_density != 0:
+        raise ValueError(f"residual_density = {residual_density} needs a rank or an energy")
+    new, old = named_tensors(tuned, "tuned"), named_tensors(base, "base")
+    chosen = _chosen_names(new, old, names)
+    shapes = [old[n].shape for n in chosen]
+    CSRMask.check_layout(chosen, shapes)
+    counts = _counts(chosen, shapes, k, density, scope)
+    dtype = torch.float32
+    for name in chosen:
+        dtype = torch.promote_types(dtype, torch.promote_types(new[name].dtype, old[name].dtype))
+
+    def difference(name: str) -> Tensor:
+        with torch.no_grad():
+            delta = new[name].to(old[name].device, dtype) - old[name].to(dtype)
+        if (rank is None and energy is None) or delta.dim() < 2:
+            return delta
+        _check_finite(delta, f"tuned[{name!r}] - base[{name!r}]")
+        return svd_denoise(delta, rank=rank, energy=energy, residual_density=residual_density)
+
+    selection = _Selection(scope, counts, dtype)
+    group: list[str] = []
+    limit = max(s.numel() for s in shapes)
+    for done, name in enumerate(chosen):
+        if group and sum(old[n].numel() for n in group) + old[name].numel() > limit:
+            selection.add({n: difference(n) for n in group})
+            group = []
+        group.append(name)
+        if progress is not None:
+            progress(done, len(chosen))
+    selection.add({n: difference(n) for n in group})
+    if progress is not None:
+        progress(len(chosen), len(chosen))
+    return CSRMask._trusted(chosen, shapes, selection.crow, selection.col)
+
+
+class _Selection:
+    """An exact top-k over tensors that are never all in memory: what is not among the k largest so far can never be."""
+
+    def __init__(self, scope: str, counts: list[int], dtype: torch.dtype) -> None:
+        self.scope, self.counts, self.dtype = scope, counts, dtype
+        self.done = 0  # tensors seen
+        self.seen = 0  # elements seen
+        self.crow: Tensor  # of the candidates so far
+        self.col: Tensor
+        self.values: Tensor  # compact scores of the candidates, for scope "global"
+
+    def add(self, scores: dict[str, Tensor]) -> None:
+        tensors = list(scores.values())
+        labels = [f"tuned[{n!r}] - base[{n!r}]" for n in scores]
+        self.seen += sum(t.numel() for t in tensors)
+        first = self.done == 0
+        self.done += len(tensors)
+        if self.scope != "global":
+            counts = self.counts[self.done - len(tensors) : self.done]
+            crow, col = _topk(tensors, counts, self.scope, self.dtype, labels)
+            self.crow, self.col = (crow, col.to(torch.int32)) if first else _append(self.crow, self.col, crow, col)
+            return
+        k = min(self.counts[0], self.seen)
+        if first:
+            crow, col = _topk(tensors, [k], "global", self.dtype, labels)
+            self.crow, self.col = crow, col.to(torch.int32)
+            self.values = torch.ops.deftx.csr_gather(tensors, crow, col)
+            return
+        crow, col = _topk([self.values, *tensors], [k], "global", self.dtype, ["the candidates", *labels])
+        values = torch.ops.deftx.csr_gather([self.values, *tensors], crow, col)
+        stay = int(crow[1])
+        kept = col[:stay].to(torch.int64)
+        self.crow = torch.searchsorted(kept, self.crow)
+        self.crow, self.col = _append(self.crow, self.col[kept], crow[1:] - stay, col[stay:])
+        self.values = values
+
+
+def _append(crow: Tensor, col: Tensor, more_crow: Tensor, more_col: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.cat([crow, more_crow[1:] + crow[-1]]), torch.cat([col, more_col.to(torch.int32)])
+
+
+def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: Iterable[str] | None) -> list[str]:
+    if isinstance(names, str):
+        raise TypeError("names must be an iterable of names, got one string")
+    chosen = sorted(n for n in old if old[n].is_floating_point()) if names is None else sorted(names)
+    for before, after in zip(chosen, chosen[1:]):
+        if before == after:
+            raise ValueError(f"names holds {before!r} twice")
+    for name in chosen:
+        for mapping, argument in ((old, "base"), (new, "tuned")):
+            if name not in mapping:
+                raise ValueError(f"{argument} lacks tensor {name!r}")
+            _check_float(mapping[name], f"{argument}[{name!r}]")
+        if new[name].shape != old[name].shape:
+            raise ValueError(f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base")
+    _check_devices({n: old[n] for n in chosen}, "base")
+    return chosen
+
+
+def named_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
+    """A module's named parameters (tied ones once), or a mapping's items, detached."""
+    if isinstance(model, nn.Module):
+        return {n: p.detach() for n, p in model.named_parameters()}
+    if not isinstance(model, Mapping):
+        raise TypeError(f"{argument} must be a module or a mapping of names to tensors, got {type(model).__name__}")
+    for name, tensor in model.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{argument}[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}")
+    return {n: t.detach() for n, t in model.items()}
+
+
+# ---- AdamW --------------------------------------------------------------------------------------------------------------
+
+
+def sparse_adamw(
+    params: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor] | Tensor,
+    exp_avg: Tensor,  # [nnz]
+    exp_avg_sq: Tensor,  # [nnz]
+    step: int | Tensor,
+    mask: CSRMask,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decay_to: Tensor | None = None,  # [nnz]
+    l1: float = 0.0,
+    maximize: bool = False,
+    values: Tensor | None = None,  # [nnz]
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One step of `torch.optim.AdamW` (Loshchilov & Hutter 2019) at the mask's entries, in place.
+
+    Everything outside the mask stays bit-identical. There is no host synchronisation.
+
+    Args:
+        params: name → dense tensor, of one floating dtype.
+        grads: name → dense gradient, or one compact tensor [nnz].
+        exp_avg, exp_avg_sq: compact moments, float32 (float64 for float64 params). Updated.
+        step: the number of this step, from 1: an int, or a 0-d tensor that the kernel reads on the device.
+        lr: learning rate, a float or a 0-d tensor.
+        weight_decay: decoupled decay: w -= lr * weight_decay * (w - decay_to).
+        decay_to: compact; by default 0.
+        l1: adds the subgradient l1 * sign(w - decay_to) to the gradient.
+        maximize: ascend.
+        values: compact float32 master copy of the entries; it is then what is updated, and params receive its rounding.
+        grad_scale: gradients are divided by this 0-d tensor.
+        found_inf: a 0-d tensor; where it is not zero, nothing changes.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, or of another shape, dtype or device than the mask and the params ask for.
+            Nothing has changed then.
+    """
+    targets = mask.select(params, "params")
+    dtype = targets[0].dtype
+    for name, tensor in zip(mask.names, targets):
+        _check_float(tensor, f"params[{name!r}]")
+        if tensor.dtype != dtype:
+            raise ValueError(f"params[{name!r}] is {tensor.dtype}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed")
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    for argument, tensor in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("values", values)):
+        if tensor is not None or argument != "values":
+            mask.check_compact(tensor, argument)  # type: ignore[arg-type]
+            if tensor.dtype != state or not tensor.is_contiguous():  # type: ignore[union-attr]
+                raise ValueError(f"{argument} must be contiguous {state} for {dtype} params, got {tensor.dtype}")  # type: ignore[union-attr]
+    if decay_to is not None:
+        mask.check_compact(decay_to, "decay_to")
+        decay_to = decay_to.detach().to(state).contiguous()
+    beta1, beta2 = check_hyperparameters(lr, betas, eps, weight_decay, l1)
+    gradients, compact = _gradients(grads, mask, dtype)
+    scalars = [
+        _scalar(step, "step", mask.device, least=1),
+        _scalar(lr, "lr", mask.device),
+        None if grad_scale is None else _scalar(grad_scale, "grad_scale", mask.device),
+        None if found_inf is None else _scalar(found_inf, "found_inf", mask.device),
+    ]
+    chosen = [t.detach() for t in targets]
+    dense = [t.contiguous() for t in chosen]
+    torch.ops.deftx.sparse_adamw_(
+        dense, gradients, compact, exp_avg, exp_avg_sq, values, mask.crow_indices, mask.col_indices, scalars[0], scalars[1],
+        beta1, beta2, float(eps), float(weight_decay), decay_to, float(l1), bool(maximize), scalars[2], scalars[3],
+    )  # fmt: skip
+    for tensor, copy in zip(chosen, dense):
+        if copy is not tensor:
+            tensor.copy_(copy)
+    torch.autograd.graph.increment_version(targets)
+
+
+def _gradients(grads: Mapping[str, Tensor] | Tensor, mask: CSRMask, dtype: torch.dtype) -> tuple[list[Tensor], bool]:
+    """What the operator takes: dense gradients of one dtype, or one compact tensor."""
+    if isinstance(grads, Tensor):
+        mask.check_compact(grads, "grads")
+        _check_float(grads, "grads")
+        return [grads.detach().contiguous()], True
+    chosen = [g.detach() for g in mask.select(grads, "grads")]
+    for name, gradient in zip(mask.names, chosen):
+        _check_float(gradient, f"grads[{name!r}]")
+    if any(g.dtype != dtype for g in chosen):
+        chosen = [g.to(torch.float64 if dtype == torch.float64 else torch.float32) for g in chosen]
+    return [g.contiguous() for g in chosen], False
+
+
+def check_hyperparameters(lr, betas, eps, weight_decay, l1) -> tuple[float, float]:
+    if not isinstance(lr, Tensor) and not (_is_number(lr) and lr >= 0):
+        raise ValueError(f"lr must be at least 0, got {lr}")
+    if len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    for name, value in (("eps", eps), ("weight_decay", weight_decay), ("l1", l1)):
+        if not (_is_number(value) and value >= 0):
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    return float(betas[0]), float(betas[1])
+
+
+def _scalar(value: float | Tensor, name: str, device: torch.device, least: int | None = None) -> Tensor:
+    """A one-element tensor on the device; a 16-bit one is refused, since a bfloat16 counter never passes 256."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"{name} must be a 0-d tensor of 32 bits or more, got {value.dtype} {list(value.shape)}")
+        return value.detach().to(device, non_blocking=True)
+    if not _is_number(value) or (least is not None and (value < least or value != int(value))):
+        raise ValueError(f"{name} must be {'a number' if least is None else f'an int from {least}'}, got {value!r}")
+    return torch.full((), value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+
+
+# ---- masked modules' functions ------------------------------------------------------------------------------------------
+
+
+class _MaskedMatmul(torch.autograd.Function):
+    """x @ weight.T + bias (x @ weight + bias where `transposed`, as in transformers' Conv1D) with a compact weight gradient."""
+
+    @staticmethod
+    def forward(x, weight, values, crow_indices, col_indices, bias, transposed):
+        weight = weight.to(x.dtype)
+        return F.linear(x, weight.mT if transposed else weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, values, crow_indices, col_indices, _, ctx.transposed = inputs
+        ctx.dtype = values.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight, crow_indices, col_indices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, weight, crow_indices, col_indices = ctx.saved_tensors
+        d_x = d_values = d_bias = None
+        flat = grad_output.reshape(-1, grad_output.shape[-1])
+        if ctx.needs_input_grad[0]:
+            weight = weight.to(grad_output.dtype)
+            d_x = grad_output @ (weight.mT if ctx.transposed else weight)
+        if ctx.needs_input_grad[2]:
+            rows, columns = flat, x.reshape(-1, x.shape[-1])
+            if ctx.transposed:
+                rows, columns = columns, rows
+            d_values = torch.ops.deftx.masked_linear_grad(
+                rows.contiguous(), columns.contiguous(), crow_indices, col_indices, ctx.dtype
+            )
+        if ctx.needs_input_grad[5]:
+            d_bias = flat.sum(0)
+        return d_x, None, d_values, None, None, d_bias, None
+
+
+class _MaskedEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ids, weight, values, crow_indices, col_indices, padding_idx):
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ids, _, values, crow_indices, col_indices, ctx.padding_idx = inputs
+        ctx.dtype = values.dtype
+        ctx.save_for_backward(ids, crow_indices, col_indices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        ids, crow_indices, col_indices = ctx.saved_tensors
+        flat = grad_output.reshape(-1, grad_output.shape[-1]).contiguous()
+        d_values = torch.ops.deftx.masked_embedding_grad(
+            flat, ids.reshape(-1).contiguous(), crow_indices, col_indices, ctx.padding_idx, ctx.dtype
+        )
+        return None, None, d_values, None, None, None
+
+
+def masked_linear(
+    x: Tensor,  # [..., n]
+    weight: Tensor,  # [m, n]
+    values: Tensor,  # [nnz]
+    mask: CSRMask,
+    bias: Tensor | None = None,  # [m]
+) -> Tensor:
+    """`torch.nn.functional.linear` whose weight is trained at the mask's entries only.
+
+    Forward reads the dense `weight`, which already holds `values` at its entries. Backward gives the gradient of `values`
+    (compact, in their dtype), of `x` and of `bias`; no dense weight gradient exists. Autocast is honoured. First derivatives only.
+
+    Raises:
+        ValueError: `mask` is not the mask of one tensor of `weight`'s shape, or `values` is not compact [nnz].
+    """
+    _check_masked(weight, values, mask)
+    return masked_matmul(x, weight, values, mask, bias)
+
+
+def masked_matmul(x: Tensor, weight: Tensor, values: Tensor, mask: CSRMask, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    """`masked_linear` without its checks; `transposed` for weights [n, m], transformers' Conv1D."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    return _MaskedMatmul.apply(x, weight.detach(), values, mask.crow_indices, mask.col_indices, bias, transposed)
+
+
+def masked_embedding(
+    ids: Tensor,  # integer [...]
+    weight: Tensor,  # [vocabulary, d]
+    values: Tensor,  # [nnz]
+    mask: CSRMask,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """`torch.nn.functional.embedding` whose weight is trained at the mask's entries only (see `masked_linear`).
+
+    Raises:
+        ValueError: as `masked_linear`; `padding_idx` outside the vocabulary.
+    """
+    _check_masked(weight, values, mask)
+    if padding_idx is not None:
+        if not -weight.shape[0] <= padding_idx < weight.shape[0]:
+            raise ValueError(f"padding_idx must be within the {weight.shape[0]} rows of weight, got {padding_idx}")
+        padding_idx %= weight.shape[0]
+    return _MaskedEmbedding.apply(
+        ids, weight.detach(), values, mask.crow_indices, mask.col_indices, -1 if padding_idx is None else padding_idx
+    )
+
+
+# ---- checks -------------------------------------------------------------------------------------------------------------
+
+
+def _check_masked(weight: Tensor, values: Tensor, mask: CSRMask) -> None:
+    if len(mask.names) != 1 or mask.shapes[0] != weight.shape or weight.dim() != 2:
+        raise ValueError(
+            f"mask must cover one tensor of weight's shape {list(weight.shape)}, it covers {[list(s) for s in mask.shapes]}"
+        )
+    mask.check_compact(values, "values")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_int(value: object, name: str, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_float(tensor: object, label: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{label} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise TypeError(f"{label} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+
+
+def _check_devices(tensors: Mapping[str, Tensor], argument: str) -> None:
+    devices = {t.device for t in tensors.values()}
+    if len(devices) > 1:
+        raise ValueError(f"{argument} lie on several devices: {', '.join(sorted(map(str, devices)))}")
+
+
+def _check_finite(tensor: Tensor, label: str) -> None:
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        index = int((~finite).reshape(-1).to(torch.uint8).argmax())
+        raise ValueError(f"{label} holds {float(tensor.reshape(-1)[index])} at flat index {index}: every entry must be finite")
+
+
+def _check_matrix(tensor: object, label: str, min_dim: int = 2) -> None:
+    _check_float(tensor, label)
+    assert isinstance(tensor, Tensor)
+    if tensor.dim() < min_dim:
+        raise ValueError(f"{label} must have at least {min_dim} dimensions [..., m, n], got shape {list(tensor.shape)}")
+    _check_finite(tensor.detach(), label)
+
+
+def _check_rule(rank: int | str | None, energy: float | None, residual_density: float) -> None:
+    if (rank is None) == (energy is None):
+        raise ValueError(f"exactly one of rank and energy is needed, got rank={rank}, energy={energy}")
+    if isinstance(rank, str):
+        if rank != GAVISH_DONOHO:
+            raise ValueError(f"rank must be an int or {GAVISH_DONOHO!r}, got {rank!r}")
+    elif rank is not None:
+        _check_int(rank, "rank", 1)
+    if energy is not None and not (_is_number(energy) and 0 < energy <= 1):
+        raise ValueError(f"energy must be in (0, 1], got {energy}")
+    if not (_is_number(residual_density) and 0 <= residual_density <= 1):
+        raise ValueError(f"residual_density must be in [0, 1], got {residual_density}")

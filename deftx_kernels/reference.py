@@ -1,0 +1,358 @@
+"""One plain-torch implementation per operator: the oracle in float64, and the portable fallback on every device.
+
+Written to be read and trusted, not to be fast: the compiled kernels are compared with these functions.
+The argument conventions stand at the top of `_ops.py`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 22  # elements of temporary memory per step
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """The [rows, columns] view of a contiguous tensor that a CSRMask uses."""
+    if tensor.dim() < 2:
+        return tensor.view(1, tensor.numel())
+    return tensor.view(tensor.shape[0], math.prod(tensor.shape[1:]))
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _entries(
+    tensors: Sequence[Tensor],
+    crow_indices: Tensor,  # int64 [rows + 1]
+    col_indices: Tensor,  # [nnz]
+) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """For each tensor: its flat view, the flat indices of its entries (int64) and their place in the compact order."""
+    matrices = [_matrix(t) for t in tensors]
+    first_rows = [0]
+    for matrix in matrices:
+        first_rows.append(first_rows[-1] + matrix.shape[0])
+    bounds = crow_indices[first_rows].tolist()
+    for i, matrix in enumerate(matrices):
+        rows, columns = matrix.shape
+        counts = crow_indices[first_rows[i] : first_rows[i + 1] + 1].diff()
+        row = torch.repeat_interleave(torch.arange(rows, device=counts.device), counts)
+        place = slice(bounds[i], bounds[i + 1])
+        yield matrix.view(-1), row * columns + col_indices[place].to(torch.int64), place
+
+
+# ---- CSR ----------------------------------------------------------------------------------------------------------------
+
+
+def csr_gather(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+    out = tensors[0].new_empty(col_indices.shape)
+    for flat, index, place in _entries(tensors, crow_indices, col_indices):
+        out[place] = flat[index]
+    return out
+
+
+def csr_scatter_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> None:
+    for flat, index, place in _entries(tensors, crow_indices, col_indices):
+        flat[index] = values[place]
+
+
+def csr_add_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, alpha: float) -> None:
+    for flat, index, place in _entries(tensors, crow_indices, col_indices):
+        compute = _compute_dtype(flat.dtype)
+        total = torch.add(flat[index].to(compute), values[place].to(compute), alpha=alpha)
+        flat[index] = total.to(flat.dtype)
+
+
+# ---- exact top-k --------------------------------------------------------------------------------------------------------
+
+
+def _magnitude_bits(x: Tensor) -> Tensor:
+    """|x| as integers in the same order; infinity and NaN come last."""
+    integer = _INTEGER[x.element_size()]
+    return x.view(integer) & torch.iinfo(integer).max
+
+
+def _infinity_bits(dtype: torch.dtype) -> int:
+    return int(_magnitude_bits(torch.tensor([math.inf], dtype=dtype)))
+
+
+def _kth_magnitude(parts: Sequence[Tensor], k: int) -> tuple[int, int]:
+    """The bits of the k-th largest |x| over all parts, and how many entries equal to it belong to the first k (radix select)."""
+    prefix, remaining = 0, k
+    top = 8 * parts[0].element_size() - 16
+    for shift in range(top, -1, -16):
+        histogram = torch.zeros(1 << 16, dtype=torch.int64, device=parts[0].device)
+        for chunk in (c for p in parts for c in p.view(-1).split(_CHUNK)):
+            bits = _magnitude_bits(chunk)
+            if shift < top:
+                bits = bits[(bits >> (shift + 16)) == prefix]
+            histogram += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16)
+        from_the_top = histogram.flip(0).cumsum(0)
+        position = int(torch.searchsorted(from_the_top, remaining))
+        if position > 0:
+            remaining -= int(from_the_top[position - 1])
+        prefix = (prefix << 16) | (0xFFFF - position)
+    return prefix, remaining
+
+
+def _take(x: Tensor, threshold: int, ties: int) -> tuple[Tensor, int]:
+    """Ascending flat indices of |x| above the threshold and of the first `ties` equal to it; the ties that are left."""
+    found = []
+    for start, chunk in zip(range(0, x.numel(), _CHUNK), x.view(-1).split(_CHUNK)):
+        bits = _magnitude_bits(chunk)
+        index = (bits >= threshold).nonzero().view(-1)
+        tied = bits[index] == threshold
+        index = index[~tied | (tied.cumsum(0) <= ties)]
+        ties -= min(ties, int(tied.sum()))
+        found.append(index + start)
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=x.device), ties
+
+
+def _top_per_row(matrix: Tensor, k: int) -> Tensor:
+    """Ascending flat indices of the k largest |x| of each row."""
+    rows, columns = matrix.shape
+    order = _magnitude_bits(matrix).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return (order.sort(dim=1).values + torch.arange(rows, device=matrix.device)[:, None] * columns).view(-1)
+
+
+def _first_bad(scores: Sequence[Tensor]) -> list[int]:
+    for i, score in enumerate(scores):
+        bad = _magnitude_bits(score).view(-1) >= _infinity_bits(score.dtype)
+        if bool(bad.any()):
+            return [i, int(bad.to(torch.uint8).argmax())]
+    return [-1, -1]
+
+
+def topk_mask(scores: Sequence[Tensor], k: Sequence[int], scope: str) -> tuple[Tensor, Tensor, Tensor]:
+    matrices = [_matrix(s) for s in scores]
+    device = scores[0].device
+    narrow = all(m.shape[1] <= 65_536 for m in matrices)
+    bad = torch.tensor(_first_bad(scores), device=device)
+    if int(bad[0]) >= 0:
+        k = [0] * len(k)
+    if scope == "global":
+        threshold, ties = _kth_magnitude(matrices, k[0]) if k[0] else (_infinity_bits(scores[0].dtype), 0)
+    counts, columns_found = [], []
+    for i, matrix in enumerate(matrices):
+        rows, columns = matrix.shape
+        if scope == "global":
+            index, ties = _take(matrix, threshold, ties)
+        elif k[i] == 0 or matrix.numel() == 0:
+            index = torch.empty(0, dtype=torch.int64, device=device)
+        elif scope == "tensor":
+            index, _ = _take(matrix, *_kth_magnitude([matrix], k[i]))
+        else:
+            index = _top_per_row(matrix, k[i])
+        row = index // max(columns, 1)
+        counts.append(torch.bincount(row, minlength=rows))
+        columns_found.append((index - row * columns).to(torch.uint16 if narrow else torch.int32))
+    crow_indices = torch.zeros(sum(m.shape[0] for m in matrices) + 1, dtype=torch.int64, device=device)
+    torch.cumsum(torch.cat(counts), 0, out=crow_indices[1:])
+    return crow_indices, torch.cat(columns_found), bad
+
+
+# ---- truncated SVD ------------------------------------------------------------------------------------------------------
+
+
+def truncated_svd(a: Tensor, rank: int, n_iter: int, test_matrix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact without a test matrix; else randomised subspace iteration (Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1)."""
+    work = a.to(_compute_dtype(a.dtype))
+    if test_matrix is None:
+        U, S, Vh = torch.linalg.svd(work, full_matrices=False)
+    else:
+        Q = torch.linalg.qr(work @ test_matrix.to(work.dtype)).Q
+        for _ in range(n_iter):
+            Q = torch.linalg.qr(work.mT @ Q).Q
+            Q = torch.linalg.qr(work @ Q).Q
+        U, S, Vh = torch.linalg.svd(Q.mT @ work, full_matrices=False)
+        U = Q @ U
+    return tuple(x.to(a.dtype).contiguous() for x in (U[..., :rank], S[..., :rank], Vh[..., :rank, :]))
+
+
+def _gram_spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared singular values, descending, and the singular vectors of the matrix's short side, both float64."""
+    m, n = matrix.shape
+    short = matrix if n <= m else matrix.mT
+    gram = torch.zeros(min(m, n), min(m, n), dtype=torch.float64, device=matrix.device)
+    for chunk in short.split(max(1, _CHUNK // max(1, min(m, n)))):
+        chunk = chunk.to(torch.float64)
+        gram.addmm_(chunk.mT, chunk)
+    squares, vectors = torch.linalg.eigh(gram)
+    squares, vectors = squares.flip(0), vectors.flip(1)
+    # Below the rounding of the largest one nothing is known: count it as zero.
+    noise = squares[0] * len(squares) * torch.finfo(torch.float64).eps
+    return torch.where(squares > noise, squares, 0.0), vectors
+
+
+def _marchenko_pastur_median(beta: float) -> float:
+    """The median of the Marchenko-Pastur law of aspect ratio beta, by bisection on its distribution function."""
+    lower, upper = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
+    # t = lower + (upper - lower) sin^2(u) takes the square-root ends out of the integrand.
+    u = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
+    s2, c2 = torch.sin(u) ** 2, torch.cos(u) ** 2
+    t = lower + (upper - lower) * s2
+    density = (upper - lower) ** 2 * s2 * c2 / (math.pi * beta * t)
+    density[0] = density[1] if lower == 0 else density[0]
+    mass = torch.cumulative_trapezoid(density, u)
+    return float(t[1:][torch.searchsorted(mass, mass[-1] / 2)])
+
+
+def _gavish_donoho_rank(squares: Tensor, m: int, n: int) -> int:
+    """Singular values above the optimal hard threshold of unknown noise (Gavish & Donoho 2014, eqs. 11 and 4)."""
+    beta = min(m, n) / max(m, n)
+    threshold = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
+    singular = squares.sqrt()
+    # Their mu_beta is the median of the law of squared singular values, so its root stands beside a median of singular values.
+    cut = threshold / math.sqrt(_marchenko_pastur_median(beta)) * torch.quantile(singular, 0.5)
+    return int((singular > cut).sum())
+
+
+def _low_rank(w: Tensor, rule: str, rank: int, energy: float, n_iter: int, test_matrix: Tensor | None) -> tuple[Tensor, int, float]:
+    """The low-rank part of one matrix by the rule, its rank and the share of the energy (sum of squares) that it holds."""
+    total = float(w.to(torch.float64).square().sum())
+    if rule == "rank":
+        U, S, Vh = truncated_svd(w, rank, n_iter, test_matrix)
+        kept = float(S.to(torch.float64).square().sum())
+        return (U * S) @ Vh, rank, kept / total if total else 1.0
+    squares, vectors = _gram_spectrum(w)
+    if rule == "energy":
+        sums = squares.cumsum(0)
+        r = int(torch.searchsorted(sums, energy * sums[-1])) + 1 if total else 0
+    else:
+        r = _gavish_donoho_rank(squares, *w.shape)
+    basis = vectors[:, :r].to(w.dtype)
+    low = (w @ basis) @ basis.mT if w.shape[1] <= w.shape[0] else basis @ (basis.mT @ w)
+    return low, r, float(squares[:r].sum() / squares.sum()) if total else 1.0
+
+
+def svd_denoise(
+    delta: Tensor,  # [b, m, n]
+    rule: str,
+    rank: int,
+    energy: float,
+    residual_density: float,
+    n_iter: int,
+    test_matrix: Tensor | None,  # [b, n, l]
+) -> tuple[Tensor, Tensor, Tensor]:
+    denoised = torch.empty_like(delta)
+    ranks, energies = [], []
+    for i, matrix in enumerate(delta):
+        w = matrix.to(_compute_dtype(delta.dtype))
+        low, r, captured = _low_rank(w, rule, rank, energy, n_iter, None if test_matrix is None else test_matrix[i])
+        keep = round(residual_density * w.numel())
+        if keep:
+            residual = (w - low).contiguous()
+            index, _ = _take(residual, *_kth_magnitude([residual], keep))
+            low.view(-1)[index] = w.reshape(-1)[index]  # L + H where H is kept
+        denoised[i] = low.to(delta.dtype)
+        ranks.append(r)
+        energies.append(captured)
+    return (
+        denoised,
+        torch.tensor(ranks, dtype=torch.int64, device=delta.device),
+        torch.tensor(energies, dtype=torch.float64, device=delta.device),
+    )
+
+
+# ---- AdamW --------------------------------------------------------------------------------------------------------------
+
+
+def sparse_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    compact_grads: bool,
+    exp_avg: Tensor,  # [nnz]
+    exp_avg_sq: Tensor,  # [nnz]
+    values: Tensor | None,  # [nnz]
+    crow_indices: Tensor,  # int64 [rows + 1]
+    col_indices: Tensor,  # [nnz]
+    step: Tensor,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decay_to: Tensor | None,  # [nnz]
+    l1: float,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """`torch.optim.AdamW`'s arithmetic (Loshchilov & Hutter 2019, algorithm 2) on the gathered entries."""
+    compute = exp_avg.dtype
+    step, lr = step.to(torch.float64).view(()), lr.to(torch.float64).view(())
+    weight = csr_gather(params, crow_indices, col_indices).to(compute) if values is None else values
+    gradient = (grads[0] if compact_grads else csr_gather(grads, crow_indices, col_indices)).to(compute)
+    if grad_scale is not None:
+        gradient = gradient / grad_scale.to(compute).view(())
+    if maximize:
+        gradient = -gradient
+    origin = 0.0 if decay_to is None else decay_to.to(compute)
+    if l1:
+        gradient = gradient + l1 * torch.sign(weight - origin)
+    new_weight = weight - (lr * weight_decay).to(compute) * (weight - origin)
+    new_exp_avg = torch.lerp(exp_avg, gradient, 1 - beta1)
+    new_exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * gradient * gradient
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    denominator = (new_exp_avg_sq.sqrt() / correction2.sqrt().to(compute)).add_(eps)
+    new_weight = new_weight - (lr / correction1).to(compute) * (new_exp_avg / denominator)
+    results = [(exp_avg, new_exp_avg), (exp_avg_sq, new_exp_avg_sq)] + ([] if values is None else [(values, new_weight)])
+    new_param = new_weight.to(params[0].dtype)
+    if found_inf is not None:
+        skip = found_inf.view(()) != 0
+        results = [(old, torch.where(skip, old, new)) for old, new in results]
+        new_param = torch.where(skip, csr_gather(params, crow_indices, col_indices), new_param)
+    for old, new in results:
+        old.copy_(new)
+    csr_scatter_(params, crow_indices, col_indices, new_param)
+
+
+# ---- masked weight gradients --------------------------------------------------------------------------------------------
+
+
+def masked_linear_grad(
+    grad_output: Tensor,  # [N, m]
+    input: Tensor,  # [N, n]
+    crow_indices: Tensor,  # int64 [m + 1]
+    col_indices: Tensor,  # [nnz]
+    dtype: torch.dtype,
+) -> Tensor:
+    """Row blocks of grad_output.T @ input, of which only the masked entries are kept: no [m, n] buffer exists."""
+    compute = _compute_dtype(dtype)
+    x = input.to(compute)
+    m, n = grad_output.shape[1], input.shape[1]
+    out = torch.empty(col_indices.shape, dtype=dtype, device=grad_output.device)
+    block = max(1, _CHUNK // max(1, n))
+    edges = list(range(0, m, block)) + [m]
+    bounds = crow_indices[edges].tolist()
+    for i, (first, last) in enumerate(zip(edges, edges[1:])):
+        dense = grad_output[:, first:last].to(compute).mT @ x
+        start, end = bounds[i], bounds[i + 1]
+        crow, col = crow_indices[first : last + 1] - start, col_indices[start:end]
+        out[start:end] = csr_gather([dense.contiguous()], crow, col).to(dtype)
+    return out
+
+
+def masked_embedding_grad(
+    grad_output: Tensor,  # [N, d]
+    indices: Tensor,  # integer [N]
+    crow_indices: Tensor,  # int64 [vocabulary + 1]
+    col_indices: Tensor,  # [nnz]
+    padding_idx: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Sums over the rows that occur, of which only the masked entries are kept: no [vocabulary, d] buffer exists."""
+    out = torch.zeros(col_indices.shape, dtype=dtype, device=grad_output.device)
+    used = indices != padding_idx
+    rows, inverse = torch.unique(indices[used].to(torch.int64), return_inverse=True)
+    sums = torch.zeros(len(rows), grad_output.shape[1], dtype=_compute_dtype(dtype), device=grad_output.device)
+    sums.index_add_(0, inverse, grad_output[used].to(sums.dtype))
+    start, counts = crow_indices[rows], crow_indices[rows + 1] - crow_indices[rows]
+    row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
+    within = torch.arange(len(row), device=rows.device) - (counts.cumsum(0) - counts)[row]
+    place = start[row] + within
+    out[place] = sums[row, col_indices[place].to(torch.int64)].to(dtype)
+    return out

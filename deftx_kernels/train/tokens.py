@@ -1,0 +1,110 @@
+"""From text to tensors: tokenized data sets and the collator for masked language modelling."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+)
+
+IGNORED = -100  # label of positions that do not count
+
+
+def tokenize_task(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, labels: list[str], max_length: int) -> Dataset:
+    """Task rows as input_ids, attention_mask and labels. A word's tag goes to its first token; the others are ignored."""
+    ids = {label: i for i, label in enumerate(labels)}
+
+    def texts(batch):
+        pair = batch.get("text_pair")
+        out = tokenizer(batch["text"], pair, truncation=True, max_length=max_length)
+        return {**out, "labels": [ids[label] for label in batch["label"]]}
+
+    def words(batch):
+        out = tokenizer(batch["tokens"], is_split_into_words=True, truncation=True, max_length=max_length)
+        aligned = []
+        for i, tags in enumerate(batch["tags"]):
+            words = out.word_ids(i)
+            first = [word is not None and word != before for word, before in zip(words, [None, *words])]
+            aligned.append([ids[tags[word]] if is_first else IGNORED for word, is_first in zip(words, first)])
+        return {**out, "labels": aligned}
+
+    function = words if "tokens" in dataset.column_names else texts
+    return dataset.map(function, batched=True, remove_columns=dataset.column_names)
+
+
+def task_collator(tokenizer: PreTrainedTokenizerBase, task: str):
+    """Pads a batch of task rows."""
+    if task == "token-classification":
+        return DataCollatorForTokenClassification(tokenizer)
+    return DataCollatorWithPadding(tokenizer)
+
+
+def tokenize_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, pack: bool) -> Dataset:
+    """Unlabelled rows as input_ids, for `MaskedLanguageCollator`.
+
+    With `pack`, all texts are joined and cut into blocks of max_length tokens (the last, shorter one included).
+    """
+    special = tokenizer.num_special_tokens_to_add()
+    texts = list(dataset["text"])
+    encoded = tokenizer(texts, add_special_tokens=False, truncation=not pack, max_length=max_length - special)["input_ids"]
+    if pack:
+        size = max_length - special
+        joined = [token for text in encoded for token in text]
+        encoded = [joined[start : start + size] for start in range(0, len(joined), size)]
+    rows = [tokenizer.build_inputs_with_special_tokens(tokens) for tokens in encoded if tokens]
+    return Dataset.from_dict({"input_ids": rows})
+
+
+@dataclass
+class MaskedLanguageCollator:
+    """Pads a batch and masks tokens for masked language modelling: 80 % <mask>, 10 % a random token, 10 % unchanged.
+
+    Every text has at least one masked token, so that short strings teach something too. The masks of a text depend on
+    its tokens, `seed` and `epoch` alone: they change from epoch to epoch, and a resumed run sees the same ones. Rows that
+    already have labels (`mask_once`) are only padded.
+
+    Raises:
+        ValueError: the tokenizer has no mask token.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    probability: float = 0.15
+    seed: int = 0
+    epoch: int = 0
+
+    def __post_init__(self):
+        if self.tokenizer.mask_token_id is None:
+            raise ValueError(f"{type(self.tokenizer).__name__} has no mask token: masked language modelling needs one")
+        self._special = torch.tensor(self.tokenizer.all_special_ids)
+
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+        pairs = [(row["input_ids"], row["labels"]) if "labels" in row else self.mask(row["input_ids"]) for row in rows]
+        batch = self.tokenizer.pad([{"input_ids": ids} for ids, _ in pairs], return_tensors="pt")
+        width = batch["input_ids"].shape[1]
+        batch["labels"] = torch.tensor([list(labels) + [IGNORED] * (width - len(labels)) for _, labels in pairs])
+        return dict(batch)
+
+    def mask(self, input_ids: list[int]) -> tuple[list[int], list[int]]:
+        """(masked ids, labels) of one text; IGNORED where nothing is asked."""
+        ids = torch.tensor(input_ids)  # [length]
+        content = hashlib.blake2b(repr((self.seed, self.epoch, list(input_ids))).encode(), digest_size=7).digest()
+        random = torch.Generator().manual_seed(int.from_bytes(content))
+        special = torch.isin(ids, self._special)
+        draw, kind = torch.rand(2, len(ids), generator=random)
+        draw = draw.masked_fill(special, 2.0)
+        chosen = ((draw < self.probability) | (torch.arange(len(ids)) == draw.argmin())) & ~special
+        others = torch.randint(len(self.tokenizer), ids.shape, generator=random)
+        masked = ids.masked_fill(chosen & (kind < 0.8), self.tokenizer.mask_token_id)
+        masked = torch.where(chosen & (kind >= 0.9), others, masked)
+        return masked.tolist(), ids.masked_fill(~chosen, IGNORED).tolist()
+
+
+def mask_once(dataset: Dataset, collator: MaskedLanguageCollator) -> Dataset:
+    """Tokenized text with its masks drawn once and for all: a validation loss that can be compared between steps."""
+    pairs = [collator.mask(ids) for ids in dataset["input_ids"]]
+    return Dataset.from_dict({"input_ids": [ids for ids, _ in pairs], "labels": [labels for _, labels in pairs]})

@@ -1,0 +1,264 @@
+"""One training phase over transformers.Trainer, and what it costs.
+
+A phase has a folder. `phase.json`, written last, says that it is finished; until then Trainer's own checkpoints in the
+folder let it continue after a crash.
+"""
+
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from sklearn.metrics import accuracy_score, f1_score
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+
+from deftx_kernels.train.config import PhaseConfig, VectorConfig
+from deftx_kernels.train.tensors import gradient_bytes, state_bytes
+from deftx_kernels.train.tokens import IGNORED, MaskedLanguageCollator
+
+
+@dataclass
+class Runtime:
+    """Where and how phases run; the same for a whole run."""
+
+    seed: int = 0
+    device: str = "auto"
+    """ "auto" or "cpu"."""
+    report_to: tuple[str, ...] = ()
+    progress: bool | None = None
+    """Progress bars; by default where the error stream is a terminal."""
+    callbacks: tuple[TrainerCallback, ...] = ()
+    """Further callbacks for every phase."""
+
+    @property
+    def bf16(self) -> bool:
+        """Whether training uses bfloat16 autocast: on GPUs that have it."""
+        return self.device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+@dataclass
+class Examples:
+    """What a phase is trained on."""
+
+    train: Dataset
+    validation: Dataset | None
+    collator: Callable
+    masked_lm: bool = False
+
+
+class MaskedLanguageTrainer(Trainer):
+    """A Trainer whose MLM loss computes logits only where a token is asked for.
+
+    15 % of the positions carry a label; the [batch, length, vocabulary] logits of the others, the largest tensor of
+    the step, are never made.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        asked = labels != IGNORED  # [batch, length]
+
+        def keep_asked(_, arguments):
+            return (arguments[0][asked], *arguments[1:])
+
+        hook = mlm_head(self.accelerator.unwrap_model(model)).register_forward_pre_hook(keep_asked)
+        try:
+            outputs = model(**inputs)
+        finally:
+            hook.remove()
+        total = nn.functional.cross_entropy(outputs.logits.float(), labels[asked], reduction="sum")
+        loss = total / (num_items_in_batch if num_items_in_batch is not None else asked.sum())
+        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+
+def mlm_head(model: PreTrainedModel) -> nn.Module:
+    """The child of the model, beside its base, that ends in the output layer."""
+    decoder = model.get_output_embeddings()
+    for child in model.children():
+        if child is not model.base_model and any(module is decoder for module in child.modules()):
+            return child
+    raise ValueError(f"{type(model).__name__}: its MLM head is not beside its base model")
+
+
+class CostMeter(TrainerCallback):
+    """Measures a phase: seconds of each optimizer step, bytes of gradients and of optimizer state (of the real tensors)."""
+
+    def __init__(self):
+        self.step_seconds: list[float] = []
+        self.gradient_bytes = 0
+        self.state_bytes = 0
+        self.trained_entries = 0
+        self._began = 0.0
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        self.trained_entries = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def on_step_begin(self, args, state, control, **_):
+        self._began = time.perf_counter()
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
+        if not self.gradient_bytes:
+            self.gradient_bytes = gradient_bytes(model)
+            self.state_bytes = state_bytes(optimizer)
+
+    def on_step_end(self, args, state, control, **_):
+        if torch.cuda.is_available() and not args.use_cpu:
+            torch.cuda.synchronize()
+        self.step_seconds.append(time.perf_counter() - self._began)
+
+    def facts(self) -> dict:
+        """The measurements as JSON values."""
+        return {
+            "trained_entries": self.trained_entries,
+            "gradient_bytes": self.gradient_bytes,
+            "optimizer_state_bytes": self.state_bytes,
+            "median_step_seconds": statistics.median(self.step_seconds) if self.step_seconds else None,
+        }
+
+
+class L1Toward(TrainerCallback):
+    """Adds the gradient of weight * sum|theta - start| to dense gradients, once an optimizer step."""
+
+    def __init__(self, model: nn.Module, weight: float):
+        self.weight = weight
+        self.start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        for name, parameter in model.named_parameters():
+            if name in self.start and parameter.grad is not None:
+                start = self.start[name] = self.start[name].to(parameter.device)
+                parameter.grad.add_(torch.sign(parameter.detach() - start), alpha=self.weight)
+
+
+class EpochToCollator(TrainerCallback):
+    """Tells the MLM collator the epoch, on which its masks depend."""
+
+    def __init__(self, collator: MaskedLanguageCollator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **_):
+        self.collator.epoch = int((state.epoch or 0) + 1e-6)
+
+
+class QuietProgress(ProgressCallback):
+    """Trainer's progress bar with the loss beside it, instead of printed dictionaries."""
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Macro-F1 and accuracy over the labelled positions."""
+    return score(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))
+
+
+def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """{"macro_f1", "accuracy", "n"}: logits [..., classes], labels [...]; classes without examples do not enter macro-F1."""
+    counted = labels != IGNORED
+    truth, guess = labels[counted].numpy(), logits.argmax(-1)[counted].numpy()
+    return {
+        "macro_f1": float(f1_score(truth, guess, labels=sorted(set(truth.tolist())), average="macro", zero_division=0)),
+        "accuracy": float(accuracy_score(truth, guess)),
+        "n": len(truth),
+    }
+
+
+def training_arguments(
+    folder: Path, vector: VectorConfig, phase: PhaseConfig, runtime: Runtime, validated: bool, masked_lm: bool
+) -> TrainingArguments:
+    """Trainer's arguments for one phase."""
+    every = phase.eval_every
+    # Without keep_best and eval_every a phase is short enough to be run again: no checkpoints.
+    saving = "steps" if every is not None else "epoch" if phase.keep_best else "no"
+    best = phase.keep_best and validated
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=vector.batch_size,
+        per_device_eval_batch_size=max(32, vector.batch_size),
+        gradient_accumulation_steps=vector.accumulation,
+        num_train_epochs=phase.epochs,
+        max_steps=phase.max_steps or -1,
+        learning_rate=phase.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=phase.warmup_steps,
+        weight_decay=phase.weight_decay,
+        max_grad_norm=phase.max_grad_norm,
+        seed=runtime.seed,
+        data_seed=runtime.seed,
+        bf16=runtime.bf16,
+        use_cpu=runtime.device == "cpu",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        eval_strategy=saving if validated else "no",
+        eval_steps=every,
+        save_strategy=saving,
+        save_steps=every or 500,
+        save_total_limit=2,
+        load_best_model_at_end=best,
+        metric_for_best_model=("loss" if masked_lm else "macro_f1") if best else None,
+        greater_is_better=(not masked_lm) if best else None,
+        prediction_loss_only=masked_lm,
+        logging_steps=10,
+        disable_tqdm=not (sys.stderr.isatty() if runtime.progress is None else runtime.progress),
+        report_to=list(runtime.report_to) or "none",
+    )
+
+
+def train_phase(
+    model: PreTrainedModel,
+    examples: Examples,
+    vector: VectorConfig,
+    phase: PhaseConfig,
+    folder: Path,
+    runtime: Runtime,
+    optimizer: torch.optim.Optimizer | None = None,
+    callbacks: tuple[TrainerCallback, ...] = (),
+) -> dict:
+    """Train `model` in place; the parameters that require gradients move. Continues from a checkpoint in `folder`, if any.
+
+    Args:
+        optimizer: fused AdamW over the trainable parameters by default.
+
+    Returns:
+        Facts as JSON values: costs, losses by step, the best validation score.
+    """
+    validated = examples.validation is not None and len(examples.validation) > 0
+    args = training_arguments(folder, vector, phase, runtime, validated, examples.masked_lm)
+    meter = CostMeter()
+    trainer = (MaskedLanguageTrainer if examples.masked_lm else Trainer)(
+        model=model,
+        args=args,
+        data_collator=examples.collator,
+        train_dataset=examples.train,
+        eval_dataset=examples.validation if validated else None,
+        compute_metrics=None if examples.masked_lm else classification_metrics,
+        optimizers=(optimizer, None),
+        callbacks=[meter, *callbacks, *runtime.callbacks],
+    )
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(QuietProgress())
+    if isinstance(examples.collator, MaskedLanguageCollator):
+        trainer.add_callback(EpochToCollator(examples.collator))
+    checkpoints = folder / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=last)
+    facts = meter.facts()
+    facts["seconds"] = time.perf_counter() - began
+    facts["steps"] = trainer.state.global_step
+    facts["loss"] = [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log]
+    facts["best_validation"] = trainer.state.best_metric
+    facts["resumed_from"] = None if last is None else Path(last).name
+    return facts
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete a finished phase's Trainer checkpoints."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
