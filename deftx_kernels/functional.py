@@ -166,11 +166,11 @@ def topk_mask(
         raise TypeError(f"scores must be a tensor or a mapping of names to tensors, got {type(scores).__name__}")
     names = sorted(scores)
     for name in names:
-        _check_float(scores[name], f"scores[{name!r}]")
+        check_float(scores[name], f"scores[{name!r}]")
     _check_devices({n: scores[n] for n in names}, "scores")
     shapes = [scores[n].shape for n in names]
     CSRMask.check_layout(names, shapes)
-    counts = _counts(names, shapes, k, density, scope)
+    counts = selected_counts(names, shapes, k, density, scope)
     dtype = scores[names[0]].dtype
     for name in names:
         dtype = torch.promote_types(dtype, scores[name].dtype)
@@ -187,7 +187,7 @@ def _topk(tensors: list[Tensor], counts: list[int], scope: str, dtype: torch.dty
     return crow, col
 
 
-def _counts(names: Sequence[str], shapes: Sequence[torch.Size], k: int | None, density: float | None, scope: str) -> list[int]:
+def selected_counts(names: Sequence[str], shapes: Sequence[torch.Size], k: int | None, density: float | None, scope: str) -> list[int]:
     """What the operator takes as `k`: one number, or one for each tensor."""
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
@@ -248,7 +248,7 @@ def select_mask(
     chosen = _chosen_names(new, old, names)
     shapes = [old[n].shape for n in chosen]
     CSRMask.check_layout(chosen, shapes)
-    counts = _counts(chosen, shapes, k, density, scope)
+    counts = selected_counts(chosen, shapes, k, density, scope)
     dtype = torch.float32
     for name in chosen:
         dtype = torch.promote_types(dtype, torch.promote_types(new[name].dtype, old[name].dtype))
@@ -329,7 +329,7 @@ def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: I
         for mapping, argument in ((old, "base"), (new, "tuned")):
             if name not in mapping:
                 raise ValueError(f"{argument} lacks tensor {name!r}")
-            _check_float(mapping[name], f"{argument}[{name!r}]")
+            check_float(mapping[name], f"{argument}[{name!r}]")
         if new[name].shape != old[name].shape:
             raise ValueError(f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base")
     _check_devices({n: old[n] for n in chosen}, "base")
@@ -395,7 +395,7 @@ def sparse_adamw(
     targets = mask.select(params, "params")
     dtype = targets[0].dtype
     for name, tensor in zip(mask.names, targets):
-        _check_float(tensor, f"params[{name!r}]")
+        check_float(tensor, f"params[{name!r}]")
         if tensor.dtype != dtype:
             raise ValueError(f"params[{name!r}] is {tensor.dtype}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed")
     state = torch.float64 if dtype == torch.float64 else torch.float32
@@ -431,11 +431,11 @@ def _gradients(grads: Mapping[str, Tensor] | Tensor, mask: CSRMask, dtype: torch
     """What the operator takes: dense gradients of one dtype, or one compact tensor."""
     if isinstance(grads, Tensor):
         mask.check_compact(grads, "grads")
-        _check_float(grads, "grads")
+        check_float(grads, "grads")
         return [grads.detach().contiguous()], True
     chosen = [g.detach() for g in mask.select(grads, "grads")]
     for name, gradient in zip(mask.names, chosen):
-        _check_float(gradient, f"grads[{name!r}]")
+        check_float(gradient, f"grads[{name!r}]")
     if any(g.dtype != dtype for g in chosen):
         chosen = [g.to(torch.float64 if dtype == torch.float64 else torch.float32) for g in chosen]
     return [g.contiguous() for g in chosen], False
@@ -595,7 +595,7 @@ def _check_int(value: object, name: str, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def _check_float(tensor: object, label: str) -> None:
+def check_float(tensor: object, label: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{label} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
@@ -616,7 +616,7 @@ def _check_finite(tensor: Tensor, label: str) -> None:
 
 
 def _check_matrix(tensor: object, label: str, min_dim: int = 2) -> None:
-    _check_float(tensor, label)
+    check_float(tensor, label)
     assert isinstance(tensor, Tensor)
     if tensor.dim() < min_dim:
         raise ValueError(f"{label} must have at least {min_dim} dimensions [..., m, n], got shape {list(tensor.shape)}")

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from deftx_kernels._ops import rows_and_columns
+from deftx_kernels._ops import column_dtype, rows_and_columns
 from deftx_kernels.delta import SparseDelta
+from deftx_kernels.functional import named_tensors
 from deftx_kernels.mask import CSRMask
 
 SFT_NAME = "pytorch_diff.bin"
@@ -115,12 +116,16 @@ def to_composable_sft(delta: SparseDelta, directory: str | os.PathLike) -> None:
 # ---- PEFT SHiRA ---------------------------------------------------------------------------------------------------------
 
 
-def from_peft_shira(directory: str | os.PathLike) -> SparseDelta:
-    """Read a SHiRA adapter that PEFT saved, as the differences of its modules' weights.
+def from_peft_shira(directory: str | os.PathLike, base: nn.Module | Mapping[str, Tensor] | None = None) -> SparseDelta:
+    """Read a SHiRA adapter that PEFT saved, as the differences of its modules' weights (PEFT's scaling is 1).
+
+    Args:
+        base: the base model or its tensors, for the shapes of the weights. The file holds only r * (in + out) = nnz; without `base`
+            a weight is taken to be square where that agrees with r and with the largest indices.
 
     Raises:
         FileNotFoundError: a file of the adapter is missing.
-        ValueError: it is damaged or no SHiRA adapter, or the shapes of its weights are not in it.
+        ValueError: it is damaged, no SHiRA adapter, or a weight's shape cannot be told without `base`.
     """
     folder = Path(directory)
     for name in (SHIRA_CONFIG, SHIRA_WEIGHTS):
@@ -133,4 +138,109 @@ def from_peft_shira(directory: str | os.PathLike) -> SparseDelta:
         raise ValueError(f"{folder} cannot be read: {error}") from error
     if config.get("peft_type") != "SHIRA":
         raise ValueError(f"{folder} holds a PEFT adapter of type {config.get('peft_type')!r}, not SHIRA")
-    return _shira_delta(folder, config, tensors)
+    shapes = {} if base is None else {n: t.shape for n, t in named_tensors(base, "base").items()}
+    differences, dense = {}, {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("base_model.model.")
+        if key.endswith(".shira_weight"):
+            module = name.removesuffix(".shira_weight")
+            index = tensors.get(key.removesuffix("weight") + "indices")
+            if index is None or index.shape != (2, len(tensor)):
+                raise ValueError(f"{folder}: the indices of {module!r} are missing or do not fit its {len(tensor)} values")
+            rows, columns = index.to(torch.int64)
+            size = shapes.get(f"{module}.weight") or _shira_shape(module, rows, columns, config["r"])
+            if len(tensor) and (int(index.min()) < 0 or int(rows.max()) >= size[0] or int(columns.max()) >= size[1]):
+                raise ValueError(f"{folder}: the indices of {module!r} do not fit a weight of shape {list(size)}")
+            differences[f"{module}.weight"] = (size, rows * size[1] + columns, tensor)
+        elif not key.endswith(".shira_indices"):
+            dense[name] = tensor  # modules_to_save, such as a head
+    if not differences:
+        raise ValueError(f"{folder} holds no shira_weight")
+    mask, values = _from_coordinates(differences)
+    facts = {"method": "shira", "source": "peft", "k": mask.nnz, "base_model": config.get("base_model_name_or_path")}
+    return SparseDelta(mask, values, dense, facts)
+
+
+def _shira_shape(module: str, rows: Tensor, columns: Tensor, r: int) -> torch.Size:
+    side, rest = divmod(len(rows), 2 * r)
+    if rest or int(rows.max()) >= side or int(columns.max()) >= side:
+        raise ValueError(f"the shape of {module!r} is not in a SHiRA adapter's files and is not square: give base=")
+    return torch.Size((side, side))
+
+
+def _from_coordinates(differences: Mapping[str, tuple[torch.Size, Tensor, Tensor]]) -> tuple[CSRMask, Tensor]:
+    """The mask and compact float32 values of name → (shape, row-major flat indices int64 [n], values [n]); duplicates are summed."""
+    names = sorted(differences)
+    keys, values, offset = [], [], 0
+    for name in names:
+        size, flat, value = differences[name]
+        flat, place = torch.unique(flat, return_inverse=True)
+        keys.append(flat + offset)
+        values.append(torch.zeros(len(flat), dtype=torch.float32).index_add_(0, place, value.to(torch.float32)))
+        offset += size.numel()
+    shapes = [differences[n][0] for n in names]
+    CSRMask.check_layout(names, shapes)
+    return CSRMask._from_keys(names, shapes, torch.cat(keys)), torch.cat(values)
+
+
+# ---- CSR matrices -------------------------------------------------------------------------------------------------------
+
+
+def from_csr(matrices: Mapping[str, Any]) -> tuple[CSRMask, Tensor]:
+    """Mask and compact values of CSR matrices of torch, SciPy or CuPy, all of one library and on one device.
+
+    Raises:
+        TypeError: something is not a CSR matrix.
+        ValueError: columns are out of range or occur twice in a row (SciPy: `sum_duplicates()` first).
+    """
+    names = sorted(matrices)
+    shapes, crow, cols, values = [], [], [], []
+    for name in names:
+        c, j, v, shape = _csr_parts(name, matrices[name])
+        order = torch.argsort(torch.repeat_interleave(torch.arange(shape[0], device=c.device), c.diff()) * shape[1] + j)
+        shapes.append(torch.Size(shape))
+        crow.append(c.diff())
+        cols.append(j[order])
+        values.append(v[order])
+    if not names:
+        raise ValueError("matrices: at least one is needed")
+    starts = torch.cat([crow[0].new_zeros(1), *crow]).cumsum(0)
+    return CSRMask(names, shapes, starts, torch.cat(cols).to(column_dtype(shapes))), torch.cat(values)
+
+
+def _csr_parts(name: str, matrix: Any) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+    """crow_indices, col_indices (int64), values and shape of a CSR matrix of any of the libraries."""
+    if isinstance(matrix, Tensor):
+        if matrix.layout != torch.sparse_csr or matrix.dim() != 2:
+            raise TypeError(f"matrices[{name!r}] must be a 2-D sparse CSR tensor, got layout {matrix.layout}")
+        return matrix.crow_indices().long(), matrix.col_indices().long(), matrix.values(), tuple(matrix.shape)
+    if getattr(matrix, "format", None) != "csr":
+        raise TypeError(f"matrices[{name!r}] must be a CSR matrix of torch, SciPy or CuPy, got {type(matrix).__name__}")
+    # torch.as_tensor takes NumPy arrays, and CuPy ones through their array interface, without a copy.
+    indptr, indices, data = (torch.as_tensor(a) for a in (matrix.indptr, matrix.indices, matrix.data))
+    return indptr.long(), indices.long(), data, tuple(matrix.shape)
+
+
+def to_scipy_csr(mask: CSRMask, name: str, compact: Tensor) -> Any:
+    """One tensor's entries, with values from `compact` [mask.nnz], as a scipy.sparse.csr_matrix."""
+    from scipy.sparse import csr_matrix
+
+    one, values = mask[name], mask.split(compact)[name]
+    arrays = (values.detach().cpu().numpy(), one.col_indices.cpu().to(torch.int64).numpy(), one.crow_indices.cpu().numpy())
+    return csr_matrix(arrays, shape=rows_and_columns(one.shapes[0]))
+
+
+def to_cupy_csr(mask: CSRMask, name: str, compact: Tensor) -> Any:
+    """The same as a cupyx.scipy.sparse.csr_matrix, sharing the values' memory on the GPU.
+
+    Raises:
+        ValueError: the mask is not on a CUDA device.
+    """
+    if mask.device.type != "cuda":
+        raise ValueError(f"mask must be on a CUDA device, it is on {mask.device}")
+    import cupy
+    from cupyx.scipy.sparse import csr_matrix
+
+    one, values = mask[name], mask.split(compact)[name]
+    arrays = (values.detach(), one.col_indices.to(torch.int32), one.crow_indices.to(torch.int32))
+    return csr_matrix(tuple(cupy.asarray(a) for a in arrays), shape=rows_and_columns(one.shapes[0]))

@@ -164,18 +164,16 @@ class CSRMask:
         shapes = [dense[n].shape for n in names]
         cls.check_layout(names, shapes)
         device = dense[names[0]].device
-        counts, columns_found = [], []
+        keys, offset = [], 0
         for name in names:
             tensor = dense[name]
             if tensor.dtype != torch.bool:
                 raise TypeError(f"dense[{name!r}] must be a bool tensor, got {tensor.dtype}")
             if tensor.device != device:
                 raise ValueError(f"dense[{name!r}] is on {tensor.device}, dense[{names[0]!r}] on {device}: one device is needed")
-            rows, columns = rows_and_columns(tensor.shape)
-            row, column = tensor.reshape(rows, columns).nonzero().unbind(1)
-            counts.append(torch.bincount(row, minlength=rows))
-            columns_found.append(column.to(torch.int32))
-        return cls._trusted(names, shapes, _crow(counts), torch.cat(columns_found))
+            keys.append(tensor.reshape(-1).nonzero().view(-1) + offset)
+            offset += tensor.numel()
+        return cls._from_keys(names, shapes, torch.cat(keys))
 
     def to_dense(self) -> dict[str, Tensor]:
         """Name → bool tensor, True at the entries."""
@@ -298,7 +296,6 @@ class CSRMask:
         if self.device != other.device:
             raise ValueError(f"masks are on {self.device} and {other.device}: move one with .to()")
         layout = self._common_layout(other)
-        names, offsets = [n for n in layout if n], list(layout.values())
         shapes = dict(zip(other.names, other.shapes)) | dict(zip(self.names, self.shapes))
         mine, theirs = self._keys(layout), other._keys(layout)
         if operation == "or":
@@ -306,15 +303,21 @@ class CSRMask:
         else:
             common = torch.isin(mine, theirs, assume_unique=True)
             keys = mine[common] if operation == "and" else mine[~common]
-        counts, columns_found = [], []
+        return CSRMask._from_keys(list(layout), [shapes[n] for n in layout], keys)
+
+    @classmethod
+    def _from_keys(cls, names: Sequence[str], shapes: Sequence[torch.Size], keys: Tensor) -> "CSRMask":
+        """From ascending int64 flat positions, the tensors standing one after the other (see `_keys`)."""
+        offsets = list(accumulate((s.numel() for s in shapes), initial=0))
         bounds = torch.searchsorted(keys, torch.tensor(offsets, device=keys.device)).tolist()
-        for i, name in enumerate(names):
-            rows, columns = rows_and_columns(shapes[name])
-            index = keys[bounds[i] : bounds[i + 1]] - offsets[i]
+        counts, columns_found = [], []
+        for shape, offset, start, end in zip(shapes, offsets, bounds, bounds[1:]):
+            rows, columns = rows_and_columns(shape)
+            index = keys[start:end] - offset
             row = index // max(columns, 1)
             counts.append(torch.bincount(row, minlength=rows))
             columns_found.append((index - row * columns).to(torch.int32))
-        return CSRMask._trusted(names, [shapes[n] for n in names], _crow(counts), torch.cat(columns_found))
+        return cls._trusted(names, shapes, _crow(counts), torch.cat(columns_found))
 
     def project(self, compact: Tensor, other: "CSRMask") -> Tensor:
         """A compact tensor of this mask as one of another mask [other.nnz]: entries that only the other has are 0."""
@@ -331,13 +334,13 @@ class CSRMask:
         return out
 
     def _common_layout(self, other: "CSRMask") -> dict[str, int]:
-        """Name → flat offset of the tensors of both masks, by name; the end stands under the empty name."""
+        """Name → flat offset of the tensors of both masks, one after the other by name."""
         shapes = dict(zip(self.names, self.shapes))
         for name, shape in zip(other.names, other.shapes):
             if shapes.setdefault(name, shape) != shape:
                 raise ValueError(f"tensor {name!r} has shape {list(shapes[name])} in one mask and {list(shape)} in the other")
         names = sorted(shapes)
-        return dict(zip([*names, ""], accumulate((shapes[n].numel() for n in names), initial=0)))
+        return dict(zip(names, accumulate((shapes[n].numel() for n in names), initial=0)))
 
     def __and__(self, other: "CSRMask") -> "CSRMask":
         """Entries of both. A mask has no entries in a tensor that it does not cover; the result covers the tensors of both."""

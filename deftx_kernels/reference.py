@@ -5,7 +5,7 @@ The argument conventions stand at the top of `_ops.py`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -69,27 +69,32 @@ def csr_add_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tenso
 # ---- exact top-k --------------------------------------------------------------------------------------------------------
 
 
-def _magnitude_bits(x: Tensor) -> Tensor:
+def magnitude_bits(x: Tensor) -> Tensor:
     """|x| as integers in the same order; infinity and NaN come last."""
     integer = _INTEGER[x.element_size()]
     return x.view(integer) & torch.iinfo(integer).max
 
 
-def _infinity_bits(dtype: torch.dtype) -> int:
-    return int(_magnitude_bits(torch.tensor([math.inf], dtype=dtype)))
+def infinity_bits(dtype: torch.dtype) -> int:
+    return int(magnitude_bits(torch.tensor([math.inf], dtype=dtype)))
 
 
-def _kth_magnitude(parts: Sequence[Tensor], k: int) -> tuple[int, int]:
-    """The bits of the k-th largest |x| over all parts, and how many entries equal to it belong to the first k (radix select)."""
+def kth_magnitude(parts: Sequence[Tensor], k: int, reduce: Callable[[Tensor], None] | None = None) -> tuple[int, int]:
+    """The bits of the k-th largest |x| over all parts, and how many entries equal to it belong to the first k (radix select).
+
+    `reduce` adds up the histogram int64 [65536] of each pass over a process group, in place: then the parts are those of all ranks.
+    """
     prefix, remaining = 0, k
     top = 8 * parts[0].element_size() - 16
     for shift in range(top, -1, -16):
         histogram = torch.zeros(1 << 16, dtype=torch.int64, device=parts[0].device)
         for chunk in (c for p in parts for c in p.view(-1).split(_CHUNK)):
-            bits = _magnitude_bits(chunk)
+            bits = magnitude_bits(chunk)
             if shift < top:
                 bits = bits[(bits >> (shift + 16)) == prefix]
             histogram += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16)
+        if reduce is not None:
+            reduce(histogram)
         from_the_top = histogram.flip(0).cumsum(0)
         position = int(torch.searchsorted(from_the_top, remaining))
         if position > 0:
@@ -98,11 +103,11 @@ def _kth_magnitude(parts: Sequence[Tensor], k: int) -> tuple[int, int]:
     return prefix, remaining
 
 
-def _take(x: Tensor, threshold: int, ties: int) -> tuple[Tensor, int]:
+def take(x: Tensor, threshold: int, ties: int) -> tuple[Tensor, int]:
     """Ascending flat indices of |x| above the threshold and of the first `ties` equal to it; the ties that are left."""
     found = []
     for start, chunk in zip(range(0, x.numel(), _CHUNK), x.view(-1).split(_CHUNK)):
-        bits = _magnitude_bits(chunk)
+        bits = magnitude_bits(chunk)
         index = (bits >= threshold).nonzero().view(-1)
         tied = bits[index] == threshold
         index = index[~tied | (tied.cumsum(0) <= ties)]
@@ -114,13 +119,13 @@ def _take(x: Tensor, threshold: int, ties: int) -> tuple[Tensor, int]:
 def _top_per_row(matrix: Tensor, k: int) -> Tensor:
     """Ascending flat indices of the k largest |x| of each row."""
     rows, columns = matrix.shape
-    order = _magnitude_bits(matrix).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    order = magnitude_bits(matrix).sort(dim=1, descending=True, stable=True).indices[:, :k]
     return (order.sort(dim=1).values + torch.arange(rows, device=matrix.device)[:, None] * columns).view(-1)
 
 
-def _first_bad(scores: Sequence[Tensor]) -> list[int]:
+def first_bad(scores: Sequence[Tensor]) -> list[int]:
     for i, score in enumerate(scores):
-        bad = _magnitude_bits(score).view(-1) >= _infinity_bits(score.dtype)
+        bad = magnitude_bits(score).view(-1) >= infinity_bits(score.dtype)
         if bool(bad.any()):
             return [i, int(bad.to(torch.uint8).argmax())]
     return [-1, -1]
@@ -130,20 +135,20 @@ def topk_mask(scores: Sequence[Tensor], k: Sequence[int], scope: str) -> tuple[T
     matrices = [_matrix(s) for s in scores]
     device = scores[0].device
     narrow = all(m.shape[1] <= 65_536 for m in matrices)
-    bad = torch.tensor(_first_bad(scores), device=device)
+    bad = torch.tensor(first_bad(scores), device=device)
     if int(bad[0]) >= 0:
         k = [0] * len(k)
     if scope == "global":
-        threshold, ties = _kth_magnitude(matrices, k[0]) if k[0] else (_infinity_bits(scores[0].dtype), 0)
+        threshold, ties = kth_magnitude(matrices, k[0]) if k[0] else (infinity_bits(scores[0].dtype), 0)
     counts, columns_found = [], []
     for i, matrix in enumerate(matrices):
         rows, columns = matrix.shape
         if scope == "global":
-            index, ties = _take(matrix, threshold, ties)
+            index, ties = take(matrix, threshold, ties)
         elif k[i] == 0 or matrix.numel() == 0:
             index = torch.empty(0, dtype=torch.int64, device=device)
         elif scope == "tensor":
-            index, _ = _take(matrix, *_kth_magnitude([matrix], k[i]))
+            index, _ = take(matrix, *kth_magnitude([matrix], k[i]))
         else:
             index = _top_per_row(matrix, k[i])
         row = index // max(columns, 1)
@@ -245,7 +250,7 @@ def svd_denoise(
         keep = round(residual_density * w.numel())
         if keep:
             residual = (w - low).contiguous()
-            index, _ = _take(residual, *_kth_magnitude([residual], keep))
+            index, _ = take(residual, *kth_magnitude([residual], keep))
             low.view(-1)[index] = w.reshape(-1)[index]  # L + H where H is kept
         denoised[i] = low.to(delta.dtype)
         ranks.append(r)

@@ -49,15 +49,22 @@ def tokenize_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_leng
 
     With `pack`, all texts are joined and cut into blocks of max_length tokens (the last, shorter one included).
     """
-    special = tokenizer.num_special_tokens_to_add()
     texts = list(dataset["text"])
-    encoded = tokenizer(texts, add_special_tokens=False, truncation=not pack, max_length=max_length - special)["input_ids"]
-    if pack:
-        size = max_length - special
-        joined = [token for text in encoded for token in text]
-        encoded = [joined[start : start + size] for start in range(0, len(joined), size)]
-    rows = [tokenizer.build_inputs_with_special_tokens(tokens) for tokens in encoded if tokens]
+    if not pack:
+        return Dataset.from_dict({"input_ids": tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]})
+    before, after = special_tokens_around(tokenizer)
+    joined = [token for text in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in text]
+    size = max_length - len(before) - len(after)
+    rows = [before + joined[start : start + size] + after for start in range(0, len(joined), size)]
     return Dataset.from_dict({"input_ids": rows})
+
+
+def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text, such as ([CLS], [SEP])."""
+    word = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    start = next(i for i in range(len(whole)) if whole[i : i + len(word)] == word)
+    return whole[:start], whole[start + len(word) :]
 
 
 @dataclass

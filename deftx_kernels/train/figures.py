@@ -1,0 +1,219 @@
+"""The figures of a report."""
+
+import re
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from deftx_kernels.functional import svd_denoise
+from deftx_kernels.mask import CSRMask
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
+COLORS = {"full": "#9ca3af", "deft-x": "#2563eb", "lt-sft": "#f59e0b", "lift": "#10b981"}
+STYLE = {
+    "figure.dpi": 160, "savefig.dpi": 160, "font.size": 9, "font.family": "DejaVu Sans", "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
+}  # fmt: skip
+LAYER = re.compile(r"^(?P<before>.*?)\.(?:layers?|h|blocks?)\.(?P<layer>\d+)\.(?P<kind>.*)$")
+MAX_SPECTRUM_LAYERS = 4
+
+
+def draw_all(run_dir: Path, config: dict, metrics: dict) -> dict[str, str]:
+    """Draw what the run has, as figures/*.png. Returns {name: path relative to the run folder}."""
+    folder = run_dir / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {}
+    with plt.rc_context(STYLE):
+        for name, draw in {"scores": scores, "costs": costs, "spectra": spectra, "density": density}.items():
+            figure = draw(run_dir, config, metrics)
+            if figure is not None:
+                figure.savefig(folder / f"{name}.tmp.png", bbox_inches="tight", facecolor="white")
+                (folder / f"{name}.tmp.png").replace(folder / f"{name}.png")
+                plt.close(figure)
+                drawn[name] = f"figures/{name}.png"
+    return drawn
+
+
+def scores(run_dir: Path, config: dict, metrics: dict):
+    """Macro-F1 by target language: a bar for full fine-tuning, and for each method alone (light) and composed (full colour)."""
+    from deftx_kernels.train.report import METHODS, language_name
+
+    targets = metrics["data"]["targets"]
+    values: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in metrics["scores"]:
+        values.setdefault((row["method"], row["kind"]), {}).setdefault(row["language"], []).append(row["macro_f1"])
+    series = [key for method in METHODS for kind in ("task", "composed") if (key := (method, kind)) in values]
+    figure, axes = plt.subplots(figsize=(max(5.5, 1.2 + 0.34 * len(series) * len(targets)), 3.2))
+    width = 0.8 / len(series)
+    for i, (method, kind) in enumerate(series):
+        at = np.arange(len(targets)) + (i - (len(series) - 1) / 2) * width
+        each = [values[method, kind][name] for name in targets]
+        label = METHODS[method] + ("" if method == "full" else ", task alone" if kind == "task" else ", task + language")
+        light = kind == "task" and method != "full"
+        means = [float(np.mean(v)) for v in each]
+        axes.bar(
+            at, means, width * 0.9, label=label, color=COLORS[method], alpha=0.38 if light else 1.0, linewidth=0,
+            yerr=[float(np.std(v, ddof=1)) for v in each] if len(each[0]) > 1 else None, error_kw={"ecolor": INK, "elinewidth": 0.8},
+        )  # fmt: skip
+        for x, mean in zip(at, means):
+            axes.annotate(f"{mean:.2f}".removeprefix("0"), (x, mean), (0, 2), textcoords="offset points", ha="center", fontsize=6.5, color=MUTED)
+    axes.set_xticks(range(len(targets)), [language_name(name) for name in targets], color=INK)
+    axes.set_ylabel("zero-shot macro-F1")
+    axes.yaxis.grid(True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(3, len(series)), fontsize=8)
+    return figure
+
+
+def costs(run_dir: Path, config: dict, metrics: dict):
+    """Dense against sparse: gradients, optimizer state, peak memory, step time."""
+    from deftx_kernels.train.report import METHODS
+
+    facts = metrics["costs"]
+    if facts is None:
+        return None
+    panels = [
+        ("gradients", lambda f: f["gradient_bytes"] / 1e6, "MB"),
+        ("optimizer state", lambda f: f["optimizer_state_bytes"] / 1e6, "MB"),
+        ("peak memory of training", lambda f: f["peak_bytes"] / 1e6, "MB"),
+        ("step time (median)", lambda f: f["step_seconds"]["p50"] * 1e3, "ms"),
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(9.5, 1.25), gridspec_kw={"wspace": 0.12})
+    names = ["full", facts["recipe"]]
+    for axis, (title, value, unit) in zip(axes, panels):
+        numbers = [value(facts["dense"]), value(facts["sparse"])]
+        axis.barh([1, 0], numbers, 0.62, color=[COLORS[name] for name in names])
+        for y, number in zip([1, 0], numbers):
+            inside = number > 0.6 * max(numbers)
+            axis.annotate(
+                f"{number:,.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}", (number, y), (-4 if inside else 4, 0),
+                textcoords="offset points", va="center", ha="right" if inside else "left", fontsize=8, color="white" if inside else INK,
+            )  # fmt: skip
+        axis.set_title(title, fontsize=9)
+        axis.set_xticks([])
+        axis.spines["bottom"].set_visible(False)
+        axis.set_yticks([1, 0], [METHODS[name] for name in names] if axis is axes[0] else ["", ""], color=INK)
+        axis.tick_params(length=0)
+        axis.set_xlim(0, max(numbers) * 1.02)
+    return figure
+
+
+def spectra(run_dir: Path, config: dict, metrics: dict):
+    """Cumulative energy of the singular values of theta1 - theta0, some layers of each kind of matrix, with the rank kept."""
+    vectors = [name for name in ("task", *(f"language-{name}" for name in metrics["data"]["targets"][:1]))]
+    vectors = [name for name in vectors if (run_dir / "phases" / name / "dense/model").is_dir()]
+    if not vectors or "deft-x" not in config["recipes"]:
+        return None
+    starts = {name: run_dir / "phases" / ("base" if name == "task" else "mlm-head/model") for name in vectors}
+    tables = {name: difference_matrices(starts[name], run_dir / "phases" / name / "dense/model") for name in vectors}
+    kinds = list(dict.fromkeys(kind for table in tables.values() for kind, _ in table))
+    figure, axes = plt.subplots(len(vectors), len(kinds), figsize=(2.0 * len(kinds), 2.1 * len(vectors)), sharey=True, squeeze=False)
+    layers = sorted({layer for table in tables.values() for _, layer in table})
+    colors = dict(zip(layers, plt.get_cmap("viridis")(np.linspace(0.05, 0.88, len(layers)))))
+    for row, vector in enumerate(vectors):
+        selection = config["task" if vector == "task" else "language"]["selection"]
+        rule = {"rank": selection["rank"], "energy": selection["energy"]}
+        _, info = svd_denoise({f"{kind} {layer}": delta for (kind, layer), delta in tables[vector].items()}, return_info=True, **rule)
+        for (kind, layer), delta in tables[vector].items():
+            axis = axes[row][kinds.index(kind)]
+            squares = torch.linalg.svdvals(delta.double()).square()
+            share = (squares.cumsum(0) / squares.sum()).numpy()
+            kept = int(info[f"{kind} {layer}"]["rank"])
+            axis.plot(np.arange(1, len(share) + 1), share, color=colors[layer], linewidth=1.3, label=f"layer {layer}")
+            axis.plot(kept, share[kept - 1], "o", color=colors[layer], markersize=4.5, markeredgecolor="white", markeredgewidth=0.7)
+            axis.annotate(f"r = {kept}", (kept, share[kept - 1]), (5, -3 - 8 * layers.index(layer)), textcoords="offset points", fontsize=6, color=colors[layer])
+        for axis, kind in zip(axes[row], kinds):
+            axis.set_title(kind if row == 0 else "", fontsize=8)
+            axis.set_ylim(0, 1.03)
+            axis.set_xscale("log")
+            axis.grid(True, color=GRID, linewidth=0.7)
+            if rule["energy"] is not None:
+                axis.axhline(rule["energy"], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes[row][0].set_ylabel(f"{vector.replace('-', ' ')}\nshare of Σσ²", fontsize=8)
+    figure.supxlabel("singular values kept (log scale); dots: rank of the signal", fontsize=8, color=MUTED)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(labels), fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def short_kind(kind: str) -> str:
+    """ "attention.self.query.weight" → "query"."""
+    names = {"attention.output.dense": "attention output", "intermediate.dense": "intermediate", "output.dense": "output"}
+    stem = kind.removesuffix(".weight")
+    return names.get(stem, stem.rsplit(".", 1)[-1])
+
+
+def difference_matrices(start: Path, tuned: Path) -> dict[tuple[str, int], torch.Tensor]:
+    """{(kind, layer): theta1 - theta0} for the weight matrices of at most four layers, evenly chosen."""
+    found = {}
+    with safe_open(start / "model.safetensors", "pt") as old, safe_open(tuned / "model.safetensors", "pt") as new:
+        names = {name: match for name in new.keys() if (match := LAYER.match(name)) and name.endswith(".weight")}
+        layers = sorted({int(match["layer"]) for match in names.values()})
+        picks = {layers[round(i)] for i in np.linspace(0, len(layers) - 1, min(MAX_SPECTRUM_LAYERS, len(layers)))} if layers else set()
+        for name, match in names.items():
+            if int(match["layer"]) in picks and len(new.get_slice(name).get_shape()) == 2:
+                found[short_kind(match["kind"]), int(match["layer"])] = new.get_tensor(name) - old.get_tensor(name)
+    order = ("query", "key", "value", "attention output", "intermediate", "output")
+    return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]) if item[0][0] in order else 99, item[0])))
+
+
+def density(run_dir: Path, config: dict, metrics: dict):
+    """Heat maps: density of each method's mask by layer and kind of tensor, task and first language."""
+    vectors = ["task", *(f"language-{name}" for name in metrics["data"]["targets"][:1])]
+    paths = {
+        (vector, recipe): path
+        for vector in vectors
+        for recipe in config["recipes"]
+        for folder in (vector, f"{vector}-{recipe}")
+        if (path := run_dir / "phases" / folder / recipe / "mask.safetensors").is_file()
+    }
+    if not paths:
+        return None
+    from deftx_kernels.train.report import METHODS
+
+    tables = {key: mask_densities(CSRMask.load(path)) for key, path in paths.items()}
+    rows = list(dict.fromkeys(kind for table in tables.values() for kind, _ in table))
+    columns = sorted({layer for table in tables.values() for _, layer in table})
+    top = max(value for table in tables.values() for value in table.values())
+    figure, axes = plt.subplots(
+        1, len(tables), figsize=(1.9 + (0.55 + 0.34 * len(columns)) * len(tables), 0.9 + 0.24 * len(rows)), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, ((vector, recipe), table) in zip(axes[0], tables.items()):
+        grid = np.full((len(rows), len(columns)), np.nan)
+        for (kind, layer), value in table.items():
+            grid[rows.index(kind), columns.index(layer)] = value * 100
+        image = axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=top * 100, aspect="auto")
+        axis.set_title(f"{METHODS[recipe]}\n{vector.replace('-', ' ')}", fontsize=8)
+        axis.set_xticks(range(len(columns)), ["–" if layer < 0 else str(layer) for layer in columns], fontsize=7)
+        axis.set_yticks(range(len(rows)), rows, fontsize=7)
+        axis.tick_params(length=0)
+        axis.set_xlabel("layer", fontsize=8)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    figure.colorbar(image, ax=axes[0], label="entries trained, %", fraction=0.06, pad=0.02).outline.set_visible(False)
+    return figure
+
+
+def mask_densities(mask: CSRMask) -> dict[tuple[str, int], float]:
+    """{(kind of tensor, layer): density}; -1 stands for tensors outside the layers."""
+    counts: dict[tuple[str, int], list[int]] = {}
+    for name, facts in mask.summary().items():
+        match = LAYER.match(name)
+        suffix = " (bias)" if name.endswith(".bias") else ""
+        stem = (match["kind"] if match else name).removesuffix(".bias").removesuffix(".weight")
+        key = (short_kind(stem) + suffix, int(match["layer"]) if match else -1)
+        total = counts.setdefault(key, [0, 0])
+        total[0] += facts["nnz"]
+        total[1] += facts["numel"]
+    ordered = sorted(counts, key=lambda key: (key[0].endswith("(bias)"), key[1] >= 0, key[0]))
+    return {key: counts[key][0] / max(1, counts[key][1]) for key in ordered}

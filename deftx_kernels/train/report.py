@@ -1,0 +1,202 @@
+"""The run's report: report.md with its figures, and the tables on the terminal."""
+
+import os
+import statistics
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from deftx_kernels.train import figures
+
+METHODS = {"full": "full fine-tuning", "deft-x": "DeFT-X", "lt-sft": "LT-SFT", "lift": "LIFT"}
+KINDS = {"task": "task vector alone", "composed": "task + language vector"}
+
+
+def score_rows(metrics: dict) -> tuple[list[str], list[tuple[str, dict[str, list[float]]]]]:
+    """(target languages, [(label, {language: macro-F1 of each seed})]), in the order of the table."""
+    targets = metrics["data"]["targets"]
+    rows: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for score in metrics["scores"]:
+        rows.setdefault((score["method"], score["kind"]), {}).setdefault(score["language"], []).append(score["macro_f1"])
+    order = {method: i for i, method in enumerate(METHODS)}
+    keys = sorted(rows, key=lambda key: (key[1] == "composed", order[key[0]]))
+    keys = sorted(keys, key=lambda key: order[key[0]])
+    return targets, [(row_label(method, kind), rows[method, kind]) for method, kind in keys]
+
+
+def row_label(method: str, kind: str) -> str:
+    """ "DeFT-X, task + language vector"."""
+    return METHODS[method] if method == "full" else f"{METHODS[method]}, {KINDS[kind]}"
+
+
+def mean_of(values: dict[str, list[float]], languages: list[str]) -> list[float]:
+    """The mean over languages, for each seed."""
+    return [statistics.fmean(column) for column in zip(*(values[name] for name in languages))]
+
+
+def show(values: list[float]) -> str:
+    """.361, or .361 ± .012 (standard deviation over seeds)."""
+    text = f"{statistics.fmean(values):.3f}".removeprefix("0")
+    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.3f}".replace("± 0", "± ")
+
+
+def score_table(metrics: dict) -> list[list[str]]:
+    """Header and rows of macro-F1 by target language."""
+    targets, rows = score_rows(metrics)
+    table = [["", *map(language_name, targets), "mean"]]
+    for label, values in rows:
+        table.append([label, *(show(values[name]) for name in targets), show(mean_of(values, targets))])
+    return table
+
+
+def gain_lines(metrics: dict) -> list[str]:
+    """One sentence per method: what adding the language vector changed."""
+    targets, rows = score_rows(metrics)
+    values = dict(rows)
+    lines = []
+    for method in METHODS:
+        alone, composed = values.get(row_label(method, "task")), values.get(row_label(method, "composed"))
+        if method == "full" or not alone or not composed:
+            continue
+        gains = {name: statistics.fmean(composed[name]) - statistics.fmean(alone[name]) for name in targets}
+        each = ", ".join(f"{language_name(name)} {gain:+.3f}" for name, gain in gains.items())
+        lines.append(f"{METHODS[method]}: adding the language vector changed macro-F1 by {each} (mean {statistics.fmean(gains.values()):+.3f}).")
+    return lines
+
+
+def cost_table(metrics: dict) -> list[list[str]] | None:
+    """Header and rows of the dense and the sparse training step."""
+    costs = metrics["costs"]
+    if costs is None:
+        return None
+    dense, sparse = costs["dense"], costs["sparse"]
+    rows = [
+        ("entries trained", "trained_entries", lambda v: f"{v:,}"),
+        ("bytes of gradients", "gradient_bytes", megabytes),
+        ("bytes of optimizer state", "optimizer_state_bytes", megabytes),
+        ("peak memory of training", "peak_bytes", megabytes),
+    ]
+    table = [["", "full fine-tuning", METHODS[costs["recipe"]], "ratio"]]
+    for label, key, text in rows:
+        table.append([label, text(dense[key]), text(sparse[key]), ratio(dense[key], sparse[key])])
+    a, b = dense["step_seconds"]["p50"], sparse["step_seconds"]["p50"]
+    table.append(["step time, median", f"{a * 1e3:.0f} ms", f"{b * 1e3:.0f} ms", ratio(a, b)])
+    return table
+
+
+def phase_table(metrics: dict) -> list[list[str]]:
+    """Header and rows of the phases as they ran."""
+    table = [["vector", "phase", "steps", "entries trained", "selection", "gradients", "optimizer state", "median step", "final loss"]]
+    for phase in metrics["phases"]:
+        if phase["seed"] != metrics["phases"][0]["seed"]:
+            continue
+        selection = phase.get("selection")
+        step = phase["median_step_seconds"]
+        table.append([
+            phase["vector"], "dense" if phase["method"] == "dense" else f"{METHODS[phase['method']]}, sparse", str(phase["steps"]),
+            f"{phase['trained_entries']:,}", "–" if selection is None else f"{selection['seconds']:.2f} s",
+            megabytes(phase["gradient_bytes"]), megabytes(phase["optimizer_state_bytes"]),
+            "–" if step is None else f"{step * 1e3:.0f} ms", f"{phase['loss'][-1][1]:.3f}" if phase["loss"] else "–",
+        ])  # fmt: skip
+    return table
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def ratio(a: float, b: float) -> str:
+    return f"{a / b:.1f}×" if b else "–"
+
+
+def language_name(code: str) -> str:
+    """English name of a CLDR code, or the name as it is."""
+    try:
+        from babel import Locale
+
+        return Locale.parse(code).get_display_name("en") or code
+    except Exception:  # not a CLDR code, such as a folder's name
+        return code.capitalize()
+
+
+def markdown(table: list[list[str]]) -> str:
+    """A Markdown table; the first row is the header, the first column is text."""
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    lines.insert(1, "|" + "|".join(["---"] + ["---:"] * (len(table[0]) - 1)) + "|")
+    return "\n".join(lines)
+
+
+def write(run_dir: Path, config: dict, metrics: dict) -> None:
+    """Write figures/ and report.md (atomically)."""
+    pictures = figures.draw_all(run_dir, config, metrics)
+    part = run_dir / "report.md.tmp"
+    part.write_text(text(config, metrics, pictures), encoding="utf-8")
+    os.replace(part, run_dir / "report.md")
+
+
+def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
+    """The report as Markdown."""
+    data, seeds = metrics["data"], config["seeds"]
+    sources, targets = (", ".join(map(language_name, data[key])) for key in ("sources", "targets"))
+    tests = ", ".join(f"{language_name(name)} {count}" for name, count in data["test"].items())
+    parts = [
+        "# Composable sparse fine-tuning",
+        f"Model `{config['model']}` · {data['task']} into {len(data['labels'])} classes ({', '.join(data['labels'])}) · labelled: {sources} "
+        f"({data['train']:,} examples) · targets without labels: {targets} · {len(seeds)} seed{'s' if len(seeds) > 1 else ''} "
+        f"({', '.join(map(str, seeds))}).",
+        "## Zero-shot macro-F1",
+        markdown(score_table(metrics)),
+        f"Test examples: {tests}. {seed_note(len(seeds))}",
+        *gain_lines(metrics),
+        picture(pictures, "scores", "Macro-F1 by target language and method"),
+    ]
+    if (table := cost_table(metrics)) is not None:
+        costs = metrics["costs"]
+        parts += [
+            "## What a training step costs",
+            markdown(table),
+            f"The task's training step on the same {costs['dense']['steps']} batches, each column in a fresh process "
+            f"({costs['dense']['device']}, {costs['dense']['threads']} threads). Gradients and optimizer state are counted from the "
+            f"tensors. Peak memory: {costs['dense']['peak_bytes_are']}.",
+            picture(pictures, "costs", "Cost of a training step, dense and sparse"),
+        ]
+    parts += [
+        "## What was selected",
+        picture(pictures, "spectra", "Singular values of the difference matrices"),
+        picture(pictures, "density", "Density of the masks by layer and tensor"),
+        "## Phases",
+        markdown(phase_table(metrics)),
+        "Step times are those of the run itself. The dense phase of a vector is shared by DeFT-X and LT-SFT.",
+        f"Settings: [config.json](config.json). All numbers: [metrics.json](metrics.json). Time: {metrics['seconds']:.0f} s.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def seed_note(seeds: int) -> str:
+    if seeds == 1:
+        return "One seed: differences of a few hundredths are within what another seed would change."
+    return f"Mean ± standard deviation over {seeds} seeds."
+
+
+def picture(pictures: dict[str, str], name: str, caption: str) -> str:
+    return f"![{caption}]({pictures[name]})" if name in pictures else ""
+
+
+def print_tables(metrics: dict, console: Console) -> None:
+    """The scores and the costs on the terminal."""
+    console.print(rich_table("Zero-shot macro-F1", score_table(metrics)))
+    if (table := cost_table(metrics)) is not None:
+        console.print(rich_table("A training step", table))
+    for line in gain_lines(metrics):
+        console.print(line)
+    console.print(seed_note(len({score["seed"] for score in metrics["scores"]})))
+
+
+def rich_table(title: str, rows: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
