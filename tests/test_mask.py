@@ -1,0 +1,227 @@
+"""CSRMask: layout, gather/scatter/add, set operations, files, bad input."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from deftx_kernels import CSRMask, topk_mask
+
+SHAPES = st.lists(
+    st.sampled_from([(), (1,), (0,), (7,), (3, 5), (1, 9), (4, 0), (0, 4), (2, 3, 4), (2, 1, 2, 3)]), min_size=1, max_size=5
+)
+
+
+def random_dense(shapes, seed, density=0.4):
+    generator = torch.Generator().manual_seed(seed)
+    # names against the order of the mapping: the layout must not depend on it
+    return {f"t{9 - i}": torch.rand(s, generator=generator) < density for i, s in enumerate(shapes)}
+
+
+def flat(dense):
+    """The oracle's view of named tensors: one vector, by name."""
+    return np.concatenate([dense[n].numpy().reshape(-1) for n in sorted(dense)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.integers(0, 99), st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64]))
+def test_gather_scatter_add_against_numpy(shapes, seed, dtype):
+    dense = random_dense(shapes, seed)
+    mask = CSRMask.from_dense(dense)
+    selected = flat(dense)
+    assert mask.nnz == selected.sum()
+    assert mask.numel == len(selected)
+    back = mask.to_dense()
+    assert all(torch.equal(back[n], dense[n]) for n in dense)
+    generator = torch.Generator().manual_seed(seed + 1)
+    tensors = {n: torch.randint(-50, 50, t.shape, generator=generator).to(dtype) for n, t in dense.items()}
+    before = flat({n: t.double() for n, t in tensors.items()})
+    compact = mask.gather(tensors)
+    assert compact.dtype == dtype
+    assert np.array_equal(compact.double().numpy(), before[selected])
+    if dtype.is_floating_point:
+        mask.add_(tensors, compact, alpha=2)
+        assert np.array_equal(flat({n: t.double() for n, t in tensors.items()}), np.where(selected, 3 * before, before))
+    mask.scatter_(tensors, compact * 0 + 7)
+    assert np.array_equal(flat({n: t.double() for n, t in tensors.items()}), np.where(selected, 7, before))
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.integers(0, 99))
+def test_set_operations_against_bool_tensors(shapes, seed):
+    a, b = random_dense(shapes, seed), random_dense(shapes, seed + 1)
+    x, y = CSRMask.from_dense(a), CSRMask.from_dense(b)
+    assert x & y == CSRMask.from_dense({n: a[n] & b[n] for n in a})
+    assert x | y == CSRMask.from_dense({n: a[n] | b[n] for n in a})
+    assert x - y == CSRMask.from_dense({n: a[n] & ~b[n] for n in a})
+    assert (x == y) == all(torch.equal(a[n], b[n]) for n in a)
+    assert (x - x).nnz == 0
+    values = torch.arange(1.0, x.nnz + 1)
+    expected = y.gather({n: t.float() for n, t in x.scatter_({n: torch.zeros(s) for n, s in zip(x.names, x.shapes)}, values).items()})
+    assert torch.equal(x.project(values, y), expected)
+
+
+def test_masks_of_different_tensors_are_united():
+    a, b = CSRMask.from_dense({"a": torch.tensor([True, False])}), CSRMask.from_dense({"b": torch.eye(2, dtype=torch.bool)})
+    assert (a | b).names == ("a", "b")
+    assert (a | b).nnz == 3
+    assert (a & b).nnz == 0
+    assert ((a | b) - b).to_dense()["a"].tolist() == [True, False]
+    with pytest.raises(ValueError, match="'a' has shape"):
+        _ = a | CSRMask.from_dense({"a": torch.ones(3, dtype=torch.bool)})
+
+
+def test_layout_is_by_name_and_the_mapping_order_does_not_matter():
+    dense = {"b": torch.tensor([[True, False], [True, True]]), "a": torch.tensor([False, True])}
+    mask = CSRMask.from_dense(dense)
+    assert mask.names == ("a", "b")
+    assert mask.crow_indices.tolist() == [0, 1, 2, 4]
+    assert mask.col_indices.tolist() == [1, 0, 0, 1]
+    assert mask == CSRMask.from_dense(dict(reversed(dense.items())))
+    assert mask.summary()["b"] == {"shape": (2, 2), "numel": 4, "nnz": 3, "density": 0.75}
+
+
+def test_wide_tensors_have_int32_columns():
+    """spops' int16 columns overflow above 32,767; ours are uint16 up to 65,536 columns, then int32."""
+    for width, dtype in ((40_000, torch.uint16), (65_536, torch.uint16), (65_537, torch.int32)):
+        scores = torch.zeros(2, width)
+        scores[1, width - 1] = 1
+        scores[0, 33_000] = 2
+        mask = topk_mask({"w": scores}, k=2)
+        assert mask.col_indices.dtype == dtype
+        assert mask.col_indices.tolist() == [33_000, width - 1]
+        assert mask["w"].gather({"w": scores}).tolist() == [2, 1]
+
+
+def test_mixed_dtypes_and_non_contiguous_tensors():
+    mask = CSRMask.from_dense({"a": torch.eye(3, dtype=torch.bool), "b": torch.ones(2, dtype=torch.bool)})
+    base = torch.arange(9.0).view(3, 3)
+    tensors = {"a": base.t(), "b": torch.tensor([1.0, 2.0], dtype=torch.bfloat16)}
+    compact = mask.gather(tensors)
+    assert compact.dtype == torch.float32
+    assert compact.tolist() == [0, 4, 8, 1, 2]
+    mask.add_(tensors, torch.ones(5))
+    assert base.tolist() == [[1, 1, 2], [3, 5, 5], [6, 7, 9]]  # written through the transposed view
+    assert tensors["b"].tolist() == [2, 3]
+
+
+def test_writes_into_leaf_parameters_and_bumps_their_version():
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    mask = CSRMask.from_dense({"p": torch.tensor([True, False, True])})
+    version = parameter._version
+    mask.add_({"p": parameter}, torch.ones(2))
+    assert parameter.tolist() == [1, 0, 1]
+    assert parameter._version > version
+
+
+def test_sub_masks_split_and_csr():
+    dense = random_dense([(3, 4), (5,), (2, 3, 4)], 3)
+    mask = CSRMask.from_dense(dense)
+    values = torch.arange(float(mask.nnz))
+    parts = mask.split(values)
+    assert list(parts) == list(mask.names)
+    for name in mask.names:
+        assert mask[name] == CSRMask.from_dense({name: dense[name]})
+        assert parts[name].data_ptr() == values.data_ptr() + 4 * int(parts[name][0]) if len(parts[name]) else True
+        matrix = mask.sparse_csr(name, values).to_dense()
+        expected = torch.zeros(matrix.shape).masked_scatter_(dense[name].reshape(matrix.shape), parts[name])
+        assert torch.equal(matrix, expected)
+    assert mask.restrict(mask.names[1:]) == CSRMask.from_dense({n: dense[n] for n in mask.names[1:]})
+
+
+def test_save_load_fingerprint_copy(tmp_path):
+    mask = CSRMask.from_dense(random_dense([(3, 4), (70_000,)], 5))
+    mask.save(tmp_path / "mask.safetensors")
+    again = CSRMask.load(tmp_path / "mask.safetensors")
+    assert again == mask
+    assert hash(again) == hash(mask)
+    assert again.fingerprint() == mask.fingerprint()
+    assert (mask - mask).fingerprint() != mask.fingerprint()
+    assert copy.deepcopy(mask) == mask
+    assert [p.name for p in tmp_path.iterdir()] == ["mask.safetensors"]
+    with pytest.raises(AttributeError, match="immutable"):
+        mask.names = ()
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "mask.safetensors"
+    mask = CSRMask.from_dense({"a": torch.ones(3, dtype=torch.bool)})
+    mask.save(path)
+    before = path.read_bytes()
+
+    def fail(*args, **kwargs):
+        path.with_name(path.name + ".partial").write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("deftx_kernels.mask.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        (mask - mask).save(path)
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_load_refuses_what_is_no_mask(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(FileNotFoundError):
+        CSRMask.load(path)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="not a readable"):
+        CSRMask.load(path)
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="not a CSRMask file"):
+        CSRMask.load(path)
+    good = CSRMask.from_dense({"a": torch.ones(2, 3, dtype=torch.bool)})
+    metadata = {"format": "deftx_csr_mask", "layout": json.dumps({"names": ["a"], "shapes": [[2, 3]]})}
+    col = good.col_indices.clone()
+    col[1] = 9
+    save_file({"crow_indices": good.crow_indices, "col_indices": col}, path, metadata=metadata)
+    with pytest.raises(ValueError, match="'a' has 3 columns"):
+        CSRMask.load(path)
+
+
+@pytest.mark.parametrize(
+    ("crow", "col", "message"),
+    [
+        ([0, 2, 1], [0, 1], "rise from 0"),
+        ([0, 1, 3], [0, 1], "rise from 0"),
+        ([0, 1], [0], r"int64 \[3\]"),
+        ([0, 2, 2], [1, 0], "strictly ascending"),
+        ([0, 2, 2], [1, 1], "strictly ascending"),
+        ([0, 1, 2], [0, 3], "outside"),
+    ],
+)
+def test_construction_is_validated(crow, col, message):
+    with pytest.raises(ValueError, match=message):
+        CSRMask(["a"], [(2, 3)], torch.tensor(crow), torch.tensor(col).to(torch.uint16))
+
+
+def test_bad_arguments_name_the_tensor_and_change_nothing():
+    mask = CSRMask.from_dense({"a": torch.ones(2, 2, dtype=torch.bool), "b": torch.ones(3, dtype=torch.bool)})
+    good = {"a": torch.zeros(2, 2), "b": torch.zeros(3)}
+    with pytest.raises(ValueError, match="lacks tensor 'b'"):
+        mask.gather({"a": good["a"]})
+    with pytest.raises(ValueError, match=r"tensors\['b'\] has shape \[4\]"):
+        mask.scatter_({"a": good["a"], "b": torch.zeros(4)}, torch.ones(7))
+    with pytest.raises(ValueError, match=r"compact must be compact, \[nnz\] = \[7\]"):
+        mask.add_(good, torch.ones(6))
+    with pytest.raises(TypeError, match=r"tensors\['b'\] must be a torch.Tensor"):
+        mask.gather({"a": good["a"], "b": [1, 2, 3]})
+    with pytest.raises(TypeError, match=r"tensors\['b'\] must be floating point"):
+        mask.add_({"a": good["a"], "b": torch.zeros(3, dtype=torch.int64)}, torch.ones(7))
+    with pytest.raises(TypeError, match="must be a mapping"):
+        mask.gather([good["a"], good["b"]])
+    with pytest.raises(TypeError, match=r"dense\['a'\] must be a bool tensor"):
+        CSRMask.from_dense({"a": torch.ones(3)})
+    with pytest.raises(ValueError, match="at least one tensor"):
+        CSRMask.from_dense({})
+    with pytest.raises(KeyError, match="no tensor 'c'"):
+        mask["c"]
+    with pytest.raises(ValueError, match="on meta"):
+        mask.gather({"a": good["a"], "b": torch.zeros(3, device="meta")})
+    assert not good["a"].any()
+    assert not good["b"].any()
