@@ -105,6 +105,9 @@ def svd_denoise(
 
 
 def _denoise_one(tensor, rank, energy, residual_density, oversample, n_iter, generator) -> tuple[Tensor, dict[str, Tensor]]:
+    if tensor.numel() == 0:
+        batch = tensor.new_zeros(tensor.shape[:-2], dtype=torch.int64)
+        return tensor.clone(), {"rank": batch, "energy": torch.ones_like(batch, dtype=torch.float64)}
     batch = tensor.reshape(-1, *tensor.shape[-2:]).contiguous()
     rule, fixed, test_matrix = "energy", 0, None
     if rank == GAVISH_DONOHO:

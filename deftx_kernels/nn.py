@@ -36,11 +36,11 @@ class Masked(nn.Module):
 
     masks: dict[str, CSRMask]
 
-    def own(self, leaf: str, values: nn.Parameter, mask: CSRMask) -> None:
-        """Give the parameter `leaf` compact values, and freeze it."""
+    def own(self, leaf: str, values: nn.Parameter, mask: CSRMask, required_grad: bool) -> None:
+        """Give the parameter `leaf` compact values, and freeze it; `densify` sets `required_grad` again."""
         self.__dict__.setdefault("masks", {})[leaf] = mask
         self.register_parameter(values_name(leaf), values)
-        self.__dict__.setdefault("_required_grad", {})[leaf] = self._parameters[leaf].requires_grad  # type: ignore[union-attr]
+        self.__dict__.setdefault("_required_grad", {})[leaf] = required_grad
         self._parameters[leaf].requires_grad_(False)  # type: ignore[union-attr]
         _OWNERS.add(self)
 
@@ -153,6 +153,7 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
         if not tensor.is_floating_point():
             raise TypeError(f"model's tensor {name!r} must be floating point, got {tensor.dtype}")
     name_of = {id(t): n for n, t in zip(mask.names, tensors)}
+    required_grad = {n: t.requires_grad for n, t in zip(mask.names, tensors)}
     values = _flat_values(mask, tensors)
     slow: set[str] = set()
     for module in list(model.modules()):
@@ -166,7 +167,7 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
         module.__dict__["_dense_class"] = type(module)
         module.__class__ = masked_class
         for leaf, name in owned.items():
-            module.own(leaf, values[name], mask[name])  # type: ignore[operator]
+            module.own(leaf, values[name], mask[name], required_grad[name])  # type: ignore[operator]
     if slow:
         warnings.warn(
             f"{len(slow)} masked tensors belong to no Linear, Embedding or Conv1D weight or bias and are trained through a dense "

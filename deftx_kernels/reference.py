@@ -153,10 +153,10 @@ def topk_mask(scores: Sequence[Tensor], k: Sequence[int], scope: str) -> tuple[T
             index = _top_per_row(matrix, k[i])
         row = index // max(columns, 1)
         counts.append(torch.bincount(row, minlength=rows))
-        columns_found.append((index - row * columns).to(torch.uint16 if narrow else torch.int32))
+        columns_found.append((index - row * columns).to(torch.int32))
     crow_indices = torch.zeros(sum(m.shape[0] for m in matrices) + 1, dtype=torch.int64, device=device)
     torch.cumsum(torch.cat(counts), 0, out=crow_indices[1:])
-    return crow_indices, torch.cat(columns_found), bad
+    return crow_indices, torch.cat(columns_found).to(torch.uint16 if narrow else torch.int32), bad
 
 
 # ---- truncated SVD ------------------------------------------------------------------------------------------------------
@@ -359,5 +359,5 @@ def masked_embedding_grad(
     row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
     within = torch.arange(len(row), device=rows.device) - (counts.cumsum(0) - counts)[row]
     place = start[row] + within
-    out[place] = sums[row, col_indices[place].to(torch.int64)].to(dtype)
+    out[place] = sums[row, col_indices.to(torch.int64)[place]].to(dtype)
     return out

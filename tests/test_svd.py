@@ -161,6 +161,14 @@ def test_structures_dtypes_and_vectors():
         torch.testing.assert_close(svd_denoise(batch, energy=0.7)[i], svd_denoise(batch[i], energy=0.7))
 
 
+def test_empty_matrices():
+    for shape in ((0, 5), (5, 0), (2, 0, 3), (0, 3, 4)):
+        result, info = svd_denoise(torch.empty(shape), energy=0.9, return_info=True)
+        assert result.shape == shape
+        assert info["rank"].shape == shape[:-2]
+        assert truncated_svd(torch.empty(shape), 2)[1].shape == (*shape[:-2], min(2, *shape[-2:]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -1,0 +1,104 @@
+"""Group-wide selection and masks over two gloo processes, and DDP over a sparsified model."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import deftx_kernels as dk
+from deftx_kernels import distributed
+
+WORLD = 2
+
+
+def run(function, tmp_path):
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_entry, args=(function, port, str(tmp_path)), nprocs=WORLD)
+
+
+def _entry(rank, function, port, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    try:
+        function(rank, folder)
+    finally:
+        dist.destroy_process_group()
+
+
+def tied_scores():
+    generator = torch.Generator().manual_seed(0)
+    return {"b": torch.randint(-5, 5, (7, 6), generator=generator).float(), "a": torch.randint(-5, 5, (9,), generator=generator).float(), "c": torch.zeros(1, 3)}
+
+
+def _selection(rank, folder):
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    full = tied_scores()
+    local = {n: torch.tensor_split(t, WORLD)[rank] for n, t in full.items()}
+    for k in (0, 1, 10, 33, 54):
+        assert distributed.topk_mask(local, k=k) == dk.topk_mask(full, k=k), k
+    for dtype in (torch.bfloat16, torch.float64):
+        got = distributed.topk_mask({n: t.to(dtype) for n, t in local.items()}, density=0.4)
+        assert got == dk.topk_mask({n: t.to(dtype) for n, t in full.items()}, density=0.4)
+    mask = dk.topk_mask(full, k=20)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    sharded = {n: distribute_tensor(t, mesh, [Shard(0)]) for n, t in full.items()}
+    assert distributed.topk_mask(sharded, k=20) == mask
+    mine = distributed.local_mask(mask, sharded)
+    for name, dense in mask.to_dense().items():
+        chunks = torch.chunk(dense, WORLD)
+        expected = chunks[rank] if rank < len(chunks) else dense[:0]
+        assert torch.equal(mine.to_dense()[name], expected), name
+
+
+def _agreement(rank, folder):
+    mask = dk.topk_mask(tied_scores(), k=20)
+    assert distributed.broadcast_mask(mask if rank == 0 else None) == mask
+    distributed.check_same_mask(mask)
+    with pytest.raises(ValueError, match=r"ranks \[1\]"):
+        distributed.check_same_mask(mask if rank else mask - mask)
+    with pytest.raises(ValueError, match=r"rank 1: scores\['a'\] is not finite at local flat index 1"):
+        distributed.topk_mask({"a": torch.tensor([1.0, float("nan") if rank else 1.0])}, k=1)
+    with pytest.raises(ValueError, match="rank 0: scores must be a mapping"):
+        distributed.topk_mask({} if rank == 0 else {"a": torch.ones(2)}, k=1)
+    with pytest.raises(ValueError, match="same names"):
+        distributed.topk_mask({f"a{rank}": torch.ones(2)}, k=1)
+    with pytest.raises(ValueError, match="rank 0 has none"):
+        distributed.broadcast_mask(None)
+
+
+def _ddp(rank, folder):
+    """Two ranks with half a batch each take the steps of one process with the whole batch."""
+
+    def model_and_mask():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4))
+        return model, dk.topk_mask({n: torch.randn(p.shape) for n, p in model.named_parameters()}, density=0.3)
+
+    ids, target = torch.arange(16).view(4, 4) % 20, torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(1))
+    results = []
+    for parallel in (False, True):
+        model, mask = model_and_mask()
+        dk.sparsify(model, mask)
+        optimizer = dk.SparseAdamW(model.named_parameters(), mask, lr=1e-2)
+        wrapped = nn.parallel.DistributedDataParallel(model) if parallel else model
+        mine = slice(2 * rank, 2 * rank + 2) if parallel else slice(None)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (wrapped(ids[mine]) - target[mine]).square().mean().backward()
+            optimizer.step()
+        results.append([p.detach().clone() for p in dk.densify(model).parameters()])
+    for one, two in zip(*results):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("function", [_selection, _agreement, _ddp])
+def test_two_processes(function, tmp_path):
+    run(function, tmp_path)
