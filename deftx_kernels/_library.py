@@ -46,9 +46,6 @@ def absent(name: str, reason: str) -> None:
     _absent[name] = reason
 
 
-unavailable = absent
-
-
 def build_info() -> dict:
     """What the build wrote: `built`, `reason`, `compiler` for each of "cpu" and "cuda"; `torch`. Empty if nothing was built."""
     try:

@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 NAMESPACE = "deftx"
 

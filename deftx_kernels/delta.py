@@ -35,7 +35,7 @@ class SparseDelta:
         mask: the entries.
         values: compact [mask.nnz], the differences (float32).
         dense: name → tensor that replaces the model's (a head). Not scaled, not added.
-        metadata: JSON-serialisable facts: method, base_model, base_fingerprint (name → fingerprint of the base's tensor), k, settings.
+        metadata: JSON-serialisable facts: method, base_model, base_fingerprint (name → that of the base's tensor), k, settings.
 
     Raises:
         ValueError, TypeError: values that are not compact or not floating point; a tensor both in mask and dense.
@@ -109,7 +109,9 @@ class SparseDelta:
                 one = mask[name].to(outside.device)
                 one.scatter_({name: outside}, torch.zeros(one.nnz, dtype=torch.bool, device=outside.device))
             if bool(outside.any()):
-                raise ValueError(f"tuned differs from base in {int(outside.sum())} entries of {name!r} that neither mask nor dense covers")
+                raise ValueError(
+                    f"tuned differs from base in {int(outside.sum())} entries of {name!r} that neither mask nor dense covers"
+                )
         values, inexact = _exact_difference(mask, new, old)
         facts = {
             **(metadata or {}),
@@ -165,7 +167,8 @@ class SparseDelta:
             return [(self.mask.to(device), self.values.to(device))]
         parts = self.mask.split(self.values)
         return [
-            (self.mask.restrict(names).to(device), torch.cat([parts[n] for n in names]).to(device)) for device, names in by_device.items()
+            (self.mask.restrict(names).to(device), torch.cat([parts[n] for n in names]).to(device))
+            for device, names in by_device.items()
         ]
 
     def _fitting(self, model: Model, dense: bool, strict: bool) -> dict[str, Tensor]:
@@ -181,7 +184,9 @@ class SparseDelta:
             if name not in live:
                 raise ValueError(f"model lacks tensor {name!r} of the delta")
             if live[name].shape != shape:
-                raise ValueError(f"model's tensor {name!r} has shape {list(live[name].shape)}, the delta was made for {list(shape)}")
+                raise ValueError(
+                    f"model's tensor {name!r} has shape {list(live[name].shape)}, the delta was made for {list(shape)}"
+                )
             if not live[name].is_floating_point():
                 raise ValueError(f"model's tensor {name!r} is {live[name].dtype}, a delta needs floating point")
         base = self.metadata.get("base_fingerprint")
@@ -205,7 +210,7 @@ class SparseDelta:
 
     # ---- composition ----
 
-    def compose(*deltas: "SparseDelta") -> "SparseDelta":  # noqa: N805
+    def compose(*deltas: "SparseDelta") -> "SparseDelta":
         """The sum of deltas of one base: `compose(task, language)`, as in Ansell et al. (2022), eq. 2.
 
         Values are added in float64 and rounded once to float32; whole tensors are united.
@@ -218,7 +223,9 @@ class SparseDelta:
         for i, delta in enumerate(deltas):
             if not isinstance(delta, SparseDelta):
                 raise TypeError(f"deltas[{i}] must be a SparseDelta, got {type(delta).__name__}")
-        mask, dense, base = deltas[0].mask, {}, {}
+        mask = deltas[0].mask
+        dense: dict[str, Tensor] = {}
+        base: dict[str, str] = {}
         for i, delta in enumerate(deltas):
             mask = mask if i == 0 else mask | delta.mask.to(mask.device)
             for name, tensor in delta.dense.items():
@@ -259,6 +266,7 @@ class SparseDelta:
         tensors = {"crow_indices": self.mask.crow_indices, "col_indices": self.mask.col_indices, "values": values}
         tensors |= {_DENSE + n: t for n, t in self.dense.items()}
         tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+        content = _content(tensors)
         config = {
             "format": FORMAT,
             "format_version": 1,
@@ -269,7 +277,7 @@ class SparseDelta:
             "values_dtype": str(dtype).removeprefix("torch."),
             "lossy": dtype != torch.float32,
             "dense": sorted(self.dense),
-            "content": _content(tensors),
+            "content": content,
             "metadata": self.metadata,
         }
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"  # before any file is touched: it may refuse the metadata
@@ -277,7 +285,7 @@ class SparseDelta:
         folder.mkdir(parents=True, exist_ok=True)
         partial = [folder / (WEIGHTS_NAME + ".partial"), folder / (CONFIG_NAME + ".partial")]
         try:
-            save_file(tensors, partial[0], metadata={"format": FORMAT, "content": config["content"]})
+            save_file(tensors, partial[0], metadata={"format": FORMAT, "content": content})
             partial[1].write_text(text)
             os.replace(partial[0], folder / WEIGHTS_NAME)
             os.replace(partial[1], folder / CONFIG_NAME)
@@ -370,7 +378,7 @@ def _content(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from deftx_kernels import reference
+from deftx_kernels._checks import check_float
 from deftx_kernels._ops import column_dtype, rows_and_columns
-from deftx_kernels.functional import check_float, selected_counts
+from deftx_kernels.functional import selected_counts
 from deftx_kernels.mask import CSRMask
 
 
@@ -28,8 +29,8 @@ def topk_mask(
     """`deftx_kernels.topk_mask` with scope "global" over tensors whose rows are spread over a process group.
 
     Args:
-        scores: on every rank the same names, each with this rank's rows: a DTensor placed `Shard(0)`, or a plain tensor, whose pieces
-            follow each other along dimension 0 in the order of the ranks (a rank may have none). One floating dtype.
+        scores: on every rank the same names, each with this rank's rows: a DTensor placed `Shard(0)`, or a plain tensor, of which
+            the pieces follow each other along dimension 0 in the order of the ranks (a rank may have none). One floating dtype.
         k, density: as in `deftx_kernels.topk_mask`, of the whole tensors.
         group: by default all ranks.
 
@@ -77,7 +78,9 @@ def local_mask(mask: CSRMask, params: Mapping[str, Tensor]) -> CSRMask:
         selected = mask[name].to_dense()[name]
         if isinstance(param, DTensor):
             _check_placement(name, param)
-            selected = DTensor.from_local(selected, param.device_mesh, [Replicate()]).redistribute(placements=param.placements).to_local()
+            selected = (
+                DTensor.from_local(selected, param.device_mesh, [Replicate()]).redistribute(placements=param.placements).to_local()
+            )
         dense[name] = selected
     return CSRMask.from_dense(dense)
 

@@ -108,7 +108,9 @@ def _error(outputs: list[Tensor], expected: list[Tensor]) -> float:
             worst = max(worst, 0.0 if torch.equal(got.cpu().to(torch.int64), want.to(torch.int64)) else float("inf"))
         elif want.numel():
             difference = (got.cpu().to(torch.float64) - want).abs().max()
-            worst = max(worst, float(difference / want.abs().max().clamp(min=1e-30)) if torch.isfinite(difference) else float("inf"))
+            worst = max(
+                worst, float(difference / want.abs().max().clamp(min=1e-30)) if torch.isfinite(difference) else float("inf")
+            )
     return worst
 
 

@@ -9,10 +9,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from deftx_kernels._checks import (
+    GAVISH_DONOHO,
+    check_devices,
+    check_finite,
+    check_float,
+    check_hyperparameters,
+    check_int,
+    check_masked,
+    check_matrix,
+    check_rule,
+    is_number,
+    scalar,
+)
 from deftx_kernels.mask import CSRMask
 
 SCOPES = ("global", "tensor", "row")
-GAVISH_DONOHO = "gavish-donoho"
 
 
 # ---- truncated SVD ------------------------------------------------------------------------------------------------------
@@ -45,8 +57,8 @@ def truncated_svd(
         ValueError: rank < 1, oversample < 0, n_iter < 0, fewer than two dimensions, a NaN or infinite entry.
         TypeError: `a` is not a floating-point tensor, or `rank` not an int.
     """
-    _check_matrix(a, "a")
-    _check_int(rank, "rank", 1)
+    check_matrix(a, "a")
+    check_int(rank, "rank", 1)
     r = min(rank, *a.shape[-2:])
     test_matrix = _test_matrix(a, r, oversample, n_iter, generator)
     return torch.ops.deftx.truncated_svd(a.detach().contiguous(), r, n_iter, test_matrix)
@@ -83,14 +95,16 @@ def svd_denoise(
         ValueError: not exactly one of rank and energy, a value out of range, a NaN or infinite entry (the tensor is named).
         TypeError: something is not a floating-point tensor.
     """
-    _check_rule(rank, energy, residual_density)
+    check_rule(rank, energy, residual_density)
 
     def one(tensor: Tensor, name: str) -> tuple[Tensor, dict[str, Tensor] | None]:
-        _check_matrix(tensor, name, min_dim=0)
+        check_matrix(tensor, name, min_dim=0)
         if tensor.dim() < 2 or (residual_density == 1 and not return_info):  # L + H is delta itself
             return tensor.detach().clone(), None
         return _denoise_one(tensor.detach(), rank, energy, residual_density, oversample, n_iter, generator)
 
+    result: Any
+    info: Any
     if isinstance(delta, Tensor):
         result, info = one(delta, "delta")
     elif isinstance(delta, Mapping):
@@ -98,7 +112,8 @@ def svd_denoise(
         result, info = {n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()}
     elif isinstance(delta, Sequence) and not isinstance(delta, str):
         listed = [one(t, f"delta[{i}]") for i, t in enumerate(delta)]
-        result, info = type(delta)(p[0] for p in listed), type(delta)(p[1] for p in listed)  # type: ignore[call-arg]
+        kind = tuple if isinstance(delta, tuple) else list
+        result, info = kind(p[0] for p in listed), kind(p[1] for p in listed)
     else:
         raise TypeError(f"delta must be a tensor, a mapping or a sequence of tensors, got {type(delta).__name__}")
     return (result, info) if return_info else result
@@ -126,8 +141,8 @@ def _denoise_one(tensor, rank, energy, residual_density, oversample, n_iter, gen
 
 def _test_matrix(a: Tensor, rank: int, oversample: int, n_iter: int, generator: torch.Generator | None) -> Tensor | None:
     """Gaussian [..., n, rank + oversample], or None where the exact decomposition is the better way."""
-    _check_int(oversample, "oversample", 0)
-    _check_int(n_iter, "n_iter", 0)
+    check_int(oversample, "oversample", 0)
+    check_int(n_iter, "n_iter", 0)
     columns = rank + oversample
     if 2 * columns >= min(a.shape[-2:]):
         return None
@@ -170,7 +185,7 @@ def topk_mask(
     names = sorted(scores)
     for name in names:
         check_float(scores[name], f"scores[{name!r}]")
-    _check_devices({n: scores[n] for n in names}, "scores")
+    check_devices({n: scores[n] for n in names}, "scores")
     shapes = [scores[n].shape for n in names]
     CSRMask.check_layout(names, shapes)
     counts = selected_counts(names, shapes, k, density, scope)
@@ -190,16 +205,18 @@ def _topk(tensors: list[Tensor], counts: list[int], scope: str, dtype: torch.dty
     return crow, col
 
 
-def selected_counts(names: Sequence[str], shapes: Sequence[torch.Size], k: int | None, density: float | None, scope: str) -> list[int]:
+def selected_counts(
+    names: Sequence[str], shapes: Sequence[torch.Size], k: int | None, density: float | None, scope: str
+) -> list[int]:
     """What the operator takes as `k`: one number, or one for each tensor."""
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
     if (k is None) == (density is None):
         raise ValueError(f"exactly one of k and density is needed, got k={k}, density={density}")
-    if density is not None and not (_is_number(density) and 0 <= density <= 1):
+    if density is not None and not (is_number(density) and 0 <= density <= 1):
         raise ValueError(f"density must be in [0, 1], got {density}")
     if k is not None:
-        _check_int(k, "k", 0)
+        check_int(k, "k", 0)
     if scope == "global":
         sizes, labels = [sum(s.numel() for s in shapes)], ["all tensors together"]
     else:
@@ -244,7 +261,7 @@ def select_mask(
         ValueError: as `topk_mask` and `svd_denoise`; also a tensor that is missing in `tuned` or has another shape there.
     """
     if rank is not None or energy is not None:
-        _check_rule(rank, energy, residual_density)
+        check_rule(rank, energy, residual_density)
     elif residual_density != 0:
         raise ValueError(f"residual_density = {residual_density} needs a rank or an energy")
     new, old = named_tensors(tuned, "tuned"), named_tensors(base, "base")
@@ -261,7 +278,7 @@ def select_mask(
             delta = new[name].to(old[name].device, dtype) - old[name].to(dtype)
         if (rank is None and energy is None) or delta.dim() < 2:
             return delta
-        _check_finite(delta, f"tuned[{name!r}] - base[{name!r}]")
+        check_finite(delta, f"tuned[{name!r}] - base[{name!r}]")
         return svd_denoise(delta, rank=rank, energy=energy, residual_density=residual_density)
 
     selection = _Selection(scope, counts, dtype)
@@ -335,7 +352,7 @@ def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: I
             check_float(mapping[name], f"{argument}[{name!r}]")
         if new[name].shape != old[name].shape:
             raise ValueError(f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base")
-    _check_devices({n: old[n] for n in chosen}, "base")
+    check_devices({n: old[n] for n in chosen}, "base")
     return chosen
 
 
@@ -392,8 +409,8 @@ def sparse_adamw(
         found_inf: a 0-d tensor; where it is not zero, nothing changes.
 
     Raises:
-        ValueError, TypeError: an argument is out of range, or of another shape, dtype or device than the mask and the params ask for.
-            Nothing has changed then.
+        ValueError, TypeError: an argument is out of range, or of another shape, dtype or device than the mask and the params ask
+            for. Nothing has changed then.
     """
     targets = mask.select(params, "params")
     dtype = targets[0].dtype
@@ -402,26 +419,26 @@ def sparse_adamw(
         if tensor.dtype != dtype:
             raise ValueError(f"params[{name!r}] is {tensor.dtype}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed")
     state = torch.float64 if dtype == torch.float64 else torch.float32
-    for argument, tensor in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("values", values)):
-        if tensor is not None or argument != "values":
-            mask.check_compact(tensor, argument)  # type: ignore[arg-type]
-            if tensor.dtype != state or not tensor.is_contiguous():  # type: ignore[union-attr]
-                raise ValueError(f"{argument} must be contiguous {state} for {dtype} params, got {tensor.dtype}")  # type: ignore[union-attr]
+    written = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq} | ({} if values is None else {"values": values})
+    for argument, compact in written.items():
+        mask.check_compact(compact, argument)
+        if compact.dtype != state or not compact.is_contiguous():
+            raise ValueError(f"{argument} must be contiguous {state} for {dtype} params, got {compact.dtype}")
     if decay_to is not None:
         mask.check_compact(decay_to, "decay_to")
         decay_to = decay_to.detach().to(state).contiguous()
     beta1, beta2 = check_hyperparameters(lr, betas, eps, weight_decay, l1)
-    gradients, compact = _gradients(grads, mask, dtype)
+    gradients, is_compact = _gradients(grads, mask, dtype)
     scalars = [
-        _scalar(step, "step", mask.device, least=1),
-        _scalar(lr, "lr", mask.device),
-        None if grad_scale is None else _scalar(grad_scale, "grad_scale", mask.device),
-        None if found_inf is None else _scalar(found_inf, "found_inf", mask.device),
+        scalar(step, "step", mask.device, least=1),
+        scalar(lr, "lr", mask.device),
+        None if grad_scale is None else scalar(grad_scale, "grad_scale", mask.device),
+        None if found_inf is None else scalar(found_inf, "found_inf", mask.device),
     ]
     chosen = [t.detach() for t in targets]
     dense = [t.contiguous() for t in chosen]
     torch.ops.deftx.sparse_adamw_(
-        dense, gradients, compact, exp_avg, exp_avg_sq, values, mask.crow_indices, mask.col_indices, scalars[0], scalars[1],
+        dense, gradients, is_compact, exp_avg, exp_avg_sq, values, mask.crow_indices, mask.col_indices, scalars[0], scalars[1],
         beta1, beta2, float(eps), float(weight_decay), decay_to, float(l1), bool(maximize), scalars[2], scalars[3],
     )  # fmt: skip
     for tensor, copy in zip(chosen, dense):
@@ -442,28 +459,6 @@ def _gradients(grads: Mapping[str, Tensor] | Tensor, mask: CSRMask, dtype: torch
     if any(g.dtype != dtype for g in chosen):
         chosen = [g.to(torch.float64 if dtype == torch.float64 else torch.float32) for g in chosen]
     return [g.contiguous() for g in chosen], False
-
-
-def check_hyperparameters(lr, betas, eps, weight_decay, l1) -> tuple[float, float]:
-    if not isinstance(lr, Tensor) and not (_is_number(lr) and lr >= 0):
-        raise ValueError(f"lr must be at least 0, got {lr}")
-    if len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-    for name, value in (("eps", eps), ("weight_decay", weight_decay), ("l1", l1)):
-        if not (_is_number(value) and value >= 0):
-            raise ValueError(f"{name} must be at least 0, got {value}")
-    return float(betas[0]), float(betas[1])
-
-
-def _scalar(value: float | Tensor, name: str, device: torch.device, least: int | None = None) -> Tensor:
-    """A one-element tensor on the device; a 16-bit one is refused, since a bfloat16 counter never passes 256."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(f"{name} must be a 0-d tensor of 32 bits or more, got {value.dtype} {list(value.shape)}")
-        return value.detach().to(device, non_blocking=True)
-    if not _is_number(value) or (least is not None and (value < least or value != int(value))):
-        raise ValueError(f"{name} must be {'a number' if least is None else f'an int from {least}'}, got {value!r}")
-    return torch.full((), value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
 
 
 # ---- masked modules' functions ------------------------------------------------------------------------------------------
@@ -541,11 +536,13 @@ def masked_linear(
     Raises:
         ValueError: `mask` is not the mask of one tensor of `weight`'s shape, or `values` is not compact [nnz].
     """
-    _check_masked(weight, values, mask)
+    check_masked(weight, values, mask)
     return masked_matmul(x, weight, values, mask, bias)
 
 
-def masked_matmul(x: Tensor, weight: Tensor, values: Tensor, mask: CSRMask, bias: Tensor | None, transposed: bool = False) -> Tensor:
+def masked_matmul(
+    x: Tensor, weight: Tensor, values: Tensor, mask: CSRMask, bias: Tensor | None, transposed: bool = False
+) -> Tensor:
     """`masked_linear` without its checks; `transposed` for weights [n, m], transformers' Conv1D."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -566,7 +563,7 @@ def masked_embedding(
     Raises:
         ValueError: as `masked_linear`; `padding_idx` outside the vocabulary.
     """
-    _check_masked(weight, values, mask)
+    check_masked(weight, values, mask)
     if padding_idx is not None:
         if not -weight.shape[0] <= padding_idx < weight.shape[0]:
             raise ValueError(f"padding_idx must be within the {weight.shape[0]} rows of weight, got {padding_idx}")
@@ -574,67 +571,3 @@ def masked_embedding(
     return _MaskedEmbedding.apply(
         ids, weight.detach(), values, mask.crow_indices, mask.col_indices, -1 if padding_idx is None else padding_idx
     )
-
-
-# ---- checks -------------------------------------------------------------------------------------------------------------
-
-
-def _check_masked(weight: Tensor, values: Tensor, mask: CSRMask) -> None:
-    if len(mask.names) != 1 or mask.shapes[0] != weight.shape or weight.dim() != 2:
-        raise ValueError(
-            f"mask must cover one tensor of weight's shape {list(weight.shape)}, it covers {[list(s) for s in mask.shapes]}"
-        )
-    mask.check_compact(values, "values")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_int(value: object, name: str, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def check_float(tensor: object, label: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{label} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        raise TypeError(f"{label} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
-
-
-def _check_devices(tensors: Mapping[str, Tensor], argument: str) -> None:
-    devices = {t.device for t in tensors.values()}
-    if len(devices) > 1:
-        raise ValueError(f"{argument} lie on several devices: {', '.join(sorted(map(str, devices)))}")
-
-
-def _check_finite(tensor: Tensor, label: str) -> None:
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        index = int((~finite).reshape(-1).to(torch.uint8).argmax())
-        raise ValueError(f"{label} holds {float(tensor.reshape(-1)[index])} at flat index {index}: every entry must be finite")
-
-
-def _check_matrix(tensor: object, label: str, min_dim: int = 2) -> None:
-    check_float(tensor, label)
-    assert isinstance(tensor, Tensor)
-    if tensor.dim() < min_dim:
-        raise ValueError(f"{label} must have at least {min_dim} dimensions [..., m, n], got shape {list(tensor.shape)}")
-    _check_finite(tensor.detach(), label)
-
-
-def _check_rule(rank: int | str | None, energy: float | None, residual_density: float) -> None:
-    if (rank is None) == (energy is None):
-        raise ValueError(f"exactly one of rank and energy is needed, got rank={rank}, energy={energy}")
-    if isinstance(rank, str):
-        if rank != GAVISH_DONOHO:
-            raise ValueError(f"rank must be an int or {GAVISH_DONOHO!r}, got {rank!r}")
-    elif rank is not None:
-        _check_int(rank, "rank", 1)
-    if energy is not None and not (_is_number(energy) and 0 < energy <= 1):
-        raise ValueError(f"energy must be in (0, 1], got {energy}")
-    if not (_is_number(residual_density) and 0 <= residual_density <= 1):
-        raise ValueError(f"residual_density must be in [0, 1], got {residual_density}")

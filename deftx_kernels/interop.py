@@ -36,7 +36,9 @@ def from_composable_sft(directory: str | os.PathLike) -> SparseDelta:
         raise FileNotFoundError(f"{directory} holds no {SFT_NAME}")
     content = _load_sft(path)
     if "body" in content or "head" in content:
-        raise ValueError(f"{path} is of composable-sft's oldest format ('body', 'head'): load and save it with composable-sft 1.0 first")
+        raise ValueError(
+            f"{path} is of composable-sft's oldest format ('body', 'head'): load and save it with composable-sft 1.0 first"
+        )
     if not content.keys() & {"diffs", "abs"}:
         raise ValueError(f"{path} is no composable-sft file: neither 'diffs' nor 'abs' is in it")
     diffs, dense = content.get("diffs", {}), content.get("abs", {})
@@ -169,7 +171,7 @@ def _shira_shape(module: str, rows: Tensor, columns: Tensor, r: int) -> torch.Si
 
 
 def _from_coordinates(differences: Mapping[str, tuple[torch.Size, Tensor, Tensor]]) -> tuple[CSRMask, Tensor]:
-    """The mask and compact float32 values of name → (shape, row-major flat indices int64 [n], values [n]); duplicates are summed."""
+    """Mask and compact float32 values of name → (shape, row-major flat indices int64 [n], values [n]); duplicates add up."""
     names = sorted(differences)
     keys, values, offset = [], [], 0
     for name in names:
@@ -213,7 +215,7 @@ def _csr_parts(name: str, matrix: Any) -> tuple[Tensor, Tensor, Tensor, tuple[in
     if isinstance(matrix, Tensor):
         if matrix.layout != torch.sparse_csr or matrix.dim() != 2:
             raise TypeError(f"matrices[{name!r}] must be a 2-D sparse CSR tensor, got layout {matrix.layout}")
-        return matrix.crow_indices().long(), matrix.col_indices().long(), matrix.values(), tuple(matrix.shape)
+        return matrix.crow_indices().long(), matrix.col_indices().long(), matrix.values(), (matrix.shape[0], matrix.shape[1])
     if getattr(matrix, "format", None) != "csr":
         raise TypeError(f"matrices[{name!r}] must be a CSR matrix of torch, SciPy or CuPy, got {type(matrix).__name__}")
     # torch.as_tensor takes NumPy arrays, and CuPy ones through their array interface, without a copy.

@@ -143,7 +143,8 @@ class CSRMask:
         return rows
 
     def __repr__(self) -> str:
-        return f"CSRMask({len(self.names)} tensors, nnz={self.nnz:,} of {self.numel:,}, density={self.density:.4%}, device={self.device})"
+        share = f"nnz={self.nnz:,} of {self.numel:,}, density={self.density:.4%}"
+        return f"CSRMask({len(self.names)} tensors, {share}, device={self.device})"
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
@@ -377,7 +378,7 @@ class CSRMask:
         """SHA-256 (hex) of names, shapes and entries; equal masks have equal fingerprints on every device."""
         digest = hashlib.sha256(self._layout_json().encode())
         for tensor in (self.crow_indices, _signed(self.col_indices)):
-            digest.update(tensor.cpu().contiguous().numpy())
+            digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def _layout_json(self) -> str:

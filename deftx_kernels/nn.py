@@ -8,7 +8,7 @@ into the dense tensors; `SparseAdamW` does so in its own launch.
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ class Masked(nn.Module):
     """Mixin of every module with masked parameters; `masks` maps a parameter's own name in the module to its CSRMask."""
 
     masks: dict[str, CSRMask]
+    values: nn.Parameter  # [nnz], beside `weight`
 
     def own(self, leaf: str, values: nn.Parameter, mask: CSRMask, required_grad: bool) -> None:
         """Give the parameter `leaf` compact values, and freeze it; `densify` sets `required_grad` again."""
@@ -59,7 +60,7 @@ class Masked(nn.Module):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         for leaf, mask in self.masks.items():
-            self.masks[leaf] = mask.to(self._parameters[leaf].device)
+            self.masks[leaf] = mask.to(self._parameters[leaf].device)  # type: ignore[union-attr]
         return self
 
     def __setstate__(self, state):  # a deepcopy or an unpickled module owns its values, too
@@ -109,12 +110,16 @@ class MaskedEmbedding(Masked, nn.Embedding):
 
 class _MaskedConv1D(Masked):
     def forward(self, x: Tensor) -> Tensor:
-        return masked_matmul(x, self.weight, self.values, self.masks["weight"], self.read("bias"), transposed=True)
+        return masked_matmul(x, self.get_parameter("weight"), self.values, self.masks["weight"], self.read("bias"), transposed=True)
 
 
-@lru_cache(maxsize=None)
+def _read(leaf: str, module: Masked) -> Tensor | None:
+    return module.read(leaf)
+
+
+@cache
 def _masked_class(original: type, leaves: frozenset[str]) -> tuple[type, frozenset[str]]:
-    """The masked class of a module class, and those of its masked parameters that it can only train by gathering a dense gradient."""
+    """The masked class of a module class, and the parameters that it can train only by gathering a dense gradient."""
     if "weight" in leaves:
         rest = leaves - {"weight", "bias"}
         if original is nn.Linear and not rest:
@@ -124,7 +129,7 @@ def _masked_class(original: type, leaves: frozenset[str]) -> tuple[type, frozens
         if original.__name__ == "Conv1D" and original.__module__.startswith("transformers.") and not rest:
             return type("MaskedConv1D", (_MaskedConv1D, original), {}), frozenset()
     # Any other module reads its parameters as attributes, so a property stands before each of them.
-    properties = {leaf: property(lambda self, leaf=leaf: self.read(leaf)) for leaf in leaves}
+    properties = {leaf: property(partial(_read, leaf)) for leaf in leaves}
     return type(f"Masked{original.__name__}", (Masked, original), properties), leaves
 
 
@@ -160,7 +165,7 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
         owned = {leaf: name_of[id(p)] for leaf, p in module._parameters.items() if id(p) in name_of}
         if not owned:
             continue
-        masked_class, gathered = _masked_class(type(module), frozenset(owned))
+        masked_class, gathered = _masked_class(type(module), frozenset(owned))  # type: ignore[arg-type]
         if masked_class is MaskedEmbedding and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
             masked_class, gathered = _masked_class.__wrapped__(type("Embedding", (nn.Embedding,), {}), frozenset(owned))
         slow.update(owned[leaf] for leaf in gathered)
@@ -192,7 +197,7 @@ def _flat_values(mask: CSRMask, tensors: Iterable[Tensor]) -> dict[str, nn.Param
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """The plain model back, in place: modules, parameter names and `requires_grad` as before `sparsify`, the trained weights in place.
+    """The plain model back, in place: modules, names and `requires_grad` as before `sparsify`, the trained weights in place.
 
     Raises:
         ValueError: the model is not sparsified.
@@ -214,7 +219,7 @@ def densify(model: nn.Module) -> nn.Module:
 def masked_parameters(model: nn.Module) -> dict[str, MaskedParameter]:
     """Name in the plain model → masked parameter, tied ones once; empty for a model that is not sparsified."""
     records = (r for m in model.modules() if isinstance(m, Masked) for r in m.masked())
-    return {n: r for n, r in sorted({r.mask.names[0]: r for r in records}.items())}
+    return dict(sorted({r.mask.names[0]: r for r in records}.items()))
 
 
 def owners_of(parameters: Iterable[Tensor]) -> dict[int, MaskedParameter]:

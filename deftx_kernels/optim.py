@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from deftx_kernels.functional import check_hyperparameters, sparse_adamw
+from deftx_kernels._checks import check_hyperparameters
+from deftx_kernels.functional import sparse_adamw
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import owners_of
 
@@ -64,7 +65,9 @@ class SparseAdamW(Optimizer):
         self._buckets: list[_Bucket] | None = None
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, l1=l1, maximize=maximize, master=master)
         super().__init__(_trainable(named_params), defaults)
-        covered = {r.mask.names[0] for r in self._masked_values().values()} | {n for g in self.param_groups for n in g["param_names"]}
+        covered = {r.mask.names[0] for r in self._masked_values().values()} | {
+            n for g in self.param_groups for n in g["param_names"]
+        }
         for name, (start, end) in zip(mask.names, zip(mask._bounds, mask._bounds[1:])):
             if name not in covered and end > start:
                 raise ValueError(f"mask covers {name!r}, which is not among the trainable named_params")
@@ -140,11 +143,12 @@ class SparseAdamW(Optimizer):
             by_kind.setdefault((p.dtype, p.device), []).append(p)
         for same in by_kind.values():
             states = [self.state[p] for p in same]
+            grads = [p.grad for p in same if p.grad is not None]
+            moments = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
             adamw(
-                same, [p.grad for p in same], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],
-                [s["step"] for s in states], fused=True, grad_scale=grad_scale, found_inf=found_inf, amsgrad=False,
-                beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
-                eps=group["eps"], maximize=group["maximize"],
+                same, grads, *moments, [], [s["step"] for s in states], fused=True, grad_scale=grad_scale, found_inf=found_inf,
+                amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
             )  # fmt: skip
 
     # ---- state ----
@@ -180,7 +184,9 @@ class SparseAdamW(Optimizer):
         if (mask.names, mask.shapes) != (self.mask.names, self.mask.shapes):
             raise ValueError("mask must cover the same tensors as the one that it replaces")
         if self._masked_values():
-            raise ValueError("the values of a sparsified model belong to its mask: densify and sparsify it, and make a new optimizer")
+            raise ValueError(
+                "the values of a sparsified model belong to its mask: densify and sparsify it, and make a new optimizer"
+            )
         for group in self.param_groups:
             for name, (dense, _) in self._covered(group).items():
                 state = self.state[dense]
@@ -193,9 +199,7 @@ class SparseAdamW(Optimizer):
                     state["values"] = torch.where(stayed, self.mask[name].project(state["values"], mask[name]), joined)
             group["mask_fingerprint"] = mask.fingerprint()
         if self._decay_to is not None:
-            self._decay_to = {
-                n: self.mask[n].project(v, mask[n]) for n, v in self._decay_to.items()
-            }
+            self._decay_to = {n: self.mask[n].project(v, mask[n]) for n, v in self._decay_to.items()}
         self.mask = mask
         self._buckets = None
 
@@ -256,6 +260,7 @@ class _Bucket:
                 self._launch(self.mask[name], [name], flat, toward, [step], grad_scale, found_inf)
 
     def _launch(self, mask, names, flat, decay_to, steps, grad_scale, found_inf) -> None:
+        grads: Any
         torch._foreach_add_(steps, 1.0)
         params = {n: self.members[n][0] for n in names}
         copies: list[Tensor] = []

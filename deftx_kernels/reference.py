@@ -331,7 +331,7 @@ def masked_linear_grad(
     m, n = grad_output.shape[1], input.shape[1]
     out = torch.empty(col_indices.shape, dtype=dtype, device=grad_output.device)
     block = max(1, _CHUNK // max(1, n))
-    edges = list(range(0, m, block)) + [m]
+    edges = [*range(0, m, block), m]
     bounds = crow_indices[edges].tolist()
     for i, (first, last) in enumerate(zip(edges, edges[1:])):
         dense = grad_output[:, first:last].to(compute).mT @ x

@@ -156,7 +156,13 @@ def test_compose_is_the_sum():
     base = tensors()
     deltas = [SparseDelta.from_models(tune(base, seed)[0], base, metadata={"base_model": "m", "seed": seed}) for seed in (1, 2, 3)]
     total = compose(*deltas)
-    expected = {n: sum(d.mask.scatter_({m: torch.zeros(s, dtype=torch.float64) for m, s in zip(d.mask.names, d.mask.shapes)}, d.values)[n] for d in deltas) for n in base}
+    expected = {
+        n: sum(
+            d.mask.scatter_({m: torch.zeros(s, dtype=torch.float64) for m, s in zip(d.mask.names, d.mask.shapes)}, d.values)[n]
+            for d in deltas
+        )
+        for n in base
+    }
     got = total.mask.scatter_({n: torch.zeros(t.shape) for n, t in base.items()}, total.values)
     for name in base:
         assert torch.equal(got[name], expected[name].float())
@@ -190,7 +196,9 @@ def test_compose_refuses_conflicts():
 def test_save_and_load(tmp_path, dtype):
     base = tensors()
     tuned, mask = tune(base)
-    delta = SparseDelta.from_models(tuned | {"head": torch.ones(2)}, base, mask, metadata={"method": "deft-x", "settings": {"rank": 4}})
+    delta = SparseDelta.from_models(
+        tuned | {"head": torch.ones(2)}, base, mask, metadata={"method": "deft-x", "settings": {"rank": 4}}
+    )
     delta.save_pretrained(tmp_path / "delta", dtype)
     assert sorted(p.name for p in (tmp_path / "delta").iterdir()) == [WEIGHTS_NAME, CONFIG_NAME]
     config = json.loads((tmp_path / "delta" / CONFIG_NAME).read_text())
@@ -329,7 +337,11 @@ def test_composable_sft_reads_three_dimensions_empty_tensors_and_parameters(tmp_
     dense = torch.zeros(2, 3, 4)
     dense[1, 2, 0], dense[0, 1, 3] = 5.0, 6.0
     flat = dense.permute(2, 1, 0).reshape(-1).nonzero().view(-1).numpy()
-    encoded = {"size": dense.shape, "index_steps": [np.int64(flat[0]), *np.diff(flat).tolist()], "values": dense.permute(2, 1, 0).reshape(-1)[flat]}
+    encoded = {
+        "size": dense.shape,
+        "index_steps": [np.int64(flat[0]), *np.diff(flat).tolist()],
+        "values": dense.permute(2, 1, 0).reshape(-1)[flat],
+    }
     empty = {"size": torch.Size((3,)), "index_steps": [], "values": torch.empty(0)}
     torch.save({"diffs": {"c": encoded, "e": empty}, "abs": {"h": nn.Parameter(torch.ones(2))}}, tmp_path / "pytorch_diff.bin")
     delta = interop.from_composable_sft(tmp_path)
@@ -388,7 +400,10 @@ def test_shira_shapes_need_the_base_where_they_are_not_square(tmp_path):
     from safetensors.torch import save_file
 
     index = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 5, 2, 3, 1, 4]], dtype=torch.int32)
-    save_file({"base_model.model.fc.shira_indices": index, "base_model.model.fc.shira_weight": torch.ones(6)}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.fc.shira_indices": index, "base_model.model.fc.shira_weight": torch.ones(6)},
+        tmp_path / "adapter_model.safetensors",
+    )
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "SHIRA", "r": 1}))
     with pytest.raises(ValueError, match="give base="):
         interop.from_peft_shira(tmp_path)

@@ -69,7 +69,9 @@ def test_denoising_and_selection(device, rule):
 
 def model_and_mask(dtype=torch.float32):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(50, 16, padding_idx=0), nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 5)).to(dtype)
+    model = nn.Sequential(nn.Embedding(50, 16, padding_idx=0), nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 5)).to(
+        dtype
+    )
     covered = {n: p for n, p in model.named_parameters() if not n.startswith("3")}
     return model, dk.topk_mask({n: torch.randn(p.shape) for n, p in covered.items()}, density=0.2)
 

@@ -34,7 +34,11 @@ def _entry(rank, function, port, folder):
 
 def tied_scores():
     generator = torch.Generator().manual_seed(0)
-    return {"b": torch.randint(-5, 5, (7, 6), generator=generator).float(), "a": torch.randint(-5, 5, (9,), generator=generator).float(), "c": torch.zeros(1, 3)}
+    return {
+        "b": torch.randint(-5, 5, (7, 6), generator=generator).float(),
+        "a": torch.randint(-5, 5, (9,), generator=generator).float(),
+        "c": torch.zeros(1, 3),
+    }
 
 
 def _selection(rank, folder):

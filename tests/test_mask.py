@@ -62,7 +62,9 @@ def test_set_operations_against_bool_tensors(shapes, seed):
     assert (x == y) == all(torch.equal(a[n], b[n]) for n in a)
     assert (x - x).nnz == 0
     values = torch.arange(1.0, x.nnz + 1)
-    expected = y.gather({n: t.float() for n, t in x.scatter_({n: torch.zeros(s) for n, s in zip(x.names, x.shapes)}, values).items()})
+    expected = y.gather(
+        {n: t.float() for n, t in x.scatter_({n: torch.zeros(s) for n, s in zip(x.names, x.shapes)}, values).items()}
+    )
     assert torch.equal(x.project(values, y), expected)
 
 

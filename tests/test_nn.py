@@ -9,7 +9,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from deftx_kernels import CSRMask, MaskedEmbedding, MaskedLinear, SparseAdamW, densify, masked_embedding, masked_linear, sparsify, topk_mask
+from deftx_kernels import (
+    CSRMask,
+    MaskedEmbedding,
+    MaskedLinear,
+    SparseAdamW,
+    densify,
+    masked_embedding,
+    masked_linear,
+    sparsify,
+    topk_mask,
+)
 from deftx_kernels.nn import masked_parameters
 
 transformers = pytest.importorskip("transformers")
@@ -150,7 +160,9 @@ def test_gradients_of_architectures(architecture):
     torch.manual_seed(0)
     model = architectures()[architecture]().eval()
     plain = copy.deepcopy(model)
-    mask = topk_mask({n: torch.randn(p.shape) for n, p in model.named_parameters() if "norm" not in n.lower() and "ln_" not in n}, density=0.2)
+    mask = topk_mask(
+        {n: torch.randn(p.shape) for n, p in model.named_parameters() if "norm" not in n.lower() and "ln_" not in n}, density=0.2
+    )
     before = {n: (type(m), p) for n, m in model.named_modules() for p in [dict(m._parameters)]}
     keys = list(model.state_dict())
     with warnings.catch_warnings(record=True) as caught:
@@ -205,7 +217,9 @@ def test_any_optimizer_trains_a_sparsified_model(make):
         optimizer.step()
         losses.append(float(loss.detach()))
         for record in masked_parameters(model).values():
-            assert torch.equal(record.mask.gather({record.mask.names[0]: record.dense}), record.values), "the dense tensor is up to date"
+            assert torch.equal(record.mask.gather({record.mask.names[0]: record.dense}), record.values), (
+                "the dense tensor is up to date"
+            )
     assert losses[-1] < losses[0]
     if make == "SparseAdamW":
         copied = copy.deepcopy(model)
@@ -224,7 +238,9 @@ def mlp():
 
 
 def mlp_mask(density=0.3):
-    return topk_mask({n: torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for n, p in mlp().named_parameters()}, density=density)
+    return topk_mask(
+        {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for n, p in mlp().named_parameters()}, density=density
+    )
 
 
 IDS = torch.randint(0, 20, (5, 6), generator=torch.Generator().manual_seed(4))
@@ -340,7 +356,10 @@ def test_save_pretrained_after_densify(tmp_path):
     torch.manual_seed(0)
     model = architectures()["xlm-r"]().eval()
     expected = loss_of(model)
-    mask = topk_mask({n: p.detach() for n, p in model.named_parameters() if "encoder" in n and n.endswith("weight") and "Norm" not in n}, density=0.1)
+    mask = topk_mask(
+        {n: p.detach() for n, p in model.named_parameters() if "encoder" in n and n.endswith("weight") and "Norm" not in n},
+        density=0.1,
+    )
     densify(sparsify(model, mask)).save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(loss_of(again), expected)

@@ -20,7 +20,9 @@ def make_model(dtype=torch.float32, seed=0):
 
 def make_mask(model, density=0.3, names=("0.weight", "1.weight", "1.bias")):
     generator = torch.Generator().manual_seed(1)
-    return topk_mask({n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters() if n in names}, density=density)
+    return topk_mask(
+        {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters() if n in names}, density=density
+    )
 
 
 def batches(n, seed=2):
@@ -214,7 +216,11 @@ def test_update_mask_carries_moments_over():
     old, new = make_mask(model, 0.4), make_mask(model, 0.2)
     optimizer = SparseAdamW(model.named_parameters(), old, lr=1e-2)
     train(model, optimizer, batches(3))
-    moments = {n: old[n].scatter_({n: torch.zeros(p.shape)}, optimizer.state[p]["exp_avg"])[n] for n, p in model.named_parameters() if n in old}
+    moments = {
+        n: old[n].scatter_({n: torch.zeros(p.shape)}, optimizer.state[p]["exp_avg"])[n]
+        for n, p in model.named_parameters()
+        if n in old
+    }
     optimizer.update_mask(new)
     for name, p in model.named_parameters():
         if name in new:
@@ -250,7 +256,12 @@ def test_bad_arguments():
         SparseAdamW(model.parameters(), mask)
     with pytest.raises(ValueError, match="'1.weight', which is not among"):
         SparseAdamW(((n, p) for n, p in model.named_parameters() if n != "1.weight"), mask)
-    for options, message in (({"lr": -1}, "lr"), ({"betas": (1.0, 0.9)}, "betas"), ({"eps": -1}, "eps"), ({"weight_decay": -1}, "weight_decay")):
+    for options, message in (
+        ({"lr": -1}, "lr"),
+        ({"betas": (1.0, 0.9)}, "betas"),
+        ({"eps": -1}, "eps"),
+        ({"weight_decay": -1}, "weight_decay"),
+    ):
         with pytest.raises(ValueError, match=message):
             SparseAdamW(model.named_parameters(), mask, **options)
     sparsify(model, mask)
@@ -260,7 +271,15 @@ def test_bad_arguments():
 
 def functional_arguments():
     mask = CSRMask.from_dense({"w": torch.eye(3, dtype=torch.bool)})
-    return dict(params={"w": torch.ones(3, 3)}, grads={"w": torch.ones(3, 3)}, exp_avg=torch.zeros(3), exp_avg_sq=torch.zeros(3), step=1, mask=mask, lr=0.1)
+    return dict(
+        params={"w": torch.ones(3, 3)},
+        grads={"w": torch.ones(3, 3)},
+        exp_avg=torch.zeros(3),
+        exp_avg_sq=torch.zeros(3),
+        step=1,
+        mask=mask,
+        lr=0.1,
+    )
 
 
 @pytest.mark.parametrize(

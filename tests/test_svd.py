@@ -44,7 +44,13 @@ def relative(got, want, scale=None):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(SHAPES), st.sampled_from(SPECTRA), st.integers(1, 12), st.integers(0, 99), st.sampled_from([torch.float32, torch.float64]))
+@given(
+    st.sampled_from(SHAPES),
+    st.sampled_from(SPECTRA),
+    st.integers(1, 12),
+    st.integers(0, 99),
+    st.sampled_from([torch.float32, torch.float64]),
+)
 def test_fixed_rank_is_near_the_optimal_one(shape, spectrum, rank, seed, dtype):
     a = matrix(shape, spectrum, seed, dtype)
     U, S, Vh = truncated_svd(a, rank)
@@ -67,7 +73,7 @@ def test_randomised_path_on_large_batches():
     a = torch.stack([matrix((200, 150), "low rank and noise", s) for s in range(3)])
     U, S, Vh = truncated_svd(a, 8)
     for i in range(3):
-        u, s, vh = numpy_svd(a[i])
+        _, s, _ = numpy_svd(a[i])
         best = math.sqrt((s[8:] ** 2).sum())
         residual = np.linalg.norm(a[i].double().numpy() - ((U[i] * S[i]) @ Vh[i]).double().numpy())
         assert best <= residual * (1 + 1e-6)

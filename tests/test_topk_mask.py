@@ -92,7 +92,10 @@ def test_thread_count_does_not_matter():
 
 
 def test_mixed_dtypes_are_compared_exactly():
-    scores = {"a": torch.tensor([1.0, 1.0 + 2**-20], dtype=torch.float32), "b": torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16)}
+    scores = {
+        "a": torch.tensor([1.0, 1.0 + 2**-20], dtype=torch.float32),
+        "b": torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16),
+    }
     dense = topk_mask(scores, k=2).to_dense()
     assert dense["a"].tolist() == [False, True]
     assert dense["b"].tolist() == [False, True]
@@ -142,13 +145,18 @@ def test_bad_scores():
 
 def models(dtype=torch.float32, tuned_dtype=None):
     generator = torch.Generator().manual_seed(0)
-    base = {f"l{i}.weight": torch.randn(s, generator=generator, dtype=torch.float32) for i, s in enumerate([(8, 6), (6, 8), (30, 4), (5,), (2, 3, 4)])}
+    base = {
+        f"l{i}.weight": torch.randn(s, generator=generator, dtype=torch.float32)
+        for i, s in enumerate([(8, 6), (6, 8), (30, 4), (5,), (2, 3, 4)])
+    }
     tuned = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in base.items()}
     return {n: t.to(tuned_dtype or dtype) for n, t in tuned.items()}, {n: t.to(dtype) for n, t in base.items()}
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
-@pytest.mark.parametrize("rule", [{}, {"rank": 2}, {"energy": 0.8}, {"rank": "gavish-donoho"}, {"energy": 0.5, "residual_density": 0.2}])
+@pytest.mark.parametrize(
+    "rule", [{}, {"rank": 2}, {"energy": 0.8}, {"rank": "gavish-donoho"}, {"energy": 0.5, "residual_density": 0.2}]
+)
 @pytest.mark.parametrize("density", [0.0, 0.07, 0.6, 1.0])
 def test_select_mask_equals_denoise_then_topk(scope, rule, density):
     tuned, base = models()
@@ -213,4 +221,6 @@ def test_select_mask_bad_arguments():
 def test_empty_and_full_masks():
     scores = {"a": torch.randn(3, 4), "b": torch.empty(0, 2)}
     assert topk_mask(scores, k=0).nnz == 0
-    assert topk_mask(scores, density=1.0) == CSRMask.from_dense({"a": torch.ones(3, 4, dtype=torch.bool), "b": torch.ones(0, 2, dtype=torch.bool)})
+    assert topk_mask(scores, density=1.0) == CSRMask.from_dense(
+        {"a": torch.ones(3, 4, dtype=torch.bool), "b": torch.ones(0, 2, dtype=torch.bool)}
+    )

@@ -1,0 +1,94 @@
+"""The checks of arguments that `functional` and its neighbours share. Each raises ValueError or TypeError, naming the argument."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from deftx_kernels.mask import CSRMask
+
+GAVISH_DONOHO = "gavish-donoho"
+
+
+def check_hyperparameters(lr, betas, eps, weight_decay, l1) -> tuple[float, float]:
+    if not isinstance(lr, Tensor) and not (is_number(lr) and lr >= 0):
+        raise ValueError(f"lr must be at least 0, got {lr}")
+    if len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    for name, value in (("eps", eps), ("weight_decay", weight_decay), ("l1", l1)):
+        if not (is_number(value) and value >= 0):
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    return float(betas[0]), float(betas[1])
+
+
+def scalar(value: float | Tensor, name: str, device: torch.device, least: int | None = None) -> Tensor:
+    """A one-element tensor on the device; a 16-bit one is refused, since a bfloat16 counter never passes 256."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"{name} must be a 0-d tensor of 32 bits or more, got {value.dtype} {list(value.shape)}")
+        return value.detach().to(device, non_blocking=True)
+    if not is_number(value) or (least is not None and (value < least or value != int(value))):
+        raise ValueError(f"{name} must be {'a number' if least is None else f'an int from {least}'}, got {value!r}")
+    return torch.full((), value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+
+
+def check_masked(weight: Tensor, values: Tensor, mask: CSRMask) -> None:
+    if len(mask.names) != 1 or mask.shapes[0] != weight.shape or weight.dim() != 2:
+        raise ValueError(
+            f"mask must cover one tensor of weight's shape {list(weight.shape)}, it covers {[list(s) for s in mask.shapes]}"
+        )
+    mask.check_compact(values, "values")
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_int(value: object, name: str, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_float(tensor: object, label: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{label} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise TypeError(f"{label} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+
+
+def check_devices(tensors: Mapping[str, Tensor], argument: str) -> None:
+    devices = {t.device for t in tensors.values()}
+    if len(devices) > 1:
+        raise ValueError(f"{argument} lie on several devices: {', '.join(sorted(map(str, devices)))}")
+
+
+def check_finite(tensor: Tensor, label: str) -> None:
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        index = int((~finite).reshape(-1).to(torch.uint8).argmax())
+        raise ValueError(f"{label} holds {float(tensor.reshape(-1)[index])} at flat index {index}: every entry must be finite")
+
+
+def check_matrix(tensor: object, label: str, min_dim: int = 2) -> None:
+    check_float(tensor, label)
+    assert isinstance(tensor, Tensor)
+    if tensor.dim() < min_dim:
+        raise ValueError(f"{label} must have at least {min_dim} dimensions [..., m, n], got shape {list(tensor.shape)}")
+    check_finite(tensor.detach(), label)
+
+
+def check_rule(rank: int | str | None, energy: float | None, residual_density: float) -> None:
+    if (rank is None) == (energy is None):
+        raise ValueError(f"exactly one of rank and energy is needed, got rank={rank}, energy={energy}")
+    if isinstance(rank, str):
+        if rank != GAVISH_DONOHO:
+            raise ValueError(f"rank must be an int or {GAVISH_DONOHO!r}, got {rank!r}")
+    elif rank is not None:
+        check_int(rank, "rank", 1)
+    if energy is not None and not (is_number(energy) and 0 < energy <= 1):
+        raise ValueError(f"energy must be in (0, 1], got {energy}")
+    if not (is_number(residual_density) and 0 <= residual_density <= 1):
+        raise ValueError(f"residual_density must be in [0, 1], got {residual_density}")
