@@ -1,0 +1,284 @@
+// csr_gather, csr_scatter_, csr_add_ on the GPU.
+//
+// The entries of the mask are cut into tiles of kTile; a block takes every gridDim.x-th tile. It finds the tile's first and last
+// row in crow_indices, puts where each of those rows lies into shared memory, and each thread searches that short list for the row
+// of its entries. So reads of col_indices and of compact tensors are coalesced, and the work is even whatever the rows' lengths.
+// The host never waits for the device: which entries belong to the tensors of a launch is read from crow_indices by the kernel.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../stable.h"
+
+namespace deftx {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kItems = 8;  // entries per thread and tile
+constexpr int kTile = kThreads * kItems;
+constexpr int kRows = 512;     // rows of a tile that fit in shared memory; sparser tiles search crow_indices itself
+constexpr int kTensors = 160;  // per launch
+constexpr unsigned kFull = 0xffffffffu;
+
+struct Table {
+  void* data[kTensors];
+  int64_t columns[kTensors];
+  int64_t first_row[kTensors + 1];  // [count + 1], in the stacked matrix
+  int count;
+};
+static_assert(sizeof(Table) <= 4000, "a kernel's parameters are limited to 4 KB");
+
+// Where a row's entries lie: data of the row, and how many columns it has.
+struct Row {
+  void* data;
+  int64_t columns;
+};
+
+__device__ Row locate(const Table& table, int64_t row, int element_size) {
+  int low = 0, high = table.count;  // first_row[low] <= row < first_row[high]
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (table.first_row[middle] <= row ? low : high) = middle;
+  }
+  return {static_cast<char*>(table.data[low]) + (row - table.first_row[low]) * table.columns[low] * element_size,
+          table.columns[low]};
+}
+
+// The row of an entry: the last r in [low, high) with crow[r] <= entry. By one whole warp, 32 probes at a time: four dependent
+// reads for a million rows.
+__device__ int64_t find_row_by_warp(const int64_t* __restrict__ crow, int64_t low, int64_t high, int64_t entry) {
+  const int lane = threadIdx.x % 32;
+  while (high - low > 1) {
+    const int64_t step = (high - low + 31) / 32;
+    const int64_t probe = low + lane * step;
+    const unsigned at_or_before = __ballot_sync(kFull, probe < high && crow[probe] <= entry);
+    const int last = at_or_before ? 31 - __clz(at_or_before) : 0;
+    low += last * step;
+    high = min(high, low + step);
+  }
+  return low;
+}
+
+template <typename Offset>
+__device__ int64_t find_row(const Offset* crow, int64_t low, int64_t high, Offset entry) {
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (crow[middle] <= entry ? low : high) = middle;
+  }
+  return low;
+}
+
+// The three ops: what is read before (the compact value, the tensor's element) and what is done with both. `element` is null where
+// the column lies outside the row.
+template <typename T>
+struct Gather {
+  using Element = T;
+  using Value = T;
+  static constexpr bool kLoadsValue = false, kLoadsElement = true;
+  T* values;  // [nnz]
+  __device__ void finish(T* value, T, T*, T loaded) const { *value = loaded; }
+};
+
+template <typename T>
+struct Scatter {
+  using Element = T;
+  using Value = T;
+  static constexpr bool kLoadsValue = true, kLoadsElement = false;
+  T* values;  // [nnz]
+  __device__ void finish(T*, T value, T* element, T) const {
+    if (element) *element = value;
+  }
+};
+
+__device__ float widen(float x) { return x; }
+__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float widen(__half x) { return __half2float(x); }
+__device__ void narrow(float x, float& out) { out = x; }
+__device__ void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
+__device__ void narrow(float x, __half& out) { out = __float2half_rn(x); }
+
+// Product and sum are rounded one by one, as the CPU library does: both devices give the same bits.
+template <typename T, typename V>
+struct Add {
+  using Element = T;
+  using Value = V;
+  static constexpr bool kLoadsValue = true, kLoadsElement = true;
+  V* values;  // [nnz]
+  float alpha;
+  __device__ void finish(V*, V value, T* element, T loaded) const {
+    if (element) narrow(__fadd_rn(widen(loaded), __fmul_rn(alpha, widen(value))), *element);
+  }
+};
+
+template <typename V>
+struct Add<double, V> {
+  using Element = double;
+  using Value = V;
+  static constexpr bool kLoadsValue = true, kLoadsElement = true;
+  V* values;  // [nnz]
+  double alpha;
+  __device__ void finish(V*, V value, double* element, double loaded) const {
+    if (element) *element = __dadd_rn(loaded, __dmul_rn(alpha, static_cast<double>(value)));
+  }
+};
+
+// The rows of a tile, in shared memory.
+struct Tile {
+  int64_t ends[2];    // the rows of its first and of its last entry
+  int offset[kRows];  // where a row's entries begin, counted from the tile's first entry
+  Row rows[kRows];
+};
+
+// By the whole block: fills `tile` for the entries [begin, end). Returns its number of rows, which may be more than fit.
+__device__ int64_t prepare_tile(Tile& tile, const Table& table, const int64_t* __restrict__ crow, int64_t begin, int64_t end,
+                                int element_size) {
+  __syncthreads();  // the tile before this one has been read
+  if (threadIdx.x < 64) {
+    const int which = threadIdx.x / 32;
+    const int64_t row = find_row_by_warp(crow, table.first_row[0], table.first_row[table.count], which ? end - 1 : begin);
+    if (threadIdx.x % 32 == 0) tile.ends[which] = row;
+  }
+  __syncthreads();
+  const int64_t first = tile.ends[0], count = tile.ends[1] - first + 1;
+  if (count <= kRows) {
+    for (int r = threadIdx.x; r < count; r += kThreads) {
+      tile.offset[r] = static_cast<int>(max(crow[first + r] - begin, int64_t{-1}));
+      tile.rows[r] = locate(table, first + r, element_size);
+    }
+    __syncthreads();
+  }
+  return count;
+}
+
+template <typename Op, typename Column>
+__global__ void __launch_bounds__(kThreads)
+    csr_kernel(const __grid_constant__ Table table, const int64_t* __restrict__ crow,  // [rows + 1]
+               const Column* __restrict__ col,                                         // [nnz]
+               int64_t nnz, Op op) {
+  using Element = typename Op::Element;
+  __shared__ Tile tile;
+  const int64_t first_entry = max(crow[table.first_row[0]], int64_t{0}), last_entry = min(crow[table.first_row[table.count]], nnz);
+  for (int64_t t = first_entry / kTile + blockIdx.x; t * kTile < last_entry; t += gridDim.x) {
+    const int64_t begin = max(t * kTile, first_entry), end = min((t + 1) * kTile, last_entry);
+    const int64_t count = prepare_tile(tile, table, crow, begin, end, sizeof(Element));
+    int column[kItems];
+    Element* element[kItems];
+    typename Op::Value value[kItems];
+    Element loaded[kItems];
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int64_t i = t * kTile + k * kThreads + threadIdx.x;
+      if (i < begin || i >= end) continue;
+      column[k] = col[i];
+      if constexpr (Op::kLoadsValue) value[k] = op.values[i];
+    }
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int64_t i = t * kTile + k * kThreads + threadIdx.x;
+      if (i < begin || i >= end) continue;
+      const Row row = count <= kRows ? tile.rows[find_row<int>(tile.offset, 0, count, static_cast<int>(i - begin))]
+                                     : locate(table, find_row<int64_t>(crow, tile.ends[0], tile.ends[1] + 1, i), sizeof(Element));
+      // CSRMask has checked the columns; this keeps a wrong one from touching other memory.
+      element[k] = column[k] >= 0 && column[k] < row.columns ? static_cast<Element*>(row.data) + column[k] : nullptr;
+    }
+    if constexpr (Op::kLoadsElement) {
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) {
+        const int64_t i = t * kTile + k * kThreads + threadIdx.x;
+        if (i >= begin && i < end) loaded[k] = element[k] ? *element[k] : Element{};
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int64_t i = t * kTile + k * kThreads + threadIdx.x;
+      if (i >= begin && i < end) op.finish(op.values + i, value[k], element[k], loaded[k]);
+    }
+  }
+}
+
+template <typename Op, typename Column>
+void launch(const Csr& csr, Op op, cudaStream_t stream) {
+  const int64_t blocks = std::min(resident_blocks(csr_kernel<Op, Column>, kThreads), (csr.nnz + kTile - 1) / kTile);
+  for (size_t at = 0; at < csr.slices.size(); at += kTensors) {
+    Table table;
+    table.count = static_cast<int>(std::min<size_t>(kTensors, csr.slices.size() - at));
+    for (int i = 0; i < table.count; ++i) {
+      table.data[i] = csr.slices[at + i].data;
+      table.columns[i] = csr.slices[at + i].columns;
+      table.first_row[i] = csr.slices[at + i].first_row;
+    }
+    table.first_row[table.count] = at + table.count < csr.slices.size() ? csr.slices[at + table.count].first_row : csr.rows;
+    csr_kernel<Op, Column>
+        <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(table, csr.crow, static_cast<const Column*>(csr.col), csr.nnz, op);
+    DEFTX_LAUNCH_CHECK();
+  }
+}
+
+// Runs the op on the current stream of the mask's device.
+template <typename Op>
+void run(const Csr& csr, const Tensor& mask, Op op) {
+  if (csr.nnz == 0 || csr.slices.empty()) return;
+  const DeviceGuard guard(mask.get_device_index());
+  const cudaStream_t stream = current_stream(mask);
+  csr.wide ? launch<Op, int32_t>(csr, op, stream) : launch<Op, uint16_t>(csr, op, stream);
+}
+
+template <template <typename> class Op>
+void run_sized(const Csr& csr, const Tensor& mask, void* values, const char* name) {
+  switch (csr.element_size) {
+    case 1:
+      return run(csr, mask, Op<uint8_t>{static_cast<uint8_t*>(values)});
+    case 2:
+      return run(csr, mask, Op<uint16_t>{static_cast<uint16_t*>(values)});
+    case 4:
+      return run(csr, mask, Op<uint32_t>{static_cast<uint32_t*>(values)});
+    case 8:
+      return run(csr, mask, Op<uint64_t>{static_cast<uint64_t*>(values)});
+    default:
+      DEFTX_CHECK(false, name, ": elements of ", csr.element_size, " bytes are not supported");
+  }
+}
+
+template <typename T, typename Compute>
+void run_add(const Csr& csr, const Tensor& mask, void* values, bool float_values, double alpha) {
+  if (float_values) return run(csr, mask, Add<T, float>{static_cast<float*>(values), static_cast<Compute>(alpha)});
+  return run(csr, mask, Add<T, T>{static_cast<T*>(values), static_cast<Compute>(alpha)});
+}
+
+Tensor csr_gather(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices) {
+  const Csr csr = check_csr(tensors, Access::kRead, crow_indices, col_indices, Device::kCuda);
+  Tensor out = tensors.empty() ? torch::stable::new_empty(col_indices, {csr.nnz}, torch::headeronly::ScalarType::Float)
+                               : torch::stable::new_empty(tensors[0], {csr.nnz});
+  run_sized<Gather>(csr, col_indices, out.mutable_data_ptr(), "csr_gather");
+  return out;
+}
+
+void csr_scatter_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values) {
+  const Csr csr = check_csr(tensors, Access::kWrite, crow_indices, col_indices, Device::kCuda);
+  check_compact(values, Device::kCuda, col_indices, csr.nnz, "values");
+  DEFTX_CHECK(tensors.empty() || dtype_of(values) == csr.dtype, "csr_scatter_: values must have the tensors' dtype");
+  run_sized<Scatter>(csr, col_indices, const_cast<void*>(values.const_data_ptr()), "csr_scatter_");
+}
+
+void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values, double alpha) {
+  const Csr csr = check_csr(tensors, Access::kWrite, crow_indices, col_indices, Device::kCuda);
+  check_compact(values, Device::kCuda, col_indices, csr.nnz, "values");
+  const bool float_values = dtype_of(values) == aoti_torch_dtype_float32();
+  DEFTX_CHECK(tensors.empty() || float_values || dtype_of(values) == csr.dtype,
+              "csr_add_: values must be float32 or have the tensors' dtype");
+  void* v = const_cast<void*>(values.const_data_ptr());
+  if (csr.dtype == aoti_torch_dtype_float32()) return run_add<float, float>(csr, col_indices, v, float_values, alpha);
+  if (csr.dtype == aoti_torch_dtype_bfloat16()) return run_add<__nv_bfloat16, float>(csr, col_indices, v, float_values, alpha);
+  if (csr.dtype == aoti_torch_dtype_float16()) return run_add<__half, float>(csr, col_indices, v, float_values, alpha);
+  if (csr.dtype == aoti_torch_dtype_float64()) return run_add<double, double>(csr, col_indices, v, float_values, alpha);
+  DEFTX_CHECK(false, "csr_add_: tensors must be float32, float64, bfloat16 or float16");
+}
+
+}  // namespace
+
+DEFTX_CUDA_LIBRARY_IMPL(m) {
+  m.impl("csr_gather", TORCH_BOX(&csr_gather));
+  m.impl("csr_scatter_", TORCH_BOX(&csr_scatter_));
+  m.impl("csr_add_", TORCH_BOX(&csr_add_));
+}
+
+}  // namespace deftx

@@ -1,0 +1,194 @@
+// Shared by every source file: LibTorch's stable ABI (target 2.10), argument checks, and where device ops are registered.
+//
+// A file defines its ops in an anonymous namespace and registers them at its foot:
+//     STABLE_TORCH_LIBRARY_IMPL(deftx, CPU, m)  { m.impl("op", TORCH_BOX(&op)); }     csrc/cpu/*.cpp
+//     DEFTX_CUDA_LIBRARY_IMPL(m)                { m.impl("op", TORCH_BOX(&op)); }     csrc/cuda/*.cu
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+// An emulated build runs the CUDA sources on CPU tensors, in a namespace of their own, beside the CPU library's ops.
+#ifdef DEFTX_EMULATED
+#define DEFTX_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(deftx_emulated, CPU, m)
+#else
+#define DEFTX_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(deftx, CUDA, m)
+#endif
+
+// As STD_TORCH_CHECK, without this file's path in the message. Never throw inside parallel_for: at target 2.10 the text is lost.
+#define DEFTX_CHECK(condition, ...)                                                    \
+  do {                                                                                 \
+    if (!(condition)) throw std::runtime_error(::deftx::detail::message(__VA_ARGS__)); \
+  } while (0)
+
+// For plain loops over small arrays: compiled for AVX2 too, chosen when the library is loaded, so that the binary stays portable.
+// (Lambdas and callees are compiled for AVX2 only where they are inlined.)
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#define DEFTX_CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#define DEFTX_CLONES
+#endif
+
+namespace deftx {
+
+using torch::stable::Tensor;
+
+namespace detail {
+template <typename... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream text;
+  ((text << parts), ...);
+  return text.str();
+}
+}  // namespace detail
+
+// True for tensors that a file of csrc/cuda serves.
+inline bool is_device_tensor(const Tensor& t) {
+#ifdef DEFTX_EMULATED
+  return t.is_cpu();
+#else
+  return t.is_cuda();
+#endif
+}
+
+// LibTorch's own number of a dtype: Tensor::scalar_type() throws for dtypes that this ABI version has no name for.
+inline int32_t dtype_of(const Tensor& t) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+inline bool is_strided(const Tensor& t) {
+  int32_t layout = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+  return layout == aoti_torch_layout_strided();
+}
+
+// The matrix that a tensor stands for in a CSRMask: fewer than two dimensions are one row, more are (shape[0], the rest).
+inline int64_t rows_of(const Tensor& t) { return t.dim() < 2 ? 1 : t.size(0); }
+inline int64_t columns_of(const Tensor& t) {
+  int64_t columns = 1;
+  for (int64_t d = t.dim() < 2 ? 0 : 1; d < t.dim(); ++d) columns *= t.size(d);
+  return columns;
+}
+
+// One tensor among the stacked rows.
+struct Slice {
+  void* data;         // [its rows, columns]
+  int64_t first_row;  // in the stacked matrix
+  int64_t columns;
+};
+
+// The structure of a mask over a list of tensors, after check_csr.
+struct Csr {
+  std::vector<Slice> slices;
+  const int64_t* crow;  // [rows + 1]
+  const void* col;      // [nnz] uint16_t, or int32_t where `wide`
+  bool wide;
+  int64_t rows, nnz;
+  int32_t dtype;  // of the tensors (float32 where there are none)
+  int64_t element_size;
+};
+
+enum class Device { kCpu, kCuda };
+enum class Access { kRead, kWrite };
+
+inline void check_tensor(const Tensor& t, Device device, const char* name) {
+  DEFTX_CHECK(device == Device::kCpu ? t.is_cpu() : is_device_tensor(t), name, " must be on the ",
+              device == Device::kCpu ? "CPU" : "GPU");
+  DEFTX_CHECK(is_strided(t) && t.is_contiguous(), name, " must be contiguous");
+}
+
+inline void check_compact(const Tensor& t, Device device, const Tensor& mask, int64_t nnz, const char* name) {
+  check_tensor(t, device, name);
+  DEFTX_CHECK(t.get_device_index() == mask.get_device_index(), name, " is on another device than the mask");
+  DEFTX_CHECK(t.dim() == 1 && t.numel() == nnz, name, " must have shape [", nnz, "], one element per entry of the mask");
+}
+
+// What memory safety needs and the host knows without reading the arrays. Contents: check_contents of csrc/cpu/csr.cpp; a CUDA
+// kernel guards each access itself, since the host may not wait for it.
+inline Csr check_csr(const std::vector<Tensor>& tensors, Access access,
+                     const Tensor& crow_indices,  // int64 [rows + 1]
+                     const Tensor& col_indices,   // uint16 or int32 [nnz]
+                     Device device) {
+  check_tensor(crow_indices, device, "crow_indices");
+  check_tensor(col_indices, device, "col_indices");
+  DEFTX_CHECK(crow_indices.dim() == 1 && dtype_of(crow_indices) == aoti_torch_dtype_int64(),
+              "crow_indices must be int64 [rows + 1]");
+  const int32_t col_dtype = dtype_of(col_indices);
+  DEFTX_CHECK(col_indices.dim() == 1 && (col_dtype == aoti_torch_dtype_uint16() || col_dtype == aoti_torch_dtype_int32()),
+              "col_indices must be uint16 or int32 [nnz]");
+  Csr csr;
+  csr.wide = col_dtype == aoti_torch_dtype_int32();
+  csr.nnz = col_indices.numel();
+  csr.crow = static_cast<const int64_t*>(crow_indices.const_data_ptr());
+  csr.col = col_indices.const_data_ptr();
+  csr.dtype = tensors.empty() ? aoti_torch_dtype_float32() : dtype_of(tensors[0]);
+  csr.element_size = static_cast<int64_t>(aoti_torch_dtype_element_size(csr.dtype));
+  csr.rows = 0;
+  csr.slices.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& t = tensors[i];
+    check_tensor(t, device, "every tensor");
+    DEFTX_CHECK(t.get_device_index() == col_indices.get_device_index(), "tensor ", i, " is on another device than the mask");
+    DEFTX_CHECK(dtype_of(t) == csr.dtype, "tensor ", i, " has another dtype than tensor 0");
+    void* data = access == Access::kWrite ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
+    csr.slices.push_back({data, csr.rows, columns_of(t)});
+    csr.rows += rows_of(t);
+  }
+  DEFTX_CHECK(crow_indices.get_device_index() == col_indices.get_device_index(),
+              "crow_indices and col_indices are on different devices");
+  DEFTX_CHECK(crow_indices.numel() == csr.rows + 1, "crow_indices has ", crow_indices.numel(), " elements; the tensors have ",
+              csr.rows, " rows, which need ", csr.rows + 1);
+  DEFTX_CHECK(csr.rows > 0 || csr.nnz == 0, "col_indices has ", csr.nnz, " entries, but the tensors have no rows");
+  return csr;
+}
+
+}  // namespace deftx
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// CUDA sources only
+// ---------------------------------------------------------------------------------------------------------------------------------
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+
+#define DEFTX_CUDA_CHECK(call)                                                                                               \
+  do {                                                                                                                       \
+    const cudaError_t deftx_error = (call);                                                                                  \
+    DEFTX_CHECK(deftx_error == cudaSuccess, "CUDA error in deftx_kernels: ", cudaGetErrorString(deftx_error), " in " #call); \
+  } while (0)
+#define DEFTX_LAUNCH_CHECK() DEFTX_CUDA_CHECK(cudaGetLastError())
+
+namespace deftx {
+
+using torch::stable::accelerator::DeviceGuard;
+
+inline cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// How many blocks of this kernel the current device holds at once: the grid of a grid-stride kernel.
+template <typename Kernel>
+int64_t resident_blocks(Kernel* kernel, int threads, size_t shared_bytes = 0) {
+  int device = 0, processors = 0, per_processor = 0;
+  DEFTX_CUDA_CHECK(cudaGetDevice(&device));
+  DEFTX_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  DEFTX_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared_bytes));
+  return static_cast<int64_t>(processors) * std::max(per_processor, 1);
+}
+
+}  // namespace deftx
+#endif

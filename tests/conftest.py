@@ -1,0 +1,95 @@
+"""Fixtures shared by all tests: who runs an operator (`provider`), and the compiled GPU code executed on the CPU (`emulated`)."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import deftx_kernels  # noqa: F401  (registers the operators)
+from deftx_kernels import _library, reference
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Provider(NamedTuple):
+    """Someone who runs the operators of `_ops.SCHEMAS`: `provider.ops.csr_gather(...)` on tensors of `provider.device`."""
+
+    name: str  # "reference", "c++", "emulated" (nvcc's output, executed on CPU tensors), "cuda"
+    device: str
+    ops: Any
+
+    def can_run(self, op: str) -> bool:
+        """Whether an implementation of its own serves the op, rather than the reference."""
+        if self.name in ("reference", "emulated"):
+            return hasattr(self.ops, op)
+        return _library.backends()[op][self.device].name == self.name
+
+
+PROVIDERS = [
+    "reference",
+    "c++",
+    pytest.param("emulated", marks=pytest.mark.cuda_on_cpu),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+def find_cuda_on_cpu() -> Path | None:
+    """The folder of the tool: $CUDA_ON_CPU (itself, or the folder that holds it), or shared/tools beside the repository."""
+    folder = Path(os.environ.get("CUDA_ON_CPU") or ROOT.parent / "shared" / "tools")
+    return next((f for f in (folder, folder / "cuda_on_cpu") if (f / "cudart_shim.cpp").exists()), None)
+
+
+@pytest.fixture(scope="session")
+def cuda_on_cpu():
+    """The module cuda_on_cpu."""
+    folder = find_cuda_on_cpu()
+    if folder is None:
+        pytest.skip("cuda_on_cpu was not found: set CUDA_ON_CPU to its folder")
+    sys.path.insert(0, str(folder.parent))
+    return importlib.import_module(folder.name)
+
+
+@pytest.fixture(scope="session")
+def emulated(cuda_on_cpu):
+    """csrc/cuda/*.cu as nvcc compiles it (kept in build/emulated), executed on CPU tensors: `emulated.ops.csr_gather(...)`."""
+    if torch.version.cuda:
+        pytest.skip("cuda_on_cpu needs a CPU build of torch: the real CUDA runtime must not be in the process")
+    try:
+        cuda_on_cpu.runtime.find_nvcc()
+    except cuda_on_cpu.BuildError as error:
+        pytest.skip(str(error))
+    emulated = cuda_on_cpu.build_and_load(
+        sources=sorted((ROOT / "csrc/cuda").glob("*.cu")),
+        include_dirs=[ROOT / "csrc"],
+        namespace="deftx_emulated",
+        work_dir=ROOT / "build/emulated",
+        torch_target_version=0x020A000000000000,
+    )
+    emulated.racecheck = True
+    return emulated
+
+
+# Of the session, so that hypothesis may call a test many times with one provider.
+@pytest.fixture(scope="session", params=PROVIDERS)
+def provider(request) -> Provider:
+    name = request.param
+    if name == "reference":
+        return Provider(name, "cpu", reference)
+    if name == "emulated":
+        return Provider(name, "cpu", request.getfixturevalue("emulated").ops)
+    device = "cpu" if name == "c++" else "cuda"
+    if device in _library.errors:
+        pytest.skip(f"the {device} library was {_library.errors[device]}")
+    return Provider(name, device, torch.ops.deftx)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
