@@ -5,6 +5,7 @@ from deftx_kernels import _library, _ops  # noqa: F401  (the schemas first, then
 _library.load()
 
 import deftx_kernels.backends  # noqa: E402, F401  (then the kernels that Python registers)
+from deftx_kernels import interop  # noqa: E402
 from deftx_kernels._library import backends  # noqa: E402
 from deftx_kernels.delta import SparseDelta, compose  # noqa: E402
 from deftx_kernels.functional import (  # noqa: E402
@@ -31,6 +32,7 @@ __all__ = [
     "backends",
     "compose",
     "densify",
+    "interop",
     "masked_embedding",
     "masked_linear",
     "select_mask",

@@ -1,0 +1,243 @@
+"""Compiles every GPU kernel ahead of time, without a GPU, and shows what ptxas says: python tests/aot.py
+
+Triton kernels go through Triton's own compiler, csrc/cuda/*.cu through nvcc, each for sm_80, sm_90 and sm_100. Fails on a spilled
+register, on a compile error and on an instruction that a variant must have and has not. Without nvcc only the Triton part runs.
+
+What the PTX of sparse_adamw shows (Triton 3.6): exp_avg, exp_avg_sq and the master are read and written 16 bytes a thread
+(ld.global.v4.b32, st.global.v4.b32; v2.b64 for float64), four uint16 columns in one ld.global.v2.b32, four int32 columns in one
+ld.global.v4.b32, in the body for full blocks. The body for the last block reads element by element, because its mask is not
+constant over a vector. Parameters and dense gradients are gathered, neighbouring entries by neighbouring threads.
+"""
+
+import argparse
+import functools
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHS = (80, 90, 100)
+
+
+class Row(NamedTuple):
+    kernel: str
+    variant: str
+    arch: str
+    registers: int
+    spill_stores: int  # bytes
+    spill_loads: int  # bytes
+    shared: int  # bytes a block
+    missing: tuple[str, ...] = ()  # instructions that should have been there
+
+
+class Variant(NamedTuple):
+    """One specialisation of a Triton kernel."""
+
+    module: str
+    kernel: str
+    name: str
+    # Parameter -> a Triton type ("*fp32": a pointer divisible by 16; "i64") or a compile-time constant (anything that is no str).
+    arguments: dict
+    options: dict
+    must_have: tuple[str, ...] = ()  # of the PTX
+
+
+# ---- the variants of the Triton kernels -----------------------------------------------------------------------------------
+
+
+def sparse_adamw_variants() -> Iterator[Variant]:
+    import triton.language as tl
+
+    from deftx_kernels.kernels import sparse_adamw as module
+
+    dtypes = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
+
+    def variant(param, grad, *, compact=False, master=False, everything=False, columns="u16"):
+        state = "fp64" if param == "fp64" else "fp32"
+        words = [param, f"{grad} {'compact' if compact else 'dense'} gradient", columns]
+        words += ["master"] * master + ["all options"] * everything
+        vector = "v2.b64" if state == "fp64" else "v4.b32"
+        arguments = {
+            "table": "*i64",
+            "grad_table": None if compact else "*i64",
+            "grad": f"*{grad}" if compact else None,
+            "exp_avg": f"*{state}",
+            "exp_avg_sq": f"*{state}",
+            "values": f"*{state}" if master else None,
+            "decay_to": f"*{state}" if everything else None,
+            "crow_indices": "*i64",
+            "col_indices": f"*{columns}",
+            "step": "*fp32",
+            "lr": "*fp32",
+            "grad_scale": "*fp32" if everything else None,
+            "found_inf": "*fp32" if everything else None,
+            **dict.fromkeys(module._ANY_VALUE, "i64"),
+            "MAXIMIZE": everything,
+            "HAS_L1": everything,
+            "PARAM": dtypes[param],
+            "GRAD": dtypes[grad],
+            "BLOCK": module.BLOCK,
+            "WAYS": module.WAYS,
+        }
+        must_have = (f"ld.global.{vector}", f"st.global.{vector}", "ld.global.v2.b32" if columns == "u16" else "ld.global.v4.b32")
+        options = {"num_warps": module.NUM_WARPS}
+        return Variant(module.__name__, "_sparse_adamw_kernel", ", ".join(words), arguments, options, must_have)
+
+    yield variant("bf16", "bf16", master=True)
+    yield variant("bf16", "fp32", compact=True, master=True)
+    yield variant("bf16", "bf16", compact=True)
+    yield variant("bf16", "bf16", master=True, everything=True, columns="i32")
+    yield variant("fp16", "fp32", master=True, everything=True)
+    yield variant("fp32", "fp32")
+    yield variant("fp32", "fp32", compact=True)
+    yield variant("fp32", "fp32", everything=True, columns="i32")
+    yield variant("fp64", "fp64", everything=True)
+
+
+def triton_variants() -> list[Variant]:
+    return [*sparse_adamw_variants()]
+
+
+# ---- compiling --------------------------------------------------------------------------------------------------------------
+
+# Without a stack frame, ptxas leaves out the line of the spills.
+_USAGE = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'"
+    r"(?:(?!Compiling entry).)*?(?:(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r"(?:(?!Compiling entry).)*?)?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+def usage(log: str) -> Iterator[tuple[str, str, int, int, int, int]]:
+    """Of each kernel in ptxas -v's output: mangled name, architecture, registers, spill stores and loads, static shared memory."""
+    for found in _USAGE.finditer(log):
+        shared = re.search(r"(\d+) bytes smem", found["rest"])
+        counts = (int(found[x] or 0) for x in ("registers", "stores", "loads"))
+        yield found["name"], "sm_" + found["arch"], *counts, int(shared[1]) if shared else 0
+
+
+def run(command: list) -> str:
+    result = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}")
+    return result.stdout + result.stderr
+
+
+def compile_triton(variant: Variant, arch: int) -> list[Row]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(variant.module), variant.kernel)
+    place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    signature = {n: variant.arguments[n] if isinstance(variant.arguments[n], str) else "constexpr" for n in kernel.arg_names}
+    constants = {place[n]: variant.arguments[n] for n, kind in signature.items() if kind == "constexpr"}
+    aligned = {place[n]: [["tt.divisibility", 16]] for n, kind in signature.items() if kind.startswith("*")}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
+    ptx = compiled.asm["ptx"]
+    target = re.search(r"\.target\s+(\w+)", ptx)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.ptx")
+        file.write_text(ptx)
+        log = run([get_ptxas(arch).path, "-v", f"--gpu-name={target}", file, "-o", Path(folder, "kernel.cubin")])
+    missing = tuple(x for x in variant.must_have if x not in ptx)
+    return [
+        Row(variant.kernel, variant.name, sm, registers, stores, loads, max(shared, compiled.metadata.shared), missing)
+        for _, sm, registers, stores, loads, shared in usage(log)
+    ]
+
+
+def demangled(names: list[str]) -> list[str]:
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    return run([tool, *names]).splitlines() if tool and names else names
+
+
+def compile_cuda(source: Path, arch: int) -> list[Row]:
+    import torch
+
+    include = Path(torch.__path__[0], "include")
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"-cubin -arch=sm_{arch} -O3 -std=c++17 -Xptxas -v -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020A000000000000"
+        log = run(["nvcc", *flags.split(), "-isystem", include, source, "-o", Path(folder, "out.cubin")])
+    rows = list(usage(log))
+    names = demangled([row[0] for row in rows])
+    return [Row(*split_name(name), *row[1:]) for name, row in zip(names, rows)]
+
+
+def split_name(demangled: str) -> tuple[str, str]:
+    """("kernel", "template arguments") of a C++ name."""
+    name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|^void ", "", demangled)
+    head, _, rest = name.partition("<")
+    if not rest:
+        return head.partition("(")[0].split("::")[-1], ""
+    depth = 1
+    for i, c in enumerate(rest):
+        depth += (c == "<") - (c == ">")
+        if depth == 0:
+            return head.split("::")[-1], rest[:i]
+    return head, rest
+
+
+def attempt(job) -> list[Row] | str:
+    """A job's rows, or what went wrong: exceptions of compilers do not all survive the way between processes."""
+    try:
+        return job()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def table(rows: list[Row]) -> str:
+    head = ("kernel", "variant", "arch", "registers", "spill stores", "spill loads", "shared memory")
+    cells = [head, *([str(x) for x in row[:7]] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(7)]
+    return "\n".join("  ".join(c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities (default: 80 90 100)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    options = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+    jobs = {}
+    if shutil.which("nvcc"):
+        for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
+            jobs |= {f"{source.name}, sm_{arch}": functools.partial(compile_cuda, source, arch) for arch in options.arch}
+    else:
+        print("nvcc is not on the PATH: csrc/cuda is left out, only the Triton kernels are compiled\n", file=sys.stderr)
+    for v in triton_variants():
+        jobs |= {f"{v.kernel}, {v.name}, sm_{arch}": functools.partial(compile_triton, v, arch) for arch in options.arch}
+
+    with ProcessPoolExecutor(options.jobs) as pool:
+        results = dict(zip(jobs, pool.map(attempt, jobs.values())))
+    rows = sorted(row for result in results.values() if isinstance(result, list) for row in result)
+    print(table(rows))
+
+    faults = [f"{name}: {result}" for name, result in results.items() if isinstance(result, str)]
+    faults += [f"{name}: ptxas reported no kernel" for name, result in results.items() if result == []]
+    for row in rows:
+        place = ", ".join(filter(None, row[:3]))
+        if row.spill_stores or row.spill_loads:
+            faults.append(f"{place}: spills {row.spill_stores} bytes stored, {row.spill_loads} bytes loaded")
+        if row.missing:
+            faults.append(f"{place}: the PTX has no {', '.join(row.missing)}")
+    print(f"\n{len(rows)} kernels compiled, {len(faults)} faults", *faults, sep="\n")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
