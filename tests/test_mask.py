@@ -100,6 +100,24 @@ def test_wide_tensors_have_int32_columns():
         assert mask["w"].gather({"w": scores}).tolist() == [2, 1]
 
 
+def test_positions_beyond_two_to_the_31():
+    """composable-sft decodes tensors of 2**31 elements and more wrongly. 2.8e9 elements here, of which a few are selected."""
+    shapes = [(70_000, 40_000), (5,)]
+
+    def at(*rows_and_columns):
+        crow = torch.zeros(70_002, dtype=torch.int64)
+        for row, _ in rows_and_columns:
+            crow[row + 1 :] += 1
+        return CSRMask(["big", "small"], shapes, crow, torch.tensor([c for _, c in rows_and_columns]).to(torch.uint16))
+
+    one, two = at((0, 3), (69_999, 39_999), (70_000, 4)), at((53_688, 0), (69_999, 39_999))
+    assert one.numel == 2_800_000_005
+    assert one & two == at((69_999, 39_999))
+    assert one - two == at((0, 3), (70_000, 4))
+    assert one | two == at((0, 3), (53_688, 0), (69_999, 39_999), (70_000, 4))
+    assert one.project(torch.tensor([1.0, 2.0, 3.0]), two).tolist() == [0, 2]
+
+
 def test_mixed_dtypes_and_non_contiguous_tensors():
     mask = CSRMask.from_dense({"a": torch.eye(3, dtype=torch.bool), "b": torch.ones(2, dtype=torch.bool)})
     base = torch.arange(9.0).view(3, 3)

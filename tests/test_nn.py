@@ -107,6 +107,19 @@ def test_autocast_and_accumulation():
     assert values.grad.dtype == torch.float32
 
 
+def test_forward_makes_no_copy_of_the_weight():
+    """SpIEL, RoSA and SHiRA clone the weight in every forward."""
+    model = sparsify(mlp(), mlp_mask())
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(IDS)
+    weights = {p.untyped_storage().data_ptr() for n, p in model.named_parameters() if n.endswith("weight")}
+    sizes = {p.numel() for n, p in model.named_parameters() if n.endswith("weight")}
+    saved = [t for t in kept if t.numel() in sizes and t.is_floating_point()]
+    assert len(saved) >= 2
+    assert all(t.untyped_storage().data_ptr() in weights for t in saved)
+
+
 def test_second_derivatives_are_refused_and_bad_arguments_named():
     weight, mask = torch.randn(3, 4), random_mask((3, 4))
     values = mask.gather({"tensor": weight}).requires_grad_()
