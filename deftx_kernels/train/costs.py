@@ -104,7 +104,9 @@ def _meaning(cuda: bool, reset: bool) -> str:
     if cuda:
         return "torch.cuda.max_memory_allocated: weights, gradients, optimizer state and activations"
     since = "while training" if reset else "since the process began"
-    return f"peak resident memory {since}, less that before the model was loaded: weights, gradients, optimizer state and activations"
+    return (
+        f"peak resident memory {since}, less that before the model was loaded: weights, gradients, optimizer state and activations"
+    )
 
 
 def _reset_peak(cuda: bool) -> bool:

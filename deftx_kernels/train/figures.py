@@ -12,17 +12,22 @@ from deftx_kernels.functional import svd_denoise
 from deftx_kernels.mask import CSRMask
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 COLORS = {"full": "#9ca3af", "deft-x": "#2563eb", "lt-sft": "#f59e0b", "lift": "#10b981"}
 STYLE = {
     "figure.dpi": 160, "savefig.dpi": 160, "font.size": 9, "font.family": "DejaVu Sans", "axes.edgecolor": MUTED,
     "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
+    "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "legend.frameon": False,
 }  # fmt: skip
 LAYER = re.compile(r"^(?P<before>.*?)\.(?:layers?|h|blocks?)\.(?P<layer>\d+)\.(?P<kind>.*)$")
 MAX_SPECTRUM_LAYERS = 4
+KINDS_IN_ORDER = (
+    "word embeddings", "position embeddings", "token type embeddings", "query", "key", "value", "attention output", "intermediate",
+    "output", "pooler", "biases", "",
+)  # fmt: skip
 
 
 def draw_all(run_dir: Path, config: dict, metrics: dict) -> dict[str, str]:
@@ -63,7 +68,15 @@ def scores(run_dir: Path, config: dict, metrics: dict):
             yerr=[float(np.std(v, ddof=1)) for v in each] if len(each[0]) > 1 else None, error_kw={"ecolor": INK, "elinewidth": 0.8},
         )  # fmt: skip
         for x, mean in zip(at, means):
-            axes.annotate(f"{mean:.2f}".removeprefix("0"), (x, mean), (0, 2), textcoords="offset points", ha="center", fontsize=6.5, color=MUTED)
+            axes.annotate(
+                f"{mean:.2f}".removeprefix("0"),
+                (x, mean),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=6.5,
+                color=MUTED,
+            )
     axes.set_xticks(range(len(targets)), [language_name(name) for name in targets], color=INK)
     axes.set_ylabel("zero-shot macro-F1")
     axes.yaxis.grid(True, color=GRID, linewidth=0.8)
@@ -108,66 +121,96 @@ def costs(run_dir: Path, config: dict, metrics: dict):
 
 def spectra(run_dir: Path, config: dict, metrics: dict):
     """Cumulative energy of the singular values of theta1 - theta0, some layers of each kind of matrix, with the rank kept."""
-    vectors = [name for name in ("task", *(f"language-{name}" for name in metrics["data"]["targets"][:1]))]
-    vectors = [name for name in vectors if (run_dir / "phases" / name / "dense/model").is_dir()]
+    vectors = [
+        name
+        for name in ("task", *(f"language-{name}" for name in metrics["data"]["targets"][:1]))
+        if (run_dir / "phases" / name / "dense/model").is_dir()
+    ]
     if not vectors or "deft-x" not in config["recipes"]:
         return None
     starts = {name: run_dir / "phases" / ("base" if name == "task" else "mlm-head/model") for name in vectors}
     tables = {name: difference_matrices(starts[name], run_dir / "phases" / name / "dense/model") for name in vectors}
     kinds = list(dict.fromkeys(kind for table in tables.values() for kind, _ in table))
-    figure, axes = plt.subplots(len(vectors), len(kinds), figsize=(2.0 * len(kinds), 2.1 * len(vectors)), sharey=True, squeeze=False)
     layers = sorted({layer for table in tables.values() for _, layer in table})
-    colors = dict(zip(layers, plt.get_cmap("viridis")(np.linspace(0.05, 0.88, len(layers)))))
-    for row, vector in enumerate(vectors):
+    colors = dict(zip(layers, plt.get_cmap("viridis")(np.linspace(0.05, 0.85, len(layers)))))
+    size = (1.9 * len(kinds), 1.95 * len(vectors) + 0.5)
+    figure, axes = plt.subplots(len(vectors), len(kinds), figsize=size, sharex="col", sharey=True, squeeze=False)
+    for row, vector in zip(axes, vectors):
         selection = config["task" if vector == "task" else "language"]["selection"]
-        rule = {"rank": selection["rank"], "energy": selection["energy"]}
-        _, info = svd_denoise({f"{kind} {layer}": delta for (kind, layer), delta in tables[vector].items()}, return_info=True, **rule)
-        for (kind, layer), delta in tables[vector].items():
-            axis = axes[row][kinds.index(kind)]
-            squares = torch.linalg.svdvals(delta.double()).square()
-            share = (squares.cumsum(0) / squares.sum()).numpy()
-            kept = int(info[f"{kind} {layer}"]["rank"])
-            axis.plot(np.arange(1, len(share) + 1), share, color=colors[layer], linewidth=1.3, label=f"layer {layer}")
-            axis.plot(kept, share[kept - 1], "o", color=colors[layer], markersize=4.5, markeredgecolor="white", markeredgewidth=0.7)
-            axis.annotate(f"r = {kept}", (kept, share[kept - 1]), (5, -3 - 8 * layers.index(layer)), textcoords="offset points", fontsize=6, color=colors[layer])
-        for axis, kind in zip(axes[row], kinds):
-            axis.set_title(kind if row == 0 else "", fontsize=8)
-            axis.set_ylim(0, 1.03)
-            axis.set_xscale("log")
-            axis.grid(True, color=GRID, linewidth=0.7)
-            if rule["energy"] is not None:
-                axis.axhline(rule["energy"], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
-        axes[row][0].set_ylabel(f"{vector.replace('-', ' ')}\nshare of Σσ²", fontsize=8)
-    figure.supxlabel("singular values kept (log scale); dots: rank of the signal", fontsize=8, color=MUTED)
+        _spectrum_row(row, kinds, colors, tables[vector], {"rank": selection["rank"], "energy": selection["energy"]})
+        row[0].set_ylabel(f"{vector_name(vector)}\nshare of Σσ²", fontsize=8)
+    for axis, kind in zip(axes[0], kinds):
+        axis.set_title(kind, fontsize=9)
+    figure.supxlabel("singular values kept; dots and r: the rank of the signal", fontsize=8, color=MUTED, y=0.03)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(labels), fontsize=8)
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=len(labels), fontsize=8)
     figure.tight_layout()
     return figure
 
 
+def _spectrum_row(axes, kinds: list[str], colors: dict, matrices: dict[tuple[str, int], torch.Tensor], rule: dict) -> None:
+    """One axis per kind of matrix, one line per layer."""
+    _, info = svd_denoise({f"{kind} {layer}": delta for (kind, layer), delta in matrices.items()}, return_info=True, **rule)
+    for (kind, layer), delta in matrices.items():
+        axis, color = axes[kinds.index(kind)], colors[layer]
+        squares = torch.linalg.svdvals(delta.double()).square()
+        share = (squares.cumsum(0) / squares.sum().clamp_min(1e-300)).numpy()
+        kept = max(1, int(info[f"{kind} {layer}"]["rank"]))
+        axis.plot(np.arange(1, len(share) + 1), share, color=color, linewidth=1.3, label=f"layer {layer}")
+        axis.plot(kept, share[kept - 1], "o", color=color, markersize=4.5, markeredgecolor="white", markeredgewidth=0.7)
+        line = 0.05 + 0.1 * list(colors)[::-1].index(layer)
+        axis.text(0.97, line, f"r = {kept}", transform=axis.transAxes, ha="right", fontsize=7, color=color)
+    for axis in axes:
+        axis.set_ylim(0, 1.03)
+        axis.set_xscale("log")
+        axis.grid(True, color=GRID, linewidth=0.7)
+        axis.tick_params(labelsize=7)
+        axis.minorticks_off()
+        if rule["energy"] is not None:
+            axis.axhline(rule["energy"], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+
+
+def vector_name(vector: str) -> str:
+    """ "language-id" → "language: Indonesian"."""
+    from deftx_kernels.train.report import language_name
+
+    kind, _, language = vector.partition("-")
+    return f"{kind}: {language_name(language)}" if language else kind
+
+
 def short_kind(kind: str) -> str:
-    """ "attention.self.query.weight" → "query"."""
-    names = {"attention.output.dense": "attention output", "intermediate.dense": "intermediate", "output.dense": "output"}
+    """ "attention.self.query" → "query"."""
+    names = {
+        "attention.output.dense": "attention output", "intermediate.dense": "intermediate", "output.dense": "output",
+        "pooler.dense": "pooler",
+    }  # fmt: skip
     stem = kind.removesuffix(".weight")
-    return names.get(stem, stem.rsplit(".", 1)[-1])
+    return next((short for long, short in names.items() if stem.endswith(long)), stem.rsplit(".", 1)[-1].replace("_", " "))
 
 
 def difference_matrices(start: Path, tuned: Path) -> dict[tuple[str, int], torch.Tensor]:
     """{(kind, layer): theta1 - theta0} for the weight matrices of at most four layers, evenly chosen."""
     found = {}
     with safe_open(start / "model.safetensors", "pt") as old, safe_open(tuned / "model.safetensors", "pt") as new:
-        names = {name: match for name in new.keys() if (match := LAYER.match(name)) and name.endswith(".weight")}
-        layers = sorted({int(match["layer"]) for match in names.values()})
-        picks = {layers[round(i)] for i in np.linspace(0, len(layers) - 1, min(MAX_SPECTRUM_LAYERS, len(layers)))} if layers else set()
-        for name, match in names.items():
-            if int(match["layer"]) in picks and len(new.get_slice(name).get_shape()) == 2:
+        matches = {name: LAYER.match(name) for name in set(new.keys()) & set(old.keys()) if name.endswith(".weight")}
+        matrices = {name: match for name, match in matches.items() if match and len(new.get_slice(name).get_shape()) == 2}
+        layers = sorted({int(match["layer"]) for match in matrices.values()})
+        picks = {layers[round(i)] for i in np.linspace(0, len(layers) - 1, min(MAX_SPECTRUM_LAYERS, len(layers)))}
+        for name, match in matrices.items():
+            if int(match["layer"]) in picks:
                 found[short_kind(match["kind"]), int(match["layer"])] = new.get_tensor(name) - old.get_tensor(name)
-    order = ("query", "key", "value", "attention output", "intermediate", "output")
-    return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]) if item[0][0] in order else 99, item[0])))
+    return dict(sorted(found.items(), key=lambda item: (rank_of(item[0][0]), item[0])))
+
+
+def rank_of(kind: str) -> int:
+    """The place of a kind of tensor in a figure: embeddings, attention, feed-forward, the rest, biases."""
+    return KINDS_IN_ORDER.index(kind) if kind in KINDS_IN_ORDER else len(KINDS_IN_ORDER) - 1
 
 
 def density(run_dir: Path, config: dict, metrics: dict):
     """Heat maps: density of each method's mask by layer and kind of tensor, task and first language."""
+    from deftx_kernels.train.report import METHODS
+
     vectors = ["task", *(f"language-{name}" for name in metrics["data"]["targets"][:1])]
     paths = {
         (vector, recipe): path
@@ -178,24 +221,20 @@ def density(run_dir: Path, config: dict, metrics: dict):
     }
     if not paths:
         return None
-    from deftx_kernels.train.report import METHODS
-
     tables = {key: mask_densities(CSRMask.load(path)) for key, path in paths.items()}
-    rows = list(dict.fromkeys(kind for table in tables.values() for kind, _ in table))
+    rows = sorted({kind for table in tables.values() for kind, _ in table}, key=lambda kind: (rank_of(kind), kind))
     columns = sorted({layer for table in tables.values() for _, layer in table})
     top = max(value for table in tables.values() for value in table.values())
-    figure, axes = plt.subplots(
-        1, len(tables), figsize=(1.9 + (0.55 + 0.34 * len(columns)) * len(tables), 0.9 + 0.24 * len(rows)), sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    size = (2.0 + (0.35 + 0.3 * len(columns)) * len(tables), 1.1 + 0.26 * len(rows))
+    figure, axes = plt.subplots(1, len(tables), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, ((vector, recipe), table) in zip(axes[0], tables.items()):
         grid = np.full((len(rows), len(columns)), np.nan)
         for (kind, layer), value in table.items():
             grid[rows.index(kind), columns.index(layer)] = value * 100
         image = axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=top * 100, aspect="auto")
-        axis.set_title(f"{METHODS[recipe]}\n{vector.replace('-', ' ')}", fontsize=8)
+        axis.set_title(f"{METHODS[recipe]}\n{vector_name(vector)}", fontsize=8)
         axis.set_xticks(range(len(columns)), ["–" if layer < 0 else str(layer) for layer in columns], fontsize=7)
-        axis.set_yticks(range(len(rows)), rows, fontsize=7)
+        axis.set_yticks(range(len(rows)), rows, fontsize=7.5, color=INK)
         axis.tick_params(length=0)
         axis.set_xlabel("layer", fontsize=8)
         for spine in axis.spines.values():
@@ -205,15 +244,12 @@ def density(run_dir: Path, config: dict, metrics: dict):
 
 
 def mask_densities(mask: CSRMask) -> dict[tuple[str, int], float]:
-    """{(kind of tensor, layer): density}; -1 stands for tensors outside the layers."""
+    """{(kind of tensor, layer): density}; all biases of a layer are one kind, -1 stands for tensors outside the layers."""
     counts: dict[tuple[str, int], list[int]] = {}
     for name, facts in mask.summary().items():
         match = LAYER.match(name)
-        suffix = " (bias)" if name.endswith(".bias") else ""
-        stem = (match["kind"] if match else name).removesuffix(".bias").removesuffix(".weight")
-        key = (short_kind(stem) + suffix, int(match["layer"]) if match else -1)
-        total = counts.setdefault(key, [0, 0])
+        kind = "biases" if name.endswith(".bias") else short_kind(match["kind"] if match else name)
+        total = counts.setdefault((kind, int(match["layer"]) if match else -1), [0, 0])
         total[0] += facts["nnz"]
         total[1] += facts["numel"]
-    ordered = sorted(counts, key=lambda key: (key[0].endswith("(bias)"), key[1] >= 0, key[0]))
-    return {key: counts[key][0] / max(1, counts[key][1]) for key in ordered}
+    return {key: nnz / max(1, numel) for key, (nnz, numel) in counts.items()}

@@ -107,7 +107,9 @@ class SeedRun:
 
     def base(self) -> Path:
         """The folder of the pretrained model with an untrained head, which vectors are added to."""
-        return starts.classifier_start(self.config.model, self.corpus.labels, self.corpus.task, self.folder / "phases/base", self.seed)
+        return starts.classifier_start(
+            self.config.model, self.corpus.labels, self.corpus.task, self.folder / "phases/base", self.seed
+        )
 
     def _masked_lm_start(self) -> Path:
         text = Dataset.from_dict({"text": [line for name in self.languages for line in self.corpus.text[name]["text"]]})

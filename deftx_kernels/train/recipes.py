@@ -90,9 +90,7 @@ def dense_phase(vector: Vector, runtime: Runtime) -> dict:
     return facts
 
 
-def sparse_phase(
-    vector: Vector, mask: CSRMask, phase: PhaseConfig, folder: Path, runtime: Runtime
-) -> tuple[PreTrainedModel, dict]:
+def sparse_phase(vector: Vector, mask: CSRMask, phase: PhaseConfig, folder: Path, runtime: Runtime) -> tuple[PreTrainedModel, dict]:
     """Fine-tune a fresh copy of theta0 at the entries of `mask` (and the head): (theta2, facts)."""
     model = load_start(vector, runtime)
     l1 = phase.l1 / count_parameters(model)

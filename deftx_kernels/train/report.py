@@ -61,7 +61,9 @@ def gain_lines(metrics: dict) -> list[str]:
             continue
         gains = {name: statistics.fmean(composed[name]) - statistics.fmean(alone[name]) for name in targets}
         each = ", ".join(f"{language_name(name)} {gain:+.3f}" for name, gain in gains.items())
-        lines.append(f"{METHODS[method]}: adding the language vector changed macro-F1 by {each} (mean {statistics.fmean(gains.values()):+.3f}).")
+        lines.append(
+            f"{METHODS[method]}: adding the language vector changed macro-F1 by {each} (mean {statistics.fmean(gains.values()):+.3f})."
+        )
     return lines
 
 
@@ -87,7 +89,9 @@ def cost_table(metrics: dict) -> list[list[str]] | None:
 
 def phase_table(metrics: dict) -> list[list[str]]:
     """Header and rows of the phases as they ran."""
-    table = [["vector", "phase", "steps", "entries trained", "selection", "gradients", "optimizer state", "median step", "final loss"]]
+    table = [
+        ["vector", "phase", "steps", "entries trained", "selection", "gradients", "optimizer state", "median step", "final loss"]
+    ]
     for phase in metrics["phases"]:
         if phase["seed"] != metrics["phases"][0]["seed"]:
             continue

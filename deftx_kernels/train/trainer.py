@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
+from deftx_kernels.nn import masked_parameters
 from deftx_kernels.train.config import PhaseConfig, VectorConfig
 from deftx_kernels.train.tensors import gradient_bytes, state_bytes
 from deftx_kernels.train.tokens import IGNORED, MaskedLanguageCollator
@@ -53,7 +55,21 @@ class Examples:
     masked_lm: bool = False
 
 
-class MaskedLanguageTrainer(Trainer):
+class VectorTrainer(Trainer):
+    """A Trainer whose checkpoints of sparsified models hold tied values once, which `save_pretrained` refuses to write."""
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not masked_parameters(self.model) or self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            state = self.model.state_dict()
+            once = {id(tensor): name for name, tensor in self.model.state_dict(keep_vars=True).items()}
+            save_file({name: state[name].contiguous() for name in once.values()}, folder / "model.safetensors", {"format": "pt"})
+
+
+class MaskedLanguageTrainer(VectorTrainer):
     """A Trainer whose MLM loss computes logits only where a token is asked for.
 
     15 % of the positions carry a label; the [batch, length, vocabulary] logits of the others, the largest tensor of
@@ -233,7 +249,7 @@ def train_phase(
     validated = examples.validation is not None and len(examples.validation) > 0
     args = training_arguments(folder, vector, phase, runtime, validated, examples.masked_lm)
     meter = CostMeter()
-    trainer = (MaskedLanguageTrainer if examples.masked_lm else Trainer)(
+    trainer = (MaskedLanguageTrainer if examples.masked_lm else VectorTrainer)(
         model=model,
         args=args,
         data_collator=examples.collator,

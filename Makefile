@@ -1,0 +1,86 @@
+# Everything runs from .venv, which each target makes and fills the first time: Python >= 3.10, a C++ compiler and make are enough.
+PYTHON ?= python3
+DEFTX_BUILD ?= auto
+# Arguments for the program that a target runs: make test ARGS="-k svd", make bench ARGS=--quick
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip -q
+TORCH := 2.13.0
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+BUILT := .venv/built-$(DEFTX_BUILD)
+NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+CUDA_ON_CPU_DIR := $(or $(CUDA_ON_CPU),../shared/tools)
+PYTEST := $(BIN)/python -m pytest -q --timeout=300
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export DEFTX_BUILD
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-cuda lint format aot gpu bench wheel clean
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(BUILT)  ## .venv with every dependency pinned, and the package built into it (editable)
+
+demo: $(BUILT)  ## the whole pipeline on real weights and real text, four minutes: runs/demo/report.md
+	$(BIN)/deftx run demo $(ARGS)
+
+test: $(BUILT)  ## the whole test suite
+	$(PYTEST) --durations=10 $(ARGS)
+
+test-cuda: $(BUILT)  ## of it, the GPU kernels executed on the CPU (needs nvcc and CUDA_ON_CPU=dir or ../shared/tools)
+	@if [ -e "$(CUDA_ON_CPU_DIR)/cudart_shim.cpp" ] || [ -e "$(CUDA_ON_CPU_DIR)/cuda_on_cpu/cudart_shim.cpp" ]; then \
+		$(PYTEST) -m cuda_on_cpu $(ARGS); \
+	else \
+		echo "test-cuda skipped: cuda_on_cpu is neither at CUDA_ON_CPU=dir nor at ../shared/tools"; \
+	fi
+
+lint: $(BUILT)  ## ruff (rules and format), clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/mypy
+
+format: $(BUILT)  ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+aot: $(BUILT)  ## compile every GPU kernel for sm_80, sm_90 and sm_100: registers, spills, shared memory
+	$(BIN)/python tests/aot.py $(ARGS)
+
+gpu:  ## build and test everything on a machine with a GPU, offline, with PYTHON's own torch and no .venv
+	$(PYTHON) tests/run_gpu.py $(ARGS)
+
+bench: $(BUILT)  ## time every operator against its peers; rows go to bench/results/
+	$(BIN)/python -m bench $(ARGS)
+
+wheel: $(BUILT)  ## dist/*.whl, for every Python >= 3.10 and torch >= 2.10 of this platform
+	$(PIP) wheel --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+clean:  ## remove .venv and everything built (runs/ and bench/results/ stay)
+	rm -rf .venv build dist *.egg-info deftx_kernels/_build_info.json deftx_kernels/libdeftx_*
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The folder's own file, not the folder: a folder's time changes with its contents.
+.venv/made:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"Python >= 3.10 is needed, {sys.executable} is {sys.version}: make PYTHON=...")'
+	$(PYTHON) -m venv --clear .venv
+	@touch $@
+
+# The CPU build of torch: a small download, and cuda_on_cpu needs it. Where no configured index has a +cpu wheel, PyTorch's own has.
+.venv/torch-$(TORCH): .venv/made
+	$(PIP) install --no-compile --no-deps "torch==$(TORCH)+cpu" || $(PIP) install --no-compile --no-deps "torch==$(TORCH)" --index-url $(TORCH_INDEX)
+	@touch $@
+
+.venv/packages: .venv/torch-$(TORCH) tests/requirements.txt
+	$(PIP) install --no-compile --no-deps -r tests/requirements.txt
+	@touch $@
+
+$(BUILT): .venv/packages $(NATIVE)
+	@rm -f .venv/built-*
+	$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@

@@ -1,0 +1,107 @@
+"""python -m bench: every operator against its peers, in the same run; python -m bench table: the README's table from the rows."""
+
+import argparse
+import csv
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import bench_csr, bench_select, bench_train
+from bench.harness import OURS, append, measure, provenance
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results"
+FAMILIES = {"csr": bench_csr, "select": bench_select, "train": bench_train}
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def bench(options: argparse.Namespace) -> int:
+    torch.manual_seed(0)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    facts, wrong = provenance(device), []
+    print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
+    print(f"{'op':19} {'provider':27} {'backend':10} {'size':32} {'p50':>11} {'x ours':>8} {'floor':>6}")
+    for name in options.only or FAMILIES:
+        for case in FAMILIES[name].cases(device, options.quick):
+            rows = list(measure(case, device, facts, options.rounds or (min(case.rounds, 5) if options.quick else None)))
+            for row in rows:
+                if "wrong" in row:
+                    wrong.append(f"{row['op']}, {row['provider']}, {row['size']}: {row['wrong']}")
+                    print("WRONG", wrong[-1])
+                    continue
+                where = f"{row['size']}, {row['dtype']}" + (f", {row['density']:.0%}" if row["density"] else "")
+                share = f"{float(row['share_of_floor']):6.1%}"
+                times = f"{row['p50_ms']:>8} ms {row['times_ours']:>8}"
+                print(f"{row['op']:19} {row['provider']:27} {row['backend']:10} {where:32} {times} {share}", flush=True)
+            append([r for r in rows if "wrong" not in r], options.out / f"{name}.csv")
+    print(f"rows went to {options.out}; {len(wrong)} providers gave a wrong result", *wrong, sep="\n")
+    return 1 if wrong else 0
+
+
+def newest(folder: Path) -> list[dict[str, str]]:
+    """The last row of each provider for each work and device."""
+    rows = {}
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                work = tuple(row[k] for k in ("device", "op", "size", "dtype", "density"))
+                rows.setdefault((path.name, work), {})[row["provider"]] = row
+    # Ratios are of one run: only rows of the newest run of that work stand side by side.
+    latest = []
+    for providers in rows.values():
+        date = max(r["date"] for r in providers.values())
+        latest += [r for r in providers.values() if r["date"] == date]
+    return latest
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    lines = []
+    for device in dict.fromkeys(r["device"] for r in rows):
+        here = [r for r in rows if r["device"] == device]
+        run = max(here, key=lambda r: r["date"])
+        lines += [f"{device}, {run['threads']} threads, torch {run['torch']}, {run['date'][:10]}, commit {run['commit']}:", ""]
+        lines += ["| op | work | served by | ours, median | share of the floor | peers, times as long |", "|" + "---|" * 6]
+        for ours in (r for r in here if r["provider"] == OURS):
+            work = [ours["size"], ours["dtype"], *([f"{float(ours['density']):.0%}"] if ours["density"] else [])]
+            same = ("op", "size", "dtype", "density", "date")
+            peers = [r for r in here if r is not ours and all(r[k] == ours[k] for k in same)]
+            against = ", ".join(f"{r['provider']} {float(r['times_ours']):.2f}" for r in peers)
+            cells = [ours["op"], ", ".join(work), ours["backend"], f"{float(ours['p50_ms']):.2f} ms"]
+            share = float(ours["share_of_floor"])
+            lines.append(f"| {' | '.join(cells)} | {share:{'.0%' if share >= 0.1 else '.1%'}} | {against} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def write_table(options: argparse.Namespace) -> int:
+    rows = newest(options.out)
+    if not rows:
+        print(f"no rows in {options.out}: run python -m bench first", file=sys.stderr)
+        return 1
+    text = table(rows)
+    print(text)
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    if BEGIN not in old or END not in old:
+        print(f"README.md has no {BEGIN} ... {END}", file=sys.stderr)
+        return 1
+    readme.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{text}\n{END}", old, flags=re.DOTALL))
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("command", nargs="?", choices=("run", "table"), default="run")
+    parser.add_argument("--quick", action="store_true", help="fewer works and rounds: one or two minutes")
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, help="families (default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--rounds", type=int, help="timed calls of each provider")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows (default: bench/results)")
+    options = parser.parse_args()
+    return write_table(options) if options.command == "table" else bench(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

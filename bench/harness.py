@@ -1,0 +1,172 @@
+"""Timing, checking and rows, for every family of operators.
+
+A case names the work and its providers; a provider is a function that makes a fresh `call` (its own copies of what it writes), and
+`call()` does the work once and returns what `check` compares with the truth. Providers are timed interleaved, in an order that
+changes from round to round, so that a machine that slows down slows all of them; the ratio to ours is the median over rounds.
+"""
+
+import csv
+import functools
+import gc
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OURS = "deftx"
+COLUMNS = (
+    "date", "op", "provider", "backend", "size", "dtype", "density", "p20_ms", "p50_ms", "p80_ms", "rounds", "times_ours", "bytes",
+    "floor_ms", "share_of_floor", "peak_extra_mb", "device", "threads", "torch", "triton", "commit",
+)  # fmt: skip
+
+
+@dataclass
+class Case:
+    op: str
+    size: str  # what the work is: "minilm", "minilm layer"
+    dtype: torch.dtype
+    density: float | None
+    bytes: int  # that must cross memory: each input read once, each output written once
+    providers: dict[str, Callable[[], Callable[[], Any]]]  # ours under the name "deftx"
+    check: Callable[[Any], str | None]  # what is wrong with a provider's result
+    flops: float = 0.0
+    rounds: int = 15
+    backend_of: str = field(default="")  # the operator whose backend serves ours
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(call: Callable[[], Any], device: str) -> float:
+    """As a caller sees it: launches and waits included."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+@functools.cache
+def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """(bytes per second of a large copy, read and written; operations per second of a matrix product) of this machine."""
+    n = 1 << (28 if device == "cuda" else 25)
+    source, target = torch.ones(n, device=device), torch.empty(n, device=device)
+    copy = min(milliseconds(lambda: target.copy_(source), device) for _ in range(8))
+    side = 4096 if device == "cuda" else 1536
+    a = torch.randn(side, side, device=device).to(dtype)
+    product = min(milliseconds(lambda: a @ a, device) for _ in range(8))
+    return 1e3 * 8 * n / copy, 1e3 * 2 * side**3 / product
+
+
+def peak_extra(call: Callable[[], Any], device: str) -> float | None:
+    """Megabytes that one call needs beside what lay in memory before it; None where the system does not tell."""
+    gc.collect()
+    if device == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        synchronize(device)
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    status = Path("/proc/self/status")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+
+        def read(key: str) -> int:
+            return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+
+        before_kb = read("VmRSS")
+        call()
+        return max(0, read("VmHWM") - before_kb) / 1e3
+    except (OSError, StopIteration):
+        return None
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[1], statistics.median(values), cuts[7]
+
+
+def provenance(device: str) -> dict[str, Any]:
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = ""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
+    facts = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), "device": name, "threads": torch.get_num_threads()}
+    return {**facts, "torch": torch.__version__, "triton": version, "commit": commit}
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def measure(case: Case, device: str, facts: dict[str, Any], rounds: int | None = None) -> Iterator[dict[str, Any]]:
+    """Check every provider, time the right ones, and give one row for each; a wrong one gives {"wrong": what}."""
+    from deftx_kernels import backends
+
+    right = {}
+    for name, make in case.providers.items():
+        try:
+            fault = case.check(make()())
+        except Exception as error:  # of a peer or of ours: a finding to report
+            fault = f"{type(error).__name__}: {error}"
+        if fault:
+            yield {"op": case.op, "provider": name, "size": case.size, "wrong": fault}
+        else:
+            right[name] = make()
+    rounds = rounds or case.rounds
+    peaks = {name: peak_extra(call, device) for name, call in right.items()}  # and the warm-up
+    times: dict[str, list[float]] = {name: [] for name in right}
+    order = list(right)
+    for _ in range(rounds):
+        order = order[1:] + order[:1]
+        for name in order:
+            times[name].append(milliseconds(right[name], device))
+    bandwidth, rate = ceilings(device, case.dtype)
+    floor = 1e3 * max(case.bytes / bandwidth, case.flops / rate)
+    for name in right:
+        p20, p50, p80 = quantiles(times[name])
+        ratio = statistics.median(t / o for t, o in zip(times[name], times[OURS])) if OURS in right else None
+        backend = backends()[case.backend_of or case.op][device].name if name.startswith(OURS) else ""
+        row = {**facts, "op": case.op, "provider": name, "backend": backend, "size": case.size}
+        row |= {"dtype": str(case.dtype).removeprefix("torch."), "density": "" if case.density is None else case.density}
+        row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}", "rounds": rounds, "bytes": case.bytes}
+        row |= {"times_ours": "" if ratio is None else f"{ratio:.3f}", "floor_ms": f"{floor:.4f}"}
+        row |= {"share_of_floor": f"{floor / p50:.4f}", "peak_extra_mb": "" if peaks[name] is None else f"{peaks[name]:.1f}"}
+        yield row
+
+
+def append(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Rows are only ever added, by this function."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)

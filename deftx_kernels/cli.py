@@ -1,0 +1,247 @@
+"""The `deftx` command. Its options are made by tyro from the dataclasses of `train`; transformers is imported only to train."""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from deftx_kernels.train.config import EvalConfig, RunConfig, TrainLanguageConfig, TrainTaskConfig
+from deftx_kernels.train.presets import DemoRun, FilesRun, HubRun, NusaxRun
+
+# Packages of the extra `train`, by the name under which they are imported.
+TRAIN_PACKAGES = {"transformers", "accelerate", "datasets", "sklearn", "matplotlib", "babel", "pandas"}
+
+
+@dataclass
+class Run:
+    """The whole pipeline: language and task vectors, composition, zero-shot evaluation, report."""
+
+    preset: Annotated[
+        Annotated[DemoRun, tyro.conf.subcommand("demo")]
+        | Annotated[NusaxRun, tyro.conf.subcommand("nusax")]
+        | Annotated[FilesRun, tyro.conf.subcommand("files")]
+        | Annotated[HubRun, tyro.conf.subcommand("hub")],
+        tyro.conf.arg(name=""),
+    ]
+
+
+@dataclass
+class Compose:
+    """Add vectors of one base model and save the sum."""
+
+    vectors: tyro.conf.Positional[list[str]]
+    """Folders or hub ids."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write."""
+
+
+@dataclass
+class Inspect:
+    """Show what a vector or a mask holds: method, base model, size, density of each tensor."""
+
+    path: tyro.conf.Positional[str]
+    """Folder or hub id of a vector, a mask.safetensors file, or a folder of composable-sft or PEFT SHiRA."""
+    all: bool = False
+    """List every tensor, not only those with the most entries."""
+
+
+@dataclass
+class Convert:
+    """Convert a vector between formats; the source's format is recognised by its files."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder of this library, of composable-sft, or of a PEFT SHiRA adapter."""
+    output: tyro.conf.Positional[Path]
+    """Folder to write."""
+    to: Literal["deftx", "composable-sft"] = "deftx"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the values in a deftx folder; the 16-bit ones are smaller and lossy."""
+
+
+@dataclass
+class Doctor:
+    """Versions, devices, and each operator on each backend: checked against its oracle, with its speed."""
+
+    device: str | None = None
+    """Only this one, such as cpu or cuda."""
+
+
+Command = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[TrainLanguageConfig, tyro.conf.subcommand("train-language")]
+    | Annotated[TrainTaskConfig, tyro.conf.subcommand("train-task")]
+    | Annotated[Compose, tyro.conf.subcommand("compose")]
+    | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 0; 1 where `doctor` found a fault; 2 for bad input or a missing extra."""
+    try:
+        command = tyro.cli(Command, args=argv, prog="deftx", description=__doc__.split(" Its options")[0])
+        return _HANDLERS[type(command)](command)
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in TRAIN_PACKAGES:
+            raise
+        return _fail(f'this needs {package}: pip install "deftx-kernels[train]"')
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command continues where it stopped", 130)
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"deftx: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _quiet() -> None:
+    """Leave the terminal to progress bars and results."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def _run(command: Run) -> int:
+    config: RunConfig = command.preset
+    _quiet()
+    from deftx_kernels.train import pipeline
+
+    pipeline.run(config)
+    return 0
+
+
+def _train_language(command: TrainLanguageConfig) -> int:
+    _quiet()
+    from deftx_kernels.train import commands
+
+    print(commands.train_language(command))
+    return 0
+
+
+def _train_task(command: TrainTaskConfig) -> int:
+    _quiet()
+    from deftx_kernels.train import commands
+
+    print(commands.train_task(command))
+    return 0
+
+
+def _eval(command: EvalConfig) -> int:
+    _quiet()
+    from deftx_kernels.train import commands
+
+    print(json.dumps(commands.evaluate_vectors(command)))
+    return 0
+
+
+def _compose(command: Compose) -> int:
+    from deftx_kernels.delta import SparseDelta, compose
+
+    if not command.vectors:
+        raise ValueError("vectors: at least one is needed")
+    total = compose(*(SparseDelta.from_pretrained(path) for path in command.vectors))
+    total.save_pretrained(command.output)
+    print(command.output)
+    return 0
+
+
+def _load(path: str) -> Any:
+    """The vector or mask at `path`, in any format that this library reads."""
+    from deftx_kernels import interop
+    from deftx_kernels.delta import SparseDelta
+    from deftx_kernels.mask import CSRMask
+
+    folder = Path(path)
+    if folder.is_file() and folder.suffix == ".safetensors" and not (folder.parent / "sparse_delta_config.json").is_file():
+        return CSRMask.load(folder)
+    if folder.is_file():
+        folder = folder.parent
+    if (folder / "pytorch_diff.bin").is_file():
+        return interop.from_composable_sft(folder)
+    if (folder / "adapter_config.json").is_file():
+        return interop.from_peft_shira(folder)
+    return SparseDelta.from_pretrained(str(folder))
+
+
+def _inspect(command: Inspect) -> int:
+    found = _load(command.path)
+    mask = getattr(found, "mask", found)
+    console = Console()
+    console.print(
+        f"{type(found).__name__}: {mask.nnz:,} of {mask.numel:,} entries ({mask.density:.3%}) in {len(mask.names)} tensors"
+    )
+    for name, value in getattr(found, "metadata", {}).items():
+        if name != "base_fingerprint":
+            console.print(f"{name}: {json.dumps(value)}", highlight=False, soft_wrap=True)
+    rows = sorted(mask.summary().items(), key=lambda item: -item[1]["nnz"])
+    shown = rows if command.all else rows[:20]
+    table = Table("tensor", "shape", *(("entries", "density")), box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, facts in shown:
+        table.add_row(name, "×".join(map(str, facts["shape"])), f"{facts['nnz']:,}", f"{facts['density']:.3%}")
+    for name, tensor in getattr(found, "dense", {}).items():
+        table.add_row(name, "×".join(map(str, tensor.shape)), f"{tensor.numel():,}", "whole")
+    console.print(table)
+    if len(shown) < len(rows):
+        console.print(f"… and {len(rows) - len(shown)} more tensors (--all)")
+    return 0
+
+
+def _convert(command: Convert) -> int:
+    import torch
+
+    from deftx_kernels import interop
+    from deftx_kernels.mask import CSRMask
+
+    delta = _load(str(command.source))
+    if isinstance(delta, CSRMask):
+        raise ValueError(f"{command.source} is a mask, not a vector")
+    if command.to == "composable-sft":
+        interop.to_composable_sft(delta, command.output)
+    else:
+        delta.save_pretrained(command.output, dtype=getattr(torch, command.dtype))
+    print(command.output)
+    return 0
+
+
+def _doctor(command: Doctor) -> int:
+    from deftx_kernels import doctor
+
+    rows = doctor.run(device=command.device)
+    doctor.print_table(rows)
+    return 0 if all(row.correct for row in rows) else 1
+
+
+_HANDLERS: dict[type, Callable[[Any], int]] = {
+    Run: _run,
+    TrainLanguageConfig: _train_language,
+    TrainTaskConfig: _train_task,
+    Compose: _compose,
+    EvalConfig: _eval,
+    Inspect: _inspect,
+    Convert: _convert,
+    Doctor: _doctor,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

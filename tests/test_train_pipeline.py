@@ -1,0 +1,136 @@
+"""The whole run on a tiny BERT and a NusaX-like folder: run folder, scores, report, and what happens the second time."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from train_tiny import nusax_folder, tiny_bert  # noqa: F401
+
+from deftx_kernels import CSRMask, SparseDelta
+from deftx_kernels.train import costs, figures, pipeline, recipes, report
+from deftx_kernels.train.config import LanguageConfig, NusaxData, PhaseConfig, SelectionConfig, TaskConfig
+from deftx_kernels.train.presets import NusaxRun
+
+
+def settings(model: str, nusax, folder, **changes) -> NusaxRun:
+    def phase(**more):
+        return PhaseConfig(**{"lr": 1e-2, "max_steps": 3, "keep_best": False, **more})
+
+    shape = {"batch_size": 8, "accumulation": 1, "max_length": 24}
+    return NusaxRun(**{
+        "data": NusaxData(nusax, sources=["source"]), "model": model, "run_dir": folder, "device": "cpu", "cost_steps": 2,
+        "task": TaskConfig(SelectionConfig(density=0.05), phase(), phase(), **shape),
+        "language": LanguageConfig(SelectionConfig(density=0.05), phase(l1=0.1), phase(l1=0.1), pack=False, head_steps=2, **shape),
+        **changes,
+    })  # fmt: skip
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def test_a_run_folder(tiny_bert, nusax_folder, tmp_path, monkeypatch):  # noqa: F811
+    folder, console = tmp_path / "run", quiet()
+    config = settings(tiny_bert, nusax_folder, folder)
+    metrics = pipeline.run(config, console)
+
+    assert {(s["method"], s["kind"], s["language"]) for s in metrics["scores"]} >= {
+        ("full", "task", "first"), ("deft-x", "task", "second"), ("deft-x", "composed", "first"), ("lt-sft", "composed", "second")
+    }  # fmt: skip
+    assert all(0 <= s["macro_f1"] <= 1 and s["n"] == 16 for s in metrics["scores"])
+    dense, sparse = metrics["costs"]["dense"], metrics["costs"]["sparse"]
+    assert dense["gradient_bytes"] == 4 * dense["trained_entries"]
+    assert sparse["gradient_bytes"] == 4 * sparse["trained_entries"]
+    mask = CSRMask.load(folder / "phases/task/deft-x/mask.safetensors")
+    head = sum(tensor.numel() for tensor in SparseDelta.from_pretrained(folder / "deltas/deft-x/task").dense.values())
+    assert sparse["trained_entries"] == mask.nnz + head < dense["trained_entries"] / 5
+    assert min(dense["peak_bytes"], *dense["step_seconds"].values(), *sparse["step_seconds"].values()) > 0
+
+    assert json.loads((folder / "metrics.json").read_text())["scores"] == metrics["scores"]
+    text = (folder / "report.md").read_text()
+    for word in ("DeFT-X, task + language vector", "| First | Second | mean |", "entries trained", "One seed"):
+        assert word in text
+    for name in ("scores", "costs", "spectra", "density"):
+        assert f"figures/{name}.png" in text
+        assert (folder / f"figures/{name}.png").stat().st_size > 5000
+    assert "Zero-shot macro-F1" in console.file.getvalue()
+    assert "full fine-tuning" in console.file.getvalue()
+    assert not list(folder.rglob("*.tmp*"))
+    assert not list(folder.rglob("checkpoints"))
+
+    monkeypatch.setattr(recipes, "train_phase", lambda *_, **__: pytest.fail("trained again"))
+    again = pipeline.run(settings(tiny_bert, nusax_folder, folder), quiet())
+    assert again["scores"] == metrics["scores"]
+    assert again["costs"] == metrics["costs"]
+
+    other = settings(tiny_bert, nusax_folder, folder, seeds=[1])
+    with pytest.raises(ValueError, match=r"other settings \(seeds: \[0\] → \[1\]\)"):
+        pipeline.run(other, quiet())
+
+
+def test_source_vector_lift_and_two_seeds(tiny_bert, nusax_folder, tmp_path):  # noqa: F811
+    config = settings(
+        tiny_bert, nusax_folder, tmp_path / "run", recipes=["deft-x"], source_vector=True, seeds=[0, 1], cost_steps=0,
+        data=NusaxData(nusax_folder, ["source"], ["first"]),
+    )  # fmt: skip
+    metrics = pipeline.run(config, quiet())
+    assert {s["seed"] for s in metrics["scores"]} == {0, 1}
+    assert "±" in (tmp_path / "run/report.md").read_text()
+    assert metrics["costs"] is None
+    assert (tmp_path / "run/seed-1/deltas/deft-x/language-source/sparse_delta.safetensors").is_file()
+
+    lift = dataclasses.replace(config, run_dir=tmp_path / "lift", recipes=["lift"], source_vector=False, seeds=[0])
+    scores = pipeline.run(lift, quiet())["scores"]
+    assert {(s["method"], s["kind"]) for s in scores} == {("lift", "task"), ("lift", "composed")}
+
+
+def test_overwrite_and_foreign_folders(tmp_path):
+    config = PhaseConfig(lr=1e-3)
+    pipeline.open_run(config, tmp_path / "run")
+    (tmp_path / "run/phases").mkdir()
+    pipeline.open_run(config, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"lr: 0.001 → 0.002"):
+        pipeline.open_run(PhaseConfig(lr=2e-3), tmp_path / "run")
+    pipeline.open_run(PhaseConfig(lr=2e-3), tmp_path / "run", overwrite=True)
+    assert not (tmp_path / "run/phases").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").touch()
+    with pytest.raises(ValueError, match="holds no run"):
+        pipeline.open_run(config, tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine/file").exists()
+
+
+def test_score_tables():
+    scores = [
+        {"seed": seed, "method": method, "kind": kind, "language": language, "macro_f1": value}
+        for method, kind, language, value in (
+            ("full", "task", "id", 0.5), ("deft-x", "task", "id", 0.4), ("deft-x", "composed", "id", 0.45), ("deft-x", "task", "en", 0.9)
+        )
+        for seed in (0,)
+    ]  # fmt: skip
+    metrics = {"data": {"targets": ["id"]}, "scores": scores}
+    assert report.score_table(metrics) == [
+        ["", "Indonesian", "mean"],
+        ["full fine-tuning", ".500", ".500"],
+        ["DeFT-X, task vector alone", ".400", ".400"],
+        ["DeFT-X, task + language vector", ".450", ".450"],
+    ]
+    assert report.gain_lines(metrics) == ["DeFT-X: adding the language vector changed macro-F1 by Indonesian +0.050 (mean +0.050)."]
+    assert report.show([0.25, 0.35]) == ".300 ± .071"
+
+
+def test_densities_add_up(tmp_path):
+    mask = CSRMask.from_dense({
+        "bert.encoder.layer.0.attention.self.query.weight": torch.tensor([[True, False], [False, False]]),
+        "bert.encoder.layer.0.attention.self.query.bias": torch.tensor([True, False]),
+        "bert.embeddings.word_embeddings.weight": torch.tensor([[True, True]]),
+    })  # fmt: skip
+    assert figures.mask_densities(mask) == {("word embeddings", -1): 1.0, ("query", 0): 0.25, ("biases", 0): 0.5}
+
+
+def test_a_failing_measurement_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match="measuring the dense step failed"):
+        costs.compare(tmp_path / "nothing", tmp_path / "mask", [], 1, "cpu")

@@ -1,0 +1,349 @@
+"""Recipes on a tiny BERT: what is selected, what moves, what is reset, what a resumed run gives."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.numpy import load_file
+from train_tiny import sentence, tiny_bert  # noqa: F401
+from transformers import TrainerCallback
+
+from deftx_kernels import CSRMask, SparseDelta, compose
+from deftx_kernels.train import models, recipes, starts, trainer
+from deftx_kernels.train.config import LanguageConfig, PhaseConfig, SelectionConfig, TaskConfig
+from deftx_kernels.train.recipes import dense_phase, learn, select
+from deftx_kernels.train.trainer import Runtime
+
+LABELS = ["negative", "positive"]
+RUNTIME = Runtime(seed=0, device="cpu", progress=False)
+K = 700
+
+
+def phase(**changes) -> PhaseConfig:
+    return PhaseConfig(**{"lr": 1e-2, "max_steps": 6, "keep_best": False, **changes})
+
+
+def labelled(start: int, count: int) -> Dataset:
+    texts, labels = zip(*(sentence(i) for i in range(start, start + count)))
+    return Dataset.from_dict({"text": list(texts), "label": list(labels)})
+
+
+def task_vector(model: str, folder: Path, settings: TaskConfig | None = None, runtime: Runtime = RUNTIME):
+    settings = settings or TaskConfig(SelectionConfig(k=K), phase(), phase(), batch_size=8, accumulation=1, max_length=24)
+    tokenizer = models.load_tokenizer(model)
+    start = starts.classifier_start(model, LABELS, "classification", folder / "phases/base", runtime.seed)
+    examples = starts.task_examples(labelled(0, 48), labelled(100, 16), tokenizer, LABELS, "classification", settings)
+    return starts.task_vector(
+        start, None, LABELS, "classification", examples, settings, folder / "phases/task", folder / "deltas", {}
+    )
+
+
+def language_vector(model: str, folder: Path, settings: LanguageConfig | None = None, name: str = "xx"):
+    settings = settings or LanguageConfig(
+        SelectionConfig(k=K), phase(l1=0.1), phase(l1=0.1), batch_size=8, accumulation=1, max_length=24, pack=False, head_steps=4
+    )
+    tokenizer = models.load_tokenizer(model)
+    text = Dataset.from_dict({"text": labelled(300, 48)["text"]})
+    start = starts.masked_lm_start(model, settings, text, tokenizer, folder / "phases/mlm-head", RUNTIME)
+    examples = starts.language_examples(text, None, tokenizer, settings, 0)
+    return starts.language_vector(name, start, examples, settings, folder / "phases", folder / "deltas", {})
+
+
+@pytest.fixture(scope="module")
+def learned(tiny_bert, tmp_path_factory):  # noqa: F811
+    """A task and a language vector by DeFT-X and LT-SFT."""
+    folder = tmp_path_factory.mktemp("learned")
+    task, language = task_vector(tiny_bert, folder), language_vector(tiny_bert, folder)
+    deltas = {(v.name, recipe): learn(v, recipe, RUNTIME) for v in (task, language) for recipe in ("deft-x", "lt-sft")}
+    return folder, task, language, deltas
+
+
+def checkpoints(vector) -> tuple[dict, dict]:
+    """theta0 and theta1 as NumPy arrays, from their files."""
+    return load_file(vector.start / "model.safetensors"), load_file(vector.folder / "dense/model/model.safetensors")
+
+
+def maskable(tensors: dict) -> list[str]:
+    return sorted(name for name in tensors if name.startswith("bert.") and "LayerNorm" not in name)
+
+
+def numpy_top_k(scores: dict[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
+    names = sorted(scores)
+    flat = np.concatenate([np.abs(scores[name]).ravel() for name in names])
+    chosen = np.zeros(len(flat), bool)
+    chosen[np.argsort(-flat, kind="stable")[:k]] = True
+    parts = np.split(chosen, np.cumsum([scores[name].size for name in names])[:-1])
+    return {name: part.reshape(scores[name].shape) for name, part in zip(names, parts)}
+
+
+@pytest.mark.parametrize("which", ["task", "language-xx"])
+def test_lt_sft_mask_is_numpy_s(learned, which):
+    _folder, task, language, _ = learned
+    vector = task if which == "task" else language
+    before, after = checkpoints(vector)
+    expected = numpy_top_k({name: after[name] - before[name] for name in maskable(before)}, K)
+    mask = CSRMask.load(vector.folder / "lt-sft/mask.safetensors").to_dense()
+    assert sorted(mask) == sorted(expected)
+    for name, entries in expected.items():
+        assert np.array_equal(mask[name].numpy(), entries), name
+
+
+@pytest.mark.parametrize("which", ["task", "language-xx"])
+def test_deft_x_mask_is_numpy_s(learned, which):
+    _folder, task, language, _ = learned
+    vector = task if which == "task" else language
+    before, after = checkpoints(vector)
+    scores = {}
+    for name in maskable(before):
+        delta = after[name].astype(np.float64) - before[name]
+        if delta.ndim == 2:
+            u, s, vh = np.linalg.svd(delta, full_matrices=False)
+            share = np.cumsum(s**2) / max((s**2).sum(), 1e-300)
+            rank = int(np.argmax(share >= 0.9)) + 1
+            delta = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        scores[name] = delta
+    expected = numpy_top_k(scores, K)
+    mask = CSRMask.load(vector.folder / "deft-x/mask.safetensors")
+    threshold = min(np.abs(scores[name][expected[name]]).min() for name in scores if expected[name].any())
+    dense = mask.to_dense()
+    assert mask.nnz == K
+    for name, entries in expected.items():
+        differ = dense[name].numpy() != entries  # float32 may turn the order of entries that are all but equal
+        assert (np.abs(np.abs(scores[name][differ]) - threshold) <= 1e-4 * threshold).all(), name
+
+
+def test_residual_density_one_gives_the_lt_sft_mask(learned):
+    _folder, task, language, _ = learned
+    for vector in (task, language):
+        base, tuned = vector.load(vector.start), vector.load(vector.folder / "dense/model")
+        lt_sft = select("lt-sft", tuned, base, SelectionConfig(k=K))
+        for settings in (SelectionConfig(k=K, residual_density=1.0), SelectionConfig(k=K, rank=2, residual_density=1.0)):
+            assert select("deft-x", tuned, base, settings) == lt_sft
+        assert select("deft-x", tuned, base, SelectionConfig(k=K)) != lt_sft
+
+
+def test_embeddings_can_be_left_as_they_are(learned):
+    _folder, task, _, _ = learned
+    base, tuned = task.load(task.start), task.load(task.folder / "dense/model")
+    settings = SelectionConfig(k=K, residual_density=1.0, denoise_embeddings=False)
+    assert select("deft-x", tuned, base, settings) == select("lt-sft", tuned, base, settings)
+    assert select("deft-x", tuned, base, SelectionConfig(k=K, denoise_embeddings=False)).nnz == K
+
+
+def test_entries_outside_the_mask_keep_their_bits(tiny_bert, tmp_path):  # noqa: F811
+    vector = task_vector(tiny_bert, tmp_path)
+    vector.config.sparse = phase(weight_decay=0.1, l1=0.1)
+    dense_phase(vector, RUNTIME)
+    mask, _ = recipes._select(vector, "deft-x", RUNTIME)
+    trained, _ = recipes.sparse_phase(vector, mask, vector.config.sparse, tmp_path / "sparse", RUNTIME)
+    start, entries = vector.load(vector.start), mask.to_dense()
+    moved = 0
+    for name, before in start.named_parameters():
+        after = trained.get_parameter(name)
+        if name in entries:
+            assert torch.equal(after.view(torch.int32)[~entries[name]], before.view(torch.int32)[~entries[name]]), name
+            moved += int((after != before)[entries[name]].sum())
+        elif name.startswith("bert."):
+            assert torch.equal(after.view(torch.int32), before.view(torch.int32)), name
+        else:
+            assert not torch.equal(after, before), name  # the head is trained densely
+    assert moved > 0.9 * mask.nnz
+
+
+def test_every_phase_starts_from_theta0_head_included(tiny_bert, tmp_path, monkeypatch):  # noqa: F811
+    seen = []
+
+    def spy(model, *arguments, **options):
+        named = {name.replace("_values", ""): p for name, p in model.named_parameters() if not name.endswith("values")}
+        seen.append({name: p.detach().clone() for name, p in named.items()})
+        assert options.get("optimizer") is None or not options["optimizer"].state
+        return trainer.train_phase(model, *arguments, **options)
+
+    monkeypatch.setattr(recipes, "train_phase", spy)
+    for vector in (task_vector(tiny_bert, tmp_path), language_vector(tiny_bert, tmp_path)):
+        seen.clear()
+        learn(vector, "deft-x", RUNTIME)
+        learn(vector, "lt-sft", RUNTIME)
+        start = dict(vector.load(vector.start).named_parameters())
+        assert len(seen) == 3  # one dense phase for both
+        for state in seen:
+            assert state.keys() == start.keys()
+            assert all(torch.equal(state[name], start[name]) for name in start)
+
+
+def test_composed_weights_are_the_sum(learned, tiny_bert):  # noqa: F811
+    _folder, task, _language, deltas = learned
+    phi_task, phi_language = deltas["task", "deft-x"][0], deltas["language-xx", "deft-x"][0]
+    assert not phi_language.dense
+    assert set(phi_task.dense) == {"classifier.weight", "classifier.bias"}
+    model = task.load(task.start)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def dense(delta):
+        full = {name: torch.zeros(before[name].shape) for name in delta.mask.names}
+        return delta.mask.scatter_(full, delta.values)
+
+    a, b = dense(phi_task), dense(phi_language)
+    with compose(phi_task, phi_language).applied(model):
+        for name, start in before.items():
+            change = a.get(name, torch.zeros(())).double() + b.get(name, torch.zeros(())).double()
+            expected = phi_task.dense[name] if name in phi_task.dense else start.double() + change
+            assert torch.allclose(model.get_parameter(name).double(), expected.double(), rtol=0, atol=1e-6), name
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_saved_vector_rebuilds_the_trained_model(learned):
+    folder, task, _, deltas = learned
+    delta, facts = deltas["task", "lt-sft"]
+    loaded = SparseDelta.from_pretrained(folder / "deltas/lt-sft/task")
+    assert torch.equal(loaded.values, delta.values)
+    assert loaded.metadata["labels"] == LABELS
+    assert facts["trained_entries"] == K + sum(tensor.numel() for tensor in delta.dense.values())
+    assert facts["gradient_bytes"] == 4 * facts["trained_entries"]
+    dense = recipes.finished(task.folder / "dense")
+    assert dense["gradient_bytes"] == 4 * dense["trained_entries"] > 10 * facts["gradient_bytes"]
+    assert 8 * dense["trained_entries"] <= dense["optimizer_state_bytes"] < 8.1 * dense["trained_entries"] + 1000
+    assert 8 * facts["trained_entries"] <= facts["optimizer_state_bytes"] < 8.1 * facts["trained_entries"] + 1000
+
+
+class Crash(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise RuntimeError("the power went out")
+
+
+@pytest.mark.parametrize("kind", ["task", "language"])
+@pytest.mark.parametrize("crash_in", ["dense", "sparse"])
+def test_resume_gives_the_same_vector(tiny_bert, tmp_path, kind, crash_in):  # noqa: F811
+    def settings():
+        phases = phase(max_steps=8, eval_every=3), phase(max_steps=8, eval_every=3)
+        if kind == "task":
+            return TaskConfig(SelectionConfig(k=K), *phases, batch_size=8, accumulation=1, max_length=24)
+        return LanguageConfig(
+            SelectionConfig(k=K), *phases, batch_size=8, accumulation=1, max_length=24, pack=False, head_steps=2, tie_decoder=True
+        )
+
+    def vector(folder):
+        return task_vector(tiny_bert, folder, settings()) if kind == "task" else language_vector(tiny_bert, folder, settings())
+
+    whole, _ = learn(vector(tmp_path / "whole"), "deft-x", RUNTIME)
+    broken = vector(tmp_path / "broken")
+    if crash_in == "sparse":
+        dense_phase(broken, RUNTIME)
+    with pytest.raises(RuntimeError, match="power"):
+        learn(broken, "deft-x", dataclasses.replace(RUNTIME, callbacks=(Crash(7),)))
+    resumed, facts = learn(vector(tmp_path / "broken"), "deft-x", RUNTIME)
+    if crash_in == "sparse":
+        assert facts["resumed_from"] == "checkpoint-6"
+    else:
+        assert recipes.finished(broken.folder / "dense")["resumed_from"] == "checkpoint-6"
+    assert resumed.mask == whole.mask
+    assert torch.equal(resumed.values, whole.values)
+    assert all(torch.equal(resumed.dense[name], whole.dense[name]) for name in whole.dense)
+    assert not (broken.folder / "deft-x/checkpoints").exists()
+
+
+def test_a_finished_phase_is_not_run_again(learned, monkeypatch):
+    _folder, task, _, deltas = learned
+    monkeypatch.setattr(recipes, "train_phase", lambda *_, **__: pytest.fail("trained again"))
+    again, _facts = learn(task, "deft-x", RUNTIME)
+    assert torch.equal(again.values, deltas["task", "deft-x"][0].values)
+
+
+def test_the_best_checkpoint_on_validation_is_kept(tiny_bert, tmp_path):  # noqa: F811
+    best = phase(max_steps=12, eval_every=3, keep_best=True, lr=3e-2)
+    vector = task_vector(
+        tiny_bert, tmp_path, TaskConfig(SelectionConfig(k=K), best, best, batch_size=8, accumulation=1, max_length=24)
+    )
+    delta, facts = learn(vector, "lt-sft", RUNTIME)
+    from deftx_kernels.train.evaluate import evaluate, with_vectors
+
+    with with_vectors(vector.load(vector.start), [delta]) as model:
+        found = evaluate(model, vector.examples.validation, vector.examples.collator, RUNTIME)
+    assert found["macro_f1"] == pytest.approx(facts["best_validation"], abs=1e-6)
+
+
+def test_lift_takes_the_largest_of_the_low_rank_weights_and_refreshes(tiny_bert, tmp_path):  # noqa: F811
+    settings = TaskConfig(SelectionConfig(density=0.05, rank=4, refresh_every=2), phase(), phase(), batch_size=8, accumulation=1)
+    vector = task_vector(tiny_bert, tmp_path, settings)
+    model = vector.load(vector.start)
+    names = models.linear_names(model)
+    weights = {name: model.get_parameter(name).detach() for name in names}
+    mask = recipes.lift_mask(weights, settings.selection).to_dense()
+    for name, weight in weights.items():
+        u, s, vh = np.linalg.svd(weight.numpy().astype(np.float64), full_matrices=False)
+        low = np.abs((u[:, :4] * s[:4]) @ vh[:4])
+        chosen = mask[name].numpy()
+        assert chosen.sum() == round(0.05 * weight.numel())
+        assert low[chosen].min() >= low[~chosen].max() * (1 - 1e-4)
+    delta, facts = learn(vector, "lift", RUNTIME)
+    assert facts["selection"]["refreshes"] == 2
+    assert set(delta.mask.names) == set(names)
+    assert facts["selection"]["trained_in_all"] == delta.mask.nnz >= sum(m.sum() for m in mask.values())
+
+
+def test_l1_pulls_toward_theta0(tiny_bert, tmp_path):  # noqa: F811
+    def distance(l1: float) -> float:
+        folder = tmp_path / str(l1)
+        settings = TaskConfig(
+            SelectionConfig(k=K), phase(l1=l1, max_grad_norm=0), phase(l1=l1, max_grad_norm=0), batch_size=8, accumulation=1
+        )  # fmt: skip
+        vector = task_vector(tiny_bert, folder, settings)
+        delta, _ = learn(vector, "lt-sft", RUNTIME)
+        before, after = checkpoints(vector)
+        dense = sum(np.abs(after[name] - before[name]).sum() for name in maskable(before))
+        return float(dense), float(delta.values.abs().sum())
+
+    weak, strong = distance(1e-8), distance(1e6)
+    assert strong[0] < 0.9 * weak[0]
+    assert strong[1] < 0.9 * weak[1]
+
+
+def test_source_vector_is_the_start_but_not_part_of_the_task_vector(tiny_bert, learned, tmp_path):  # noqa: F811
+    _, _, _, deltas = learned
+    source = deltas["language-xx", "deft-x"][0]
+    plain = task_vector(tiny_bert, tmp_path)
+    start = starts.classifier_start(tiny_bert, LABELS, "classification", tmp_path / "start", 0, (source,))
+    vector = dataclasses.replace(plain, start=start, base=plain.start)
+    delta, _ = learn(vector, "deft-x", RUNTIME)
+    model = plain.load(plain.start)
+    trained = {}
+    with compose(delta, source).applied(model):
+        trained = {name: p.detach().clone() for name, p in model.named_parameters()}
+    from_start = vector.load(start)
+    with delta.applied(from_start, strict=False):
+        assert all(torch.allclose(p, trained[name], atol=1e-6) for name, p in from_start.named_parameters())
+
+
+def test_the_mlm_decoder_is_a_frozen_copy_or_tied(tiny_bert):  # noqa: F811
+    untied, new_head = models.load_masked_lm(tiny_bert)
+    models.freeze_for_vector(untied)
+    decoder, words = untied.get_output_embeddings(), untied.get_input_embeddings()
+    assert new_head
+    assert not decoder.weight.requires_grad
+    assert torch.equal(decoder.weight, words.weight)
+    assert decoder.weight is not words.weight
+    assert words.weight.requires_grad
+    tied, _ = models.load_masked_lm(tiny_bert, tie_decoder=True)
+    models.freeze_for_vector(tied)
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+    assert tied.get_output_embeddings().weight.requires_grad
+    for model in (untied, tied):
+        assert not any(p.requires_grad for name, p in model.named_parameters() if "LayerNorm" in name)
+
+
+def test_mlm_loss_at_the_asked_positions_is_the_model_s_own(tiny_bert, tmp_path):  # noqa: F811
+    vector = language_vector(tiny_bert, tmp_path)
+    model = vector.load(vector.start).eval()
+    batch = vector.examples.collator([vector.examples.train[i] for i in range(8)])
+    args = trainer.training_arguments(tmp_path, vector.config, phase(), RUNTIME, False, True)
+    ours = trainer.MaskedLanguageTrainer(model=model, args=args)
+    loss, outputs = ours.compute_loss(model, dict(batch), return_outputs=True)
+    assert loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    assert outputs["logits"].shape[0] == (batch["labels"] != -100).sum()
