@@ -230,12 +230,15 @@ def test_files() -> list[str]:
     return chosen
 
 
-def pytest(files: list[str], marks: str, limit: int) -> list[list[str]]:
+def pytest(files: list[str], marks: str, limit: int, processes: int = 1) -> list[list[str]]:
     if not here("pytest"):
         return []
     options = [f"--timeout={limit}"] if here("pytest_timeout") else []
+    if processes > 1 and here("xdist"):
+        options += [f"--numprocesses={processes}", "--dist=loadfile"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "--continue-on-collection-errors", "-p", "no:cacheprovider"]
-    return [[*command, "--durations=5", *options, *files]]
+    threads = ["env", "OMP_NUM_THREADS=1"] if processes > 1 else []
+    return [[*threads, *command, "--durations=5", *options, *files]]
 
 
 # ---- running them ----
@@ -309,7 +312,7 @@ def main() -> int:
         ("racecheck", lambda: sanitize("racecheck"), 90, 15),
         ("benchmark", lambda: [bench], 90, 60),
         # Last, because the least new: the CPU kernels and the pure Python parts on this torch and this Python.
-        ("CPU tests", lambda: pytest(test_files(), cpu, 60), TOTAL, 40),
+        ("CPU tests", lambda: pytest(test_files(), cpu, 60, max(1, (os.cpu_count() or 1) // 2)), TOTAL, 40),
     ):
         results.append(run(step, plan, limit, deadline, tail))
 

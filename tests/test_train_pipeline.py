@@ -51,7 +51,7 @@ def test_a_run_folder(tiny_bert, nusax_folder, tmp_path, monkeypatch):  # noqa: 
 
     assert json.loads((folder / "metrics.json").read_text())["scores"] == metrics["scores"]
     text = (folder / "report.md").read_text()
-    for word in ("DeFT-X, task + language vector", "| First | Second | mean |", "entries trained", "One seed"):
+    for word in ("DeFT-X, task + language vector", "| First | Second | mean | sources |", "entries trained", "One seed"):
         assert word in text
     for name in ("scores", "costs", "spectra", "density"):
         assert f"figures/{name}.png" in text
@@ -104,19 +104,22 @@ def test_overwrite_and_foreign_folders(tmp_path):
 
 
 def test_score_tables():
+    values = {
+        ("full", "task"): {"id": 0.5, "en": 0.8},
+        ("deft-x", "task"): {"id": 0.4, "en": 0.9},
+        ("deft-x", "composed"): {"id": 0.45},
+    }
     scores = [
-        {"seed": seed, "method": method, "kind": kind, "language": language, "macro_f1": value}
-        for method, kind, language, value in (
-            ("full", "task", "id", 0.5), ("deft-x", "task", "id", 0.4), ("deft-x", "composed", "id", 0.45), ("deft-x", "task", "en", 0.9)
-        )
-        for seed in (0,)
-    ]  # fmt: skip
-    metrics = {"data": {"targets": ["id"]}, "scores": scores}
+        {"seed": 0, "method": method, "kind": kind, "language": language, "macro_f1": value}
+        for (method, kind), row in values.items()
+        for language, value in row.items()
+    ]
+    metrics = {"data": {"targets": ["id"], "sources": ["en"]}, "scores": scores}
     assert report.score_table(metrics) == [
-        ["", "Indonesian", "mean"],
-        ["full fine-tuning", ".500", ".500"],
-        ["DeFT-X, task vector alone", ".400", ".400"],
-        ["DeFT-X, task + language vector", ".450", ".450"],
+        ["", "Indonesian", "mean", "sources"],
+        ["full fine-tuning", ".500", ".500", ".800"],
+        ["DeFT-X, task vector alone", ".400", ".400", ".900"],
+        ["DeFT-X, task + language vector", ".450", ".450", "–"],
     ]
     assert report.gain_lines(metrics) == ["DeFT-X: adding the language vector changed macro-F1 by Indonesian +0.050 (mean +0.050)."]
     assert report.show([0.25, 0.35]) == ".300 ± .071"

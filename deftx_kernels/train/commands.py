@@ -6,7 +6,7 @@ from datasets import concatenate_datasets
 
 from deftx_kernels.delta import SparseDelta
 from deftx_kernels.train import models, starts
-from deftx_kernels.train.config import EvalConfig, TrainLanguageConfig, TrainTaskConfig
+from deftx_kernels.train.config import EvalConfig, Recipe, TrainLanguageConfig, TrainTaskConfig
 from deftx_kernels.train.data import Columns, check_labels, label_names, read_task, read_text
 from deftx_kernels.train.evaluate import evaluate, with_vectors
 from deftx_kernels.train.pipeline import open_run
@@ -55,7 +55,7 @@ def train_task(config: TrainTaskConfig) -> Path:
     return _learn(vector, config.recipe, runtime)
 
 
-def _learn(vector: Vector, recipe: str, runtime: Runtime) -> Path:
+def _learn(vector: Vector, recipe: Recipe, runtime: Runtime) -> Path:
     if recipe == "full":
         dense_phase(vector, runtime)
         return vector.folder / "dense/model"

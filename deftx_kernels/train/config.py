@@ -162,7 +162,7 @@ class LanguageConfig(VectorConfig):
 class CldrData:
     """Display names from CLDR; the label is their kind. No files needed."""
 
-    sources: list[str] = field(default_factory=lambda: ["en"])
+    sources: list[str] = field(default_factory=lambda: ["en", "de", "fr", "es"])
     """Labelled languages."""
     targets: list[str] = field(default_factory=lambda: ["id", "eu", "sw"])
     """Languages to transfer to."""

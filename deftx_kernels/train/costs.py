@@ -54,10 +54,12 @@ def measure(start: str, mask: str | None, batches: str, steps: int, device: str,
     cuda = device != "cpu" and torch.cuda.is_available()
     where = torch.device("cuda" if cuda else "cpu")
     inputs = [{name: tensor.to(where) for name, tensor in batch.items()} for batch in torch.load(batches, weights_only=True)]
+    _load_libraries(where)
     before = _resident_bytes()
     auto = AutoModelForTokenClassification if task == "token-classification" else AutoModelForSequenceClassification
     model = auto.from_pretrained(start, dtype=torch.float32).to(where).train()
     freeze_for_vector(model)
+    optimizer: torch.optim.Optimizer
     if mask is None:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0, fused=True)
     else:
@@ -89,6 +91,14 @@ def measure(start: str, mask: str | None, batches: str, steps: int, device: str,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
     }
+
+
+def _load_libraries(where: torch.device) -> None:
+    """A step of a small model, so that the code of the libraries is resident before memory is measured."""
+    layers = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).to(where)
+    optimizer = torch.optim.AdamW(layers.parameters(), fused=True)
+    layers(torch.randn(4, 16, 64, device=where)).sum().backward()
+    optimizer.step()
 
 
 def _quantile(ordered: list[float], percent: int) -> float:

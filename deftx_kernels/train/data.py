@@ -6,9 +6,10 @@ have `text`. Whatever is wrong with a file is a ValueError that names the file a
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas
 from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
@@ -258,5 +259,10 @@ def _load_hub(data: HubData) -> Corpus:
 
 def load_corpus(data: CldrData | NusaxData | FilesData | HubData) -> Corpus:
     """The labelled and unlabelled text that a data configuration stands for. Raises ValueError naming file and column."""
-    loaders = {CldrData: _load_cldr, NusaxData: _load_nusax, FilesData: _load_files, HubData: _load_hub}
+    loaders: dict[type, Callable[[Any], Corpus]] = {
+        CldrData: _load_cldr,
+        NusaxData: _load_nusax,
+        FilesData: _load_files,
+        HubData: _load_hub,
+    }
     return loaders[type(data)](data)

@@ -65,7 +65,8 @@ def scores(run_dir: Path, config: dict, metrics: dict):
         means = [float(np.mean(v)) for v in each]
         axes.bar(
             at, means, width * 0.9, label=label, color=COLORS[method], alpha=0.38 if light else 1.0, linewidth=0,
-            yerr=[float(np.std(v, ddof=1)) for v in each] if len(each[0]) > 1 else None, error_kw={"ecolor": INK, "elinewidth": 0.8},
+            yerr=[float(np.std(v, ddof=1)) for v in each] if len(each[0]) > 1 else None,
+            error_kw={"ecolor": INK, "elinewidth": 0.8},
         )  # fmt: skip
         for x, mean in zip(at, means):
             axes.annotate(
@@ -107,9 +108,15 @@ def costs(run_dir: Path, config: dict, metrics: dict):
         for y, number in zip([1, 0], numbers):
             inside = number > 0.6 * max(numbers)
             axis.annotate(
-                f"{number:,.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}", (number, y), (-4 if inside else 4, 0),
-                textcoords="offset points", va="center", ha="right" if inside else "left", fontsize=8, color="white" if inside else INK,
-            )  # fmt: skip
+                f"{number:,.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}",
+                (number, y),
+                (-4 if inside else 4, 0),
+                textcoords="offset points",
+                va="center",
+                ha="right" if inside else "left",
+                fontsize=8,
+                color="white" if inside else INK,
+            )
         axis.set_title(title, fontsize=9)
         axis.set_xticks([])
         axis.spines["bottom"].set_visible(False)

@@ -6,6 +6,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deftx_kernels.delta import SparseDelta
 from deftx_kernels.train import costs, models, report, starts
-from deftx_kernels.train.config import RunConfig, differences, to_dict
+from deftx_kernels.train.config import Recipe, RunConfig, differences, to_dict
 from deftx_kernels.train.data import Corpus, load_corpus
 from deftx_kernels.train.evaluate import evaluate, with_vectors
 from deftx_kernels.train.recipes import Vector, dense_phase, finish, finished, learn, write_json
@@ -43,7 +44,7 @@ def run(config: RunConfig, console: Console | None = None) -> dict:
         one.learn_all()
         scores += one.evaluate_all()
         phases += one.phases
-    metrics = {"data": describe(corpus), "scores": scores, "phases": phases, "costs": None}
+    metrics: dict[str, Any] = {"data": describe(corpus), "scores": scores, "phases": phases, "costs": None}
     if config.cost_steps:
         metrics["costs"] = measure_costs(config, corpus, tokenizer, run_dir, console)
     metrics["seconds"] = time.perf_counter() - began
@@ -65,9 +66,8 @@ def open_run(config, run_dir: Path, overwrite: bool = False) -> None:
     if path.is_file():
         changed = differences(json.loads(path.read_text()), settings)
         if changed and not overwrite:
-            raise ValueError(
-                f"run_dir {run_dir} holds a run with other settings ({'; '.join(changed[:3])}): choose another run_dir, or overwrite it"
-            )
+            what = "; ".join(changed[:3])
+            raise ValueError(f"run_dir {run_dir} holds a run with other settings ({what}): choose another run_dir, or overwrite it")
         if changed:
             shutil.rmtree(run_dir)
     elif run_dir.is_dir() and any(run_dir.iterdir()):
@@ -84,7 +84,7 @@ class SeedRun:
         self.config, self.corpus, self.tokenizer, self.seed, self.folder = config, corpus, tokenizer, seed, folder
         self.console = console
         self.runtime = Runtime(seed=seed, device=config.device, report_to=tuple(config.report_to))
-        self.recipes = [recipe for recipe in config.recipes if recipe != "full"]
+        self.recipes: list[Recipe] = [recipe for recipe in config.recipes if recipe != "full"]
         self.needs_dense = any(recipe != "lift" for recipe in config.recipes)
         self.languages = list(corpus.targets) + (list(corpus.sources) if config.source_vector else [])
         self.metadata = {"base_model": str(config.model), "seed": seed}
@@ -139,7 +139,7 @@ class SeedRun:
             start, base, corpus.labels, corpus.task, examples, settings, folder, self.folder / "deltas", metadata
         )  # fmt: skip
 
-    def _learn(self, vector: Vector, title: str, recipes: list[str]) -> None:
+    def _learn(self, vector: Vector, title: str, recipes: list[Recipe]) -> None:
         if self.needs_dense:
             self._heading(title, "full fine-tuning (dense phase)")
             self._record(vector, "dense", dense_phase(vector, self.runtime))

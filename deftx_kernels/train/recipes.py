@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def dense_phase(vector: Vector, runtime: Runtime) -> dict:
     if (facts := finished(folder)) is not None:
         return facts
     model = load_start(vector, runtime)
-    callbacks = ()
+    callbacks: tuple[TrainerCallback, ...] = ()
     if vector.config.dense.l1:
         callbacks = (L1Toward(model, vector.config.dense.l1 / count_parameters(model)),)
     facts = train_phase(model, vector.examples, vector.config, vector.config.dense, folder, runtime, callbacks=callbacks)
@@ -107,10 +108,10 @@ def sparse_phase(vector: Vector, mask: CSRMask, phase: PhaseConfig, folder: Path
 def select(recipe: Recipe, tuned: PreTrainedModel, base: PreTrainedModel, selection: SelectionConfig) -> CSRMask:
     """The mask of theta1 and theta0: by deft-x the largest entries of the denoised difference, by lt-sft of the difference."""
     names = models.maskable_names(base)
-    size = {"k": selection.k} if selection.k is not None else {"density": selection.density}
+    size: dict[str, Any] = {"k": selection.k} if selection.k is not None else {"density": selection.density}
     if recipe == "lt-sft":
         return select_mask(tuned, base, names=names, scope=selection.scope, **size)
-    rule = {"rank": selection.rank, "energy": selection.energy, "residual_density": selection.residual_density}
+    rule: dict[str, Any] = {"rank": selection.rank, "energy": selection.energy, "residual_density": selection.residual_density}
     if selection.denoise_embeddings:
         return select_mask(tuned, base, names=names, scope=selection.scope, **size, **rule)
     raw = models.embedding_names(base)

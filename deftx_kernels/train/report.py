@@ -42,11 +42,15 @@ def show(values: list[float]) -> str:
 
 
 def score_table(metrics: dict) -> list[list[str]]:
-    """Header and rows of macro-F1 by target language."""
+    """Header and rows of macro-F1 by target language, their mean, and the mean of the source languages for reference."""
     targets, rows = score_rows(metrics)
-    table = [["", *map(language_name, targets), "mean"]]
+    sources = [name for name in metrics["data"]["sources"] if all(name in values for label, values in rows[:1])]
+    table = [["", *map(language_name, targets), "mean", *(["sources"] if sources else [])]]
     for label, values in rows:
-        table.append([label, *(show(values[name]) for name in targets), show(mean_of(values, targets))])
+        line = [label, *(show(values[name]) for name in targets), show(mean_of(values, targets))]
+        if sources:
+            line.append(show(mean_of(values, sources)) if sources[0] in values else "–")
+        table.append(line)
     return table
 
 
@@ -61,9 +65,8 @@ def gain_lines(metrics: dict) -> list[str]:
             continue
         gains = {name: statistics.fmean(composed[name]) - statistics.fmean(alone[name]) for name in targets}
         each = ", ".join(f"{language_name(name)} {gain:+.3f}" for name, gain in gains.items())
-        lines.append(
-            f"{METHODS[method]}: adding the language vector changed macro-F1 by {each} (mean {statistics.fmean(gains.values()):+.3f})."
-        )
+        mean = statistics.fmean(gains.values())
+        lines.append(f"{METHODS[method]}: adding the language vector changed macro-F1 by {each} (mean {mean:+.3f}).")
     return lines
 
 
@@ -89,9 +92,7 @@ def cost_table(metrics: dict) -> list[list[str]] | None:
 
 def phase_table(metrics: dict) -> list[list[str]]:
     """Header and rows of the phases as they ran."""
-    table = [
-        ["vector", "phase", "steps", "entries trained", "selection", "gradients", "optimizer state", "median step", "final loss"]
-    ]
+    table = [["vector", "phase", "steps", "entries", "selection", "gradients", "optimizer state", "median step", "final loss"]]
     for phase in metrics["phases"]:
         if phase["seed"] != metrics["phases"][0]["seed"]:
             continue
@@ -146,12 +147,12 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
     tests = ", ".join(f"{language_name(name)} {count}" for name, count in data["test"].items())
     parts = [
         "# Composable sparse fine-tuning",
-        f"Model `{config['model']}` · {data['task']} into {len(data['labels'])} classes ({', '.join(data['labels'])}) · labelled: {sources} "
-        f"({data['train']:,} examples) · targets without labels: {targets} · {len(seeds)} seed{'s' if len(seeds) > 1 else ''} "
-        f"({', '.join(map(str, seeds))}).",
+        f"Model `{config['model']}` · {data['task']} into {len(data['labels'])} classes ({', '.join(data['labels'])}) · "
+        f"labelled: {sources} ({data['train']:,} examples) · targets without labels: {targets} · "
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}.",
         "## Zero-shot macro-F1",
         markdown(score_table(metrics)),
-        f"Test examples: {tests}. {seed_note(len(seeds))}",
+        f'Test examples: {tests}. "sources" is the mean over the labelled languages. {seed_note(len(seeds))}',
         *gain_lines(metrics),
         picture(pictures, "scores", "Macro-F1 by target language and method"),
     ]
@@ -161,8 +162,8 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
             "## What a training step costs",
             markdown(table),
             f"The task's training step on the same {costs['dense']['steps']} batches, each column in a fresh process "
-            f"({costs['dense']['device']}, {costs['dense']['threads']} threads). Gradients and optimizer state are counted from the "
-            f"tensors. Peak memory: {costs['dense']['peak_bytes_are']}.",
+            f"({costs['dense']['device']}, {costs['dense']['threads']} threads). Gradients and optimizer state are counted from "
+            f"the tensors. Peak memory: {costs['dense']['peak_bytes_are']}.",
             picture(pictures, "costs", "Cost of a training step, dense and sparse"),
         ]
     parts += [

@@ -60,9 +60,16 @@ def language_vector(
 
 
 def task_vector(
-    start: Path, base: Path | None, labels: list[str], task: str, examples: Examples, settings: TaskConfig, folder: Path, deltas: Path,
+    start: Path,
+    base: Path | None,
+    labels: list[str],
+    task: str,
+    examples: Examples,
+    settings: TaskConfig,
+    folder: Path,
+    deltas: Path,
     metadata: dict,
-) -> Vector:  # fmt: skip
+) -> Vector:
     """A task vector to learn, with its head."""
     load = partial(models.load_classifier, labels=labels, task=task)
     facts = {**metadata, "labels": labels, "task": task, "max_length": settings.max_length}

@@ -27,7 +27,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _bytes(tensors) -> int:
-    storages = {}
+    storages: dict[int, int] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = max(storages.get(storage.data_ptr(), 0), storage.nbytes())
