@@ -14,6 +14,8 @@ from deftx_kernels.train.trainer import Runtime, score
 
 def evaluate(model: PreTrainedModel, dataset: Dataset, collator, runtime: Runtime, batch_size: int = 64) -> dict[str, float]:
     """{"macro_f1", "accuracy", "n"} of a classifier on a tokenized data set."""
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    by_length = dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__))  # less padding
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder,
@@ -24,7 +26,7 @@ def evaluate(model: PreTrainedModel, dataset: Dataset, collator, runtime: Runtim
             disable_tqdm=True,
             report_to="none",
         )
-        prediction = Trainer(model=model, args=args, data_collator=collator).predict(dataset)
+        prediction = Trainer(model=model, args=args, data_collator=collator).predict(by_length)
     return score(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))
 
 

@@ -30,8 +30,8 @@ class DemoRun(RunConfig):
     task: TaskConfig = field(
         default_factory=lambda: TaskConfig(
             selection=SelectionConfig(density=0.05),
-            dense=PhaseConfig(lr=2e-4, max_steps=160, keep_best=False),
-            sparse=PhaseConfig(lr=1e-3, max_steps=160, keep_best=False),
+            dense=PhaseConfig(lr=2e-4, max_steps=120, keep_best=False),
+            sparse=PhaseConfig(lr=1e-3, max_steps=120, keep_best=False),
             batch_size=32,
             accumulation=1,
             max_length=24,
@@ -41,8 +41,8 @@ class DemoRun(RunConfig):
     language: LanguageConfig = field(
         default_factory=lambda: LanguageConfig(
             selection=SelectionConfig(density=0.05),
-            dense=PhaseConfig(lr=1e-4, max_steps=60, l1=0.0, keep_best=False),
-            sparse=PhaseConfig(lr=2e-4, max_steps=60, l1=0.0, keep_best=False),
+            dense=PhaseConfig(lr=1e-4, max_steps=50, keep_best=False),
+            sparse=PhaseConfig(lr=2e-4, max_steps=50, keep_best=False),
             batch_size=32,
             accumulation=1,
             max_length=24,
