@@ -1,6 +1,9 @@
 """Group-wide selection and masks over two gloo processes, and DDP over a sparsified model."""
 
+import gc
+import os
 import socket
+import sys
 
 import pytest
 import torch
@@ -25,9 +28,13 @@ def run(function, tmp_path):
 
 def _entry(rank, function, port, folder):
     torch.set_num_threads(1)
+    if sys.platform == "linux":  # whatever the host's name resolves to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
     try:
         function(rank, folder)
+        gc.collect()  # a DDP wrapper's reducer ends before the group that it uses
+        dist.barrier()  # and no rank leaves while another one still talks to it
     finally:
         dist.destroy_process_group()
 

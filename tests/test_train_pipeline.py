@@ -86,6 +86,9 @@ def test_source_vector_lift_and_two_seeds(tiny_bert, nusax_folder, tmp_path):  #
     scores = pipeline.run(lift, quiet())["scores"]
     assert {(s["method"], s["kind"]) for s in scores} == {("lift", "task"), ("lift", "composed")}
 
+    full = dataclasses.replace(lift, run_dir=tmp_path / "full", recipes=["full"])
+    assert {(s["method"], s["kind"]) for s in pipeline.run(full, quiet())["scores"]} == {("full", "task")}
+
 
 def test_overwrite_and_foreign_folders(tmp_path):
     config = PhaseConfig(lr=1e-3)

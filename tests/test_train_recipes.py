@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.numpy import load_file
-from train_tiny import sentence, tiny_bert  # noqa: F401
+from train_tiny import BAD, GOOD, sentence, tiny_bert  # noqa: F401
 from transformers import TrainerCallback
 
 from deftx_kernels import CSRMask, SparseDelta, compose
@@ -347,3 +347,22 @@ def test_mlm_loss_at_the_asked_positions_is_the_model_s_own(tiny_bert, tmp_path)
     loss, outputs = ours.compute_loss(model, dict(batch), return_outputs=True)
     assert loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
     assert outputs["logits"].shape[0] == (batch["labels"] != -100).sum()
+
+
+def test_token_classification(tiny_bert, tmp_path):  # noqa: F811
+    from deftx_kernels.train.evaluate import evaluate, with_vectors
+
+    words = [text.split() for text in labelled(0, 40)["text"]]
+    rows = Dataset.from_dict({"tokens": words, "tags": [["ADJ" if w in GOOD + BAD else "X" for w in line] for line in words]})
+    settings = TaskConfig(SelectionConfig(k=K), phase(), phase(max_steps=300), batch_size=8, accumulation=1, max_length=24)
+    tokenizer = models.load_tokenizer(tiny_bert)
+    start = starts.classifier_start(tiny_bert, ["ADJ", "X"], "token-classification", tmp_path / "base", 0)
+    examples = starts.task_examples(rows, None, tokenizer, ["ADJ", "X"], "token-classification", settings)
+    vector = starts.task_vector(
+        start, None, ["ADJ", "X"], "token-classification", examples, settings, tmp_path / "task", tmp_path / "deltas", {}
+    )  # fmt: skip
+    delta, _ = learn(vector, "lt-sft", RUNTIME)
+    with with_vectors(vector.load(start), [delta]) as model:
+        scores = evaluate(model, examples.train, examples.collator, RUNTIME)
+    assert scores["n"] == sum(map(len, words))
+    assert scores["macro_f1"] > 0.9

@@ -71,10 +71,10 @@ def measure(start: str, mask: str | None, batches: str, steps: int, device: str,
     for step in range(WARM_UP + steps):
         _synchronize(cuda)
         began = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+        with torch.autocast("cuda", torch.bfloat16, enabled=cuda and torch.cuda.is_bf16_supported()):
             loss = model(**inputs[step % len(inputs)]).loss
         loss.backward()
-        gradients = gradient_bytes(model)
+        gradients, entries = gradient_bytes(model), sum(p.numel() for p in model.parameters() if p.grad is not None)
         optimizer.step()
         optimizer.zero_grad()
         _synchronize(cuda)
@@ -86,7 +86,7 @@ def measure(start: str, mask: str | None, batches: str, steps: int, device: str,
         "peak_bytes_are": _meaning(cuda, reset),
         "gradient_bytes": gradients,
         "optimizer_state_bytes": state_bytes(optimizer),
-        "trained_entries": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trained_entries": entries,
         "steps": steps,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",

@@ -114,6 +114,7 @@ class SeedRun:
     def _masked_lm_start(self) -> Path:
         text = Dataset.from_dict({"text": [line for name in self.languages for line in self.corpus.text[name]["text"]]})
         folder = self.folder / "phases/mlm-head"
+        self.console.print("[bold]MLM head[/] · a new one is trained with the body frozen")
         return starts.masked_lm_start(self.config.model, self.config.language, text, self.tokenizer, folder, self.runtime)
 
     def _language_vector(self, language: str, start: Path) -> Vector:

@@ -27,6 +27,7 @@ class DemoRun(RunConfig):
     data: Annotated[CldrData, tyro.conf.arg(name="")] = field(default_factory=CldrData)
     model: str = MINILM
     run_dir: Path = Path("runs/demo")
+    cost_steps: int = 12
     task: TaskConfig = field(
         default_factory=lambda: TaskConfig(
             selection=SelectionConfig(density=0.05),

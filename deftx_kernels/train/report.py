@@ -86,8 +86,15 @@ def cost_table(metrics: dict) -> list[list[str]] | None:
     for label, key, text in rows:
         table.append([label, text(dense[key]), text(sparse[key]), ratio(dense[key], sparse[key])])
     a, b = dense["step_seconds"]["p50"], sparse["step_seconds"]["p50"]
+    selection = next((phase["selection"] for phase in metrics["phases"] if is_task(phase, costs["recipe"])), None)
+    if selection is not None:
+        table.append(["selection of the entries, once", "–", f"{selection['seconds']:.2f} s", "–"])
     table.append(["step time, median", f"{a * 1e3:.0f} ms", f"{b * 1e3:.0f} ms", ratio(a, b)])
     return table
+
+
+def is_task(phase: dict, recipe: str) -> bool:
+    return phase["vector"] == "task" and phase["method"] == recipe
 
 
 def phase_table(metrics: dict) -> list[list[str]]:

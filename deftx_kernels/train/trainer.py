@@ -113,14 +113,12 @@ class CostMeter(TrainerCallback):
         self.trained_entries = 0
         self._began = 0.0
 
-    def on_train_begin(self, args, state, control, model=None, **_):
-        self.trained_entries = sum(p.numel() for p in model.parameters() if p.requires_grad)
-
     def on_step_begin(self, args, state, control, **_):
         self._began = time.perf_counter()
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
         if not self.gradient_bytes:
+            self.trained_entries = sum(p.numel() for p in model.parameters() if p.grad is not None)
             self.gradient_bytes = gradient_bytes(model)
             self.state_bytes = state_bytes(optimizer)
 
