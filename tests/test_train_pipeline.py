@@ -90,6 +90,13 @@ def test_source_vector_lift_and_two_seeds(tiny_bert, nusax_folder, tmp_path):  #
     assert {(s["method"], s["kind"]) for s in pipeline.run(full, quiet())["scores"]} == {("full", "task")}
 
 
+def test_several_processes_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE is above 1"):
+        pipeline.open_run(PhaseConfig(lr=1e-3), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_overwrite_and_foreign_folders(tmp_path):
     config = PhaseConfig(lr=1e-3)
     pipeline.open_run(config, tmp_path / "run")

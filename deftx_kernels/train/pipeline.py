@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import time
 from functools import partial
@@ -59,8 +60,11 @@ def open_run(config, run_dir: Path, overwrite: bool = False) -> None:
     """Write config.json, or check that the one in the folder has the same settings.
 
     Raises:
-        ValueError: the folder holds a run with other settings (and not `overwrite`), or files that are no run's.
+        ValueError: the folder holds a run with other settings (and not `overwrite`), or files that are no run's; or several
+            processes run this, each of which would write the folder.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("WORLD_SIZE is above 1: deftx runs in one process; start it without torchrun")
     settings = {name: value for name, value in to_dict(config).items() if name not in ("overwrite", "run_dir")}
     path = run_dir / "config.json"
     if path.is_file():

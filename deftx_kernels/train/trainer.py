@@ -246,7 +246,7 @@ def train_phase(
     """
     validated = examples.validation is not None and len(examples.validation) > 0
     args = training_arguments(folder, vector, phase, runtime, validated, examples.masked_lm)
-    if args.n_gpu > 1:  # DataParallel would copy masked modules without their masks; several GPUs are for torchrun
+    if args.n_gpu > 1:  # DataParallel would copy masked modules without their masks
         args._n_gpu = 1
     meter = CostMeter()
     trainer = (MaskedLanguageTrainer if examples.masked_lm else VectorTrainer)(
