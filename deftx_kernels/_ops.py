@@ -28,9 +28,28 @@ SCHEMAS = {
     # entry i of the tensors += alpha * values[i], computed in float32 (float64 for float64 tensors) and rounded once.
     # `values` has the tensors' dtype or float32.
     "csr_add_": "(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor values, float alpha) -> ()",
+    # The entries of two masks over the same rows: "and", "or" or "sub" (in the first, not in the second). The result's col_indices
+    # have the dtype of col_indices.
+    "csr_combine": (
+        "(Tensor crow_indices, Tensor col_indices, Tensor other_crow_indices, Tensor other_col_indices, str operation)"
+        " -> (Tensor crow_indices, Tensor col_indices)"
+    ),
+    # The mask of the True entries of bool tensors.
+    "dense_to_csr": "(Tensor[] dense) -> (Tensor crow_indices, Tensor col_indices)",
+    # The score of an entry is |scores[i]|, or |scores[i] - base[i]| where base is not empty: exact for scores; a difference is taken
+    # in float32, or in float64 where any tensor of the call is float64. The tensors may have several floating dtypes.
     # scope "global": k = [k]; "tensor": k[i] entries of tensor i; "row": k[i] entries of each row of tensor i.
-    # `bad` int64 [2] is (tensor, flat index) of the first NaN or infinite score, or (-1, -1); then the rest is meaningless.
-    "topk_mask": "(Tensor[] scores, int[] k, str scope) -> (Tensor crow_indices, Tensor col_indices, Tensor bad)",
+    # `bad` int64 [2], on the CPU, is (tensor, flat index) of the first NaN or infinite score, or (-1, -1); then the rest is
+    # meaningless.
+    "topk_mask": (
+        "(Tensor[] scores, Tensor[] base, int[] k, str scope) -> (Tensor crow_indices, Tensor col_indices, Tensor bad)"
+    ),
+    # The two steps of a radix select, for callers that add histograms up over ranks or over tensors that are not all in memory.
+    # Magnitude bits: the bits of |score| as an integer, which has the order of the magnitudes. All scores have one dtype.
+    # Counts the scores whose bits >> (shift + 16) are `prefix` by the next 16 bits, (bits >> shift) & 0xFFFF: int64 [65536].
+    "magnitude_histogram": "(Tensor[] scores, int prefix, int shift) -> Tensor",
+    # The mask of the scores whose bits are above `threshold` and of each tensor's first ties[i] whose bits equal it.
+    "threshold_mask": "(Tensor[] scores, int threshold, int[] ties) -> (Tensor crow_indices, Tensor col_indices)",
     # a [..., m, n], test_matrix [..., n, l] with rank <= l <= min(m, n), or None for the exact decomposition.
     "truncated_svd": "(Tensor a, int rank, int n_iter, Tensor? test_matrix) -> (Tensor U, Tensor S, Tensor Vh)",
     # delta [b, m, n]; rule "rank" (reads rank), "energy" (reads energy) or "gavish-donoho".
@@ -96,14 +115,39 @@ def _(tensors, crow_indices, col_indices, values, alpha):
     return None
 
 
+def _data_dependent(like, rows, dtype):
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    return like.new_empty(rows + 1, dtype=torch.int64), like.new_empty(nnz, dtype=dtype)
+
+
+@_fake("csr_combine")
+def _(crow_indices, col_indices, other_crow_indices, other_col_indices, operation):
+    return _data_dependent(crow_indices, crow_indices.shape[0] - 1, col_indices.dtype)
+
+
+@_fake("dense_to_csr")
+def _(dense):
+    return _data_dependent(dense[0], sum(rows_and_columns(t.shape)[0] for t in dense), column_dtype([t.shape for t in dense]))
+
+
+@_fake("magnitude_histogram")
+def _(scores, prefix, shift):
+    return scores[0].new_empty(1 << 16, dtype=torch.int64)
+
+
+@_fake("threshold_mask")
+def _(scores, threshold, ties):
+    return _data_dependent(scores[0], sum(rows_and_columns(s.shape)[0] for s in scores), column_dtype([s.shape for s in scores]))
+
+
 @_fake("topk_mask")
-def _(scores, k, scope):
+def _(scores, base, k, scope):
     rows = [rows_and_columns(s.shape)[0] for s in scores]
     nnz = sum(n * r for n, r in zip(k, rows, strict=True)) if scope == "row" else sum(k)
     like = scores[0]
     crow_indices = like.new_empty(sum(rows) + 1, dtype=torch.int64)
     col_indices = like.new_empty(nnz, dtype=column_dtype([s.shape for s in scores]))
-    return crow_indices, col_indices, like.new_empty(2, dtype=torch.int64)
+    return crow_indices, col_indices, torch.empty(2, dtype=torch.int64, device="cpu")
 
 
 @_fake("truncated_svd")

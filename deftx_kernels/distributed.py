@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from deftx_kernels import reference
-from deftx_kernels._checks import check_float
+from deftx_kernels._checks import check_finite, check_float
 from deftx_kernels._ops import column_dtype, rows_and_columns
+from deftx_kernels._selection import count_equal, kth_magnitude
 from deftx_kernels.functional import selected_counts
 from deftx_kernels.mask import CSRMask
 
@@ -49,17 +49,15 @@ def topk_mask(
         raise ValueError(f"scores must have one dtype on all ranks, got {sorted({str(p[n][1]) for p in pieces for n in names})}")
     [count] = selected_counts(names, shapes, k, density, "global")
     tensors = [local[n] for n in names]
-    bad = reference.first_bad(tensors)
-    _exchange(None if bad[0] < 0 else f"scores[{names[bad[0]]!r}] is not finite at local flat index {bad[1]}", None, group)
+    _exchange(_not_finite(local), None, group)
     threshold, ties = _threshold(tensors, count, group)
-    rank = dist.get_rank(group)
-    keys, tensor_start = [], 0
-    for name, tensor, shape, quota in zip(names, tensors, shapes, _tie_quotas(tensors, threshold, ties, group)):
-        before = sum(p[name][0].numel() for p in pieces[:rank])
-        index, _ = reference.take(tensor, threshold, quota)
-        keys.append(index + before + tensor_start)
+    quotas = _tie_quotas(tensors, threshold, ties, group)
+    mine = CSRMask._trusted(names, [t.shape for t in tensors], *torch.ops.deftx.threshold_mask(tensors, threshold, quotas))
+    rank, layout, tensor_start = dist.get_rank(group), {}, 0
+    for name, shape in zip(names, shapes):  # where this rank's rows begin in the whole tensors, one after the other
+        layout[name] = tensor_start + sum(p[name][0].numel() for p in pieces[:rank])
         tensor_start += shape.numel()
-    return CSRMask._from_keys(names, shapes, _gather_varying(torch.cat(keys), group).sort().values)
+    return CSRMask._from_keys(names, shapes, _gather_varying(mine._keys(layout), group).sort().values)
 
 
 def local_mask(mask: CSRMask, params: Mapping[str, Tensor]) -> CSRMask:
@@ -158,15 +156,29 @@ def _whole_shape(name: str, shapes: list[torch.Size]) -> torch.Size:
     return torch.Size((sum(s[0] for s in shapes), *shapes[0][1:]))
 
 
+def _not_finite(local: Mapping[str, Tensor]) -> str | None:
+    try:
+        for name in sorted(local):
+            check_finite(local[name], f"scores[{name!r}] on this rank")
+        return None
+    except ValueError as error:
+        return str(error)
+
+
 def _threshold(tensors: list[Tensor], k: int, group) -> tuple[int, int]:
-    if k == 0:
-        return reference.infinity_bits(tensors[0].dtype), 0
-    return reference.kth_magnitude(tensors, k, reduce=lambda histogram: dist.all_reduce(histogram, group=group))
+    def histogram(prefix: int, shift: int) -> Tensor:
+        counts = torch.ops.deftx.magnitude_histogram(tensors, prefix, shift)
+        dist.all_reduce(counts, group=group)
+        return counts
+
+    return kth_magnitude(histogram, tensors[0].element_size(), k)
 
 
 def _tie_quotas(tensors: list[Tensor], threshold: int, ties: int, group) -> list[int]:
     """How many entries equal to the threshold this rank keeps of each tensor: earlier tensors first, then earlier ranks."""
-    mine = torch.stack([(reference.magnitude_bits(t) == threshold).sum() for t in tensors])
+    if ties == 0:
+        return [0] * len(tensors)
+    mine = torch.stack([count_equal(t, threshold) for t in tensors])
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
     counts = torch.stack(everyone, dim=1).view(-1)  # tensor-major

@@ -137,7 +137,7 @@ def _tensors() -> list[Tensor]:
 
 
 def _mask(tensors: list[Tensor], density: float = 0.05) -> tuple[Tensor, Tensor]:
-    crow, col, _ = reference.topk_mask(tensors, [round(density * sum(t.numel() for t in tensors))], "global")
+    crow, col, _ = reference.topk_mask(tensors, [], [round(density * sum(t.numel() for t in tensors))], "global")
     return crow, col
 
 
@@ -179,7 +179,12 @@ _CASES: dict[str, Callable[[], list[Any]]] = {
     "csr_gather": lambda: _csr_case(values=False),
     "csr_scatter_": _csr_case,
     "csr_add_": lambda: _csr_case(0.5),
-    "topk_mask": lambda: [_tensors(), [50_000], "global"],
+    "csr_combine": lambda: [*_mask(_tensors()), *_mask([t.flip(0) if t.dim() else t for t in _tensors()]), "or"],
+    "dense_to_csr": lambda: [[t > 1.5 for t in _tensors()]],
+    "topk_mask": lambda: [_tensors(), [], [50_000], "global"],
+    # Bits are those of a dtype, so these two have float64 scores from the start.
+    "magnitude_histogram": lambda: [[t.double() for t in _tensors()], 0, 48],
+    "threshold_mask": lambda: [[t.double() for t in _tensors()], int(reference.magnitude_bits(torch.tensor([2.0]).double())), [0] * 4],
     "truncated_svd": lambda: [_matrices(), 8, 2, torch.randn(2, 384, 24, generator=torch.Generator().manual_seed(4))],
     "svd_denoise": lambda: [_matrices(), "energy", 0, 0.9, 0.01, 2, None],
     "sparse_adamw_": _adamw_case,

@@ -1,8 +1,9 @@
 """The stateless public operations: arguments are checked here, once; the work is done by `torch.ops.deftx`."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from deftx_kernels._checks import (
     is_number,
     scalar,
 )
+from deftx_kernels._ops import column_dtype
+from deftx_kernels._selection import Candidates, by_rounds, joined
 from deftx_kernels.mask import CSRMask
 
 SCOPES = ("global", "tensor", "row")
@@ -189,20 +192,15 @@ def topk_mask(
     shapes = [scores[n].shape for n in names]
     CSRMask.check_layout(names, shapes)
     counts = selected_counts(names, shapes, k, density, scope)
-    dtype = scores[names[0]].dtype
-    for name in names:
-        dtype = torch.promote_types(dtype, scores[name].dtype)
-    crow, col = _topk([scores[n] for n in names], counts, scope, dtype, [f"scores[{n!r}]" for n in names])
+    crow, col, bad = torch.ops.deftx.topk_mask([scores[n].detach().contiguous() for n in names], [], counts, scope)
+    if (i := int(bad[0])) >= 0:
+        _raise_not_finite(scores[names[i]], f"scores[{names[i]!r}]", int(bad[1]))
     return CSRMask._trusted(names, shapes, crow, col)
 
 
-def _topk(tensors: list[Tensor], counts: list[int], scope: str, dtype: torch.dtype, labels: list[str]) -> tuple[Tensor, Tensor]:
-    crow, col, bad = torch.ops.deftx.topk_mask([t.detach().to(dtype).contiguous() for t in tensors], counts, scope)
-    tensor, index = bad.tolist()
-    if tensor >= 0:
-        value = float(tensors[tensor].detach().reshape(-1)[index])
-        raise ValueError(f"{labels[tensor]} holds {value} at flat index {index}: every entry must be finite")
-    return crow, col
+def _raise_not_finite(tensor: Tensor, label: str, index: int) -> NoReturn:
+    value = float(tensor.detach().reshape(-1)[index])
+    raise ValueError(f"{label} holds {value} at flat index {index}: every entry must be finite")
 
 
 def selected_counts(
@@ -245,9 +243,11 @@ def select_mask(
 ) -> CSRMask:
     """The entries in which `tuned` differs most from `base`: DeFT-X with a rank or an energy, LT-SFT (Ansell et al. 2022) without.
 
-    The differences are taken in float32 (float64 where both models are), denoised by `svd_denoise` and selected by `topk_mask`,
-    one group of tensors after the other: beside the models there exist the candidates (6 bytes for each selected entry) and
-    the differences of one group, never those of the whole model.
+    The differences are taken in float32 (float64 where one tensor is), denoised by `svd_denoise` and selected by `topk_mask`.
+    Without denoising both models are read once, where they lie, and no difference is stored. With it, one group of tensors is
+    denoised after the other: beside the models there exist the differences of one group and 6 to 8 bytes for each selected entry.
+    Where these would be more than 0.3 of the model (a density from about 0.2), nothing is kept and every group is denoised three
+    times.
 
     Args:
         tuned, base: θ1 and θ0: modules (their named parameters) or mappings of names to tensors, of any floating dtypes. Tensors
@@ -272,70 +272,69 @@ def select_mask(
     dtype = torch.float32
     for name in chosen:
         dtype = torch.promote_types(dtype, torch.promote_types(new[name].dtype, old[name].dtype))
+    if rank is None and energy is None and all(new[n].device == old[n].device for n in chosen):
+        if progress is not None:
+            progress(0, len(chosen))
+        crow, col, bad = torch.ops.deftx.topk_mask(
+            [new[n].contiguous() for n in chosen], [old[n].contiguous() for n in chosen], counts, scope
+        )
+        if (i := int(bad[0])) >= 0:
+            name = chosen[i]
+            _raise_not_finite(new[name].to(dtype) - old[name].to(dtype), f"tuned[{name!r}] - base[{name!r}]", int(bad[1]))
+        if progress is not None:
+            progress(len(chosen), len(chosen))
+        return CSRMask._trusted(chosen, shapes, crow, col)
 
     def difference(name: str) -> Tensor:
-        with torch.no_grad():
-            delta = new[name].to(old[name].device, dtype) - old[name].to(dtype)
+        delta = new[name].to(old[name].device, dtype) - old[name].to(dtype)
+        check_finite(delta, f"tuned[{name!r}] - base[{name!r}]")
         if (rank is None and energy is None) or delta.dim() < 2:
             return delta
-        check_finite(delta, f"tuned[{name!r}] - base[{name!r}]")
         return svd_denoise(delta, rank=rank, energy=energy, residual_density=residual_density)
 
-    selection = _Selection(scope, counts, dtype)
-    group: list[str] = []
-    limit = max(s.numel() for s in shapes)
-    for done, name in enumerate(chosen):
-        if group and sum(old[n].numel() for n in group) + old[name].numel() > limit:
-            selection.add({n: difference(n) for n in group})
-            group = []
-        group.append(name)
-        if progress is not None:
-            progress(done, len(chosen))
-    selection.add({n: difference(n) for n in group})
+    groups = _groups(chosen, shapes)
+
+    def each(first: int = 0, rounds: int = 1) -> Iterator[list[Tensor]]:
+        done = first * len(chosen)
+        for group in groups:
+            if progress is not None:
+                progress(done // rounds, len(chosen))
+            yield [difference(n) for n in group]
+            done += len(group)
+
+    if scope != "global":
+        parts = []
+        remaining = iter(counts)
+        for tensors in each():
+            crow, col, _ = torch.ops.deftx.topk_mask(tensors, [], [next(remaining) for _ in tensors], scope)
+            parts.append((crow, col))
+        crow, col = joined(parts)
+    elif counts[0] * (dtype.itemsize + column_dtype(shapes).itemsize) <= 0.3 * dtype.itemsize * sum(s.numel() for s in shapes):
+        candidates = Candidates(counts[0])
+        for tensors in each():
+            candidates.add(tensors)
+        crow, col = candidates.csr()
+    else:
+        rounds = 1 + dtype.itemsize // 2
+        passes = itertools.count()
+        crow, col = by_rounds(lambda: each(next(passes), rounds), dtype.itemsize, counts[0])
     if progress is not None:
         progress(len(chosen), len(chosen))
-    return CSRMask._trusted(chosen, shapes, selection.crow, selection.col)
+    return CSRMask._trusted(chosen, shapes, crow, col)
 
 
-class _Selection:
-    """An exact top-k over tensors that are never all in memory: what is not among the k largest so far can never be."""
-
-    def __init__(self, scope: str, counts: list[int], dtype: torch.dtype) -> None:
-        self.scope, self.counts, self.dtype = scope, counts, dtype
-        self.done = 0  # tensors seen
-        self.seen = 0  # elements seen
-        self.crow: Tensor  # of the candidates so far
-        self.col: Tensor
-        self.values: Tensor  # compact scores of the candidates, for scope "global"
-
-    def add(self, scores: dict[str, Tensor]) -> None:
-        tensors = list(scores.values())
-        labels = [f"tuned[{n!r}] - base[{n!r}]" for n in scores]
-        self.seen += sum(t.numel() for t in tensors)
-        first = self.done == 0
-        self.done += len(tensors)
-        if self.scope != "global":
-            counts = self.counts[self.done - len(tensors) : self.done]
-            crow, col = _topk(tensors, counts, self.scope, self.dtype, labels)
-            self.crow, self.col = (crow, col.to(torch.int32)) if first else _append(self.crow, self.col, crow, col)
-            return
-        k = min(self.counts[0], self.seen)
-        if first:
-            crow, col = _topk(tensors, [k], "global", self.dtype, labels)
-            self.crow, self.col = crow, col.to(torch.int32)
-            self.values = torch.ops.deftx.csr_gather(tensors, crow, col)
-            return
-        crow, col = _topk([self.values, *tensors], [k], "global", self.dtype, ["the candidates", *labels])
-        values = torch.ops.deftx.csr_gather([self.values, *tensors], crow, col)
-        stay = int(crow[1])
-        kept = col[:stay].to(torch.int64)
-        self.crow = torch.searchsorted(kept, self.crow)
-        self.crow, self.col = _append(self.crow, self.col[kept], crow[1:] - stay, col[stay:])
-        self.values = values
-
-
-def _append(crow: Tensor, col: Tensor, more_crow: Tensor, more_col: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.cat([crow, more_crow[1:] + crow[-1]]), torch.cat([col, more_col.to(torch.int32)])
+def _groups(names: list[str], shapes: list[torch.Size]) -> list[list[str]]:
+    """The names in order, cut into groups of at most as many elements as the largest tensor has."""
+    limit = max(s.numel() for s in shapes)
+    groups: list[list[str]] = []
+    room = 0
+    for name, shape in zip(names, shapes):
+        if not groups or shape.numel() > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= shape.numel()
+    return groups
 
 
 def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: Iterable[str] | None) -> list[str]:

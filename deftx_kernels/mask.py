@@ -165,16 +165,13 @@ class CSRMask:
         shapes = [dense[n].shape for n in names]
         cls.check_layout(names, shapes)
         device = dense[names[0]].device
-        keys, offset = [], 0
         for name in names:
             tensor = dense[name]
             if tensor.dtype != torch.bool:
                 raise TypeError(f"dense[{name!r}] must be a bool tensor, got {tensor.dtype}")
             if tensor.device != device:
                 raise ValueError(f"dense[{name!r}] is on {tensor.device}, dense[{names[0]!r}] on {device}: one device is needed")
-            keys.append(tensor.reshape(-1).nonzero().view(-1) + offset)
-            offset += tensor.numel()
-        return cls._from_keys(names, shapes, torch.cat(keys))
+        return cls._trusted(names, shapes, *torch.ops.deftx.dense_to_csr([dense[n].contiguous() for n in names]))
 
     def to_dense(self) -> dict[str, Tensor]:
         """Name → bool tensor, True at the entries."""
@@ -296,15 +293,27 @@ class CSRMask:
             return NotImplemented
         if self.device != other.device:
             raise ValueError(f"masks are on {self.device} and {other.device}: move one with .to()")
-        layout = self._common_layout(other)
+        names = list(self._common_layout(other))
         shapes = dict(zip(other.names, other.shapes)) | dict(zip(self.names, self.shapes))
-        mine, theirs = self._keys(layout), other._keys(layout)
-        if operation == "or":
-            keys = torch.unique(torch.cat([mine, theirs]))
-        else:
-            common = torch.isin(mine, theirs, assume_unique=True)
-            keys = mine[common] if operation == "and" else mine[~common]
-        return CSRMask._from_keys(list(layout), [shapes[n] for n in layout], keys)
+        mine, theirs = self._crow_of(names, shapes), other._crow_of(names, shapes)
+        col, other_col = self.col_indices, other.col_indices
+        if col.dtype != other_col.dtype:
+            col, other_col = col.to(torch.int32), other_col.to(torch.int32)
+        crow, col = torch.ops.deftx.csr_combine(mine, col, theirs, other_col, operation)
+        return CSRMask._trusted(names, [shapes[n] for n in names], crow, col)
+
+    def _crow_of(self, names: Sequence[str], shapes: Mapping[str, torch.Size]) -> Tensor:
+        """crow_indices over the rows of more tensors, ascending by name; those that the mask does not cover are empty."""
+        if len(names) == len(self.names):
+            return self.crow_indices
+        parts, place = [self.crow_indices[:1]], dict(zip(self.names, range(len(self.names))))
+        for name in names:
+            if name in place:
+                first, last = self.row_offsets[place[name]], self.row_offsets[place[name] + 1]
+                parts.append(self.crow_indices[first + 1 : last + 1])
+            else:
+                parts.append(parts[-1][-1:].expand(rows_and_columns(shapes[name])[0]))
+        return torch.cat(parts)
 
     @classmethod
     def _from_keys(cls, names: Sequence[str], shapes: Sequence[torch.Size], keys: Tensor) -> "CSRMask":

@@ -5,7 +5,7 @@ The argument conventions stand at the top of `_ops.py`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -66,6 +66,43 @@ def csr_add_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tenso
         flat[index] = total.to(flat.dtype)
 
 
+def _keys(crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+    """int64 [nnz]: ascending, equal for equal entries of masks over the same rows."""
+    rows = torch.arange(len(crow_indices) - 1, device=crow_indices.device)
+    return torch.repeat_interleave(rows << 32, crow_indices.diff()) + col_indices.to(torch.int64)
+
+
+def csr_combine(
+    crow_indices: Tensor, col_indices: Tensor, other_crow_indices: Tensor, other_col_indices: Tensor, operation: str
+) -> tuple[Tensor, Tensor]:
+    mine, theirs = _keys(crow_indices, col_indices), _keys(other_crow_indices, other_col_indices)
+    if operation == "or":
+        keys = torch.unique(torch.cat([mine, theirs]))
+    else:
+        common = torch.isin(mine, theirs, assume_unique=True)
+        keys = mine[common] if operation == "and" else mine[~common]
+    crow = torch.searchsorted(keys, torch.arange(len(crow_indices), device=keys.device) << 32)
+    return crow, (keys & 0xFFFF_FFFF).to(torch.int32).to(col_indices.dtype)
+
+
+def dense_to_csr(dense: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    return _csr([t.view(-1).nonzero().view(-1) for t in dense], [_matrix(t) for t in dense])
+
+
+def _csr(index: Sequence[Tensor], matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """From the ascending flat indices of each tensor's entries."""
+    counts, columns_found = [], []
+    for flat, matrix in zip(index, matrices):
+        rows, columns = matrix.shape
+        row = flat // max(columns, 1)
+        counts.append(torch.bincount(row, minlength=rows))
+        columns_found.append((flat - row * columns).to(torch.int32))
+    crow_indices = torch.zeros(sum(m.shape[0] for m in matrices) + 1, dtype=torch.int64, device=matrices[0].device)
+    torch.cumsum(torch.cat(counts), 0, out=crow_indices[1:])
+    narrow = all(m.shape[1] <= 65_536 for m in matrices)
+    return crow_indices, torch.cat(columns_found).to(torch.uint16 if narrow else torch.int32)
+
+
 # ---- exact top-k --------------------------------------------------------------------------------------------------------
 
 
@@ -79,27 +116,34 @@ def infinity_bits(dtype: torch.dtype) -> int:
     return int(magnitude_bits(torch.tensor([math.inf], dtype=dtype)))
 
 
-def kth_magnitude(parts: Sequence[Tensor], k: int, reduce: Callable[[Tensor], None] | None = None) -> tuple[int, int]:
+def _histogram(x: Tensor, prefix: int, shift: int) -> Tensor:
+    histogram = torch.zeros(1 << 16, dtype=torch.int64, device=x.device)
+    for chunk in x.view(-1).split(_CHUNK):
+        bits = magnitude_bits(chunk)
+        if shift + 16 < 8 * x.element_size():
+            bits = bits[(bits >> (shift + 16)) == prefix]
+        histogram += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16)
+    return histogram
+
+
+def magnitude_histogram(scores: Sequence[Tensor], prefix: int, shift: int) -> Tensor:
+    return torch.stack([_histogram(s, prefix, shift) for s in scores]).sum(0)
+
+
+def kth_magnitude(parts: Callable[[], Iterable[Tensor]], k: int) -> tuple[int, int]:
     """The bits of the k-th largest |x| over all parts, and how many entries equal to it belong to the first k (radix select).
 
-    `reduce` adds up the histogram int64 [65536] of each pass over a process group, in place: then the parts are those of all ranks.
+    `parts()` gives the contiguous parts once more for each pass, so that they need not all be in memory.
     """
     prefix, remaining = 0, k
-    top = 8 * parts[0].element_size() - 16
-    for shift in range(top, -1, -16):
-        histogram = torch.zeros(1 << 16, dtype=torch.int64, device=parts[0].device)
-        for chunk in (c for p in parts for c in p.view(-1).split(_CHUNK)):
-            bits = magnitude_bits(chunk)
-            if shift < top:
-                bits = bits[(bits >> (shift + 16)) == prefix]
-            histogram += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16)
-        if reduce is not None:
-            reduce(histogram)
-        from_the_top = histogram.flip(0).cumsum(0)
+    shift = 8 * next(iter(parts())).element_size() - 16
+    while shift >= 0:
+        from_the_top = sum(_histogram(p, prefix, shift) for p in parts()).flip(0).cumsum(0)
         position = int(torch.searchsorted(from_the_top, remaining))
         if position > 0:
             remaining -= int(from_the_top[position - 1])
         prefix = (prefix << 16) | (0xFFFF - position)
+        shift -= 16
     return prefix, remaining
 
 
@@ -116,6 +160,10 @@ def take(x: Tensor, threshold: int, ties: int) -> tuple[Tensor, int]:
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=x.device), ties
 
 
+def threshold_mask(scores: Sequence[Tensor], threshold: int, ties: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return _csr([take(s, threshold, n)[0] for s, n in zip(scores, ties)], [_matrix(s) for s in scores])
+
+
 def _top_per_row(matrix: Tensor, k: int) -> Tensor:
     """Ascending flat indices of the k largest |x| of each row."""
     rows, columns = matrix.shape
@@ -123,40 +171,41 @@ def _top_per_row(matrix: Tensor, k: int) -> Tensor:
     return (order.sort(dim=1).values + torch.arange(rows, device=matrix.device)[:, None] * columns).view(-1)
 
 
-def first_bad(scores: Sequence[Tensor]) -> list[int]:
-    for i, score in enumerate(scores):
-        bad = magnitude_bits(score).view(-1) >= infinity_bits(score.dtype)
-        if bool(bad.any()):
-            return [i, int(bad.to(torch.uint8).argmax())]
-    return [-1, -1]
-
-
-def topk_mask(scores: Sequence[Tensor], k: Sequence[int], scope: str) -> tuple[Tensor, Tensor, Tensor]:
-    matrices = [_matrix(s) for s in scores]
+def topk_mask(scores: Sequence[Tensor], base: Sequence[Tensor], k: Sequence[int], scope: str) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float32 if base else scores[0].dtype
+    for tensor in (*scores, *base):
+        dtype = torch.promote_types(dtype, tensor.dtype)
     device = scores[0].device
-    narrow = all(m.shape[1] <= 65_536 for m in matrices)
-    bad = torch.tensor(first_bad(scores), device=device)
-    if int(bad[0]) >= 0:
+
+    def score(i: int) -> Tensor:  # made once more for each pass: never are all differences in memory
+        x = scores[i].to(dtype)
+        return x - base[i].to(dtype) if base else x
+
+    parts = range(len(scores))
+    for i in parts:
+        finite = magnitude_bits(score(i)).view(-1) < infinity_bits(dtype)
+        if not bool(finite.all()):
+            bad = [i, int((~finite).to(torch.uint8).argmax())]
+            break
+    else:
+        bad = [-1, -1]
+    if bad[0] >= 0:
         k = [0] * len(k)
     if scope == "global":
-        threshold, ties = kth_magnitude(matrices, k[0]) if k[0] else (infinity_bits(scores[0].dtype), 0)
-    counts, columns_found = [], []
-    for i, matrix in enumerate(matrices):
-        rows, columns = matrix.shape
+        threshold, ties = kth_magnitude(lambda: map(score, parts), k[0]) if k[0] else (infinity_bits(dtype), 0)
+    found = []
+    for i in parts:
+        x = score(i)
         if scope == "global":
-            index, ties = take(matrix, threshold, ties)
-        elif k[i] == 0 or matrix.numel() == 0:
+            index, ties = take(x, threshold, ties)
+        elif k[i] == 0 or x.numel() == 0:
             index = torch.empty(0, dtype=torch.int64, device=device)
         elif scope == "tensor":
-            index, _ = take(matrix, *kth_magnitude([matrix], k[i]))
+            index, _ = take(x, *kth_magnitude(lambda x=x: [x], k[i]))
         else:
-            index = _top_per_row(matrix, k[i])
-        row = index // max(columns, 1)
-        counts.append(torch.bincount(row, minlength=rows))
-        columns_found.append((index - row * columns).to(torch.int32))
-    crow_indices = torch.zeros(sum(m.shape[0] for m in matrices) + 1, dtype=torch.int64, device=device)
-    torch.cumsum(torch.cat(counts), 0, out=crow_indices[1:])
-    return crow_indices, torch.cat(columns_found).to(torch.uint16 if narrow else torch.int32), bad
+            index = _top_per_row(_matrix(x), k[i])
+        found.append(index)
+    return *_csr(found, [_matrix(s) for s in scores]), torch.tensor(bad)
 
 
 # ---- truncated SVD ------------------------------------------------------------------------------------------------------
@@ -250,7 +299,7 @@ def svd_denoise(
         keep = round(residual_density * w.numel())
         if keep:
             residual = (w - low).contiguous()
-            index, _ = take(residual, *kth_magnitude([residual], keep))
+            index, _ = take(residual, *kth_magnitude(lambda r=residual: [r], keep))
             low.view(-1)[index] = w.reshape(-1)[index]  # L + H where H is kept
         denoised[i] = low.to(delta.dtype)
         ranks.append(r)

@@ -12,17 +12,18 @@ MODULES = {p.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init_
 
 # Layer -> the layers and modules that it may import, besides modules of its own folder. A layer is a module or a folder.
 MIDDLE = {"delta", "nn", "optim", "interop", "doctor", "distributed"}
-BASE = {"functional", "_checks", "mask", "_ops"}
+BASE = {"functional", "_checks", "_selection", "mask", "_ops"}
 ALLOWED = {
     "cli": {"train", *MIDDLE, *BASE, "_library", PACKAGE},
     "train": {*MIDDLE, *BASE, PACKAGE},
-    "distributed": {*MIDDLE, *BASE, "reference"},
+    "distributed": {*MIDDLE, *BASE},
     "optim": {"nn", *BASE},
     "delta": {"nn", *BASE},
     "interop": {"delta", *BASE},
     "nn": BASE,
     "doctor": {"_library", "_ops", "reference", "functional", "mask"},
-    "functional": {"_checks", "mask", "_ops"},
+    "functional": {"_checks", "_selection", "mask", "_ops"},
+    "_selection": set(),
     "_checks": {"mask", "_ops"},
     "mask": {"_ops"},
     "_ops": set(),
@@ -39,6 +40,7 @@ THIRD_PARTY = {
     "_ops": {"torch"},
     "functional": {"torch"},
     "_checks": {"torch"},
+    "_selection": {"torch"},
     "interop": {"torch", "numpy", "safetensors", "scipy", "cupy", "cupyx"},
     "doctor": {"torch", "rich"},
 }
