@@ -1,0 +1,177 @@
+// A mask under construction on the CPU: one bit per element, each tensor beginning at a word of its own, cut into chunks of equal
+// length that threads work on. `to_csr` makes crow_indices and col_indices of it.
+#pragma once
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+#include "../stable.h"
+
+namespace deftx {
+namespace bitmask {
+
+constexpr int64_t kWord = 64;
+constexpr int64_t kChunk = 1 << 16;  // elements; 256 KB of float32, which fit into a core's L2
+
+inline int count_bits(uint64_t word) {
+#if defined(__GNUC__)
+  return __builtin_popcountll(word);
+#else
+  word -= (word >> 1) & 0x5555555555555555u;
+  word = (word & 0x3333333333333333u) + ((word >> 2) & 0x3333333333333333u);
+  return static_cast<int>((((word + (word >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u) >> 56);
+#endif
+}
+
+inline int lowest_bit(uint64_t word) {  // of a word that is not 0
+#if defined(__GNUC__)
+  return __builtin_ctzll(word);
+#else
+  return count_bits((word & (~word + 1)) - 1);
+#endif
+}
+
+// Asks for huge pages, before the memory is touched: entering 18 MB into the page table in small ones took as long as the selection
+// itself (Linux in a virtual machine).
+inline void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Room for n values, not initialised.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : data_(static_cast<T*>(std::malloc(sizeof(T) * static_cast<size_t>(n) + 1))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+    advise_huge_pages(data_, sizeof(T) * static_cast<size_t>(n));
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  void reset() { std::free(std::exchange(data_, nullptr)); }
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+struct Part {  // one tensor
+  int64_t rows, columns, first_row, first_word;
+};
+
+struct Chunk {
+  int64_t part, begin, end;  // elements [begin, end) of the part; begin is a multiple of kWord
+};
+
+struct Layout {
+  std::vector<Part> parts;
+  std::vector<Chunk> chunks;         // in the order of the elements
+  std::vector<int64_t> first_chunk;  // [parts + 1]
+  int64_t rows = 0, words = 0, numel = 0;
+  bool wide = false;  // columns need 32 bits
+
+  int64_t first_word(const Chunk& c) const { return parts[c.part].first_word + c.begin / kWord; }
+  static int64_t words_of(const Chunk& c) { return (c.end - c.begin + kWord - 1) / kWord; }
+};
+
+inline Layout layout_of(const std::vector<Tensor>& tensors) {
+  Layout layout;
+  for (const Tensor& t : tensors) {
+    check_tensor(t, Device::kCpu, "every tensor");
+    const Part part{rows_of(t), columns_of(t), layout.rows, layout.words};
+    DEFTX_CHECK(part.columns <= INT32_MAX, "a tensor has more than 2**31 - 1 columns");
+    const int64_t numel = t.numel();
+    layout.first_chunk.push_back(static_cast<int64_t>(layout.chunks.size()));
+    for (int64_t begin = 0; begin < numel; begin += kChunk)
+      layout.chunks.push_back({static_cast<int64_t>(layout.parts.size()), begin, std::min(begin + kChunk, numel)});
+    layout.parts.push_back(part);
+    layout.rows += part.rows;
+    layout.words += (numel + kWord - 1) / kWord;
+    layout.numel += numel;
+    layout.wide |= part.columns > 65536;
+  }
+  layout.first_chunk.push_back(static_cast<int64_t>(layout.chunks.size()));
+  return layout;
+}
+
+// Calls work(chunk) for every chunk, in any order and on any thread.
+template <typename Work>
+void for_each_chunk(int64_t first, int64_t last, const Work& work) {
+  torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) work(c);
+  });
+}
+
+// The bits [begin, end) of a word.
+inline uint64_t between(int64_t begin, int64_t end) { return (~uint64_t{0} << begin) & (~uint64_t{0} >> (kWord - end)); }
+
+// Writes column + j for every bit j, from `offset`; returns where the next one belongs. Four at once while they stay before `end`:
+// what is too many is overwritten by the next call, and no branch depends on the number of bits.
+template <typename Column>
+int64_t write_columns(uint64_t word, int64_t column, int64_t offset, int64_t end, Column* col) {
+  const int64_t next = offset + count_bits(word);
+  constexpr uint64_t kHighest = uint64_t{1} << (kWord - 1);
+  while (word != 0 && offset + 4 <= end) {
+    for (int64_t i = 0; i < 4; ++i, word &= word - 1) col[offset + i] = static_cast<Column>(column + lowest_bit(word | kHighest));
+    offset += 4;
+  }
+  for (; word != 0; word &= word - 1) col[offset++] = static_cast<Column>(column + lowest_bit(word));
+  return next;
+}
+
+// Writes the columns of a chunk's entries, which are [offset, end), and where each row that begins in it has its first one.
+template <typename Column>
+void emit(const Part& part, const Chunk& chunk, const uint64_t* bits, int64_t offset, int64_t end, int64_t* crow, Column* col) {
+  int64_t row = chunk.begin / part.columns, row_begin = row * part.columns;
+  for (int64_t at = chunk.begin; at < chunk.end; ++row, row_begin += part.columns) {
+    if (row_begin == at) crow[part.first_row + row] = offset;
+    const int64_t row_end = std::min(row_begin + part.columns, chunk.end);
+    while (at < row_end) {
+      const int64_t first = at / kWord * kWord, stop = std::min(first + kWord, row_end);
+      const uint64_t word = bits[(first - chunk.begin) / kWord] & between(at - first, stop - first);
+      offset = write_columns(word, first - row_begin, offset, end, col);
+      at = stop;
+    }
+  }
+}
+
+// (crow_indices, col_indices) of the mask. `counts` [chunks]: the bits that are set in each chunk.
+inline std::pair<Tensor, Tensor> to_csr(const Layout& layout, const uint64_t* bits, const std::vector<int64_t>& counts,
+                                        const Tensor& like) {
+  std::vector<int64_t> offsets(counts.size() + 1, 0);
+  for (size_t c = 0; c < counts.size(); ++c) offsets[c + 1] = offsets[c] + counts[c];
+  const int64_t nnz = offsets.back();
+  using torch::headeronly::ScalarType;
+  Tensor crow = torch::stable::new_empty(like, {layout.rows + 1}, ScalarType::Long);
+  Tensor col = torch::stable::new_empty(like, {nnz}, layout.wide ? ScalarType::Int : ScalarType::UInt16);
+  auto* rows = static_cast<int64_t*>(crow.mutable_data_ptr());
+  void* columns = col.mutable_data_ptr();
+  advise_huge_pages(columns, static_cast<size_t>(nnz) * (layout.wide ? 4 : 2));
+  for (size_t p = 0; p < layout.parts.size(); ++p)  // rows without columns lie in no chunk
+    if (layout.parts[p].columns == 0)
+      std::fill_n(rows + layout.parts[p].first_row, layout.parts[p].rows, offsets[layout.first_chunk[p]]);
+  rows[layout.rows] = nnz;
+  for_each_chunk(0, static_cast<int64_t>(counts.size()), [&](int64_t c) {
+    const Chunk& chunk = layout.chunks[c];
+    const Part& part = layout.parts[chunk.part];
+    const uint64_t* words = bits + layout.first_word(chunk);
+    layout.wide ? emit(part, chunk, words, offsets[c], offsets[c + 1], rows, static_cast<int32_t*>(columns))
+                : emit(part, chunk, words, offsets[c], offsets[c + 1], rows, static_cast<uint16_t*>(columns));
+  });
+  return {crow, col};
+}
+
+}  // namespace bitmask
+}  // namespace deftx
