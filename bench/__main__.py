@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from bench import bench_csr, bench_select, bench_train
+from bench import bench_csr, bench_svd, bench_topk, bench_train, shapes
 from bench.harness import OURS, append, measure, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
-FAMILIES = {"csr": bench_csr, "select": bench_select, "train": bench_train}
+FAMILIES = {"csr": bench_csr, "topk": bench_topk, "svd": bench_svd, "train": bench_train}
+QUICK, FULL = ("minilm",), ("minilm", "50M", "xlmr")  # the sizes without --size
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -22,9 +23,15 @@ def bench(options: argparse.Namespace) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     facts, wrong = provenance(device), []
     print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
-    print(f"{'op':19} {'provider':27} {'backend':10} {'size':32} {'p50':>11} {'x ours':>8} {'floor':>6}")
+    print(f"{'op':19} {'provider':27} {'backend':10} {'size':32} {'p50':>11} {'x ours':>8} {'floor':>6} {'peak MB':>9}")
+    wanted = options.size or (QUICK if options.quick else FULL)
     for name in options.only or FAMILIES:
-        for case in FAMILIES[name].cases(device, options.quick):
+        family = FAMILIES[name]
+        for case in family.cases(device, options.quick, tuple(s for s in family.SIZES if s in wanted)):
+            if options.quick:
+                case.again = None  # starting a process for each provider takes longer than the work
+            for provider, reason in case.absent.items():
+                print(f"{case.op:19} {provider:27} absent: {reason}", flush=True)
             rows = list(measure(case, device, facts, options.rounds or (min(case.rounds, 5) if options.quick else None)))
             for row in rows:
                 if "wrong" in row:
@@ -34,7 +41,8 @@ def bench(options: argparse.Namespace) -> int:
                 where = f"{row['size']}, {row['dtype']}" + (f", {row['density']:.0%}" if row["density"] else "")
                 share = f"{float(row['share_of_floor']):6.1%}"
                 times = f"{row['p50_ms']:>8} ms {row['times_ours']:>8}"
-                print(f"{row['op']:19} {row['provider']:27} {row['backend']:10} {where:32} {times} {share}", flush=True)
+                peak = row["peak_extra_mb"] or "-"
+                print(f"{row['op']:19} {row['provider']:27} {row['backend']:10} {where:32} {times} {share} {peak:>9}", flush=True)
             append([r for r in rows if "wrong" not in r], options.out / f"{name}.csv")
     print(f"rows went to {options.out}; {len(wrong)} providers gave a wrong result", *wrong, sep="\n")
     return 1 if wrong else 0
@@ -91,15 +99,17 @@ def write_table(options: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("command", nargs="?", choices=("run", "table"), default="run")
-    parser.add_argument("--quick", action="store_true", help="fewer works and rounds: one or two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer works and rounds, peaks in this process: two minutes")
     parser.add_argument("--only", nargs="+", choices=FAMILIES, help="families (default: all)")
+    sizes = f"sizes of work (default: {', '.join(FULL)}; {', '.join(QUICK)} with --quick), of those that a family has"
+    parser.add_argument("--size", nargs="+", choices=shapes.SIZES, help=sizes)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--rounds", type=int, help="timed calls of each provider")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows (default: bench/results)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     return write_table(options) if options.command == "table" else bench(options)
 
 

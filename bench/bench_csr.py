@@ -6,17 +6,11 @@ import torch
 from torch import Tensor
 
 from bench.harness import OURS, Case
+from bench.shapes import SIZES as SHAPES
+from bench.shapes import random_tensors
 from deftx_kernels import CSRMask, topk_mask
 
-
-def minilm(dtype: torch.dtype, device: str, layers: int = 6, embedding: bool = True, seed: int = 0) -> dict[str, Tensor]:
-    """Random tensors of the shapes of MiniLM's matrices."""
-    shapes = {"embedding": (30522, 384)} if embedding else {}
-    for i in range(layers):
-        shapes |= {f"{i}.{n}": (384, 384) for n in ("query", "key", "value", "output")}
-        shapes |= {f"{i}.up": (1536, 384), f"{i}.down": (384, 1536)}
-    generator = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(s, generator=generator).to(device, dtype) for n, s in sorted(shapes.items())}
+SIZES = ("tiny", "minilm")
 
 
 def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -28,21 +22,23 @@ def flat_indices(mask: CSRMask) -> list[Tensor]:
     return [t.view(-1).nonzero().view(-1) for t in mask.to_dense().values()]
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
+def cases(device: str, quick: bool, sizes: tuple[str, ...]) -> Iterator[Case]:
     works = [(torch.float32, 0.05), (torch.float32, 0.01), (torch.bfloat16, 0.05)]
-    for dtype, density in works[:1] if quick else works:
-        tensors = minilm(dtype, device)
-        mask = topk_mask(minilm(torch.float32, device, seed=1), density=density)
-        values = torch.randn(mask.nnz, generator=torch.Generator().manual_seed(2)).to(device, dtype)
-        yield from _cases(tensors, mask, values, density)
+    for size in sizes:
+        shapes = SHAPES[size]()
+        for dtype, density in works[:1] if quick else works:
+            tensors = random_tensors(shapes, dtype, device)
+            mask = topk_mask(random_tensors(shapes, torch.float32, device, seed=1), density=density)
+            values = torch.randn(mask.nnz, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+            yield from _cases(size, tensors, mask, values, density)
 
 
-def _cases(tensors: dict[str, Tensor], mask: CSRMask, values: Tensor, density: float) -> Iterator[Case]:
+def _cases(size: str, tensors: dict[str, Tensor], mask: CSRMask, values: Tensor, density: float) -> Iterator[Case]:
     device, dtype, index = mask.device.type, values.dtype, flat_indices(mask)
     parts = list(mask.split(values).values())
     picked = torch.cat([t.reshape(-1)[i] for t, i in zip(tensors.values(), index)])
     row_bytes = 8 * len(mask.crow_indices) + mask.col_indices.element_size() * mask.nnz
-    common = {"size": "minilm", "dtype": dtype, "density": density}
+    common = {"size": size, "dtype": dtype, "density": density}
 
     def in_place(write: Callable[[list[Tensor]], None]):
         def make():
@@ -83,9 +79,9 @@ def _cases(tensors: dict[str, Tensor], mask: CSRMask, values: Tensor, density: f
 
         arrays = [(t.view(-1).numpy(), i.numpy()) for t, i in zip(tensors.values(), index)]
         gather["numpy.take"] = lambda: lambda: torch.from_numpy(np.concatenate([a.take(i) for a, i in arrays]))
-    size = values.element_size()
+    itemsize = values.element_size()
     same = lambda got: None if torch.equal(got, picked) else "the gathered values differ"  # noqa: E731
-    yield Case("csr_gather", bytes=row_bytes + 2 * size * mask.nnz, providers=gather, check=same, **common)
+    yield Case("csr_gather", bytes=row_bytes + 2 * itemsize * mask.nnz, providers=gather, check=same, **common)
 
     def put(flat: list[Tensor], accumulate: bool) -> None:
         for tensor, i, v in zip(flat, index, parts):
@@ -106,7 +102,7 @@ def _cases(tensors: dict[str, Tensor], mask: CSRMask, values: Tensor, density: f
         "torch index_put_": in_place(lambda flat: put(flat, accumulate=False)),
         "torch scatter_": in_place(assign),
     }
-    yield Case("csr_scatter_", bytes=row_bytes + 2 * size * mask.nnz, providers=scatter, check=agrees(expected, 0), **common)
+    yield Case("csr_scatter_", bytes=row_bytes + 2 * itemsize * mask.nnz, providers=scatter, check=agrees(expected, 0), **common)
 
     expected = {n: t.double() for n, t in tensors.items()}
     for tensor, i, v in zip(expected.values(), index, parts):
@@ -119,10 +115,13 @@ def _cases(tensors: dict[str, Tensor], mask: CSRMask, values: Tensor, density: f
     if device == "cpu" and dtype == torch.float32:
         import scipy.sparse
 
-        sparse = {n: scipy.sparse.csr_array(_csr(mask, n, values), shape=tensors[n].shape) for n in mask.names}
-        adding["scipy dense + csr"] = lambda: lambda: {n: torch.from_numpy(tensors[n].numpy() + sparse[n]) for n in tensors}
+        sparse = {n: scipy.sparse.csr_array(_csr(mask, n, values), shape=mask.sparse_csr(n, values).shape) for n in mask.names}
+        arrays_2d = {n: tensors[n].numpy().reshape(sparse[n].shape) for n in tensors}
+        adding["scipy dense + csr"] = lambda: (
+            lambda: {n: torch.from_numpy(arrays_2d[n] + sparse[n]).view(tensors[n].shape) for n in tensors}
+        )
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
-    yield Case("csr_add_", bytes=row_bytes + 3 * size * mask.nnz, providers=adding, check=agrees(expected, tolerance), **common)
+    yield Case("csr_add_", bytes=row_bytes + 3 * itemsize * mask.nnz, providers=adding, check=agrees(expected, tolerance), **common)
 
 
 def _csr(mask: CSRMask, name: str, values: Tensor):

@@ -5,26 +5,30 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bench.bench_csr import copies, minilm
+from bench.bench_csr import copies
 from bench.harness import OURS, Case
+from bench.shapes import SIZES as SHAPES
+from bench.shapes import random_tensors
 from deftx_kernels import CSRMask, sparse_adamw, topk_mask
 
+SIZES = ("tiny", "minilm")
 # A step that bfloat16 shows.
 SETTINGS = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
-    dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32,)
-    for dtype in dtypes:
+def cases(device: str, quick: bool, sizes: tuple[str, ...]) -> Iterator[Case]:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for size in sizes:
         for density in (0.05,) if quick else (0.05, 0.01):
-            yield adamw_case(dtype, density, device)
+            yield adamw_case(size, dtype, density, device)
             yield linear_case(dtype, density, device)
 
 
-def adamw_case(dtype: torch.dtype, density: float, device: str) -> Case:
+def adamw_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
     """One step. The peers' moments have the parameters' dtype, ours are float32."""
-    params, grads = minilm(dtype, device), minilm(dtype, device, seed=1)
-    mask = topk_mask(minilm(torch.float32, device, seed=2), density=density)
+    shapes = SHAPES[size]()
+    params, grads = random_tensors(shapes, dtype, device), random_tensors(shapes, dtype, device, seed=1)
+    mask = topk_mask(random_tensors(shapes, torch.float32, device, seed=2), density=density)
     compact = mask.gather(grads)
     oracle = {n: torch.nn.Parameter(t.double().cpu()) for n, t in params.items()}
     for name, parameter in oracle.items():
@@ -83,7 +87,7 @@ def adamw_case(dtype: torch.dtype, density: float, device: str) -> Case:
     itemsize = dtype.itemsize
     touched = (1 - (1 - density) ** (32 / itemsize)) * mask.numel * itemsize
     moved = mask.nnz * (16 + mask.col_indices.element_size()) + 3 * touched
-    return Case("sparse_adamw", "minilm", dtype, density, round(moved), providers, check, rounds=9, backend_of="sparse_adamw_")
+    return Case("sparse_adamw", size, dtype, density, round(moved), providers, check, rounds=9, backend_of="sparse_adamw_")
 
 
 def linear_case(dtype: torch.dtype, density: float, device: str, tokens: int = 2048) -> Case:

@@ -3,18 +3,26 @@
 A case names the work and its providers; a provider is a function that makes a fresh `call` (its own copies of what it writes), and
 `call()` does the work once and returns what `check` compares with the truth. Providers are timed interleaved, in an order that
 changes from round to round, so that a machine that slows down slows all of them; the ratio to ours is the median over rounds.
+
+Peak memory is taken in this process, or, on the CPU and for a case that says how to make it `again`, in a fresh process of each
+provider: there no arena that an earlier provider left behind hides what it takes.
 """
 
+import contextlib
 import csv
+import ctypes
 import functools
 import gc
+import os
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +47,14 @@ class Case:
     flops: float = 0.0
     rounds: int = 15
     backend_of: str = field(default="")  # the operator whose backend serves ours
+    once: tuple[str, ...] = ()  # providers timed in the first round only
+    absent: dict[str, str] = field(default_factory=dict)  # providers that cannot be had here, each with the reason
+    # Makes the case anew, from a module's function so that it can be pickled; `again(size="tiny")` makes a small one.
+    again: Callable[..., "Case"] | None = None
+
+    def release(self) -> None:
+        """Let go of everything that the providers and the check hold."""
+        self.providers, self.check = {}, lambda result: None
 
 
 def synchronize(device: str) -> None:
@@ -67,9 +83,25 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
     return 1e3 * 8 * n / copy, 1e3 * 2 * side**3 / product
 
 
+def available_bytes() -> int:
+    """Of main memory, what can be had without swapping; what there is in all where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def trim() -> None:
+    """Give freed memory back to the system."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak_extra(call: Callable[[], Any], device: str) -> float | None:
     """Megabytes that one call needs beside what lay in memory before it; None where the system does not tell."""
-    gc.collect()
+    trim()
     if device == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats()
@@ -84,11 +116,28 @@ def peak_extra(call: Callable[[], Any], device: str) -> float | None:
         def read(key: str) -> int:
             return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
 
-        before_kb = read("VmRSS")
+        before_kib = read("VmRSS")
         call()
-        return max(0, read("VmHWM") - before_kb) / 1e3
+        return 1024 * max(0, read("VmHWM") - before_kib) / 1e6
     except (OSError, StopIteration):
         return None
+
+
+def fresh_peak(again: Callable[..., Case], provider: str, device: str) -> float | None:
+    """`peak_extra` of one provider in a process of its own; None where that process failed (the reason is printed)."""
+    try:
+        # Spawned, not forked: a fork would share this process's pages and arenas.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(_peak_here, again, provider, device, torch.get_num_threads()).result()
+    except Exception as error:
+        print(f"peak memory of {provider} was not measured: {type(error).__name__}: {error}", flush=True)
+        return None
+
+
+def _peak_here(again: Callable[..., Case], provider: str, device: str, threads: int) -> float | None:
+    torch.set_num_threads(threads)
+    again(size="tiny").providers[provider]()()  # what a first call loads is not what the work takes
+    return peak_extra(again().providers[provider](), device)
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
@@ -126,39 +175,52 @@ def processor() -> str:
 
 
 def measure(case: Case, device: str, facts: dict[str, Any], rounds: int | None = None) -> Iterator[dict[str, Any]]:
-    """Check every provider, time the right ones, and give one row for each; a wrong one gives {"wrong": what}."""
+    """Check every provider, time the right ones, and give one row for each; a wrong one gives {"wrong": what}. Uses the case up."""
     from deftx_kernels import backends
 
-    right = {}
+    faults, times, peaks = timed(case, device, rounds or case.rounds)
+    for name, fault in faults.items():
+        yield {"op": case.op, "provider": name, "size": case.size, "wrong": fault}
+    case.release()
+    trim()
+    if case.again is not None and not peaks:
+        peaks = {name: fresh_peak(case.again, name, device) for name in times}
+    bandwidth, rate = ceilings(device, case.dtype if case.dtype.is_floating_point else torch.float32)
+    floor = 1e3 * max(case.bytes / bandwidth, case.flops / rate)
+    for name, taken in times.items():
+        p20, p50, p80 = quantiles(taken)
+        ratio = statistics.median(t / o for t, o in zip(taken, times[OURS])) if OURS in times else None
+        backend = backends()[case.backend_of or case.op][device].name if name.startswith(OURS) else ""
+        row = {**facts, "op": case.op, "provider": name, "backend": backend, "size": case.size}
+        row |= {"dtype": str(case.dtype).removeprefix("torch."), "density": "" if case.density is None else case.density}
+        row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}", "rounds": len(taken), "bytes": case.bytes}
+        row |= {"times_ours": "" if ratio is None else f"{ratio:.3f}", "floor_ms": f"{floor:.4f}"}
+        row |= {"share_of_floor": f"{floor / p50:.4f}", "peak_extra_mb": "" if peaks[name] is None else f"{peaks[name]:.1f}"}
+        yield row
+
+
+def timed(case: Case, device: str, rounds: int) -> tuple[dict[str, str], dict[str, list[float]], dict[str, float | None]]:
+    """What is wrong with whom; the milliseconds of each round of the others; their peaks, unless a fresh process is to tell."""
+    right, faults = {}, {}
     for name, make in case.providers.items():
         try:
             fault = case.check(make()())
         except Exception as error:  # of a peer or of ours: a finding to report
             fault = f"{type(error).__name__}: {error}"
         if fault:
-            yield {"op": case.op, "provider": name, "size": case.size, "wrong": fault}
+            faults[name] = fault
         else:
             right[name] = make()
-    rounds = rounds or case.rounds
-    peaks = {name: peak_extra(call, device) for name, call in right.items()}  # and the warm-up
+    here = device == "cuda" or case.again is None
+    peaks = {name: peak_extra(call, device) for name, call in right.items()} if here else {}  # and the warm-up
     times: dict[str, list[float]] = {name: [] for name in right}
     order = list(right)
-    for _ in range(rounds):
+    for i in range(rounds):
         order = order[1:] + order[:1]
         for name in order:
-            times[name].append(milliseconds(right[name], device))
-    bandwidth, rate = ceilings(device, case.dtype)
-    floor = 1e3 * max(case.bytes / bandwidth, case.flops / rate)
-    for name in right:
-        p20, p50, p80 = quantiles(times[name])
-        ratio = statistics.median(t / o for t, o in zip(times[name], times[OURS])) if OURS in right else None
-        backend = backends()[case.backend_of or case.op][device].name if name.startswith(OURS) else ""
-        row = {**facts, "op": case.op, "provider": name, "backend": backend, "size": case.size}
-        row |= {"dtype": str(case.dtype).removeprefix("torch."), "density": "" if case.density is None else case.density}
-        row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}", "rounds": rounds, "bytes": case.bytes}
-        row |= {"times_ours": "" if ratio is None else f"{ratio:.3f}", "floor_ms": f"{floor:.4f}"}
-        row |= {"share_of_floor": f"{floor / p50:.4f}", "peak_extra_mb": "" if peaks[name] is None else f"{peaks[name]:.1f}"}
-        yield row
+            if i == 0 or name not in case.once:
+                times[name].append(milliseconds(right[name], device))
+    return faults, times, peaks
 
 
 def append(rows: Iterable[dict[str, Any]], path: Path) -> None:

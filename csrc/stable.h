@@ -17,6 +17,8 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 // An emulated build runs the CUDA sources on CPU tensors, in a namespace of their own, beside the CPU library's ops.
@@ -118,22 +120,36 @@ inline void check_compact(const Tensor& t, Device device, const Tensor& mask, in
 
 // What memory safety needs and the host knows without reading the arrays. Contents: check_contents of csrc/cpu/csr.cpp; a CUDA
 // kernel guards each access itself, since the host may not wait for it.
+inline Csr check_mask(const Tensor& crow_indices,  // int64 [rows + 1]
+                      const Tensor& col_indices,   // uint16 or int32 [nnz]
+                      Device device, const std::string& prefix = "") {
+  const std::string crow_name = prefix + "crow_indices", col_name = prefix + "col_indices";
+  check_tensor(crow_indices, device, crow_name.c_str());
+  check_tensor(col_indices, device, col_name.c_str());
+  DEFTX_CHECK(crow_indices.dim() == 1 && dtype_of(crow_indices) == aoti_torch_dtype_int64(), crow_name,
+              " must be int64 [rows + 1]");
+  const int32_t col_dtype = dtype_of(col_indices);
+  DEFTX_CHECK(col_indices.dim() == 1 && (col_dtype == aoti_torch_dtype_uint16() || col_dtype == aoti_torch_dtype_int32()), col_name,
+              " must be uint16 or int32 [nnz]");
+  DEFTX_CHECK(crow_indices.get_device_index() == col_indices.get_device_index(), crow_name, " and ", col_name,
+              " are on different devices");
+  Csr csr;
+  csr.wide = col_dtype == aoti_torch_dtype_int32();
+  csr.nnz = col_indices.numel();
+  csr.rows = crow_indices.numel() - 1;
+  csr.crow = static_cast<const int64_t*>(crow_indices.const_data_ptr());
+  csr.col = col_indices.const_data_ptr();
+  csr.dtype = aoti_torch_dtype_float32();
+  csr.element_size = 4;
+  return csr;
+}
+
+// A mask and the tensors that it stands for.
 inline Csr check_csr(const std::vector<Tensor>& tensors, Access access,
                      const Tensor& crow_indices,  // int64 [rows + 1]
                      const Tensor& col_indices,   // uint16 or int32 [nnz]
                      Device device) {
-  check_tensor(crow_indices, device, "crow_indices");
-  check_tensor(col_indices, device, "col_indices");
-  DEFTX_CHECK(crow_indices.dim() == 1 && dtype_of(crow_indices) == aoti_torch_dtype_int64(),
-              "crow_indices must be int64 [rows + 1]");
-  const int32_t col_dtype = dtype_of(col_indices);
-  DEFTX_CHECK(col_indices.dim() == 1 && (col_dtype == aoti_torch_dtype_uint16() || col_dtype == aoti_torch_dtype_int32()),
-              "col_indices must be uint16 or int32 [nnz]");
-  Csr csr;
-  csr.wide = col_dtype == aoti_torch_dtype_int32();
-  csr.nnz = col_indices.numel();
-  csr.crow = static_cast<const int64_t*>(crow_indices.const_data_ptr());
-  csr.col = col_indices.const_data_ptr();
+  Csr csr = check_mask(crow_indices, col_indices, device);
   csr.dtype = tensors.empty() ? aoti_torch_dtype_float32() : dtype_of(tensors[0]);
   csr.element_size = static_cast<int64_t>(aoti_torch_dtype_element_size(csr.dtype));
   csr.rows = 0;
@@ -147,12 +163,27 @@ inline Csr check_csr(const std::vector<Tensor>& tensors, Access access,
     csr.slices.push_back({data, csr.rows, columns_of(t)});
     csr.rows += rows_of(t);
   }
-  DEFTX_CHECK(crow_indices.get_device_index() == col_indices.get_device_index(),
-              "crow_indices and col_indices are on different devices");
   DEFTX_CHECK(crow_indices.numel() == csr.rows + 1, "crow_indices has ", crow_indices.numel(), " elements; the tensors have ",
               csr.rows, " rows, which need ", csr.rows + 1);
   DEFTX_CHECK(csr.rows > 0 || csr.nnz == 0, "col_indices has ", csr.nnz, " entries, but the tensors have no rows");
   return csr;
+}
+
+// Two masks over the same rows, and what to do with them.
+inline std::pair<Csr, Csr> check_combine(const Tensor& crow_indices, const Tensor& col_indices,              // of the one mask
+                                         const Tensor& other_crow_indices, const Tensor& other_col_indices,  // of the other
+                                         const std::string& operation, Device device) {
+  const Csr mine = check_mask(crow_indices, col_indices, device);
+  const Csr theirs = check_mask(other_crow_indices, other_col_indices, device, "other_");
+  DEFTX_CHECK(crow_indices.get_device_index() == other_crow_indices.get_device_index(), "the masks are on different devices");
+  DEFTX_CHECK(mine.rows >= 0 && mine.rows == theirs.rows, "crow_indices has ", mine.rows + 1,
+              " elements and other_crow_indices has ", theirs.rows + 1, "; both must have one per row and one more");
+  DEFTX_CHECK(mine.wide == theirs.wide, "col_indices and other_col_indices must have the same dtype");
+  DEFTX_CHECK(mine.rows > 0 || mine.nnz + theirs.nnz == 0, "a mask without rows must have no entries, col_indices has ", mine.nnz,
+              " and other_col_indices has ", theirs.nnz);
+  DEFTX_CHECK(operation == "and" || operation == "or" || operation == "sub", "operation must be \"and\", \"or\" or \"sub\", got \"",
+              operation, "\"");
+  return {mine, theirs};
 }
 
 }  // namespace deftx

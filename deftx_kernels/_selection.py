@@ -4,8 +4,7 @@ Everything here is made of two operators: magnitude_histogram, whose counts can 
 threshold_mask.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ def kth_magnitude(
     element_size: int,  # bytes of a score
     k: int,
 ) -> tuple[int, int]:
-    """The bits of the k-th largest |score|, and how many scores equal to it belong to the first k: a radix select, 16 bits a round."""
+    """The bits of the k-th largest |score|, and how many equal to it belong to the first k: a radix select, 16 bits a round."""
     if k == 0:
         return (1 << (8 * element_size - 1)) - 1, 0  # no finite score has bits like these
     prefix, remaining = 0, k
@@ -35,7 +34,7 @@ def count_equal(score: Tensor, threshold: int) -> Tensor:
 
 
 def take(tensors: Sequence[Tensor], threshold: int, ties: int) -> tuple[Tensor, Tensor, int]:
-    """crow_indices and col_indices of the scores above the threshold and of the first `ties` equal to it; the ties that are left."""
+    """crow_indices and col_indices of the scores above the threshold and of the first `ties` equal to it; the ties left."""
     quotas = []
     for tensor in tensors:
         quotas.append(min(ties, int(count_equal(tensor, threshold))) if ties else 0)
@@ -43,67 +42,76 @@ def take(tensors: Sequence[Tensor], threshold: int, ties: int) -> tuple[Tensor, 
     return *torch.ops.deftx.threshold_mask(tensors, threshold, quotas), ties
 
 
-def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """CSR matrices one below the other, the columns in the widest of their dtypes."""
-    crows, total = [parts[0][0][:1]], 0
-    wide = any(col.dtype == torch.int32 for _, col in parts)
-    for crow, col in parts:
-        crows.append(crow[1:] + total)
-        total += col.numel()
-    cols = [col.to(torch.int32) for _, col in parts] if wide else [col.view(torch.int16) for _, col in parts]
-    return torch.cat(crows), torch.cat(cols) if wide else torch.cat(cols).view(torch.uint16)
+class Columns:
+    """col_indices [k] that are filled one group of tensors after the other, and the crow_indices that belong to them."""
 
+    def __init__(self, k: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.col = torch.empty(k, dtype=_SIGNED[dtype], device=device)
+        self.crows: list[Tensor] = []  # of each group, from 0
+        self.bounds = [0]  # where each group's entries begin, and where the last one's end
 
-class _Group(NamedTuple):
-    crow: Tensor  # int64 [rows + 1]
-    col: Tensor  # [nnz]
-    scores: Tensor  # [nnz]
-
-
-class Candidates:
-    """The k largest of groups of tensors that come one after the other: what is not among the k largest so far can never be.
-
-    Holds 6 bytes (uint16 columns, float32 scores) for each of k entries.
-    """
-
-    def __init__(self, k: int) -> None:
-        self.k = k
-        self.seen = 0  # elements
-        self.groups: list[_Group] = []
-
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        """Takes the next tensors: finite, contiguous, of one dtype."""
-        self.seen += sum(t.numel() for t in tensors)
-        lists = [*([g.scores] for g in self.groups), tensors]
-        threshold, ties = kth_magnitude(
-            lambda prefix, shift: sum(torch.ops.deftx.magnitude_histogram(x, prefix, shift) for x in lists),
-            tensors[0].element_size(),
-            min(self.k, self.seen),
-        )
-        for i, group in enumerate(self.groups):
-            _, stay, ties = take([group.scores], threshold, ties)
-            if len(stay) < len(group.scores):
-                stay = stay.to(torch.int32)
-                crow = torch.searchsorted(stay, group.crow)
-                self.groups[i] = _Group(crow, group.col.view(_SIGNED[group.col.dtype])[stay].view(group.col.dtype), group.scores[stay])
-        crow, col, _ = take(tensors, threshold, ties)
-        self.groups.append(_Group(crow, col, torch.ops.deftx.csr_gather(tensors, crow, col)))
+    def append(self, crow: Tensor, col: Tensor) -> None:
+        start, end = self.bounds[-1], self.bounds[-1] + len(col)
+        self.col[start:end] = col.view(_SIGNED[col.dtype]) if col.dtype == self.dtype else col.to(self.col.dtype)
+        self.crows.append(crow)
+        self.bounds.append(end)
 
     def csr(self) -> tuple[Tensor, Tensor]:
-        """crow_indices and col_indices over all rows seen."""
-        return joined([(g.crow, g.col) for g in self.groups])
+        """crow_indices and col_indices over the rows of all groups."""
+        parts = [self.crows[0][:1], *(crow[1:] + start for crow, start in zip(self.crows, self.bounds))]
+        return torch.cat(parts), self.col[: self.bounds[-1]].view(self.dtype)
 
 
 _SIGNED = {torch.uint16: torch.int16, torch.int32: torch.int32}  # torch indexes few tensors of unsigned integers
 
 
-def by_rounds(groups: Callable[[], Sequence[list[Tensor]]], element_size: int, k: int) -> tuple[Tensor, Tensor]:
-    """As `Candidates` over groups that can be made again: nothing is kept, and each is made once for 16 bits of a score and once more."""
+class Candidates(Columns):
+    """The k largest of groups of tensors that come one after the other: what is not among the k largest so far can never be.
+
+    Holds a score and a column, together 6 to 12 bytes, for each of k entries.
+    """
+
+    def __init__(self, k: int, dtype: torch.dtype, score_dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(k, dtype, device)
+        self.k = k
+        self.seen = 0  # elements
+        self.scores = torch.empty(k, dtype=score_dtype, device=device)
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Takes the next tensors: finite, contiguous, of `score_dtype`."""
+        self.seen += sum(t.numel() for t in tensors)
+        lists = [[self.scores[: self.bounds[-1]]], tensors] if self.bounds[-1] else [tensors]
+        threshold, ties = kth_magnitude(
+            lambda prefix, shift: sum(torch.ops.deftx.magnitude_histogram(x, prefix, shift) for x in lists),
+            self.scores.element_size(),
+            min(self.k, self.seen),
+        )
+        old, self.bounds = self.bounds, [0]
+        for i, (start, end) in enumerate(zip(old, old[1:])):  # move what stays to the front
+            scores, col, to = self.scores[start:end], self.col[start:end], self.bounds[-1]
+            _, stay, ties = take([scores], threshold, ties)
+            if len(stay) < len(scores) or to < start:
+                stay = stay.to(torch.int32)
+                self.crows[i] = torch.searchsorted(stay, self.crows[i])
+                self.scores[to : to + len(stay)] = scores[stay]
+                self.col[to : to + len(stay)] = col[stay]
+            self.bounds.append(to + len(stay))
+        crow, col, _ = take(tensors, threshold, ties)
+        start = self.bounds[-1]
+        self.append(crow, col)
+        self.scores[start : self.bounds[-1]] = torch.ops.deftx.csr_gather(tensors, crow, col)
+
+
+def by_rounds(
+    groups: Callable[[], Iterable[list[Tensor]]], k: int, dtype: torch.dtype, score_dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """As `Candidates`, of groups that can be made again: no score is kept, and each group is made 1 + itemsize / 2 times."""
     threshold, ties = kth_magnitude(
-        lambda prefix, shift: sum(torch.ops.deftx.magnitude_histogram(x, prefix, shift) for x in groups()), element_size, k
+        lambda prefix, shift: sum(torch.ops.deftx.magnitude_histogram(x, prefix, shift) for x in groups()), score_dtype.itemsize, k
     )
-    parts = []
+    columns = Columns(k, dtype, device)
     for tensors in groups():
         crow, col, ties = take(tensors, threshold, ties)
-        parts.append((crow, col))
-    return joined(parts)
+        columns.append(crow, col)
+    return columns.csr()

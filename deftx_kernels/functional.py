@@ -23,8 +23,8 @@ from deftx_kernels._checks import (
     is_number,
     scalar,
 )
-from deftx_kernels._ops import column_dtype
-from deftx_kernels._selection import Candidates, by_rounds, joined
+from deftx_kernels._ops import column_dtype, rows_and_columns
+from deftx_kernels._selection import Candidates, Columns, by_rounds
 from deftx_kernels.mask import CSRMask
 
 SCOPES = ("global", "tensor", "row")
@@ -246,8 +246,8 @@ def select_mask(
     The differences are taken in float32 (float64 where one tensor is), denoised by `svd_denoise` and selected by `topk_mask`.
     Without denoising both models are read once, where they lie, and no difference is stored. With it, one group of tensors is
     denoised after the other: beside the models there exist the differences of one group and 6 to 8 bytes for each selected entry.
-    Where these would be more than 0.3 of the model (a density from about 0.2), nothing is kept and every group is denoised three
-    times.
+    Where these would be more than a quarter of the model (from a density of about 0.17), no score is kept and every group is
+    denoised three times.
 
     Args:
         tuned, base: θ1 and θ0: modules (their named parameters) or mappings of names to tensors, of any floating dtypes. Tensors
@@ -302,22 +302,24 @@ def select_mask(
             yield [difference(n) for n in group]
             done += len(group)
 
+    columns, device = column_dtype(shapes), old[chosen[0]].device
     if scope != "global":
-        parts = []
+        rows = [rows_and_columns(s)[0] if scope == "row" else 1 for s in shapes]
+        found = Columns(sum(n * r for n, r in zip(counts, rows)), columns, device)
         remaining = iter(counts)
         for tensors in each():
             crow, col, _ = torch.ops.deftx.topk_mask(tensors, [], [next(remaining) for _ in tensors], scope)
-            parts.append((crow, col))
-        crow, col = joined(parts)
-    elif counts[0] * (dtype.itemsize + column_dtype(shapes).itemsize) <= 0.3 * dtype.itemsize * sum(s.numel() for s in shapes):
-        candidates = Candidates(counts[0])
+            found.append(crow, col)
+        crow, col = found.csr()
+    elif counts[0] * (dtype.itemsize + columns.itemsize) <= 0.25 * dtype.itemsize * sum(s.numel() for s in shapes):
+        candidates = Candidates(counts[0], columns, dtype, device)
         for tensors in each():
             candidates.add(tensors)
         crow, col = candidates.csr()
     else:
         rounds = 1 + dtype.itemsize // 2
         passes = itertools.count()
-        crow, col = by_rounds(lambda: each(next(passes), rounds), dtype.itemsize, counts[0])
+        crow, col = by_rounds(lambda: each(next(passes), rounds), counts[0], columns, dtype, device)
     if progress is not None:
         progress(len(chosen), len(chosen))
     return CSRMask._trusted(chosen, shapes, crow, col)

@@ -4,6 +4,7 @@ Written to be read and trusted, not to be fast: the compiled kernels are compare
 The argument conventions stand at the top of `_ops.py`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -138,7 +139,7 @@ def kth_magnitude(parts: Callable[[], Iterable[Tensor]], k: int) -> tuple[int, i
     prefix, remaining = 0, k
     shift = 8 * next(iter(parts())).element_size() - 16
     while shift >= 0:
-        from_the_top = sum(_histogram(p, prefix, shift) for p in parts()).flip(0).cumsum(0)
+        from_the_top = torch.stack([_histogram(p, prefix, shift) for p in parts()]).sum(0).flip(0).cumsum(0)
         position = int(torch.searchsorted(from_the_top, remaining))
         if position > 0:
             remaining -= int(from_the_top[position - 1])
@@ -201,7 +202,7 @@ def topk_mask(scores: Sequence[Tensor], base: Sequence[Tensor], k: Sequence[int]
         elif k[i] == 0 or x.numel() == 0:
             index = torch.empty(0, dtype=torch.int64, device=device)
         elif scope == "tensor":
-            index, _ = take(x, *kth_magnitude(lambda x=x: [x], k[i]))
+            index, _ = take(x, *kth_magnitude(functools.partial(iter, [x]), k[i]))
         else:
             index = _top_per_row(_matrix(x), k[i])
         found.append(index)
@@ -231,7 +232,7 @@ def _gram_spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     m, n = matrix.shape
     short = matrix if n <= m else matrix.mT
     gram = torch.zeros(min(m, n), min(m, n), dtype=torch.float64, device=matrix.device)
-    for chunk in short.split(max(1, _CHUNK // max(1, min(m, n)))):
+    for chunk in short.split(max(1, _CHUNK // (4 * max(1, min(m, n))))):
         chunk = chunk.to(torch.float64)
         gram.addmm_(chunk.mT, chunk)
     squares, vectors = torch.linalg.eigh(gram)
@@ -266,7 +267,7 @@ def _gavish_donoho_rank(squares: Tensor, m: int, n: int) -> int:
 
 def _low_rank(w: Tensor, rule: str, rank: int, energy: float, n_iter: int, test_matrix: Tensor | None) -> tuple[Tensor, int, float]:
     """The low-rank part of one matrix by the rule, its rank and the share of the energy (sum of squares) that it holds."""
-    total = float(w.to(torch.float64).square().sum())
+    total = float(torch.linalg.vector_norm(w, dtype=torch.float64)) ** 2
     if rule == "rank":
         U, S, Vh = truncated_svd(w, rank, n_iter, test_matrix)
         kept = float(S.to(torch.float64).square().sum())
@@ -299,7 +300,7 @@ def svd_denoise(
         keep = round(residual_density * w.numel())
         if keep:
             residual = (w - low).contiguous()
-            index, _ = take(residual, *kth_magnitude(lambda r=residual: [r], keep))
+            index, _ = take(residual, *kth_magnitude(functools.partial(iter, [residual]), keep))
             low.view(-1)[index] = w.reshape(-1)[index]  # L + H where H is kept
         denoised[i] = low.to(delta.dtype)
         ranks.append(r)

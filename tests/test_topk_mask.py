@@ -1,5 +1,9 @@
 """topk_mask and select_mask against NumPy: exactly k entries, ties by position, every dtype and scope."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -224,3 +228,63 @@ def test_empty_and_full_masks():
     assert topk_mask(scores, density=1.0) == CSRMask.from_dense(
         {"a": torch.ones(3, 4, dtype=torch.bool), "b": torch.ones(0, 2, dtype=torch.bool)}
     )
+
+
+def available_bytes():
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+@pytest.mark.skipif(available_bytes() < 8e9, reason="needs 8 GB of free memory")
+def test_more_than_two_to_the_31_scores():
+    """Every row holds all finite magnitudes of bfloat16, ascending, so that the mask is known: each row's last columns."""
+    columns = 0x7F80  # the bits of infinity
+    rows = 2**31 // columns + 9
+    scores = torch.arange(columns, dtype=torch.int16).repeat(rows, 1).view(torch.bfloat16)
+    assert scores.numel() > 2**31
+    mask = topk_mask(scores, k=100 * rows + 12_345)
+    assert mask.nnz == 100 * rows + 12_345
+    counts = mask.crow_indices.diff()
+    assert bool((counts[:12_345] == 101).all())
+    assert bool((counts[12_345:] == 100).all())
+    col = mask.col_indices.to(torch.int32)
+    assert torch.equal(
+        col[: 101 * 12_345].view(-1, 101), torch.arange(columns - 101, columns, dtype=torch.int32).expand(12_345, -1)
+    )
+    assert torch.equal(
+        col[101 * 12_345 :].view(-1, 100), torch.arange(columns - 100, columns, dtype=torch.int32).expand(rows - 12_345, -1)
+    )
+
+
+MEASURED_SELECTION = """
+import sys, torch
+from deftx_kernels import select_mask
+generator = torch.Generator().manual_seed(0)
+base = {f"{i:02}": torch.randn(256, 4096, generator=generator) for i in range(32)}
+tuned = {n: t + t.roll(7) for n, t in base.items()}
+few = dict(list(base.items())[:1])
+rule = eval(sys.argv[1])
+select_mask(few, {n: t + 1 for n, t in few.items()}, density=0.1, **rule)  # what libraries take the first time
+def read(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+open("/proc/self/clear_refs", "w").write("5")  # VmHWM becomes VmRSS
+before = read("VmRSS")
+select_mask(tuned, base, density=float(sys.argv[2]), **rule)
+print(1024 * (read("VmHWM") - before) / (4 * sum(t.numel() for t in base.values())))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux tells a process's peak memory")
+@pytest.mark.parametrize(
+    ("rule", "density"),
+    [("{}", 0.5), ("dict(energy=0.5)", 0.05), ("dict(energy=0.5)", 0.5), ("dict(rank=8)", 0.15)],
+)
+def test_select_mask_needs_little_memory(rule, density):
+    """0.3 of the model, the resulting mask included, and what the denoising of one tensor (1/32 of the model) needs: five of it."""
+    exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # no holes in glibc's heap
+    run = subprocess.run([sys.executable, "-c", MEASURED_SELECTION, rule, str(density)], capture_output=True, text=True, env=exact)
+    assert run.returncode == 0, run.stderr
+    share = float(run.stdout)
+    assert share <= 0.3 + (0 if rule == "{}" else 5 / 32)

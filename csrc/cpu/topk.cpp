@@ -302,6 +302,16 @@ class Selection {
         kept_(static_cast<int64_t>(layout.chunks.size()) * kKept),
         counts_(layout.chunks.size()) {}
 
+  // The k[i] largest keys of each part i: the large ones with all threads, one after the other, the others with a thread each.
+  void select_each(const std::vector<int64_t>& k) {
+    std::vector<int64_t> small;
+    for (int64_t p = 0; p < static_cast<int64_t>(k.size()); ++p)
+      layout_.parts[p].rows* layout_.parts[p].columns < kLarge ? small.push_back(p) : select(p, p + 1, k[p]);
+    torch::stable::parallel_for(0, static_cast<int64_t>(small.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) select(small[i], small[i] + 1, k[small[i]]);
+    });
+  }
+
   // The k largest keys of the parts [first, last).
   void select(int64_t first, int64_t last, int64_t k) {
     const int64_t from_chunk = layout_.first_chunk[first], to_chunk = layout_.first_chunk[last];
@@ -385,7 +395,7 @@ class Selection {
 
   // A bracket around the k-th largest key, from keys at regular distances: six standard deviations of the sample's rank.
   Bracket<Key> sampled(int64_t first, int64_t last, int64_t numel, int64_t k) const {
-    const int64_t size = std::min(numel, kSample);
+    const int64_t size = std::min(numel, std::clamp(numel / 64, kSample / 8, kSample));
     std::vector<Key> keys(size);
     // Sample i is the element i * numel / size of the parts one after the other.
     std::vector<int64_t> starts{0};
@@ -528,6 +538,7 @@ class Selection {
   }
 
   static constexpr int64_t kSample = 1 << 16;
+  static constexpr int64_t kLarge = 1 << 22;
   static constexpr uint64_t kBins = 1 << 12;
 
   const Layout& layout_;
@@ -589,8 +600,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_mask(std::vector<Tensor> scores, std::ve
   return with_key(key_size(sources), [&](auto key) {
     Selection<decltype(key)> selection(layout, sources);
     if (scope == "global") selection.select(0, parts, k[0]);
-    if (scope == "tensor")
-      for (int64_t p = 0; p < parts; ++p) selection.select(p, p + 1, k[p]);
+    if (scope == "tensor") selection.select_each(k);
     if (scope == "row") selection.select_rows(k);
     const auto bad = selection.first_bad();
     auto [crow, col] = selection.csr(scores[0]);

@@ -7,7 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "../stable.h"
+#include "rows.cuh"
 
 namespace deftx {
 namespace {
@@ -17,7 +17,6 @@ constexpr int kItems = 8;  // entries per thread and tile
 constexpr int kTile = kThreads * kItems;
 constexpr int kRows = 512;     // rows of a tile that fit in shared memory; sparser tiles search crow_indices itself
 constexpr int kTensors = 160;  // per launch
-constexpr unsigned kFull = 0xffffffffu;
 
 struct Table {
   void* data[kTensors];
@@ -41,30 +40,6 @@ __device__ Row locate(const Table& table, int64_t row, int element_size) {
   }
   return {static_cast<char*>(table.data[low]) + (row - table.first_row[low]) * table.columns[low] * element_size,
           table.columns[low]};
-}
-
-// The row of an entry: the last r in [low, high) with crow[r] <= entry. By one whole warp, 32 probes at a time: four dependent
-// reads for a million rows.
-__device__ int64_t find_row_by_warp(const int64_t* __restrict__ crow, int64_t low, int64_t high, int64_t entry) {
-  const int lane = threadIdx.x % 32;
-  while (high - low > 1) {
-    const int64_t step = (high - low + 31) / 32;
-    const int64_t probe = low + lane * step;
-    const unsigned at_or_before = __ballot_sync(kFull, probe < high && crow[probe] <= entry);
-    const int last = at_or_before ? 31 - __clz(at_or_before) : 0;
-    low += last * step;
-    high = min(high, low + step);
-  }
-  return low;
-}
-
-template <typename Offset>
-__device__ int64_t find_row(const Offset* crow, int64_t low, int64_t high, Offset entry) {
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (crow[middle] <= entry ? low : high) = middle;
-  }
-  return low;
 }
 
 // The three ops: what is read before (the compact value, the tensor's element) and what is done with both. `element` is null where

@@ -1,29 +1,29 @@
-"""topk_mask against torch.topk and numpy.partition; svd_denoise, truncated_svd against torch.linalg.svd and torch.svd_lowrank."""
+"""svd_denoise and truncated_svd against torch.linalg.svd and torch.svd_lowrank."""
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bench.bench_csr import minilm
 from bench.harness import OURS, Case
-from deftx_kernels import svd_denoise, topk_mask, truncated_svd
+from bench.shapes import SIZES as SHAPES
+from bench.shapes import random_tensors
+from deftx_kernels import svd_denoise, truncated_svd
 
+SIZES = ("tiny", "minilm")
 OVERSAMPLE, POWER_STEPS = 16, 2
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
-    densities = (0.05,) if quick else (0.05, 0.01)
-    for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
-        for density in densities:
-            yield topk_case(minilm(dtype, device), density)
-    layers = 1 if quick else 6
-    matrices = {n: low_rank_plus_noise(t) for n, t in minilm(torch.float32, device, layers, embedding=False).items()}
-    yield denoise_case(matrices, layers, rank=64)
-    yield denoise_case(matrices, layers, energy=0.9)
-    square = torch.stack([t for t in matrices.values() if t.shape[0] == t.shape[1]])
-    yield truncated_case(square, rank=64)
+def cases(device: str, quick: bool, sizes: tuple[str, ...]) -> Iterator[Case]:
+    for size in sizes:
+        layers = 1 if quick or size == "tiny" else 6
+        shapes = {n: s for n, s in SHAPES[size]().items() if n[0].isdigit() and int(n.partition(".")[0]) < layers}
+        matrices = {n: low_rank_plus_noise(t) for n, t in random_tensors(shapes, torch.float32, device).items()}
+        label = f"{size} linears x{layers}"
+        yield denoise_case(label, matrices, rank=64)
+        yield denoise_case(label, matrices, energy=0.9)
+        square = torch.stack([t for t in matrices.values() if t.shape[0] == t.shape[1]])
+        yield truncated_case(square, rank=64)
 
 
 def low_rank_plus_noise(noise: Tensor, rank: int = 32) -> Tensor:
@@ -32,39 +32,11 @@ def low_rank_plus_noise(noise: Tensor, rank: int = 32) -> Tensor:
     return left @ right * 2 / (m * n) ** 0.25 + noise
 
 
-def topk_case(scores: dict[str, Tensor], density: float) -> Case:
-    flat = torch.cat([t.reshape(-1) for t in scores.values()])
-    dtype, k = flat.dtype, round(density * flat.numel())
-    magnitudes = flat.abs().float().sort(descending=True).values[:k]
-
-    def torch_topk() -> Tensor:  # flat indices, ascending: what the peer needs beside `topk` to make a mask
-        return torch.topk(torch.cat([t.reshape(-1) for t in scores.values()]).abs(), k, sorted=False).indices.sort().values
-
-    def numpy_partition() -> Tensor:
-        magnitude = np.abs(np.concatenate([t.numpy().reshape(-1) for t in scores.values()]))
-        threshold = np.partition(magnitude, len(magnitude) - k)[len(magnitude) - k]
-        return torch.from_numpy(np.flatnonzero(magnitude >= threshold)[:k])
-
-    def check(result) -> str | None:
-        if not isinstance(result, Tensor):  # a mask
-            result = torch.cat([t.reshape(-1) for t in result.to_dense().values()]).nonzero().view(-1)
-        if result.unique().numel() != k:
-            return f"{result.unique().numel()} entries were selected, not {k}"
-        found = flat[result].abs().float().sort(descending=True).values
-        return None if torch.equal(found, magnitudes) else "other entries than the largest were selected"
-
-    providers = {OURS: lambda: lambda: topk_mask(scores, density=density), "torch.topk + sort": lambda: torch_topk}
-    if flat.device.type == "cpu" and dtype == torch.float32:
-        providers["numpy partition"] = lambda: numpy_partition
-    size = flat.numel() * flat.element_size() + flat.numel() // 4 + 4 * k
-    return Case("topk_mask", "minilm", dtype, density, size, providers, check, rounds=7)
-
-
 def randomized_flops(matrices: Tensor, rank: int) -> float:  # [..., m, n]
     return 2.0 * matrices.numel() * (rank + OVERSAMPLE) * (2 * POWER_STEPS + 2)
 
 
-def denoise_case(matrices: dict[str, Tensor], layers: int, rank: int | None = None, energy: float | None = None) -> Case:
+def denoise_case(label: str, matrices: dict[str, Tensor], rank: int | None = None, energy: float | None = None) -> Case:
     exact = {n: truncated(m.double(), rank, energy) for n, m in matrices.items()}
 
     def full() -> dict[str, Tensor]:
@@ -97,7 +69,7 @@ def denoise_case(matrices: dict[str, Tensor], layers: int, rank: int | None = No
     numel = sum(m.numel() for m in matrices.values())
     # With a rank, the products of the randomised method; with an energy, those of a Gram matrix and a projection.
     flops = sum(randomized_flops(m, rank) if rank else 4.0 * m.numel() * min(m.shape) for m in matrices.values())
-    size = f"minilm linears x{layers}, " + (f"rank {rank}" if rank else f"energy {energy}")
+    size = f"{label}, " + (f"rank {rank}" if rank else f"energy {energy}")
     return Case("svd_denoise", size, torch.float32, None, 8 * numel, providers, check, flops=flops, rounds=3)
 
 

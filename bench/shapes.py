@@ -1,0 +1,52 @@
+"""The standard sizes of work, name of a tensor → shape, and random tensors of these shapes."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _layers(count: int, width: int, inner: int) -> Shapes:
+    shapes: Shapes = {}
+    for i in range(count):
+        shapes |= {f"{i}.{n}": (width, width) for n in ("query", "key", "value", "output")}
+        shapes |= {f"{i}.up": (inner, width), f"{i}.down": (width, inner)}
+    return shapes
+
+
+def tiny() -> Shapes:
+    """For tests: every kind of tensor in a moment."""
+    return {"embedding": (200, 96), "bias": (97,), **_layers(1, 96, 160)}
+
+
+def minilm(layers: int = 6, embedding: bool = True) -> Shapes:
+    """MiniLM's matrices, 22 M elements."""
+    return ({"embedding": (30522, 384)} if embedding else {}) | _layers(layers, 384, 1536)
+
+
+def fifty_million() -> Shapes:
+    return {f"{i:02}": (1000, 1000) for i in range(50)}
+
+
+def xlmr() -> Shapes:
+    """XLM-R base, 277 M elements: matrices, embeddings, biases and layer norms."""
+    shapes: Shapes = {"embedding": (250002, 768), "positions": (514, 768), "types": (1, 768)} | _layers(12, 768, 3072)
+    shapes |= {f"{n}.bias": (s[0],) for n, s in _layers(12, 768, 3072).items()}
+    norms = ["norm", *(f"{i}.{n}" for i in range(12) for n in ("attention_norm", "norm"))]
+    return shapes | {f"{n}.{part}": (768,) for n in norms for part in ("weight", "bias")}
+
+
+def llama7b() -> Shapes:
+    """The 224 linear layers of Llama 7B, 6.48 thousand million elements."""
+    return _layers(32, 4096, 11008) | {f"{i}.gate": (11008, 4096) for i in range(32)}
+
+
+SIZES = {"tiny": tiny, "minilm": minilm, "50M": fifty_million, "xlmr": xlmr, "llama7b": llama7b}
+
+
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Tensor]:
+    """Normally distributed, ascending by name; equal arguments give equal tensors."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return {n: torch.randn(s, generator=generator, device=device).to(dtype) for n, s in sorted(shapes.items())}

@@ -1,0 +1,220 @@
+// csr_combine on the GPU: every entry of one mask looks itself up in the other's row, by binary search.
+//
+// What the look-ups find is kept as one bit an entry and, for each 32 of them, the number of ones before: `rank`, the number of
+// ones before any entry, then takes two reads. "and", "sub": the ones are the entries of the first mask that stay, and rank is
+// where each goes. "or": the ones are the second mask's entries that the first has not; an entry of the first mask moves up by
+// those before it. The host waits once, for the size of the result.
+#include <cub/device/device_scan.cuh>
+
+#include "rows.cuh"
+
+namespace deftx {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kItems = 8;  // entries per thread and tile
+constexpr int kTile = kThreads * kItems;
+constexpr int kRows = 1024;  // rows of a tile that fit in shared memory; sparser tiles search crow_indices itself
+
+template <typename Column>
+struct Mask {
+  const int64_t* crow;  // [rows + 1]
+  const Column* col;    // [nnz]
+  int64_t rows, nnz;
+};
+
+// One bit for each of a mask's entries.
+struct Bits {
+  uint32_t* word;   // [words + 1], ends with a 0
+  int64_t* before;  // [words + 1]: the ones in earlier words
+
+  __device__ bool operator[](int64_t entry) const { return word[entry / 32] >> (entry % 32) & 1; }
+  // The ones before an entry, or before the end.
+  __device__ int64_t rank(int64_t entry) const {
+    return before[entry / 32] + __popc(word[entry / 32] & ((1u << (entry % 32)) - 1));
+  }
+};
+
+// The rows of a tile, in shared memory.
+struct Tile {
+  int64_t ends[2];    // the rows of its first and of its last entry
+  int offset[kRows];  // where a row's entries begin, counted from the tile's first entry
+};
+
+// By the whole grid: calls visit(entry, its row) for the entries of a mask and, with row -1, for those that the last tile lacks.
+// All threads of a warp call it together, for 32 entries in a row.
+template <typename Column, typename Visit>
+__device__ void for_each_entry(const Mask<Column>& mask, const Visit& visit) {
+  __shared__ Tile tile;
+  for (int64_t begin = int64_t{blockIdx.x} * kTile; begin < mask.nnz; begin += int64_t{gridDim.x} * kTile) {
+    const int64_t end = min(begin + kTile, mask.nnz);
+    __syncthreads();  // the tile before this one has been read
+    if (threadIdx.x < 64) {
+      const int which = threadIdx.x / 32;
+      const int64_t row = find_row_by_warp(mask.crow, 0, mask.rows, which ? end - 1 : begin);
+      if (threadIdx.x % 32 == 0) tile.ends[which] = row;
+    }
+    __syncthreads();
+    const int64_t first = tile.ends[0], count = tile.ends[1] - first + 1;
+    if (count <= kRows) {
+      for (int r = threadIdx.x; r < count; r += kThreads)
+        tile.offset[r] = static_cast<int>(max(mask.crow[first + r] - begin, int64_t{-1}));
+      __syncthreads();
+    }
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int64_t entry = begin + k * kThreads + threadIdx.x;
+      int64_t row = -1;
+      if (entry < end)
+        row = count <= kRows ? first + find_row<int>(tile.offset, 0, count, static_cast<int>(entry - begin))
+                             : find_row<int64_t>(mask.crow, first, tile.ends[1] + 1, entry);
+      visit(entry, row);
+    }
+  }
+}
+
+__device__ int64_t clamped(int64_t x, int64_t low, int64_t high) { return min(max(x, low), high); }
+
+struct Place {
+  int64_t at;  // the first entry of the row whose column is not less; the row's end if there is none
+  bool found;
+};
+
+// CSRMask has checked crow_indices; the clamps keep a wrong one from reaching other memory.
+template <typename Column>
+__device__ Place look_up(const Mask<Column>& mask, int64_t row, Column column) {
+  int64_t low = clamped(mask.crow[row], 0, mask.nnz);
+  const int64_t end = clamped(mask.crow[row + 1], low, mask.nnz);
+  for (int64_t high = end; low < high;) {
+    const int64_t middle = (low + high) / 2;
+    if (mask.col[middle] < column)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return {low, low < end && mask.col[low] == column};
+}
+
+// Bit i: whether entry i of `mask` is (`wanted`) or is not in `other`. bits.before gets the ones of each word, for the scan.
+template <typename Column>
+__global__ void __launch_bounds__(kThreads) mark_kernel(const Mask<Column> mask, const Mask<Column> other, bool wanted, Bits bits) {
+  for_each_entry(mask, [&](int64_t entry, int64_t row) {
+    const bool one = row >= 0 && look_up(other, row, mask.col[entry]).found == wanted;
+    const unsigned word = __ballot_sync(kFull, one);
+    if (threadIdx.x % 32 == 0 && entry < mask.nnz) {
+      bits.word[entry / 32] = word;
+      bits.before[entry / 32] = __popc(word);
+    }
+  });
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    const int64_t words = (mask.nnz + 31) / 32;
+    bits.word[words] = 0;
+    bits.before[words] = 0;
+  }
+}
+
+// "and", "sub": the marked entries of `mask`, one after the other.
+template <typename Column>
+__global__ void __launch_bounds__(kThreads) keep_kernel(const Mask<Column> mask, const Bits bits, Column* __restrict__ col_out) {
+  const int64_t threads = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < mask.nnz; i += threads)
+    if (bits[i]) col_out[bits.rank(i)] = mask.col[i];
+}
+
+// "or": the entries of `mask`, moved up by the marked ones of `other` before them.
+template <typename Column>
+__global__ void __launch_bounds__(kThreads)
+    place_mine_kernel(const Mask<Column> mask, const Mask<Column> other, const Bits bits, Column* __restrict__ col_out) {
+  for_each_entry(mask, [&](int64_t entry, int64_t row) {
+    if (row >= 0) col_out[entry + bits.rank(look_up(other, row, mask.col[entry]).at)] = mask.col[entry];
+  });
+}
+
+// "or": the marked entries of `other`, moved up by the entries of `mask` before them.
+template <typename Column>
+__global__ void __launch_bounds__(kThreads)
+    place_theirs_kernel(const Mask<Column> mask, const Mask<Column> other, const Bits bits, Column* __restrict__ col_out) {
+  for_each_entry(other, [&](int64_t entry, int64_t row) {
+    if (row >= 0 && bits[entry]) col_out[bits.rank(entry) + look_up(mask, row, other.col[entry]).at] = other.col[entry];
+  });
+}
+
+// `all`: the mask of which all entries stay, with crow_indices [rows + 1], or null. `marked`: the mask that the bits belong to.
+__global__ void __launch_bounds__(kThreads)
+    crow_kernel(const int64_t* __restrict__ all, int64_t all_nnz, const int64_t* __restrict__ marked, int64_t marked_nnz,
+                int64_t rows, const Bits bits, int64_t* __restrict__ crow_out) {
+  const int64_t threads = int64_t{gridDim.x} * kThreads;
+  for (int64_t r = int64_t{blockIdx.x} * kThreads + threadIdx.x; r <= rows; r += threads)
+    crow_out[r] = (all ? clamped(all[r], 0, all_nnz) : 0) + bits.rank(clamped(marked[r], 0, marked_nnz));
+}
+
+template <typename Kernel>
+unsigned blocks_for(Kernel* kernel, int64_t elements, int64_t per_block) {
+  return static_cast<unsigned>(
+      std::max<int64_t>(1, std::min(resident_blocks(kernel, kThreads), (elements + per_block - 1) / per_block)));
+}
+
+// Replaces the counts by the sums before them, and waits for the last one, which is the number of ones.
+int64_t scan(int64_t* counts, int64_t n, const Tensor& like, cudaStream_t stream) {
+  size_t bytes = 0;
+  DEFTX_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(nullptr, bytes, counts, counts, n, stream));
+  Tensor workspace = torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, torch::headeronly::ScalarType::Byte);
+  DEFTX_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(workspace.mutable_data_ptr(), bytes, counts, counts, n, stream));
+  int64_t total = 0;
+  DEFTX_CUDA_CHECK(cudaMemcpyAsync(&total, counts + n - 1, sizeof(total), cudaMemcpyDeviceToHost, stream));
+  DEFTX_CUDA_CHECK(cudaStreamSynchronize(stream));
+  return total;
+}
+
+template <typename Column>
+std::tuple<Tensor, Tensor> combine(const Csr& a, const Csr& b, const Tensor& crow_indices, const Tensor& col_indices,
+                                   const std::string& operation) {
+  const DeviceGuard guard(crow_indices.get_device_index());
+  const cudaStream_t stream = current_stream(crow_indices);
+  const bool all_mine = operation == "or";
+  const Mask<Column> mine{a.crow, static_cast<const Column*>(a.col), a.rows, a.nnz};
+  const Mask<Column> theirs{b.crow, static_cast<const Column*>(b.col), b.rows, b.nnz};
+  const Mask<Column>&marked = all_mine ? theirs : mine, &other = all_mine ? mine : theirs;
+
+  const int64_t words = (marked.nnz + 31) / 32;
+  Tensor before = torch::stable::new_empty(crow_indices, {words + 1});
+  Tensor word = torch::stable::new_empty(crow_indices, {words + 1}, torch::headeronly::ScalarType::Int);
+  const Bits bits{static_cast<uint32_t*>(word.mutable_data_ptr()), static_cast<int64_t*>(before.mutable_data_ptr())};
+  mark_kernel<Column>
+      <<<blocks_for(mark_kernel<Column>, marked.nnz, kTile), kThreads, 0, stream>>>(marked, other, operation == "and", bits);
+  DEFTX_LAUNCH_CHECK();
+  const int64_t ones = scan(bits.before, words + 1, crow_indices, stream);
+
+  Tensor crow_out = torch::stable::new_empty(crow_indices, {mine.rows + 1});
+  Tensor col_out = torch::stable::new_empty(col_indices, {ones + (all_mine ? mine.nnz : 0)});
+  auto* col = static_cast<Column*>(col_out.mutable_data_ptr());
+  crow_kernel<<<blocks_for(crow_kernel, mine.rows + 1, kThreads), kThreads, 0, stream>>>(
+      all_mine ? mine.crow : nullptr, mine.nnz, marked.crow, marked.nnz, mine.rows, bits,
+      static_cast<int64_t*>(crow_out.mutable_data_ptr()));
+  DEFTX_LAUNCH_CHECK();
+  if (!all_mine) {
+    keep_kernel<Column><<<blocks_for(keep_kernel<Column>, mine.nnz, kThreads), kThreads, 0, stream>>>(mine, bits, col);
+  } else {
+    place_mine_kernel<Column>
+        <<<blocks_for(place_mine_kernel<Column>, mine.nnz, kTile), kThreads, 0, stream>>>(mine, theirs, bits, col);
+    DEFTX_LAUNCH_CHECK();
+    place_theirs_kernel<Column>
+        <<<blocks_for(place_theirs_kernel<Column>, theirs.nnz, kTile), kThreads, 0, stream>>>(mine, theirs, bits, col);
+  }
+  DEFTX_LAUNCH_CHECK();
+  return {crow_out, col_out};
+}
+
+std::tuple<Tensor, Tensor> csr_combine(Tensor crow_indices, Tensor col_indices, Tensor other_crow_indices, Tensor other_col_indices,
+                                       std::string operation) {
+  const auto [mine, theirs] =
+      check_combine(crow_indices, col_indices, other_crow_indices, other_col_indices, operation, Device::kCuda);
+  return mine.wide ? combine<int32_t>(mine, theirs, crow_indices, col_indices, operation)
+                   : combine<uint16_t>(mine, theirs, crow_indices, col_indices, operation);
+}
+
+}  // namespace
+
+DEFTX_CUDA_LIBRARY_IMPL(m) { m.impl("csr_combine", TORCH_BOX(&csr_combine)); }
+
+}  // namespace deftx

@@ -1,0 +1,189 @@
+"""The benchmark at its smallest size: every family runs, a wrong provider is told, rows of different runs do not mix."""
+
+import csv
+
+import pytest
+import torch
+
+from bench import __main__ as program
+from bench import bench_topk, harness, shapes
+from bench.harness import COLUMNS, OURS, fresh_peak, peak_extra
+from deftx_kernels import CSRMask, topk_mask
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+OPS = {
+    "csr": {"csr_gather", "csr_scatter_", "csr_add_"},
+    "topk": {"topk_mask", "select_mask", "mask_or", "mask_and", "mask_sub"},
+    "svd": {"svd_denoise", "truncated_svd"},
+    "train": {"sparse_adamw", "masked_linear_grad"},
+}
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """Runs the program on the tiny size: (exit status, rows by file)."""
+    monkeypatch.setattr(harness, "fresh_peak", lambda again, provider, device: None)  # a process a provider: too long for here
+    monkeypatch.setattr(harness, "ceilings", lambda device, dtype: (1e10, 1e10))
+
+    def run(*arguments):
+        status = program.main([*arguments, "--size", "tiny", "--rounds", "1", "--out", str(tmp_path)])
+        rows = {}
+        for path in tmp_path.glob("*.csv"):
+            with path.open(newline="") as file:
+                rows[path.stem] = list(csv.DictReader(file))
+        return status, rows
+
+    return run
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", OPS)
+def test_every_family_runs(bench, family, device):
+    status, rows = bench("--only", family, "--device", device)
+    assert status == 0
+    assert list(rows) == [family]
+    assert {r["op"] for r in rows[family] if r["provider"] == OURS} == OPS[family]
+    assert all(tuple(r) == COLUMNS and float(r["p50_ms"]) > 0 and float(r["times_ours"]) > 0 for r in rows[family])
+    assert len({r["provider"] for r in rows[family]}) > 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda scores, density: topk_mask({n: -1 / t.abs() for n, t in scores.items()}, density=density),  # the smallest
+        lambda scores, density: topk_mask(scores, density=density / 2),
+    ],
+)
+def test_wrong_provider_is_told_and_gets_no_row(bench, monkeypatch, capsys, wrong):
+    monkeypatch.setattr(bench_topk, "topk_mask", wrong)
+    status, rows = bench("--only", "topk", "--device", "cpu")
+    assert status == 1
+    assert "WRONG topk_mask, deftx, tiny" in capsys.readouterr().out
+    kept = [r for r in rows["topk"] if r["op"] == "topk_mask"]
+    assert OURS not in {r["provider"] for r in kept}
+    assert "numpy partition" in {r["provider"] for r in kept}
+
+
+def test_provider_that_raises_is_told(bench, monkeypatch, capsys):
+    def fails(*arguments, **options):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(bench_topk, "select_mask", fails)
+    status, _ = bench("--only", "topk", "--device", "cpu")
+    assert status == 1
+    assert "RuntimeError: out of order" in capsys.readouterr().out
+
+
+def test_absent_provider_is_named(bench, monkeypatch, capsys):
+    monkeypatch.setattr(bench_topk, "available_bytes", lambda: 0)
+    status, rows = bench("--only", "topk", "--device", "cpu")
+    assert status == 0
+    assert f"{bench_topk.LT_SFT:27} absent: needs" in capsys.readouterr().out
+    assert bench_topk.LT_SFT not in {r["provider"] for r in rows["topk"]}
+
+
+# ---- the check of a selection ----
+
+SCORES = {"a": torch.tensor([[3.0, -1.0], [0.5, 2.0]]), "b": torch.tensor([2.0, -2.0, 0.0])}
+SHAPES = {n: t.shape for n, t in SCORES.items()}
+
+
+def told(result, k, ties=False):
+    return bench_topk.fault(result, SHAPES, lambda n: SCORES[n].abs(), k, ties)
+
+
+@pytest.mark.parametrize("form", ["positions", "flat bool", "bool by name", "mask"])
+def test_right_selections(form):
+    for chosen in ([0, 3, 4], [0, 3, 5], [0, 4, 5]):  # whichever of the tied
+        flat = torch.zeros(7, dtype=torch.bool).index_fill_(0, torch.tensor(chosen), True)
+        named = {"a": flat[:4].view(2, 2), "b": flat[4:]}
+        forms = {"positions": torch.tensor(chosen), "flat bool": flat, "bool by name": named, "mask": CSRMask.from_dense(named)}
+        assert told(forms[form], 3) is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "k", "part"),
+    [
+        ([0, 3], 3, "2 entries"),
+        ([0, 3, 4, 5], 3, "4 entries"),
+        ([0, 1, 3], 3, "other entries"),
+        ([3, 4, 5], 3, "other entries"),
+        ([3, 0, 4], 3, "ascend"),
+        ([0, 3, 3], 3, "ascend"),
+        ([0, 3, 7], 3, "outside"),
+        ([-1, 0, 3], 3, "outside"),
+    ],
+)
+def test_wrong_selections(chosen, k, part):
+    assert part in told(torch.tensor(chosen), k)
+
+
+def test_ties_may_exceed_k_only_where_allowed():
+    assert told(torch.tensor([0, 3, 4, 5]), 3, ties=True) is None
+    assert "above the smallest" in told(torch.tensor([0, 1, 3, 4, 5]), 3, ties=True)
+    assert told(torch.tensor([0, 3]), 3, ties=True) is not None
+
+
+def test_peers_choose_exactly_k_among_ties():
+    values = torch.randint(-3, 4, (1000,), generator=torch.Generator().manual_seed(0)).float()
+    for k in (1, 100, 999, 1000):
+        peers, _ = bench_topk.selections(values.abs, lambda: values.abs().numpy(), k, 1000, "cpu")
+        for name, make in peers.items():
+            fault = bench_topk.fault(make()(), {"a": values.shape}, lambda n: values.abs(), k)
+            assert fault is None, f"{name}, k = {k}: {fault}"
+
+
+# ---- sizes, peaks, rows ----
+
+
+@pytest.mark.parametrize(("size", "elements"), [("minilm", 22.3e6), ("50M", 50e6), ("xlmr", 277.5e6), ("llama7b", 6.48e9)])
+def test_sizes(size, elements):
+    numel = sum(torch.Size(s).numel() for s in shapes.SIZES[size]().values())
+    assert numel == pytest.approx(elements, rel=2e-3)
+
+
+def test_peak_of_a_fresh_process():
+    case = bench_topk.topk_case("minilm", torch.float32, 0.05, "cpu")
+    if peak_extra(lambda: None, "cpu") is None:
+        pytest.skip("this system does not tell a process's peak memory")
+    peak = fresh_peak(case.again, "numpy partition", "cpu")
+    assert peak > 1.9 * 89.2  # the magnitudes and the partitioned copy, 89.2 MB each
+    assert peak < 4 * 89.2
+
+
+def test_peak_of_a_process_that_fails(capsys):
+    assert fresh_peak(bench_topk.topk_case, "nobody", "cpu") is None
+    assert "peak memory of nobody was not measured" in capsys.readouterr().out
+
+
+def row(**fields):
+    usual = {
+        "date": "2026-01-02T00:00:00Z",
+        "op": "topk_mask",
+        "provider": OURS,
+        "backend": "c++",
+        "size": "minilm",
+        "dtype": "float32",
+    }
+    usual |= {"density": "0.05", "p50_ms": "1.0", "times_ours": "1.0", "share_of_floor": "0.5", "device": "here", "threads": "2"}
+    return dict.fromkeys(COLUMNS, "") | usual | {"torch": "2", "commit": "abc"} | fields
+
+
+def test_rows_of_one_run_stand_side_by_side(tmp_path):
+    old, new = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
+    harness.append(
+        [row(date=old, p50_ms="9"), row(date=old, provider="peer", times_ours="7"), row(date=old, provider="gone")],
+        tmp_path / "topk.csv",
+    )
+    harness.append([row(date=old, size="xlmr", p50_ms="5")], tmp_path / "topk.csv")
+    harness.append([row(date=new, p50_ms="3"), row(date=new, provider="peer", times_ours="2")], tmp_path / "topk.csv")
+    found = program.newest(tmp_path)
+    assert {(r["size"], r["provider"], r["p50_ms"]) for r in found} == {
+        ("minilm", OURS, "3"),
+        ("minilm", "peer", "1.0"),
+        ("xlmr", OURS, "5"),
+    }
+    text = program.table(found)
+    assert "| topk_mask | minilm, float32, 5% | c++ | 3.00 ms | 50% | peer 2.00 |" in text
+    assert "| topk_mask | xlmr, float32, 5% | c++ | 5.00 ms | 50% |  |" in text
+    assert "gone" not in text
