@@ -169,6 +169,8 @@ def topk_mask(
     """The mask of exactly the k entries of largest |score|.
 
     Ties go to the tensor whose name comes first, then to the smaller flat index: the same on every device and in every run.
+    The scores are read once. Beside the mask the compiled kernels need, for each score, a quarter of a byte and 1/32 of its size on
+    the CPU, and about 0.45 bytes (float32) on a GPU, where the host waits once, at the end.
 
     Args:
         scores: name → floating-point tensor on one device; a single tensor counts as {"tensor": scores}.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from filelock import FileLock
 
 import deftx_kernels  # noqa: F401  (registers the operators)
 from deftx_kernels import _library, reference
@@ -62,13 +63,15 @@ def emulated(cuda_on_cpu):
         cuda_on_cpu.runtime.find_nvcc()
     except cuda_on_cpu.BuildError as error:
         pytest.skip(str(error))
-    emulated = cuda_on_cpu.build_and_load(
-        sources=sorted((ROOT / "csrc/cuda").glob("*.cu")),
-        include_dirs=[ROOT / "csrc"],
-        namespace="deftx_emulated",
-        work_dir=ROOT / "build/emulated",
-        torch_target_version=0x020A000000000000,
-    )
+    (ROOT / "build").mkdir(exist_ok=True)
+    with FileLock(ROOT / "build/emulated.lock"):  # pytest-xdist: one process builds, the others find what it made
+        emulated = cuda_on_cpu.build_and_load(
+            sources=sorted((ROOT / "csrc/cuda").glob("*.cu")),
+            include_dirs=[ROOT / "csrc"],
+            namespace="deftx_emulated",
+            work_dir=ROOT / "build/emulated",
+            torch_target_version=0x020A000000000000,
+        )
     emulated.racecheck = True
     return emulated
 
