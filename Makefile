@@ -41,13 +41,13 @@ test-cuda: $(BUILT)  ## of it, the GPU kernels executed on the CPU (needs nvcc a
 lint: $(BUILT)  ## ruff (rules and format), clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
 
 format: $(BUILT)  ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 aot: $(BUILT)  ## compile every GPU kernel for sm_80, sm_90 and sm_100: registers, spills, shared memory
 	$(BIN)/python tests/aot.py $(ARGS)

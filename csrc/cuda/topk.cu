@@ -1,0 +1,509 @@
+// topk_mask, magnitude_histogram, threshold_mask and dense_to_csr on the GPU.
+//
+// topk_mask over all tensors, or over each (a "segment"), reads the scores once and waits for the device once:
+//   1. sample: up to 2^18 scores of a segment, drawn without looking, give two keys between which the k-th largest lies, six
+//      standard deviations apart on either side. (A segment of up to 2^12 elements is taken whole: the bracket is exact.)
+//   2. stream: one pass. A score's bit is set where its key is not below the bracket; those inside are listed, (key, place).
+//   3. narrow: radix select over the list, by key, then by place. A launch a round; the last block of a segment picks the digit,
+//   and
+//      a segment that is decided leaves at once. apply: what was not chosen loses its bit.
+//   4. scan, emit (bitmask.cuh).
+// Where the bracket missed, or more lies inside than the list holds (many equal scores), the mask is made again from the exact
+// threshold: known already where the bracket held a single key, else by radix select over all scores. Ties are then cut by
+// position: their counts in each tile, a scan, and one more look at the tiles with a tie too many. scope "row": a block to a row,
+// radix select over the row, which stays in the cache.
+//
+// Steps 1 to 3 are in bracket.cuh, the second way in threshold.cuh, the arithmetic of scores in scores.cuh.
+//
+// Results are the same in every run: atomics only add integers, or fill a list whose order does not matter.
+// Workspace: N/8 + N/4096 * 4 bytes of mask and counts; a list for 0.016 N candidates and half
+// as many again as are expected (0.008 N at N = 2^28 and k = N/20), of 8 bytes and a key; 32 KiB of counters a
+// segment; samples. In all about 0.4 N bytes there with 32-bit keys. The second way adds 4 bytes a tile.
+#include <cmath>
+#include <tuple>
+#include <type_traits>
+
+#include "threshold.cuh"
+
+namespace deftx {
+namespace {
+
+constexpr int kHistogramBins = 1 << 16;  // of magnitude_histogram
+constexpr int kSharedBins = 1 << 15;     // of them, those that a magnitude's first 16 bits can reach
+
+// ---- scope "row" ----------------------------------------------------------------------------------------------------------
+
+// The bits of 32 neighbouring columns, by their warp, into a mask of zeros. Rows begin anywhere in a word.
+__device__ void set_bits(uint32_t* words, int64_t bit, uint32_t set) {
+  const int shift = static_cast<int>(bit % 32);
+  const uint64_t both = static_cast<uint64_t>(set) << shift;
+  const int lane = threadIdx.x % 32;
+  const uint32_t mine = static_cast<uint32_t>(lane == 0 ? both : both >> 32);
+  if (lane < 2 && mine) atomicOr(words + bit / 32 + lane, mine);
+}
+
+template <typename Key, bool kBase>
+__global__ void __launch_bounds__(kThreads, 4) rows_kernel(const Bits bits, WordOf<Key> infinity, Status* status) {
+  constexpr int kRowDigit = 8;
+  __shared__ unsigned bins[1 << kRowDigit];
+  __shared__ int64_t row_pick[3];  // digit, above, count
+  __shared__ int tie_counts[kWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int64_t row = blockIdx.x; row < bits.rows; row += gridDim.x) {
+    const Item& item = bits.items[find_item<&Item::first_row>(bits.items, bits.count, row)];
+    const int64_t columns = item.columns, start = (row - item.first_row) * columns;
+    const int64_t first_bit = item.first_tile * kTile + start;
+    int64_t remaining = item.k;
+    uint64_t prefix = 0;
+    int high = KeyOf<Key>::kBits;
+    bool all = remaining == columns;  // of those that are left
+    bool first = true;
+    while (first || (!all && remaining > 0 && high > 0)) {
+      const int low = max(high - kRowDigit, 0);
+      __syncthreads();
+      bins[threadIdx.x] = 0;
+      __syncthreads();
+      for (int64_t c = threadIdx.x; c < columns; c += kThreads) {
+        const WordOf<Key> key = load_key<Key, kBase>(item, start + c);
+        if (first && key >= infinity) atomicMin(&status->first_bad, static_cast<unsigned long long>(first_bit + c));
+        if (static_cast<uint64_t>(key) >> high == prefix) {
+          atomicAdd(&bins[static_cast<int>(key >> low) & ((1 << (high - low)) - 1)], 1u);
+        }
+      }
+      first = false;
+      if (all || remaining == 0) break;
+      __syncthreads();
+      const int bin = (1 << kRowDigit) - 1 - static_cast<int>(threadIdx.x);
+      const int64_t count = bins[bin];
+      int64_t total;
+      const int64_t above = block_exclusive(count, total);
+      if (above < remaining && remaining <= above + count) row_pick[0] = bin, row_pick[1] = above, row_pick[2] = count;
+      __syncthreads();
+      prefix = prefix << (high - low) | static_cast<uint64_t>(row_pick[0]);
+      remaining -= row_pick[1];
+      all = row_pick[2] == remaining;
+      high = low;
+    }
+    if (remaining == 0) continue;
+    const bool whole = item.k == columns;
+    int64_t ties = 0;  // so far
+    for (int64_t at = 0; at < columns; at += kThreads) {
+      const int64_t c = at + threadIdx.x;
+      const uint64_t key = c < columns && !whole ? load_key<Key, kBase>(item, start + c) >> high : 0;
+      const bool tie = c < columns && !whole && key == prefix;
+      bool chosen = c < columns && (whole || key > prefix || (all && tie));
+      if (!all) {
+        const unsigned tied = __ballot_sync(kFull, tie);
+        __syncthreads();
+        if (lane == 0) tie_counts[warp] = __popc(tied);
+        __syncthreads();
+        int64_t rank = ties + __popc(tied & ((1u << lane) - 1));
+        for (int w = 0; w < kWarps; ++w) {
+          if (w < warp) rank += tie_counts[w];
+          ties += tie_counts[w];
+        }
+        chosen = chosen || (tie && rank < remaining);
+      }
+      const unsigned set = __ballot_sync(kFull, chosen);
+      if (set) set_bits(bits.words, first_bit + at + warp * 32, set);
+    }
+  }
+}
+
+// ---- magnitude_histogram, dense_to_csr ------------------------------------------------------------------------------------
+
+// Counts key >> low by its last 16 bits, of the keys whose key >> high is `prefix`. With shared counters, where at most kSharedBins
+// can be reached; else a score in 2^16 takes part, as a rule, and the counters are added to where they are.
+template <typename Key>
+__global__ void __launch_bounds__(1024) histogram_kernel(const Bits bits, uint64_t prefix, int high, int low, bool shared,
+                                                         Counter* counters) {  // [kHistogramBins]
+  extern __shared__ unsigned histogram_bins[];
+  constexpr int kGroups = KeyOf<Key>::kGroups;
+  if (shared) clear_bins(histogram_bins, kSharedBins);
+  const int warps = blockDim.x / 32;
+  for (int64_t t = blockIdx.x * int64_t{warps} + threadIdx.x / 32; t < bits.tiles; t += gridDim.x * int64_t{warps}) {
+    const Item& item = bits.items[find_item<&Item::first_tile>(bits.items, bits.count, t)];
+    const int64_t start = (t - item.first_tile) * kTile;
+    for (int at = 0; at < kTile && start + at < item.numel; at += kGroups * 256) {
+      const int64_t mine = start + at + threadIdx.x % 32 * 8;
+      WordOf<Key> keys[kGroups][8];
+      load_keys<Key, false>(keys, item, mine);
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const uint64_t key = keys[g][j];
+          if (mine + g * 256 + j >= item.numel || (high < 64 && key >> high != prefix)) continue;
+          const int bin = static_cast<int>(key >> low) & (kHistogramBins - 1);
+          shared ? atomicAdd(histogram_bins + bin, 1u) : static_cast<unsigned>(atomicAdd(counters + bin, Counter{1}));
+        }
+      }
+    }
+  }
+  if (shared) add_bins(histogram_bins, counters, kSharedBins);
+}
+
+__global__ void __launch_bounds__(kThreads, 4) dense_kernel(const Bits bits) {
+  const int lane = threadIdx.x % 32;
+  for (int64_t tile = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32; tile < bits.tiles; tile += gridDim.x * int64_t{kWarps}) {
+    const Item& item = bits.items[find_item<&Item::first_tile>(bits.items, bits.count, tile)];
+    const int64_t start = (tile - item.first_tile) * kTile + lane * 8;
+    const uint8_t* from = static_cast<const uint8_t*>(item.a) + start;
+    const bool aligned = reinterpret_cast<uintptr_t>(item.a) % 8 == 0;
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(bits.words + tile * kWords) + lane;
+    unsigned count = 0;
+#pragma unroll 4
+    for (int at = 0; at < kTile; at += 256) {
+      const int64_t left = item.numel - start - at;
+      uint64_t eight = 0;
+      if (aligned && left >= 8) {
+        eight = __ldcs(reinterpret_cast<const unsigned long long*>(from + at));
+      } else {
+        for (int j = 0; j < 8 && j < left; ++j) eight |= static_cast<uint64_t>(from[at + j]) << 8 * j;
+      }
+      eight |= eight >> 4, eight |= eight >> 2, eight |= eight >> 1;  // bit 0 of a byte: whether the byte is not zero
+      eight = (eight & 0x0101010101010101ull) * 0x0102040810204080ull >> 56;
+      bytes[at / 8] = static_cast<uint8_t>(eight);
+      count += __popcll(eight);
+    }
+    count = __reduce_add_sync(kFull, count);
+    if (lane == 0) bits.counts[tile] = count;
+  }
+}
+
+// ---- on the host ----------------------------------------------------------------------------------------------------------
+
+// The keys' size for a call, and the key of infinity. Sets the tensors' types.
+struct Keys {
+  int bytes;
+  uint64_t infinity;
+};
+
+Keys keys_of(Layout& layout, const std::vector<Tensor>& scores, const std::vector<Tensor>& base, const char* op) {
+  bool all_bfloat16 = base.empty(), all_float16 = base.empty(), any_float64 = false;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    Item& item = layout.items[i];
+    item.a_type = type_of(scores[i], op);
+    if (!base.empty()) {
+      check_tensor(base[i], Device::kCuda, "every base tensor");
+      DEFTX_CHECK(base[i].get_device_index() == scores[0].get_device_index(), "base ", i, " is on another device than the scores");
+      DEFTX_CHECK(base[i].numel() == item.numel, op, ": base ", i, " has ", base[i].numel(), " elements; its scores have ",
+                  item.numel);
+      item.b = base[i].const_data_ptr();
+      item.b_type = type_of(base[i], op);
+    }
+    all_bfloat16 = all_bfloat16 && item.a_type == kBFloat16;
+    all_float16 = all_float16 && item.a_type == kFloat16;
+    any_float64 = any_float64 || item.a_type == kFloat64 || (!base.empty() && item.b_type == kFloat64);
+  }
+  if (any_float64) return {8, 0x7FF0000000000000ull};
+  if (all_bfloat16) return {2, 0x7F80};
+  if (all_float16) return {2, 0x7C00};
+  return {4, 0x7F800000};
+}
+
+int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The bracket's ranks in a sample of s out of n for the k-th largest, and how many candidates there may be.
+void plan_segment(Segment& s, int bits) {
+  if (s.k == 0 || s.k == s.elements) {  // exact: no candidates
+    s.from = s.above = s.k == 0 ? uint64_t{1} << bits : 0;
+    return;
+  }
+  const bool whole = s.elements <= kWhole;
+  s.samples = whole ? s.elements : std::clamp(s.elements / 64, kWhole, kSamples);
+  const double share = static_cast<double>(s.k) / static_cast<double>(s.elements), samples = static_cast<double>(s.samples);
+  const double slack = whole ? 0 : 6 * std::sqrt(samples * share * (1 - share)) + 8;
+  s.rank[0] = whole ? s.k : static_cast<int64_t>(std::ceil(samples * share + slack));
+  s.rank[1] = whole ? s.k : static_cast<int64_t>(std::floor(samples * share - slack));
+  const double expected = 2 * slack / samples * static_cast<double>(s.elements);
+  s.capacity = std::min(s.elements, static_cast<int64_t>(1.5 * expected) + s.elements / 64 + 1024);
+}
+
+std::vector<Segment> segments_of(Layout& layout, const std::vector<int64_t>& k, bool global, int bits) {
+  std::vector<Segment> segments(global ? 1 : layout.items.size());
+  const auto end = static_cast<int32_t>(layout.items.size());
+  for (int32_t i = 0; i < static_cast<int32_t>(segments.size()); ++i) {
+    Segment& s = segments[i];
+    s = {};
+    s.k = k[i];
+    s.first_item = global ? 0 : i, s.last_item = global ? end : i + 1;
+    s.elements = global ? layout.elements : layout.items[i].numel;
+    s.first_tile = layout.items[s.first_item].first_tile;
+    s.last_tile = s.last_item < end ? layout.items[s.last_item].first_tile : layout.tiles;
+    for (int32_t item = s.first_item; item < s.last_item; ++item) layout.items[item].segment = i;
+    plan_segment(s, bits);
+    if (i > 0) {
+      s.sample_at = segments[i - 1].sample_at + segments[i - 1].samples;
+      s.list_at = segments[i - 1].list_at + segments[i - 1].capacity;
+    }
+  }
+  return segments;
+}
+
+template <typename T>
+void upload(T* to, const std::vector<T>& from, cudaStream_t stream) {
+  DEFTX_CUDA_CHECK(cudaMemcpyAsync(to, from.data(), sizeof(T) * from.size(), cudaMemcpyHostToDevice, stream));
+}
+
+template <typename Key, bool kBase>
+class Selection {
+ public:
+  Selection(Layout& layout, const std::vector<int64_t>& k, bool global, Keys keys, const Tensor& like, cudaStream_t stream)
+      : like_(like), stream_(stream), infinity_(static_cast<WordOf<Key>>(keys.infinity)) {
+    std::vector<Segment> segments = segments_of(layout, k, global, KeyOf<Key>::kBits);
+    count_ = static_cast<int>(segments.size());
+    int64_t samples = 0, listed = 0;
+    for (const Segment& s : segments) {
+      most_samples_ = std::max(most_samples_, s.samples), most_listed_ = std::max(most_listed_, s.capacity);
+      most_tiles_ = std::max(most_tiles_, s.last_tile - s.first_tile);
+      samples += s.samples, listed += s.capacity;
+    }
+    const BitsPlan plan(work_, layout);
+    const int64_t segments_at = work_.add(sizeof(Segment) * count_), status_at = work_.add(sizeof(Status));
+    const int64_t counters_at = work_.add(sizeof(Counter) * 2 * kBins * count_), samples_at = work_.add(sizeof(Key) * samples);
+    const int64_t keys_at = work_.add(sizeof(Key) * listed), places_at = work_.add(sizeof(uint64_t) * listed);
+    work_.allocate(like);
+    bits_ = plan.upload(work_, layout, stream);
+    segments_ = work_.at<Segment>(segments_at), status_ = work_.at<Status>(status_at);
+    counters_ = work_.at<Counter>(counters_at), samples_ = work_.at<Key>(samples_at);
+    lists_ = {work_.at<Key>(keys_at), work_.at<uint64_t>(places_at)};
+    upload(segments_, segments, stream);
+    upload(status_, {Status{~0ull, 0}}, stream);
+    DEFTX_CUDA_CHECK(cudaMemsetAsync(counters_, 0, sizeof(Counter) * 2 * kBins * count_, stream));
+  }
+
+  const Bits& bits() const { return bits_; }
+
+  void run() {
+    if (most_samples_ > 0) sample();
+    stream_kernel<Key, kBase, false><<<grid_of(stream_kernel<Key, kBase, false>, bits_), kThreads, 0, stream_>>>(
+        bits_, segments_, lists_, nullptr, infinity_, status_);
+    DEFTX_LAUNCH_CHECK();
+    if (most_samples_ > 0) narrow();
+  }
+
+  void rows() {
+    DEFTX_CUDA_CHECK(cudaMemsetAsync(bits_.words, 0, sizeof(uint32_t) * kWords * bits_.tiles, stream_));
+    const int64_t blocks = std::min(bits_.rows, resident_blocks(rows_kernel<Key, kBase>, kThreads));
+    if (blocks > 0) {
+      rows_kernel<Key, kBase><<<static_cast<unsigned>(blocks), kThreads, 0, stream_>>>(bits_, infinity_, status_);
+      DEFTX_LAUNCH_CHECK();
+    }
+    count_kernel<<<grid_of(count_kernel, bits_), kThreads, 0, stream_>>>(bits_);
+    DEFTX_LAUNCH_CHECK();
+  }
+
+  // Waits for all that was launched.
+  Status status() const {
+    Status status{};
+    DEFTX_CUDA_CHECK(cudaMemcpyAsync(&status, status_, sizeof status, cudaMemcpyDeviceToHost, stream_));
+    DEFTX_CUDA_CHECK(cudaStreamSynchronize(stream_));
+    return status;
+  }
+
+  void again(unsigned redo) {
+    const bool missed = redo & kMissed;
+    restart_kernel<Key><<<static_cast<unsigned>(divided(count_, kThreads)), kThreads, 0, stream_>>>(segments_, count_, missed);
+    DEFTX_LAUNCH_CHECK();
+    for (int high = missed ? KeyOf<Key>::kBits : 0; high > 0; high -= kDigit) {
+      const int64_t blocks = std::min(resident_blocks(count_all_kernel<Key, kBase>, kThreads), divided(bits_.tiles, kWarps));
+      count_all_kernel<Key, kBase><<<static_cast<unsigned>(blocks), kThreads, 0, stream_>>>(bits_, segments_, counters_);
+      DEFTX_LAUNCH_CHECK();
+      pick_kernel<<<static_cast<unsigned>(count_), kThreads, 0, stream_>>>(segments_, counters_);
+      DEFTX_LAUNCH_CHECK();
+    }
+    mask_by_threshold<Key, kBase>(bits_, segments_, like_, stream_);
+  }
+
+ private:
+  // Blocks for each segment, when the largest has `most` elements to look at, `each` a block.
+  int blocks_each(int64_t most, int64_t each) const {
+    const int64_t blocks = std::clamp<int64_t>(64 * int64_t{count_}, 512, 8192) / count_;  // few flushes, or even work
+    return static_cast<int>(std::max<int64_t>(1, std::min(blocks, divided(most, each))));
+  }
+
+  void sample() {
+    const int each = blocks_each(most_samples_, 2048);
+    for (int round = 0; round < KeyOf<Key>::kRounds; ++round) {
+      sample_kernel<Key, kBase>
+          <<<static_cast<unsigned>(each * count_), kThreads, 0, stream_>>>(bits_, segments_, samples_, counters_, each, round);
+      DEFTX_LAUNCH_CHECK();
+    }
+  }
+
+  void narrow() {
+    const int each = blocks_each(most_listed_, 4096);
+    int place_bits = 0;
+    while (most_tiles_ * kTile - 1 >> place_bits) ++place_bits;
+    const int64_t rounds = divided(KeyOf<Key>::kBits, kDigit) + divided(place_bits, kDigit);
+    for (int round = 0; round < rounds; ++round) {
+      narrow_kernel<Key>
+          <<<static_cast<unsigned>(each * count_), kThreads, 0, stream_>>>(segments_, lists_, counters_, each, round, status_);
+      DEFTX_LAUNCH_CHECK();
+    }
+    apply_kernel<Key><<<static_cast<unsigned>(each * count_), kThreads, 0, stream_>>>(bits_, segments_, lists_, each);
+    DEFTX_LAUNCH_CHECK();
+  }
+
+  Tensor like_;
+  cudaStream_t stream_;
+  WordOf<Key> infinity_;
+  int count_ = 0;
+  int64_t most_samples_ = 0, most_listed_ = 0, most_tiles_ = 0;
+  Workspace work_;
+  Bits bits_{};
+  Segment* segments_ = nullptr;
+  Status* status_ = nullptr;
+  Counter* counters_ = nullptr;
+  Key* samples_ = nullptr;
+  Lists<Key> lists_{};
+};
+
+// int64 [2] on the CPU, filled by LibTorch.
+Tensor cpu_pair(int64_t first, int64_t second) {
+  int64_t values[2] = {first, second};
+  using torch::headeronly::DeviceType;
+  const auto there =
+      torch::stable::from_blob(values, {2}, {1}, torch::stable::Device(DeviceType::CPU), torch::headeronly::ScalarType::Long);
+  return torch::stable::clone(there);
+}
+
+std::tuple<Tensor, Tensor, Tensor> topk_mask(std::vector<Tensor> scores, std::vector<Tensor> base, std::vector<int64_t> k,
+                                             std::string scope) {
+  Layout layout = layout_of(scores, "topk_mask");
+  DEFTX_CHECK(base.empty() || base.size() == scores.size(), "topk_mask: base must be empty or have one tensor for each of scores");
+  const Keys keys = keys_of(layout, scores, base, "topk_mask");
+  const bool global = scope == "global", row = scope == "row";
+  DEFTX_CHECK(global || row || scope == "tensor", "topk_mask: scope must be global, tensor or row");
+  DEFTX_CHECK(k.size() == (global ? 1 : scores.size()), "topk_mask: k has ", k.size(), " numbers");
+  int64_t nnz = 0;
+  for (size_t i = 0; i < k.size(); ++i) {
+    Item& item = layout.items[i];
+    const int64_t most = global ? layout.elements : row ? item.columns : item.numel;
+    DEFTX_CHECK(k[i] >= 0 && k[i] <= most, "topk_mask: k must be in [0, ", most, "], got ", k[i]);
+    nnz += row ? k[i] * item.rows : k[i];
+    item.k = k[i];
+  }
+  const DeviceGuard guard(scores[0].get_device_index());
+  const cudaStream_t stream = current_stream(scores[0]);
+  const CsrOut out = new_csr(scores[0], layout, nnz);
+  const Status status = with_key(keys.bytes, !base.empty(), [&](auto key, auto with_base) {
+    // Rows are selected one by one: for them the segments are of no use.
+    Selection<decltype(key), decltype(with_base)::value> selection(layout, row ? std::vector<int64_t>{0} : k, global || row, keys,
+                                                                   scores[0], stream);
+    row ? selection.rows() : selection.run();
+    scan(selection.bits(), stream);
+    emit(selection.bits(), out, layout.wide, stream);
+    const Status status = selection.status();
+    if (status.first_bad == ~0ull && status.redo) {
+      selection.again(status.redo);
+      scan(selection.bits(), stream);
+      emit(selection.bits(), out, layout.wide, stream);
+    }
+    return status;
+  });
+  if (status.first_bad == ~0ull) return {out.crow, out.col, cpu_pair(-1, -1)};
+  const int64_t tile = static_cast<int64_t>(status.first_bad / kTile);
+  size_t i = layout.items.size() - 1;
+  while (layout.items[i].first_tile > tile) --i;
+  return {out.crow, out.col,
+          cpu_pair(static_cast<int64_t>(i), static_cast<int64_t>(status.first_bad) - layout.items[i].first_tile * kTile)};
+}
+
+// The keys of a call whose scores all have one dtype.
+Keys keys_of_one_dtype(Layout& layout, const std::vector<Tensor>& scores, const char* op) {
+  for (size_t i = 1; i < scores.size(); ++i) {
+    DEFTX_CHECK(dtype_of(scores[i]) == dtype_of(scores[0]), "tensor ", i, " has another dtype than tensor 0");
+  }
+  return keys_of(layout, scores, {}, op);
+}
+
+Tensor magnitude_histogram(std::vector<Tensor> scores, int64_t prefix, int64_t shift) {
+  Layout layout = layout_of(scores, "magnitude_histogram");
+  const Keys keys = keys_of_one_dtype(layout, scores, "magnitude_histogram");
+  DEFTX_CHECK(shift >= 0 && shift < 8 * keys.bytes, "magnitude_histogram: shift must be in [0, ", 8 * keys.bytes, "), got ", shift);
+  const DeviceGuard guard(scores[0].get_device_index());
+  const cudaStream_t stream = current_stream(scores[0]);
+  const Tensor out = torch::stable::new_empty(scores[0], {kHistogramBins}, torch::headeronly::ScalarType::Long);
+  Counter* counters = static_cast<Counter*>(const_cast<void*>(out.const_data_ptr()));
+  DEFTX_CUDA_CHECK(cudaMemsetAsync(counters, 0, sizeof(Counter) * kHistogramBins, stream));
+  Workspace work;
+  const BitsPlan plan(work, layout);
+  work.allocate(scores[0]);
+  const Bits bits = plan.upload(work, layout, stream);
+  const int low = static_cast<int>(shift), high = shift + 16 >= 8 * keys.bytes ? 64 : low + 16;
+  int device = 0, most_shared = 0;
+  DEFTX_CUDA_CHECK(cudaGetDevice(&device));
+  DEFTX_CUDA_CHECK(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  constexpr int kShared = kSharedBins * sizeof(unsigned);
+  const bool shared = high == 64 && most_shared >= kShared;
+  with_key(keys.bytes, false, [&](auto key, auto) {
+    const auto kernel = histogram_kernel<decltype(key)>;
+    const int threads = shared ? 1024 : kThreads, bytes = shared ? kShared : 0;
+    if (shared) DEFTX_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+    const int64_t blocks = std::min(resident_blocks(kernel, threads, bytes), divided(bits.tiles, threads / 32));
+    kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(bits, static_cast<uint64_t>(prefix), high, low, shared,
+                                                                      counters);
+    DEFTX_LAUNCH_CHECK();
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> threshold_mask(std::vector<Tensor> scores, int64_t threshold, std::vector<int64_t> ties) {
+  Layout layout = layout_of(scores, "threshold_mask");
+  const Keys keys = keys_of_one_dtype(layout, scores, "threshold_mask");
+  DEFTX_CHECK(ties.size() == scores.size(), "threshold_mask: ties has ", ties.size(), " numbers for ", scores.size(), " tensors");
+  const uint64_t beyond = uint64_t{1} << (8 * keys.bytes - 1);  // no key is as large
+  const uint64_t from = threshold < 0 ? 0 : std::min(static_cast<uint64_t>(threshold), beyond);
+  std::vector<Segment> segments(scores.size());
+  for (size_t i = 0; i < segments.size(); ++i) {
+    layout.items[i].segment = static_cast<int32_t>(i);
+    segments[i] = {};
+    segments[i].first_tile = layout.items[i].first_tile;
+    segments[i].from = from;
+    segments[i].above = threshold < 0 || from == beyond ? from : from + 1;
+    segments[i].quota = ties[i];
+  }
+  const DeviceGuard guard(scores[0].get_device_index());
+  const cudaStream_t stream = current_stream(scores[0]);
+  Workspace work;
+  const BitsPlan plan(work, layout);
+  const int64_t segments_at = work.add(sizeof(Segment) * segments.size());
+  work.allocate(scores[0]);
+  const Bits bits = plan.upload(work, layout, stream);
+  upload(work.at<Segment>(segments_at), segments, stream);
+  with_key(keys.bytes, false, [&](auto key, auto) {
+    mask_by_threshold<decltype(key), false>(bits, work.at<Segment>(segments_at), scores[0], stream);
+  });
+  const CsrOut out = emit_counted(bits, layout, scores[0], stream);
+  return {out.crow, out.col};
+}
+
+std::tuple<Tensor, Tensor> dense_to_csr(std::vector<Tensor> dense) {
+  const Layout layout = layout_of(dense, "dense_to_csr");
+  for (size_t i = 0; i < dense.size(); ++i) {
+    DEFTX_CHECK(dtype_of(dense[i]) == aoti_torch_dtype_bool(), "dense_to_csr: tensor ", i, " must be bool");
+  }
+  const DeviceGuard guard(dense[0].get_device_index());
+  const cudaStream_t stream = current_stream(dense[0]);
+  Workspace work;
+  const BitsPlan plan(work, layout);
+  work.allocate(dense[0]);
+  const Bits bits = plan.upload(work, layout, stream);
+  dense_kernel<<<grid_of(dense_kernel, bits), kThreads, 0, stream>>>(bits);
+  DEFTX_LAUNCH_CHECK();
+  const CsrOut out = emit_counted(bits, layout, dense[0], stream);
+  return {out.crow, out.col};
+}
+
+}  // namespace
+
+DEFTX_CUDA_LIBRARY_IMPL(m) {
+  m.impl("topk_mask", TORCH_BOX(&topk_mask));
+  m.impl("magnitude_histogram", TORCH_BOX(&magnitude_histogram));
+  m.impl("threshold_mask", TORCH_BOX(&threshold_mask));
+  m.impl("dense_to_csr", TORCH_BOX(&dense_to_csr));
+}
+
+}  // namespace deftx
