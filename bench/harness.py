@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 OURS = "deftx"
+ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = (
     "date", "op", "provider", "backend", "size", "dtype", "density", "p20_ms", "p50_ms", "p80_ms", "rounds", "times_ours", "bytes",
     "floor_ms", "share_of_floor", "peak_extra_mb", "device", "threads", "torch", "triton", "commit",
@@ -154,16 +155,22 @@ def provenance(device: str) -> dict[str, Any]:
         version = triton.__version__
     except ImportError:
         version = ""
-    root = Path(__file__).resolve().parents[1]
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
     facts = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), "device": name, "threads": torch.get_num_threads()}
-    return {**facts, "torch": torch.__version__, "triton": version, "commit": commit}
+    return {**facts, "torch": torch.__version__, "triton": version, "commit": commit()}
+
+
+def commit() -> str:
+    """The checked-out commit; "-dirty" where anything but the rows themselves has changed since."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def processor() -> str:
