@@ -393,18 +393,27 @@ class Selection {
     }
   }
 
-  // A bracket around the k-th largest key, from keys at regular distances: six standard deviations of the sample's rank.
+  // A number in [0, 1) that looks random (the finaliser of MurmurHash3).
+  static double scrambled(uint64_t x) {
+    x = (x ^ x >> 33) * 0xff51afd7ed558ccdu;
+    x = (x ^ x >> 33) * 0xc4ceb9fe1a85ec53u;
+    return static_cast<double>(x >> 11) * 0x1p-53;
+  }
+
+  // A bracket around the k-th largest key, from a sample: six standard deviations of its rank.
   Bracket<Key> sampled(int64_t first, int64_t last, int64_t numel, int64_t k) const {
     const int64_t size = std::min(numel, std::clamp(numel / 64, kSample / 8, kSample));
     std::vector<Key> keys(size);
-    // Sample i is the element i * numel / size of the parts one after the other.
+    // Sample i is an element of the i-th of `size` equal stretches of the parts one after the other, at a place in it that looks
+    // random: at regular distances, columns of different scale would mislead.
     std::vector<int64_t> starts{0};
     for (int64_t p = first; p < last; ++p) starts.push_back(starts.back() + layout_.parts[p].rows * layout_.parts[p].columns);
     const double distance = static_cast<double>(numel) / static_cast<double>(size);
     torch::stable::parallel_for(0, size, kSample / 8, [&](int64_t begin, int64_t end) {
       int64_t p = 0;
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t at = size == numel ? i : std::min(static_cast<int64_t>(static_cast<double>(i) * distance), numel - 1);
+        const int64_t at =
+            size == numel ? i : std::min(static_cast<int64_t>((static_cast<double>(i) + scrambled(i)) * distance), numel - 1);
         while (at >= starts[p + 1]) ++p;
         keys[i] = key_at<Key>(sources_[first + p], at - starts[p]);
       }
