@@ -68,8 +68,15 @@ def table(rows: list[dict[str, str]]) -> str:
     lines = []
     for device in dict.fromkeys(r["device"] for r in rows):
         here = [r for r in rows if r["device"] == device]
-        run = max(here, key=lambda r: r["date"])
-        lines += [f"{device}, {run['threads']} threads, torch {run['torch']}, {run['date'][:10]}, commit {run['commit']}:", ""]
+        facts = {
+            k: dict.fromkeys(r[k] for r in sorted(here, key=lambda r: r["date"])) for k in ("threads", "torch", "date", "commit")
+        }
+        days = dict.fromkeys(d[:10] for d in facts["date"])
+        several = {k: ", ".join(facts[k]) for k in facts}
+        lines += [
+            f"{device}, {several['threads']} threads, torch {several['torch']}, {', '.join(days)}, commit {several['commit']}:",
+            "",
+        ]
         lines += ["| op | work | served by | ours, median | share of the floor | peers, times as long |", "|" + "---|" * 6]
         for ours in (r for r in here if r["provider"] == OURS):
             work = [ours["size"], ours["dtype"], *([f"{float(ours['density']):.0%}"] if ours["density"] else [])]

@@ -41,7 +41,7 @@ SCHEMAS = {
     # scope "global": k = [k]; "tensor": k[i] entries of tensor i; "row": k[i] entries of each row of tensor i.
     # `bad` int64 [2], on the CPU, is (tensor, flat index) of the first NaN or infinite score, or (-1, -1); then the rest is
     # meaningless.
-    "topk_mask": ("(Tensor[] scores, Tensor[] base, int[] k, str scope) -> (Tensor crow_indices, Tensor col_indices, Tensor bad)"),
+    "topk_mask": "(Tensor[] scores, Tensor[] base, int[] k, str scope) -> (Tensor crow_indices, Tensor col_indices, Tensor bad)",
     # The two steps of a radix select, for callers that add histograms up over ranks or over tensors that are not all in memory.
     # Magnitude bits: the bits of |score| as an integer, which has the order of the magnitudes. All scores have one dtype.
     # Counts the scores whose bits >> (shift + 16) are `prefix` by the next 16 bits, (bits >> shift) & 0xFFFF: int64 [65536].

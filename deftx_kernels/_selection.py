@@ -10,22 +10,26 @@ import torch
 from torch import Tensor
 
 
-def kth_magnitude(
+def find_threshold(
     histogram: Callable[[int, int], Tensor],  # (prefix, shift) -> int64 [65536], as the operator magnitude_histogram
     element_size: int,  # bytes of a score
     k: int,
 ) -> tuple[int, int]:
-    """The bits of the k-th largest |score|, and how many equal to it belong to the first k: a radix select, 16 bits a round."""
+    """(threshold, ties): the k largest scores are those with magnitude bits above the threshold and the first `ties` equal to it.
+
+    A radix select, 16 bits a round. Where every score equal to the k-th largest is wanted, there are no ties to count.
+    """
     if k == 0:
         return (1 << (8 * element_size - 1)) - 1, 0  # no finite score has bits like these
-    prefix, remaining = 0, k
+    prefix, remaining, tied = 0, k, 0
     for shift in range(8 * element_size - 16, -1, -16):
-        from_the_top = histogram(prefix, shift).flip(0).cumsum(0)
+        counts = histogram(prefix, shift).flip(0)
+        from_the_top = counts.cumsum(0)
         position = int(torch.searchsorted(from_the_top, remaining))
-        if position > 0:
-            remaining -= int(from_the_top[position - 1])
+        tied = int(counts[position])
+        remaining -= int(from_the_top[position]) - tied
         prefix = (prefix << 16) | (0xFFFF - position)
-    return prefix, remaining
+    return (prefix - 1, 0) if remaining == tied and prefix > 0 else (prefix, remaining)
 
 
 def count_equal(score: Tensor, threshold: int) -> Tensor:
@@ -82,7 +86,7 @@ class Candidates(Columns):
         """Takes the next tensors: finite, contiguous, of `score_dtype`."""
         self.seen += sum(t.numel() for t in tensors)
         lists = [[self.scores[: self.bounds[-1]]], tensors] if self.bounds[-1] else [tensors]
-        threshold, ties = kth_magnitude(
+        threshold, ties = find_threshold(
             lambda prefix, shift: sum(torch.ops.deftx.magnitude_histogram(x, prefix, shift) for x in lists),
             self.scores.element_size(),
             min(self.k, self.seen),
@@ -107,7 +111,7 @@ def by_rounds(
     groups: Callable[[], Iterable[list[Tensor]]], k: int, dtype: torch.dtype, score_dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """As `Candidates`, of groups that can be made again: no score is kept, and each group is made 1 + itemsize / 2 times."""
-    threshold, ties = kth_magnitude(
+    threshold, ties = find_threshold(
         lambda prefix, shift: sum(torch.ops.deftx.magnitude_histogram(x, prefix, shift) for x in groups()), score_dtype.itemsize, k
     )
     columns = Columns(k, dtype, device)

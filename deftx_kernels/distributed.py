@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from deftx_kernels._checks import check_finite, check_float
 from deftx_kernels._ops import column_dtype, rows_and_columns
-from deftx_kernels._selection import count_equal, kth_magnitude
+from deftx_kernels._selection import count_equal, find_threshold
 from deftx_kernels.functional import selected_counts
 from deftx_kernels.mask import CSRMask
 
@@ -171,7 +171,7 @@ def _threshold(tensors: list[Tensor], k: int, group) -> tuple[int, int]:
         dist.all_reduce(counts, group=group)
         return counts
 
-    return kth_magnitude(histogram, tensors[0].element_size(), k)
+    return find_threshold(histogram, tensors[0].element_size(), k)
 
 
 def _tie_quotas(tensors: list[Tensor], threshold: int, ties: int, group) -> list[int]:

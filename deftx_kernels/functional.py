@@ -274,7 +274,8 @@ def select_mask(
     dtype = torch.float32
     for name in chosen:
         dtype = torch.promote_types(dtype, torch.promote_types(new[name].dtype, old[name].dtype))
-    if rank is None and energy is None and all(new[n].device == old[n].device for n in chosen):
+    denoise = rank is not None or energy is not None
+    if not denoise and all(new[n].device == old[n].device for n in chosen):
         if progress is not None:
             progress(0, len(chosen))
         crow, col, bad = torch.ops.deftx.topk_mask(
@@ -283,28 +284,44 @@ def select_mask(
         if (i := int(bad[0])) >= 0:
             name = chosen[i]
             _raise_not_finite(new[name].to(dtype) - old[name].to(dtype), f"tuned[{name!r}] - base[{name!r}]", int(bad[1]))
-        if progress is not None:
-            progress(len(chosen), len(chosen))
-        return CSRMask._trusted(chosen, shapes, crow, col)
+    else:
 
-    def difference(name: str) -> Tensor:
-        delta = new[name].to(old[name].device, dtype) - old[name].to(dtype)
-        check_finite(delta, f"tuned[{name!r}] - base[{name!r}]")
-        if (rank is None and energy is None) or delta.dim() < 2:
-            return delta
-        return svd_denoise(delta, rank=rank, energy=energy, residual_density=residual_density)
+        def difference(name: str) -> Tensor:
+            delta = new[name].to(old[name].device, dtype) - old[name].to(dtype)
+            check_finite(delta, f"tuned[{name!r}] - base[{name!r}]")
+            if not denoise or delta.dim() < 2:
+                return delta
+            return svd_denoise(delta, rank=rank, energy=energy, residual_density=residual_density)
 
-    groups = _groups(chosen, shapes)
+        device = old[chosen[0]].device
+        crow, col = _select_by_groups(difference, chosen, shapes, counts, scope, dtype, device, progress)
+    if progress is not None:
+        progress(len(chosen), len(chosen))
+    return CSRMask._trusted(chosen, shapes, crow, col)
+
+
+def _select_by_groups(
+    difference: Callable[[str], Tensor],
+    names: list[str],
+    shapes: list[torch.Size],
+    counts: list[int],
+    scope: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Tensor, Tensor]:
+    """crow_indices and col_indices of the largest differences, of which those of one group exist at a time."""
+    groups = _groups(names, shapes)
 
     def each(first: int = 0, rounds: int = 1) -> Iterator[list[Tensor]]:
-        done = first * len(chosen)
+        done = first * len(names)
         for group in groups:
             if progress is not None:
-                progress(done // rounds, len(chosen))
+                progress(done // rounds, len(names))
             yield [difference(n) for n in group]
             done += len(group)
 
-    columns, device = column_dtype(shapes), old[chosen[0]].device
+    columns = column_dtype(shapes)
     if scope != "global":
         rows = [rows_and_columns(s)[0] if scope == "row" else 1 for s in shapes]
         found = Columns(sum(n * r for n, r in zip(counts, rows)), columns, device)
@@ -312,19 +329,16 @@ def select_mask(
         for tensors in each():
             crow, col, _ = torch.ops.deftx.topk_mask(tensors, [], [next(remaining) for _ in tensors], scope)
             found.append(crow, col)
-        crow, col = found.csr()
-    elif counts[0] * (dtype.itemsize + columns.itemsize) <= 0.25 * dtype.itemsize * sum(s.numel() for s in shapes):
-        candidates = Candidates(counts[0], columns, dtype, device)
+        return found.csr()
+    [k] = counts
+    if k * (dtype.itemsize + columns.itemsize) <= 0.25 * dtype.itemsize * sum(s.numel() for s in shapes):
+        candidates = Candidates(k, columns, dtype, device)
         for tensors in each():
             candidates.add(tensors)
-        crow, col = candidates.csr()
-    else:
-        rounds = 1 + dtype.itemsize // 2
-        passes = itertools.count()
-        crow, col = by_rounds(lambda: each(next(passes), rounds), counts[0], columns, dtype, device)
-    if progress is not None:
-        progress(len(chosen), len(chosen))
-    return CSRMask._trusted(chosen, shapes, crow, col)
+        return candidates.csr()
+    rounds = 1 + dtype.itemsize // 2
+    passes = itertools.count()
+    return by_rounds(lambda: each(next(passes), rounds), k, columns, dtype, device)
 
 
 def _groups(names: list[str], shapes: list[torch.Size]) -> list[list[str]]:

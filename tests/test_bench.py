@@ -175,7 +175,7 @@ def test_rows_of_one_run_stand_side_by_side(tmp_path):
         [row(date=old, p50_ms="9"), row(date=old, provider="peer", times_ours="7"), row(date=old, provider="gone")],
         tmp_path / "topk.csv",
     )
-    harness.append([row(date=old, size="xlmr", p50_ms="5")], tmp_path / "topk.csv")
+    harness.append([row(date=old, size="xlmr", p50_ms="5", commit="earlier")], tmp_path / "topk.csv")
     harness.append([row(date=new, p50_ms="3"), row(date=new, provider="peer", times_ours="2")], tmp_path / "topk.csv")
     found = program.newest(tmp_path)
     assert {(r["size"], r["provider"], r["p50_ms"]) for r in found} == {
@@ -184,6 +184,7 @@ def test_rows_of_one_run_stand_side_by_side(tmp_path):
         ("xlmr", OURS, "5"),
     }
     text = program.table(found)
+    assert text.startswith("here, 2 threads, torch 2, 2026-01-01, 2026-01-02, commit earlier, abc:")
     assert "| topk_mask | minilm, float32, 5% | c++ | 3.00 ms | 50% | peer 2.00 |" in text
     assert "| topk_mask | xlmr, float32, 5% | c++ | 5.00 ms | 50% |  |" in text
     assert "gone" not in text

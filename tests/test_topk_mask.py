@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deftx_kernels import CSRMask, select_mask, svd_denoise, topk_mask
+from deftx_kernels._selection import Candidates, by_rounds
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = st.lists(st.sampled_from([(), (1,), (0,), (9,), (3, 5), (4, 0), (2, 3, 4)]), min_size=1, max_size=4)
@@ -175,6 +176,26 @@ def test_select_mask_with_ties_across_groups():
     mask = select_mask(tuned, base, k=37)
     assert [s["nnz"] for s in mask.summary().values()] == [16, 16, 5, 0, 0, 0]
     assert mask["t2"].to_dense()["t2"].view(-1).nonzero().view(-1).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("distinct", [1, 3, 50])
+def test_groups_with_ties(dtype, distinct):
+    """The two ways over groups of tensors, where ties lie in several tensors and groups, and k falls on, before and after them."""
+    generator = torch.Generator().manual_seed(distinct)
+    scores = [
+        torch.randint(1 - distinct, distinct, s, generator=generator).to(dtype) for s in [(5, 7), (9,), (0, 3), (4, 3, 2), (6, 6)]
+    ]
+    groups = [scores[:2], scores[2:4], scores[4:]]
+    numel = sum(t.numel() for t in scores)
+    for k in range(numel + 1):
+        want = topk_mask({str(i): t for i, t in enumerate(scores)}, k=k)
+        candidates = Candidates(k, torch.uint16, dtype, torch.device("cpu"))
+        for group in groups:
+            candidates.add(group)
+        for crow, col in (candidates.csr(), by_rounds(lambda: groups, k, torch.uint16, dtype, torch.device("cpu"))):
+            assert torch.equal(crow, want.crow_indices), k
+            assert torch.equal(col.to(torch.int32), want.col_indices.to(torch.int32)), k
 
 
 def test_select_mask_differences_are_float32_or_better():

@@ -2,12 +2,7 @@
 // length that threads work on. `to_csr` makes crow_indices and col_indices of it.
 #pragma once
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include <cstdlib>
-#include <new>
+#include <memory>
 #include <utility>
 
 #include "../stable.h"
@@ -35,37 +30,6 @@ inline int lowest_bit(uint64_t word) {  // of a word that is not 0
   return count_bits((word & (~word + 1)) - 1);
 #endif
 }
-
-// Asks for huge pages, before the memory is touched: entering 18 MB into the page table in small ones took as long as the selection
-// itself (Linux in a virtual machine).
-inline void advise_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
-// Room for n values, not initialised.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n) : data_(static_cast<T*>(std::malloc(sizeof(T) * static_cast<size_t>(n) + 1))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-    advise_huge_pages(data_, sizeof(T) * static_cast<size_t>(n));
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  void reset() { std::free(std::exchange(data_, nullptr)); }
-  T* get() const { return data_; }
-
- private:
-  T* data_;
-};
 
 struct Part {  // one tensor
   int64_t rows, columns, first_row, first_word;
@@ -104,6 +68,10 @@ inline Layout layout_of(const std::vector<Tensor>& tensors) {
   }
   layout.first_chunk.push_back(static_cast<int64_t>(layout.chunks.size()));
   return layout;
+}
+
+inline std::unique_ptr<uint64_t[]> new_bits(const Layout& layout) {  // not initialised
+  return std::unique_ptr<uint64_t[]>(new uint64_t[layout.words]);
 }
 
 // Calls work(chunk) for every chunk, in any order and on any thread.
@@ -158,7 +126,6 @@ inline std::pair<Tensor, Tensor> to_csr(const Layout& layout, const uint64_t* bi
   Tensor col = torch::stable::new_empty(like, {nnz}, layout.wide ? ScalarType::Int : ScalarType::UInt16);
   auto* rows = static_cast<int64_t*>(crow.mutable_data_ptr());
   void* columns = col.mutable_data_ptr();
-  advise_huge_pages(columns, static_cast<size_t>(nnz) * (layout.wide ? 4 : 2));
   for (size_t p = 0; p < layout.parts.size(); ++p)  // rows without columns lie in no chunk
     if (layout.parts[p].columns == 0)
       std::fill_n(rows + layout.parts[p].first_row, layout.parts[p].rows, offsets[layout.first_chunk[p]]);

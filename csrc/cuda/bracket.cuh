@@ -211,14 +211,19 @@ __device__ __noinline__ void note_bad(const Item& item, int64_t start, uint64_t 
   }
 }
 
+// Blocks for a multiprocessor: as many as the registers of its loads allow.
+template <typename Key, bool kBase>
+constexpr int kStreamBlocks = sizeof(Key) == 8 ? 2
+                              : kBase          ? 3
+                                               : 4;
+
 // Sets the bits of the keys from `from` on, and counts them. kTies: also counts the keys up to `above` in each tile; else lists
 // them.
 template <typename Key, bool kBase, bool kTies>
-__global__ void __launch_bounds__(kThreads, sizeof(Key) == 8 ? 2
-                                            : kBase ? 3
-                                                    : 4) stream_kernel(const Bits bits, Segment* segments, const Lists<Key> lists,
-                                                                       uint32_t* ties,  // [tiles]
-                                                                       WordOf<Key> infinity, Status* status) {
+__global__ void __launch_bounds__(kThreads, kStreamBlocks<Key, kBase>)
+    stream_kernel(const Bits bits, Segment* segments, const Lists<Key> lists,
+                  uint32_t* ties,  // [tiles]
+                  WordOf<Key> infinity, Status* status) {
   using Scores = Eights<Key, kBase, !kTies>;
   constexpr int kGroups = KeyOf<Key>::kGroups;
   __shared__ Held<Key> all_held[kTies ? 1 : kWarps];
