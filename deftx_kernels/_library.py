@@ -1,8 +1,8 @@
 """Loads the compiled libraries once, remembers why one is missing, and says which implementation serves each op on each device.
 
-Four implementations can serve an op: "c++" (csrc/cpu) and "cuda" (csrc/cuda), which register themselves when their library is
-loaded; "triton", registered from Python, which says so here with `register`; and "reference", plain torch, wherever none of these
-does.
+Five implementations can serve an op: "c++" (csrc/cpu) and "cuda" (csrc/cuda), which register themselves when their library is
+loaded; "triton" and "blas" (torch's own products and decompositions), registered from Python, which say so here with `register`;
+and "reference", plain torch, wherever none of these does.
 """
 
 import json
@@ -30,7 +30,7 @@ _absent: dict[str, str] = {}  # implementation -> why it serves nothing here
 class Backend(NamedTuple):
     """Which implementation serves an op on a device."""
 
-    name: str  # "c++", "cuda", "triton", "reference"; "none" where nothing does
+    name: str  # "c++", "cuda", "triton", "blas", "reference"; "none" where nothing does
     others: dict[str, str]  # every other implementation there is for this device -> why it does not serve
 
 

@@ -48,13 +48,32 @@ SCHEMAS = {
     "magnitude_histogram": "(Tensor[] scores, int prefix, int shift) -> Tensor",
     # The mask of the scores whose bits are above `threshold` and of each tensor's first ties[i] whose bits equal it.
     "threshold_mask": "(Tensor[] scores, int threshold, int[] ties) -> (Tensor crow_indices, Tensor col_indices)",
-    # a [..., m, n], test_matrix [..., n, l] with rank <= l <= min(m, n), or None for the exact decomposition.
+    # a [..., m, n], test_matrix [min(m, n), l] with rank <= l <= min(m, n), or None for the exact decomposition.
     "truncated_svd": "(Tensor a, int rank, int n_iter, Tensor? test_matrix) -> (Tensor U, Tensor S, Tensor Vh)",
-    # delta [b, m, n]; rule "rank" (reads rank), "energy" (reads energy) or "gavish-donoho".
-    # Returns (denoised [b, m, n], rank int64 [b], captured energy float64 [b]).
-    "svd_denoise": (
-        "(Tensor delta, str rule, int rank, float energy, float residual_density, int n_iter, Tensor? test_matrix)"
-        " -> (Tensor denoised, Tensor rank, Tensor energy)"
+    # out[i] = L + prune(H) of matrices[i] [m, n]: all of one shape, all float32 or all float64; they may be the matrices themselves.
+    # The rank of L is `rank`, or the smallest that holds the share `energy` of the sum of squares, or the number of singular values
+    # above `median` times their median: two of the three are 0. test_matrix [min(m, n), l] as above, with `rank` only.
+    # totals float64: the matrices' sums of squares, finite.
+    # Returns of each matrix: rank int64, captured energy float64, |matrix - out| / |matrix| float64.
+    "svd_denoise_": (
+        "(Tensor[] matrices, Tensor(a!)[] out, Tensor totals, int rank, float energy, float median, float residual_density,"
+        " int n_iter, Tensor? test_matrix) -> (Tensor rank, Tensor energy, Tensor residual)"
+    ),
+    # Eigenvalues, ascending, and eigenvectors (columns) of symmetric matrices [b, n, n].
+    "eigh": "(Tensor matrices) -> (Tensor eigenvalues, Tensor eigenvectors)",
+    # The last step of denoising, of matrices delta [b, m, n] whose low-rank parts L = left @ right.mT are given as factors
+    # left [b, m, r] and right [b, n, r], all float32 or all float64; H = delta - L. An entry of H is kept where its magnitude bits
+    # are above cut[i, 0], or equal to it at a flat index (within the matrix) below cut[i, 1]; there the denoised entry is delta's
+    # own, elsewhere L's. Nothing but the results is written to memory.
+    # The cut that keeps the `keep` largest entries of each H, of equal ones the first: int64 [b, 2].
+    "residual_cut": "(Tensor delta, Tensor left, Tensor right, int keep) -> Tensor",
+    # L + prune(H) [b, m, n].
+    "low_rank_denoised": "(Tensor delta, Tensor left, Tensor right, Tensor cut) -> Tensor",
+    # magnitude_histogram and threshold_mask (of b tensors [m, n]) of L + prune(H).
+    "low_rank_histogram": "(Tensor delta, Tensor left, Tensor right, Tensor cut, int prefix, int shift) -> Tensor",
+    "low_rank_mask": (
+        "(Tensor delta, Tensor left, Tensor right, Tensor cut, int threshold, int[] ties)"
+        " -> (Tensor crow_indices, Tensor col_indices)"
     ),
     # One AdamW step at the masked entries. grads: the dense gradients, or one compact tensor where compact_grads.
     # exp_avg, exp_avg_sq, values, decay_to: compact, float32 (float64 for float64 params); decay_to may have the params' dtype.
@@ -154,10 +173,35 @@ def _(a, rank, n_iter, test_matrix):
     return a.new_empty(*batch, m, rank), a.new_empty(*batch, rank), a.new_empty(*batch, rank, n)
 
 
-@_fake("svd_denoise")
-def _(delta, rule, rank, energy, residual_density, n_iter, test_matrix):
-    batch = delta.shape[0]
-    return torch.empty_like(delta), delta.new_empty(batch, dtype=torch.int64), delta.new_empty(batch, dtype=torch.float64)
+@_fake("svd_denoise_")
+def _(matrices, out, totals, rank, energy, median, residual_density, n_iter, test_matrix):
+    return torch.empty_like(totals, dtype=torch.int64), torch.empty_like(totals), torch.empty_like(totals)
+
+
+@_fake("eigh")
+def _(matrices):
+    return matrices.new_empty(matrices.shape[:-1]), torch.empty_like(matrices).mT
+
+
+@_fake("residual_cut")
+def _(delta, left, right, keep):
+    return delta.new_empty(delta.shape[0], 2, dtype=torch.int64)
+
+
+@_fake("low_rank_denoised")
+def _(delta, left, right, cut):
+    return torch.empty_like(delta)
+
+
+@_fake("low_rank_histogram")
+def _(delta, left, right, cut, prefix, shift):
+    return delta.new_empty(1 << 16, dtype=torch.int64)
+
+
+@_fake("low_rank_mask")
+def _(delta, left, right, cut, threshold, ties):
+    batch, rows, _ = delta.shape
+    return _data_dependent(delta, batch * rows, column_dtype([delta.shape[1:]]))
 
 
 @_fake("sparse_adamw_")

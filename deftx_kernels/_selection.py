@@ -4,10 +4,13 @@ Everything here is made of two operators: magnitude_histogram, whose counts can 
 threshold_mask.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from deftx_kernels._ops import column_dtype, rows_and_columns
 
 
 def find_threshold(
@@ -119,3 +122,61 @@ def by_rounds(
         crow, col, ties = take(tensors, threshold, ties)
         columns.append(crow, col)
     return columns.csr()
+
+
+def select_by_groups(
+    scores: Callable[[Sequence[str]], list[Tensor]],
+    names: list[str],
+    shapes: list[torch.Size],
+    counts: list[int],
+    scope: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Tensor, Tensor]:
+    """crow_indices and col_indices of the largest scores, of which those of one group of tensors exist at a time.
+
+    `scores(names)` makes those of a group, finite and contiguous, of `dtype`; it may be called several times for a group.
+    """
+    groups = _groups(names, shapes)
+
+    def each(first: int = 0, rounds: int = 1) -> Iterator[list[Tensor]]:
+        done = first * len(names)
+        for group in groups:
+            if progress is not None:
+                progress(done // rounds, len(names))
+            yield scores(group)
+            done += len(group)
+
+    columns = column_dtype(shapes)
+    if scope != "global":
+        rows = [rows_and_columns(s)[0] if scope == "row" else 1 for s in shapes]
+        found = Columns(sum(n * r for n, r in zip(counts, rows)), columns, device)
+        remaining = iter(counts)
+        for tensors in each():
+            crow, col, _ = torch.ops.deftx.topk_mask(tensors, [], [next(remaining) for _ in tensors], scope)
+            found.append(crow, col)
+        return found.csr()
+    [k] = counts
+    if k * (dtype.itemsize + columns.itemsize) <= 0.25 * dtype.itemsize * sum(s.numel() for s in shapes):
+        candidates = Candidates(k, columns, dtype, device)
+        for tensors in each():
+            candidates.add(tensors)
+        return candidates.csr()
+    rounds = 1 + dtype.itemsize // 2
+    passes = itertools.count()
+    return by_rounds(lambda: each(next(passes), rounds), k, columns, dtype, device)
+
+
+def _groups(names: list[str], shapes: list[torch.Size]) -> list[list[str]]:
+    """The names in order, cut into groups of at most as many elements as the largest tensor has."""
+    limit = max(s.numel() for s in shapes)
+    groups: list[list[str]] = []
+    room = 0
+    for name, shape in zip(names, shapes):
+        if not groups or shape.numel() > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= shape.numel()
+    return groups

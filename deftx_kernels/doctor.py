@@ -1,5 +1,6 @@
 """`deftx doctor`: every operator on every implementation present, checked against its float64 oracle, with its speed."""
 
+import functools
 import platform
 import statistics
 import time
@@ -78,7 +79,9 @@ _TOLERANCE = 1e-5
 
 
 def _moved(argument: Any, device: str, dtype: torch.dtype | None = None) -> Any:
-    """A copy on the device, floating tensors in the dtype."""
+    """A copy on the device, floating tensors in the dtype; a function gives the argument that belongs to a dtype."""
+    if callable(argument):
+        return _moved(argument(dtype or torch.float32), device)
     if isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
         return [_moved(a, device, dtype) for a in argument]
     if isinstance(argument, Tensor):
@@ -93,6 +96,14 @@ def _outputs(op: str, function: Callable, arguments: list[Any]) -> list[Tensor]:
     if op == "truncated_svd":  # singular vectors have free signs: the product is what is determined
         U, S, Vh = returned
         return [(U * S[..., None, :]) @ Vh, S]
+    if op == "eigh":
+        values, vectors = returned
+        return [values, (vectors * values[..., None, :]) @ vectors.mT]
+    if op == "residual_cut":  # bits are those of a dtype, and several ends of the ties keep the same entries
+        dtype = arguments[0].dtype
+        return [returned[0][:, 0].to({4: torch.int32, 8: torch.int64}[dtype.itemsize]).view(dtype)]
+    if op == "low_rank_histogram":  # which bin a magnitude has depends on the dtype
+        return [returned[0][returned[0] > 0]]
     if op.endswith("_"):
         for argument in arguments:
             returned += argument if isinstance(argument, list) else [argument] if isinstance(argument, Tensor) else []
@@ -175,6 +186,29 @@ def _matrices() -> Tensor:
     return left @ right + 0.01 * torch.randn(2, 256, 384, generator=generator)
 
 
+def _bits(magnitude: float, dtype: torch.dtype) -> int:
+    return int(reference.magnitude_bits(torch.tensor([magnitude], dtype=dtype)))
+
+
+def _cut(dtype: torch.dtype) -> Tensor:
+    """Keeps the residuals above 1 of both matrices of `_factors`, and the first of those that are 1."""
+    return torch.tensor([[_bits(1, dtype), 0], [_bits(1, dtype), 40_000]])
+
+
+def _factors(*more: Any) -> list[Any]:
+    """Factors of -1, 0 and 1, and their product with a few multiples of 1/4 added: exact in every dtype and order of summation."""
+    generator = torch.Generator().manual_seed(5)
+    left, right = (torch.randint(-1, 2, (2, s, 6), generator=generator).float() for s in (512, 1024))
+    noise = torch.tensor([0, 0.25, -0.25, 1, 4])[torch.randint(0, 5, (2, 512, 1024), generator=generator)]
+    return [left @ right.mT + noise, left, right, *more]
+
+
+def _denoise_case() -> list[Any]:
+    matrices = list(_matrices())
+    totals = torch.stack([w.double().square().sum() for w in matrices])
+    return [matrices, [torch.empty_like(w) for w in matrices], totals, 0, 0.9, 0.0, 0.01, 2, None]
+
+
 _CASES: dict[str, Callable[[], list[Any]]] = {
     "csr_gather": lambda: _csr_case(values=False),
     "csr_scatter_": _csr_case,
@@ -185,8 +219,13 @@ _CASES: dict[str, Callable[[], list[Any]]] = {
     # Bits are those of a dtype, so these two have float64 scores from the start.
     "magnitude_histogram": lambda: [[t.double() for t in _tensors()], 0, 48],
     "threshold_mask": lambda: [[t.double() for t in _tensors()], 0x4000 << 48, [0] * 4],  # above 2
-    "truncated_svd": lambda: [_matrices(), 8, 2, torch.randn(2, 384, 24, generator=torch.Generator().manual_seed(4))],
-    "svd_denoise": lambda: [_matrices(), "energy", 0, 0.9, 0.01, 2, None],
+    "truncated_svd": lambda: [_matrices(), 8, 2, torch.randn(256, 24, generator=torch.Generator().manual_seed(4))],
+    "svd_denoise_": _denoise_case,
+    "eigh": lambda: [_matrices() @ _matrices().mT],
+    "residual_cut": lambda: _factors(250_000),
+    "low_rank_denoised": lambda: _factors(_cut),
+    "low_rank_histogram": lambda: _factors(_cut, 0, lambda dtype: 8 * dtype.itemsize - 16),
+    "low_rank_mask": lambda: _factors(_cut, functools.partial(_bits, 6), [1000, 0]),
     "sparse_adamw_": _adamw_case,
     "masked_linear_grad": _linear_case,
     "masked_embedding_grad": _embedding_case,

@@ -1,8 +1,7 @@
 """The stateless public operations: arguments are checked here, once; the work is done by `torch.ops.deftx`."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -11,7 +10,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from deftx_kernels._checks import (
-    GAVISH_DONOHO,
     check_devices,
     check_finite,
     check_float,
@@ -19,12 +17,11 @@ from deftx_kernels._checks import (
     check_int,
     check_masked,
     check_matrix,
-    check_rule,
     is_number,
     scalar,
 )
-from deftx_kernels._ops import column_dtype, rows_and_columns
-from deftx_kernels._selection import Candidates, Columns, by_rounds
+from deftx_kernels._denoising import check_rule, compute_dtype, denoise, random_test_matrix
+from deftx_kernels._selection import select_by_groups
 from deftx_kernels.mask import CSRMask
 
 SCOPES = ("global", "tensor", "row")
@@ -62,8 +59,10 @@ def truncated_svd(
     """
     check_matrix(a, "a")
     check_int(rank, "rank", 1)
+    check_int(oversample, "oversample", 0)
+    check_int(n_iter, "n_iter", 0)
     r = min(rank, *a.shape[-2:])
-    test_matrix = _test_matrix(a, r, oversample, n_iter, generator)
+    test_matrix = random_test_matrix(a.shape, r, oversample, generator, compute_dtype(a.dtype), a.device) if a.numel() else None
     return torch.ops.deftx.truncated_svd(a.detach().contiguous(), r, n_iter, test_matrix)
 
 
@@ -77,8 +76,15 @@ def svd_denoise(
     oversample: int = 16,
     n_iter: int = 2,
     generator: torch.Generator | None = None,
+    batch_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """L + prune(H) for each matrix: L its truncated SVD, H = delta - L (DeFT-X, Simon & Jyothi, arXiv 2505.15090).
+
+    Matrices of one shape are worked on together. With an int rank, L is that of `truncated_svd`: its residual is within 1.02 times
+    that of the best rank-r matrix. Otherwise, and where the rank is a large share of min(m, n), L comes from the eigenvectors of the
+    Gram matrix of the short side, within a relative error of 5e-5 of the exact truncation, and the rank is that of exact arithmetic:
+    matrices for which float32 cannot promise this are done in float64. float16 and bfloat16 are computed in float32.
 
     Args:
         delta: a tensor [..., m, n] (a batch of matrices), a mapping or a sequence of such tensors. Tensors of fewer than two
@@ -86,9 +92,13 @@ def svd_denoise(
         rank: the rank of L, or "gavish-donoho" for the optimal hard threshold of unknown noise (Gavish & Donoho 2014).
         energy: or: the smallest rank whose singular values hold this share of the sum of squares, 0 < energy <= 1.
         residual_density: the fraction of H's entries kept, the largest of each matrix. 1 gives `delta` back bit for bit.
-        return_info: also return, per tensor, {"rank": int64 [...], "energy": float64 [...]}: the rank of L and the share of the
-            sum of squares that it holds.
+        return_info: also return, per tensor, {"rank": int64 [...], "energy": float64 [...], "residual": float64 [...]}: the rank of
+            L, the share of the sum of squares that L holds, and |delta - result| / |delta| (Frobenius norms; 0 where delta is 0).
         oversample, n_iter, generator: as in `truncated_svd`; used with an int `rank`.
+        batch_bytes: memory for the matrices that are worked on together, beside arguments and result; one matrix at a time where
+            that is not enough for two. By default 8 MiB (16 MiB without a test matrix) for
+            each thread on the CPU, and a quarter of the free memory of a GPU.
+        progress: called with (matrices done, matrices in all).
 
     Returns:
         The same structure, shapes and dtypes as `delta`; with `return_info` a pair (result, info) of that structure, where info
@@ -98,62 +108,37 @@ def svd_denoise(
         ValueError: not exactly one of rank and energy, a value out of range, a NaN or infinite entry (the tensor is named).
         TypeError: something is not a floating-point tensor.
     """
-    check_rule(rank, energy, residual_density)
-
-    def one(tensor: Tensor, name: str) -> tuple[Tensor, dict[str, Tensor] | None]:
-        check_matrix(tensor, name, min_dim=0)
-        if tensor.dim() < 2 or (residual_density == 1 and not return_info):  # L + H is delta itself
-            return tensor.detach().clone(), None
-        return _denoise_one(tensor.detach(), rank, energy, residual_density, oversample, n_iter, generator)
-
-    result: Any
-    info: Any
+    rule = check_rule(rank, energy, residual_density, oversample, n_iter, generator, batch_bytes)
+    tensors: dict[Any, Tensor]
     if isinstance(delta, Tensor):
-        result, info = one(delta, "delta")
+        tensors, labels = {0: delta}, ["delta"]
     elif isinstance(delta, Mapping):
-        pairs = {n: one(t, f"delta[{n!r}]") for n, t in delta.items()}
-        result, info = {n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()}
+        tensors, labels = dict(delta), [f"delta[{n!r}]" for n in delta]
     elif isinstance(delta, Sequence) and not isinstance(delta, str):
-        listed = [one(t, f"delta[{i}]") for i, t in enumerate(delta)]
-        kind = tuple if isinstance(delta, tuple) else list
-        result, info = kind(p[0] for p in listed), kind(p[1] for p in listed)
+        tensors, labels = dict(enumerate(delta)), [f"delta[{i}]" for i in range(len(delta))]
     else:
         raise TypeError(f"delta must be a tensor, a mapping or a sequence of tensors, got {type(delta).__name__}")
+    for tensor, label in zip(tensors.values(), labels):
+        check_float(tensor, label)
+    tensors = {n: t.detach() for n, t in tensors.items()}
+    matrices = {n: t for n, t in tensors.items() if t.dim() >= 2}
+    results: dict[Any, Tensor] = {}
+    infos: dict[Any, dict[str, Tensor] | None] = dict.fromkeys(tensors)
+    for (name, tensor), label in zip(tensors.items(), labels):
+        written = name in matrices and residual_density < 1
+        if not written:
+            check_finite(tensor, label)
+        results[name] = (torch.empty_like if written else torch.clone)(tensor, memory_format=torch.contiguous_format)
+    if residual_density < 1 or return_info:
+        infos |= denoise(matrices, results, dict(zip(tensors, labels)), rule, progress)
+    if isinstance(delta, Tensor):
+        result, info = results[0], infos[0]
+    elif isinstance(delta, Mapping):
+        result, info = results, infos
+    else:
+        kind = tuple if isinstance(delta, tuple) else list
+        result, info = kind(results.values()), kind(infos.values())
     return (result, info) if return_info else result
-
-
-def _denoise_one(tensor, rank, energy, residual_density, oversample, n_iter, generator) -> tuple[Tensor, dict[str, Tensor]]:
-    if tensor.numel() == 0:
-        batch = tensor.new_zeros(tensor.shape[:-2], dtype=torch.int64)
-        return tensor.clone(), {"rank": batch, "energy": torch.ones_like(batch, dtype=torch.float64)}
-    batch = tensor.reshape(-1, *tensor.shape[-2:]).contiguous()
-    rule, fixed, test_matrix = "energy", 0, None
-    if rank == GAVISH_DONOHO:
-        rule = GAVISH_DONOHO
-    elif rank is not None:
-        rule, fixed = "rank", min(rank, *batch.shape[-2:])
-        test_matrix = _test_matrix(batch, fixed, oversample, n_iter, generator)
-    # Keeping all of H is no denoising: the differences stay what they are, and only the information is computed.
-    density = 0.0 if residual_density == 1 else float(residual_density)
-    result, ranks, energies = torch.ops.deftx.svd_denoise(batch, rule, fixed, float(energy or 0), density, n_iter, test_matrix)
-    if residual_density == 1:
-        result = batch.clone()
-    shape = tensor.shape[:-2]
-    return result.view(tensor.shape), {"rank": ranks.view(shape), "energy": energies.view(shape)}
-
-
-def _test_matrix(a: Tensor, rank: int, oversample: int, n_iter: int, generator: torch.Generator | None) -> Tensor | None:
-    """Gaussian [..., n, rank + oversample], or None where the exact decomposition is the better way."""
-    check_int(oversample, "oversample", 0)
-    check_int(n_iter, "n_iter", 0)
-    columns = rank + oversample
-    if 2 * columns >= min(a.shape[-2:]):
-        return None
-    if generator is None:
-        generator = torch.Generator(device=a.device).manual_seed(0)
-    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    shape = (*a.shape[:-2], a.shape[-1], columns)
-    return torch.randn(shape, dtype=dtype, device=generator.device, generator=generator).to(a.device)
 
 
 # ---- selection ----------------------------------------------------------------------------------------------------------
@@ -241,8 +226,10 @@ def select_mask(
     residual_density: float = 0.0,
     scope: str = "global",
     names: Iterable[str] | None = None,
+    denoise_names: Iterable[str] | None = None,
+    return_info: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> CSRMask:
+) -> Any:
     """The entries in which `tuned` differs most from `base`: DeFT-X with a rank or an energy, LT-SFT (Ansell et al. 2022) without.
 
     The differences are taken in float32 (float64 where one tensor is), denoised by `svd_denoise` and selected by `topk_mask`.
@@ -257,25 +244,28 @@ def select_mask(
         k, density, scope: as in `topk_mask`.
         rank, energy, residual_density: as in `svd_denoise`; neither rank nor energy: no denoising.
         names: the tensors to choose from; by default all floating-point ones of `base`.
+        denoise_names: those of them to denoise; by default all of two or more dimensions.
+        return_info: also return what denoising found, as `svd_denoise` does: a pair (mask, {name: info, or None}).
         progress: called with (tensors done, tensors in all).
 
     Raises:
         ValueError: as `topk_mask` and `svd_denoise`; also a tensor that is missing in `tuned` or has another shape there.
     """
-    if rank is not None or energy is not None:
-        check_rule(rank, energy, residual_density)
-    elif residual_density != 0:
-        raise ValueError(f"residual_density = {residual_density} needs a rank or an energy")
+    rule = check_rule(rank, energy, residual_density) if rank is not None or energy is not None else None
+    if rule is None and (residual_density != 0 or denoise_names is not None):
+        given = "denoise_names" if residual_density == 0 else f"residual_density = {residual_density}"
+        raise ValueError(f"{given} needs a rank or an energy")
     new, old = named_tensors(tuned, "tuned"), named_tensors(base, "base")
     chosen = _chosen_names(new, old, names)
+    noisy = _noisy_names(chosen, old, denoise_names) if rule is not None else set()
     shapes = [old[n].shape for n in chosen]
     CSRMask.check_layout(chosen, shapes)
     counts = selected_counts(chosen, shapes, k, density, scope)
     dtype = torch.float32
     for name in chosen:
         dtype = torch.promote_types(dtype, torch.promote_types(new[name].dtype, old[name].dtype))
-    denoise = rank is not None or energy is not None
-    if not denoise and all(new[n].device == old[n].device for n in chosen):
+    infos: dict[str, dict[str, Tensor] | None] = dict.fromkeys(chosen)
+    if not noisy and all(new[n].device == old[n].device for n in chosen):
         if progress is not None:
             progress(0, len(chosen))
         crow, col, bad = torch.ops.deftx.topk_mask(
@@ -286,73 +276,38 @@ def select_mask(
             _raise_not_finite(new[name].to(dtype) - old[name].to(dtype), f"tuned[{name!r}] - base[{name!r}]", int(bad[1]))
     else:
 
-        def difference(name: str) -> Tensor:
-            delta = new[name].to(old[name].device, dtype) - old[name].to(dtype)
-            check_finite(delta, f"tuned[{name!r}] - base[{name!r}]")
-            if not denoise or delta.dim() < 2:
-                return delta
-            return svd_denoise(delta, rank=rank, energy=energy, residual_density=residual_density)
+        labels = {n: f"tuned[{n!r}] - base[{n!r}]" for n in chosen}
+
+        def scores(group: Sequence[str]) -> list[Tensor]:
+            found: dict[str, Tensor] = {}
+            for name in group:
+                found[name] = (new[name].to(old[name].device, dtype) - old[name].to(dtype)).contiguous()
+                if name not in noisy:
+                    check_finite(found[name], labels[name])
+            if rule is not None and (rule.residual_density < 1 or return_info):
+                matrices = {n: found[n] for n in group if n in noisy}
+                infos.update(denoise(matrices, matrices, labels, rule))
+            return list(found.values())
 
         device = old[chosen[0]].device
-        crow, col = _select_by_groups(difference, chosen, shapes, counts, scope, dtype, device, progress)
+        crow, col = select_by_groups(scores, chosen, shapes, counts, scope, dtype, device, progress)
     if progress is not None:
         progress(len(chosen), len(chosen))
-    return CSRMask._trusted(chosen, shapes, crow, col)
+    mask = CSRMask._trusted(chosen, shapes, crow, col)
+    return (mask, infos) if return_info else mask
 
 
-def _select_by_groups(
-    difference: Callable[[str], Tensor],
-    names: list[str],
-    shapes: list[torch.Size],
-    counts: list[int],
-    scope: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[Tensor, Tensor]:
-    """crow_indices and col_indices of the largest differences, of which those of one group exist at a time."""
-    groups = _groups(names, shapes)
-
-    def each(first: int = 0, rounds: int = 1) -> Iterator[list[Tensor]]:
-        done = first * len(names)
-        for group in groups:
-            if progress is not None:
-                progress(done // rounds, len(names))
-            yield [difference(n) for n in group]
-            done += len(group)
-
-    columns = column_dtype(shapes)
-    if scope != "global":
-        rows = [rows_and_columns(s)[0] if scope == "row" else 1 for s in shapes]
-        found = Columns(sum(n * r for n, r in zip(counts, rows)), columns, device)
-        remaining = iter(counts)
-        for tensors in each():
-            crow, col, _ = torch.ops.deftx.topk_mask(tensors, [], [next(remaining) for _ in tensors], scope)
-            found.append(crow, col)
-        return found.csr()
-    [k] = counts
-    if k * (dtype.itemsize + columns.itemsize) <= 0.25 * dtype.itemsize * sum(s.numel() for s in shapes):
-        candidates = Candidates(k, columns, dtype, device)
-        for tensors in each():
-            candidates.add(tensors)
-        return candidates.csr()
-    rounds = 1 + dtype.itemsize // 2
-    passes = itertools.count()
-    return by_rounds(lambda: each(next(passes), rounds), k, columns, dtype, device)
-
-
-def _groups(names: list[str], shapes: list[torch.Size]) -> list[list[str]]:
-    """The names in order, cut into groups of at most as many elements as the largest tensor has."""
-    limit = max(s.numel() for s in shapes)
-    groups: list[list[str]] = []
-    room = 0
-    for name, shape in zip(names, shapes):
-        if not groups or shape.numel() > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(name)
-        room -= shape.numel()
-    return groups
+def _noisy_names(chosen: list[str], old: Mapping[str, Tensor], names: Iterable[str] | None) -> set[str]:
+    """Which of the chosen tensors are to be denoised."""
+    matrices = {n for n in chosen if old[n].dim() >= 2}
+    if names is None:
+        return matrices
+    if isinstance(names, str):
+        raise TypeError("denoise_names must be an iterable of names, got one string")
+    wanted = set(names)
+    if unknown := sorted(wanted.difference(chosen)):
+        raise ValueError(f"denoise_names holds {unknown[0]!r}, which is not among the tensors to choose from")
+    return matrices & wanted
 
 
 def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: Iterable[str] | None) -> list[str]:

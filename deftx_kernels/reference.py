@@ -213,103 +213,102 @@ def topk_mask(scores: Sequence[Tensor], base: Sequence[Tensor], k: Sequence[int]
 
 
 def truncated_svd(a: Tensor, rank: int, n_iter: int, test_matrix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact without a test matrix; else randomised subspace iteration (Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1)."""
-    work = a.to(_compute_dtype(a.dtype))
-    if test_matrix is None:
-        U, S, Vh = torch.linalg.svd(work, full_matrices=False)
-    else:
-        Q = torch.linalg.qr(work @ test_matrix.to(work.dtype)).Q
-        for _ in range(n_iter):
-            Q = torch.linalg.qr(work.mT @ Q).Q
-            Q = torch.linalg.qr(work @ Q).Q
-        U, S, Vh = torch.linalg.svd(Q.mT @ work, full_matrices=False)
-        U = Q @ U
-    return tuple(x.to(a.dtype).contiguous() for x in (U[..., :rank], S[..., :rank], Vh[..., :rank, :]))
+    U, S, Vh = torch.linalg.svd(a.to(_compute_dtype(a.dtype)), full_matrices=False)
+    U, S, Vh = (x.to(a.dtype).contiguous() for x in (U[..., :rank], S[..., :rank], Vh[..., :rank, :]))
+    return U, S, Vh
 
 
-def _gram_spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared singular values, descending, and the singular vectors of the matrix's short side, both float64."""
-    m, n = matrix.shape
-    short = matrix if n <= m else matrix.mT
-    gram = torch.zeros(min(m, n), min(m, n), dtype=torch.float64, device=matrix.device)
-    for chunk in short.split(max(1, _CHUNK // (4 * max(1, min(m, n))))):
-        chunk = chunk.to(torch.float64)
-        gram.addmm_(chunk.mT, chunk)
-    squares, vectors = torch.linalg.eigh(gram)
-    squares, vectors = squares.flip(0), vectors.flip(1)
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.linalg.eigh(matrices)
+
+
+def _rank(S: Tensor, rank: int, energy: float, median: float) -> int:
+    """By the rule of svd_denoise_, from all singular values, descending."""
+    if rank:
+        return min(rank, len(S))
     # Below the rounding of the largest one nothing is known: count it as zero.
-    noise = squares[0] * len(squares) * torch.finfo(torch.float64).eps
-    return torch.where(squares > noise, squares, 0.0), vectors
+    S = torch.where(S > S[0] * len(S) * torch.finfo(S.dtype).eps, S, 0.0).to(torch.float64)
+    if energy:
+        sums = S.square().cumsum(0)
+        return int(torch.searchsorted(sums, energy * sums[-1])) + 1 if sums[-1] else 0
+    return int((S > median * torch.quantile(S, 0.5)).sum())
 
 
-def _marchenko_pastur_median(beta: float) -> float:
-    """The median of the Marchenko-Pastur law of aspect ratio beta, by bisection on its distribution function."""
-    lower, upper = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
-    # t = lower + (upper - lower) sin^2(u) takes the square-root ends out of the integrand.
-    u = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
-    s2, c2 = torch.sin(u) ** 2, torch.cos(u) ** 2
-    t = lower + (upper - lower) * s2
-    density = (upper - lower) ** 2 * s2 * c2 / (math.pi * beta * t)
-    density[0] = density[1] if lower == 0 else density[0]
-    mass = torch.cumulative_trapezoid(density, u)
-    return float(t[1:][torch.searchsorted(mass, mass[-1] / 2)])
-
-
-def _gavish_donoho_rank(squares: Tensor, m: int, n: int) -> int:
-    """Singular values above the optimal hard threshold of unknown noise (Gavish & Donoho 2014, eqs. 11 and 4)."""
-    beta = min(m, n) / max(m, n)
-    threshold = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
-    singular = squares.sqrt()
-    # Their mu_beta is the median of the law of squared singular values, so its root stands beside a median of singular values.
-    cut = threshold / math.sqrt(_marchenko_pastur_median(beta)) * torch.quantile(singular, 0.5)
-    return int((singular > cut).sum())
-
-
-def _low_rank(w: Tensor, rule: str, rank: int, energy: float, n_iter: int, test_matrix: Tensor | None) -> tuple[Tensor, int, float]:
-    """The low-rank part of one matrix by the rule, its rank and the share of the energy (sum of squares) that it holds."""
-    total = float(torch.linalg.vector_norm(w, dtype=torch.float64)) ** 2
-    if rule == "rank":
-        U, S, Vh = truncated_svd(w, rank, n_iter, test_matrix)
-        kept = float(S.to(torch.float64).square().sum())
-        return (U * S) @ Vh, rank, kept / total if total else 1.0
-    squares, vectors = _gram_spectrum(w)
-    if rule == "energy":
-        sums = squares.cumsum(0)
-        r = int(torch.searchsorted(sums, energy * sums[-1])) + 1 if total else 0
-    else:
-        r = _gavish_donoho_rank(squares, *w.shape)
-    basis = vectors[:, :r].to(w.dtype)
-    low = (w @ basis) @ basis.mT if w.shape[1] <= w.shape[0] else basis @ (basis.mT @ w)
-    return low, r, float(squares[:r].sum() / squares.sum()) if total else 1.0
-
-
-def svd_denoise(
-    delta: Tensor,  # [b, m, n]
-    rule: str,
+def svd_denoise_(
+    matrices: Sequence[Tensor],  # each [m, n]
+    out: Sequence[Tensor],
+    totals: Tensor,
     rank: int,
     energy: float,
+    median: float,
     residual_density: float,
     n_iter: int,
-    test_matrix: Tensor | None,  # [b, n, l]
+    test_matrix: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    denoised = torch.empty_like(delta)
-    ranks, energies = [], []
-    for i, matrix in enumerate(delta):
-        w = matrix.to(_compute_dtype(delta.dtype))
-        low, r, captured = _low_rank(w, rule, rank, energy, n_iter, None if test_matrix is None else test_matrix[i])
+    ranks, energies, residuals = [], [], []
+    for w, target in zip(matrices, out):
+        U, S, Vh = torch.linalg.svd(w, full_matrices=False)
+        r = _rank(S, rank, energy, median)
+        denoised = (U[:, :r] * S[:r]) @ Vh[:r]
         keep = round(residual_density * w.numel())
         if keep:
-            residual = (w - low).contiguous()
+            residual = (w - denoised).contiguous()
             index, _ = take(residual, *kth_magnitude(functools.partial(iter, [residual]), keep))
-            low.view(-1)[index] = w.reshape(-1)[index]  # L + H where H is kept
-        denoised[i] = low.to(delta.dtype)
+            denoised.view(-1)[index] = w.reshape(-1)[index]  # L + H where H is kept
+        squares, total = S.to(torch.float64).square(), torch.linalg.vector_norm(w, dtype=torch.float64)
         ranks.append(r)
-        energies.append(captured)
+        energies.append(float(squares[:r].sum() / squares.sum()) if total else 1.0)
+        residuals.append(float(torch.linalg.vector_norm(w - denoised, dtype=torch.float64) / total) if total else 0.0)
+        target.copy_(denoised)
+    device = matrices[0].device
     return (
-        denoised,
-        torch.tensor(ranks, dtype=torch.int64, device=delta.device),
-        torch.tensor(energies, dtype=torch.float64, device=delta.device),
+        torch.tensor(ranks, dtype=torch.int64, device=device),
+        torch.tensor(energies, dtype=torch.float64, device=device),
+        torch.tensor(residuals, dtype=torch.float64, device=device),
     )
+
+
+# ---- L + prune(H) from factors ------------------------------------------------------------------------------------------
+
+
+def _residual(delta: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """L and H of one matrix."""
+    low = left @ right.mT
+    return low, (delta - low).contiguous()
+
+
+def residual_cut(delta: Tensor, left: Tensor, right: Tensor, keep: int) -> Tensor:
+    cuts = []
+    for d, u, v in zip(delta, left, right):
+        if keep == 0:
+            cuts.append([infinity_bits(delta.dtype), 0])
+            continue
+        _, residual = _residual(d, u, v)
+        threshold, ties = kth_magnitude(functools.partial(iter, [residual]), keep)
+        tied = (magnitude_bits(residual).view(-1) == threshold).nonzero().view(-1)
+        cuts.append([threshold, int(tied[ties - 1]) + 1])
+    return torch.tensor(cuts, dtype=torch.int64, device=delta.device).view(-1, 2)
+
+
+def low_rank_denoised(delta: Tensor, left: Tensor, right: Tensor, cut: Tensor) -> Tensor:
+    denoised = torch.empty_like(delta)
+    for i, (d, u, v) in enumerate(zip(delta, left, right)):
+        low, residual = _residual(d, u, v)
+        bits = magnitude_bits(residual)
+        index = torch.arange(bits.numel(), device=bits.device).view(bits.shape)
+        threshold, end = cut[i].tolist()
+        denoised[i] = torch.where((bits > threshold) | (bits == threshold) & (index < end), d, low)
+    return denoised
+
+
+def low_rank_histogram(delta: Tensor, left: Tensor, right: Tensor, cut: Tensor, prefix: int, shift: int) -> Tensor:
+    return magnitude_histogram([low_rank_denoised(delta, left, right, cut)], prefix, shift)
+
+
+def low_rank_mask(
+    delta: Tensor, left: Tensor, right: Tensor, cut: Tensor, threshold: int, ties: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    return threshold_mask(list(low_rank_denoised(delta, left, right, cut)), threshold, ties)
 
 
 # ---- AdamW --------------------------------------------------------------------------------------------------------------

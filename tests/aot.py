@@ -12,6 +12,7 @@ constant over a vector. Parameters and dense gradients are gathered, neighbourin
 import argparse
 import functools
 import importlib
+import itertools
 import os
 import re
 import shutil
@@ -44,7 +45,8 @@ class Variant(NamedTuple):
     module: str
     kernel: str
     name: str
-    # Parameter -> a Triton type ("*fp32": a pointer divisible by 16; "i64") or a compile-time constant (anything that is no str).
+    # Parameter -> a Triton type ("*fp32": a pointer divisible by 16; "i64"; "i32:16": a multiple of 16) or a compile-time constant
+    # (anything that is no str, and whatever a tl.constexpr parameter has).
     arguments: dict
     options: dict
     must_have: tuple[str, ...] = ()  # of the PTX
@@ -102,8 +104,34 @@ def sparse_adamw_variants() -> Iterator[Variant]:
     yield variant("fp64", "fp64", everything=True)
 
 
+def low_rank_variants() -> Iterator[Variant]:
+    from deftx_kernels.kernels import low_rank as module
+
+    scores = {"residual": ["histogram", "ties", "rows"], "denoised": ["values", "histogram", "ties", "rows", "mask"]}
+    output = {"values": "*fp32", "histogram": "*i64", "ties": "*i64", "rows": "*i32", "mask": "*u8"}
+    for (name, epilogues), any_size in itertools.product(scores.items(), (False, True)):
+        for epilogue in epilogues:
+            size = "i32" if any_size else "i32:16"
+            arguments = {
+                **dict.fromkeys(("delta", "left", "right"), "*fp32"),
+                "cut": "*i64" if name == "denoised" else None,
+                "key": None if epilogue == "values" else "*i64",
+                "end": "*i64" if epilogue == "mask" else None,
+                "out": output[epilogue],
+                **dict.fromkeys(("m", "shift", "out_stride"), "i32"),
+                "n": size,
+                "r": "i32:16",
+                "EPILOGUE": epilogue,
+                "BLOCK_M": module.BLOCK_M,
+                "BLOCK_N": module.BLOCK_N,
+                "BLOCK_K": module.BLOCK_K,
+            }
+            options = {"num_warps": module.NUM_WARPS, "num_stages": module.NUM_STAGES}
+            yield Variant(module.__name__, "_low_rank_kernel", f"{name}, {epilogue}{', any size' * any_size}", arguments, options)
+
+
 def triton_variants() -> list[Variant]:
-    return [*sparse_adamw_variants()]
+    return [*sparse_adamw_variants(), *low_rank_variants()]
 
 
 # ---- compiling --------------------------------------------------------------------------------------------------------------
@@ -140,9 +168,11 @@ def compile_triton(variant: Variant, arch: int) -> list[Row]:
 
     kernel = getattr(importlib.import_module(variant.module), variant.kernel)
     place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
-    signature = {n: variant.arguments[n] if isinstance(variant.arguments[n], str) else "constexpr" for n in kernel.arg_names}
-    constants = {place[n]: variant.arguments[n] for n, kind in signature.items() if kind == "constexpr"}
-    aligned = {place[n]: [["tt.divisibility", 16]] for n, kind in signature.items() if kind.startswith("*")}
+    constants = {p.name: p.is_constexpr or not isinstance(variant.arguments[p.name], str) for p in kernel.params}
+    signature = {n: "constexpr" if constant else variant.arguments[n].removesuffix(":16") for n, constant in constants.items()}
+    constants = {place[n]: variant.arguments[n] for n, constant in constants.items() if constant}
+    typed = {n: variant.arguments[n] for n, kind in signature.items() if kind != "constexpr"}
+    aligned = {place[n]: [["tt.divisibility", 16]] for n, kind in typed.items() if kind.startswith("*") or kind.endswith(":16")}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
     ptx = compiled.asm["ptx"]

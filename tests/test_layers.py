@@ -12,7 +12,7 @@ MODULES = {p.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init_
 
 # Layer -> the layers and modules that it may import, besides modules of its own folder. A layer is a module or a folder.
 MIDDLE = {"delta", "nn", "optim", "interop", "doctor", "distributed"}
-BASE = {"functional", "_checks", "_selection", "mask", "_ops"}
+BASE = {"functional", "_checks", "_denoising", "_selection", "mask", "_ops"}
 ALLOWED = {
     "cli": {"train", *MIDDLE, *BASE, "_library", PACKAGE},
     "train": {*MIDDLE, *BASE, PACKAGE},
@@ -22,8 +22,9 @@ ALLOWED = {
     "interop": {"delta", *BASE},
     "nn": BASE,
     "doctor": {"_library", "_ops", "reference", "functional", "mask"},
-    "functional": {"_checks", "_selection", "mask", "_ops"},
-    "_selection": set(),
+    "functional": {"_checks", "_denoising", "_selection", "mask", "_ops"},
+    "_denoising": {"_checks"},
+    "_selection": {"_ops"},
     "_checks": {"mask", "_ops"},
     "mask": {"_ops"},
     "_ops": set(),
@@ -41,6 +42,7 @@ THIRD_PARTY = {
     "functional": {"torch"},
     "_checks": {"torch"},
     "_selection": {"torch"},
+    "_denoising": {"torch"},
     "interop": {"torch", "numpy", "safetensors", "scipy", "cupy", "cupyx"},
     "doctor": {"torch", "rich"},
 }

@@ -8,7 +8,7 @@ from deftx_kernels import _ops, doctor
 
 @pytest.mark.parametrize("op", _ops.SCHEMAS)
 def test_opcheck(op):
-    arguments = doctor._CASES[op]()
+    arguments = [doctor._moved(a, "cpu") for a in doctor._CASES[op]()]
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     if op == "topk_mask":  # the number of columns in each row is in the data, and so is crow_indices; shapes are not
         tests = tests[:3]

@@ -1,8 +1,23 @@
 """Triton kernels for CUDA tensors. Registered where torch has CUDA and triton can be imported; one compile at the first call."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 
-from deftx_kernels import _library, _ops
+from deftx_kernels import _library, _ops, reference
+
+_LOW_RANK = ("residual_cut", "low_rank_denoised", "low_rank_histogram", "low_rank_mask")
+
+
+def _float32_or(kernel: Callable, plain: Callable) -> Callable:
+    """`kernel` for float32 matrices, else the plain-torch function."""
+
+    @functools.wraps(kernel)
+    def op(delta, *rest):
+        return (kernel if delta.dtype == torch.float32 else plain)(delta, *rest)
+
+    return op
 
 
 def _register() -> None:
@@ -10,12 +25,16 @@ def _register() -> None:
         _library.absent("triton", f"torch {torch.__version__} has no CUDA")
         return
     try:
+        from deftx_kernels.kernels import low_rank
         from deftx_kernels.kernels.sparse_adamw import sparse_adamw_
     except ImportError as error:
         _library.absent("triton", f"triton cannot be imported ({error}); pip install 'deftx-kernels[triton]'")
         return
-    _ops.LIBRARY.impl("sparse_adamw_", sparse_adamw_, "CUDA")
-    _library.register("sparse_adamw_", "cuda", "triton")
+    kernels = {"sparse_adamw_": sparse_adamw_}
+    kernels |= {op: _float32_or(getattr(low_rank, op), getattr(reference, op)) for op in _LOW_RANK}
+    for op, kernel in kernels.items():
+        _ops.LIBRARY.impl(op, kernel, "CUDA")
+        _library.register(op, "cuda", "triton")
 
 
 _register()

@@ -1,0 +1,213 @@
+"""Denoising of many matrices: those of one shape and dtype are worked on together, in batches that fit a memory limit."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deftx_kernels._checks import check_finite, check_int, is_number
+
+GAVISH_DONOHO = "gavish-donoho"
+
+
+class Rule(NamedTuple):
+    """What `svd_denoise` was asked for, checked."""
+
+    rank: int | str | None
+    energy: float | None
+    residual_density: float
+    oversample: int = 16
+    n_iter: int = 2
+    generator: torch.Generator | None = None
+    batch_bytes: int | None = None
+
+
+def check_rule(
+    rank: int | str | None,
+    energy: float | None,
+    residual_density: float,
+    oversample: int = 16,
+    n_iter: int = 2,
+    generator: torch.Generator | None = None,
+    batch_bytes: int | None = None,
+) -> Rule:
+    if (rank is None) == (energy is None):
+        raise ValueError(f"exactly one of rank and energy is needed, got rank={rank}, energy={energy}")
+    if isinstance(rank, str):
+        if rank != GAVISH_DONOHO:
+            raise ValueError(f"rank must be an int or {GAVISH_DONOHO!r}, got {rank!r}")
+    elif rank is not None:
+        check_int(rank, "rank", 1)
+    if energy is not None and not (is_number(energy) and 0 < energy <= 1):
+        raise ValueError(f"energy must be in (0, 1], got {energy}")
+    if not (is_number(residual_density) and 0 <= residual_density <= 1):
+        raise ValueError(f"residual_density must be in [0, 1], got {residual_density}")
+    check_int(oversample, "oversample", 0)
+    check_int(n_iter, "n_iter", 0)
+    if batch_bytes is not None:
+        check_int(batch_bytes, "batch_bytes", 1)
+    return Rule(rank, energy, float(residual_density), oversample, n_iter, generator, batch_bytes)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Matrix(NamedTuple):
+    """One matrix of a tensor."""
+
+    source: Tensor  # [m, n]
+    out: Tensor
+    total: float  # sum of squares
+    name: Any  # of the tensor
+    place: int  # within it
+
+
+def denoise(
+    sources: Mapping[Any, Tensor],
+    outs: Mapping[Any, Tensor],
+    labels: Mapping[Any, str],
+    rule: Rule,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[Any, dict[str, Tensor]]:
+    """outs[name] [..., m, n] becomes L + prune(H) of the matrices of sources[name]; it is contiguous, and may be sources[name].
+
+    Returns of each tensor {"rank": int64 [...], "energy": float64 [...], "residual": float64 [...]}. `progress` is called with
+    (matrices done, matrices in all). Where all of H is kept, nothing is written. A NaN or an infinite entry is an error, raised
+    before anything is written, that names the tensor by labels[name].
+    """
+    infos = {n: _nothing(t) for n, t in sources.items()}
+    groups: dict[tuple, list[_Matrix]] = {}  # by shape, dtype and device
+    for name, t in sources.items():
+        if t.numel():
+            m, n = t.shape[-2:]
+            parts = zip(t.reshape(-1, m, n), outs[name].view(-1, m, n), _totals(t, labels[name]))
+            group = groups.setdefault((t.shape[-2:], t.dtype, t.device), [])
+            group += [_Matrix(source, out, total, name, i) for i, (source, out, total) in enumerate(parts)]
+    done, total = 0, sum(map(len, groups.values()))
+    for (shape, dtype, device), group in groups.items():
+        compute = compute_dtype(dtype)
+        rank, energy, median = _arguments(rule, shape)
+        test_matrix = random_test_matrix(shape, rank, rule.oversample, rule.generator, compute, device) if rank else None
+        count = _batch(shape, compute, device, test_matrix, rule.batch_bytes)
+        for first in range(0, len(group), count):
+            if progress is not None:
+                progress(done, total)
+            batch = group[first : first + count]
+            found = _denoise_batch(batch, compute, rule, rank, energy, median, test_matrix)
+            for j, w in enumerate(batch):
+                for key, values in zip(("rank", "energy") if rule.residual_density == 1 else ("rank", "energy", "residual"), found):
+                    infos[w.name][key].view(-1)[w.place] = values[j]
+            done += len(batch)
+    if progress is not None:
+        progress(done, total)
+    return infos
+
+
+def _denoise_batch(
+    batch: list[_Matrix], dtype: torch.dtype, rule: Rule, rank: int, energy: float, median: float, test_matrix: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    all_kept = rule.residual_density == 1  # then L + H is the matrix itself, and only the information is wanted
+    sources, outs, scales, totals = [], [], [], []
+    for w in batch:
+        source, scale, total = w.source.to(dtype), 1.0, w.total
+        if not 1e-20 * source.numel() < total < 1e30:  # squares of such entries leave the range of float32
+            source, scale, total = _rescaled(source)
+        sources.append(source.contiguous())
+        outs.append(torch.empty_like(sources[-1]) if all_kept or w.out.dtype != dtype else w.out)
+        scales.append(scale)
+        totals.append(total)
+    sums = torch.tensor(totals, dtype=torch.float64, device=sources[0].device)
+    density = 0.0 if all_kept else rule.residual_density
+    found = torch.ops.deftx.svd_denoise_(sources, outs, sums, rank, energy, median, density, rule.n_iter, test_matrix)
+    for w, out, scale in zip(batch, outs, scales):
+        if scale != 1:
+            out /= scale
+        if out is not w.out and not all_kept:
+            w.out.copy_(out)
+    return found
+
+
+def _totals(tensor: Tensor, label: str) -> list[float]:
+    """The sum of squares of each matrix of a tensor [..., m, n]: float32 sums of rows, added up in float64."""
+    work = tensor.to(compute_dtype(tensor.dtype))
+    sums = torch.linalg.vector_norm(work, dim=-1).to(torch.float64).square().sum(-1).view(-1)
+    if not bool(torch.isfinite(sums).all()):
+        check_finite(tensor, label)  # or only the squares are not
+    return sums.tolist()
+
+
+def _rescaled(w: Tensor) -> tuple[Tensor, float, float]:
+    """w times a power of 2 that brings its largest entry near 1, that power, and the sum of squares of the product."""
+    largest = float(w.abs().amax())
+    if largest == 0:
+        return w, 1.0, 0.0
+    exponent = -math.frexp(largest)[1]
+    scaled = torch.ldexp(w, torch.tensor(exponent // 2)).ldexp(torch.tensor(exponent - exponent // 2))
+    return scaled, 2.0**exponent, float(torch.linalg.vector_norm(scaled, dim=-1).to(torch.float64).square().sum())
+
+
+def _nothing(tensor: Tensor) -> dict[str, Tensor]:
+    """The information on matrices that are empty or keep all of H."""
+    batch = tensor.shape[:-2]
+    kinds = {"rank": torch.int64, "energy": torch.float64, "residual": torch.float64}
+    return {k: torch.full(batch, k == "energy", dtype=d, device=tensor.device) for k, d in kinds.items()}
+
+
+def _arguments(rule: Rule, shape: torch.Size) -> tuple[int, float, float]:
+    """rank, energy and median of the operator."""
+    if rule.rank == GAVISH_DONOHO:
+        return 0, 0.0, gavish_donoho_multiple(*shape)
+    return (0, float(rule.energy or 0), 0.0) if rule.rank is None else (min(int(rule.rank), *shape), 0.0, 0.0)
+
+
+def _batch(shape: torch.Size, dtype: torch.dtype, device: torch.device, test_matrix: Tensor | None, limit: int | None) -> int:
+    """How many matrices are worked on at a time."""
+    m, n = max(shape), min(shape)
+    # Of each matrix: itself and its products with the test matrix; or its Gram matrix, eigenvectors and LAPACK's workspace.
+    elements = 6 * n * n if test_matrix is None else m * n + 4 * (m + n) * test_matrix.shape[1]
+    if limit is None and device.type == "cuda":
+        limit = torch.cuda.mem_get_info(device)[0] // 4
+    elif limit is None:  # 8 or 16 MiB a thread: larger batches take longer to page in than they save (measured, 2 threads)
+        limit = torch.get_num_threads() << (24 if test_matrix is None else 23)
+    return max(1, limit // (elements * dtype.itemsize))
+
+
+def random_test_matrix(
+    shape: Sequence[int], rank: int, oversample: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """Gaussian [min(m, n), rank + oversample], or None where the decomposition of the whole is the better way."""
+    short, columns = min(shape[-2:]), rank + oversample
+    if 2 * columns >= short:
+        return None
+    if generator is None:
+        generator = torch.Generator(device=device).manual_seed(0)
+    return torch.randn(short, columns, dtype=dtype, device=generator.device, generator=generator).to(device)
+
+
+# ---- Gavish and Donoho's rank -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def gavish_donoho_multiple(m: int, n: int) -> float:
+    """The optimal hard threshold for singular values of noise of unknown level, in units of their median (2014, eqs. 11 and 4)."""
+    beta = min(m, n) / max(m, n)
+    threshold = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
+    # Their mu_beta is the median of the law of squared singular values, so its root stands beside a median of singular values.
+    return threshold / math.sqrt(_marchenko_pastur_median(beta))
+
+
+def _marchenko_pastur_median(beta: float) -> float:
+    """The median of the Marchenko-Pastur law of aspect ratio beta, from its distribution function."""
+    lower, upper = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
+    # t = lower + (upper - lower) sin^2(u) takes the square-root ends out of the integrand.
+    u = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
+    s2, c2 = torch.sin(u) ** 2, torch.cos(u) ** 2
+    t = lower + (upper - lower) * s2
+    density = (upper - lower) ** 2 * s2 * c2 / (math.pi * beta * t)
+    density[0] = density[1] if lower == 0 else density[0]
+    mass = torch.cumulative_trapezoid(density, u)
+    return float(t[1:][torch.searchsorted(mass, mass[-1] / 2)])

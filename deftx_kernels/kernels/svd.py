@@ -1,0 +1,353 @@
+"""Truncated SVD and denoising of matrices at the speed of matrix products, for CPU and CUDA tensors.
+
+Two ways, both on the short side of a matrix (n of [m, n], m >= n; a wide matrix is worked on transposed):
+    a small rank    block subspace iteration on a whole batch: products with r + oversample columns, and Cholesky QR
+    the rest        the Gram matrix and its eigenvectors. Where float32 cannot settle the rank or the truncation, in float64
+
+Whatever is small, [l, l] or [n, l], is computed in float64: a Gram matrix has the squares of the singular values.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deftx_kernels.kernels import products
+from deftx_kernels.kernels.products import full_precision, matmul, matmul_
+from deftx_kernels.kernels.spectral import spectral_projector
+
+_ROWS = 1 << 14  # of a tall matrix, worked on at a time
+_DOUBLES = 1 << 16  # float64 numbers made of each matrix at a time
+
+
+def truncated_svd(a: Tensor, rank: int, n_iter: int, test_matrix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    work = a.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
+    if test_matrix is None:
+        U, S, Vh = torch.linalg.svd(work, full_matrices=False)
+    else:
+        wide = a.shape[-2] < a.shape[-1]
+        batch = work.reshape(-1, *a.shape[-2:])
+        with full_precision():
+            tall = batch.mT if wide else batch
+            scaled, Vh, squares = map(torch.stack, _subspace(tall, _sums_of_squares(batch), rank, n_iter, test_matrix))
+            U = _orthonormal_rows(scaled.mT.contiguous()).mT
+        S = squares.clamp(min=0).sqrt()
+        if wide:
+            U, Vh = Vh.mT, U.mT
+        U, S, Vh = (x.reshape(*a.shape[:-2], *x.shape[1:]) for x in (U, S, Vh))
+    U, S, Vh = (x.to(a.dtype).contiguous() for x in (U[..., :rank], S[..., :rank], Vh[..., :rank, :]))
+    return U, S, Vh
+
+
+def svd_denoise_(
+    matrices: Sequence[Tensor],  # each [m, n]
+    out: Sequence[Tensor],
+    totals: Tensor,
+    rank: int,
+    energy: float,
+    median: float,
+    residual_density: float,
+    n_iter: int,
+    test_matrix: Tensor | None,  # [min(m, n), l]
+) -> tuple[Tensor, Tensor, Tensor]:
+    keep = round(residual_density * matrices[0].numel())
+    with full_precision():
+        if test_matrix is not None:
+            captured, lost = _by_subspace(matrices, out, rank, keep, n_iter, test_matrix, totals)
+            ranks = torch.full_like(totals, rank, dtype=torch.int64)
+        else:
+            ranks, captured, lost = _by_spectrum(matrices, out, rank, energy, median, keep)
+    some = totals > 0
+    whole = torch.where(some, totals, 1.0)
+    return ranks, torch.where(some, captured / whole, 1.0).clamp(max=1.0), (lost / whole).clamp(min=0.0).sqrt()
+
+
+# ---- sums ---------------------------------------------------------------------------------------------------------------
+
+
+def _sums_of_squares(y: Tensor) -> Tensor:
+    """float64 [...] of y [..., m, n]: float32 sums of rows, added up in float64 (torch sums a float32 matrix to 4 digits only)."""
+    return torch.linalg.vector_norm(y, dim=-1).to(torch.float64).square().sum(-1)
+
+
+def _gram64(y: Tensor) -> Tensor:
+    """y.mT @ y [..., l, l] in float64 of y [..., m, l], some rows at a time."""
+    gram: Tensor | None = None
+    for rows in y.split(max(1, _DOUBLES // y.shape[-1]), -2):
+        rows = rows.to(torch.float64)
+        gram = rows.mT @ rows if gram is None else gram.add_(rows.mT @ rows)
+    assert gram is not None
+    return gram
+
+
+# ---- a small rank -------------------------------------------------------------------------------------------------------
+
+
+def _orthonormal_rows(z: Tensor) -> Tensor:  # [b, l, n], l <= n
+    """An orthonormal basis of the span of the rows, by Cholesky QR with a float64 Gram matrix (Yamazaki, Tomov & Dongarra 2015).
+
+    Householder QR for the matrices whose rows are too nearly dependent for it. Signs are those of Gram-Schmidt.
+    """
+    lower, info = torch.linalg.cholesky_ex(_gram64(z.mT))
+    diagonal = lower.diagonal(dim1=-2, dim2=-1)
+    # Rounding of float32 rows, 6e-8, comes out this ratio times as large.
+    precise = 1e-10 if z.dtype == torch.float64 else 1e-6
+    hopeless = (info != 0) | ~(diagonal.amin(-1) > precise * diagonal.amax(-1))
+    identity = torch.eye(z.shape[-2], dtype=torch.float64, device=z.device).expand_as(lower)
+    q = matmul(torch.linalg.solve_triangular(lower, identity, upper=False).to(z.dtype), z)
+    if bool(hopeless.any()):
+        for i in hopeless.nonzero().view(-1).tolist():
+            basis, r = torch.linalg.qr(z[i].mT)
+            q[i] = (basis * torch.where(r.diagonal() < 0, -1.0, 1.0)).mT
+    return q
+
+
+def _subspace(a: Tensor, totals: Tensor, rank: int, n_iter: int, test_matrix: Tensor) -> tuple[list[Tensor], ...]:
+    """Factors of the rank-r approximations of a [b, m, n]: left [m, r] = a @ right.mT, right [r, n] with orthonormal rows, and the
+    squared singular values, descending, float64 [r]. totals [b] are the sums of squares.
+
+    Subspace iteration with a.mT a and Rayleigh-Ritz (Halko, Martinsson & Tropp 2011, section 4.5; Saad 2011, chapter 5). From the
+    second iteration on it is a.mT a - shift: that weakens the directions that are not wanted, whose mean the shift is about, against
+    those that are. No shift above half of a wanted eigenvalue: then none is weakened more than one that is not wanted.
+    """
+    b, _, n = a.shape
+    columns = test_matrix.shape[1]
+    q = _orthonormal_rows(matmul(matmul(a, test_matrix.to(a.dtype)).mT, a))
+    y = matmul(a, q.mT)
+    seen = _sums_of_squares(y)
+    half: Tensor | None = None
+    results: list[tuple[Tensor, ...]] = [()] * b
+    index = torch.arange(b, device=a.device)
+    for k in range(2, 2 + n_iter + _MORE):
+        z = matmul(y.mT, a)
+        if half is None:  # singular values of a.mT a q are at most those of a.mT a
+            half = torch.linalg.eigvalsh(_gram64(z.mT))[:, columns - rank].clamp(min=0).sqrt() / 2
+        shift = torch.minimum(1.5 * (totals - seen).clamp(min=0) / (n - columns), half)
+        q = _orthonormal_rows(z - shift.to(z.dtype)[:, None, None] * q)
+        y = matmul(a, q.mT)
+        before, seen = seen, _sums_of_squares(y)
+        if k < n_iter:
+            continue
+        squares, vectors = torch.ops.deftx.eigh(_gram64(y))
+        squares, vectors = squares.flip(-1)[:, :rank], vectors.flip(-1)[..., :rank]
+        enough = _enough(k, rank, columns, n) * (totals - squares.sum(-1)) + _ROUNDING * totals
+        done = (seen - before <= enough) | (k == 1 + n_iter + _MORE)
+        finished = done.nonzero().view(-1).tolist()
+        for i in finished:
+            c = vectors[i].to(a.dtype)
+            results[int(index[i])] = (matmul(y[i], c), matmul(c.mT, q[i]), squares[i])
+        if len(finished) == len(index):
+            break
+        rest = ~done
+        a, q, y, totals, seen, half, index = (x[rest] for x in (a, q, y, totals, seen, half, index))
+    return tuple(map(list, zip(*results)))
+
+
+_ROUNDING = 1e-7  # of all energy: gains below it are rounding
+_MORE = 24  # iterations beyond n_iter at most
+
+
+def _enough(k: int, rank: int, columns: int, n: int) -> float:
+    """Of the residual's square: what iteration k may still gain for the residual to be within 1.02 of the optimal one.
+
+    Found on simulated spectra: noise, low rank and noise, power laws, exponentials, steps, plateaus; n = 160 to 1500, r = 1 to 150.
+    With no columns to spare, or with half of all directions, a small gain says little.
+    """
+    room = 1 - 2 * columns / n
+    return {2: 0.135 * room, 3: 0.045 * room + 0.01}.get(k, 0.01) * min(1.0, (columns - rank) / 16 + 0.1)
+
+
+def _by_subspace(
+    matrices: Sequence[Tensor], out: Sequence[Tensor], rank: int, keep: int, n_iter: int, test_matrix: Tensor, totals: Tensor
+) -> tuple[Tensor, Tensor]:
+    tall = [_tall(w) for w in matrices]
+    batch = tall[0].unsqueeze(0) if len(tall) == 1 else torch.stack(tall)
+    left, right, squares = _subspace(batch, totals, rank, n_iter, test_matrix)
+    lost = []
+    for i, w in enumerate(matrices):
+        low = torch.empty_like(w) if keep else out[i]
+        matmul_(_tall(low), left[i], right[i])
+        if keep:
+            lost.append(_prune_(w, low, out[i], keep))
+    captured = torch.stack([x.sum() for x in squares])
+    return captured, torch.stack(lost) if keep else totals - captured
+
+
+def _tall(w: Tensor) -> Tensor:
+    return w if w.shape[0] >= w.shape[1] else w.mT
+
+
+def _prune_(w: Tensor, low: Tensor, out: Tensor, keep: int) -> Tensor:
+    """out = low + the `keep` largest entries of w - low; returns the sum of squares of what is lost, float64 []."""
+    crow, col, _ = torch.ops.deftx.topk_mask([w], [low], [keep], "tensor")
+    torch.ops.deftx.csr_scatter_([low], crow, col, torch.ops.deftx.csr_gather([w], crow, col))
+    lost = _sums_of_squares(torch.sub(w, low, out=out))
+    out.copy_(low)
+    return lost
+
+
+# ---- an energy, a multiple of the median, or a large rank ---------------------------------------------------------------
+
+
+def _by_spectrum(
+    matrices: Sequence[Tensor], out: Sequence[Tensor], rank: int, energy: float, median: float, keep: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    tall = [_tall(w) for w in matrices]
+    grams = torch.stack([_gram(w) for w in tall])
+    squares, vectors = (torch.linalg.eigvalsh(grams), None) if _by_products(grams) else torch.ops.deftx.eigh(grams)
+    values = list(squares.to(torch.float64).clamp(min=0).flip(-1))
+    ranks = [_settled_rank(v, rank, energy, median, grams.dtype) for v in values]
+    projectors = [None] * len(tall) if vectors is not None else _projectors(grams, squares, ranks)
+    captured, lost = [], []
+    for i, w in enumerate(tall):
+        low = torch.empty_like(matrices[i]) if keep else out[i]
+        r, projector, basis = ranks[i], projectors[i], None
+        if projector is not None:
+            for rows, target in zip(w.split(_ROWS), _tall(low).split(_ROWS)):
+                matmul_(target, rows, projector)
+        else:
+            if r is not None:
+                own = vectors[i] if vectors is not None else torch.linalg.eigh(grams[i])[1]
+                basis = _settled_basis(w, values[i], own.flip(-1), r)
+            if basis is None:
+                values[i], precise = _spectrum64(w)
+                basis, r = precise.to(w.dtype), _rank(values[i], rank, energy, median)
+            _project(w, basis, r, _tall(low))
+        ranks[i] = r
+        captured.append(values[i][:r].sum())
+        lost.append(_prune_(matrices[i], low, out[i], keep) if keep else values[i][r:].sum())
+    return torch.tensor(ranks, dtype=torch.int64, device=grams.device), torch.stack(captured), torch.stack(lost)
+
+
+def _by_products(grams: Tensor) -> bool:
+    """Whether eigenvectors are avoided: products are what a GPU is fast at, and its batched eigenvectors are slow (not measured)."""
+    return products.splits(grams)
+
+
+def _projectors(grams: Tensor, eigenvalues: Tensor, ranks: list[int | None]) -> list[Tensor | None]:
+    """The spectral projector of each matrix; None where its rank is unknown, or the gap at the cut is too small for products."""
+    n = grams.shape[-1]
+    found: list[Tensor | None] = [None] * len(ranks)
+    chosen = []
+    for i, r in enumerate(ranks):
+        if r is not None and 0 < r < n:
+            below, above = eigenvalues[i, n - r - 1], eigenvalues[i, n - r]
+            if float(above - below) > (1e-4 if n >= 256 else 1e-3) * float(eigenvalues[i, -1]):
+                chosen.append(i)
+    if chosen:
+        r = torch.tensor([ranks[i] for i in chosen], device=grams.device)
+        projectors = spectral_projector(grams[chosen], eigenvalues[chosen], r)
+        # Both, since errors at the two sides of the cut cancel in the trace, and one alone hardly shows in the sum of squares.
+        trace = (projectors.diagonal(dim1=-2, dim2=-1).sum(-1) - r).abs()
+        squares = (projectors.square().sum((-2, -1)) - r).abs()
+        for i, p, right in zip(chosen, projectors, (torch.maximum(trace, squares) < 1e-2).tolist()):
+            found[i] = p if right else None
+    return found
+
+
+def _gram(w: Tensor) -> Tensor:  # [m, n]
+    """w.mT @ w; its errors come out multiplied by the largest eigenvalue over the gap at the cut."""
+    n = w.shape[1]
+    if products.splits(w):
+        return sum(matmul(rows.mT, rows, parts=3) for rows in w.split(_ROWS))  # type: ignore[return-value]
+    if n < 256:
+        return w.mT @ w
+    gram = w.new_empty(n, n)  # of the off-diagonal quarters, one is the other's transpose
+    half = (n + 1) // 2
+    first, second = w[:, :half], w[:, half:]
+    gram[:half, :half] = _gram(first)
+    gram[half:, half:] = _gram(second)
+    torch.mm(first.mT, second, out=gram[:half, half:])
+    gram[half:, :half] = gram[:half, half:].mT
+    return gram
+
+
+def _rank(squares: Tensor, rank: int, energy: float, median: float) -> int:
+    """By the rule, from the squared singular values, descending."""
+    if rank:
+        return rank
+    if not float(squares[0]) > 0:
+        return 0
+    if energy:
+        sums = squares.cumsum(0)
+        return int(torch.searchsorted(sums, energy * sums[-1])) + 1
+    singular = squares.sqrt()
+    return int((singular > median * torch.quantile(singular, 0.5)).sum())
+
+
+# Rounding of a Gram matrix and its eigenvalues, in units of float32's (the largest found: 1e-6 of the sum, 5 units of the largest).
+_SUM_ROUNDING, _VALUE_ROUNDING = 16, 8
+
+
+def _settled_rank(squares: Tensor, rank: int, energy: float, median: float, dtype: torch.dtype) -> int | None:
+    """The rank, or None where rounding could make it another one."""
+    found = _rank(squares, rank, energy, median)
+    eps = torch.finfo(dtype).eps
+    if energy and found:
+        sums = squares.cumsum(0)
+        near = (sums[max(found - 2, 0) : found] - energy * sums[-1]).abs().amin()
+        return found if float(near) > _SUM_ROUNDING * eps * float(sums[-1]) or eps < 1e-12 else None
+    if median:
+        middle = torch.quantile(squares.sqrt(), 0.5).square()
+        near = (squares - median**2 * middle).abs().amin()
+        settled = float(near) > _VALUE_ROUNDING * eps * (1 + median**2) * float(squares[0])
+        return found if settled or eps < 1e-12 else None
+    return found
+
+
+_WINDOW = 16  # eigenvectors on either side of the cut
+
+
+def _settled_basis(w: Tensor, squares: Tensor, vectors: Tensor, rank: int) -> Tensor | None:
+    """The eigenvectors, accurate enough to truncate with at `rank`, or None where float32 does not do.
+
+    Rounding mixes an eigenvector above the cut with one below it by about eps * largest / (their distance). Where that matters,
+    Rayleigh-Ritz in float64 on a window around the cut, from products with w itself, undoes it for the near ones.
+    """
+    n = len(squares)
+    if w.dtype == torch.float64 or rank in (0, n):
+        return vectors
+    scale = torch.finfo(torch.float32).eps * float(squares[0]) / max(float(squares[:rank].sum()), 1e-300) ** 0.5
+    above, below = squares[max(rank - 64, 0) : rank, None], squares[None, rank : rank + 64]
+    mixing = (above + below) / (above - below).square()
+    if scale * float(mixing.sum()) ** 0.5 <= _ERROR:
+        return vectors
+    mixing[-_WINDOW:, :_WINDOW] = 0
+    # What is left, measured on noise, low rank and noise, and power laws, is at most a fifth of this estimate.
+    if not scale * float(mixing.sum()) ** 0.5 <= 10 * _ERROR:
+        return None
+    window = slice(max(rank - _WINDOW, 0), min(rank + _WINDOW, n))
+    basis = vectors[:, window].to(torch.float64)
+    lower = torch.linalg.cholesky(basis.mT @ basis)
+    identity = torch.eye(lower.shape[0], dtype=torch.float64, device=w.device)
+    basis = basis @ torch.linalg.solve_triangular(lower, identity, upper=False).mT
+    _, rotation = torch.linalg.eigh(sum(part.mT @ part for part in (rows.to(torch.float64) @ basis for rows in w.split(_ROWS))))
+    vectors[:, window] = (basis @ rotation.flip(-1)).to(w.dtype)
+    return vectors
+
+
+_ERROR = 2e-5  # relative, of the truncated matrix; 5e-5 is promised
+
+
+def _spectrum64(w: Tensor) -> tuple[Tensor, Tensor]:
+    squares, vectors = torch.linalg.eigh(_gram64(w))
+    squares = squares.flip(-1)
+    # Below the rounding of the largest one nothing is known: count it as zero.
+    noise = squares[0] * len(squares) * torch.finfo(torch.float64).eps
+    return torch.where(squares > noise, squares, 0.0), vectors.flip(-1)
+
+
+def _project(w: Tensor, basis: Tensor, rank: int, out: Tensor) -> None:
+    """out = w V V.mT for the first `rank` columns V of the basis, by way of the fewer ones: those, or the others."""
+    n = basis.shape[1]
+    others = 2 * rank > n
+    part = (basis[:, rank:] if others else basis[:, :rank]).contiguous()
+    for rows, target in zip(w.split(_ROWS), out.split(_ROWS)):
+        product = matmul(rows, part)
+        if not others:
+            matmul_(target, product, part.mT)
+        elif products.splits(rows):
+            torch.sub(rows, matmul(product, part.mT), out=target)
+        else:
+            torch.addmm(rows, product, part.mT, alpha=-1, out=target)

@@ -1,0 +1,357 @@
+"""The kernels behind svd_denoise: their accuracy promises on larger matrices, their ways out of float32, and whole models."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import deftx_kernels as dk
+from deftx_kernels import select_mask, svd_denoise, topk_mask, truncated_svd
+from deftx_kernels.kernels import products, spectral, svd
+
+SPECTRA = {
+    "noise": None,
+    "low rank and noise": lambda i, n: torch.where(i < 12, 3.0 / (1 + 0.2 * i), 1 - 0.9 * i / n),
+    "slow power": lambda i, n: (1.0 + i) ** -0.25,
+    "power": lambda i, n: 1 / (1.0 + i),
+    "exponential": lambda i, n: 0.95**i,
+    "steep": lambda i, n: 0.6**i,
+    "step at the rank": lambda i, n: torch.where(i < 24, 1.3, 1.0),
+    "steps": lambda i, n: torch.where(i < 20, 1.5, torch.where(i < 60, 1.2, 1.0)),
+    "linear": lambda i, n: 1 - 0.99 * i / n,
+    "clusters": lambda i, n: torch.where(i < n // 2, 1.0, 0.5),
+    "flat": lambda i, n: torch.ones_like(i),
+    "deficient": lambda i, n: torch.where(i < 30, 1.0 / (1 + i), 0.0),
+}
+SHAPES = [(160, 160), (400, 150), (130, 390), (300, 300)]
+
+
+def matrix(shape, spectrum, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    m, n = shape
+    if SPECTRA[spectrum] is None:
+        return torch.randn(m, n, generator=generator, dtype=torch.float64).to(dtype)
+    short = min(m, n)
+    left = torch.linalg.qr(torch.randn(m, short, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(n, short, generator=generator, dtype=torch.float64)).Q
+    i = torch.arange(short, dtype=torch.float64)
+    singular = SPECTRA[spectrum](i, short) * (1 if spectrum == "flat" else 1 - 1e-4 * i / short)  # no two are equal
+    return ((left * singular) @ right.mT).to(dtype)
+
+
+def numpy_svd(a):
+    return np.linalg.svd(a.double().numpy(), full_matrices=False)
+
+
+@pytest.fixture
+def on_split_products(monkeypatch):
+    """The way of CUDA tensors, on CPU tensors: products of bfloat16 parts, projectors in place of eigenvectors."""
+    monkeypatch.setattr(products, "splits", lambda x: x.dtype == torch.float32)
+
+
+# ---- a fixed rank -------------------------------------------------------------------------------------------------------
+
+
+def assert_near_optimal(a, result, rank, rounding=3e-6):
+    _, singular, _ = numpy_svd(a)
+    best = math.sqrt((singular[rank:] ** 2).sum())
+    residual = np.linalg.norm(a.double().numpy() - result.double().numpy())
+    assert residual <= 1.02 * best + rounding * np.linalg.norm(singular)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(SHAPES), st.sampled_from(list(SPECTRA)), st.integers(1, 48), st.integers(0, 99),
+    st.sampled_from([torch.float32, torch.float64]), st.integers(0, 3), st.sampled_from([0, 4, 16]),
+)  # fmt: skip
+def test_residual_of_a_fixed_rank_is_within_two_percent_of_the_best(shape, spectrum, rank, seed, dtype, n_iter, oversample):
+    a = matrix(shape, spectrum, seed, dtype)
+    result, info = svd_denoise(a, rank=rank, n_iter=n_iter, oversample=oversample, return_info=True)
+    assert_near_optimal(a, result, rank, 3e-6 if dtype == torch.float32 else 1e-9)
+    assert int(info["rank"]) == rank
+    lost = np.linalg.norm(a.double().numpy() - result.double().numpy()) / np.linalg.norm(a.double().numpy())
+    assert float(info["residual"]) == pytest.approx(lost, abs=1e-3 if spectrum in ("steep", "deficient") else 1e-5)
+    assert float(info["energy"]) == pytest.approx(1 - lost**2, abs=1e-6)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", SHAPES[1:3])
+def test_fixed_rank_on_split_products(on_split_products, shape, spectrum):
+    a = matrix(shape, spectrum, 1)
+    assert_near_optimal(a, svd_denoise(a, rank=20), 20, 3e-5)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", SHAPES[1:3])
+def test_singular_vectors_are_orthonormal_whatever_the_rank_of_the_matrix(shape, spectrum):
+    a = torch.stack([matrix(shape, spectrum, 2), torch.zeros(shape), torch.ones(shape)])
+    U, S, Vh = truncated_svd(a, 40)
+    identity = torch.eye(40, dtype=torch.float64).expand(3, -1, -1)
+    torch.testing.assert_close(U.double().mT @ U.double(), identity, atol=1e-4, rtol=0)
+    torch.testing.assert_close(Vh.double() @ Vh.double().mT, identity, atol=1e-4, rtol=0)
+    assert bool((S.diff(dim=-1) <= 0).all())
+    for i in range(3):
+        assert_near_optimal(a[i], (U[i] * S[i]) @ Vh[i], 40)
+    _, singular, _ = numpy_svd(a[0])
+    if spectrum in ("exponential", "power", "deficient"):
+        torch.testing.assert_close(S[0].double(), torch.from_numpy(singular[:40].copy()), rtol=1e-2, atol=1e-5)
+
+
+def test_more_iterations_where_the_residual_is_not_yet_near(monkeypatch):
+    """A step just above the noise hides from the first iterations; with no oversampling two of them do not do."""
+    a = torch.stack([matrix((300, 300), "noise", 3), matrix((300, 300), "steep", 3)])
+    calls = []
+    orthonormal = svd._orthonormal_rows
+    monkeypatch.setattr(svd, "_orthonormal_rows", lambda z: (calls.append(len(z)), orthonormal(z))[1])
+    result = svd_denoise(a, rank=100, oversample=0, n_iter=0)
+    assert calls[:2] == [2, 2]
+    assert len(calls) > 3
+    assert calls[-1] == 1, "the steep one is finished before the noise"
+    for i in range(2):
+        assert_near_optimal(a[i], result[i], 100)
+
+
+# ---- an energy ----------------------------------------------------------------------------------------------------------
+
+
+def assert_exact_truncation(a, result, info, energy, tolerance=5e-5):
+    u, s, vh = numpy_svd(a)
+    share = np.cumsum(s**2) / (s**2).sum()
+    rank = int(np.searchsorted(share, energy) + 1)
+    assert int(info["rank"]) == rank
+    exact = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    assert np.linalg.norm(result.double().numpy() - exact) <= tolerance * np.linalg.norm(exact)
+    assert float(info["energy"]) == pytest.approx(share[rank - 1], abs=2e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([*SHAPES, (40, 40), (90, 30)]),
+    st.sampled_from([s for s in SPECTRA if s not in ("flat", "deficient")]),
+    st.floats(0.02, 0.9999), st.integers(0, 99), st.sampled_from([torch.float32, torch.float64]),
+)  # fmt: skip
+def test_energy_gives_the_rank_and_the_truncation_of_exact_arithmetic(shape, spectrum, energy, seed, dtype):
+    a = matrix(shape, spectrum, seed, dtype)
+    assert_exact_truncation(a, *svd_denoise(a, energy=energy, return_info=True), energy)
+
+
+@pytest.mark.parametrize("strength", [1, 30, 1000])
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.9999, 0.9999999])
+def test_directions_far_above_the_noise(strength, energy):
+    """The Gram matrix has their squares: float32 cannot tell the directions of the noise apart, and float64 must help."""
+    noise = matrix((320, 260), "noise", 4)
+    a = noise + strength * noise[:, :6] @ noise[:6] / 16
+    result, info = svd_denoise(a, energy=energy, return_info=True)
+    u, s, vh = numpy_svd(a)
+    rank = int(np.searchsorted(np.cumsum(s**2) / (s**2).sum(), energy) + 1)
+    assert int(info["rank"]) == rank
+    exact = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    assert np.linalg.norm(result.double().numpy() - exact) <= 5e-5 * np.linalg.norm(exact)
+
+
+def test_all_energy_is_all_of_the_matrix():
+    for spectrum in ("noise", "deficient", "steep"):
+        a = matrix((160, 160), spectrum, 5)
+        result, info = svd_denoise(a, energy=1.0, return_info=True)
+        torch.testing.assert_close(result, a, atol=1e-6, rtol=1e-5)
+        assert float(info["residual"]) < 1e-6
+    low = matrix((160, 160), "deficient", 5, torch.float64)
+    assert int(svd_denoise(low, energy=1.0, return_info=True)[1]["rank"]) == 30
+
+
+def with_gap(relative, rank, seed):
+    """Noise [260, 260] whose singular value after the first `rank` ones is smaller than the one before by this share of it."""
+    u, s, vh = numpy_svd(matrix((260, 260), "noise", seed))
+    s[rank] = s[rank - 1] * (1 - relative)
+    share = np.cumsum(s**2) / (s**2).sum()
+    return torch.from_numpy((u * s) @ vh).float(), float(share[rank - 2] + share[rank - 1]) / 2
+
+
+def test_a_small_gap_at_the_cut_is_settled_in_a_window(monkeypatch):
+    errors, settled = [], svd._settled_basis
+    monkeypatch.setattr(svd, "_spectrum64", lambda w: pytest.fail("float64 is not needed here"))
+
+    def watched(w, squares, vectors, rank):
+        u, s, vh = numpy_svd(w)
+        exact = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        errors.append(np.linalg.norm((w @ vectors[:, :rank] @ vectors[:, :rank].mT).numpy() - exact) / np.linalg.norm(exact))
+        return settled(w, squares, vectors, rank)
+
+    monkeypatch.setattr(svd, "_settled_basis", watched)
+    for seed in range(4):
+        a, energy = with_gap(3e-6, 120, seed)
+        assert_exact_truncation(a, *svd_denoise(a, energy=energy, return_info=True), energy)
+    assert max(errors) > 1e-4, "plain float32 eigenvectors would not have done"
+
+
+@pytest.mark.parametrize("case", ["rank", "truncation"])
+def test_float64_where_float32_cannot_settle(monkeypatch, case):
+    calls, precise = [], svd._spectrum64
+    monkeypatch.setattr(svd, "_spectrum64", lambda w: (calls.append(1), precise(w))[1])
+    if case == "rank":  # an energy next to what 120 directions hold
+        a, _ = with_gap(1e-2, 120, 0)
+        _, s, _ = numpy_svd(a)
+        energy = float((s[:120] ** 2).sum() / (s**2).sum()) * (1 + 2e-9)
+    else:
+        noise = matrix((260, 260), "noise", 0)
+        a, energy = noise + 100 * noise[:, :8] @ noise[:8], 0.99999
+    assert_exact_truncation(a, *svd_denoise(a, energy=energy, return_info=True), energy)
+    assert calls
+
+
+@pytest.mark.parametrize("spectrum", [s for s in SPECTRA if s not in ("flat", "deficient")])
+@pytest.mark.parametrize("shape", [(300, 300), (600, 270), (90, 200)])
+def test_energy_by_projectors(on_split_products, monkeypatch, shape, spectrum):
+    made = []
+    projector = svd.spectral_projector
+    monkeypatch.setattr(svd, "spectral_projector", lambda *a: (made.append(len(a[0])), projector(*a))[1])
+    a = torch.stack([matrix(shape, spectrum, s) for s in range(2)])
+    result, info = svd_denoise(a, energy=0.9, return_info=True)
+    for i in range(2):
+        assert_exact_truncation(a[i], result[i], {k: v[i] for k, v in info.items()}, 0.9)
+    if spectrum in ("noise", "exponential", "linear") and min(shape) > 256:
+        assert made, "a gap like this is wide enough for products"
+
+
+def test_a_projector_that_failed_is_replaced(on_split_products, monkeypatch):
+    monkeypatch.setattr(svd, "spectral_projector", lambda grams, values, rank: torch.full_like(grams, 0.3))
+    a = matrix((300, 300), "exponential", 0)
+    assert_exact_truncation(a, *svd_denoise(a, energy=0.9, return_info=True), 0.9)
+
+
+def test_products_of_bfloat16_parts():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, 40, 70, generator=generator), torch.randn(70, 50, generator=generator)
+    exact = a.double() @ b.double()
+    for parts, tolerance in ((1, 1e-2), (2, 1e-5), (3, 5e-7)):
+        error = float((products.split_matmul(a, b, parts).double() - exact).norm() / exact.norm())
+        assert tolerance / 50 < error < tolerance
+    assert spectral.schedule(1e-3, 0.5)[0]
+
+
+# ---- eigh ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("count", "n"), [(0, 3), (1, 1), (3, 17), (5, 64)])
+def test_eigh(provider, count, n, dtype, threads):
+    if provider.name == "emulated":
+        pytest.skip("eigh has no CUDA kernel")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a = torch.randn(count, n, n, generator=torch.Generator().manual_seed(n), dtype=dtype).to(provider.device)
+        a = a + a.mT
+        values, vectors = provider.ops.eigh(a)
+        with torch.inference_mode():
+            again = provider.ops.eigh(a.clone())
+    finally:
+        torch.set_num_threads(before)
+    assert values.shape == (count, n)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close((vectors * values[:, None]) @ vectors.mT, a, atol=50 * n * eps, rtol=0)
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(n, dtype=dtype, device=a.device).expand_as(a), atol=50 * eps, rtol=0)
+    assert bool((values.diff(dim=1) >= 0).all())
+    assert torch.equal(again[0], values)
+    assert torch.equal(again[1], vectors)
+
+
+# ---- whole models -------------------------------------------------------------------------------------------------------
+
+
+def model(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(6)
+    shapes = {"a": (90, 60), "b": (60, 90), "c": (90, 60), "bias": (60,), "conv": (4, 3, 40, 50), "d": (90, 60), "row": (1, 70)}
+    return {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
+
+
+@pytest.mark.parametrize("rule", [{"rank": 5}, {"energy": 0.8}, {"rank": "gavish-donoho"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_matrix_as_if_it_were_alone(rule, dtype):
+    delta = model(dtype)
+    kept = {n: t.clone() for n, t in delta.items()}
+    calls = []
+    result, info = svd_denoise(
+        delta, residual_density=0.1, return_info=True, batch_bytes=1 << 20, progress=lambda *a: calls.append(a), **rule
+    )
+    assert all(torch.equal(delta[n], kept[n]) for n in delta), "the argument is left as it was"
+    assert calls[0] == (0, 17)
+    assert calls[-1] == (17, 17)
+    assert sorted(calls) == calls
+    for name, tensor in delta.items():
+        if tensor.dim() < 2:
+            continue
+        alone, its_info = svd_denoise(tensor, residual_density=0.1, return_info=True, batch_bytes=1, **rule)
+        torch.testing.assert_close(result[name], alone)
+        for key in ("rank", "energy", "residual"):
+            assert info[name][key].shape == tensor.shape[:-2]
+            torch.testing.assert_close(info[name][key], its_info[key])
+        lost = torch.linalg.matrix_norm(tensor.double() - result[name].double()) / torch.linalg.matrix_norm(tensor.double())
+        torch.testing.assert_close(info[name]["residual"], lost, atol=5e-3 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+
+
+def test_views_and_transposed_tensors():
+    a = torch.randn(2, 64, 130, generator=torch.Generator().manual_seed(7))
+    for view in (a.mT, a[:, ::2, 1:100], a.expand(2, 64, 130)):
+        for rule in ({"rank": 4}, {"energy": 0.7}):
+            torch.testing.assert_close(svd_denoise(view, **rule), svd_denoise(view.contiguous(), **rule), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rule", [{"rank": 5}, {"energy": 0.8}])
+def test_precision_flags_do_not_matter_and_are_left_as_found(rule):
+    a = matrix((300, 300), "noise", 8)
+    expected = svd_denoise(a, **rule)
+    vectors = truncated_svd(a, 5)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("medium", "high"):
+            torch.set_float32_matmul_precision(precision)
+            flag = torch.backends.mkldnn.matmul.fp32_precision
+            assert torch.equal(svd_denoise(a, **rule), expected)
+            assert all(torch.equal(x, y) for x, y in zip(truncated_svd(a, 5), vectors))
+            with pytest.raises(RuntimeError):
+                torch.ops.deftx.svd_denoise_([a], [a.clone()], torch.ones(1), 5, 0.0, 0.0, 0.0, 2, torch.ones(7, 21))
+            assert torch.get_float32_matmul_precision() == precision
+            assert torch.backends.mkldnn.matmul.fp32_precision == flag
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_equal_calls_give_equal_results():
+    delta = model()
+    for rule in ({"rank": 5}, {"energy": 0.8}):
+        first, second = (svd_denoise(delta, residual_density=0.05, **rule) for _ in range(2))
+        assert all(torch.equal(first[n], second[n]) for n in delta)
+    a = matrix((300, 300), "noise", 9)
+    drawn = [svd_denoise(a, rank=5, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_selection_of_some_denoised_tensors_with_information():
+    base = model()
+    tuned = {n: t + 0.1 * model()[n].flip(0) for n, t in base.items()}
+    delta = {n: tuned[n] - base[n] for n in base}
+    rule = {"energy": 0.7, "residual_density": 0.02}
+    mask, info = select_mask(tuned, base, density=0.1, denoise_names=["a", "conv", "bias"], return_info=True, **rule)
+    expected, wanted = svd_denoise({n: delta[n] for n in ("a", "conv")}, return_info=True, **rule)
+    assert mask == topk_mask(delta | expected, density=0.1)
+    assert {n for n, i in info.items() if i is not None} == {"a", "conv"}
+    for name in ("a", "conv"):
+        assert all(torch.equal(info[name][k], wanted[name][k]) for k in wanted[name])
+    with pytest.raises(ValueError, match="denoise_names holds 'z'"):
+        select_mask(tuned, base, k=3, rank=2, denoise_names=["z"])
+    with pytest.raises(TypeError, match="denoise_names must be an iterable"):
+        select_mask(tuned, base, k=3, rank=2, denoise_names="a")
+    with pytest.raises(ValueError, match="denoise_names needs a rank or an energy"):
+        select_mask(tuned, base, k=3, denoise_names=["a"])
+
+
+def test_backends_name_the_library():
+    served = dk.backends()["svd_denoise_"]["cpu"]
+    assert served.name == "blas"
+    assert served.others["reference"] == "blas comes first"
