@@ -131,6 +131,16 @@ def _denoise_batch(
     return found
 
 
+def factors(delta: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """left [1, m, r], right [1, n, r] and cut [1, 2] of the operators low_rank_* for delta [m, n], by a rule with an int rank."""
+    assert isinstance(rule.rank, int)
+    rank = min(rule.rank, *delta.shape)
+    test_matrix = random_test_matrix(delta.shape, rank, rule.oversample, rule.generator, delta.dtype, delta.device)
+    U, S, Vh = torch.ops.deftx.truncated_svd(delta[None], rank, rule.n_iter, test_matrix)
+    left, right = U * S[:, None], Vh.mT.contiguous()
+    return left, right, torch.ops.deftx.residual_cut(delta[None], left, right, round(rule.residual_density * delta.numel()))
+
+
 def _totals(tensor: Tensor, label: str) -> list[float]:
     """The sum of squares of each matrix of a tensor [..., m, n]: float32 sums of rows, added up in float64."""
     work = tensor.to(compute_dtype(tensor.dtype))

@@ -6,6 +6,7 @@ threshold_mask.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,18 +36,39 @@ def find_threshold(
     return (prefix - 1, 0) if remaining == tied and prefix > 0 else (prefix, remaining)
 
 
-def count_equal(score: Tensor, threshold: int) -> Tensor:
+class Denoised(NamedTuple):
+    """L + prune(H) of one matrix, not written anywhere: the operators low_rank_* make it where they read it."""
+
+    delta: Tensor  # [1, m, n]
+    left: Tensor  # [1, m, r]
+    right: Tensor  # [1, n, r]
+    cut: Tensor  # [1, 2]
+
+
+Scores = Sequence[Tensor] | Denoised
+
+
+def histogram(scores: Scores, prefix: int, shift: int) -> Tensor:
+    """The operator magnitude_histogram, of tensors that may not be written."""
+    if isinstance(scores, Denoised):
+        return torch.ops.deftx.low_rank_histogram(*scores, prefix, shift)
+    return torch.ops.deftx.magnitude_histogram(scores, prefix, shift)
+
+
+def count_equal(scores: Scores, threshold: int) -> Tensor:
     """int64 []: how many entries have the magnitude bits `threshold`."""
-    return torch.ops.deftx.magnitude_histogram([score], threshold >> 16, 0)[threshold & 0xFFFF]
+    return histogram(scores, threshold >> 16, 0)[threshold & 0xFFFF]
 
 
-def take(tensors: Sequence[Tensor], threshold: int, ties: int) -> tuple[Tensor, Tensor, int]:
+def take(scores: Scores, threshold: int, ties: int) -> tuple[Tensor, Tensor, int]:
     """crow_indices and col_indices of the scores above the threshold and of the first `ties` equal to it; the ties left."""
     quotas = []
-    for tensor in tensors:
-        quotas.append(min(ties, int(count_equal(tensor, threshold))) if ties else 0)
+    for part in [scores] if isinstance(scores, Denoised) else [[t] for t in scores]:
+        quotas.append(min(ties, int(count_equal(part, threshold))) if ties else 0)
         ties -= quotas[-1]
-    return *torch.ops.deftx.threshold_mask(tensors, threshold, quotas), ties
+    if isinstance(scores, Denoised):
+        return *torch.ops.deftx.low_rank_mask(*scores, threshold, quotas), ties
+    return *torch.ops.deftx.threshold_mask(scores, threshold, quotas), ties
 
 
 class Columns:
@@ -111,16 +133,17 @@ class Candidates(Columns):
 
 
 def by_rounds(
-    groups: Callable[[], Iterable[list[Tensor]]], k: int, dtype: torch.dtype, score_dtype: torch.dtype, device: torch.device
+    groups: Callable[[], Iterable[Scores]], k: int, dtype: torch.dtype, score_dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """As `Candidates`, of groups that can be made again: no score is kept, and each group is made 1 + itemsize / 2 times."""
     threshold, ties = find_threshold(
-        lambda prefix, shift: sum(torch.ops.deftx.magnitude_histogram(x, prefix, shift) for x in groups()), score_dtype.itemsize, k
+        lambda prefix, shift: torch.stack([histogram(x, prefix, shift) for x in groups()]).sum(0), score_dtype.itemsize, k
     )
     columns = Columns(k, dtype, device)
-    for tensors in groups():
-        crow, col, ties = take(tensors, threshold, ties)
+    for scores in groups():
+        crow, col, ties = take(scores, threshold, ties)
         columns.append(crow, col)
+        del scores
     return columns.csr()
 
 
@@ -156,12 +179,14 @@ def select_by_groups(
         for tensors in each():
             crow, col, _ = torch.ops.deftx.topk_mask(tensors, [], [next(remaining) for _ in tensors], scope)
             found.append(crow, col)
+            del tensors  # before the next ones are made
         return found.csr()
     [k] = counts
     if k * (dtype.itemsize + columns.itemsize) <= 0.25 * dtype.itemsize * sum(s.numel() for s in shapes):
         candidates = Candidates(k, columns, dtype, device)
         for tensors in each():
             candidates.add(tensors)
+            del tensors
         return candidates.csr()
     rounds = 1 + dtype.itemsize // 2
     passes = itertools.count()

@@ -178,7 +178,7 @@ def _tie_quotas(tensors: list[Tensor], threshold: int, ties: int, group) -> list
     """How many entries equal to the threshold this rank keeps of each tensor: earlier tensors first, then earlier ranks."""
     if ties == 0:
         return [0] * len(tensors)
-    mine = torch.stack([count_equal(t, threshold) for t in tensors])
+    mine = torch.stack([count_equal([t], threshold) for t in tensors])
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
     counts = torch.stack(everyone, dim=1).view(-1)  # tensor-major

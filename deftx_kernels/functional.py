@@ -1,7 +1,7 @@
 """The stateless public operations: arguments are checked here, once; the work is done by `torch.ops.deftx`."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -20,8 +20,9 @@ from deftx_kernels._checks import (
     is_number,
     scalar,
 )
-from deftx_kernels._denoising import check_rule, compute_dtype, denoise, random_test_matrix
-from deftx_kernels._selection import select_by_groups
+from deftx_kernels._denoising import check_rule, compute_dtype, denoise, factors, random_test_matrix
+from deftx_kernels._ops import column_dtype
+from deftx_kernels._selection import Denoised, Scores, by_rounds, select_by_groups
 from deftx_kernels.mask import CSRMask
 
 SCOPES = ("global", "tensor", "row")
@@ -40,14 +41,15 @@ def truncated_svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triplets of a batch of matrices.
 
-    Randomised block subspace iteration (Halko, Martinsson & Tropp 2011), or the exact decomposition where `rank + oversample`
-    is half of min(m, n) or more. float16 and bfloat16 are computed in float32.
+    Randomised block subspace iteration (Halko, Martinsson & Tropp 2011), as long as its convergence tells that the residual is
+    within 1.02 times that of the best rank-r matrix; or the exact decomposition where `rank + oversample` is half of min(m, n) or
+    more. float16 and bfloat16 are computed in float32.
 
     Args:
         a: floating point [..., m, n].
         rank: how many triplets, at least 1; no more than min(m, n) are returned.
         oversample: extra columns of the random test matrix.
-        n_iter: power iterations.
+        n_iter: power iterations, products with a.mT a, at least. Two are always made, more where the residual asks for them.
         generator: source of the test matrix; by default one with a fixed seed, so that equal calls give equal results.
 
     Returns:
@@ -81,10 +83,10 @@ def svd_denoise(
 ) -> Any:
     """L + prune(H) for each matrix: L its truncated SVD, H = delta - L (DeFT-X, Simon & Jyothi, arXiv 2505.15090).
 
-    Matrices of one shape are worked on together. With an int rank, L is that of `truncated_svd`: its residual is within 1.02 times
-    that of the best rank-r matrix. Otherwise, and where the rank is a large share of min(m, n), L comes from the eigenvectors of the
-    Gram matrix of the short side, within a relative error of 5e-5 of the exact truncation, and the rank is that of exact arithmetic:
-    matrices for which float32 cannot promise this are done in float64. float16 and bfloat16 are computed in float32.
+    Matrices of one shape are worked on together. With an int rank, L is that of `truncated_svd`. Otherwise, and where the rank is a
+    large share of min(m, n), L comes from the eigenvectors of the Gram matrix of the short side, within a relative error of 5e-5 of
+    the exact truncation, and the rank is that of exact arithmetic: where float32 cannot promise this, a matrix is done in float64.
+    float16 and bfloat16 are computed in float32.
 
     Args:
         delta: a tensor [..., m, n] (a batch of matrices), a mapping or a sequence of such tensors. Tensors of fewer than two
@@ -131,6 +133,8 @@ def svd_denoise(
         results[name] = (torch.empty_like if written else torch.clone)(tensor, memory_format=torch.contiguous_format)
     if residual_density < 1 or return_info:
         infos |= denoise(matrices, results, dict(zip(tensors, labels)), rule, progress)
+    result: Any
+    info: Any
     if isinstance(delta, Tensor):
         result, info = results[0], infos[0]
     elif isinstance(delta, Mapping):
@@ -228,6 +232,7 @@ def select_mask(
     names: Iterable[str] | None = None,
     denoise_names: Iterable[str] | None = None,
     return_info: bool = False,
+    keep_factors: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """The entries in which `tuned` differs most from `base`: DeFT-X with a rank or an energy, LT-SFT (Ansell et al. 2022) without.
@@ -246,6 +251,9 @@ def select_mask(
         names: the tensors to choose from; by default all floating-point ones of `base`.
         denoise_names: those of them to denoise; by default all of two or more dimensions.
         return_info: also return what denoising found, as `svd_denoise` does: a pair (mask, {name: info, or None}).
+        keep_factors: with an int rank and scope "global": write no denoised difference, but keep the factors of L, r (m + n)
+            numbers for each matrix, and make L + prune(H) anew, tile by tile, wherever the selection reads it (three times). On a
+            GPU a Triton kernel does that; elsewhere plain torch, a matrix at a time.
         progress: called with (tensors done, tensors in all).
 
     Raises:
@@ -264,7 +272,15 @@ def select_mask(
     dtype = torch.float32
     for name in chosen:
         dtype = torch.promote_types(dtype, torch.promote_types(new[name].dtype, old[name].dtype))
+    if keep_factors and (rule is None or not isinstance(rule.rank, int) or scope != "global" or return_info):
+        raise ValueError("keep_factors needs an int rank and scope 'global', and has no information to return")
     infos: dict[str, dict[str, Tensor] | None] = dict.fromkeys(chosen)
+    labels = {n: f"tuned[{n!r}] - base[{n!r}]" for n in chosen}
+    device = old[chosen[0]].device
+
+    def difference(name: str) -> Tensor:
+        return (new[name].to(device, dtype) - old[name].to(dtype)).contiguous()
+
     if not noisy and all(new[n].device == old[n].device for n in chosen):
         if progress is not None:
             progress(0, len(chosen))
@@ -272,24 +288,36 @@ def select_mask(
             [new[n].contiguous() for n in chosen], [old[n].contiguous() for n in chosen], counts, scope
         )
         if (i := int(bad[0])) >= 0:
-            name = chosen[i]
-            _raise_not_finite(new[name].to(dtype) - old[name].to(dtype), f"tuned[{name!r}] - base[{name!r}]", int(bad[1]))
+            _raise_not_finite(difference(chosen[i]), labels[chosen[i]], int(bad[1]))
+    elif keep_factors and rule is not None and rule.residual_density < 1:
+        kept: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+        def each() -> Iterator[Scores]:
+            for name in chosen:
+                if progress is not None:
+                    progress(len(kept), len(chosen))
+                delta = difference(name)
+                check_finite(delta, labels[name])
+                if name not in noisy or delta.dim() > 2 or delta.numel() == 0:
+                    if name in noisy:
+                        denoise({name: delta}, {name: delta}, labels, rule)
+                    yield [delta]
+                else:
+                    kept[name] = kept.get(name) or factors(delta, rule)
+                    yield Denoised(delta[None], *kept[name])
+
+        crow, col = by_rounds(each, counts[0], column_dtype(shapes), dtype, device)
     else:
 
-        labels = {n: f"tuned[{n!r}] - base[{n!r}]" for n in chosen}
-
         def scores(group: Sequence[str]) -> list[Tensor]:
-            found: dict[str, Tensor] = {}
-            for name in group:
-                found[name] = (new[name].to(old[name].device, dtype) - old[name].to(dtype)).contiguous()
-                if name not in noisy:
-                    check_finite(found[name], labels[name])
+            found = {n: difference(n) for n in group}
+            for name in set(group).difference(noisy):
+                check_finite(found[name], labels[name])
             if rule is not None and (rule.residual_density < 1 or return_info):
                 matrices = {n: found[n] for n in group if n in noisy}
                 infos.update(denoise(matrices, matrices, labels, rule))
             return list(found.values())
 
-        device = old[chosen[0]].device
         crow, col = select_by_groups(scores, chosen, shapes, counts, scope, dtype, device, progress)
     if progress is not None:
         progress(len(chosen), len(chosen))

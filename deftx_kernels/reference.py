@@ -222,16 +222,17 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.eigh(matrices)
 
 
-def _rank(S: Tensor, rank: int, energy: float, median: float) -> int:
+def _rank(singular: Tensor, rank: int, energy: float, median: float) -> int:
     """By the rule of svd_denoise_, from all singular values, descending."""
     if rank:
-        return min(rank, len(S))
+        return min(rank, len(singular))
     # Below the rounding of the largest one nothing is known: count it as zero.
-    S = torch.where(S > S[0] * len(S) * torch.finfo(S.dtype).eps, S, 0.0).to(torch.float64)
+    noise = singular[0] * len(singular) * torch.finfo(singular.dtype).eps
+    singular = torch.where(singular > noise, singular, 0.0).to(torch.float64)
     if energy:
-        sums = S.square().cumsum(0)
+        sums = singular.square().cumsum(0)
         return int(torch.searchsorted(sums, energy * sums[-1])) + 1 if sums[-1] else 0
-    return int((S > median * torch.quantile(S, 0.5)).sum())
+    return int((singular > median * torch.quantile(singular, 0.5)).sum())
 
 
 def svd_denoise_(

@@ -14,7 +14,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OPS = {
     "csr": {"csr_gather", "csr_scatter_", "csr_add_"},
     "topk": {"topk_mask", "select_mask", "mask_or", "mask_and", "mask_sub"},
-    "svd": {"svd_denoise", "truncated_svd"},
+    "svd": {"svd_denoise", "truncated_svd", "select_mask"},
     "train": {"sparse_adamw", "masked_linear_grad"},
 }
 

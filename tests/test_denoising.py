@@ -351,6 +351,27 @@ def test_selection_of_some_denoised_tensors_with_information():
         select_mask(tuned, base, k=3, denoise_names=["a"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("residual_density", [0.0, 0.1, 1.0])
+def test_selection_from_factors_writes_no_denoised_difference(monkeypatch, residual_density, dtype):
+    base = model(dtype)
+    tuned = {n: t + 0.1 * model(dtype)[n].flip(0) for n, t in base.items()}
+    rule = {"rank": 5, "residual_density": residual_density}
+    expected = select_mask(tuned, base, density=0.2, **rule)
+    calls = []
+    mask = select_mask(tuned, base, density=0.2, keep_factors=True, progress=lambda *a: calls.append(a), **rule)
+    assert mask.nnz == expected.nnz
+    assert (mask - expected).nnz <= 2, "the two ways round differently"
+    assert calls[-1] == (7, 7)
+    if residual_density == 0.1:
+        monkeypatch.setattr(torch.ops.deftx, "low_rank_mask", lambda *_: pytest.fail("used"))
+        with pytest.raises(pytest.fail.Exception, match="used"):
+            select_mask(tuned, base, density=0.2, keep_factors=True, **rule)
+    for bad in ({"energy": 0.5}, {"rank": 5, "scope": "row"}, {"rank": 5, "return_info": True}, {}):
+        with pytest.raises(ValueError, match="keep_factors needs an int rank"):
+            select_mask(tuned, base, density=0.2, keep_factors=True, **bad)
+
+
 def test_backends_name_the_library():
     served = dk.backends()["svd_denoise_"]["cpu"]
     assert served.name == "blas"

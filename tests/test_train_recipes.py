@@ -119,18 +119,21 @@ def test_residual_density_one_gives_the_lt_sft_mask(learned):
     _folder, task, language, _ = learned
     for vector in (task, language):
         base, tuned = vector.load(vector.start), vector.load(vector.folder / "dense/model")
-        lt_sft = select("lt-sft", tuned, base, SelectionConfig(k=K))
+        lt_sft, _ = select("lt-sft", tuned, base, SelectionConfig(k=K))
         for settings in (SelectionConfig(k=K, residual_density=1.0), SelectionConfig(k=K, rank=2, residual_density=1.0)):
-            assert select("deft-x", tuned, base, settings) == lt_sft
-        assert select("deft-x", tuned, base, SelectionConfig(k=K)) != lt_sft
+            assert select("deft-x", tuned, base, settings)[0] == lt_sft
+        assert select("deft-x", tuned, base, SelectionConfig(k=K))[0] != lt_sft
 
 
 def test_embeddings_can_be_left_as_they_are(learned):
     _folder, task, _, _ = learned
     base, tuned = task.load(task.start), task.load(task.folder / "dense/model")
     settings = SelectionConfig(k=K, residual_density=1.0, denoise_embeddings=False)
-    assert select("deft-x", tuned, base, settings) == select("lt-sft", tuned, base, settings)
-    assert select("deft-x", tuned, base, SelectionConfig(k=K, denoise_embeddings=False)).nnz == K
+    assert select("deft-x", tuned, base, settings)[0] == select("lt-sft", tuned, base, settings)[0]
+    mask, found = select("deft-x", tuned, base, SelectionConfig(k=K, denoise_embeddings=False))
+    assert mask.nnz == K
+    assert found.keys() == select("deft-x", tuned, base, SelectionConfig(k=K))[1].keys() - set(models.embedding_names(base))
+    assert all(f["rank"] >= 1 and 0 < f["energy"] <= 1 and 0 <= f["residual"] <= 1 for f in found.values())
 
 
 def test_entries_outside_the_mask_keep_their_bits(tiny_bert, tmp_path):  # noqa: F811
@@ -275,7 +278,7 @@ def test_lift_takes_the_largest_of_the_low_rank_weights_and_refreshes(tiny_bert,
     model = vector.load(vector.start)
     names = models.linear_names(model)
     weights = {name: model.get_parameter(name).detach() for name in names}
-    mask = recipes.lift_mask(weights, settings.selection).to_dense()
+    mask = recipes.lift_mask(weights, settings.selection)[0].to_dense()
     for name, weight in weights.items():
         u, s, vh = np.linalg.svd(weight.numpy().astype(np.float64), full_matrices=False)
         low = np.abs((u[:, :4] * s[:4]) @ vh[:4])

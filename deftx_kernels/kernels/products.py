@@ -15,8 +15,8 @@ def splits(x: Tensor) -> bool:
 def matmul(a: Tensor, b: Tensor, parts: int = 2) -> Tensor:
     """a @ b for matrices [..., m, k] and [..., k, n] of one dtype, float32 or float64.
 
-    On the CPU inside `full_precision`. On CUDA float32 products are made of bfloat16 ones: cuBLAS' float32 product would be slow, or
-    as inaccurate as the user's TF32 flag.
+    On the CPU inside `full_precision`. On CUDA float32 products are made of bfloat16 ones: cuBLAS' float32 product would be slow,
+    or as inaccurate as the user's TF32 flag.
     """
     return split_matmul(a, b, parts) if splits(a) else a @ b
 
@@ -57,7 +57,7 @@ def _split(x: Tensor, parts: int) -> list[Tensor]:
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Float32 products on the CPU in float32: torch.set_float32_matmul_precision("medium") makes them bfloat16 ones there."""
-    flags = torch.backends.mkldnn.matmul
+    flags = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = flags.fp32_precision
     flags.fp32_precision = "ieee"
     try:

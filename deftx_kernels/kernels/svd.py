@@ -7,7 +7,6 @@ Two ways, both on the short side of a matrix (n of [m, n], m >= n; a wide matrix
 Whatever is small, [l, l] or [n, l], is computed in float64: a Gram matrix has the squares of the singular values.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -108,8 +107,8 @@ def _subspace(a: Tensor, totals: Tensor, rank: int, n_iter: int, test_matrix: Te
     squared singular values, descending, float64 [r]. totals [b] are the sums of squares.
 
     Subspace iteration with a.mT a and Rayleigh-Ritz (Halko, Martinsson & Tropp 2011, section 4.5; Saad 2011, chapter 5). From the
-    second iteration on it is a.mT a - shift: that weakens the directions that are not wanted, whose mean the shift is about, against
-    those that are. No shift above half of a wanted eigenvalue: then none is weakened more than one that is not wanted.
+    second iteration on it is a.mT a - shift: that weakens the directions that are not wanted, whose mean the shift is about,
+    against those that are. No shift is above half of a wanted eigenvalue: then none is weakened more than one that is not wanted.
     """
     b, _, n = a.shape
     columns = test_matrix.shape[1]
@@ -202,12 +201,13 @@ def _by_spectrum(
     captured, lost = [], []
     for i, w in enumerate(tall):
         low = torch.empty_like(matrices[i]) if keep else out[i]
-        r, projector, basis = ranks[i], projectors[i], None
+        settled, projector, basis = ranks[i], projectors[i], None
+        r = settled or 0
         if projector is not None:
             for rows, target in zip(w.split(_ROWS), _tall(low).split(_ROWS)):
                 matmul_(target, rows, projector)
         else:
-            if r is not None:
+            if settled is not None:
                 own = vectors[i] if vectors is not None else torch.linalg.eigh(grams[i])[1]
                 basis = _settled_basis(w, values[i], own.flip(-1), r)
             if basis is None:
@@ -221,7 +221,7 @@ def _by_spectrum(
 
 
 def _by_products(grams: Tensor) -> bool:
-    """Whether eigenvectors are avoided: products are what a GPU is fast at, and its batched eigenvectors are slow (not measured)."""
+    """Whether eigenvectors are avoided: products are what a GPU is fast at. Not measured against batched eigenvectors yet."""
     return products.splits(grams)
 
 
@@ -236,11 +236,11 @@ def _projectors(grams: Tensor, eigenvalues: Tensor, ranks: list[int | None]) -> 
             if float(above - below) > (1e-4 if n >= 256 else 1e-3) * float(eigenvalues[i, -1]):
                 chosen.append(i)
     if chosen:
-        r = torch.tensor([ranks[i] for i in chosen], device=grams.device)
-        projectors = spectral_projector(grams[chosen], eigenvalues[chosen], r)
+        rank = torch.tensor([ranks[i] for i in chosen], device=grams.device)
+        projectors = spectral_projector(grams[chosen], eigenvalues[chosen], rank)
         # Both, since errors at the two sides of the cut cancel in the trace, and one alone hardly shows in the sum of squares.
-        trace = (projectors.diagonal(dim1=-2, dim2=-1).sum(-1) - r).abs()
-        squares = (projectors.square().sum((-2, -1)) - r).abs()
+        trace = (projectors.diagonal(dim1=-2, dim2=-1).sum(-1) - rank).abs()
+        squares = (projectors.square().sum((-2, -1)) - rank).abs()
         for i, p, right in zip(chosen, projectors, (torch.maximum(trace, squares) < 1e-2).tolist()):
             found[i] = p if right else None
     return found

@@ -105,19 +105,29 @@ def sparse_phase(vector: Vector, mask: CSRMask, phase: PhaseConfig, folder: Path
     return densify(model), facts
 
 
-def select(recipe: Recipe, tuned: PreTrainedModel, base: PreTrainedModel, selection: SelectionConfig) -> CSRMask:
-    """The mask of theta1 and theta0: by deft-x the largest entries of the denoised difference, by lt-sft of the difference."""
+def select(
+    recipe: Recipe, tuned: PreTrainedModel, base: PreTrainedModel, selection: SelectionConfig
+) -> tuple[CSRMask, dict[str, dict[str, float]]]:
+    """The mask of theta1 and theta0: by deft-x the largest entries of the denoised difference, by lt-sft of the difference.
+
+    Also what denoising found in each matrix (`denoising_facts`; nothing for lt-sft).
+    """
     names = models.maskable_names(base)
-    size: dict[str, Any] = {"k": selection.k} if selection.k is not None else {"density": selection.density}
+    arguments: dict[str, Any] = {"k": selection.k} if selection.k is not None else {"density": selection.density}
+    arguments |= {"names": names, "scope": selection.scope}
     if recipe == "lt-sft":
-        return select_mask(tuned, base, names=names, scope=selection.scope, **size)
-    rule: dict[str, Any] = {"rank": selection.rank, "energy": selection.energy, "residual_density": selection.residual_density}
-    if selection.denoise_embeddings:
-        return select_mask(tuned, base, names=names, scope=selection.scope, **size, **rule)
-    raw = models.embedding_names(base)
-    delta = {name: tuned.get_parameter(name).detach() - base.get_parameter(name).detach() for name in names}
-    delta |= svd_denoise({name: tensor for name, tensor in delta.items() if name not in raw}, **rule)
-    return topk_mask(delta, scope=selection.scope, **size)
+        return select_mask(tuned, base, **arguments), {}
+    raw = () if selection.denoise_embeddings else models.embedding_names(base)
+    mask, info = select_mask(
+        tuned, base, rank=selection.rank, energy=selection.energy, residual_density=selection.residual_density,
+        denoise_names=[name for name in names if name not in raw], return_info=True, **arguments,
+    )  # fmt: skip
+    return mask, denoising_facts(info)
+
+
+def denoising_facts(info: Mapping[str, dict[str, Tensor] | None]) -> dict[str, dict[str, float]]:
+    """Name of a matrix → rank of its signal, share of the energy in it, and relative residual of the denoised matrix."""
+    return {name: {k: v.double().mean().item() for k, v in found.items()} for name, found in info.items() if found is not None}
 
 
 def _select(vector: Vector, recipe: Recipe, runtime: Runtime) -> tuple[CSRMask, dict]:
@@ -125,18 +135,19 @@ def _select(vector: Vector, recipe: Recipe, runtime: Runtime) -> tuple[CSRMask, 
     tuned = vector.load(vector.folder / "dense" / "model").to(torch_device(runtime))
     synchronize()
     began = time.perf_counter()
-    mask = select(recipe, tuned, base, vector.config.selection)
+    mask, denoising = select(recipe, tuned, base, vector.config.selection)
     synchronize()
-    return mask, {"seconds": time.perf_counter() - began, "nnz": mask.nnz, "numel": mask.numel, "density": mask.density}
+    facts = {"seconds": time.perf_counter() - began, "nnz": mask.nnz, "numel": mask.numel, "density": mask.density}
+    return mask, {**facts, "denoising": denoising} if denoising else facts
 
 
-def lift_mask(weights: Mapping[str, Tensor], selection: SelectionConfig) -> CSRMask:
-    """LIFT's mask: in each weight matrix W the largest entries of |W_r|, its rank-r approximation."""
+def lift_mask(weights: Mapping[str, Tensor], selection: SelectionConfig) -> tuple[CSRMask, dict[str, dict[str, float]]]:
+    """LIFT's mask: in each weight matrix W the largest entries of |W_r|, its rank-r approximation; and `denoising_facts`."""
     rank = selection.rank if selection.rank is not None else LIFT_RANK
-    scores = svd_denoise(dict(weights), rank=rank)
+    scores, info = svd_denoise(dict(weights), rank=rank, return_info=True)
     if selection.k is not None:
-        return topk_mask(scores, k=selection.k)
-    return topk_mask(scores, density=selection.density, scope="tensor")
+        return topk_mask(scores, k=selection.k), denoising_facts(info)
+    return topk_mask(scores, density=selection.density, scope="tensor"), denoising_facts(info)
 
 
 class RefreshMask(TrainerCallback):
@@ -151,7 +162,7 @@ class RefreshMask(TrainerCallback):
             return
         synchronize()
         began = time.perf_counter()
-        mask = lift_mask(self.weights, self.selection)
+        mask, _ = lift_mask(self.weights, self.selection)
         self.optimizer.update_mask(mask)
         self.union = self.union | mask
         synchronize()
@@ -168,14 +179,14 @@ def _lift(vector: Vector, folder: Path, runtime: Runtime) -> tuple[CSRMask, dict
     # The mask changes on the way and is not part of a checkpoint, so the phase is run in one go.
     phase = dataclasses.replace(vector.config.sparse, keep_best=False, eval_every=None)
     began = time.perf_counter()
-    mask = lift_mask(weights, selection)
+    mask, denoising = lift_mask(weights, selection)
     seconds = time.perf_counter() - began
     optimizer = SparseAdamW(model.named_parameters(), mask, lr=phase.lr, weight_decay=phase.weight_decay)
     refresh = RefreshMask(optimizer, weights, selection, mask)
     facts = train_phase(model, vector.examples, vector.config, phase, folder, runtime, optimizer=optimizer, callbacks=(refresh,))
     facts["selection"] = {
         "seconds": seconds, "refreshes": len(refresh.seconds), "nnz": mask.nnz, "numel": mask.numel, "density": mask.density,
-        "trained_in_all": refresh.union.nnz,
+        "trained_in_all": refresh.union.nnz, "denoising": denoising,
     }  # fmt: skip
     facts["trained_entries"] = mask.nnz + sum(model.get_parameter(name).numel() for name in trained_head(model))
     return refresh.union, facts, model

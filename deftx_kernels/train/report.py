@@ -114,6 +114,26 @@ def phase_table(metrics: dict) -> list[list[str]]:
     return table
 
 
+def denoising_table(metrics: dict) -> list[list[str]] | None:
+    """Header and rows of what denoising found in the task's difference, by kind of matrix; None where nothing was denoised."""
+    selections = (phase.get("selection") or {} for phase in metrics["phases"] if phase["vector"] == "task")
+    found = next((s["denoising"] for s in selections if s.get("denoising")), None)
+    if found is None:
+        return None
+    kinds: dict[str, list[dict[str, float]]] = {}
+    for name, facts in found.items():
+        match = figures.LAYER.match(name)
+        kinds.setdefault(figures.short_kind(match["kind"] if match else name), []).append(facts)
+    table = [["matrices of the task's difference", "count", "rank of the signal", "energy in it", "taken away, relative"]]
+    for kind in sorted(kinds, key=figures.rank_of):
+        each = kinds[kind]
+        ranks = sorted(facts["rank"] for facts in each)
+        span = f"{ranks[0]:.0f}" if ranks[0] == ranks[-1] else f"{ranks[0]:.0f} to {ranks[-1]:.0f}"
+        means = (statistics.fmean(facts[key] for facts in each) for key in ("energy", "residual"))
+        table.append([kind, str(len(each)), span, *(f"{mean:.1%}" for mean in means)])
+    return table
+
+
 def megabytes(count: float) -> str:
     return f"{count / 1e6:,.1f} MB"
 
@@ -176,6 +196,7 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
     parts += [
         "## What was selected",
         picture(pictures, "spectra", "Singular values of the difference matrices"),
+        markdown(table) if (table := denoising_table(metrics)) is not None else "",
         picture(pictures, "density", "Density of the masks by layer and tensor"),
         "## Phases",
         markdown(phase_table(metrics)),
