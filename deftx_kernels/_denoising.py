@@ -11,6 +11,7 @@ from torch import Tensor
 from deftx_kernels._checks import check_finite, check_int, is_number
 
 GAVISH_DONOHO = "gavish-donoho"
+_AT_A_TIME = 16  # matrices for each call of the operator, and of `progress`
 
 
 class Rule(NamedTuple):
@@ -93,11 +94,13 @@ def denoise(
         rank, energy, median = _arguments(rule, shape)
         test_matrix = random_test_matrix(shape, rank, rule.oversample, rule.generator, compute, device) if rank else None
         count = _batch(shape, compute, device, test_matrix, rule.batch_bytes)
-        for first in range(0, len(group), count):
+        # Matrices in another dtype, and results that nobody keeps, take memory of their own.
+        many = count if dtype != compute or rule.residual_density == 1 else max(1, _AT_A_TIME // count) * count
+        for first in range(0, len(group), many):
             if progress is not None:
                 progress(done, total)
-            batch = group[first : first + count]
-            found = _denoise_batch(batch, compute, rule, rank, energy, median, test_matrix)
+            batch = group[first : first + many]
+            found = _denoise_batch(batch, count, compute, rule, rank, energy, median, test_matrix)
             for j, w in enumerate(batch):
                 for key, values in zip(("rank", "energy") if rule.residual_density == 1 else ("rank", "energy", "residual"), found):
                     infos[w.name][key].view(-1)[w.place] = values[j]
@@ -108,7 +111,14 @@ def denoise(
 
 
 def _denoise_batch(
-    batch: list[_Matrix], dtype: torch.dtype, rule: Rule, rank: int, energy: float, median: float, test_matrix: Tensor | None
+    batch: list[_Matrix],
+    count: int,
+    dtype: torch.dtype,
+    rule: Rule,
+    rank: int,
+    energy: float,
+    median: float,
+    test_matrix: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     all_kept = rule.residual_density == 1  # then L + H is the matrix itself, and only the information is wanted
     sources, outs, scales, totals = [], [], [], []
@@ -122,7 +132,7 @@ def _denoise_batch(
         totals.append(total)
     sums = torch.tensor(totals, dtype=torch.float64, device=sources[0].device)
     density = 0.0 if all_kept else rule.residual_density
-    found = torch.ops.deftx.svd_denoise_(sources, outs, sums, rank, energy, median, density, rule.n_iter, test_matrix)
+    found = torch.ops.deftx.svd_denoise_(sources, outs, sums, rank, energy, median, density, rule.n_iter, test_matrix, count)
     for w, out, scale in zip(batch, outs, scales):
         if scale != 1:
             out /= scale

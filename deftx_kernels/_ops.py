@@ -53,11 +53,11 @@ SCHEMAS = {
     # out[i] = L + prune(H) of matrices[i] [m, n]: all of one shape, float32 or float64; out may be the matrices themselves.
     # The rank of L is `rank`, or the smallest that holds the share `energy` of the sum of squares, or the number of singular values
     # above `median` times their median: two of the three are 0. test_matrix [min(m, n), l] as above, with `rank` only.
-    # totals float64: the matrices' sums of squares, finite.
+    # totals float64: the matrices' sums of squares, finite. `batch` matrices are worked on at a time.
     # Returns of each matrix: rank int64, captured energy float64, |matrix - out| / |matrix| float64.
     "svd_denoise_": (
         "(Tensor[] matrices, Tensor(a!)[] out, Tensor totals, int rank, float energy, float median, float residual_density,"
-        " int n_iter, Tensor? test_matrix) -> (Tensor rank, Tensor energy, Tensor residual)"
+        " int n_iter, Tensor? test_matrix, int batch) -> (Tensor rank, Tensor energy, Tensor residual)"
     ),
     # Eigenvalues, ascending, and eigenvectors (columns) of symmetric matrices [b, n, n].
     "eigh": "(Tensor matrices) -> (Tensor eigenvalues, Tensor eigenvectors)",
@@ -174,7 +174,7 @@ def _(a, rank, n_iter, test_matrix):
 
 
 @_fake("svd_denoise_")
-def _(matrices, out, totals, rank, energy, median, residual_density, n_iter, test_matrix):
+def _(matrices, out, totals, rank, energy, median, residual_density, n_iter, test_matrix, batch):
     return torch.empty_like(totals, dtype=torch.int64), torch.empty_like(totals), torch.empty_like(totals)
 
 

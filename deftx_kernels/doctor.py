@@ -206,7 +206,7 @@ def _factors(*more: Any) -> list[Any]:
 def _denoise_case() -> list[Any]:
     matrices = list(_matrices())
     totals = torch.stack([w.double().square().sum() for w in matrices])
-    return [matrices, [torch.empty_like(w) for w in matrices], totals, 0, 0.9, 0.0, 0.01, 2, None]
+    return [matrices, [torch.empty_like(w) for w in matrices], totals, 0, 0.9, 0.0, 0.01, 2, None, 2]
 
 
 _CASES: dict[str, Callable[[], list[Any]]] = {

@@ -245,6 +245,7 @@ def svd_denoise_(
     residual_density: float,
     n_iter: int,
     test_matrix: Tensor | None,
+    batch: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ranks, energies, residuals = [], [], []
     for w, target in zip(matrices, out):

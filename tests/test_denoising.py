@@ -84,6 +84,22 @@ def test_fixed_rank_on_split_products(on_split_products, shape, spectrum):
     assert_near_optimal(a, svd_denoise(a, rank=20), 20, 3e-5)
 
 
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_residual_on_split_products_is_pruned_from_factors(on_split_products, monkeypatch, shape):
+    a = matrix(shape, "noise", 1)
+    used = []
+    prune = svd._prune_from_factors
+    monkeypatch.setattr(svd, "_prune_from_factors", lambda *x: (used.append(1), prune(*x))[1])
+    low = svd_denoise(a, rank=20)
+    result, info = svd_denoise(a, rank=20, residual_density=0.1, return_info=True)
+    assert used
+    kept = result == a
+    assert int(kept.sum()) == round(0.1 * a.numel())
+    torch.testing.assert_close(result[~kept], low[~kept], atol=1e-4, rtol=0)
+    assert float((a - low)[kept].abs().min()) >= float((a - low)[~kept].abs().max()) - 1e-3
+    assert float(info["residual"]) == pytest.approx(float((a - result).norm() / a.norm()), rel=1e-4)
+
+
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", SHAPES[1:3])
 def test_singular_vectors_are_orthonormal_whatever_the_rank_of_the_matrix(shape, spectrum):
@@ -314,7 +330,7 @@ def test_precision_flags_do_not_matter_and_are_left_as_found(rule):
             assert torch.equal(svd_denoise(a, **rule), expected)
             assert all(torch.equal(x, y) for x, y in zip(truncated_svd(a, 5), vectors))
             with pytest.raises(RuntimeError):
-                torch.ops.deftx.svd_denoise_([a], [a.clone()], torch.ones(1), 5, 0.0, 0.0, 0.0, 2, torch.ones(7, 21))
+                torch.ops.deftx.svd_denoise_([a], [a.clone()], torch.ones(1), 5, 0.0, 0.0, 0.0, 2, torch.ones(7, 21), 1)
             assert torch.get_float32_matmul_precision() == precision
             assert torch.backends.mkldnn.matmul.fp32_precision == flag
     finally:

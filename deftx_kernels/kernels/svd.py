@@ -49,17 +49,24 @@ def svd_denoise_(
     residual_density: float,
     n_iter: int,
     test_matrix: Tensor | None,  # [min(m, n), l]
+    batch: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     keep = round(residual_density * matrices[0].numel())
+    m, n = max(matrices[0].shape), min(matrices[0].shape)
+    batch = min(batch, len(matrices))
+    # Made once: memory that is new to the process costs more than to copy a matrix into it.
+    workspace = torch.empty(batch, n if test_matrix is None else m, n, dtype=matrices[0].dtype, device=matrices[0].device)
+    found = []
     with full_precision():
-        if test_matrix is not None:
-            captured, lost = _by_subspace(matrices, out, rank, keep, n_iter, test_matrix, totals)
-            ranks = torch.full_like(totals, rank, dtype=torch.int64)
-        else:
-            ranks, captured, lost = _by_spectrum(matrices, out, rank, energy, median, keep)
-    some = totals > 0
-    whole = torch.where(some, totals, 1.0)
-    return ranks, torch.where(some, captured / whole, 1.0).clamp(max=1.0), (lost / whole).clamp(min=0.0).sqrt()
+        for first in range(0, len(matrices), batch):
+            some = slice(first, first + batch)
+            if test_matrix is not None:
+                found.append(_by_subspace(matrices[some], out[some], workspace, totals[some], rank, keep, n_iter, test_matrix))
+            else:
+                found.append(_by_spectrum(matrices[some], out[some], workspace, rank, energy, median, keep))
+    ranks, captured, lost = (torch.cat(x) for x in zip(*found))
+    whole = torch.where(totals > 0, totals, 1.0)
+    return ranks, torch.where(totals > 0, captured / whole, 1.0).clamp(max=1.0), (lost / whole).clamp(min=0.0).sqrt()
 
 
 # ---- sums ---------------------------------------------------------------------------------------------------------------
@@ -70,12 +77,13 @@ def _sums_of_squares(y: Tensor) -> Tensor:
     return torch.linalg.vector_norm(y, dim=-1).to(torch.float64).square().sum(-1)
 
 
-def _gram64(y: Tensor) -> Tensor:
-    """y.mT @ y [..., l, l] in float64 of y [..., m, l], some rows at a time."""
+def _gram64(y: Tensor, dim: int = -2) -> Tensor:
+    """y.mT @ y (dim -2) or y @ y.mT (dim -1) [..., l, l] in float64, some of the other dimension at a time."""
     gram: Tensor | None = None
-    for rows in y.split(max(1, _DOUBLES // y.shape[-1]), -2):
-        rows = rows.to(torch.float64)
-        gram = rows.mT @ rows if gram is None else gram.add_(rows.mT @ rows)
+    for part in y.split(max(1, _DOUBLES // y.shape[-3 - dim]), dim):
+        part = part.to(torch.float64)
+        product = part.mT @ part if dim == -2 else part @ part.mT
+        gram = product if gram is None else gram.add_(product)
     assert gram is not None
     return gram
 
@@ -86,16 +94,19 @@ def _gram64(y: Tensor) -> Tensor:
 def _orthonormal_rows(z: Tensor) -> Tensor:  # [b, l, n], l <= n
     """An orthonormal basis of the span of the rows, by Cholesky QR with a float64 Gram matrix (Yamazaki, Tomov & Dongarra 2015).
 
-    Householder QR for the matrices whose rows are too nearly dependent for it. Signs are those of Gram-Schmidt.
+    Twice for matrices with rows of very different size, since rounding grows with the ratio; Householder QR where rows are too
+    nearly dependent. Signs are those of Gram-Schmidt.
     """
-    lower, info = torch.linalg.cholesky_ex(_gram64(z.mT))
+    lower, info = torch.linalg.cholesky_ex(_gram64(z, -1))
     diagonal = lower.diagonal(dim1=-2, dim2=-1)
-    # Rounding of float32 rows, 6e-8, comes out this ratio times as large.
-    precise = 1e-10 if z.dtype == torch.float64 else 1e-6
-    hopeless = (info != 0) | ~(diagonal.amin(-1) > precise * diagonal.amax(-1))
+    ratio = diagonal.amin(-1) / diagonal.amax(-1)
+    hopeless = (info != 0) | ~(ratio > (1e-10 if z.dtype == torch.float64 else 1e-6))
+    again = ~hopeless & (ratio < 1e-2)
     identity = torch.eye(z.shape[-2], dtype=torch.float64, device=z.device).expand_as(lower)
     q = matmul(torch.linalg.solve_triangular(lower, identity, upper=False).to(z.dtype), z)
-    if bool(hopeless.any()):
+    if bool((hopeless | again).any()):
+        if bool(again.any()):
+            q[again] = _orthonormal_rows(q[again])
         for i in hopeless.nonzero().view(-1).tolist():
             basis, r = torch.linalg.qr(z[i].mT)
             q[i] = (basis * torch.where(r.diagonal() < 0, -1.0, 1.0)).mT
@@ -121,7 +132,7 @@ def _subspace(a: Tensor, totals: Tensor, rank: int, n_iter: int, test_matrix: Te
     for k in range(2, 2 + n_iter + _MORE):
         z = matmul(y.mT, a)
         if half is None:  # singular values of a.mT a q are at most those of a.mT a
-            half = torch.linalg.eigvalsh(_gram64(z.mT))[:, columns - rank].clamp(min=0).sqrt() / 2
+            half = torch.linalg.eigvalsh(_gram64(z, -1))[:, columns - rank].clamp(min=0).sqrt() / 2
         shift = torch.minimum(1.5 * (totals - seen).clamp(min=0) / (n - columns), half)
         q = _orthonormal_rows(z - shift.to(z.dtype)[:, None, None] * q)
         y = matmul(a, q.mT)
@@ -130,8 +141,11 @@ def _subspace(a: Tensor, totals: Tensor, rank: int, n_iter: int, test_matrix: Te
             continue
         squares, vectors = torch.ops.deftx.eigh(_gram64(y))
         squares, vectors = squares.flip(-1)[:, :rank], vectors.flip(-1)[..., :rank]
-        enough = _enough(k, rank, columns, n) * (totals - squares.sum(-1)) + _ROUNDING * totals
-        done = (seen - before <= enough) | (k == 1 + n_iter + _MORE)
+        residual = totals - squares.sum(-1)
+        done = seen - before <= _enough(k, rank, columns, n) * residual + _ROUNDING * totals
+        if k < 4:  # a residual of 1e-3 and less is lost in the rounding of the sums: iterate on unseen
+            done &= residual > 1e-6 * totals
+        done |= (k == 1 + n_iter + _MORE) | (totals == 0)
         finished = done.nonzero().view(-1).tolist()
         for i in finished:
             c = vectors[i].to(a.dtype)
@@ -158,19 +172,30 @@ def _enough(k: int, rank: int, columns: int, n: int) -> float:
 
 
 def _by_subspace(
-    matrices: Sequence[Tensor], out: Sequence[Tensor], rank: int, keep: int, n_iter: int, test_matrix: Tensor, totals: Tensor
-) -> tuple[Tensor, Tensor]:
+    matrices: Sequence[Tensor],
+    out: Sequence[Tensor],
+    workspace: Tensor,  # [at least as many, m, n]
+    totals: Tensor,
+    rank: int,
+    keep: int,
+    n_iter: int,
+    test_matrix: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     tall = [_tall(w) for w in matrices]
-    batch = tall[0].unsqueeze(0) if len(tall) == 1 else torch.stack(tall)
+    batch = tall[0].unsqueeze(0) if len(tall) == 1 else torch.stack(tall, out=workspace[: len(tall)])
     left, right, squares = _subspace(batch, totals, rank, n_iter, test_matrix)
     lost = []
     for i, w in enumerate(matrices):
+        if keep and products.splits(w):
+            lost.append(_prune_from_factors(w, left[i], right[i].mT, out[i], keep))
+            continue
         low = torch.empty_like(w) if keep else out[i]
         matmul_(_tall(low), left[i], right[i])
         if keep:
             lost.append(_prune_(w, low, out[i], keep))
     captured = torch.stack([x.sum() for x in squares])
-    return captured, torch.stack(lost) if keep else totals - captured
+    ranks = torch.full_like(totals, rank, dtype=torch.int64)
+    return ranks, captured, torch.stack(lost) if keep else totals - captured
 
 
 def _tall(w: Tensor) -> Tensor:
@@ -186,14 +211,33 @@ def _prune_(w: Tensor, low: Tensor, out: Tensor, keep: int) -> Tensor:
     return lost
 
 
+def _prune_from_factors(w: Tensor, left: Tensor, right: Tensor, out: Tensor, keep: int) -> Tensor:
+    """As `_prune_`, for low = left @ right.mT (of the transposed matrix where w is wide) that is not written."""
+    if w.shape[0] < w.shape[1]:
+        left, right = right, left
+    arguments = (w[None], left[None].contiguous(), right[None].contiguous())
+    denoised = torch.ops.deftx.low_rank_denoised(*arguments, torch.ops.deftx.residual_cut(*arguments, keep))[0]
+    lost = _sums_of_squares(w - denoised)
+    out.copy_(denoised)
+    return lost
+
+
 # ---- an energy, a multiple of the median, or a large rank ---------------------------------------------------------------
 
 
 def _by_spectrum(
-    matrices: Sequence[Tensor], out: Sequence[Tensor], rank: int, energy: float, median: float, keep: int
+    matrices: Sequence[Tensor],
+    out: Sequence[Tensor],
+    workspace: Tensor,  # [at least as many, n, n]
+    rank: int,
+    energy: float,
+    median: float,
+    keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tall = [_tall(w) for w in matrices]
-    grams = torch.stack([_gram(w) for w in tall])
+    grams = workspace[: len(tall)]
+    for w, gram in zip(tall, grams):
+        _gram_(gram, w)
     squares, vectors = (torch.linalg.eigvalsh(grams), None) if _by_products(grams) else torch.ops.deftx.eigh(grams)
     values = list(squares.to(torch.float64).clamp(min=0).flip(-1))
     ranks = [_settled_rank(v, rank, energy, median, grams.dtype) for v in values]
@@ -246,21 +290,22 @@ def _projectors(grams: Tensor, eigenvalues: Tensor, ranks: list[int | None]) -> 
     return found
 
 
-def _gram(w: Tensor) -> Tensor:  # [m, n]
-    """w.mT @ w; its errors come out multiplied by the largest eigenvalue over the gap at the cut."""
+def _gram_(gram: Tensor, w: Tensor) -> None:  # [n, n], [m, n]
+    """gram = w.mT @ w; its errors come out multiplied by the largest eigenvalue over the gap at the cut."""
     n = w.shape[1]
     if products.splits(w):
-        return sum(matmul(rows.mT, rows, parts=3) for rows in w.split(_ROWS))  # type: ignore[return-value]
-    if n < 256:
-        return w.mT @ w
-    gram = w.new_empty(n, n)  # of the off-diagonal quarters, one is the other's transpose
-    half = (n + 1) // 2
-    first, second = w[:, :half], w[:, half:]
-    gram[:half, :half] = _gram(first)
-    gram[half:, half:] = _gram(second)
-    torch.mm(first.mT, second, out=gram[:half, half:])
-    gram[half:, :half] = gram[:half, half:].mT
-    return gram
+        gram.zero_()
+        for rows in w.split(_ROWS):
+            gram += matmul(rows.mT, rows, parts=3)
+    elif n < 256:
+        torch.mm(w.mT, w, out=gram)
+    else:  # of the off-diagonal quarters, one is the other's transpose
+        half = (n + 1) // 2
+        first, second = w[:, :half], w[:, half:]
+        _gram_(gram[:half, :half], first)
+        _gram_(gram[half:, half:], second)
+        torch.mm(first.mT, second, out=gram[:half, half:])
+        gram[half:, :half] = gram[:half, half:].mT
 
 
 def _rank(squares: Tensor, rank: int, energy: float, median: float) -> int:
