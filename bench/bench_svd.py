@@ -141,8 +141,8 @@ def selection_case(device: str, size: str, rule: dict[str, Any]) -> Case:
     )  # fmt: skip
 
 
-def _again(make: Callable[..., Case], device: str, size: str, rule: dict[str, Any], **other: str) -> Case:
-    return make(device, other.get("size", size), rule)
+def _again(make: Callable[..., Case], device: str, usual: str, rule: dict[str, Any], size: str | None = None) -> Case:
+    return make(device, size or usual, rule)
 
 
 def truncated_case(batch: Tensor, rank: int) -> Case:  # [b, m, n]

@@ -168,7 +168,7 @@ def _enough(k: int, rank: int, columns: int, n: int) -> float:
     With no columns to spare, or with half of all directions, a small gain says little.
     """
     room = 1 - 2 * columns / n
-    return {2: 0.135 * room, 3: 0.045 * room + 0.01}.get(k, 0.01) * min(1.0, (columns - rank) / 16 + 0.1)
+    return {2: min(0.12, 0.15 * room), 3: 0.045 * room + 0.01}.get(k, 0.01) * min(1.0, (columns - rank) / 16 + 0.1)
 
 
 def _by_subspace(
@@ -239,9 +239,9 @@ def _by_spectrum(
     for w, gram in zip(tall, grams):
         _gram_(gram, w)
     squares, vectors = (torch.linalg.eigvalsh(grams), None) if _by_products(grams) else torch.ops.deftx.eigh(grams)
-    values = list(squares.to(torch.float64).clamp(min=0).flip(-1))
+    values = list(squares.to("cpu", torch.float64).clamp(min=0).flip(-1))  # all that is decided from them is decided there
     ranks = [_settled_rank(v, rank, energy, median, grams.dtype) for v in values]
-    projectors = [None] * len(tall) if vectors is not None else _projectors(grams, squares, ranks)
+    projectors = [None] * len(tall) if vectors is not None else _projectors(grams, squares, values, ranks)
     captured, lost = [], []
     for i, w in enumerate(tall):
         low = torch.empty_like(matrices[i]) if keep else out[i]
@@ -261,7 +261,8 @@ def _by_spectrum(
         ranks[i] = r
         captured.append(values[i][:r].sum())
         lost.append(_prune_(matrices[i], low, out[i], keep) if keep else values[i][r:].sum())
-    return torch.tensor(ranks, dtype=torch.int64, device=grams.device), torch.stack(captured), torch.stack(lost)
+    ranks_, captured_ = torch.tensor(ranks, dtype=torch.int64), torch.stack(captured)
+    return ranks_.to(grams.device), captured_.to(grams.device), torch.stack(lost).to(grams.device)
 
 
 def _by_products(grams: Tensor) -> bool:
@@ -269,15 +270,15 @@ def _by_products(grams: Tensor) -> bool:
     return products.splits(grams)
 
 
-def _projectors(grams: Tensor, eigenvalues: Tensor, ranks: list[int | None]) -> list[Tensor | None]:
+def _projectors(grams: Tensor, eigenvalues: Tensor, values: list[Tensor], ranks: list[int | None]) -> list[Tensor | None]:
     """The spectral projector of each matrix; None where its rank is unknown, or the gap at the cut is too small for products."""
     n = grams.shape[-1]
     found: list[Tensor | None] = [None] * len(ranks)
     chosen = []
     for i, r in enumerate(ranks):
         if r is not None and 0 < r < n:
-            below, above = eigenvalues[i, n - r - 1], eigenvalues[i, n - r]
-            if float(above - below) > (1e-4 if n >= 256 else 1e-3) * float(eigenvalues[i, -1]):
+            gap = float(values[i][r - 1] - values[i][r])
+            if gap > (1e-4 if n >= 256 else 1e-3) * float(values[i][0]):
                 chosen.append(i)
     if chosen:
         rank = torch.tensor([ranks[i] for i in chosen], device=grams.device)
@@ -377,7 +378,7 @@ _ERROR = 2e-5  # relative, of the truncated matrix; 5e-5 is promised
 
 def _spectrum64(w: Tensor) -> tuple[Tensor, Tensor]:
     squares, vectors = torch.linalg.eigh(_gram64(w))
-    squares = squares.flip(-1)
+    squares = squares.cpu().flip(-1)
     # Below the rounding of the largest one nothing is known: count it as zero.
     noise = squares[0] * len(squares) * torch.finfo(torch.float64).eps
     return torch.where(squares > noise, squares, 0.0), vectors.flip(-1)
