@@ -72,9 +72,9 @@ def check_finite(tensor: Tensor, label: str) -> None:
         raise ValueError(f"{label} holds {float(tensor.reshape(-1)[index])} at flat index {index}: every entry must be finite")
 
 
-def check_matrix(tensor: object, label: str, min_dim: int = 2) -> None:
+def check_matrix(tensor: object, label: str) -> None:
     check_float(tensor, label)
     assert isinstance(tensor, Tensor)
-    if tensor.dim() < min_dim:
-        raise ValueError(f"{label} must have at least {min_dim} dimensions [..., m, n], got shape {list(tensor.shape)}")
+    if tensor.dim() < 2:
+        raise ValueError(f"{label} must have at least 2 dimensions [..., m, n], got shape {list(tensor.shape)}")
     check_finite(tensor.detach(), label)

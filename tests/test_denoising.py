@@ -337,6 +337,36 @@ def test_precision_flags_do_not_matter_and_are_left_as_found(rule):
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 2.0**-80), (torch.float32, 2.0**80), (torch.float64, 2.0**-110)])
+def test_entries_whose_squares_leave_the_range_of_the_dtype(dtype, scale):
+    a = torch.stack([matrix((130, 90), "low rank and noise", s, dtype) for s in range(2)])
+    b = a.clone()
+    b[1] *= scale
+    for rule in ({"rank": 8}, {"energy": 0.8}, {"rank": 8, "residual_density": 0.1}, {"rank": "gavish-donoho"}):
+        expected, info = svd_denoise(a, return_info=True, **rule)
+        result, its_info = svd_denoise(b, return_info=True, **rule)
+        torch.testing.assert_close(result[0], expected[0])
+        torch.testing.assert_close(result[1] / scale, expected[1], atol=1e-6, rtol=1e-5)
+        for key in info:
+            torch.testing.assert_close(its_info[key], info[key], atol=1e-6, rtol=1e-5)
+    U, S, Vh = truncated_svd(b, 8)
+    expected = svd_denoise(a, rank=8)
+    torch.testing.assert_close(
+        (U * (S / torch.tensor([1.0, scale], dtype=dtype)[:, None])[:, None]) @ Vh, expected, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_nothing_is_written_where_an_entry_is_not_finite():
+    delta = model()
+    delta["d"][3, 4] = math.nan
+    before = {n: t.clone() for n, t in delta.items()}
+    calls = []
+    with pytest.raises(ValueError, match=r"delta\['d'\] holds nan at flat index 184"):
+        svd_denoise(delta, rank=2, progress=lambda *a: calls.append(a))
+    assert not calls, "found before any work is done"
+    assert all(torch.equal(delta[n], before[n]) or n == "d" for n in delta)
+
+
 def test_equal_calls_give_equal_results():
     delta = model()
     for rule in ({"rank": 5}, {"energy": 0.8}):

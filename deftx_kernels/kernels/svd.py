@@ -26,12 +26,12 @@ def truncated_svd(a: Tensor, rank: int, n_iter: int, test_matrix: Tensor | None)
         U, S, Vh = torch.linalg.svd(work, full_matrices=False)
     else:
         wide = a.shape[-2] < a.shape[-1]
-        batch = work.reshape(-1, *a.shape[-2:])
+        batch, scale = _in_range(work.reshape(-1, *a.shape[-2:]))
         with full_precision():
             tall = batch.mT if wide else batch
             scaled, Vh, squares = map(torch.stack, _subspace(tall, _sums_of_squares(batch), rank, n_iter, test_matrix))
             U = _orthonormal_rows(scaled.mT.contiguous()).mT
-        S = squares.clamp(min=0).sqrt()
+        S = squares.clamp(min=0).sqrt() / scale
         if wide:
             U, Vh = Vh.mT, U.mT
         U, S, Vh = (x.reshape(*a.shape[:-2], *x.shape[1:]) for x in (U, S, Vh))
@@ -69,11 +69,19 @@ def svd_denoise_(
     return ranks, torch.where(totals > 0, captured / whole, 1.0).clamp(max=1.0), (lost / whole).clamp(min=0.0).sqrt()
 
 
+def _in_range(batch: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices [b, m, n] times powers of 2 that keep products of entries within the dtype's range; the powers, float64 [b, 1]."""
+    largest = torch.linalg.vector_norm(batch, float("inf"), dim=(-2, -1))
+    exponent = torch.where((largest < 1e-9) | (largest > 1e9), -torch.frexp(largest).exponent, 0).clamp(-120, 120)[:, None]
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
+    return (batch * scale[..., None].to(batch.dtype) if bool((exponent != 0).any()) else batch), scale
+
+
 # ---- sums ---------------------------------------------------------------------------------------------------------------
 
 
 def _sums_of_squares(y: Tensor) -> Tensor:
-    """float64 [...] of y [..., m, n]: float32 sums of rows, added up in float64 (torch sums a float32 matrix to 4 digits only)."""
+    """float64 [...] of y [..., m, n]: float32 sums of rows, added up in float64 (of a whole matrix torch gives 4 digits)."""
     return torch.linalg.vector_norm(y, dim=-1).to(torch.float64).square().sum(-1)
 
 
