@@ -70,7 +70,7 @@ def svd_denoise_(
 
 
 def _in_range(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices [b, m, n] times powers of 2 that keep products of entries within the dtype's range; the powers, float64 [b, 1]."""
+    """The matrices [b, m, n] times powers of 2, so that squares of entries stay within the dtype; the powers, float64 [b, 1]."""
     largest = torch.linalg.vector_norm(batch, float("inf"), dim=(-2, -1))
     exponent = torch.where((largest < 1e-9) | (largest > 1e9), -torch.frexp(largest).exponent, 0).clamp(-120, 120)[:, None]
     scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
