@@ -165,9 +165,10 @@ def _rescaled(w: Tensor) -> tuple[Tensor, float, float]:
     largest = float(w.abs().amax())
     if largest == 0:
         return w, 1.0, 0.0
-    exponent = -math.frexp(largest)[1]
-    scaled = torch.ldexp(w, torch.tensor(exponent // 2)).ldexp(torch.tensor(exponent - exponent // 2))
-    return scaled, 2.0**exponent, float(torch.linalg.vector_norm(scaled, dim=-1).to(torch.float64).square().sum())
+    limit = 1000 if w.dtype == torch.float64 else 120  # the power is a number of the dtype
+    power = 2.0 ** max(-limit, min(limit, -math.frexp(largest)[1]))
+    scaled = w * power
+    return scaled, power, float(torch.linalg.vector_norm(scaled, dim=-1).to(torch.float64).square().sum())
 
 
 def _nothing(tensor: Tensor) -> dict[str, Tensor]:

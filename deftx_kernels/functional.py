@@ -1,5 +1,6 @@
 """The stateless public operations: arguments are checked here, once; the work is done by `torch.ops.deftx`."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -274,6 +275,8 @@ def select_mask(
         dtype = torch.promote_types(dtype, torch.promote_types(new[name].dtype, old[name].dtype))
     if keep_factors and (rule is None or not isinstance(rule.rank, int) or scope != "global" or return_info):
         raise ValueError("keep_factors needs an int rank and scope 'global', and has no information to return")
+    if rule is not None and rule.residual_density == 1 and not return_info:
+        noisy = set()  # L + H is the difference itself
     infos: dict[str, dict[str, Tensor] | None] = dict.fromkeys(chosen)
     labels = {n: f"tuned[{n!r}] - base[{n!r}]" for n in chosen}
     device = old[chosen[0]].device
@@ -289,13 +292,14 @@ def select_mask(
         )
         if (i := int(bad[0])) >= 0:
             _raise_not_finite(difference(chosen[i]), labels[chosen[i]], int(bad[1]))
-    elif keep_factors and rule is not None and rule.residual_density < 1:
+    elif keep_factors and rule is not None:
         kept: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        visits, rounds = itertools.count(), 1 + dtype.itemsize // 2
 
         def each() -> Iterator[Scores]:
             for name in chosen:
                 if progress is not None:
-                    progress(len(kept), len(chosen))
+                    progress(next(visits) // rounds, len(chosen))
                 delta = difference(name)
                 check_finite(delta, labels[name])
                 if name not in noisy or delta.dim() > 2 or delta.numel() == 0:
@@ -313,7 +317,7 @@ def select_mask(
             found = {n: difference(n) for n in group}
             for name in set(group).difference(noisy):
                 check_finite(found[name], labels[name])
-            if rule is not None and (rule.residual_density < 1 or return_info):
+            if rule is not None:
                 matrices = {n: found[n] for n in group if n in noisy}
                 infos.update(denoise(matrices, matrices, labels, rule))
             return list(found.values())

@@ -337,7 +337,9 @@ def test_precision_flags_do_not_matter_and_are_left_as_found(rule):
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 2.0**-80), (torch.float32, 2.0**80), (torch.float64, 2.0**-110)])
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, 2.0**-80), (torch.float32, 2.0**80), (torch.float64, 2.0**-110), (torch.float64, 2.0**600)]
+)
 def test_entries_whose_squares_leave_the_range_of_the_dtype(dtype, scale):
     a = torch.stack([matrix((130, 90), "low rank and noise", s, dtype) for s in range(2)])
     b = a.clone()
@@ -409,6 +411,7 @@ def test_selection_from_factors_writes_no_denoised_difference(monkeypatch, resid
     assert mask.nnz == expected.nnz
     assert (mask - expected).nnz <= 2, "the two ways round differently"
     assert calls[-1] == (7, 7)
+    assert sorted(calls) == calls
     if residual_density == 0.1:
         monkeypatch.setattr(torch.ops.deftx, "low_rank_mask", lambda *_: pytest.fail("used"))
         with pytest.raises(pytest.fail.Exception, match="used"):
@@ -416,6 +419,16 @@ def test_selection_from_factors_writes_no_denoised_difference(monkeypatch, resid
     for bad in ({"energy": 0.5}, {"rank": 5, "scope": "row"}, {"rank": 5, "return_info": True}, {}):
         with pytest.raises(ValueError, match="keep_factors needs an int rank"):
             select_mask(tuned, base, density=0.2, keep_factors=True, **bad)
+
+
+@pytest.mark.parametrize("residual_density", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("more", [{}, {"keep_factors": True}, {"return_info": True}, {"denoise_names": ["a"]}])
+def test_selection_refuses_entries_that_are_not_finite(residual_density, more):
+    base = model()
+    tuned = {n: t + 0.1 for n, t in base.items()}
+    tuned["b"][2, 3] = math.inf
+    with pytest.raises(ValueError, match=r"tuned\['b'\] - base\['b'\] holds inf at flat index 183"):
+        select_mask(tuned, base, density=0.2, rank=5, residual_density=residual_density, **more)
 
 
 def test_backends_name_the_library():
