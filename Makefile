@@ -55,7 +55,7 @@ aot: $(BUILT)  ## compile every GPU kernel for sm_80, sm_90 and sm_100: register
 gpu:  ## build and test everything on a machine with a GPU, offline, with PYTHON's own torch and no .venv
 	$(PYTHON) tests/run_gpu.py $(ARGS)
 
-bench: $(BUILT)  ## time every operator against its peers; rows go to bench/results/
+bench: $(BUILT) .venv/peers  ## time every operator against its peers; rows go to bench/results/
 	$(BIN)/python -m bench $(ARGS)
 
 wheel: $(BUILT)  ## dist/*.whl, for every Python >= 3.10 and torch >= 2.10 of this platform
@@ -80,6 +80,10 @@ clean:  ## remove .venv and everything built (runs/ and bench/results/ stay)
 
 .venv/packages: .venv/torch-$(TORCH) tests/requirements.txt
 	$(PIP) install --no-compile --no-deps -r tests/requirements.txt
+	@touch $@
+
+.venv/peers: .venv/packages bench/requirements.txt
+	$(PIP) install --no-compile --no-deps -r bench/requirements.txt
 	@touch $@
 
 $(BUILT): .venv/packages $(NATIVE)

@@ -82,12 +82,16 @@ def table(rows: list[dict[str, str]]) -> str:
             work = [ours["size"], ours["dtype"], *([f"{float(ours['density']):.0%}"] if ours["density"] else [])]
             same = ("op", "size", "dtype", "density", "date")
             peers = [r for r in here if r is not ours and all(r[k] == ours[k] for k in same)]
-            against = ", ".join(f"{r['provider']} {float(r['times_ours']):.2f}" for r in peers)
-            cells = [ours["op"], ", ".join(work), ours["backend"], f"{float(ours['p50_ms']):.2f} ms"]
+            against = ", ".join(f"{r['provider']} {float(r['times_ours']):.2f}{state(r)}" for r in peers)
+            cells = [ours["op"], ", ".join(work), ours["backend"], f"{float(ours['p50_ms']):.2f} ms{state(ours)}"]
             share = float(ours["share_of_floor"])
             lines.append(f"| {' | '.join(cells)} | {share:{'.0%' if share >= 0.1 else '.1%'}} | {against} |")
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def state(row: dict[str, str]) -> str:
+    return f" ({float(row['state_bytes_per_param']):.2f} B)" if row["state_bytes_per_param"] else ""
 
 
 def write_table(options: argparse.Namespace) -> int:

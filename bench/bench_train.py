@@ -1,5 +1,6 @@
-"""sparse_adamw against torch.optim.AdamW on the dense tensors; masked_linear_grad against the dense weight gradient."""
+"""sparse_adamw and SparseAdamW against dense optimizers; masked_linear_grad against the dense weight gradient."""
 
+import importlib
 from collections.abc import Iterator
 
 import torch
@@ -9,9 +10,9 @@ from bench.bench_csr import copies
 from bench.harness import OURS, Case
 from bench.shapes import SIZES as SHAPES
 from bench.shapes import random_tensors
-from deftx_kernels import CSRMask, sparse_adamw, topk_mask
+from deftx_kernels import CSRMask, SparseAdamW, sparse_adamw, topk_mask
 
-SIZES = ("tiny", "minilm")
+SIZES = ("tiny", "minilm", "50M", "xlmr")
 # A step that bfloat16 shows.
 SETTINGS = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
@@ -21,24 +22,78 @@ def cases(device: str, quick: bool, sizes: tuple[str, ...]) -> Iterator[Case]:
     for size in sizes:
         for density in (0.05,) if quick else (0.05, 0.01):
             yield adamw_case(size, dtype, density, device)
-            yield linear_case(dtype, density, device)
+    for size in set(sizes) - {"50M"}:  # shapes of real models: some optimizers quantise only what their blocks divide
+        yield optimizer_case(size, dtype, 0.05, device)
+    for density in (0.05,) if quick else (0.05, 0.01):
+        yield linear_case(dtype, density, device)
+
+
+class Problem:
+    """Parameters, gradients and a mask, and the masked entries after one step of AdamW in float64."""
+
+    def __init__(self, size: str, dtype: torch.dtype, density: float, device: str) -> None:
+        shapes = SHAPES[size]()
+        self.params, self.grads = random_tensors(shapes, dtype, device), random_tensors(shapes, dtype, device, seed=1)
+        self.mask = topk_mask(random_tensors(shapes, torch.float32, device, seed=2), density=density)
+        self.compact = self.mask.gather(self.grads)
+        exact = torch.nn.Parameter(self.mask.gather(self.params).double())
+        exact.grad = self.compact.double()
+        torch.optim.AdamW([exact], **SETTINGS).step()
+        self.expected = exact.detach()
+        self.tolerance = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps * float(self.expected.abs().max())
+
+    def check(self, result: dict[str, Tensor]) -> str | None:
+        worst = float((self.mask.gather(result).double() - self.expected).abs().max())
+        return None if worst <= self.tolerance else f"{worst:.1e} from AdamW in float64 at the masked entries"
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Copies of the parameters with their gradients."""
+        mine = {n: torch.nn.Parameter(t.clone()) for n, t in self.params.items()}
+        for name, parameter in mine.items():
+            parameter.grad = self.grads[name].clone()
+        return mine
+
+    def stepper(self, make_optimizer, prepare=lambda parameters: None, state_bytes: dict[str, float] | None = None, name: str = ""):
+        """A provider: `prepare` and a step of the optimizer made of (name, parameter) pairs."""
+
+        def make():
+            mine = self.trainable()
+            optimizer = make_optimizer(mine)
+
+            def call() -> dict[str, Tensor]:
+                prepare(mine)
+                optimizer.step()
+                if state_bytes is not None and name not in state_bytes:
+                    state_bytes[name] = optimizer_bytes(optimizer) / self.mask.numel
+                return {n: p.detach() for n, p in mine.items()}
+
+            return call
+
+        return make
+
+    def masked(self):
+        """LT-SFT: zero the other gradients before a dense step."""
+        keep = self.mask.to_dense()
+
+        def prepare(parameters) -> None:
+            for name, parameter in parameters.items():
+                parameter.grad.mul_(keep[name])
+
+        return prepare
+
+
+def torch_adamw(**implementation):
+    return lambda parameters: torch.optim.AdamW(parameters.values(), **SETTINGS, **implementation)
 
 
 def adamw_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
     """One step. The peers' moments have the parameters' dtype, ours are float32."""
-    shapes = SHAPES[size]()
-    params, grads = random_tensors(shapes, dtype, device), random_tensors(shapes, dtype, device, seed=1)
-    mask = topk_mask(random_tensors(shapes, torch.float32, device, seed=2), density=density)
-    compact = mask.gather(grads)
-    oracle = {n: torch.nn.Parameter(t.double().cpu()) for n, t in params.items()}
-    for name, parameter in oracle.items():
-        parameter.grad = grads[name].double().cpu()
-    torch.optim.AdamW(oracle.values(), **SETTINGS).step()
-    expected = mask.gather({n: p.detach().to(device) for n, p in oracle.items()})
+    problem = Problem(size, dtype, density, device)
+    mask = problem.mask
 
     def ours(gradient):
         def make():
-            mine = copies(params)
+            mine = copies(problem.params)
             state = [torch.zeros(mask.nnz, dtype=torch.float32, device=device) for _ in range(2)]
             step, lr = torch.zeros((), device=device), torch.tensor(SETTINGS["lr"], device=device)
             options = {k: v for k, v in SETTINGS.items() if k != "lr"}
@@ -52,42 +107,59 @@ def adamw_case(size: str, dtype: torch.dtype, density: float, device: str) -> Ca
 
         return make
 
-    def dense(masked: bool, **implementation):
-        def make():
-            mine = {n: torch.nn.Parameter(t.clone()) for n, t in params.items()}
-            keep = mask.to_dense()
-            optimizer = torch.optim.AdamW(mine.values(), **SETTINGS, **implementation)
-            for name, parameter in mine.items():
-                parameter.grad = grads[name].clone()
-
-            def call() -> dict[str, Tensor]:
-                if masked:  # LT-SFT: zero the other gradients, then a dense step
-                    for name, parameter in mine.items():
-                        parameter.grad.mul_(keep[name])
-                optimizer.step()
-                return {n: p.detach() for n, p in mine.items()}
-
-            return call
-
-        return make
-
-    tolerance = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps * float(expected.abs().max())
-
-    def check(result: dict[str, Tensor]) -> str | None:
-        worst = float((mask.gather(result).double() - expected).abs().max())
-        return None if worst <= tolerance else f"{worst:.1e} from AdamW in float64 at the masked entries"
-
     providers = {
-        OURS: ours(grads),
-        "deftx, compact gradient": ours(compact),
-        "torch AdamW fused": dense(False, fused=True),
-        "mask + torch AdamW foreach": dense(True, foreach=True),
+        OURS: ours(problem.grads),
+        "deftx, compact gradient": ours(problem.compact),
+        "torch AdamW fused": problem.stepper(torch_adamw(fused=True)),
+        "mask + torch AdamW foreach": problem.stepper(torch_adamw(foreach=True), problem.masked()),
     }
-    # float32 moments read and written, the index, and the gather of gradient and parameter, whole 32-byte sectors at a time.
-    itemsize = dtype.itemsize
-    touched = (1 - (1 - density) ** (32 / itemsize)) * mask.numel * itemsize
+    # float32 moments read and written, the index, and the gather of gradient and parameter, whole sectors (cache lines) at a time.
+    itemsize, sector = dtype.itemsize, 32 if device == "cuda" else 64
+    touched = (1 - (1 - density) ** (sector / itemsize)) * mask.numel * itemsize
     moved = mask.nnz * (16 + mask.col_indices.element_size()) + 3 * touched
-    return Case("sparse_adamw", size, dtype, density, round(moved), providers, check, rounds=9, backend_of="sparse_adamw_")
+    return Case("sparse_adamw", size, dtype, density, round(moved), providers, problem.check, rounds=15, backend_of="sparse_adamw_")
+
+
+def optimizer_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
+    """One step of optimizers as users make them, and the bytes of their state."""
+    problem = Problem(size, dtype, density, device)
+    state_bytes: dict[str, float] = {}  # per parameter
+    absent: dict[str, str] = {}
+
+    def ours(**options):
+        return lambda parameters: SparseAdamW(parameters.items(), problem.mask, **SETTINGS, **options)
+
+    makers = {
+        OURS: ours(),
+        "deftx, bfloat16 state": ours(state_dtype=torch.bfloat16, stochastic_rounding=True),
+        "torch AdamW fused": torch_adamw(fused=True),
+    }
+    for package, name in (("bitsandbytes", "bitsandbytes AdamW8bit"), ("torchao", "torchao AdamW8bit")):
+        try:
+            peer = importlib.import_module(f"{package}.optim").AdamW8bit
+            makers[name] = lambda parameters, peer=peer: peer(parameters.values(), **SETTINGS)
+        except ImportError as error:
+            absent[name] = str(error)
+    providers = {n: problem.stepper(make, state_bytes=state_bytes, name=n) for n, make in makers.items()}
+    foreach = "mask + torch AdamW foreach"
+    providers[foreach] = problem.stepper(torch_adamw(foreach=True), problem.masked(), state_bytes, foreach)
+    elements = problem.mask.numel * dtype.itemsize
+    moved = problem.mask.nnz * (16 + problem.mask.col_indices.element_size()) + 3 * elements
+    return Case(
+        "optimizer_step", size, dtype, density, moved, providers, problem.check, rounds=5, backend_of="sparse_adamw_",
+        absent=absent, state_bytes=state_bytes,
+    )  # fmt: skip
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of the tensors of an optimizer's state."""
+
+    def size(value) -> int:
+        if hasattr(value, "__tensor_flatten__"):  # a tensor made of tensors
+            return sum(size(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+        return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+    return sum(size(value) for entry in optimizer.state.values() for value in entry.values())
 
 
 def linear_case(dtype: torch.dtype, density: float, device: str, tokens: int = 2048) -> Case:

@@ -32,7 +32,7 @@ OURS = "deftx"
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = (
     "date", "op", "provider", "backend", "size", "dtype", "density", "p20_ms", "p50_ms", "p80_ms", "rounds", "times_ours", "bytes",
-    "floor_ms", "share_of_floor", "peak_extra_mb", "device", "threads", "torch", "triton", "commit",
+    "floor_ms", "share_of_floor", "peak_extra_mb", "state_bytes_per_param", "device", "threads", "torch", "triton", "commit",
 )  # fmt: skip
 
 
@@ -50,6 +50,7 @@ class Case:
     backend_of: str = field(default="")  # the operator whose backend serves ours
     once: tuple[str, ...] = ()  # providers timed in the first round only
     absent: dict[str, str] = field(default_factory=dict)  # providers that cannot be had here, each with the reason
+    state_bytes: dict[str, float] = field(default_factory=dict)  # of optimizers, per parameter; filled in by the first call
     # Makes the case anew, from a module's function so that it can be pickled; `again(size="tiny")` makes a small one.
     again: Callable[..., "Case"] | None = None
 
@@ -203,6 +204,7 @@ def measure(case: Case, device: str, facts: dict[str, Any], rounds: int | None =
         row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}", "rounds": len(taken), "bytes": case.bytes}
         row |= {"times_ours": "" if ratio is None else f"{ratio:.3f}", "floor_ms": f"{floor:.4f}"}
         row |= {"share_of_floor": f"{floor / p50:.4f}", "peak_extra_mb": "" if peaks[name] is None else f"{peaks[name]:.1f}"}
+        row["state_bytes_per_param"] = f"{case.state_bytes[name]:.3f}" if name in case.state_bytes else ""
         yield row
 
 
@@ -231,11 +233,21 @@ def timed(case: Case, device: str, rounds: int) -> tuple[dict[str, str], dict[st
 
 
 def append(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Rows are only ever added, by this function."""
-    new = not path.exists()
+    """Rows are only ever added, by this function. Those of a file that lacks a column of today have it empty from then on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    old: list[dict[str, Any]] = []
+    header: list[str] | None = None
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            old, header = list(reader), list(reader.fieldnames or ())
+    if header == list(COLUMNS):
+        with path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerows(rows)
+        return
+    new = path.with_suffix(".new")
+    with new.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows([*old, *rows])
+    new.replace(path)

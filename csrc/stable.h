@@ -118,7 +118,7 @@ inline void check_compact(const Tensor& t, Device device, const Tensor& mask, in
   DEFTX_CHECK(t.dim() == 1 && t.numel() == nnz, name, " must have shape [", nnz, "], one element per entry of the mask");
 }
 
-// What memory safety needs and the host knows without reading the arrays. Contents: check_contents of csrc/cpu/csr.cpp; a CUDA
+// What memory safety needs and the host knows without reading the arrays. Contents: check_contents of csrc/cpu/rows.h; a CUDA
 // kernel guards each access itself, since the host may not wait for it.
 inline Csr check_mask(const Tensor& crow_indices,  // int64 [rows + 1]
                       const Tensor& col_indices,   // uint16 or int32 [nnz]

@@ -76,13 +76,19 @@ SCHEMAS = {
         " -> (Tensor crow_indices, Tensor col_indices)"
     ),
     # One AdamW step at the masked entries. grads: the dense gradients, or one compact tensor where compact_grads.
-    # exp_avg, exp_avg_sq, values, decay_to: compact, float32 (float64 for float64 params); decay_to may have the params' dtype.
-    # step, lr, grad_scale, found_inf: one-element tensors on the params' device, of any floating or integer dtype.
+    # Computed in float32 (float64 for float64 params). values, decay_to: compact, of that dtype; decay_to may have the params'.
+    # exp_avg, exp_avg_sq: compact, of that dtype or, both, bfloat16 (float64 params: float64).
+    # step, lr, grad_scale, found_inf: one-element tensors on the params' device, float32, float64, int32 or int64.
+    # seed, in [0, 2**63): bfloat16 state, and bfloat16 params without values, are rounded stochastically: the words 1, 2 and 0 of
+    # Philox4x32-10 with the key seed and the counter (entry, step), both as (low 32 bits, high 32 bits), are of exp_avg, exp_avg_sq
+    # and the parameter; a word's low 16 bits are added to the float32 bits, whose upper 16 are kept (NaN: rounded to nearest).
     "sparse_adamw_": (
         "(Tensor(a!)[] params, Tensor[] grads, bool compact_grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? values,"
         " Tensor crow_indices, Tensor col_indices, Tensor step, Tensor lr, float beta1, float beta2, float eps, float weight_decay,"
-        " Tensor? decay_to, float l1, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
+        " Tensor? decay_to, float l1, bool maximize, Tensor? grad_scale, Tensor? found_inf, int? seed) -> ()"
     ),
+    # The sum of the masked entries' squares, in float64 and in an order that depends on nothing but their number: float64 [].
+    "csr_square_sum": "(Tensor[] tensors, Tensor crow_indices, Tensor col_indices) -> Tensor",
     # The masked entries of grad_output.T @ input: grad_output [N, m], input [N, n], mask of one [m, n] tensor -> dtype [nnz].
     "masked_linear_grad": (
         "(Tensor grad_output, Tensor input, Tensor crow_indices, Tensor col_indices, ScalarType dtype) -> Tensor"
@@ -207,9 +213,14 @@ def _(delta, left, right, cut, threshold, ties):
 @_fake("sparse_adamw_")
 def _(
     params, grads, compact_grads, exp_avg, exp_avg_sq, values, crow_indices, col_indices, step, lr, beta1, beta2, eps,
-    weight_decay, decay_to, l1, maximize, grad_scale, found_inf,
+    weight_decay, decay_to, l1, maximize, grad_scale, found_inf, seed,
 ):  # fmt: skip
     return None
+
+
+@_fake("csr_square_sum")
+def _(tensors, crow_indices, col_indices):
+    return col_indices.new_empty((), dtype=torch.float64)
 
 
 @_fake("masked_linear_grad")

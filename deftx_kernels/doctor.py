@@ -164,7 +164,27 @@ def _adamw_case() -> list[Any]:
     state = [torch.linspace(0.1, 1, len(col)) for _ in range(2)]
     step, lr = torch.tensor(3.0), torch.tensor(0.01)
     gradients = [t.flip(0) if t.dim() else t.clone() for t in tensors]
-    return [tensors, gradients, False, *state, None, crow, col, step, lr, 0.9, 0.999, 1e-8, 0.01, None, 0.0, False, None, None]
+    return [
+        tensors,
+        gradients,
+        False,
+        *state,
+        None,
+        crow,
+        col,
+        step,
+        lr,
+        0.9,
+        0.999,
+        1e-8,
+        0.01,
+        None,
+        0.0,
+        False,
+        None,
+        None,
+        None,
+    ]
 
 
 def _linear_case() -> list[Any]:
@@ -227,6 +247,7 @@ _CASES: dict[str, Callable[[], list[Any]]] = {
     "low_rank_histogram": lambda: _factors(_cut, 0, lambda dtype: 8 * dtype.itemsize - 16),
     "low_rank_mask": lambda: _factors(_cut, functools.partial(_bits, 6), [1000, 0]),
     "sparse_adamw_": _adamw_case,
+    "csr_square_sum": lambda: _csr_case(values=False),
     "masked_linear_grad": _linear_case,
     "masked_embedding_grad": _embedding_case,
 }

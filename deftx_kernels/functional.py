@@ -393,15 +393,18 @@ def sparse_adamw(
     values: Tensor | None = None,  # [nnz]
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
 ) -> None:
     """One step of `torch.optim.AdamW` (Loshchilov & Hutter 2019) at the mask's entries, in place.
 
-    Everything outside the mask stays bit-identical. There is no host synchronisation.
+    Everything outside the mask stays bit-identical. There is no host synchronisation; with `step` and `lr` as tensors on the
+    device, a CUDA graph may hold it.
 
     Args:
         params: name → dense tensor, of one floating dtype.
         grads: name → dense gradient, or one compact tensor [nnz].
-        exp_avg, exp_avg_sq: compact moments, float32 (float64 for float64 params). Updated.
+        exp_avg, exp_avg_sq: compact moments, float32 or, both, bfloat16 (float64 for float64 params). Updated.
         step: the number of this step, from 1: an int, or a 0-d tensor that the kernel reads on the device.
         lr: learning rate, a float or a 0-d tensor.
         weight_decay: decoupled decay: w -= lr * weight_decay * (w - decay_to).
@@ -411,6 +414,11 @@ def sparse_adamw(
         values: compact float32 master copy of the entries; it is then what is updated, and params receive its rounding.
         grad_scale: gradients are divided by this 0-d tensor.
         found_inf: a 0-d tensor; where it is not zero, nothing changes.
+        stochastic_rounding: what is kept in bfloat16 (moments; params without `values`) is rounded up or down by chance, each
+            neighbour as likely as the result is near to it, so that steps below half a unit in the last place count in the mean
+            (nearest rounding drops them: with beta2 = 0.999, bfloat16 moments then never decay).
+        seed: of that chance, 0 <= seed < 2**63. The result is a function of the arguments alone: Philox4x32-10 (Salmon et al.
+            2011) with the key `seed`, at (entry, step).
 
     Raises:
         ValueError, TypeError: an argument is out of range, or of another shape, dtype or device than the mask and the params ask
@@ -422,15 +430,18 @@ def sparse_adamw(
         check_float(tensor, f"params[{name!r}]")
         if tensor.dtype != dtype:
             raise ValueError(f"params[{name!r}] is {tensor.dtype}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed")
-    state = torch.float64 if dtype == torch.float64 else torch.float32
-    written = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq} | ({} if values is None else {"values": values})
-    for argument, compact in written.items():
-        mask.check_compact(compact, argument)
-        if compact.dtype != state or not compact.is_contiguous():
-            raise ValueError(f"{argument} must be contiguous {state} for {dtype} params, got {compact.dtype}")
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    _check_state(exp_avg, exp_avg_sq, values, mask, dtype, compute)
     if decay_to is not None:
         mask.check_compact(decay_to, "decay_to")
-        decay_to = decay_to.detach().to(state).contiguous()
+        check_float(decay_to, "decay_to")
+        decay_to = decay_to.detach().to(compute).contiguous()
+    if stochastic_rounding:
+        check_int(seed, "seed", 0)
+        if seed >= 2**63:
+            raise ValueError(f"seed must be less than 2**63, got {seed}")
+        if dtype == torch.float16 and values is None:
+            raise ValueError("stochastic_rounding is not defined for float16 params: keep a float32 master in values")
     beta1, beta2 = check_hyperparameters(lr, betas, eps, weight_decay, l1)
     gradients, is_compact = _gradients(grads, mask, dtype)
     scalars = [
@@ -444,11 +455,27 @@ def sparse_adamw(
     torch.ops.deftx.sparse_adamw_(
         dense, gradients, is_compact, exp_avg, exp_avg_sq, values, mask.crow_indices, mask.col_indices, scalars[0], scalars[1],
         beta1, beta2, float(eps), float(weight_decay), decay_to, float(l1), bool(maximize), scalars[2], scalars[3],
+        seed if stochastic_rounding else None,
     )  # fmt: skip
     for tensor, copy in zip(chosen, dense):
         if copy is not tensor:
             tensor.copy_(copy)
     torch.autograd.graph.increment_version(targets)
+
+
+def _check_state(
+    exp_avg: Tensor, exp_avg_sq: Tensor, values: Tensor | None, mask: CSRMask, dtype: torch.dtype, compute: torch.dtype
+) -> None:
+    for argument, compact in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("values", values)):
+        if compact is None:
+            continue
+        mask.check_compact(compact, argument)
+        allowed = {compute} if argument == "values" or compute == torch.float64 else {compute, torch.bfloat16}
+        if compact.dtype not in allowed or not compact.is_contiguous():
+            kinds = " or ".join(sorted(map(str, allowed), reverse=True))
+            raise ValueError(f"{argument} must be contiguous {kinds} for {dtype} params, got {compact.dtype}")
+    if exp_avg.dtype != exp_avg_sq.dtype:
+        raise ValueError(f"exp_avg and exp_avg_sq must have the same dtype, got {exp_avg.dtype} and {exp_avg_sq.dtype}")
 
 
 def _gradients(grads: Mapping[str, Tensor] | Tensor, mask: CSRMask, dtype: torch.dtype) -> tuple[list[Tensor], bool]:

@@ -189,6 +189,13 @@ class CSRMask:
             dtype = torch.promote_types(dtype, part.dtype)
         return torch.cat([p.to(dtype) for p in parts])
 
+    def square_sum(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The sum of the squares of the tensors' entries: float64 [], the same for any number of threads; no entry is copied."""
+        chosen = [t.detach().contiguous() for t in self.select(tensors, "tensors")]
+        if len({t.dtype for t in chosen}) == 1:
+            return torch.ops.deftx.csr_square_sum(chosen, self.crow_indices, self.col_indices)
+        return torch.stack([_one(self[n], "csr_square_sum", t) for n, t in zip(self.names, chosen)]).sum()
+
     def scatter_(self, tensors: Mapping[str, Tensor], compact: Tensor) -> dict[str, Tensor]:
         """Overwrite the entries of the tensors with the compact values (cast to each tensor's dtype). Returns the tensors."""
         return self._write("csr_scatter_", tensors, compact)

@@ -1,36 +1,49 @@
 """SparseAdamW: AdamW whose state and work are of the size of the mask."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from deftx_kernels._checks import check_hyperparameters
-from deftx_kernels.functional import sparse_adamw
+from deftx_kernels._buckets import Bucket
+from deftx_kernels._checks import check_hyperparameters, check_int, is_number
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import owners_of
+
+# What wrappers put before or into the names of a module's parameters.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 class SparseAdamW(Optimizer):
     """`torch.optim.AdamW` (Loshchilov & Hutter 2019) at the entries of a mask.
 
-    Parameters that the mask covers, and the compact `values` of a model that `sparsify` changed with it, get compact float32
-    moments (8 bytes for each entry) and steps of one kernel launch; entries outside the mask stay bit-identical. The other
+    Parameters that the mask covers, and the compact `values` of a model that `sparsify` changed with it, get compact moments (8
+    bytes for each entry in float32) and steps of one kernel launch; entries outside the mask stay bit-identical. The other
     trainable parameters get ordinary fused AdamW. At density 1 it equals `torch.optim.AdamW`.
+
+    It takes dense gradients (`param.grad`) or compact ones, and works with LR schedulers, `torch.amp.GradScaler`, closures, CUDA
+    graphs (with `lr` as a tensor on the device) and compiled models. `torch.nn.utils.clip_grad_norm_` counts every entry of a dense
+    gradient, also those outside the mask; the method `clip_grad_norm_` counts what is trained.
 
     Args:
         named_params: `model.named_parameters()`, or parameter groups whose "params" are (name, parameter) pairs. Parameters that
-            need no gradient are left out.
+            need no gradient are left out. Prefixes of `torch.compile`, activation checkpointing and DistributedDataParallel do not
+            matter.
         mask: the entries to train.
         lr: learning rate, a float or a 0-d tensor.
-        betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`. Groups may set their own.
+        betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`. Groups may set these and the options below themselves.
         l1: adds the subgradient of l1 * |w - decay_to| at masked entries.
-        decay_to: compact [mask.nnz]: where decay and l1 pull masked entries to; by default 0.
+        decay_to: compact [mask.nnz]: where decay and l1 pull masked entries to; by default 0. For all groups.
         master: keep a float32 copy of the masked entries of 16-bit parameters (the values of sparsified models are one already).
+        state_dtype: of the masked entries' moments: torch.float32 (default; float64 for float64 parameters) or torch.bfloat16.
+        stochastic_rounding: of masked entries kept in bfloat16 (moments; parameters without a float32 copy).
+        seed: of the stochastic rounding, 0 <= seed < 2**31; with it, runs can be repeated bit by bit, and resumed.
 
     Raises:
         ValueError, TypeError: no names, a value out of range, a mask that does not fit the parameters, or that covers a tensor
@@ -41,6 +54,10 @@ class SparseAdamW(Optimizer):
     _step_supports_amp_scaling = True
     # Read by the hook of `nn`: the dense tensors of sparsified models are written by the step itself.
     writes_masked_weights = True
+
+    _buckets: list[Bucket] | None  # of the masked parameters; None until the next step needs them
+    _others: list[list[Tensor]]  # of each group the other parameters
+    _clip: Tensor | None  # what the next step divides gradients by
 
     def __init__(
         self,
@@ -55,6 +72,9 @@ class SparseAdamW(Optimizer):
         decay_to: Tensor | None = None,  # [nnz]
         maximize: bool = False,
         master: bool = False,
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         if not isinstance(mask, CSRMask):
             raise TypeError(f"mask must be a CSRMask, got {type(mask).__name__}")
@@ -62,33 +82,77 @@ class SparseAdamW(Optimizer):
             mask.check_compact(decay_to, "decay_to")
         self.mask = mask
         self._decay_to = None if decay_to is None else mask.split(decay_to.detach())
-        self._buckets: list[_Bucket] | None = None
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, l1=l1, maximize=maximize, master=master)
-        super().__init__(_trainable(named_params), defaults)
-        covered = {r.mask.names[0] for r in self._masked_values().values()} | {
-            n for g in self.param_groups for n in g["param_names"]
-        }
-        for name, (start, end) in zip(mask.names, zip(mask._bounds, mask._bounds[1:])):
-            if name not in covered and end > start:
-                raise ValueError(f"mask covers {name!r}, which is not among the trainable named_params")
+        self._forget()
+        defaults = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, l1=l1, maximize=maximize, master=master,
+            state_dtype=state_dtype, stochastic_rounding=stochastic_rounding, seed=seed,
+        )  # fmt: skip
+        super().__init__(named_params, defaults)
+        self._divide()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group: a dict whose "params" are (name, parameter) pairs, with options of its own."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = {**self.defaults, **param_group}
+        group["params"] = [(_plain_name(n, self.mask), p) for n, p in _trainable(param_group["params"])]
+        group.setdefault("param_names", [])  # of a group without trainable parameters
         check_hyperparameters(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["l1"])
-        super().add_param_group(param_group)
-        added = self.param_groups[-1]
-        if "param_names" not in added:
-            self.param_groups.pop()
-            raise ValueError("named_params must be (name, parameter) pairs, such as model.named_parameters()")
-        added["mask_fingerprint"] = self.mask.fingerprint()
-        for record in owners_of(added["params"]).values():
-            name = record.mask.names[0]
-            if name not in self.mask or self.mask[name] != record.mask:
-                raise ValueError(f"{name!r} was sparsified with another mask than this optimizer's")
-        self._buckets = None
+        _check_storage(group)
+        covered = self._covered([n for n, _ in group["params"]], [p for _, p in group["params"]])
+        for name, (dense, values) in covered.items():
+            if group["stochastic_rounding"] and dense.dtype == torch.float16 and values is None and not group["master"]:
+                raise ValueError(f"stochastic_rounding is not defined for float16 parameters such as {name!r}: set master=True")
+        super().add_param_group(group)
+        self._describe_mask(group)
+        self._forget()
 
-    def _masked_values(self):
-        return owners_of(p for g in self.param_groups for p in g["params"])
+    def _covered(self, names: list[str], params: list[Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Name in the mask → (dense tensor, compact values or None), of the parameters that are masked."""
+        records, shapes = owners_of(params), dict(zip(self.mask.names, self.mask.shapes))
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for name, param in zip(names, params):
+            if record := records.get(id(param)):
+                name = record.mask.names[0]
+                if name not in shapes or self.mask[name] != record.mask.to(self.mask.device):
+                    raise ValueError(f"{name!r} was sparsified with another mask than this optimizer's")
+                found[name] = (record.dense, param)
+            elif name in shapes:
+                if param.shape != shapes[name]:
+                    raise ValueError(f"{name!r} has shape {list(param.shape)}, the mask was made for {list(shapes[name])}")
+                found[name] = (param, None)
+        return found
+
+    def _divide(self) -> tuple[list[Bucket], list[list[Tensor]]]:
+        """One bucket, and so one launch, for each group, dtype, device and kind of gradient; the other parameters of each group."""
+        buckets: dict[tuple, Bucket] = {}
+        masked: set[int] = set()
+        missing = {n for n, start, end in zip(self.mask.names, self.mask._bounds, self.mask._bounds[1:]) if end > start}
+        for i, group in enumerate(self.param_groups):
+            for name, (dense, values) in self._covered(group["param_names"], group["params"]).items():
+                key = (i, dense.dtype, dense.device, values is None)
+                bucket = buckets.setdefault(key, Bucket(group, self.state, compact=values is not None))
+                bucket.members[name] = (dense, dense if values is None else values)
+                masked.add(id(bucket.members[name][1]))
+                missing.discard(name)
+        if missing:
+            raise ValueError(f"mask covers {min(missing)!r}, which is not among the trainable named_params")
+        return list(buckets.values()), [[p for p in group["params"] if id(p) not in masked] for group in self.param_groups]
+
+    def _prepare(self) -> list[Bucket]:
+        """The buckets, made at the first step: until then the model may be moved or loaded, and state takes no memory."""
+        if self._buckets is None:
+            buckets, self._others = self._divide()
+            for bucket in buckets:
+                bucket.build(self.mask, self._decay_to)
+            self._buckets = buckets
+        return self._buckets
+
+    def _forget(self) -> None:
+        """The buckets are to be made anew: parameters, state or mask have changed."""
+        self._buckets, self._others, self._clip = None, [], None
+
+    # ---- a step ----
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -97,41 +161,18 @@ class SparseAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._buckets is None:
-            self._buckets = self._build()
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for bucket in self._buckets:
-            bucket.step(scale, found)
-        for group in self.param_groups:
-            self._dense_step(group, scale, found)
+        buckets = self._prepare()
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if self._clip is not None:
+            scale = self._clip if scale is None else scale * self._clip.to(scale)
+        for bucket in buckets:
+            bucket.step(scale, found_inf)
+        for group, params in zip(self.param_groups, self._others):
+            self._step_dense(group, [p for p in params if p.grad is not None], scale, found_inf)
+        self._clip = None
         return loss
 
-    def _covered(self, group: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Name in the mask → (dense tensor, compact values or None) of a group."""
-        records = owners_of(group["params"])
-        found: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for name, param in zip(group["param_names"], group["params"]):
-            if record := records.get(id(param)):
-                found[record.mask.names[0]] = (record.dense, param)
-            elif name in self.mask:
-                found[name] = (param, None)
-        return found
-
-    def _build(self) -> "list[_Bucket]":
-        """One bucket, and so one launch, for each group, dtype, device and kind of gradient."""
-        buckets: dict[tuple, _Bucket] = {}
-        for i, group in enumerate(self.param_groups):
-            for name, (dense, values) in self._covered(group).items():
-                key = (i, dense.dtype, dense.device, values is None)
-                bucket = buckets.setdefault(key, _Bucket(group, self.state, compact=values is not None))
-                bucket.members[name] = (dense, dense if values is None else values)
-        for bucket in buckets.values():
-            bucket.build(self.mask, self._decay_to)
-        return list(buckets.values())
-
-    def _dense_step(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        covered = {id(values if values is not None else dense) for dense, values in self._covered(group).values()}
-        params = [p for p in group["params"] if id(p) not in covered and p.grad is not None]
+    def _step_dense(self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         by_kind: dict[tuple, list[Tensor]] = {}
         for p in params:
             if not self.state[p]:
@@ -151,163 +192,163 @@ class SparseAdamW(Optimizer):
                 weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
             )  # fmt: skip
 
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
+        """Clip the norm of the gradients that the next `step` uses; one read of the masked gradients, none is written.
+
+        Unlike `torch.nn.utils.clip_grad_norm_` it counts of a dense gradient only the masked entries, which alone are trained. The
+        gradients are left as they are: `step` scales them as it reads them. `zero_grad` takes the clipping back. After
+        `GradScaler.unscale_`, as with torch's.
+
+        Args:
+            max_norm: at least 0.
+            error_if_nonfinite: RuntimeError where the norm is NaN or infinite (waits for the device).
+
+        Returns:
+            The Euclidean norm of all masked gradients and those of the other parameters together, before clipping: float32 [].
+        """
+        if not (is_number(max_norm) and max_norm >= 0):
+            raise ValueError(f"max_norm must be a number, at least 0, got {max_norm!r}")
+        squares = [square for bucket in self._prepare() for square in bucket.square_sums()]
+        rest = [p.grad for params in self._others for p in params if p.grad is not None]
+        if rest:
+            squares.append(get_total_norm(rest).double().square())
+        device = squares[0].device if squares else self.mask.device
+        total = torch.stack([s.to(device) for s in squares]).sum().sqrt() if squares else torch.zeros((), device=device)
+        if error_if_nonfinite and not math.isfinite(float(total)):
+            raise RuntimeError(f"the norm of the gradients is {float(total)}, so they cannot be clipped")
+        total = total.float()
+        # torch multiplies by min(1, max_norm / (norm + 1e-6)); a step divides by the inverse.
+        self._clip = ((total + 1e-6) / max_norm).clamp(min=1.0)
+        return total
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `torch.optim.Optimizer.zero_grad`."""
+        super().zero_grad(set_to_none)
+        self._clip = None
+
     # ---- state ----
 
+    def _describe_mask(self, group: dict[str, Any]) -> None:
+        """Into the group, and so into a state dict: for each parameter the number of its masked entries and their fingerprint."""
+        covered = self._covered(group["param_names"], group["params"])
+        name_of = {id(dense if values is None else values): name for name, (dense, values) in covered.items()}
+        parts = [self.mask[name_of[id(p)]] if id(p) in name_of else None for p in group["params"]]
+        group["mask_fingerprints"] = ["" if m is None else f"{m.nnz}:{m.fingerprint()[:32]}" for m in parts]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume bit-identically. ValueError where the state belongs to another mask."""
-        for i, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups)):
-            if saved.get("mask_fingerprint") != group["mask_fingerprint"]:
-                raise ValueError(
-                    f"param_groups[{i}]: the state was saved with mask {saved.get('mask_fingerprint')}, "
-                    f"this optimizer has mask {group['mask_fingerprint']} ({self.mask!r})"
-                )
-        super().load_state_dict(state_dict)
+        """Resume bit-identically. ValueError, before anything has changed, where the state belongs to another mask."""
+        loaded: dict[str, Any] = {}
+
+        def last_hook(_, adapted: dict[str, Any]) -> None:  # sees what the other hooks have made of the state
+            self._check_same_mask(adapted["param_groups"])
+            loaded.update(adapted)
+
+        handle = self.register_load_state_dict_pre_hook(last_hook)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
         # torch casts floating state to the parameter's dtype, which would round float32 moments of 16-bit parameters.
-        saved_ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        saved_ids = chain.from_iterable(g["params"] for g in loaded["param_groups"])
         params = chain.from_iterable(g["params"] for g in self.param_groups)
         for saved_id, param in zip(saved_ids, params):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
+            for key, value in loaded["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
                     self.state[param][key] = value.detach().to(param.device, copy=True)
-        self._buckets = None
+        self._forget()
+
+    def _check_same_mask(self, saved_groups: list[dict[str, Any]]) -> None:
+        differences = []
+        for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups)):
+            theirs, ours = saved.get("mask_fingerprints"), group["mask_fingerprints"]
+            if theirs is None:
+                raise ValueError(f"param_groups[{i}] of the state knows no mask: it was not saved by SparseAdamW")
+            for name, one, other in zip(group["param_names"], theirs, ours):
+                if one != other:
+                    differences.append(f"{name!r} {_difference(one.partition(':')[0], other.partition(':')[0])}")
+        if differences:
+            more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise ValueError(f"the state was saved with another mask than this optimizer's: {'; '.join(differences[:3])}{more}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "mask": self.mask, "_decay_to": self._decay_to}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buckets = None
+        for param, entry in self.state.items():
+            if not isinstance(entry.get("step", None), (Tensor, type(None))):
+                entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32, device=param.device)
+        self._forget()
 
     def update_mask(self, mask: CSRMask) -> None:
-        """Train another set of entries of the same tensors from now on (LIFT); moments of entries that stay are carried over.
+        """Train another set of entries of the same tensors from now on (LIFT).
+
+        Entries that stay keep their moments, master copy and the point that they decay to; those that join start with moments 0
+        and, where there is such a point, with their present weight as that.
 
         Raises:
-            ValueError: the mask covers other tensors, or a covered model is sparsified (densify it and sparsify it again).
+            ValueError: the mask covers other tensors, or a covered model is sparsified (densify it and sparsify it again). Nothing
+                has changed then.
         """
+        if not isinstance(mask, CSRMask):
+            raise TypeError(f"mask must be a CSRMask, got {type(mask).__name__}")
         if (mask.names, mask.shapes) != (self.mask.names, self.mask.shapes):
             raise ValueError("mask must cover the same tensors as the one that it replaces")
-        if self._masked_values():
+        covered = [self._covered(g["param_names"], g["params"]) for g in self.param_groups]
+        if any(values is not None for members in covered for _, values in members.values()):
             raise ValueError(
                 "the values of a sparsified model belong to its mask: densify and sparsify it, and make a new optimizer"
             )
-        for group in self.param_groups:
-            for name, (dense, _) in self._covered(group).items():
-                state = self.state[dense]
-                for key in ("exp_avg", "exp_avg_sq"):
-                    if key in state:
-                        state[key] = self.mask[name].project(state[key], mask[name])
-                if "values" in state:  # entries that join start from the weights
-                    joined = mask[name].gather({name: dense}).to(state["values"].dtype)
-                    stayed = self.mask[name].project(torch.ones_like(state["values"]), mask[name]) == 1
-                    state["values"] = torch.where(stayed, self.mask[name].project(state["values"], mask[name]), joined)
-            group["mask_fingerprint"] = mask.fingerprint()
-        if self._decay_to is not None:
-            self._decay_to = {n: self.mask[n].project(v, mask[n]) for n, v in self._decay_to.items()}
+        for name, dense in ((n, dense) for members in covered for n, (dense, _) in members.items()):
+            old, new = self.mask[name].to(dense.device), mask[name].to(dense.device)
+            state = self.state[dense]
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key in state:
+                    state[key] = old.project(state[key], new)
+            if "values" in state:
+                state["values"] = _carried_over(state["values"], old, new, dense)
+            if self._decay_to is not None:
+                decay_to = self._decay_to[name]
+                self._decay_to[name] = _carried_over(decay_to.to(dense.device), old, new, dense).to(decay_to.device)
         self.mask = mask
-        self._buckets = None
+        for group in self.param_groups:
+            self._describe_mask(group)
+        self._forget()
 
 
-class _Bucket:
-    """Covered parameters of one group, dtype and device: their compact state is one flat buffer, a step one launch."""
-
-    def __init__(self, group: dict[str, Any], state: dict[Tensor, Any], compact: bool) -> None:
-        self.group, self.state, self.compact = group, state, compact
-        self.members: dict[str, tuple[Tensor, Tensor]] = {}  # name in the mask → (dense tensor, the optimizer's parameter)
-
-    def build(self, mask: CSRMask, decay_to: dict[str, Tensor] | None) -> None:
-        self.members = dict(sorted(self.members.items()))
-        self.mask = mask if set(self.members) == set(mask.names) else mask.restrict(list(self.members))
-        dense, _ = next(iter(self.members.values()))
-        self.mask = self.mask.to(dense.device)
-        dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
-        self.decay_to = None if decay_to is None else torch.cat([decay_to[n] for n in self.members]).to(dense.device, dtype)
-        self.flat = {key: self._flat(key, dtype) for key in ("exp_avg", "exp_avg_sq")}
-        if not self.compact and self.group["master"] and dense.dtype in (torch.float16, torch.bfloat16):
-            self.flat["values"] = self._flat("values", dtype)
-        self.steps = []
-        for _, param in self.members.values():
-            self.steps.append(self.state[param].setdefault("step", torch.zeros((), dtype=torch.float32, device=dense.device)))
-        # One launch has one step number; parameters that once were without a gradient are stepped on their own.
-        self.together = len({float(s) for s in self.steps}) == 1
-
-    def _flat(self, key: str, dtype: torch.dtype) -> Tensor:
-        """[nnz]: the members' state one after the other, of which each member's state is a view."""
-        sizes = self.mask.split(torch.empty(self.mask.nnz, dtype=dtype, device=self.mask.device))
-        if all(key in self.state[p] for _, p in self.members.values()):
-            flat = torch.cat([self.state[p][key].view(-1) for _, p in self.members.values()])
-        elif key == "values":
-            flat = self.mask.gather({n: d for n, (d, _) in self.members.items()}).to(dtype)
-        else:
-            flat = torch.zeros(self.mask.nnz, dtype=dtype, device=self.mask.device)
-            for name, (_, param) in self.members.items():
-                if key in self.state[param]:
-                    self.mask.split(flat)[name].copy_(self.state[param][key])
-        for (name, (_, param)), view in zip(self.members.items(), self.mask.split(flat).values()):
-            self.state[param][key] = view.view(sizes[name].shape)
-        return flat
-
-    def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        active = [name for name, (_, param) in self.members.items() if param.grad is not None]
-        if not active:
-            return
-        if self.together and len(active) == len(self.members):
-            self._launch(self.mask, active, self.flat, self.decay_to, self.steps, grad_scale, found_inf)
-            return
-        self.together = False
-        parts = {key: self.mask.split(flat) for key, flat in self.flat.items()}
-        decay = None if self.decay_to is None else self.mask.split(self.decay_to)
-        for name, step in zip(self.members, self.steps):
-            if name in active:
-                flat = {key: part[name] for key, part in parts.items()}
-                toward = None if decay is None else decay[name]
-                self._launch(self.mask[name], [name], flat, toward, [step], grad_scale, found_inf)
-
-    def _launch(self, mask, names, flat, decay_to, steps, grad_scale, found_inf) -> None:
-        grads: Any
-        torch._foreach_add_(steps, 1.0)
-        params = {n: self.members[n][0] for n in names}
-        copies: list[Tensor] = []
-        if self.compact:
-            grads, values, copies = self._compact(names)
-        else:
-            grads, values = {n: self.members[n][1].grad for n in names}, flat.get("values")
-        group = self.group
-        sparse_adamw(
-            params, grads, flat["exp_avg"], flat["exp_avg_sq"], steps[0], mask, lr=group["lr"], betas=group["betas"],
-            eps=group["eps"], weight_decay=group["weight_decay"], decay_to=decay_to, l1=group["l1"], maximize=group["maximize"],
-            values=values, grad_scale=grad_scale, found_inf=found_inf,
-        )  # fmt: skip
-        if copies:
-            torch._foreach_copy_(copies, list(mask.split(values).values()))
-        if found_inf is not None:  # a skipped step does not count
-            torch._foreach_sub_(steps, [found_inf.to(steps[0]).view(())] * len(steps))
-
-    def _compact(self, names: list[str]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Gradient and values of sparsified parameters, both [nnz]; and where to copy the values back to if they are a copy."""
-        parameters = [self.members[n][1] for n in names]
-        grad = torch.cat([p.grad for p in parameters])  # type: ignore[misc]
-        values = [p.detach() for p in parameters]
-        flat = _adjacent(values)
-        return (grad, torch.cat(values), values) if flat is None else (grad, flat, [])
+def _carried_over(compact: Tensor, old: CSRMask, new: CSRMask, dense: Tensor) -> Tensor:
+    """A compact tensor of the new mask: entries that stay keep theirs, those that join get their weight."""
+    stayed = old.project(torch.ones_like(compact), new) == 1
+    return torch.where(stayed, old.project(compact, new), new.gather({new.names[0]: dense}).to(compact.dtype))
 
 
-def _adjacent(parts: list[Tensor]) -> Tensor | None:
-    """The one tensor of which the parts are successive views, as `sparsify` makes them; None where something moved them apart."""
-    filled = [p for p in parts if p.numel()]
-    if not filled:
-        return parts[0]
-    storage, end = filled[0].untyped_storage().data_ptr(), filled[0].storage_offset()
-    for part in filled:
-        if part.untyped_storage().data_ptr() != storage or part.storage_offset() != end or not part.is_contiguous():
-            return None
-        end += part.numel()
-    return filled[0].as_strided((sum(p.numel() for p in filled),), (1,))
+def _difference(saved: str, here: str) -> str:
+    if not saved or not here:
+        return f"was {'masked' if saved else 'not masked'} and is {'masked' if here else 'not masked'} now"
+    return f"has {saved} entries there and {here} here" if saved != here else f"has {saved} entries at other places"
 
 
-def _trainable(named_params: Iterable[Any]) -> list[Any]:
-    """Parameters or groups of them without those that need no gradient."""
-    items = list(named_params)
-    if items and isinstance(items[0], dict):
-        groups = [{**g, "params": _trainable(g["params"])} for g in items]
-        return [g for g in groups if g["params"]]
-    for item in items:
-        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor)):
+def _check_storage(group: Mapping[str, Any]) -> None:
+    if group["state_dtype"] not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"state_dtype must be torch.float32, torch.bfloat16 or None, got {group['state_dtype']}")
+    check_int(group["seed"], "seed", 0)
+    if group["seed"] >= 2**31:
+        raise ValueError(f"seed must be less than 2**31, got {group['seed']}")
+
+
+def _trainable(named_params: Any) -> list[tuple[str, Tensor]]:
+    """The pairs of parameters that need a gradient."""
+    pairs = [named_params] if isinstance(named_params, Tensor) else list(named_params)
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)):
             raise TypeError("named_params must be (name, parameter) pairs, such as model.named_parameters()")
-    return [(name, param) for name, param in items if param.requires_grad]
+    return [(name, param) for name, param in pairs if param.requires_grad]
+
+
+def _plain_name(name: str, mask: CSRMask) -> str:
+    """The parameter's name in the model itself."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    inner = name.removeprefix("module.")  # of DistributedDataParallel; a model may have a module of that name, too
+    return inner if name not in mask and inner in mask else name

@@ -316,6 +316,38 @@ def low_rank_mask(
 # ---- AdamW --------------------------------------------------------------------------------------------------------------
 
 
+def csr_square_sum(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+    return csr_gather(tensors, crow_indices, col_indices).to(torch.float64).square().sum()
+
+
+def philox(seed: int, step: Tensor, n: int) -> Tensor:
+    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the key `seed` and the counters
+    (0 ... n - 1, step), two 32-bit words each, the lower first: int64 [4, n]."""
+    entry, step = torch.arange(n, device=step.device), step.to(torch.int64).view(()).expand(n)
+    low = 0xFFFFFFFF
+    counter = [entry & low, entry >> 32, step & low, step >> 32]
+    key = [seed & low, seed >> 32]
+    for _ in range(10):
+        high0, low0 = _product(0xD2511F53, counter[0])
+        high1, low1 = _product(0xCD9E8D57, counter[2])
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    return torch.stack(counter)
+
+
+def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper and the lower 32 bits of the product of 32-bit numbers, in int64 arithmetic."""
+    lower = a * (b & 0xFFFF)
+    upper = a * (b >> 16) + (lower >> 16)
+    return upper >> 16, (upper & 0xFFFF) << 16 | lower & 0xFFFF
+
+
+def round_stochastically(x: Tensor, words: Tensor) -> Tensor:
+    """float32 to one of the two bfloat16 numbers beside it, each as likely as x is near to it. words: int64, 16 random bits."""
+    bits = (x.view(torch.int32).to(torch.int64) + (words & 0xFFFF)) >> 16
+    return torch.where(x.isnan(), x.to(torch.bfloat16), bits.to(torch.int16).view(torch.bfloat16))
+
+
 def sparse_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -336,11 +368,13 @@ def sparse_adamw_(
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    seed: int | None,
 ) -> None:
     """`torch.optim.AdamW`'s arithmetic (Loshchilov & Hutter 2019, algorithm 2) on the gathered entries."""
-    compute = exp_avg.dtype
-    step, lr = step.to(torch.float64).view(()), lr.to(torch.float64).view(())
-    weight = csr_gather(params, crow_indices, col_indices).to(compute) if values is None else values
+    old_param = csr_gather(params, crow_indices, col_indices)
+    compute = _compute_dtype(old_param.dtype)
+    counter, step, lr = step, step.to(torch.float64).view(()), lr.to(torch.float64).view(())
+    weight = old_param.to(compute) if values is None else values
     gradient = (grads[0] if compact_grads else csr_gather(grads, crow_indices, col_indices)).to(compute)
     if grad_scale is not None:
         gradient = gradient / grad_scale.to(compute).view(())
@@ -349,20 +383,26 @@ def sparse_adamw_(
     origin = 0.0 if decay_to is None else decay_to.to(compute)
     if l1:
         gradient = gradient + l1 * torch.sign(weight - origin)
-    new_weight = weight - (lr * weight_decay).to(compute) * (weight - origin)
-    new_exp_avg = torch.lerp(exp_avg, gradient, 1 - beta1)
-    new_exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * gradient * gradient
+    new_weight = weight - (lr * weight_decay).to(compute) * (weight - origin) if weight_decay else weight
+    new_exp_avg = torch.lerp(exp_avg.to(compute), gradient, 1 - beta1)
+    new_exp_avg_sq = beta2 * exp_avg_sq.to(compute) + (1 - beta2) * gradient * gradient
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     denominator = (new_exp_avg_sq.sqrt() / correction2.sqrt().to(compute)).add_(eps)
     new_weight = new_weight - (lr / correction1).to(compute) * (new_exp_avg / denominator)
-    results = [(exp_avg, new_exp_avg), (exp_avg_sq, new_exp_avg_sq)] + ([] if values is None else [(values, new_weight)])
-    new_param = new_weight.to(params[0].dtype)
-    if found_inf is not None:
-        skip = found_inf.view(()) != 0
-        results = [(old, torch.where(skip, old, new)) for old, new in results]
-        new_param = torch.where(skip, csr_gather(params, crow_indices, col_indices), new_param)
-    for old, new in results:
-        old.copy_(new)
+
+    words = None if seed is None else philox(seed, counter, len(col_indices))
+
+    def stored(x: Tensor, old: Tensor, word: int, exact: bool = False) -> Tensor:
+        """x in the dtype of what it replaces; that itself in a step that is skipped."""
+        stochastic = words is not None and old.dtype == torch.bfloat16 and not exact
+        new = round_stochastically(x, words[word]) if stochastic else x.to(old.dtype)  # type: ignore[index]
+        return new if found_inf is None else torch.where(found_inf.view(()) != 0, old, new)
+
+    new_param = stored(new_weight, old_param, 0, exact=values is not None)  # a master keeps what nearest rounding drops
+    if values is not None:
+        values.copy_(stored(new_weight, values, 0))
+    exp_avg.copy_(stored(new_exp_avg, exp_avg, 1))
+    exp_avg_sq.copy_(stored(new_exp_avg_sq, exp_avg_sq, 2))
     csr_scatter_(params, crow_indices, col_indices, new_param)
 
 

@@ -4,9 +4,10 @@ Triton kernels go through Triton's own compiler, csrc/cuda/*.cu through nvcc, ea
 register, on a compile error and on an instruction that a variant must have and has not. Without nvcc only the Triton part runs.
 
 What the PTX of sparse_adamw shows (Triton 3.6): exp_avg, exp_avg_sq and the master are read and written 16 bytes a thread
-(ld.global.v4.b32, st.global.v4.b32; v2.b64 for float64), four uint16 columns in one ld.global.v2.b32, four int32 columns in one
-ld.global.v4.b32, in the body for full blocks. The body for the last block reads element by element, because its mask is not
-constant over a vector. Parameters and dense gradients are gathered, neighbouring entries by neighbouring threads.
+(ld.global.v4.b32, st.global.v4.b32; v2.b64 for float64), exp_avg and exp_avg_sq in bfloat16 8 bytes (v2.b32), four uint16 columns
+in one ld.global.v2.b32, four int32 columns in one ld.global.v4.b32, in the body for full blocks. The body for the last block reads
+element by element, because its mask is not constant over a vector. Parameters and dense gradients are gathered, neighbouring
+entries by neighbouring threads.
 """
 
 import argparse
@@ -62,19 +63,20 @@ def sparse_adamw_variants() -> Iterator[Variant]:
 
     dtypes = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
 
-    def variant(param, grad, *, compact=False, master=False, everything=False, columns="u16"):
-        state = "fp64" if param == "fp64" else "fp32"
-        words = [param, f"{grad} {'compact' if compact else 'dense'} gradient", columns]
-        words += ["master"] * master + ["all options"] * everything
-        vector = "v2.b64" if state == "fp64" else "v4.b32"
+    def variant(param, grad, *, state=None, compact=False, master=False, everything=False, seed=False, columns="u16"):
+        compute = "fp64" if param == "fp64" else "fp32"
+        words = [param, f"{grad} {'compact' if compact else 'dense'} gradient", columns, *([f"{state} state"] if state else [])]
+        words += ["master"] * master + ["all options"] * everything + ["seed"] * seed
+        state = state or compute
+        vector = {"fp64": "v2.b64", "fp32": "v4.b32", "bf16": "v2.b32"}[state]
         arguments = {
             "table": "*i64",
             "grad_table": None if compact else "*i64",
             "grad": f"*{grad}" if compact else None,
             "exp_avg": f"*{state}",
             "exp_avg_sq": f"*{state}",
-            "values": f"*{state}" if master else None,
-            "decay_to": f"*{state}" if everything else None,
+            "values": f"*{compute}" if master else None,
+            "decay_to": f"*{compute}" if everything else None,
             "crow_indices": "*i64",
             "col_indices": f"*{columns}",
             "step": "*fp32",
@@ -84,6 +86,7 @@ def sparse_adamw_variants() -> Iterator[Variant]:
             **dict.fromkeys(module._ANY_VALUE, "i64"),
             "MAXIMIZE": everything,
             "HAS_L1": everything,
+            "HAS_SEED": seed,
             "PARAM": dtypes[param],
             "GRAD": dtypes[grad],
             "BLOCK": module.BLOCK,
@@ -102,6 +105,34 @@ def sparse_adamw_variants() -> Iterator[Variant]:
     yield variant("fp32", "fp32", compact=True)
     yield variant("fp32", "fp32", everything=True, columns="i32")
     yield variant("fp64", "fp64", everything=True)
+    yield variant("bf16", "bf16", state="bf16")
+    yield variant("bf16", "bf16", state="bf16", seed=True)
+    yield variant("bf16", "bf16", state="bf16", seed=True, compact=True)
+    yield variant("bf16", "bf16", seed=True)
+    yield variant("bf16", "fp32", state="bf16", seed=True, everything=True, columns="i32")
+    yield variant("bf16", "bf16", state="bf16", seed=True, master=True)
+    yield variant("fp16", "fp16", state="bf16", seed=True, master=True, everything=True)
+    yield variant("fp32", "fp32", state="bf16", seed=True, everything=True, columns="i32")
+
+
+def square_sum_variants() -> Iterator[Variant]:
+    import triton.language as tl
+
+    from deftx_kernels.kernels import square_sum as module
+
+    for name, dtype in {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}.items():
+        for columns in ("u16", "i32"):
+            arguments = {
+                **dict.fromkeys(("table", "crow_indices"), "*i64"),
+                "col_indices": f"*{columns}",
+                "partial_sums": "*fp64",
+                **dict.fromkeys(("nnz", "rows", "n_tensors"), "i64"),
+                "DTYPE": dtype,
+                "BLOCK": module.BLOCK,
+                "WAYS": module.WAYS,
+            }
+            options = {"num_warps": module.NUM_WARPS}
+            yield Variant(module.__name__, "_square_sum_kernel", f"{name}, {columns}", arguments, options)
 
 
 def low_rank_variants() -> Iterator[Variant]:
@@ -131,7 +162,7 @@ def low_rank_variants() -> Iterator[Variant]:
 
 
 def triton_variants() -> list[Variant]:
-    return [*sparse_adamw_variants(), *low_rank_variants()]
+    return [*sparse_adamw_variants(), *square_sum_variants(), *low_rank_variants()]
 
 
 # ---- compiling --------------------------------------------------------------------------------------------------------------

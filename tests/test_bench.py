@@ -15,7 +15,7 @@ OPS = {
     "csr": {"csr_gather", "csr_scatter_", "csr_add_"},
     "topk": {"topk_mask", "select_mask", "mask_or", "mask_and", "mask_sub"},
     "svd": {"svd_denoise", "truncated_svd", "select_mask"},
-    "train": {"sparse_adamw", "masked_linear_grad"},
+    "train": {"sparse_adamw", "optimizer_step", "masked_linear_grad"},
 }
 
 
@@ -188,3 +188,17 @@ def test_rows_of_one_run_stand_side_by_side(tmp_path):
     assert "| topk_mask | minilm, float32, 5% | c++ | 3.00 ms | 50% | peer 2.00 |" in text
     assert "| topk_mask | xlmr, float32, 5% | c++ | 5.00 ms | 50% |  |" in text
     assert "gone" not in text
+
+
+def test_rows_of_an_older_header_stay(tmp_path):
+    path = tmp_path / "csr.csv"
+    path.write_text("date,op,provider\nlong ago,csr_gather,deftx\n")
+    harness.append([{"date": "today", "op": "csr_gather", "provider": "torch", "state_bytes_per_param": "8"}], path)
+    harness.append([{"date": "tomorrow", "op": "csr_gather"}], path)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [tuple(r) for r in rows] == [COLUMNS] * 3
+    assert [(r["date"], r["provider"], r["state_bytes_per_param"]) for r in rows] == [
+        ("long ago", "deftx", ""), ("today", "torch", "8"), ("tomorrow", "", ""),
+    ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == [path]

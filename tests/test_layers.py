@@ -17,7 +17,8 @@ ALLOWED = {
     "cli": {"train", *MIDDLE, *BASE, "_library", PACKAGE},
     "train": {*MIDDLE, *BASE, PACKAGE},
     "distributed": {*MIDDLE, *BASE},
-    "optim": {"nn", *BASE},
+    "optim": {"nn", "_buckets", *BASE},
+    "_buckets": {"functional", "mask"},
     "delta": {"nn", *BASE},
     "interop": {"delta", *BASE},
     "nn": BASE,
@@ -43,6 +44,7 @@ THIRD_PARTY = {
     "_checks": {"torch"},
     "_selection": {"torch"},
     "_denoising": {"torch"},
+    "_buckets": {"torch"},
     "interop": {"torch", "numpy", "safetensors", "scipy", "cupy", "cupyx"},
     "doctor": {"torch", "rich"},
 }

@@ -121,7 +121,7 @@ def test_a_state_of_another_mask_is_refused():
     model = make_model()
     one, other = make_mask(model), make_mask(model, 0.2)
     state = SparseAdamW(model.named_parameters(), one).state_dict()
-    with pytest.raises(ValueError, match="saved with mask"):
+    with pytest.raises(ValueError, match="with another mask than this optimizer's: '0.weight' has .. entries there and .. here"):
         SparseAdamW(model.named_parameters(), other).load_state_dict(state)
 
 
@@ -288,7 +288,13 @@ def functional_arguments():
         ({"step": 0}, ValueError, "step must be an int from 1"),
         ({"step": torch.tensor(1.0, dtype=torch.bfloat16)}, ValueError, "step must be a 0-d tensor of 32 bits"),
         ({"exp_avg": torch.zeros(4)}, ValueError, r"exp_avg must be compact, \[nnz\] = \[3\]"),
-        ({"exp_avg_sq": torch.zeros(3, dtype=torch.bfloat16)}, ValueError, "exp_avg_sq must be contiguous torch.float32"),
+        ({"exp_avg_sq": torch.zeros(3, dtype=torch.bfloat16)}, ValueError, "exp_avg and exp_avg_sq must have the same dtype"),
+        ({"exp_avg": torch.zeros(3).half()}, ValueError, "exp_avg must be contiguous torch.float32 or torch.bfloat16"),
+        ({"values": torch.zeros(3).bfloat16()}, ValueError, "values must be contiguous torch.float32 for"),
+        ({"stochastic_rounding": True, "seed": -1}, ValueError, "seed must be at least 0"),
+        ({"stochastic_rounding": True, "seed": 0.5}, TypeError, "seed must be an int"),
+        ({"stochastic_rounding": True, "seed": 2**63}, ValueError, r"seed must be less than 2\*\*63"),
+        ({"params": {"w": torch.ones(3, 3).half()}, "stochastic_rounding": True}, ValueError, "not defined for float16 params"),
         ({"grads": {"w": torch.ones(2, 3)}}, ValueError, r"grads\['w'\] has shape"),
         ({"grads": torch.ones(9)}, ValueError, "grads must be compact"),
         ({"params": {"w": torch.ones(3, 3, dtype=torch.int32)}}, TypeError, r"params\['w'\] must be float32"),

@@ -1,13 +1,11 @@
-// csr_gather, csr_scatter_, csr_add_ on the CPU.
+// csr_gather, csr_scatter_, csr_add_, csr_square_sum on the CPU.
 //
 // The entries of the mask are cut into pieces of equal length, whatever rows or tensors they fall into, one per thread. Each entry
 // is read and written by one thread alone, so the result does not depend on the number of threads.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <atomic>
-
-#include "../stable.h"
+#include "rows.h"
 
 namespace deftx {
 namespace {
@@ -15,67 +13,15 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-constexpr int64_t kGrain = 16384;  // entries; below about 50 us of work a second thread costs more than it brings
 constexpr int64_t kBlock = 128;
-
-// Calls visit(data of the row, columns of the row, first entry, last entry + 1, entry at which the row begins) for each stretch of
-// entries [begin, end) that lies in one row.
-template <typename T, typename Visit>
-void for_each_run(const Csr& csr, int64_t begin, int64_t end, const Visit& visit) {
-  if (begin >= end) return;
-  const int64_t* crow = csr.crow;
-  int64_t row = std::upper_bound(crow, crow + csr.rows + 1, begin) - crow - 1;
-  auto slice =
-      std::upper_bound(csr.slices.begin(), csr.slices.end(), row, [](int64_t r, const Slice& s) { return r < s.first_row; }) - 1;
-  for (int64_t i = begin; i < end; ++row) {
-    while (slice + 1 != csr.slices.end() && row >= slice[1].first_row) ++slice;
-    const int64_t stop = std::min(crow[row + 1], end);
-    if (i < stop)
-      visit(static_cast<T*>(slice->data) + (row - slice->first_row) * slice->columns, slice->columns, i, stop, crow[row]);
-    i = std::max(i, stop);
-  }
-}
-
-// True unless col [n] ascends strictly.
-template <typename Column>
-bool any_descent(const Column* col, int64_t n) {
-  Column found = 0;
-  for (int64_t j = 1; j < n; ++j) found |= col[j - 1] >= col[j];
-  return found != 0;
-}
-
-// Throws unless crow_indices ascends from 0 to nnz and each row's columns ascend strictly and stay inside the row. Strictly,
-// because two threads must not meet in one element.
-template <typename Column>
-void check_contents(const Csr& csr) {
-  const int64_t* crow = csr.crow;
-  DEFTX_CHECK(crow[0] == 0 && crow[csr.rows] == csr.nnz, "crow_indices must run from 0 to nnz = ", csr.nnz, ", got ", crow[0],
-              " to ", crow[csr.rows]);
-  std::atomic<bool> bad{false};
-  torch::stable::parallel_for(0, csr.rows, kGrain, [&](int64_t begin, int64_t end) {
-    bool wrong = false;
-    for (int64_t r = begin; r < end; ++r) wrong |= crow[r] > crow[r + 1];
-    if (wrong) bad = true;
-  });
-  DEFTX_CHECK(!bad, "crow_indices must not descend");
-  const auto* col = static_cast<const Column*>(csr.col);
-  torch::stable::parallel_for(0, csr.nnz, kGrain, [&](int64_t begin, int64_t end) {
-    bool wrong = false;
-    for_each_run<char>(csr, begin, end, [&](char*, int64_t columns, int64_t i, int64_t stop, int64_t first) {
-      const int64_t from = std::max(i - 1, first);  // the entry before the piece, if it is of this row
-      wrong |= any_descent(col + from, stop - from) || col[i] < 0 || col[stop - 1] >= columns;
-    });
-    if (wrong) bad = true;
-  });
-  DEFTX_CHECK(!bad, "col_indices must ascend strictly within each row and be less than the row's number of columns");
-}
 
 template <typename T, typename Column>
 void gather(const Csr& csr, T* out) {  // out [nnz]
   const auto* col = static_cast<const Column*>(csr.col);
   torch::stable::parallel_for(0, csr.nnz, kGrain, [&](int64_t begin, int64_t end) {
-    for_each_run<T>(csr, begin, end, [&](const T* row, int64_t, int64_t i, int64_t stop, int64_t) {
-      for (int64_t j = i; j < stop; ++j) out[j] = row[col[j]];
+    for_each_run(csr, begin, end, [&](const Run& run) {
+      const T* row = row_of<T>(csr, run);
+      for (int64_t j = run.begin; j < run.end; ++j) out[j] = row[col[j]];
     });
   });
 }
@@ -84,8 +30,9 @@ template <typename T, typename Column>
 void scatter(const Csr& csr, const T* values) {  // values [nnz]
   const auto* col = static_cast<const Column*>(csr.col);
   torch::stable::parallel_for(0, csr.nnz, kGrain, [&](int64_t begin, int64_t end) {
-    for_each_run<T>(csr, begin, end, [&](T* row, int64_t, int64_t i, int64_t stop, int64_t) {
-      for (int64_t j = i; j < stop; ++j) row[col[j]] = values[j];
+    for_each_run(csr, begin, end, [&](const Run& run) {
+      T* row = row_of<T>(csr, run);
+      for (int64_t j = run.begin; j < run.end; ++j) row[col[j]] = values[j];
     });
   });
 }
@@ -105,15 +52,70 @@ void add(const Csr& csr, const Value* values, double alpha) {  // values [nnz]
   const auto scale = static_cast<Compute>(alpha);
   torch::stable::parallel_for(0, csr.nnz, kGrain, [&](int64_t begin, int64_t end) {
     T block[kBlock];
-    for_each_run<T>(csr, begin, end, [&](T* row, int64_t, int64_t i, int64_t stop, int64_t) {
-      for (; i < stop; i += kBlock) {
-        const int64_t n = std::min(kBlock, stop - i);
+    for_each_run(csr, begin, end, [&](const Run& run) {
+      T* row = row_of<T>(csr, run);
+      for (int64_t i = run.begin; i < run.end; i += kBlock) {
+        const int64_t n = std::min(kBlock, run.end - i);
         for (int64_t k = 0; k < n; ++k) block[k] = row[col[i + k]];
         add_scaled<Compute>(block, values + i, n, scale);
         for (int64_t k = 0; k < n; ++k) row[col[i + k]] = block[k];
       }
     });
   });
+}
+
+constexpr int64_t kSums = 8;  // partial sums of a piece, so that additions need not wait for one another
+
+template <typename T>
+DEFTX_CLONES void add_squares(const T* __restrict__ elements, int64_t n, double* __restrict__ sums) {
+  for (int64_t k = 0; k < n; ++k) {
+    const auto x = static_cast<double>(elements[k]);
+    sums[k % kSums] += x * x;
+  }
+}
+
+// Pieces of kGrain entries are summed up one by one, and then their sums in order: the result is the same for any number of
+// threads.
+template <typename T, typename Column>
+double square_sum(const Csr& csr) {
+  static_assert(kBlock % kSums == 0 && kGrain % kBlock == 0);
+  const auto* col = static_cast<const Column*>(csr.col);
+  std::vector<double> pieces((csr.nnz + kGrain - 1) / kGrain);
+  torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t first, int64_t last) {
+    for (int64_t piece = first; piece < last; ++piece) {
+      double sums[kSums] = {};
+      T block[kBlock];
+      int64_t filled = 0;
+      for_each_run(csr, piece * kGrain, std::min((piece + 1) * kGrain, csr.nnz), [&](const Run& run) {
+        const T* row = row_of<T>(csr, run);
+        for (int64_t i = run.begin; i < run.end;) {
+          const int64_t n = std::min(kBlock - filled, run.end - i);
+          for (int64_t k = 0; k < n; ++k) block[filled + k] = row[col[i + k]];
+          i += n;
+          filled += n;
+          if (filled == kBlock) {
+            add_squares(block, kBlock, sums);
+            filled = 0;
+          }
+        }
+      });
+      add_squares(block, filled, sums);
+      for (const double sum : sums) pieces[piece] += sum;
+    }
+  });
+  double total = 0;
+  for (const double piece : pieces) total += piece;
+  return total;
+}
+
+template <typename Column>
+double square_sum_typed(const Csr& csr) {
+  check_contents<Column>(csr);
+  if (csr.dtype == aoti_torch_dtype_float32()) return square_sum<float, Column>(csr);
+  if (csr.dtype == aoti_torch_dtype_bfloat16()) return square_sum<BFloat16, Column>(csr);
+  if (csr.dtype == aoti_torch_dtype_float16()) return square_sum<Half, Column>(csr);
+  DEFTX_CHECK(csr.dtype == aoti_torch_dtype_float64(), "csr_square_sum: tensors must be float32, float64, bfloat16 or float16");
+  return square_sum<double, Column>(csr);
 }
 
 template <typename Column>
@@ -191,12 +193,20 @@ void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indic
            : add_typed<uint16_t>(csr, values.const_data_ptr(), float_values, alpha);
 }
 
+Tensor csr_square_sum(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices) {
+  const Csr csr = check_csr(tensors, Access::kRead, crow_indices, col_indices, Device::kCpu);
+  Tensor out = torch::stable::new_empty(col_indices, {}, torch::headeronly::ScalarType::Double);
+  *static_cast<double*>(out.mutable_data_ptr()) = csr.wide ? square_sum_typed<int32_t>(csr) : square_sum_typed<uint16_t>(csr);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deftx, CPU, m) {
   m.impl("csr_gather", TORCH_BOX(&csr_gather));
   m.impl("csr_scatter_", TORCH_BOX(&csr_scatter_));
   m.impl("csr_add_", TORCH_BOX(&csr_add_));
+  m.impl("csr_square_sum", TORCH_BOX(&csr_square_sum));
 }
 
 }  // namespace deftx

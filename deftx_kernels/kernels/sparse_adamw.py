@@ -1,14 +1,10 @@
 """AdamW at the entries of a mask: one launch for all tensors, in place, nothing read back by the host.
 
-Program p owns the entries [p * BLOCK, (p + 1) * BLOCK) of the compact order. It knows neither their rows nor their tensors:
-both are searched for, first those of its first and last entry, then each entry's between the two. So the launch depends on
-nothing but nnz, and no table of tiles has to be built, kept or synchronised with a mask.
+Program p owns the entries [p * BLOCK, (p + 1) * BLOCK) of the compact order, which it finds as rows.py says.
 """
 
-import functools
 import math
 import struct
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -17,19 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deftx_kernels.kernels.rows import TRITON_DTYPE, WAYS, addresses, check_rows, device_table, locate, tensor_table
+
 # Fixed, not tuned: an autotuner would run the in-place update several times. 4 entries a thread make 16-byte loads of the
-# float32 state; 69 to 96 registers (float64: 110) leave 5 to 7 programs a multiprocessor. No GPU has timed these two figures yet.
+# float32 state; 69 to 102 registers (float64: 110) leave 4 to 7 programs a multiprocessor. No GPU has timed these two figures yet.
 BLOCK = 512
 NUM_WARPS = 4
-# Ways of the search for a program's first and last row: three rounds for 2,000,000 rows, where halving takes 21 dependent loads.
-WAYS = 128
-
-_TRITON_DTYPE = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
 
 
 @triton.jit
@@ -50,85 +39,46 @@ def _sqrt(x):
 
 
 @triton.jit
-def _narrow(table, low, extra, key, WAYS: tl.constexpr):
-    """One round of the search for the last i in [low, low + extra] with table[i] <= key, which holds for i = low."""
-    stride = tl.maximum(tl.cdiv(extra, WAYS), 1)
-    probe = (tl.arange(0, WAYS) + 1) * stride
-    inside = probe <= extra
-    below = inside & (tl.load(table + low + probe, mask=inside, other=0) <= key)
-    passed = tl.sum(below.to(tl.int32), 0) * stride
-    return low + passed, tl.minimum(stride - 1, extra - passed)
+def _words(seed, step, entry, HAS_SEED: tl.constexpr):
+    """Philox4x32-10 at (entry, step), each of two 32-bit words, the lower first. Words that nobody uses are not computed."""
+    word0, word1, word2 = 0, 0, 0
+    if HAS_SEED:
+        number = tl.load(step).to(tl.int64)
+        word0, word1, word2, _ = tl.philox(
+            seed, entry.to(tl.uint32), (entry >> 32).to(tl.uint32), number.to(tl.uint32), (number >> 32).to(tl.uint32)
+        )  # fmt: skip
+    return word0, word1, word2
 
 
 @triton.jit
-def _search(table, size, first_key, last_key, WAYS: tl.constexpr):
-    """The last i with table[i] <= key, for two keys: both searches wait for memory at the same time."""
-    first = (size * 0).to(tl.int64)
-    last = first
-    first_extra = size.to(tl.int64) - 1
-    last_extra = first_extra
-    while first_extra + last_extra > 0:
-        first, first_extra = _narrow(table, first, first_extra, first_key, WAYS)
-        last, last_extra = _narrow(table, last, last_extra, last_key, WAYS)
-    return first, last
-
-
-@triton.jit
-def _search_each(table, first, last, keys):
-    """For each key the last i in [first, last] with table[i] <= key, less `first`; table[first] <= key holds."""
-    found = tl.zeros_like(keys).to(tl.int32)  # 64 bits would cost registers; the launcher sees to it that these are enough
-    extra = (last - first).to(tl.int32)
-    while extra > 0:
-        half = (extra + 1) // 2
-        found += tl.where(tl.load(table + first + found + half) <= keys, half, 0)
-        extra -= half
-    return found
-
-
-@triton.jit
-def _addresses_in(table, grad_table, n_tensors, tensor, row, columns, PARAM: tl.constexpr, GRAD: tl.constexpr):
-    """Where the entries' parameters and dense gradients are. `tensor`: one for all entries, or one for each."""
-    index = (row - tl.load(table + n_tensors + tensor)) * tl.load(table + 2 * n_tensors + tensor) + columns.to(tl.int64)
-    param = tl.load(table + tensor).to(tl.pointer_type(PARAM)) + index
-    source = param
-    if grad_table is not None:
-        source = tl.load(grad_table + tensor).to(tl.pointer_type(GRAD)) + index
-    return param, source
-
-
-@triton.jit
-def _locate(
-    table, grad_table, crow_indices, rows, n_tensors, start, end, entry, columns,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, WAYS: tl.constexpr,
-):  # fmt: skip
-    first_row, last_row = _search(crow_indices, rows, start, end - 1, WAYS)
-    row = first_row + _search_each(crow_indices, first_row, last_row, entry)
-    first, last = _search(table + n_tensors, n_tensors, first_row, last_row, WAYS)
-    if first == last:  # the rule; on its own it costs fewer loads and about 12 registers less than the general case
-        param, source = _addresses_in(table, grad_table, n_tensors, first, row, columns, PARAM, GRAD)
-    else:
-        tensor = first + _search_each(table + n_tensors, first, last, row)
-        param, source = _addresses_in(table, grad_table, n_tensors, tensor, row, columns, PARAM, GRAD)
-    return param, source
+def _round(x, word, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """x in the dtype. Stochastic is the rounding of float32 to bfloat16, by the low 16 bits of `word`."""
+    if STOCHASTIC and dtype == tl.bfloat16:
+        bits = (x.to(tl.uint32, bitcast=True) + (word & 0xFFFF)) >> 16
+        return tl.where(x == x, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
 def _step(
     table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr, grad_scale,
-    rows, n_tensors, start, end, entry, inside, beta1, beta2, log_beta1, log_beta2, eps, weight_decay, l1,
-    MAXIMIZE: tl.constexpr, HAS_L1: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, WAYS: tl.constexpr,
+    rows, n_tensors, start, end, entry, inside, beta1, beta2, log_beta1, log_beta2, eps, weight_decay, l1, seed,
+    MAXIMIZE: tl.constexpr, HAS_L1: tl.constexpr, HAS_SEED: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
+    WAYS: tl.constexpr,
 ):  # fmt: skip
-    compute = exp_avg.dtype.element_ty
+    state: tl.constexpr = exp_avg.dtype.element_ty
+    compute: tl.constexpr = tl.float64 if state == tl.float64 else tl.float32
+    round_param: tl.constexpr = HAS_SEED and values is None  # a master keeps what rounding to nearest drops
     # Everything whose address is known is asked for before the search, which then runs while those loads are under way.
     columns = tl.load(col_indices + entry, mask=inside)
-    m = tl.load(exp_avg + entry, mask=inside)
-    v = tl.load(exp_avg_sq + entry, mask=inside)
+    m = tl.load(exp_avg + entry, mask=inside).to(compute)
+    v = tl.load(exp_avg_sq + entry, mask=inside).to(compute)
     if values is not None:
         w = tl.load(values + entry, mask=inside)
     if grad is not None:
         g = tl.load(grad + entry, mask=inside).to(compute)
 
-    param, source = _locate(
+    param, source = locate(
         table, grad_table, crow_indices, rows, n_tensors, start, end, entry, columns, PARAM, GRAD, WAYS
     )  # fmt: skip
     if grad is None:
@@ -156,20 +106,22 @@ def _step(
     if HAS_L1:
         size = _float64(l1).to(compute)
         g += tl.where(distance > 0, size, tl.where(distance < 0, -size, 0.0))
-    w -= (rate * _float64(weight_decay)).to(compute) * distance
+    decay = (rate * _float64(weight_decay)).to(compute)
+    w = tl.where(decay != 0, w - decay * distance, w)  # infinity stays infinite, -0.0 negative
     m = b1.to(compute) * m + (1.0 - b1).to(compute) * g
     v = b2.to(compute) * v + (1.0 - b2).to(compute) * g * g
     w -= step_size * _div(m, _div(_sqrt(v), root_bias2) + _float64(eps).to(compute))
 
-    tl.store(exp_avg + entry, m, mask=inside)
-    tl.store(exp_avg_sq + entry, v, mask=inside)
+    word0, word1, word2 = _words(seed, step, entry, HAS_SEED)
+    tl.store(exp_avg + entry, _round(m, word1, state, HAS_SEED), mask=inside)
+    tl.store(exp_avg_sq + entry, _round(v, word2, state, HAS_SEED), mask=inside)
     if values is not None:
         tl.store(values + entry, w, mask=inside)
-    tl.store(param, w.to(PARAM), mask=inside)
+    tl.store(param, _round(w, word0, PARAM, round_param), mask=inside)
 
 
 # Numbers that may change from step to step or from mask to mask: none of their values shall mean another compilation.
-_ANY_VALUE = ["nnz", "rows", "n_tensors", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "l1"]
+_ANY_VALUE = ["nnz", "rows", "n_tensors", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "l1", "seed"]
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
@@ -177,8 +129,8 @@ def _sparse_adamw_kernel(
     table,  # int64 [3, n_tensors]: address of the parameter, first row, columns
     grad_table,  # int64 [n_tensors]: address of the gradient; None with a compact gradient
     grad,  # [nnz]; None with dense gradients
-    exp_avg,  # [nnz]
-    exp_avg_sq,  # [nnz]
+    exp_avg,  # [nnz], bfloat16 or what is computed in
+    exp_avg_sq,  # [nnz], likewise
     values,  # [nnz] or None
     decay_to,  # [nnz] or None
     crow_indices,  # int64 [rows + 1]
@@ -197,8 +149,10 @@ def _sparse_adamw_kernel(
     eps: tl.int64,
     weight_decay: tl.int64,
     l1: tl.int64,
+    seed: tl.int64,
     MAXIMIZE: tl.constexpr,
     HAS_L1: tl.constexpr,
+    HAS_SEED: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -206,15 +160,15 @@ def _sparse_adamw_kernel(
 ):
     """AdamW at BLOCK entries of the mask.
 
-    Bytes per entry, float32 state (m, v and master 4 + 4 each; f = the share of the dense tensor's 32-byte sectors that hold a
+    Bytes per entry (m, v and master are read and written; f = the share of the dense tensor's 32-byte sectors that hold a
     masked entry, d = density, so an entry costs f / d dense elements):
-        m, v           16
+        m, v           16, or 8 in bfloat16
         column          2 (uint16) or 4
         master          8, if there is one
         parameter       2 f/d elements (read and written; sectors are partly written, so the master saves no read)
         gradient        f/d elements if dense, 1 element if compact
-    bfloat16 with dense gradients, master, d = 5 %: 26 + 3 * 0.56 / 0.05 * 2 = 93 bytes; compact gradient: 73. The search adds
-    8 bytes per row, and its probes hit L2.
+    bfloat16 with dense gradients, master, float32 state, d = 5 %: 26 + 3 * 0.56 / 0.05 * 2 = 93 bytes; compact gradient: 73. The
+    search adds 8 bytes per row, and its probes hit L2.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     end = tl.minimum(start + BLOCK, nnz.to(tl.int64))
@@ -228,13 +182,13 @@ def _sparse_adamw_kernel(
             _step(
                 table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr, grad_scale,
                 rows, n_tensors, start, end, entry, None, beta1, beta2, log_beta1, log_beta2, eps, weight_decay, l1,
-                MAXIMIZE, HAS_L1, PARAM, GRAD, WAYS,
+                seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, WAYS,
             )  # fmt: skip
         else:
             _step(
                 table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr, grad_scale,
                 rows, n_tensors, start, end, entry, entry < end, beta1, beta2, log_beta1, log_beta2, eps, weight_decay, l1,
-                MAXIMIZE, HAS_L1, PARAM, GRAD, WAYS,
+                seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, WAYS,
             )  # fmt: skip
 
 
@@ -247,54 +201,6 @@ def _bits(x: float) -> int:
 
 def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
-
-
-@functools.lru_cache(maxsize=64)
-def _layout(shapes: tuple[torch.Size, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """First row and number of columns of each tensor."""
-    first_rows, columns, row = [], [], 0
-    for shape in shapes:
-        first_rows.append(row)
-        columns.append(math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape))
-        row += shape[0] if len(shape) > 1 else 1
-    return tuple(first_rows), tuple(columns)
-
-
-_TABLES_KEPT = 64
-_tables: OrderedDict[tuple, Tensor] = OrderedDict()
-# Kept tables that a captured graph reads. A graph does not say when it ends, so they stay for good: 24 bytes a tensor.
-_captured: set[Tensor] = set()
-
-
-def _device_table(device: torch.device, params: tuple[int, ...], numbers: tuple[int, ...]) -> Tensor:
-    """`numbers` as an int64 tensor, kept for later calls with the same arguments. `params` are the parameters' addresses.
-
-    The numbers travel as kernel arguments (`_foreach_add_` with a list of scalars takes 96 a launch) rather than by a copy from
-    pinned memory: there is no host buffer that has to outlive the copy, and a stream capture may contain it with every torch.
-    A kept table may be used on another stream than the one that filled it: both steps write the parameters in `params`, so
-    the caller has to order them anyway.
-    """
-    key = (device, params, numbers)
-    table = _tables.get(key)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if table is None:
-        table = torch.zeros(len(numbers), dtype=torch.int64, device=device)
-        torch._foreach_add_(table.unbind(), numbers)
-        if not capturing:  # else its memory is the graph's, and only a replay fills it
-            _tables[key] = table
-            if len(_tables) > _TABLES_KEPT:
-                _tables.popitem(last=False)
-        return table
-    _tables.move_to_end(key)
-    if capturing:
-        _captured.add(table)
-    elif device.type == "cuda":
-        table.record_stream(torch.cuda.current_stream(device))
-    return table
-
-
-def _addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(t.data_ptr() for t in tensors)
 
 
 def sparse_adamw_(
@@ -317,20 +223,18 @@ def sparse_adamw_(
     maximize: bool,
     grad_scale: Tensor | None,  # [1] or []
     found_inf: Tensor | None,  # [1] or []
+    seed: int | None,
 ) -> None:
     """The operator `deftx::sparse_adamw_` on tensors of one CUDA device. No value is read back; capturable in a CUDA graph."""
     nnz = col_indices.numel()
     if nnz == 0:
         return
     rows = crow_indices.numel() - 1
-    if rows >= 2**31:  # _search_each counts the rows of a program in 32 bits
-        raise ValueError(f"sparse_adamw: the mask has {rows} rows, the Triton kernel takes at most 2**31 - 1")
-    device = exp_avg.device
-    first_rows, columns = _layout(tuple(p.shape for p in params))
-    addresses = _addresses(params)
+    check_rows(rows, "sparse_adamw")
+    device, written = exp_avg.device, addresses(params)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        table = _device_table(device, addresses, addresses + first_rows + columns)
-        grad_table = None if compact_grads else _device_table(device, addresses, _addresses(grads))
+        table = tensor_table(device, written, params)
+        grad_table = None if compact_grads else device_table(device, written, addresses(grads))
         _sparse_adamw_kernel[(triton.cdiv(nnz, BLOCK),)](
             table,
             grad_table,
@@ -349,10 +253,12 @@ def sparse_adamw_(
             rows,
             len(params),
             *map(_bits, (beta1, beta2, _log(beta1), _log(beta2), eps, weight_decay, l1)),
+            seed or 0,
             MAXIMIZE=maximize,
             HAS_L1=l1 != 0,
-            PARAM=_TRITON_DTYPE[params[0].dtype],
-            GRAD=_TRITON_DTYPE[grads[0].dtype],
+            HAS_SEED=seed is not None,
+            PARAM=TRITON_DTYPE[params[0].dtype],
+            GRAD=TRITON_DTYPE[grads[0].dtype],
             BLOCK=BLOCK,
             WAYS=WAYS,
             num_warps=NUM_WARPS,

@@ -1,0 +1,85 @@
+// Walking the entries of a mask on the CPU, row by row.
+#pragma once
+
+#include <atomic>
+
+#include "../stable.h"
+
+namespace deftx {
+
+constexpr int64_t kGrain = 16384;  // entries; below about 50 us of work a second thread costs more than it brings
+
+// A stretch of entries [begin, end) that lies in one row.
+struct Run {
+  int64_t tensor;      // the row's tensor
+  int64_t offset;      // of the row in the tensor, in elements
+  int64_t begin, end;  // entries of the mask
+  int64_t row_begin;   // the row's first entry
+};
+
+// The row's elements. T: the tensors' type.
+template <typename T>
+T* row_of(const Csr& csr, const Run& run) {
+  return static_cast<T*>(csr.slices[run.tensor].data) + run.offset;
+}
+
+// Calls visit(run) for the runs of the entries [begin, end), in ascending order.
+template <typename Visit>
+void for_each_run(const Csr& csr, int64_t begin, int64_t end, const Visit& visit) {
+  if (begin >= end) return;
+  const int64_t* crow = csr.crow;
+  int64_t row = std::upper_bound(crow, crow + csr.rows + 1, begin) - crow - 1;
+  auto slice =
+      std::upper_bound(csr.slices.begin(), csr.slices.end(), row, [](int64_t r, const Slice& s) { return r < s.first_row; }) - 1;
+  for (int64_t i = begin; i < end; ++row) {
+    while (slice + 1 != csr.slices.end() && row >= slice[1].first_row) ++slice;
+    const int64_t stop = std::min(crow[row + 1], end);
+    if (i < stop) visit(Run{slice - csr.slices.begin(), (row - slice->first_row) * slice->columns, i, stop, crow[row]});
+    i = std::max(i, stop);
+  }
+}
+
+// How many of the n columns are not above the one before them.
+template <typename Column>
+DEFTX_CLONES int64_t count_descents(const Column* col, int64_t n) {
+  int64_t count = 0;
+  for (int64_t first = 0; first < n; first += 4096) {  // short sums, of which a vector holds many
+    int32_t part = 0;
+    for (int64_t j = first; j < std::min(first + 4096, n); ++j) part += col[j - 1] >= col[j];
+    count += part;
+  }
+  return count;
+}
+
+// Throws unless crow_indices ascends from 0 to nnz and each row's columns ascend strictly and stay inside the row. Strictly,
+// because two threads must not meet in one element.
+template <typename Column>
+void check_contents(const Csr& csr) {
+  const int64_t* crow = csr.crow;
+  DEFTX_CHECK(crow[0] == 0 && crow[csr.rows] == csr.nnz, "crow_indices must run from 0 to nnz = ", csr.nnz, ", got ", crow[0],
+              " to ", crow[csr.rows]);
+  std::atomic<bool> bad{false};
+  torch::stable::parallel_for(0, csr.rows, kGrain, [&](int64_t begin, int64_t end) {
+    bool wrong = false;
+    for (int64_t r = begin; r < end; ++r) wrong |= crow[r] > crow[r + 1];
+    if (wrong) bad = true;
+  });
+  DEFTX_CHECK(!bad, "crow_indices must not descend");
+  const auto* col = static_cast<const Column*>(csr.col);
+  torch::stable::parallel_for(0, csr.nnz, kGrain, [&](int64_t begin, int64_t end) {
+    // A column may descend where a row begins, and nowhere else.
+    bool wrong = false;
+    const int64_t from = std::max<int64_t>(begin, 1);
+    int64_t descents = count_descents(col + from, end - from);
+    for_each_run(csr, begin, end, [&](const Run& run) {
+      const bool begins = run.begin == run.row_begin && run.begin > 0;
+      descents -= begins && col[run.begin - begins] >= col[run.begin];
+      wrong |= col[run.begin] < 0 || col[run.end - 1] >= csr.slices[run.tensor].columns;
+    });
+    wrong |= descents != 0;
+    if (wrong) bad = true;
+  });
+  DEFTX_CHECK(!bad, "col_indices must ascend strictly within each row and be less than the row's number of columns");
+}
+
+}  // namespace deftx

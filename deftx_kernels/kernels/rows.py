@@ -1,0 +1,163 @@
+"""What the kernels over the entries of a mask share: which row, tensor and address an entry has, and tables of addresses.
+
+A program owns a stretch of the compact order. It knows neither the rows nor the tensors of its entries: both are searched for,
+first those of its first and last entry, then each entry's between the two. So a launch depends on nothing but nnz, and no table of
+tiles has to be built, kept or synchronised with a mask.
+"""
+
+import functools
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Ways of the search for a program's first and last row: three rounds for 2,000,000 rows, where halving takes 21 dependent loads.
+WAYS = 128
+
+TRITON_DTYPE = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+@triton.jit
+def _narrow(table, low, extra, key, WAYS: tl.constexpr):
+    """One round of the search for the last i in [low, low + extra] with table[i] <= key, which holds for i = low."""
+    stride = tl.maximum(tl.cdiv(extra, WAYS), 1)
+    probe = (tl.arange(0, WAYS) + 1) * stride
+    inside = probe <= extra
+    below = inside & (tl.load(table + low + probe, mask=inside, other=0) <= key)
+    passed = tl.sum(below.to(tl.int32), 0) * stride
+    return low + passed, tl.minimum(stride - 1, extra - passed)
+
+
+@triton.jit
+def _search(table, size, first_key, last_key, WAYS: tl.constexpr):
+    """The last i with table[i] <= key, for two keys: both searches wait for memory at the same time."""
+    first = (size * 0).to(tl.int64)
+    last = first
+    first_extra = size.to(tl.int64) - 1
+    last_extra = first_extra
+    while first_extra + last_extra > 0:
+        first, first_extra = _narrow(table, first, first_extra, first_key, WAYS)
+        last, last_extra = _narrow(table, last, last_extra, last_key, WAYS)
+    return first, last
+
+
+@triton.jit
+def _search_each(table, first, last, keys):
+    """For each key the last i in [first, last] with table[i] <= key, less `first`; table[first] <= key holds."""
+    found = tl.zeros_like(keys).to(tl.int32)  # 64 bits would cost registers; `check_rows` sees to it that these are enough
+    extra = (last - first).to(tl.int32)
+    while extra > 0:
+        half = (extra + 1) // 2
+        found += tl.where(tl.load(table + first + found + half) <= keys, half, 0)
+        extra -= half
+    return found
+
+
+@triton.jit
+def _addresses_in(table, other_table, n_tensors, tensor, row, columns, DTYPE: tl.constexpr, OTHER: tl.constexpr):
+    """Where the entries are in the tensors and in the other tensors. `tensor`: one for all entries, or one for each."""
+    index = (row - tl.load(table + n_tensors + tensor)) * tl.load(table + 2 * n_tensors + tensor) + columns.to(tl.int64)
+    element = tl.load(table + tensor).to(tl.pointer_type(DTYPE)) + index
+    other = element
+    if other_table is not None:
+        other = tl.load(other_table + tensor).to(tl.pointer_type(OTHER)) + index
+    return element, other
+
+
+@triton.jit
+def locate(
+    table,  # int64 [3, n_tensors], as `tensor_table` makes it
+    other_table,  # int64 [n_tensors]: addresses of other tensors of the same shapes, or None
+    crow_indices,  # int64 [rows + 1]
+    rows,
+    n_tensors,
+    start,  # the first of the program's entries
+    end,  # the one after the last
+    entry,  # int64 [BLOCK]: those entries; at and after `end`, what is returned is meaningless
+    columns,  # [BLOCK]: of col_indices
+    DTYPE: tl.constexpr,
+    OTHER: tl.constexpr,
+    WAYS: tl.constexpr,
+):
+    """Pointers to the entries [BLOCK] in the tensors and in the other tensors."""
+    first_row, last_row = _search(crow_indices, rows, start, end - 1, WAYS)
+    row = first_row + _search_each(crow_indices, first_row, last_row, entry)
+    first, last = _search(table + n_tensors, n_tensors, first_row, last_row, WAYS)
+    if first == last:  # the rule; on its own it costs fewer loads and about 12 registers less than the general case
+        element, other = _addresses_in(table, other_table, n_tensors, first, row, columns, DTYPE, OTHER)
+    else:
+        tensor = first + _search_each(table + n_tensors, first, last, row)
+        element, other = _addresses_in(table, other_table, n_tensors, tensor, row, columns, DTYPE, OTHER)
+    return element, other
+
+
+# ---- for the launchers --------------------------------------------------------------------------------------------------
+
+
+def check_rows(rows: int, op: str) -> None:
+    if rows >= 2**31:  # _search_each counts the rows of a program in 32 bits
+        raise ValueError(f"{op}: the mask has {rows} rows, the Triton kernel takes at most 2**31 - 1")
+
+
+def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(t.data_ptr() for t in tensors)
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(shapes: tuple[torch.Size, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First row and number of columns of each tensor."""
+    first_rows, columns, row = [], [], 0
+    for shape in shapes:
+        first_rows.append(row)
+        columns.append(math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape))
+        row += shape[0] if len(shape) > 1 else 1
+    return tuple(first_rows), tuple(columns)
+
+
+def tensor_table(device: torch.device, order: tuple[int, ...], tensors: Sequence[Tensor]) -> Tensor:
+    """int64 [3, n_tensors]: address, first row, columns. `order` as below."""
+    first_rows, columns = _layout(tuple(t.shape for t in tensors))
+    return device_table(device, order, addresses(tensors) + first_rows + columns)
+
+
+_TABLES_KEPT = 64
+_tables: OrderedDict[tuple, Tensor] = OrderedDict()
+# Kept tables that a captured graph reads. A graph does not say when it ends, so they stay for good: 24 bytes a tensor.
+_captured: set[Tensor] = set()
+
+
+def device_table(device: torch.device, order: tuple[int, ...], numbers: tuple[int, ...]) -> Tensor:
+    """`numbers` as an int64 tensor, kept for later calls with the same arguments.
+
+    The numbers travel as kernel arguments (`_foreach_add_` with a list of scalars takes 96 a launch) rather than by a copy from
+    pinned memory: there is no host buffer that has to outlive the copy, and a stream capture may contain it with every torch.
+    A kept table may be used on another stream than the one that filled it. `order` makes that safe: calls with the same one run
+    one after the other, because they write the tensors at the addresses in it (so their caller has to order them anyway), or
+    because it names their stream.
+    """
+    key = (device, order, numbers)
+    table = _tables.get(key)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if table is None:
+        table = torch.zeros(len(numbers), dtype=torch.int64, device=device)
+        torch._foreach_add_(table.unbind(), numbers)
+        if not capturing:  # else its memory is the graph's, and only a replay fills it
+            _tables[key] = table
+            if len(_tables) > _TABLES_KEPT:
+                _tables.popitem(last=False)
+        return table
+    _tables.move_to_end(key)
+    if capturing:
+        _captured.add(table)
+    elif device.type == "cuda":
+        table.record_stream(torch.cuda.current_stream(device))
+    return table

@@ -1,0 +1,71 @@
+"""The sum of the squares of a mask's entries: one launch for all tensors, then the sum of one number per program."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deftx_kernels.kernels.rows import TRITON_DTYPE, WAYS, check_rows, locate, tensor_table
+
+# 4 entries a thread take 32 registers (sm_80: 38), so that all (three quarters) of a multiprocessor's threads run. Not timed yet.
+BLOCK = 512
+NUM_WARPS = 4
+
+
+@triton.jit(do_not_specialize=["nnz", "rows", "n_tensors"])
+def _square_sum_kernel(
+    table,  # int64 [3, n_tensors]: address, first row, columns
+    crow_indices,  # int64 [rows + 1]
+    col_indices,  # uint16 or int32 [nnz]
+    partial_sums,  # float64 [programs]
+    nnz: tl.int64,
+    rows: tl.int64,
+    n_tensors: tl.int64,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WAYS: tl.constexpr,
+):
+    """BLOCK entries of the mask, squared and summed in float64: squares of float32 overflow nowhere."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    end = tl.minimum(start + BLOCK, nnz.to(tl.int64))
+    entry = start + tl.arange(0, BLOCK)
+    inside = entry < end
+    columns = tl.load(col_indices + entry, mask=inside)
+    element, _ = locate(table, None, crow_indices, rows, n_tensors, start, end, entry, columns, DTYPE, DTYPE, WAYS)
+    x = tl.load(element, mask=inside, other=0.0).to(tl.float64)
+    tl.store(partial_sums + tl.program_id(0), tl.sum(x * x, 0))
+
+
+def csr_square_sum(
+    tensors: Sequence[Tensor],
+    crow_indices: Tensor,  # int64 [rows + 1]
+    col_indices: Tensor,  # uint16 or int32 [nnz]
+) -> Tensor:
+    """The operator `deftx::csr_square_sum` on tensors of one CUDA device. No value is read back; capturable in a CUDA graph."""
+    nnz, device = col_indices.numel(), col_indices.device
+    if nnz == 0:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    rows = crow_indices.numel() - 1
+    check_rows(rows, "csr_square_sum")
+    programs = triton.cdiv(nnz, BLOCK)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        partial_sums = torch.empty(programs, dtype=torch.float64, device=device)
+        # Two streams may read the same tensors at the same time: each has a table of its own.
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        _square_sum_kernel[(programs,)](
+            tensor_table(device, (stream,), tensors),
+            crow_indices,
+            col_indices,
+            partial_sums,
+            nnz,
+            rows,
+            len(tensors),
+            DTYPE=TRITON_DTYPE[tensors[0].dtype],
+            BLOCK=BLOCK,
+            WAYS=WAYS,
+            num_warps=NUM_WARPS,
+        )
+        return partial_sums.sum()
