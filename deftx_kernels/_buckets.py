@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deftx_kernels._checks import scalar
 from deftx_kernels.functional import sparse_adamw
 from deftx_kernels.mask import CSRMask
 
@@ -27,6 +28,7 @@ class Bucket:
         compute = torch.float64 if dense.dtype == torch.float64 else torch.float32
         self.decay_to = None if decay_to is None else torch.cat([decay_to[n] for n in self.members]).to(dense.device, compute)
         state_dtype = compute if compute == torch.float64 else self.group["state_dtype"] or compute
+        self.views: list[tuple[Tensor, str, Tensor]] = []  # parameter, key and tensor of each compact state
         self.flat = {key: self._flat(key, state_dtype) for key in ("exp_avg", "exp_avg_sq")}
         if not self.compact and self.group["master"] and dense.dtype in (torch.float16, torch.bfloat16):
             self.flat["values"] = self._flat("values", compute)
@@ -48,7 +50,12 @@ class Bucket:
             if (before := old[name]) is not None:
                 view.copy_(before)
             self.state[param][key] = view
+            self.views.append((param, key, view))
         return flat
+
+    def is_stale(self) -> bool:
+        """Whether someone has put other tensors into the optimizer's state, or taken these out."""
+        return any(self.state[p].get(key) is not view for p, key, view in self.views)
 
     def active(self) -> list[str]:
         """The members that have a gradient."""
@@ -88,21 +95,27 @@ class Bucket:
         grad_scale: Tensor | None, found_inf: Tensor | None,
     ) -> None:  # fmt: skip
         grads: Any
-        torch._foreach_add_(steps, 1.0)
+        group, device = self.group, mask.device
         params = {n: self.members[n][0] for n in names}
         values, copies = flat.get("values"), list[Tensor]()
         if self.compact:
             grads, values, copies = self._compact(names)
         else:
             grads = {n: self.members[n][1].grad for n in names}
-        group = self.group
+        # A schedule may end a rounding error below 0, so that the sign is checked where a group is added, not here.
+        lr = group["lr"] if isinstance(group["lr"], Tensor) else scalar(float(group["lr"]), "lr", device)
         # The first tensor's place in the upper half: launches of one step share no random number.
         seed = group["seed"] + (self.positions[names[0]] << 32)
-        sparse_adamw(
-            params, grads, flat["exp_avg"], flat["exp_avg_sq"], steps[0], mask, lr=group["lr"], betas=group["betas"],
-            eps=group["eps"], weight_decay=group["weight_decay"], decay_to=decay_to, l1=group["l1"], maximize=group["maximize"],
-            values=values, grad_scale=grad_scale, found_inf=found_inf, stochastic_rounding=group["stochastic_rounding"], seed=seed,
-        )  # fmt: skip
+        torch._foreach_add_(steps, 1.0)
+        try:
+            sparse_adamw(
+                params, grads, flat["exp_avg"], flat["exp_avg_sq"], steps[0], mask, lr=lr, betas=group["betas"], eps=group["eps"],
+                weight_decay=group["weight_decay"], decay_to=decay_to, l1=group["l1"], maximize=group["maximize"], values=values,
+                grad_scale=grad_scale, found_inf=found_inf, stochastic_rounding=group["stochastic_rounding"], seed=seed,
+            )  # fmt: skip
+        except Exception:
+            torch._foreach_sub_(steps, 1.0)
+            raise
         if copies and values is not None:
             torch._foreach_copy_(copies, list(mask.split(values).values()))
         if found_inf is not None:  # a skipped step does not count

@@ -1,6 +1,7 @@
 """The checks of arguments that `functional` and its neighbours share. Each raises ValueError or TypeError, naming the argument."""
 
 import math
+import numbers
 from collections.abc import Mapping
 
 import torch
@@ -10,8 +11,11 @@ from deftx_kernels.mask import CSRMask
 
 
 def check_hyperparameters(lr, betas, eps, weight_decay, l1) -> tuple[float, float]:
-    if not isinstance(lr, Tensor) and not (is_number(lr) and lr >= 0):
-        raise ValueError(f"lr must be at least 0, got {lr}")
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr must be a number or a tensor of one element, got shape {list(lr.shape)}")
+    elif not (is_number(lr) and lr >= 0):
+        raise ValueError(f"lr must be a number, at least 0, got {lr!r}")
     if len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
     for name, value in (("eps", eps), ("weight_decay", weight_decay), ("l1", l1)):
@@ -40,7 +44,7 @@ def check_masked(weight: Tensor, values: Tensor, mask: CSRMask) -> None:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_int(value: object, name: str, least: int) -> None:
@@ -55,6 +59,8 @@ def check_float(tensor: object, label: str) -> None:
         raise TypeError(f"{label} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise TypeError(f"{label} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{label} must be a dense (strided) tensor, got layout {tensor.layout}")
 
 
 def check_devices(tensors: Mapping[str, Tensor], argument: str) -> None:

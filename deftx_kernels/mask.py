@@ -64,6 +64,9 @@ class CSRMask:
             names=tuple(names), shapes=tuple(torch.Size(s) for s in shapes), crow_indices=crow_indices, col_indices=col_indices
         )
 
+    def __reduce__(self):  # torch cannot unpickle a uint16 tensor
+        return _unpickled, (self.names, self.shapes, self.crow_indices, _signed(self.col_indices))
+
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a CSRMask is immutable: {name} cannot be set")
 
@@ -441,6 +444,10 @@ def _crow(counts: list[Tensor]) -> Tensor:
 def _signed(col_indices: Tensor) -> Tensor:
     """The same bits in a dtype that every torch operation knows."""
     return col_indices.view(torch.int16) if col_indices.dtype == torch.uint16 else col_indices
+
+
+def _unpickled(names, shapes, crow_indices: Tensor, signed: Tensor) -> CSRMask:
+    return CSRMask._trusted(names, shapes, crow_indices, signed.view(torch.uint16) if signed.dtype == torch.int16 else signed)
 
 
 def _one(mask: CSRMask, op: str, tensor: Tensor, *arguments):

@@ -98,9 +98,14 @@ class SparseAdamW(Optimizer):
         group["params"] = [(_plain_name(n, self.mask), p) for n, p in _trainable(param_group["params"])]
         group.setdefault("param_names", [])  # of a group without trainable parameters
         check_hyperparameters(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["l1"])
+        if float(group["lr"]) < 0:
+            raise ValueError(f"lr must be at least 0, got {float(group['lr'])}")
         _check_storage(group)
+        taken = {name: p for g in self.param_groups for name, (p, _) in self._covered(g["param_names"], g["params"]).items()}
         covered = self._covered([n for n, _ in group["params"]], [p for _, p in group["params"]])
         for name, (dense, values) in covered.items():
+            if taken.get(name, dense) is not dense:
+                raise ValueError(f"a parameter named {name!r} is in another group already")
             if group["stochastic_rounding"] and dense.dtype == torch.float16 and values is None and not group["master"]:
                 raise ValueError(f"stochastic_rounding is not defined for float16 parameters such as {name!r}: set master=True")
         super().add_param_group(group)
@@ -111,16 +116,23 @@ class SparseAdamW(Optimizer):
         """Name in the mask → (dense tensor, compact values or None), of the parameters that are masked."""
         records, shapes = owners_of(params), dict(zip(self.mask.names, self.mask.shapes))
         found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        dense: Tensor
+        own: Tensor | None
         for name, param in zip(names, params):
             if record := records.get(id(param)):
                 name = record.mask.names[0]
                 if name not in shapes or self.mask[name] != record.mask.to(self.mask.device):
                     raise ValueError(f"{name!r} was sparsified with another mask than this optimizer's")
-                found[name] = (record.dense, param)
+                dense, own = record.dense, param
             elif name in shapes:
                 if param.shape != shapes[name]:
                     raise ValueError(f"{name!r} has shape {list(param.shape)}, the mask was made for {list(shapes[name])}")
-                found[name] = (param, None)
+                dense, own = param, None
+            else:
+                continue
+            if name in found and found[name][0] is not dense:
+                raise ValueError(f"two parameters are named {name!r}")
+            found[name] = (dense, own)
         return found
 
     def _divide(self) -> tuple[list[Bucket], list[list[Tensor]]]:
@@ -140,7 +152,10 @@ class SparseAdamW(Optimizer):
         return list(buckets.values()), [[p for p in group["params"] if id(p) not in masked] for group in self.param_groups]
 
     def _prepare(self) -> list[Bucket]:
-        """The buckets, made at the first step: until then the model may be moved or loaded, and state takes no memory."""
+        """The buckets, made at the first step: until then the model may be moved or loaded, and state takes no memory. Made anew
+        where someone has changed `state`."""
+        if self._buckets is not None and any(bucket.is_stale() for bucket in self._buckets):
+            self._buckets = None
         if self._buckets is None:
             buckets, self._others = self._divide()
             for bucket in buckets:
@@ -161,6 +176,9 @@ class SparseAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(grad.layout != torch.strided for grad in grads):
+            raise RuntimeError("SparseAdamW does not support sparse gradients")
         buckets = self._prepare()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._clip is not None:
@@ -178,19 +196,23 @@ class SparseAdamW(Optimizer):
             if not self.state[p]:
                 self.state[p] = {
                     "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
+                    "exp_avg": torch.zeros_like(p, memory_format=torch.contiguous_format),
+                    "exp_avg_sq": torch.zeros_like(p, memory_format=torch.contiguous_format),
                 }
             by_kind.setdefault((p.dtype, p.device), []).append(p)
         for same in by_kind.values():
             states = [self.state[p] for p in same]
-            grads = [p.grad for p in same if p.grad is not None]
             moments = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+            # torch's fused kernel on the CPU takes every tensor for contiguous.
+            weights, grads = [p.contiguous() for p in same], [p.grad.contiguous() for p in same if p.grad is not None]
             adamw(
-                same, grads, *moments, [], [s["step"] for s in states], fused=True, grad_scale=grad_scale, found_inf=found_inf,
+                weights, grads, *moments, [], [s["step"] for s in states], fused=True, grad_scale=grad_scale, found_inf=found_inf,
                 amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
                 weight_decay=group["weight_decay"], eps=group["eps"], maximize=group["maximize"],
             )  # fmt: skip
+            for p, weight in zip(same, weights):
+                if weight is not p:
+                    p.copy_(weight)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
@@ -201,13 +223,13 @@ class SparseAdamW(Optimizer):
         `GradScaler.unscale_`, as with torch's.
 
         Args:
-            max_norm: at least 0.
+            max_norm: at least 0; infinity clips nothing.
             error_if_nonfinite: RuntimeError where the norm is NaN or infinite (waits for the device).
 
         Returns:
             The Euclidean norm of all masked gradients and those of the other parameters together, before clipping: float32 [].
         """
-        if not (is_number(max_norm) and max_norm >= 0):
+        if not (max_norm == math.inf or (is_number(max_norm) and max_norm >= 0)):
             raise ValueError(f"max_norm must be a number, at least 0, got {max_norm!r}")
         squares = [square for bucket in self._prepare() for square in bucket.square_sums()]
         rest = [p.grad for params in self._others for p in params if p.grad is not None]
@@ -240,22 +262,27 @@ class SparseAdamW(Optimizer):
         """Resume bit-identically. ValueError, before anything has changed, where the state belongs to another mask."""
         loaded: dict[str, Any] = {}
 
-        def last_hook(_, adapted: dict[str, Any]) -> None:  # sees what the other hooks have made of the state
+        def last_of_the_first(_, adapted: dict[str, Any]) -> None:  # sees what the other hooks have made of the state
             self._check_same_mask(adapted["param_groups"])
             loaded.update(adapted)
 
-        handle = self.register_load_state_dict_pre_hook(last_hook)
+        def first_of_the_last(_) -> None:  # torch has cast the state to the parameters' dtype, which rounds float32 moments
+            saved_ids = chain.from_iterable(g["params"] for g in loaded["param_groups"])
+            params = chain.from_iterable(g["params"] for g in self.param_groups)
+            for saved_id, param in zip(saved_ids, params):
+                for key, value in loaded["state"].get(saved_id, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[param][key] = value.detach().to(param.device, copy=True)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(last_of_the_first),
+            self.register_load_state_dict_post_hook(first_of_the_last, prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        # torch casts floating state to the parameter's dtype, which would round float32 moments of 16-bit parameters.
-        saved_ids = chain.from_iterable(g["params"] for g in loaded["param_groups"])
-        params = chain.from_iterable(g["params"] for g in self.param_groups)
-        for saved_id, param in zip(saved_ids, params):
-            for key, value in loaded["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[param][key] = value.detach().to(param.device, copy=True)
+            for hook in hooks:
+                hook.remove()
         self._forget()
 
     def _check_same_mask(self, saved_groups: list[dict[str, Any]]) -> None:
@@ -263,7 +290,7 @@ class SparseAdamW(Optimizer):
         for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups)):
             theirs, ours = saved.get("mask_fingerprints"), group["mask_fingerprints"]
             if theirs is None:
-                raise ValueError(f"param_groups[{i}] of the state knows no mask: it was not saved by SparseAdamW")
+                raise ValueError(f"param_groups[{i}] of the state has no mask_fingerprints: it is not a state of this SparseAdamW")
             for name, one, other in zip(group["param_names"], theirs, ours):
                 if one != other:
                     differences.append(f"{name!r} {_difference(one.partition(':')[0], other.partition(':')[0])}")
@@ -276,9 +303,11 @@ class SparseAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for param, entry in self.state.items():
-            if not isinstance(entry.get("step", None), (Tensor, type(None))):
-                entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32, device=param.device)
+        for group in self.param_groups:
+            for param in group["params"]:
+                entry = self.state.get(param, {})
+                if "step" in entry and not isinstance(entry["step"], Tensor):
+                    entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32, device=param.device)
         self._forget()
 
     def update_mask(self, mask: CSRMask) -> None:
@@ -300,6 +329,10 @@ class SparseAdamW(Optimizer):
             raise ValueError(
                 "the values of a sparsified model belong to its mask: densify and sparsify it, and make a new optimizer"
             )
+        trainable = {name for members in covered for name in members}
+        for name, start, end in zip(mask.names, mask._bounds, mask._bounds[1:]):
+            if end > start and name not in trainable:
+                raise ValueError(f"mask covers {name!r}, which is not among the optimizer's parameters")
         for name, dense in ((n, dense) for members in covered for n, (dense, _) in members.items()):
             old, new = self.mask[name].to(dense.device), mask[name].to(dense.device)
             state = self.state[dense]
@@ -347,8 +380,10 @@ def _trainable(named_params: Any) -> list[tuple[str, Tensor]]:
 
 
 def _plain_name(name: str, mask: CSRMask) -> str:
-    """The parameter's name in the model itself."""
+    """The parameter's name as the mask has it, or that in the model itself."""
+    if name in mask:
+        return name
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     inner = name.removeprefix("module.")  # of DistributedDataParallel; a model may have a module of that name, too
-    return inner if name not in mask and inner in mask else name
+    return inner if inner in mask else name

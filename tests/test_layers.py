@@ -18,7 +18,7 @@ ALLOWED = {
     "train": {*MIDDLE, *BASE, PACKAGE},
     "distributed": {*MIDDLE, *BASE},
     "optim": {"nn", "_buckets", *BASE},
-    "_buckets": {"functional", "mask"},
+    "_buckets": {"functional", "_checks", "mask"},
     "delta": {"nn", *BASE},
     "interop": {"delta", *BASE},
     "nn": BASE,

@@ -300,7 +300,7 @@ def functional_arguments():
         ({"params": {"w": torch.ones(3, 3, dtype=torch.int32)}}, TypeError, r"params\['w'\] must be float32"),
         ({"values": torch.ones(2)}, ValueError, "values must be compact"),
         ({"decay_to": torch.ones(2)}, ValueError, "decay_to must be compact"),
-        ({"lr": -0.1}, ValueError, "lr must be at least 0"),
+        ({"lr": -0.1}, ValueError, "lr must be a number, at least 0"),
         ({"betas": (0.9, 1.0)}, ValueError, "betas"),
         ({"l1": -1.0}, ValueError, "l1"),
     ],
