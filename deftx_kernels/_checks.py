@@ -2,12 +2,14 @@
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from deftx_kernels.mask import CSRMask
+
+FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
 
 def check_hyperparameters(lr, betas, eps, weight_decay, l1) -> tuple[float, float]:
@@ -57,10 +59,17 @@ def check_int(value: object, name: str, least: int) -> None:
 def check_float(tensor: object, label: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{label} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+    if tensor.dtype not in FLOATS:
         raise TypeError(f"{label} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{label} must be a dense (strided) tensor, got layout {tensor.layout}")
+
+
+def check_floats(tensors: Sequence[Tensor], names: Sequence[str], argument: str) -> None:
+    """`check_float` of each tensor."""
+    for name, tensor in zip(names, tensors):
+        if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
+            check_float(tensor, f"{argument}[{name!r}]")
 
 
 def check_devices(tensors: Mapping[str, Tensor], argument: str) -> None:

@@ -14,6 +14,7 @@ from deftx_kernels._checks import (
     check_devices,
     check_finite,
     check_float,
+    check_floats,
     check_hyperparameters,
     check_int,
     check_masked,
@@ -426,10 +427,10 @@ def sparse_adamw(
     """
     targets = mask.select(params, "params")
     dtype = targets[0].dtype
-    for name, tensor in zip(mask.names, targets):
-        check_float(tensor, f"params[{name!r}]")
-        if tensor.dtype != dtype:
-            raise ValueError(f"params[{name!r}] is {tensor.dtype}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed")
+    check_floats(targets, mask.names, "params")
+    if any(t.dtype != dtype for t in targets):
+        name, other = next((n, t.dtype) for n, t in zip(mask.names, targets) if t.dtype != dtype)
+        raise ValueError(f"params[{name!r}] is {other}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed")
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     _check_state(exp_avg, exp_avg_sq, values, mask, dtype, compute)
     if decay_to is not None:
@@ -450,16 +451,16 @@ def sparse_adamw(
         None if grad_scale is None else scalar(grad_scale, "grad_scale", mask.device),
         None if found_inf is None else scalar(found_inf, "found_inf", mask.device),
     ]
-    chosen = [t.detach() for t in targets]
-    dense = [t.contiguous() for t in chosen]
-    torch.ops.deftx.sparse_adamw_(
-        dense, gradients, is_compact, exp_avg, exp_avg_sq, values, mask.crow_indices, mask.col_indices, scalars[0], scalars[1],
-        beta1, beta2, float(eps), float(weight_decay), decay_to, float(l1), bool(maximize), scalars[2], scalars[3],
-        seed if stochastic_rounding else None,
-    )  # fmt: skip
-    for tensor, copy in zip(chosen, dense):
-        if copy is not tensor:
-            tensor.copy_(copy)
+    with torch.no_grad():
+        dense = [t.contiguous() for t in targets]
+        torch.ops.deftx.sparse_adamw_(
+            dense, gradients, is_compact, exp_avg, exp_avg_sq, values, mask.crow_indices, mask.col_indices, scalars[0], scalars[1],
+            beta1, beta2, float(eps), float(weight_decay), decay_to, float(l1), bool(maximize), scalars[2], scalars[3],
+            seed if stochastic_rounding else None,
+        )  # fmt: skip
+        for tensor, copy in zip(targets, dense):
+            if copy is not tensor:
+                tensor.copy_(copy)
     torch.autograd.graph.increment_version(targets)
 
 
@@ -484,12 +485,12 @@ def _gradients(grads: Mapping[str, Tensor] | Tensor, mask: CSRMask, dtype: torch
         mask.check_compact(grads, "grads")
         check_float(grads, "grads")
         return [grads.detach().contiguous()], True
-    chosen = [g.detach() for g in mask.select(grads, "grads")]
-    for name, gradient in zip(mask.names, chosen):
-        check_float(gradient, f"grads[{name!r}]")
-    if any(g.dtype != dtype for g in chosen):
-        chosen = [g.to(torch.float64 if dtype == torch.float64 else torch.float32) for g in chosen]
-    return [g.contiguous() for g in chosen], False
+    chosen = mask.select(grads, "grads")
+    check_floats(chosen, mask.names, "grads")
+    with torch.no_grad():
+        if any(g.dtype != dtype for g in chosen):
+            chosen = [g.to(torch.float64 if dtype == torch.float64 else torch.float32) for g in chosen]
+        return [g.contiguous() for g in chosen], False
 
 
 # ---- masked modules' functions ------------------------------------------------------------------------------------------

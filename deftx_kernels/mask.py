@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -243,19 +243,24 @@ class CSRMask:
     def select(self, tensors: Mapping[str, Tensor], argument: str) -> list[Tensor]:
         """The mask's tensors out of a mapping, checked: present, of the right shape, on the mask's device."""
         _check_mapping(tensors, argument)
-        chosen = []
+        chosen, device = [], self.device
         for name, shape in zip(self.names, self.shapes):
             tensor = tensors.get(name)
-            if tensor is None:
-                raise ValueError(f"{argument} lacks tensor {name!r}, which the mask covers")
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{argument}[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}")
-            if tensor.shape != shape:
-                raise ValueError(f"{argument}[{name!r}] has shape {list(tensor.shape)}, the mask was made for {list(shape)}")
-            if tensor.device != self.device:
-                raise ValueError(f"{argument}[{name!r}] is on {tensor.device}, the mask on {self.device}: move one with .to()")
+            if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.device != device:
+                self._refuse(name, tensor, argument)
             chosen.append(tensor)
         return chosen
+
+    def _refuse(self, name: str, tensor: object, argument: str) -> NoReturn:
+        """Says what is wrong with the tensor."""
+        if tensor is None:
+            raise ValueError(f"{argument} lacks tensor {name!r}, which the mask covers")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{argument}[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}")
+        shape = self.shapes[self.names.index(name)]
+        if tensor.shape != shape:
+            raise ValueError(f"{argument}[{name!r}] has shape {list(tensor.shape)}, the mask was made for {list(shape)}")
+        raise ValueError(f"{argument}[{name!r}] is on {tensor.device}, the mask on {self.device}: move one with .to()")
 
     def check_compact(self, compact: Tensor, argument: str) -> None:
         """ValueError or TypeError unless this is a tensor [nnz] on the mask's device."""

@@ -31,21 +31,27 @@ void for_each_run(const Csr& csr, int64_t begin, int64_t end, const Visit& visit
   int64_t row = std::upper_bound(crow, crow + csr.rows + 1, begin) - crow - 1;
   auto slice =
       std::upper_bound(csr.slices.begin(), csr.slices.end(), row, [](int64_t r, const Slice& s) { return r < s.first_row; }) - 1;
-  for (int64_t i = begin; i < end; ++row) {
-    while (slice + 1 != csr.slices.end() && row >= slice[1].first_row) ++slice;
-    const int64_t stop = std::min(crow[row + 1], end);
-    if (i < stop) visit(Run{slice - csr.slices.begin(), (row - slice->first_row) * slice->columns, i, stop, crow[row]});
-    i = std::max(i, stop);
+  const auto last = csr.slices.end() - 1;
+  for (int64_t i = begin, stop; i < end; ++row) {
+    stop = std::min(crow[row + 1], end);
+    if (i >= stop) continue;
+    while (slice != last && row >= slice[1].first_row) ++slice;
+    visit(Run{slice - csr.slices.begin(), (row - slice->first_row) * slice->columns, i, stop, crow[row]});
+    i = stop;
   }
 }
 
-// How many of the n columns are not above the one before them.
-template <typename Column>
-DEFTX_CLONES int64_t count_descents(const Column* col, int64_t n) {
+// How many of the n indices are below the one before them, or equal to it if `strict`.
+template <typename Index>
+DEFTX_CLONES int64_t count_descents(const Index* index, int64_t n, bool strict) {
   int64_t count = 0;
   for (int64_t first = 0; first < n; first += 4096) {  // short sums, of which a vector holds many
     int32_t part = 0;
-    for (int64_t j = first; j < std::min(first + 4096, n); ++j) part += col[j - 1] >= col[j];
+    const int64_t last = std::min(first + 4096, n);
+    if (strict)
+      for (int64_t j = first; j < last; ++j) part += index[j - 1] >= index[j];
+    else
+      for (int64_t j = first; j < last; ++j) part += index[j - 1] > index[j];
     count += part;
   }
   return count;
@@ -60,9 +66,7 @@ void check_contents(const Csr& csr) {
               " to ", crow[csr.rows]);
   std::atomic<bool> bad{false};
   torch::stable::parallel_for(0, csr.rows, kGrain, [&](int64_t begin, int64_t end) {
-    bool wrong = false;
-    for (int64_t r = begin; r < end; ++r) wrong |= crow[r] > crow[r + 1];
-    if (wrong) bad = true;
+    if (count_descents(crow + begin + 1, end - begin, false)) bad = true;
   });
   DEFTX_CHECK(!bad, "crow_indices must not descend");
   const auto* col = static_cast<const Column*>(csr.col);
@@ -70,7 +74,7 @@ void check_contents(const Csr& csr) {
     // A column may descend where a row begins, and nowhere else.
     bool wrong = false;
     const int64_t from = std::max<int64_t>(begin, 1);
-    int64_t descents = count_descents(col + from, end - from);
+    int64_t descents = count_descents(col + from, end - from, true);
     for_each_run(csr, begin, end, [&](const Run& run) {
       const bool begins = run.begin == run.row_begin && run.begin > 0;
       descents -= begins && col[run.begin - begins] >= col[run.begin];
