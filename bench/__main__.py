@@ -91,7 +91,9 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def state(row: dict[str, str]) -> str:
-    return f" ({float(row['state_bytes_per_param']):.2f} B)" if row["state_bytes_per_param"] else ""
+    """Bytes of optimizer state for each parameter; rows of an older header have none."""
+    size = row.get("state_bytes_per_param")
+    return f" ({float(size):.2f} B)" if size else ""
 
 
 def write_table(options: argparse.Namespace) -> int:

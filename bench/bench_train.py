@@ -21,7 +21,8 @@ def cases(device: str, quick: bool, sizes: tuple[str, ...]) -> Iterator[Case]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for size in sizes:
         for density in (0.05,) if quick else (0.05, 0.01):
-            yield adamw_case(size, dtype, density, device)
+            yield adamw_case(size, dtype, density, device, compact=False)
+            yield adamw_case(size, dtype, density, device, compact=True)
     for size in set(sizes) - {"50M"}:  # shapes of real models: some optimizers quantise only what their blocks divide
         yield optimizer_case(size, dtype, 0.05, device)
     for density in (0.05,) if quick else (0.05, 0.01):
@@ -45,6 +46,15 @@ class Problem:
     def check(self, result: dict[str, Tensor]) -> str | None:
         worst = float((self.mask.gather(result).double() - self.expected).abs().max())
         return None if worst <= self.tolerance else f"{worst:.1e} from AdamW in float64 at the masked entries"
+
+    def bytes_moved(self, compact: bool) -> int:
+        """By a sparse step: float32 moments read and written, the index, and parameters (read and written) and dense gradients,
+        whole sectors (on the CPU cache lines) at a time."""
+        mask, itemsize = self.mask, next(iter(self.params.values())).element_size()
+        sector = 32 if mask.device.type == "cuda" else 64
+        touched = (1 - (1 - mask.density) ** (sector / itemsize)) * mask.numel * itemsize
+        gradient = mask.nnz * itemsize if compact else touched
+        return round(mask.nnz * (16 + mask.col_indices.element_size()) + 2 * touched + gradient)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Copies of the parameters with their gradients."""
@@ -86,38 +96,33 @@ def torch_adamw(**implementation):
     return lambda parameters: torch.optim.AdamW(parameters.values(), **SETTINGS, **implementation)
 
 
-def adamw_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
-    """One step. The peers' moments have the parameters' dtype, ours are float32."""
+def adamw_case(size: str, dtype: torch.dtype, density: float, device: str, compact: bool) -> Case:
+    """One step, ours of dense or compact gradients. The peers' moments have the parameters' dtype, ours are float32."""
     problem = Problem(size, dtype, density, device)
     mask = problem.mask
 
-    def ours(gradient):
-        def make():
-            mine = copies(problem.params)
-            state = [torch.zeros(mask.nnz, dtype=torch.float32, device=device) for _ in range(2)]
-            step, lr = torch.zeros((), device=device), torch.tensor(SETTINGS["lr"], device=device)
-            options = {k: v for k, v in SETTINGS.items() if k != "lr"}
+    def ours():
+        mine = copies(problem.params)
+        gradient = problem.compact if compact else problem.grads
+        state = [torch.zeros(mask.nnz, dtype=torch.float32, device=device) for _ in range(2)]
+        step, lr = torch.zeros((), device=device), torch.tensor(SETTINGS["lr"], device=device)
+        options = {k: v for k, v in SETTINGS.items() if k != "lr"}
 
-            def call() -> dict[str, Tensor]:
-                step.add_(1)
-                sparse_adamw(mine, gradient, *state, step, mask, lr=lr, **options)
-                return mine
+        def call() -> dict[str, Tensor]:
+            step.add_(1)
+            sparse_adamw(mine, gradient, *state, step, mask, lr=lr, **options)
+            return mine
 
-            return call
-
-        return make
+        return call
 
     providers = {
-        OURS: ours(problem.grads),
-        "deftx, compact gradient": ours(problem.compact),
+        OURS: ours,
         "torch AdamW fused": problem.stepper(torch_adamw(fused=True)),
         "mask + torch AdamW foreach": problem.stepper(torch_adamw(foreach=True), problem.masked()),
     }
-    # float32 moments read and written, the index, and the gather of gradient and parameter, whole sectors (cache lines) at a time.
-    itemsize, sector = dtype.itemsize, 32 if device == "cuda" else 64
-    touched = (1 - (1 - density) ** (sector / itemsize)) * mask.numel * itemsize
-    moved = mask.nnz * (16 + mask.col_indices.element_size()) + 3 * touched
-    return Case("sparse_adamw", size, dtype, density, round(moved), providers, problem.check, rounds=15, backend_of="sparse_adamw_")
+    work = f"{size}, {'compact' if compact else 'dense'} gradient"
+    moved = problem.bytes_moved(compact)
+    return Case("sparse_adamw", work, dtype, density, moved, providers, problem.check, rounds=15, backend_of="sparse_adamw_")
 
 
 def optimizer_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
@@ -143,8 +148,7 @@ def optimizer_case(size: str, dtype: torch.dtype, density: float, device: str) -
     providers = {n: problem.stepper(make, state_bytes=state_bytes, name=n) for n, make in makers.items()}
     foreach = "mask + torch AdamW foreach"
     providers[foreach] = problem.stepper(torch_adamw(foreach=True), problem.masked(), state_bytes, foreach)
-    elements = problem.mask.numel * dtype.itemsize
-    moved = problem.mask.nnz * (16 + problem.mask.col_indices.element_size()) + 3 * elements
+    moved = problem.bytes_moved(compact=False)
     return Case(
         "optimizer_step", size, dtype, density, moved, providers, problem.check, rounds=5, backend_of="sparse_adamw_",
         absent=absent, state_bytes=state_bytes,
