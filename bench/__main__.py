@@ -57,11 +57,21 @@ def newest(folder: Path) -> list[dict[str, str]]:
                 work = tuple(row[k] for k in ("device", "op", "size", "dtype", "density"))
                 rows.setdefault((path.name, work), {})[row["provider"]] = row
     # Ratios are of one run: only rows of the newest run of that work stand side by side.
-    latest = []
-    for providers in rows.values():
+    latest: dict[tuple, list[dict[str, str]]] = {}
+    served_by: dict[tuple, tuple[str, str]] = {}  # file, device and op → date and backend of our newest row
+    for (file, work), providers in rows.items():
         date = max(r["date"] for r in providers.values())
-        latest += [r for r in providers.values() if r["date"] == date]
-    return latest
+        latest[file, work] = [r for r in providers.values() if r["date"] == date]
+        if OURS in providers:
+            op = (file, *work[:2])
+            served_by[op] = max(served_by.get(op, ("", "")), (providers[OURS]["date"], providers[OURS]["backend"]))
+    # Works that were last timed with an implementation which no longer serves the op are history.
+    return [
+        row
+        for (file, work), side_by_side in latest.items()
+        for row in side_by_side
+        if rows[file, work].get(OURS, row)["backend"] == served_by.get((file, *work[:2]), ("", row["backend"]))[1]
+    ]
 
 
 def table(rows: list[dict[str, str]]) -> str:

@@ -190,6 +190,15 @@ def test_rows_of_one_run_stand_side_by_side(tmp_path):
     assert "gone" not in text
 
 
+def test_works_timed_with_a_replaced_implementation_are_history(tmp_path):
+    old, new = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
+    before = [row(date=old, size="xlmr", backend="reference"), row(date=old, size="xlmr", provider="peer", backend="")]
+    harness.append([*before, row(date=old, op="mask_or", size="xlmr", backend="c++")], tmp_path / "topk.csv")
+    harness.append([row(date=new, backend="c++"), row(date=new, provider="peer", backend="")], tmp_path / "topk.csv")
+    found = {(r["op"], r["size"], r["provider"]) for r in program.newest(tmp_path)}
+    assert found == {("topk_mask", "minilm", OURS), ("topk_mask", "minilm", "peer"), ("mask_or", "xlmr", OURS)}
+
+
 def test_rows_of_an_older_header_stay(tmp_path):
     path = tmp_path / "csr.csv"
     path.write_text("date,op,provider\nlong ago,csr_gather,deftx\n")
