@@ -11,6 +11,7 @@ from bench.harness import OURS, Case, available_bytes
 from bench.shapes import SIZES as SHAPES
 from bench.shapes import random_tensors
 from deftx_kernels import CSRMask, SparseAdamW, sparse_adamw, topk_mask
+from deftx_kernels.train.tensors import state_bytes as optimizer_state_bytes
 
 SIZES = ("tiny", "minilm", "50M", "xlmr")
 # A step that bfloat16 shows.
@@ -75,7 +76,7 @@ class Problem:
                 prepare(mine)
                 optimizer.step()
                 if state_bytes is not None and name not in state_bytes:
-                    state_bytes[name] = optimizer_bytes(optimizer) / self.mask.numel
+                    state_bytes[name] = optimizer_state_bytes(optimizer) / self.mask.numel
                 return {n: p.detach() for n, p in mine.items()}
 
             return call
@@ -161,17 +162,6 @@ def optimizer_case(size: str, dtype: torch.dtype, density: float, device: str) -
         "optimizer_step", size, dtype, density, moved, providers, problem.check, rounds=5, backend_of="sparse_adamw_",
         absent=absent, state_bytes=state_bytes,
     )  # fmt: skip
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of the tensors of an optimizer's state."""
-
-    def size(value) -> int:
-        if hasattr(value, "__tensor_flatten__"):  # a tensor made of tensors
-            return sum(size(getattr(value, name)) for name in value.__tensor_flatten__()[0])
-        return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
-
-    return sum(size(value) for entry in optimizer.state.values() for value in entry.values())
 
 
 def linear_case(dtype: torch.dtype, density: float, device: str, tokens: int = 2048) -> Case:

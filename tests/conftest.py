@@ -76,6 +76,15 @@ def emulated(cuda_on_cpu):
     return emulated
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For thousands of operations on a few hundred numbers: on a busy machine, waiting for threads took most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # Of the session, so that hypothesis may call a test many times with one provider.
 @pytest.fixture(scope="session", params=PROVIDERS)
 def provider(request) -> Provider:

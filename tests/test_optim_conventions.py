@@ -14,6 +14,8 @@ from torch.optim import lr_scheduler
 from deftx_kernels import CSRMask, SparseAdamW, sparsify
 
 MASKED = ("0.weight", "1.bias", "1.weight")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXACT = 1e-12  # of the largest weight: 50 steps of float64
 
 
@@ -22,14 +24,6 @@ def label(value):
 
 
 both = pytest.mark.parametrize("sparsified", [False, True], ids=["plain", "sparsified"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_model(dtype=torch.float64, seed=0):

@@ -33,6 +33,8 @@ BACKENDS = [
 if INTERPRETED:  # the variable decides what `triton.jit` makes, so this backend has a process to itself: see the last test
     BACKENDS = ["triton-interpreter"]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 50
 BLOCK = 512  # entries of one Triton program
 
@@ -64,15 +66,6 @@ class Backend(NamedTuple):
             with self.tool.override(racecheck=True, extra=[*params, *grads]) as launches:
                 sparse_adamw_(params, grads, *rest)
             assert len(launches) <= 1, "one launch for all tensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Thousands of operations on a few hundred numbers: on a busy machine, waiting for threads took most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -13,7 +13,10 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of an optimizer's state tensors, shared storage counted once."""
 
     def tensors(value):
-        if isinstance(value, Tensor):
+        if hasattr(value, "__tensor_flatten__"):  # a tensor made of tensors, as of 8-bit optimizers
+            for name in value.__tensor_flatten__()[0]:
+                yield from tensors(getattr(value, name))
+        elif isinstance(value, Tensor):
             yield value
         elif isinstance(value, dict):
             for inner in value.values():
