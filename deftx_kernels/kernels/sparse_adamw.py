@@ -107,7 +107,7 @@ def _step(
         size = _float64(l1).to(compute)
         g += tl.where(distance > 0, size, tl.where(distance < 0, -size, 0.0))
     decay = (rate * _float64(weight_decay)).to(compute)
-    w = tl.where(decay != 0, w - decay * distance, w)  # infinity stays infinite, -0.0 negative
+    w -= tl.where(decay != 0, decay * distance, 0.0)  # 0 * infinity would be NaN
     m = b1.to(compute) * m + (1.0 - b1).to(compute) * g
     v = b2.to(compute) * v + (1.0 - b2).to(compute) * g * g
     w -= step_size * _div(m, _div(_sqrt(v), root_bias2) + _float64(eps).to(compute))
