@@ -25,7 +25,7 @@ def cases(device: str, quick: bool, sizes: tuple[str, ...]) -> Iterator[Case]:
             yield adamw_case(size, dtype, density, device, compact=False)
             yield adamw_case(size, dtype, density, device, compact=True)
     for size in sizes:
-        if size in ("tiny", "minilm"):  # shapes of real models (some optimizers quantise only what their blocks divide), six times
+        if size in ("tiny", "minilm"):  # six copies of a model fit, and 8-bit optimizers quantise tensors of these shapes
             yield optimizer_case(size, dtype, 0.05, device)
     for density in (0.05,) if quick else (0.05, 0.01):
         yield linear_case(dtype, density, device)

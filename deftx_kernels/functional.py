@@ -428,9 +428,9 @@ def sparse_adamw(
     targets = mask.select(params, "params")
     dtype = targets[0].dtype
     check_floats(targets, mask.names, "params")
-    if any(t.dtype != dtype for t in targets):
-        name, other = next((n, t.dtype) for n, t in zip(mask.names, targets) if t.dtype != dtype)
-        raise ValueError(f"params[{name!r}] is {other}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed")
+    for name, tensor in zip(mask.names, targets):
+        if tensor.dtype != dtype:
+            raise ValueError(f"params[{name!r}] is {tensor.dtype}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed")
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     _check_state(exp_avg, exp_avg_sq, values, mask, dtype, compute)
     if decay_to is not None:

@@ -101,15 +101,20 @@ class SparseAdamW(Optimizer):
         if float(group["lr"]) < 0:
             raise ValueError(f"lr must be at least 0, got {float(group['lr'])}")
         _check_storage(group)
+        names, params = [n for n, _ in group["params"]], [p for _, p in group["params"]]
+        for record in owners_of(params).values():
+            name = record.mask.names[0]
+            if name not in self.mask or self.mask[name] != record.mask.to(self.mask.device):
+                raise ValueError(f"{name!r} was sparsified with another mask than this optimizer's")
         taken = {name: p for g in self.param_groups for name, (p, _) in self._covered(g["param_names"], g["params"]).items()}
-        covered = self._covered([n for n, _ in group["params"]], [p for _, p in group["params"]])
+        covered = self._covered(names, params)
         for name, (dense, values) in covered.items():
             if taken.get(name, dense) is not dense:
                 raise ValueError(f"a parameter named {name!r} is in another group already")
             if group["stochastic_rounding"] and dense.dtype == torch.float16 and values is None and not group["master"]:
                 raise ValueError(f"stochastic_rounding is not defined for float16 parameters such as {name!r}: set master=True")
         super().add_param_group(group)
-        self._describe_mask(group)
+        self._describe_mask(group, covered)
         self._forget()
 
     def _covered(self, names: list[str], params: list[Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -120,10 +125,7 @@ class SparseAdamW(Optimizer):
         own: Tensor | None
         for name, param in zip(names, params):
             if record := records.get(id(param)):
-                name = record.mask.names[0]
-                if name not in shapes or self.mask[name] != record.mask.to(self.mask.device):
-                    raise ValueError(f"{name!r} was sparsified with another mask than this optimizer's")
-                dense, own = record.dense, param
+                name, dense, own = record.mask.names[0], record.dense, param
             elif name in shapes:
                 if param.shape != shapes[name]:
                     raise ValueError(f"{name!r} has shape {list(param.shape)}, the mask was made for {list(shapes[name])}")
@@ -251,9 +253,8 @@ class SparseAdamW(Optimizer):
 
     # ---- state ----
 
-    def _describe_mask(self, group: dict[str, Any]) -> None:
+    def _describe_mask(self, group: dict[str, Any], covered: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
         """Into the group, and so into a state dict: for each parameter the number of its masked entries and their fingerprint."""
-        covered = self._covered(group["param_names"], group["params"])
         name_of = {id(dense if values is None else values): name for name, (dense, values) in covered.items()}
         parts = [self.mask[name_of[id(p)]] if id(p) in name_of else None for p in group["params"]]
         group["mask_fingerprints"] = ["" if m is None else f"{m.nnz}:{m.fingerprint()[:32]}" for m in parts]
@@ -345,8 +346,8 @@ class SparseAdamW(Optimizer):
                 decay_to = self._decay_to[name]
                 self._decay_to[name] = _carried_over(decay_to.to(dense.device), old, new, dense).to(decay_to.device)
         self.mask = mask
-        for group in self.param_groups:
-            self._describe_mask(group)
+        for group, members in zip(self.param_groups, covered):
+            self._describe_mask(group, members)
         self._forget()
 
 

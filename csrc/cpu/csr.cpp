@@ -2,16 +2,12 @@
 //
 // The entries of the mask are cut into pieces of equal length, whatever rows or tensors they fall into, one per thread. Each entry
 // is read and written by one thread alone, so the result does not depend on the number of threads.
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+#include <type_traits>
 
 #include "rows.h"
 
 namespace deftx {
 namespace {
-
-using c10::BFloat16;
-using c10::Half;
 
 constexpr int64_t kBlock = 128;
 
@@ -111,11 +107,9 @@ double square_sum(const Csr& csr) {
 template <typename Column>
 double square_sum_typed(const Csr& csr) {
   check_contents<Column>(csr);
-  if (csr.dtype == aoti_torch_dtype_float32()) return square_sum<float, Column>(csr);
-  if (csr.dtype == aoti_torch_dtype_bfloat16()) return square_sum<BFloat16, Column>(csr);
-  if (csr.dtype == aoti_torch_dtype_float16()) return square_sum<Half, Column>(csr);
-  DEFTX_CHECK(csr.dtype == aoti_torch_dtype_float64(), "csr_square_sum: tensors must be float32, float64, bfloat16 or float16");
-  return square_sum<double, Column>(csr);
+  double sum = 0;
+  with_dtype(csr.dtype, "csr_square_sum: tensors", [&](auto zero) { sum = square_sum<decltype(zero), Column>(csr); });
+  return sum;
 }
 
 template <typename Column>
@@ -152,20 +146,15 @@ void scatter_sized(const Csr& csr, const void* values) {
   }
 }
 
-template <typename T, typename Compute, typename Column>
-void add_valued(const Csr& csr, const void* values, bool float_values, double alpha) {
-  if (float_values) return add<T, float, Compute, Column>(csr, static_cast<const float*>(values), alpha);
-  return add<T, T, Compute, Column>(csr, static_cast<const T*>(values), alpha);
-}
-
 template <typename Column>
 void add_typed(const Csr& csr, const void* values, bool float_values, double alpha) {
   check_contents<Column>(csr);
-  if (csr.dtype == aoti_torch_dtype_float32()) return add_valued<float, float, Column>(csr, values, float_values, alpha);
-  if (csr.dtype == aoti_torch_dtype_bfloat16()) return add_valued<BFloat16, float, Column>(csr, values, float_values, alpha);
-  if (csr.dtype == aoti_torch_dtype_float16()) return add_valued<Half, float, Column>(csr, values, float_values, alpha);
-  if (csr.dtype == aoti_torch_dtype_float64()) return add_valued<double, double, Column>(csr, values, float_values, alpha);
-  DEFTX_CHECK(false, "csr_add_: tensors must be float32, float64, bfloat16 or float16");
+  with_dtype(csr.dtype, "csr_add_: tensors", [&](auto zero) {
+    using T = decltype(zero);
+    using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    if (float_values) return add<T, float, Compute, Column>(csr, static_cast<const float*>(values), alpha);
+    add<T, T, Compute, Column>(csr, static_cast<const T*>(values), alpha);
+  });
 }
 
 Tensor csr_gather(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices) {

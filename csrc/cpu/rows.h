@@ -1,11 +1,27 @@
-// Walking the entries of a mask on the CPU, row by row.
+// Walking the entries of a mask on the CPU, row by row, and the types of their tensors.
 #pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <atomic>
 
 #include "../stable.h"
 
 namespace deftx {
+
+using c10::BFloat16;
+using c10::Half;
+
+// Calls f(T{}) for the type T of a dtype's elements.
+template <typename F>
+void with_dtype(int32_t dtype, const char* name, const F& f) {
+  if (dtype == aoti_torch_dtype_float32()) return f(float{});
+  if (dtype == aoti_torch_dtype_bfloat16()) return f(BFloat16{});
+  if (dtype == aoti_torch_dtype_float16()) return f(Half{});
+  DEFTX_CHECK(dtype == aoti_torch_dtype_float64(), name, " must be float32, float64, bfloat16 or float16");
+  f(double{});
+}
 
 constexpr int64_t kGrain = 16384;  // entries; below about 50 us of work a second thread costs more than it brings
 

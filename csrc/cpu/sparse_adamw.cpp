@@ -4,9 +4,6 @@
 // blocks. Scattered cache lines bound the time, so memory must never wait for arithmetic: the step of a block asks, between its
 // vectors, for the lines of the next one. (A phase that gathers a block, then one that computes, took 1.15 times as long: 50 M
 // float32 at 5 %, two cores of a Sapphire Rapids Xeon.)
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -16,9 +13,6 @@
 
 namespace deftx {
 namespace {
-
-using c10::BFloat16;
-using c10::Half;
 
 constexpr int64_t kBlock = 256;  // entries
 
@@ -44,8 +38,10 @@ inline void prefetch(const void*) {}
 // ---- 16-bit numbers ----
 
 template <typename From, typename To>
-DEFTX_CLONES void convert(const From* __restrict__ in, To* __restrict__ out, int64_t n) {
-  for (int64_t k = 0; k < n; ++k) out[k] = static_cast<To>(in[k]);
+DEFTX_CLONES void convert(const void* in, void* out, int64_t n) {
+  const From* __restrict__ from = static_cast<const From*>(in);
+  To* __restrict__ to = static_cast<To*>(out);
+  for (int64_t k = 0; k < n; ++k) to[k] = static_cast<To>(from[k]);
 }
 
 // Philox4x32-10 (Salmon et al. 2011) with the key `seed` and the counter (entry, step): the first three words, for n entries.
@@ -305,33 +301,17 @@ double number(const Tensor& t, const char* name) {
   return *static_cast<const int32_t*>(data);
 }
 
-// Calls f(T{}) for the tensor's type T.
-template <typename F>
-void with_dtype(const Tensor& t, const char* name, const F& f) {
-  const int32_t dtype = dtype_of(t);
-  if (dtype == aoti_torch_dtype_float32()) return f(float{});
-  if (dtype == aoti_torch_dtype_bfloat16()) return f(BFloat16{});
-  if (dtype == aoti_torch_dtype_float16()) return f(Half{});
-  DEFTX_CHECK(dtype == aoti_torch_dtype_float64(), name, " must be float32, float64, bfloat16 or float16");
-  f(double{});
-}
-
-template <typename From, typename To>
-void convert_bytes(const void* in, void* out, int64_t n) {
-  convert(static_cast<const From*>(in), static_cast<To*>(out), n);
-}
-
 template <typename Compute>
 Compact<Compute> compact(const Tensor& t, Access access, const Tensor& col_indices, const char* name) {
   check_compact(t, Device::kCpu, col_indices, col_indices.numel(), name);
   Compact<Compute> result;
   result.data = static_cast<char*>(access == Access::kWrite ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()));
-  with_dtype(t, name, [&](auto zero) {
+  with_dtype(dtype_of(t), name, [&](auto zero) {
     using T = decltype(zero);
     result.size = sizeof(T);
     if constexpr (!std::is_same_v<T, Compute>) {
-      result.read = convert_bytes<T, Compute>;
-      result.write = convert_bytes<Compute, T>;
+      result.read = convert<T, Compute>;
+      result.write = convert<Compute, T>;
     }
   });
   return result;
@@ -389,7 +369,7 @@ void sparse_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, bool c
     const bool computed_grads = !compact_grads && work.grads.dtype == compute;
     DEFTX_CHECK(compact_grads || computed_grads || work.grads.dtype == csr.dtype,
                 "dense grads must have the dtype of params or, unless that is float64, be float32");
-    with_dtype(params[0], "params", [&](auto element) {
+    with_dtype(csr.dtype, "params", [&](auto element) {
       using T = decltype(element);
       if constexpr (std::is_same_v<T, double> == std::is_same_v<Compute, double>) {
         work.step_block = computed_grads ? step_block<T, Compute, Compute> : step_block<T, T, Compute>;
