@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
-from bench import bench_csr, bench_svd, bench_topk, bench_train, shapes
+from bench import bench_csr, bench_masked, bench_steps, bench_svd, bench_topk, bench_train
 from bench.harness import OURS, append, measure, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 FAMILIES = {"csr": bench_csr, "topk": bench_topk, "svd": bench_svd, "train": bench_train}
-QUICK, FULL = ("minilm",), ("minilm", "50M", "xlmr")  # the sizes without --size
+FAMILIES |= {"masked": bench_masked, "steps": bench_steps}
+MOVED = {("train", "masked_linear_grad")}  # whose newer rows are in another family's file
+QUICK, FULL = ("minilm",), ("minilm", "50M", "linears", "xlmr")  # the sizes without --size
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -23,7 +25,7 @@ def bench(options: argparse.Namespace) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     facts, wrong = provenance(device), []
     print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
-    print(f"{'op':19} {'provider':27} {'backend':10} {'size':32} {'p50':>11} {'x ours':>8} {'floor':>6} {'peak MB':>9}")
+    print(f"{'op':21} {'provider':31} {'backend':10} {'size':32} {'p50':>11} {'x ours':>8} {'floor':>6} {'peak MB':>9}")
     wanted = options.size or (QUICK if options.quick else FULL)
     for name in options.only or FAMILIES:
         family = FAMILIES[name]
@@ -31,7 +33,7 @@ def bench(options: argparse.Namespace) -> int:
             if options.quick:
                 case.again = None  # starting a process for each provider takes longer than the work
             for provider, reason in case.absent.items():
-                print(f"{case.op:19} {provider:27} absent: {reason}", flush=True)
+                print(f"{case.op:21} {provider:31} absent: {reason}", flush=True)
             rows = list(measure(case, device, facts, options.rounds or (min(case.rounds, 5) if options.quick else None)))
             for row in rows:
                 if "wrong" in row:
@@ -42,7 +44,7 @@ def bench(options: argparse.Namespace) -> int:
                 share = f"{float(row['share_of_floor']):6.1%}"
                 times = f"{row['p50_ms']:>8} ms {row['times_ours']:>8}"
                 peak = row["peak_extra_mb"] or "-"
-                print(f"{row['op']:19} {row['provider']:27} {row['backend']:10} {where:32} {times} {share} {peak:>9}", flush=True)
+                print(f"{row['op']:21} {row['provider']:31} {row['backend']:10} {where:32} {times} {share} {peak:>9}", flush=True)
             append([r for r in rows if "wrong" not in r], options.out / f"{name}.csv")
     print(f"rows went to {options.out}; {len(wrong)} providers gave a wrong result", *wrong, sep="\n")
     return 1 if wrong else 0
@@ -53,7 +55,7 @@ def newest(folder: Path) -> list[dict[str, str]]:
     rows = {}
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
-            for row in csv.DictReader(file):
+            for row in (r for r in csv.DictReader(file) if (path.stem, r["op"]) not in MOVED):
                 work = tuple(row[k] for k in ("device", "op", "size", "dtype", "density"))
                 rows.setdefault((path.name, work), {})[row["provider"]] = row
     # Ratios are of one run: only rows of the newest run of that work stand side by side.
@@ -92,18 +94,25 @@ def table(rows: list[dict[str, str]]) -> str:
             work = [ours["size"], ours["dtype"], *([f"{float(ours['density']):.0%}"] if ours["density"] else [])]
             same = ("op", "size", "dtype", "density", "date")
             peers = [r for r in here if r is not ours and all(r[k] == ours[k] for k in same)]
-            against = ", ".join(f"{r['provider']} {float(r['times_ours']):.2f}{state(r)}" for r in peers)
-            cells = [ours["op"], ", ".join(work), ours["backend"], f"{float(ours['p50_ms']):.2f} ms{state(ours)}"]
+            against = ", ".join(f"{r['provider']} {float(r['times_ours']):.2f}{beside(r)}" for r in peers)
+            cells = [ours["op"], ", ".join(work), ours["backend"], f"{float(ours['p50_ms']):.2f} ms{beside(ours)}"]
             share = float(ours["share_of_floor"])
             lines.append(f"| {' | '.join(cells)} | {share:{'.0%' if share >= 0.1 else '.1%'}} | {against} |")
         lines.append("")
     return "\n".join(lines).rstrip()
 
 
-def state(row: dict[str, str]) -> str:
-    """Bytes of optimizer state for each parameter; rows of an older header have none."""
-    size = row.get("state_bytes_per_param")
-    return f" ({float(size):.2f} B)" if size else ""
+def beside(row: dict[str, str]) -> str:
+    """In brackets: of training steps the steps per second and the peak memory; of optimizers the bytes of state for each parameter
+    (rows of an older header have none)."""
+    facts = []
+    if row["op"] == "training_step":
+        facts.append(f"{1e3 / float(row['p50_ms']):.3g} steps/s")
+        if row["peak_extra_mb"]:
+            facts.append(f"{float(row['peak_extra_mb']):.0f} MB")
+    if row.get("state_bytes_per_param"):
+        facts.append(f"{float(row['state_bytes_per_param']):.2f} B")
+    return f" ({', '.join(facts)})" if facts else ""
 
 
 def write_table(options: argparse.Namespace) -> int:
@@ -127,8 +136,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", nargs="?", choices=("run", "table"), default="run")
     parser.add_argument("--quick", action="store_true", help="fewer works and rounds, peaks in this process: two minutes")
     parser.add_argument("--only", nargs="+", choices=FAMILIES, help="families (default: all)")
+    known = list(dict.fromkeys(s for family in FAMILIES.values() for s in family.SIZES))
     sizes = f"sizes of work (default: {', '.join(FULL)}; {', '.join(QUICK)} with --quick), of those that a family has"
-    parser.add_argument("--size", nargs="+", choices=shapes.SIZES, help=sizes)
+    parser.add_argument("--size", nargs="+", choices=known, help=sizes)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--rounds", type=int, help="timed calls of each provider")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows (default: bench/results)")

@@ -1,4 +1,4 @@
-"""sparse_adamw and SparseAdamW against dense optimizers; masked_linear_grad against the dense weight gradient."""
+"""sparse_adamw and SparseAdamW against dense optimizers."""
 
 import importlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from bench.bench_csr import copies
 from bench.harness import OURS, Case, available_bytes
 from bench.shapes import SIZES as SHAPES
 from bench.shapes import random_tensors
-from deftx_kernels import CSRMask, SparseAdamW, sparse_adamw, topk_mask
+from deftx_kernels import SparseAdamW, sparse_adamw, topk_mask
 from deftx_kernels.train.tensors import state_bytes as optimizer_state_bytes
 
 SIZES = ("tiny", "minilm", "50M", "xlmr")
@@ -27,8 +27,6 @@ def cases(device: str, quick: bool, sizes: tuple[str, ...]) -> Iterator[Case]:
     for size in sizes:
         if size in ("tiny", "minilm"):  # six copies of a model fit, and 8-bit optimizers quantise tensors of these shapes
             yield optimizer_case(size, dtype, 0.05, device)
-    for density in (0.05,) if quick else (0.05, 0.01):
-        yield linear_case(dtype, density, device)
 
 
 class Problem:
@@ -162,28 +160,3 @@ def optimizer_case(size: str, dtype: torch.dtype, density: float, device: str) -
         "optimizer_step", size, dtype, density, moved, providers, problem.check, rounds=5, backend_of="sparse_adamw_",
         absent=absent, state_bytes=state_bytes,
     )  # fmt: skip
-
-
-def linear_case(dtype: torch.dtype, density: float, device: str, tokens: int = 2048) -> Case:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, 384, generator=generator).to(device, dtype)
-    gradient = torch.randn(tokens, 1536, generator=generator).to(device, dtype)
-    mask: CSRMask = topk_mask(torch.randn(1536, 384, generator=generator).to(device), density=density)
-    keep = mask.to_dense()["tensor"]
-    exact = (gradient.double().mT @ x.double())[keep]
-    rounding = torch.finfo(dtype).eps * float(exact.abs().max()) + 1e-6 * tokens
-
-    def check(result: Tensor) -> str | None:
-        got = result[keep] if result.dim() == 2 else result
-        worst = float((got.double() - exact).abs().max())
-        return None if worst <= rounding else f"{worst:.1e} from the product in float64, at most {rounding:.1e} is right"
-
-    providers = {
-        OURS: lambda: lambda: torch.ops.deftx.masked_linear_grad(gradient, x, mask.crow_indices, mask.col_indices, dtype),
-        "dense product": lambda: lambda: gradient.mT @ x,
-        "dense product + grad[mask]": lambda: lambda: (gradient.mT @ x)[keep],
-    }
-    moved = (x.numel() + gradient.numel() + mask.nnz) * dtype.itemsize
-    flops = 2.0 * tokens * 384 * 1536
-    size = f"{tokens} tokens, 1536x384"
-    return Case("masked_linear_grad", size, dtype, density, moved, providers, check, flops=flops, rounds=25)

@@ -4,8 +4,10 @@ A case names the work and its providers; a provider is a function that makes a f
 `call()` does the work once and returns what `check` compares with the truth. Providers are timed interleaved, in an order that
 changes from round to round, so that a machine that slows down slows all of them; the ratio to ours is the median over rounds.
 
-Peak memory is taken in this process, or, on the CPU and for a case that says how to make it `again`, in a fresh process of each
-provider: there no arena that an earlier provider left behind hides what it takes.
+Peak memory (`peak_extra_mb`) is taken in this process, or, on the CPU and for a case that says how to make it `again`, in a fresh
+process of each provider: there no arena that an earlier provider left behind hides what it takes. It is the most that lay in memory
+at once during one call, less what lay there before: the inputs do not count. For a `whole` case it counts from before the provider
+was made until after its second call, so of training everything counts: weights, masks, optimizer state, gradients, activations.
 """
 
 import contextlib
@@ -51,6 +53,7 @@ class Case:
     once: tuple[str, ...] = ()  # providers timed in the first round only
     absent: dict[str, str] = field(default_factory=dict)  # providers that cannot be had here, each with the reason
     state_bytes: dict[str, float] = field(default_factory=dict)  # of optimizers, per parameter; filled in by the first call
+    whole: bool = False  # the peak covers making a provider and two calls
     # Makes the case anew, from a module's function so that it can be pickled; `again(size="tiny")` makes a small one.
     again: Callable[..., "Case"] | None = None
 
@@ -139,7 +142,20 @@ def fresh_peak(again: Callable[..., Case], provider: str, device: str) -> float 
 def _peak_here(again: Callable[..., Case], provider: str, device: str, threads: int) -> float | None:
     torch.set_num_threads(threads)
     again(size="tiny").providers[provider]()()  # what a first call loads is not what the work takes
-    return peak_extra(again().providers[provider](), device)
+    case = again()
+    make = case.providers[provider]
+    return peak_extra(training(make) if case.whole else make(), device)
+
+
+def training(make: Callable[[], Callable[[], Any]]) -> Callable[[], None]:
+    """What the peak of a whole case is taken of."""
+
+    def run() -> None:
+        call = make()
+        call()
+        call()
+
+    return run
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
@@ -212,16 +228,22 @@ def timed(case: Case, device: str, rounds: int) -> tuple[dict[str, str], dict[st
     """What is wrong with whom; the milliseconds of each round of the others; their peaks, unless a fresh process is to tell."""
     right, faults = {}, {}
     for name, make in case.providers.items():
+        call = None
         try:
-            fault = case.check(make()())
+            call = make()
+            fault = case.check(call())
         except Exception as error:  # of a peer or of ours: a finding to report
             fault = f"{type(error).__name__}: {error}"
+        if fault or not case.whole:
+            call = None  # before the next is made: there may be memory for one only
         if fault:
             faults[name] = fault
         else:
-            right[name] = make()
-    here = device == "cuda" or case.again is None
-    peaks = {name: peak_extra(call, device) for name, call in right.items()} if here else {}  # and the warm-up
+            right[name] = call or make()
+    peaks: dict[str, float | None] = {}
+    if device == "cuda" or case.again is None:
+        for name, call in right.items():  # and the warm-up
+            peaks[name] = peak_extra(training(case.providers[name]) if case.whole else call, device)
     times: dict[str, list[float]] = {name: [] for name in right}
     order = list(right)
     for i in range(rounds):

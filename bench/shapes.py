@@ -50,3 +50,8 @@ def random_tensors(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, de
     """Normally distributed, ascending by name; equal arguments give equal tensors."""
     generator = torch.Generator(device).manual_seed(seed)
     return {n: torch.randn(s, generator=generator, device=device).to(dtype) for n, s in sorted(shapes.items())}
+
+
+def token_ids(count: int, vocabulary: int, generator: torch.Generator) -> Tensor:  # int64 [count]
+    """Ids with Zipf's frequencies, the n-th about 1/n as often as the first, as of words; those of special tokens left out."""
+    return (vocabulary ** torch.rand(count, generator=generator, dtype=torch.float64)).long().clamp(5, vocabulary - 1)

@@ -6,16 +6,18 @@ import pytest
 import torch
 
 from bench import __main__ as program
-from bench import bench_topk, harness, shapes
+from bench import bench_steps, bench_topk, harness, shapes
 from bench.harness import COLUMNS, OURS, fresh_peak, peak_extra
-from deftx_kernels import CSRMask, topk_mask
+from deftx_kernels import CSRMask, SparseAdamW, sparsify, topk_mask
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OPS = {
     "csr": {"csr_gather", "csr_scatter_", "csr_add_"},
     "topk": {"topk_mask", "select_mask", "mask_or", "mask_and", "mask_sub"},
     "svd": {"svd_denoise", "truncated_svd", "select_mask"},
-    "train": {"sparse_adamw", "optimizer_step", "masked_linear_grad"},
+    "train": {"sparse_adamw", "optimizer_step"},
+    "masked": {"masked_linear_grad", "masked_embedding_grad"},
+    "steps": {"training_step"},
 }
 
 
@@ -78,7 +80,7 @@ def test_absent_provider_is_named(bench, monkeypatch, capsys):
     monkeypatch.setattr(bench_topk, "available_bytes", lambda: 0)
     status, rows = bench("--only", "topk", "--device", "cpu")
     assert status == 0
-    assert f"{bench_topk.LT_SFT:27} absent: needs" in capsys.readouterr().out
+    assert f"{bench_topk.LT_SFT:31} absent: needs" in capsys.readouterr().out
     assert bench_topk.LT_SFT not in {r["provider"] for r in rows["topk"]}
 
 
@@ -131,6 +133,59 @@ def test_peers_choose_exactly_k_among_ties():
         for name, make in peers.items():
             fault = bench_topk.fault(make()(), {"a": values.shape}, lambda n: values.abs(), k)
             assert fault is None, f"{name}, k = {k}: {fault}"
+
+
+# ---- the check of a training step ----
+
+
+@pytest.fixture
+def first_step(tmp_path):
+    """What is said of a provider's first step on a small stack of linear layers."""
+
+    def told(name):
+        case = bench_steps.step_case("tiny linears", "cpu", str(tmp_path))
+        return case.check(case.providers[name]()())
+
+    return told
+
+
+@pytest.mark.parametrize("name", [OURS, bench_steps.DENSE, bench_steps.DENSE_MASK])
+def test_right_steps(first_step, name):
+    assert first_step(name) is None
+
+
+def other_start(model, mask):
+    with torch.no_grad():
+        model[0].weight.mul_(1.01)
+    return sparsify(model, mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "replaced", "by", "part"),
+    [
+        (OURS, "sparsify", other_start, "first loss"),
+        (OURS, "SparseAdamW", lambda named, mask, lr, **options: SparseAdamW(named, mask, lr=2 * lr, **options), "of a step away"),
+        (OURS, "SparseAdamW", lambda named, mask, **options: torch.optim.SGD([p for _, p in named], lr=0.0), "of a step away"),
+        (bench_steps.DENSE, "fused_adamw", lambda model: torch.optim.Adam(list(model.parameters())[1:]), "0.weight has not moved"),
+        (bench_steps.DENSE_MASK, "SETTINGS", bench_steps.SETTINGS | {"weight_decay": 0.01}, "outside the mask have moved"),
+    ],
+)
+def test_wrong_steps(first_step, monkeypatch, name, replaced, by, part):
+    monkeypatch.setattr(bench_steps, replaced, by)
+    assert part in first_step(name)
+
+
+@pytest.mark.parametrize(("package", "absent"), [("peft", {bench_steps.SHIRA, bench_steps.LORA}), ("transformers", {OURS})])
+def test_absent_packages_are_named(tmp_path, monkeypatch, package, absent):
+    monkeypatch.setattr(bench_steps, "has", lambda name: name != package)
+    case = bench_steps.step_case("tiny", "cpu", str(tmp_path))
+    assert case.absent == dict.fromkeys(absent, f"{package} is not installed")
+    assert not absent & case.providers.keys()
+
+
+def test_shira_trains_as_many_values_as_its_rank_allows():
+    linears = torch.nn.Sequential(torch.nn.Linear(30, 10), torch.nn.Linear(10, 10))
+    assert [bench_steps.shira_rank(values, linears) for values in (0, 60, 119, 151, 10**6)] == [1, 1, 2, 3, 5]
 
 
 # ---- sizes, peaks, rows ----
@@ -188,6 +243,19 @@ def test_rows_of_one_run_stand_side_by_side(tmp_path):
     assert "| topk_mask | minilm, float32, 5% | c++ | 3.00 ms | 50% | peer 2.00 |" in text
     assert "| topk_mask | xlmr, float32, 5% | c++ | 5.00 ms | 50% |  |" in text
     assert "gone" not in text
+
+
+def test_table_of_training_steps(tmp_path):
+    ours = row(op="training_step", p50_ms="250", peak_extra_mb="1234.5", state_bytes_per_param="0.4")
+    harness.append([ours, ours | {"provider": "peer", "times_ours": "2", "p50_ms": "500"}], tmp_path / "steps.csv")
+    text = program.table(program.newest(tmp_path))
+    assert "| 250.00 ms (4 steps/s, 1234 MB, 0.40 B) | 50% | peer 2.00 (2 steps/s, 1234 MB, 0.40 B) |" in text
+
+
+def test_rows_of_an_op_that_has_moved_are_history(tmp_path):
+    harness.append([row(op="masked_linear_grad")], tmp_path / "train.csv")
+    harness.append([row(op="masked_linear_grad", p50_ms="3")], tmp_path / "masked.csv")
+    assert [r["p50_ms"] for r in program.newest(tmp_path)] == ["3"]
 
 
 def test_works_timed_with_a_replaced_implementation_are_history(tmp_path):
