@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = (80, 90, 100)
+TENSOR_CORES = {80: "mma.sync.", 90: "wgmma.mma_async.", 100: "tcgen05.mma."}
 
 
 class Row(NamedTuple):
@@ -51,6 +52,7 @@ class Variant(NamedTuple):
     arguments: dict
     options: dict
     must_have: tuple[str, ...] = ()  # of the PTX
+    tensor_cores: bool = False  # whether it must have the architecture's instruction in TENSOR_CORES too
 
 
 # ---- the variants of the Triton kernels -----------------------------------------------------------------------------------
@@ -161,8 +163,87 @@ def low_rank_variants() -> Iterator[Variant]:
             yield Variant(module.__name__, "_low_rank_kernel", f"{name}, {epilogue}{', any size' * any_size}", arguments, options)
 
 
+def masked_linear_grad_variants() -> Iterator[Variant]:
+    import triton.language as tl
+
+    from deftx_kernels.kernels import masked_linear_grad as module
+
+    size = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+    for dtype, precision, columns, out in [
+        ("bf16", "ieee", "u16", "fp32"),  # split tokens, or a float32 gradient
+        ("bf16", "ieee", "u16", "bf16"),
+        ("bf16", "ieee", "i32", "fp32"),
+        ("bf16", "ieee", "i32", "bf16"),
+        ("fp16", "ieee", "u16", "fp32"),
+        ("fp16", "ieee", "u16", "fp16"),
+        ("fp32", "ieee", "u16", "fp32"),
+        ("fp32", "ieee", "i32", "fp32"),
+        ("fp32", "tf32", "u16", "fp32"),
+        ("fp32", "tf32", "i32", "fp32"),
+        ("fp64", "ieee", "u16", "fp64"),
+    ]:
+        block_m, block_n, block_k = module.TILES[size[dtype]]
+        arguments = {
+            **dict.fromkeys(("grad_output", "input"), f"*{dtype}"),
+            "crow_indices": "*i64",
+            "col_indices": f"*{columns}",
+            "out": f"*{out}",
+            **dict.fromkeys(("tokens", "m", "tokens_each"), "i32"),
+            **dict.fromkeys(("grad_stride", "input_stride"), "i32:16"),  # all that the launcher makes
+            "out_stride": "i64",
+            "ACC": tl.float64 if dtype == "fp64" else tl.float32,
+            "PRECISION": precision,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+            **{name: getattr(module, name) for name in ("GROUP", "WAYS", "CHUNK")},
+        }
+        yield Variant(
+            module.__name__, "_masked_linear_grad_kernel", f"{dtype} {precision}, {columns}, {out} out", arguments,
+            {"num_warps": module.NUM_WARPS, "num_stages": module.NUM_STAGES}, tensor_cores=size[dtype] == 2 or precision == "tf32",
+        )  # fmt: skip
+    for acc, out in (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("fp64", "fp64")):
+        arguments = {"partial_sums": f"*{acc}", "out": f"*{out}", "splits": "i32", "nnz": "i64", "BLOCK": module.SUM_BLOCK}
+        yield Variant(module.__name__, "_sum_kernel", f"{acc}, {out} out", arguments, {"num_warps": 4})
+
+
+def masked_embedding_grad_variants() -> Iterator[Variant]:
+    from deftx_kernels.kernels import masked_embedding_grad as module
+
+    for kernel, dtype, out, keys, columns, any_size in [
+        ("_segment_kernel", "bf16", "fp32", "i64", "u16", False),
+        ("_segment_kernel", "bf16", "bf16", "i64", "u16", True),
+        ("_segment_kernel", "fp16", "fp32", "i32", "i32", False),
+        ("_segment_kernel", "fp32", "fp32", "i64", "u16", False),
+        ("_segment_kernel", "fp64", "fp64", "i64", "i32", True),
+        ("_finish_kernel", None, "fp32", "i64", None, False),
+        ("_finish_kernel", None, "bf16", "i32", None, True),
+        ("_finish_kernel", None, "fp64", "i64", None, False),
+    ]:
+        arguments = {
+            "keys": f"*{keys}",
+            "crow_indices": "*i64",
+            "out": f"*{out}",
+            "partial_sums": "*fp64" if out == "fp64" else "*fp32",
+            "tokens": "i32",
+            "d": "i32" if any_size else "i32:16",
+            **dict.fromkeys(("rows", "padding_idx"), "i64"),
+            **{name: getattr(module, name) for name in ("SEGMENT", "OCCURRENCES", "PARTS", "ENTRIES")},
+        }
+        if dtype:
+            arguments |= {"grad_output": f"*{dtype}", "order": "*i64", "col_indices": f"*{columns}"}
+        name = ", ".join([*filter(None, (dtype, f"{out} out", f"{keys} keys", columns)), *["any size"] * any_size])
+        yield Variant(module.__name__, kernel, name, arguments, {"num_warps": module.NUM_WARPS})
+
+
 def triton_variants() -> list[Variant]:
-    return [*sparse_adamw_variants(), *square_sum_variants(), *low_rank_variants()]
+    return [
+        *sparse_adamw_variants(),
+        *square_sum_variants(),
+        *low_rank_variants(),
+        *masked_linear_grad_variants(),
+        *masked_embedding_grad_variants(),
+    ]
 
 
 # ---- compiling --------------------------------------------------------------------------------------------------------------
@@ -212,7 +293,8 @@ def compile_triton(variant: Variant, arch: int) -> list[Row]:
         file = Path(folder, "kernel.ptx")
         file.write_text(ptx)
         log = run([get_ptxas(arch).path, "-v", f"--gpu-name={target}", file, "-o", Path(folder, "kernel.cubin")])
-    missing = tuple(x for x in variant.must_have if x not in ptx)
+    wanted = (*variant.must_have, *([TENSOR_CORES[arch]] if variant.tensor_cores else []))
+    missing = tuple(x for x in wanted if x not in ptx)
     return [
         Row(variant.kernel, variant.name, sm, registers, stores, loads, max(shared, compiled.metadata.shared), missing)
         for _, sm, registers, stores, loads, shared in usage(log)

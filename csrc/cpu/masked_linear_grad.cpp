@@ -11,16 +11,29 @@
 
 #include "products.h"
 
+#ifdef __linux__
+#include <unistd.h>
+#endif
+
 namespace deftx {
 namespace {
 
 using torch::headeronly::ScalarType;
 
 constexpr double kDense = 0.2;            // share of the entries above which BLAS is faster
-constexpr int64_t kColumnBytes = 1024;    // of a packed column, at most
-constexpr int64_t kBlockBytes = 1 << 20;  // of a packed block, for the second cache
+constexpr int64_t kColumnBytes = 2048;    // of a packed column, at most
 constexpr int64_t kPackedColumns = 32;    // that a thread packs at a time
 constexpr int64_t kDenseBytes = 4 << 20;  // of a stretch of rows of the matrix product
+
+// Of a packed block: most of the second cache.
+int64_t block_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or -1 where the system does not tell
+#else
+  const int64_t cache = 0;
+#endif
+  return cache > 0 ? std::clamp<int64_t>(cache / 4 * 3, 256 << 10, 4 << 20) : 1 << 20;
+}
 
 struct Problem {
   Tensor grad_output, input;  // [tokens, rows], [tokens, columns]
@@ -44,8 +57,10 @@ void pack(const Tensor& matrix, int64_t first, int64_t length, int64_t begin, in
 template <typename Packed, typename Column>
 void by_entries(const Problem& p, Packed* sums) {
   constexpr int64_t kTokens = kPackedTokens<Packed>, kItem = sizeof(Packed);
-  const int64_t block =
-      std::clamp<int64_t>(kBlockBytes / (p.columns * kItem), 4 * kTokens, kColumnBytes / kItem) / kTokens * kTokens;
+  const int64_t longest = std::clamp<int64_t>(block_bytes() / (p.columns * kItem), 4 * kTokens, kColumnBytes / kItem);
+  const int64_t equal = (p.tokens - 1) / ((p.tokens - 1) / longest + 1) + 1;  // blocks of about one length
+  // An odd number of cache lines: columns that are a multiple of 1024 bytes apart would crowd into a few sets of the first cache.
+  const int64_t block = ((equal + kTokens - 1) / kTokens | 1) * kTokens;
   const auto length_of = [&](int64_t first) { return std::min(block, (p.tokens - first + kTokens - 1) / kTokens * kTokens); };
   // Blocks packed at a time. One stays in a cache; but after each time, all threads wait for one another.
   const int64_t blocks = std::clamp<int64_t>(torch::stable::get_num_threads() / 2, 1, 8);

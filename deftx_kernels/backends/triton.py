@@ -26,12 +26,19 @@ def _register() -> None:
         return
     try:
         from deftx_kernels.kernels import low_rank
+        from deftx_kernels.kernels.masked_embedding_grad import masked_embedding_grad
+        from deftx_kernels.kernels.masked_linear_grad import masked_linear_grad
         from deftx_kernels.kernels.sparse_adamw import sparse_adamw_
         from deftx_kernels.kernels.square_sum import csr_square_sum
     except ImportError as error:
         _library.absent("triton", f"triton cannot be imported ({error}); pip install 'deftx-kernels[triton]'")
         return
-    kernels = {"sparse_adamw_": sparse_adamw_, "csr_square_sum": csr_square_sum}
+    kernels = {
+        "sparse_adamw_": sparse_adamw_,
+        "csr_square_sum": csr_square_sum,
+        "masked_linear_grad": masked_linear_grad,
+        "masked_embedding_grad": masked_embedding_grad,
+    }
     kernels |= {op: _float32_or(getattr(low_rank, op), getattr(reference, op)) for op in _LOW_RANK}
     for op, kernel in kernels.items():
         _ops.LIBRARY.impl(op, kernel, "CUDA")
