@@ -25,14 +25,14 @@ constexpr int64_t kColumnBytes = 2048;    // of a packed column, at most
 constexpr int64_t kPackedColumns = 32;    // that a thread packs at a time
 constexpr int64_t kDenseBytes = 4 << 20;  // of a stretch of rows of the matrix product
 
-// Of a packed block: most of the second cache.
+// Of a packed block: half of the second cache.
 int64_t block_bytes() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
   const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or -1 where the system does not tell
 #else
   const int64_t cache = 0;
 #endif
-  return cache > 0 ? std::clamp<int64_t>(cache / 4 * 3, 256 << 10, 4 << 20) : 1 << 20;
+  return cache > 0 ? std::clamp<int64_t>(cache / 2, 256 << 10, 4 << 20) : 1 << 20;
 }
 
 struct Problem {
