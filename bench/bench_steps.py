@@ -294,7 +294,8 @@ def step_case(work: str, device: str, folder: str, size: str = "") -> Case:
     providers = {n: trainers.provider(n, kind, make) for n, (kind, make) in makers.items() if n not in absent}
     positions = shape.batch * shape.tokens
     attention = shape.layers * 4 * positions * shape.tokens * shape.width if shape.vocabulary else 0
-    flops = 3.0 * (2 * trainers.linears * positions + attention)  # forward, and twice as many backward
+    # Forward, and as many backward to the activations; of the gradients of weights, those of the mask's entries.
+    flops = (2 + shape.density) * 2 * trainers.linears * positions + 3 * attention
     # Values and moments are read and written, columns read, every weight of a linear layer read once.
     moved = 4 * trainers.linears + mask.nnz * (24 + mask.col_indices.element_size())
     return Case(

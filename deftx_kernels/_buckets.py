@@ -97,9 +97,9 @@ class Bucket:
         grads: Any
         group, device = self.group, mask.device
         params = {n: self.members[n][0] for n in names}
-        values, copies = flat.get("values"), list[Tensor]()
+        values = flat.get("values")
         if self.compact:
-            grads, values, copies = self._compact(names)
+            grads, values = self._compact(names)
         else:
             grads = {n: self.members[n][1].grad for n in names}
         # A schedule may end a rounding error below 0, so that the sign is checked where a group is added, not here.
@@ -116,18 +116,19 @@ class Bucket:
         except Exception:
             torch._foreach_sub_(steps, 1.0)
             raise
-        if copies and values is not None:
-            torch._foreach_copy_(copies, list(mask.split(values).values()))
         if found_inf is not None:  # a skipped step does not count
             torch._foreach_sub_(steps, [found_inf.to(steps[0]).view(())] * len(steps))
 
-    def _compact(self, names: list[str]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Gradient and values of sparsified parameters, both [nnz]; and where to copy the values back to if they are a copy."""
+    def _compact(self, names: list[str]) -> tuple[Tensor, Tensor]:
+        """Gradient and values of sparsified parameters, both [nnz]."""
         parameters = [self.members[n][1] for n in names]
         grad = torch.cat([p.grad for p in parameters])  # type: ignore[misc]
-        values = [p.detach() for p in parameters]
-        flat = _adjacent(values)
-        return (grad, torch.cat(values), values) if flat is None else (grad, flat, [])
+        flat = _adjacent([p.detach() for p in parameters])
+        if flat is None:  # something, such as moving or copying the model, has given each a memory of its own
+            flat = torch.cat([p.detach() for p in parameters])
+            for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+                p.data = part
+        return grad, flat
 
 
 def _adjacent(parts: Sequence[Tensor]) -> Tensor | None:

@@ -154,7 +154,7 @@ def tiny() -> None:
     """A few launches of each kernel on small, odd shapes, for compute-sanitizer; results compared with the oracle on the CPU."""
     import torch
 
-    from deftx_kernels import reference, sparse_adamw, topk_mask
+    from deftx_kernels import masked_embedding, masked_linear, reference, sparse_adamw, topk_mask
 
     generator = torch.Generator().manual_seed(0)
     shapes = {"a": (37, 301), "b": (5,), "c": (3, 7001), "d": (), "e": (129, 3, 5)}
@@ -184,6 +184,16 @@ def tiny() -> None:
                 gradients = values.to(device) if compact else {n: g.to(device) for n, g in grads.items()}
                 sparse_adamw(params, gradients, *state, 1, m, lr=0.1, weight_decay=0.1)
             same(tolerance=1e-5 if dtype == torch.float32 else 2e-2)
+        x, upstream = (torch.randn(130, n, generator=generator).to(dtype) for n in (301, 37))
+        ids = torch.randint(0, 37, (130,), generator=generator)
+        one, gradients = topk_mask(torch.randn(37, 301, generator=generator), density=0.13), []
+        for device in ("cuda", "cpu"):
+            weight, m = torch.ones(37, 301, dtype=dtype, device=device), one.to(device)
+            values = m.gather({"tensor": weight}).float().requires_grad_()
+            masked_linear(x.to(device), weight, values, m).backward(upstream.to(device))
+            masked_embedding(ids.to(device), weight, values, m, padding_idx=3).backward(x.to(device))
+            gradients.append(values.grad.cpu())
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
     print("tiny run: every result agrees with the oracle")
 
 
@@ -310,7 +320,7 @@ def main() -> int:
         ("GPU tests", lambda: pytest(test_files(), gpu, 100), 200, 40),
         ("memcheck", lambda: sanitize("memcheck"), 90, 15),
         ("racecheck", lambda: sanitize("racecheck"), 90, 15),
-        ("benchmark", lambda: [bench], 90, 60),
+        ("benchmark", lambda: [bench], 120, 60),
         # Last, because the least new: the CPU kernels and the pure Python parts on this torch and this Python.
         ("CPU tests", lambda: pytest(test_files(), cpu, 60, max(1, (os.cpu_count() or 1) // 2)), TOTAL, 40),
     ):

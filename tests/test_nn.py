@@ -587,3 +587,20 @@ def test_part_of_a_tied_model_cannot_be_densified():
         densify(model[0])
     check_in_step(model)
     assert type(densify(model)[0]) is nn.Embedding
+
+
+def test_a_copied_model_gets_one_buffer_again():
+    """Copying and moving give each values parameter a memory of its own; a step joins them, and trains as before."""
+    model = sparsify(mlp(), mlp_mask())
+    trained = []
+    for each in (copy.deepcopy(model), model):
+        optimizer = SparseAdamW(each.named_parameters(), mlp_mask(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            each(IDS).square().sum().backward()
+            optimizer.step()
+        values = [p for p in each.parameters() if p.requires_grad]
+        assert len({p.untyped_storage().data_ptr() for p in values}) == 1
+        assert torch.equal(each(IDS), densify(each)(IDS))
+        trained.append(torch.cat([p.detach().flatten() for p in each.parameters()]))
+    assert torch.equal(*trained)
