@@ -43,6 +43,8 @@ def check_masked(weight: Tensor, values: Tensor, mask: CSRMask) -> None:
             f"mask must cover one tensor of weight's shape {list(weight.shape)}, it covers {[list(s) for s in mask.shapes]}"
         )
     mask.check_compact(values, "values")
+    if weight.device != mask.device:
+        raise ValueError(f"weight is on {weight.device}, the mask on {mask.device}: move one with .to()")
 
 
 def is_number(value: object) -> bool:

@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deftx_kernels._checks import (
     check_devices,
@@ -22,6 +21,7 @@ from deftx_kernels._checks import (
     scalar,
 )
 from deftx_kernels._denoising import check_rule, compute_dtype, denoise, factors, random_test_matrix
+from deftx_kernels._masked import masked_lookup, masked_matmul
 from deftx_kernels._ops import column_dtype
 from deftx_kernels._selection import Denoised, Scores, by_rounds, select_by_groups
 from deftx_kernels.mask import CSRMask
@@ -492,162 +492,7 @@ def _gradients(grads: Mapping[str, Tensor] | Tensor, mask: CSRMask, dtype: torch
         return [g.contiguous() for g in chosen], False
 
 
-# ---- masked modules' functions ------------------------------------------------------------------------------------------
-
-
-def _apply(function: type[torch.autograd.Function], *arguments):
-    """`function.apply`, without binding the arguments to the signature of `forward` in Python (35 us of 50 on a Xeon)."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """The gradients as they are; whoever differentiates them, by one of `sources`, is told that they cannot be."""
-
-    @staticmethod
-    def forward(name, sources, *rest):
-        return tuple(None if g is None else g.view_as(g) for g in rest[sources:])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.name = inputs[0]
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(f"{ctx.name} cannot be differentiated twice: its second derivatives are not available")
-
-
-def _first_derivative(name: str):
-    """Of a backward: its result cannot be differentiated again, and autocast, whose casts forward has made, is off."""
-
-    def decorate(backward: Callable) -> Callable:
-        def run(ctx, grad_output):
-            kind = grad_output.device.type
-            again = torch.is_grad_enabled()  # create_graph=True
-            if torch.compiler.is_compiling() or not (again or _autocast_dtype(kind)):
-                return backward(ctx, grad_output)
-            with torch.no_grad(), torch.autocast(kind, enabled=False):
-                grads = backward(ctx, grad_output)
-            if not again:
-                return grads
-            # Also where grad_output needs no gradient (that of a sum): the gradient of x depends on the values, theirs on x.
-            sources = [grad_output, *(t for t in ctx.saved_tensors if t is not None and t.is_floating_point())]
-            return _NoSecondDerivative.apply(name, len(sources), *sources, *grads)
-
-        return run
-
-    return decorate
-
-
-def _autocast_dtype(kind: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
-
-
-def _own(out: Tensor) -> Tensor:
-    """What F.linear and F.embedding make of more than two dimensions is a view, and a view that a Function returns could not be
-    modified in place afterwards (`nn.ReLU(inplace=True)`)."""
-    return out if out.dim() == 2 else torch.ops.aten._unsafe_view(out, out.shape)
-
-
-class _MaskedMatmul(torch.autograd.Function):
-    """x @ weight.T + bias (x @ weight + bias where `transposed`, as in transformers' Conv1D) with compact gradients: that of the
-    weight, and that of the bias where it has values of its own. `dtype` is autocast's, of which x and bias are already."""
-
-    @staticmethod
-    def forward(x, weight, values, crow_indices, col_indices, bias, bias_values, bias_crow, bias_col, transposed, dtype):
-        weight = weight if dtype is None else weight.to(dtype)
-        return _own(F.linear(x, weight.mT if transposed else weight, bias))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, values, crow, col, _, bias_values, bias_crow, bias_col, ctx.transposed, ctx.dtype = inputs
-        ctx.dtypes = values.dtype, None if bias_values is None else bias_values.dtype
-        x, weight = x if ctx.needs_input_grad[2] else None, weight if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x, weight, crow, col, bias_crow, bias_col, None if weight is None else values)
-
-    @staticmethod
-    @_first_derivative("masked_linear")
-    def backward(ctx, grad_output):
-        x, weight, crow, col, bias_crow, bias_col, _ = ctx.saved_tensors
-        d_x = d_values = d_bias = d_bias_values = None
-        if ctx.needs_input_grad[0]:
-            weight = weight if ctx.dtype is None else weight.to(ctx.dtype)
-            d_x = grad_output @ (weight.mT if ctx.transposed else weight)
-        flat = grad_output.flatten(0, -2) if grad_output.dim() > 1 else grad_output[None]  # [N, m]
-        if ctx.needs_input_grad[2]:
-            rows, columns = flat, x.flatten(0, -2) if x.dim() > 1 else x[None]
-            if ctx.transposed:
-                rows, columns = columns, rows
-            d_values = torch.ops.deftx.masked_linear_grad(rows.contiguous(), columns.contiguous(), crow, col, ctx.dtypes[0])
-        if ctx.needs_input_grad[5]:
-            d_bias = flat.sum(0)
-        if ctx.needs_input_grad[6]:
-            d_bias_values = torch.ops.deftx.csr_gather([flat.sum(0, dtype=ctx.dtypes[1])], bias_crow, bias_col)
-        return d_x, None, d_values, None, None, d_bias, d_bias_values, None, None, None, None
-
-
-class _MaskedEmbedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ids, weight, values, crow_indices, col_indices, padding_idx):
-        return _own(F.embedding(ids, weight))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ids, _, values, crow_indices, col_indices, ctx.padding_idx = inputs
-        ctx.dtype = values.dtype
-        ctx.save_for_backward(ids, crow_indices, col_indices)
-
-    @staticmethod
-    @_first_derivative("masked_embedding")
-    def backward(ctx, grad_output):
-        ids, crow_indices, col_indices = ctx.saved_tensors
-        flat = grad_output.reshape(ids.numel(), grad_output.shape[-1]).contiguous()
-        d_values = torch.ops.deftx.masked_embedding_grad(
-            flat, ids.flatten().contiguous(), crow_indices, col_indices, ctx.padding_idx, ctx.dtype
-        )
-        return None, None, d_values, None, None, None
-
-
-class _GatherGradient(torch.autograd.Function):
-    """The dense tensor as it is, with a gradient for its compact values alone."""
-
-    @staticmethod
-    def forward(dense, values, crow_indices, col_indices):
-        return dense.view_as(dense)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, values, crow_indices, col_indices = inputs
-        ctx.dtype = values.dtype
-        ctx.save_for_backward(crow_indices, col_indices)
-
-    @staticmethod
-    @_first_derivative("a masked parameter")
-    def backward(ctx, grad_output):
-        crow_indices, col_indices = ctx.saved_tensors
-        if not torch.compiler.is_compiling() and grad_output.layout != torch.strided:  # of EmbeddingBag(sparse=True)
-            grad_output = grad_output.to_dense()
-        compact = torch.ops.deftx.csr_gather([grad_output.contiguous()], crow_indices, col_indices)
-        return None, compact.to(ctx.dtype), None, None
-
-
-class _Scattered(torch.autograd.Function):
-    """A copy of the dense tensor that holds other values; no gradient."""
-
-    @staticmethod
-    def forward(dense, values, crow_indices, col_indices):
-        copy = dense.clone(memory_format=torch.contiguous_format)
-        torch.ops.deftx.csr_scatter_([copy], crow_indices, col_indices, values.to(dense.dtype))
-        return copy
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        return None, None, None, None
+# ---- masked layers -----------------------------------------------------------------------------------------------------
 
 
 def masked_linear(
@@ -679,36 +524,7 @@ def masked_linear(
         RuntimeError: of `torch.nn.functional.linear`: dtypes or shapes do not fit.
     """
     check_masked(weight, values, mask)
-    _check_weight_device(weight, mask)
     return masked_matmul(x, weight, values, mask, bias)
-
-
-def masked_matmul(
-    x: Tensor,  # [..., n]
-    weight: Tensor,  # [m, n]; [n, m] where transposed, as transformers' Conv1D has it
-    values: Tensor,  # [nnz]
-    mask: CSRMask,
-    bias: Tensor | None,  # [m]
-    bias_values: Tensor | None = None,  # compact: then these have the bias's gradient
-    bias_mask: CSRMask | None = None,
-    *,
-    transposed: bool = False,
-) -> Tensor:
-    """`masked_linear` without its checks."""
-    if not torch.is_grad_enabled():
-        return F.linear(x, weight.mT if transposed else weight, bias)
-    dtype = _autocast_dtype(x.device.type)
-    if dtype and x.is_floating_point() and x.dtype != torch.float64 and weight.dtype != torch.float64:  # autocast's own rule
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    else:
-        dtype = None
-    if bias_values is not None and bias is not None:
-        bias = bias.detach()
-    bias_crow, bias_col = (None, None) if bias_mask is None else (bias_mask.crow_indices, bias_mask.col_indices)
-    return _apply(
-        _MaskedMatmul, x, weight.detach(), values, mask.crow_indices, mask.col_indices, bias, bias_values, bias_crow, bias_col,
-        transposed, dtype,
-    )  # fmt: skip
 
 
 def masked_embedding(
@@ -735,34 +551,8 @@ def masked_embedding(
         IndexError, RuntimeError: of `torch.nn.functional.embedding`: ids out of range or not integer.
     """
     check_masked(weight, values, mask)
-    _check_weight_device(weight, mask)
     if padding_idx is not None:
         if not -weight.shape[0] <= padding_idx < weight.shape[0]:
             raise ValueError(f"padding_idx must be within the {weight.shape[0]} rows of weight, got {padding_idx}")
         padding_idx %= weight.shape[0]
     return masked_lookup(ids, weight, values, mask, padding_idx)
-
-
-def masked_lookup(ids: Tensor, weight: Tensor, values: Tensor, mask: CSRMask, padding_idx: int | None) -> Tensor:
-    """`masked_embedding` without its checks."""
-    if not torch.is_grad_enabled():
-        return F.embedding(ids, weight)
-    padding_idx = -1 if padding_idx is None else padding_idx
-    return _apply(_MaskedEmbedding, ids, weight.detach(), values, mask.crow_indices, mask.col_indices, padding_idx)
-
-
-def masked_tensor(dense: Tensor, values: Tensor, mask: CSRMask) -> Tensor:
-    """The dense tensor, whose gradient is gathered into that of its compact values [nnz]."""
-    if not torch.is_grad_enabled():
-        return dense
-    return _apply(_GatherGradient, dense.detach(), values, mask.crow_indices, mask.col_indices)
-
-
-def scattered(dense: Tensor, values: Tensor, mask: CSRMask) -> Tensor:
-    """A copy of the dense tensor with these values [nnz] at the mask's entries; without gradient."""
-    return _apply(_Scattered, dense.detach(), values, mask.crow_indices, mask.col_indices)
-
-
-def _check_weight_device(weight: Tensor, mask: CSRMask) -> None:
-    if weight.device != mask.device:
-        raise ValueError(f"weight is on {weight.device}, the mask on {mask.device}: move one with .to()")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from deftx_kernels.functional import masked_lookup, masked_matmul, masked_tensor, scattered
+from deftx_kernels._masked import masked_lookup, masked_matmul, masked_tensor, scattered
 from deftx_kernels.mask import CSRMask
 
 

@@ -12,7 +12,7 @@ MODULES = {p.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init_
 
 # Layer -> the layers and modules that it may import, besides modules of its own folder. A layer is a module or a folder.
 MIDDLE = {"delta", "nn", "optim", "interop", "doctor", "distributed"}
-BASE = {"functional", "_checks", "_denoising", "_selection", "mask", "_ops"}
+BASE = {"functional", "_checks", "_denoising", "_masked", "_selection", "mask", "_ops"}
 ALLOWED = {
     "cli": {"train", *MIDDLE, *BASE, "_library", PACKAGE},
     "train": {*MIDDLE, *BASE, PACKAGE},
@@ -23,8 +23,9 @@ ALLOWED = {
     "interop": {"delta", *BASE},
     "nn": BASE,
     "doctor": {"_library", "_ops", "reference", "functional", "mask"},
-    "functional": {"_checks", "_denoising", "_selection", "mask", "_ops"},
+    "functional": {"_checks", "_denoising", "_masked", "_selection", "mask", "_ops"},
     "_denoising": {"_checks"},
+    "_masked": {"mask"},
     "_selection": {"_ops"},
     "_checks": {"mask", "_ops"},
     "mask": {"_ops"},
@@ -44,6 +45,7 @@ THIRD_PARTY = {
     "_checks": {"torch"},
     "_selection": {"torch"},
     "_denoising": {"torch"},
+    "_masked": {"torch"},
     "_buckets": {"torch"},
     "interop": {"torch", "numpy", "safetensors", "scipy", "cupy", "cupyx"},
     "doctor": {"torch", "rich"},
