@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 FAMILIES = {"csr": bench_csr, "topk": bench_topk, "svd": bench_svd, "train": bench_train}
 FAMILIES |= {"masked": bench_masked, "steps": bench_steps}
-MOVED = {("train", "masked_linear_grad")}  # whose newer rows are in another family's file
 QUICK, FULL = ("minilm",), ("minilm", "50M", "linears", "xlmr")  # the sizes without --size
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -51,29 +50,26 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def newest(folder: Path) -> list[dict[str, str]]:
-    """The last row of each provider for each work and device."""
-    rows = {}
+    """The last row of each provider for each work and device, with its file; a work may have moved from one file to another."""
+    rows: dict[tuple, dict[str, dict[str, str]]] = {}
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
-            for row in (r for r in csv.DictReader(file) if (path.stem, r["op"]) not in MOVED):
-                work = tuple(row[k] for k in ("device", "op", "size", "dtype", "density"))
-                rows.setdefault((path.name, work), {})[row["provider"]] = row
-    # Ratios are of one run: only rows of the newest run of that work stand side by side.
-    latest: dict[tuple, list[dict[str, str]]] = {}
-    served_by: dict[tuple, tuple[str, str]] = {}  # file, device and op → date and backend of our newest row
-    for (file, work), providers in rows.items():
-        date = max(r["date"] for r in providers.values())
-        latest[file, work] = [r for r in providers.values() if r["date"] == date]
-        if OURS in providers:
-            op = (file, *work[:2])
-            served_by[op] = max(served_by.get(op, ("", "")), (providers[OURS]["date"], providers[OURS]["backend"]))
+            for row in csv.DictReader(file):
+                providers = rows.setdefault(tuple(row[k] for k in ("device", "op", "size", "dtype", "density")), {})
+                if row["date"] >= providers.get(row["provider"], row)["date"]:
+                    providers[row["provider"]] = row | {"file": path.name}
     # Works that were last timed with an implementation which no longer serves the op are history.
-    return [
-        row
-        for (file, work), side_by_side in latest.items()
-        for row in side_by_side
-        if rows[file, work].get(OURS, row)["backend"] == served_by.get((file, *work[:2]), ("", row["backend"]))[1]
-    ]
+    serving = {}  # file, device and op → backend of our newest row
+    for ours in sorted((p[OURS] for p in rows.values() if OURS in p), key=lambda row: row["date"]):
+        serving[ours["file"], ours["device"], ours["op"]] = ours["backend"]
+    found = []
+    for providers in rows.values():
+        ours = providers.get(OURS)
+        if ours is None or ours["backend"] == serving[ours["file"], ours["device"], ours["op"]]:
+            # Ratios are of one run: only rows of the newest run of that work stand side by side.
+            date = max(row["date"] for row in providers.values())
+            found += [row for row in providers.values() if row["date"] == date]
+    return found
 
 
 def table(rows: list[dict[str, str]]) -> str:

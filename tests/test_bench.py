@@ -252,10 +252,11 @@ def test_table_of_training_steps(tmp_path):
     assert "| 250.00 ms (4 steps/s, 1234 MB, 0.40 B) | 50% | peer 2.00 (2 steps/s, 1234 MB, 0.40 B) |" in text
 
 
-def test_rows_of_an_op_that_has_moved_are_history(tmp_path):
-    harness.append([row(op="masked_linear_grad")], tmp_path / "train.csv")
-    harness.append([row(op="masked_linear_grad", p50_ms="3")], tmp_path / "masked.csv")
-    assert [r["p50_ms"] for r in program.newest(tmp_path)] == ["3"]
+def test_rows_of_an_op_that_has_moved_to_an_earlier_file_are_history(tmp_path):
+    old, new = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
+    harness.append([row(date=old, p50_ms="9"), row(date=old, provider="gone")], tmp_path / "train.csv")
+    harness.append([row(date=new, p50_ms="3")], tmp_path / "masked.csv")
+    assert [(r["provider"], r["p50_ms"]) for r in program.newest(tmp_path)] == [(OURS, "3")]
 
 
 def test_works_timed_with_a_replaced_implementation_are_history(tmp_path):

@@ -25,12 +25,12 @@ constexpr int64_t kColumnBytes = 2048;    // of a packed column, at most
 constexpr int64_t kPackedColumns = 32;    // that a thread packs at a time
 constexpr int64_t kDenseBytes = 8 << 20;  // of a stretch of rows of the matrix product
 
-// Of a packed block: half of the second cache.
+// Of a packed block: half of the second cache. Asked for once: older C libraries ask the processor each time.
 int64_t block_bytes() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
-  const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or -1 where the system does not tell
+  static const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or -1 where the system does not tell
 #else
-  const int64_t cache = 0;
+  constexpr int64_t cache = 0;
 #endif
   return cache > 0 ? std::clamp<int64_t>(cache / 2, 256 << 10, 4 << 20) : 1 << 20;
 }

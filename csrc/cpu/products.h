@@ -8,7 +8,7 @@
 
 #include "rows.h"
 
-// As DEFTX_CLONES, for AVX-512 and fused multiplication and addition, too. (CMake lets the compiler fuse them in this file's user.)
+// As DEFTX_CLONES, for AVX-512 and fused multiplication and addition, too; CMakeLists.txt lets the compiler fuse them.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define DEFTX_WIDE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
