@@ -298,8 +298,10 @@ def check_in_step(model):
 
 
 def loss_of(model, *inputs):
+    """Every output counts differently: the plain sum of squares behind a norm has next to no gradient before it."""
     out = model(*inputs)
-    return (out[0] if isinstance(out, tuple) else out).float().square().sum()
+    out = (out[0] if isinstance(out, tuple) else out).float()
+    return (out.square() * torch.linspace(-1, 2, out.numel()).view_as(out)).sum()
 
 
 class Odd(nn.Module):
@@ -441,9 +443,9 @@ def test_compile_without_graph_breaks(kind, autocast):
             loss = loss_of(function, *inputs)
         loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    tolerance = dict(atol=0.5, rtol=5e-2) if autocast else dict(atol=1e-5, rtol=1e-5)
     for eager, compiled in zip(*gradients):
-        torch.testing.assert_close(compiled, eager, **tolerance)
+        error, size = (compiled - eager).norm(), eager.norm()
+        assert error <= (0.02 if autocast else 1e-5) * size
 
 
 @pytest.mark.parametrize("make", ["SparseAdamW", "AdamW", "AdamW, fused"])
