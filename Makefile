@@ -13,7 +13,7 @@ NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproje
 CUDA_ON_CPU_DIR := $(or $(CUDA_ON_CPU),../shared/tools)
 # A process per core, each with one thread: threads that wait for one another on a busy machine took 16 times as long (two cores).
 # A file's tests stay in one process: they share what their fixtures built.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout=300 -n logical --maxprocesses=4 --dist=loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:benchmark --timeout=300 -n logical --maxprocesses=4 --dist=loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DEFTX_BUILD

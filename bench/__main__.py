@@ -1,145 +1,182 @@
-"""python -m bench: every operator against its peers, in the same run; python -m bench table: the README's table from the rows."""
+"""Every operator and every way of training against its peers, each in the same run.
+
+`python -m bench` times what you choose, prints it and appends rows to bench/results; `python -m bench table` writes the tables of
+README.md and bench/results/README.md, `python -m bench plot` the figures, both from the rows alone.
+"""
 
 import argparse
-import csv
+import logging
 import re
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench import bench_csr, bench_masked, bench_steps, bench_svd, bench_topk, bench_train
-from bench.harness import OURS, append, measure, provenance
+from bench import tables
+from bench.families import FAMILIES, OPS, SIZES, works
+from bench.harness import Choice, Work, measure
+from bench.rows import OURS, RESULTS, ROOT, append, newest, provenance
+from bench.targets import TARGETS
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench/results"
-FAMILIES = {"csr": bench_csr, "topk": bench_topk, "svd": bench_svd, "train": bench_train}
-FAMILIES |= {"masked": bench_masked, "steps": bench_steps}
-QUICK, FULL = ("minilm",), ("minilm", "50M", "linears", "xlmr")  # the sizes without --size
+QUICK = ("minilm",)  # the sizes without --size
+FULL = tuple(s for s in SIZES if s not in ("tiny", "llama7b"))
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
-def bench(options: argparse.Namespace) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    return {"run": run, "table": write_tables, "plot": write_figures}[options.command](options)
+
+
+def parser() -> argparse.ArgumentParser:
+    new = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    new.add_argument("command", nargs="?", choices=("run", "table", "plot"), default="run", help="default: run")
+    new.add_argument("--quick", action="store_true", help="one small size, few rounds, peaks in this process: under three minutes")
+    new.add_argument("--targets", action="store_true", help="those works, of any size, that the targets in README.md are about")
+    new.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
+    sizes = f"of those that a family has; default: {', '.join(FULL)}; {', '.join(QUICK)} with --quick"
+    new.add_argument("--size", nargs="+", choices=SIZES, help=sizes)
+    new.add_argument("--dtype", nargs="+", choices=DTYPES, default=[], help="default: each family's usual ones")
+    new.add_argument("--density", nargs="+", type=share, default=[], help="shares of the entries, 0 to 1; default: the usual ones")
+    new.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    new.add_argument("--provider", nargs="+", default=[], help=f"these beside {OURS} (default: all), as the output names them")
+    new.add_argument("--rounds", type=int, help="timed calls of each provider")
+    new.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows (default: bench/results)")
+    return new
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share of the entries: above 0, at most 1")
+    return value
+
+
+# ---- run ----
+
+
+def run(options: argparse.Namespace) -> int:
+    quieten()
     torch.manual_seed(0)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    facts, wrong = provenance(device), []
-    print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
-    print(f"{'op':21} {'provider':31} {'backend':10} {'size':32} {'p50':>11} {'x ours':>8} {'floor':>6} {'peak MB':>9}")
-    wanted = options.size or (QUICK if options.quick else FULL)
-    for name in options.only or FAMILIES:
-        family = FAMILIES[name]
-        for case in family.cases(device, options.quick, tuple(s for s in family.SIZES if s in wanted)):
-            if options.quick:
-                case.again = None  # starting a process for each provider takes longer than the work
-            for provider, reason in case.absent.items():
-                print(f"{case.op:21} {provider:31} absent: {reason}", flush=True)
-            rows = list(measure(case, device, facts, options.rounds or (min(case.rounds, 5) if options.quick else None)))
-            for row in rows:
-                if "wrong" in row:
-                    wrong.append(f"{row['op']}, {row['provider']}, {row['size']}: {row['wrong']}")
-                    print("WRONG", wrong[-1])
-                    continue
-                where = f"{row['size']}, {row['dtype']}" + (f", {row['density']:.0%}" if row["density"] else "")
-                share = f"{float(row['share_of_floor']):6.1%}"
-                times = f"{row['p50_ms']:>8} ms {row['times_ours']:>8}"
-                peak = row["peak_extra_mb"] or "-"
-                print(f"{row['op']:21} {row['provider']:31} {row['backend']:10} {where:32} {times} {share} {peak:>9}", flush=True)
-            append([r for r in rows if "wrong" not in r], options.out / f"{name}.csv")
-    print(f"rows went to {options.out}; {len(wrong)} providers gave a wrong result", *wrong, sep="\n")
-    return 1 if wrong else 0
+    facts = provenance(device)
+    print(", ".join(f"{k} {v}" for k, v in facts.items() if v))
+    print("Medians of interleaved calls, caches emptied before each; every result is checked first. Peak: beside the inputs.")
+    tally = Tally()
+    for family in options.family:
+        for work in chosen(options, family, device):
+            print_heading(work, tally)
+            rows = []
+            rounds = options.rounds or (5 if options.quick else None)
+            for row in measure(work, facts, rounds, tuple(options.provider), fresh=not options.quick):
+                print_row(row, work)
+                tally.add(row)
+                rows.append(row)
+            append([row for row in rows if "p50_ms" in row], options.out / f"{family}.csv")
+    print(tally.verdict(options.out))
+    return 1 if tally.wrong or not tally.works else 0
 
 
-def newest(folder: Path) -> list[dict[str, str]]:
-    """The last row of each provider for each work and device, with its file; a work may have moved from one file to another."""
-    rows: dict[tuple, dict[str, dict[str, str]]] = {}
-    for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                providers = rows.setdefault(tuple(row[k] for k in ("device", "op", "size", "dtype", "density")), {})
-                if row["date"] >= providers.get(row["provider"], row)["date"]:
-                    providers[row["provider"]] = row | {"file": path.name}
-    # Works that were last timed with an implementation which no longer serves the op are history.
-    serving = {}  # file, device and op → backend of our newest row
-    for ours in sorted((p[OURS] for p in rows.values() if OURS in p), key=lambda row: row["date"]):
-        serving[ours["file"], ours["device"], ours["op"]] = ours["backend"]
-    found = []
-    for providers in rows.values():
-        ours = providers.get(OURS)
-        if ours is None or ours["backend"] == serving[ours["file"], ours["device"], ours["op"]]:
-            # Ratios are of one run: only rows of the newest run of that work stand side by side.
-            date = max(row["date"] for row in providers.values())
-            found += [row for row in providers.values() if row["date"] == date]
-    return found
+def quieten() -> None:
+    """What torch and its guests say of themselves on first use is not what the reader looks for between the rows."""
+    for message in ("Sparse CSR tensor support", "Sparse invariant checks", "OptimState8bit does not implement"):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
-def table(rows: list[dict[str, str]]) -> str:
-    lines = []
-    for device in dict.fromkeys(r["device"] for r in rows):
-        here = [r for r in rows if r["device"] == device]
-        facts = {
-            k: dict.fromkeys(r[k] for r in sorted(here, key=lambda r: r["date"])) for k in ("threads", "torch", "date", "commit")
-        }
-        days = dict.fromkeys(d[:10] for d in facts["date"])
-        several = {k: ", ".join(facts[k]) for k in facts}
-        lines += [
-            f"{device}, {several['threads']} threads, torch {several['torch']}, {', '.join(days)}, commit {several['commit']}:",
-            "",
-        ]
-        lines += ["| op | work | served by | ours, median | share of the floor | peers, times as long |", "|" + "---|" * 6]
-        for ours in (r for r in here if r["provider"] == OURS):
-            work = [ours["size"], ours["dtype"], *([f"{float(ours['density']):.0%}"] if ours["density"] else [])]
-            same = ("op", "size", "dtype", "density", "date")
-            peers = [r for r in here if r is not ours and all(r[k] == ours[k] for k in same)]
-            against = ", ".join(f"{r['provider']} {float(r['times_ours']):.2f}{beside(r)}" for r in peers)
-            cells = [ours["op"], ", ".join(work), ours["backend"], f"{float(ours['p50_ms']):.2f} ms{beside(ours)}"]
-            share = float(ours["share_of_floor"])
-            lines.append(f"| {' | '.join(cells)} | {share:{'.0%' if share >= 0.1 else '.1%'}} | {against} |")
-        lines.append("")
-    return "\n".join(lines).rstrip()
+def chosen(options: argparse.Namespace, family: str, device: str) -> Iterator[Work]:
+    usual = SIZES if options.targets else QUICK if options.quick else FULL
+    dtypes = tuple(DTYPES[name] for name in options.dtype)
+    choice = Choice(device, tuple(options.size or usual), dtypes, tuple(options.density), options.quick)
+    for work in works(family, choice):
+        if not options.targets or any(target.is_about(work) for target in TARGETS):
+            yield work
 
 
-def beside(row: dict[str, str]) -> str:
-    """In brackets: of training steps the steps per second and the peak memory; of optimizers the bytes of state for each parameter
-    (rows of an older header have none)."""
-    facts = []
-    if row["op"] == "training_step":
-        facts.append(f"{1e3 / float(row['p50_ms']):.3g} steps/s")
-        if row["peak_extra_mb"]:
-            facts.append(f"{float(row['peak_extra_mb']):.0f} MB")
-    if row.get("state_bytes_per_param"):
-        facts.append(f"{float(row['state_bytes_per_param']):.2f} B")
-    return f" ({', '.join(facts)})" if facts else ""
+class Tally:
+    """What a run came to."""
+
+    def __init__(self) -> None:
+        self.op = ""  # whose works are being printed
+        self.works: dict[tuple, list[tuple[float, str]]] = {}  # work → (times as long as ours, provider) of each peer
+        self.wrong: list[str] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        if "wrong" in row:
+            self.wrong.append(f"WRONG: {row['provider']} in {row['op']}, {row['size']}: {row['wrong']}")
+        elif "p50_ms" in row:
+            peers = self.works.setdefault(tuple(row[k] for k in ("op", "size", "dtype", "density")), [])
+            if not row["provider"].startswith(OURS) and row["times_ours"]:
+                peers.append((float(row["times_ours"]), row["provider"]))
+
+    def verdict(self, out: Path) -> str:
+        compared = {work: peers for work, peers in self.works.items() if peers}
+        behind = {work: min(peers) for work, peers in compared.items() if min(peers)[0] < 1}
+        lines = ["", f"{OURS} took the least time in {len(compared) - len(behind)} of {len(compared)} works with peers."]
+        for work, (ratio, provider) in behind.items():
+            lines.append(f"  behind in {', '.join(filter(None, map(str, work)))}: {provider} takes {ratio:.2f} times as long")
+        lines.append(f"Rows: {out}. {len(self.wrong)} results were wrong.")
+        return "\n".join(lines + self.wrong)
 
 
-def write_table(options: argparse.Namespace) -> int:
+def print_heading(work: Work, tally: Tally) -> None:
+    if work.op != tally.op:
+        tally.op = work.op
+        print(f"\n{work.op}: {OPS[work.op]}")
+    parts = [work.title, work.dtype_name]
+    parts += [f"{100 * work.density:.3g} % of the entries"] if work.density is not None else []
+    print(f"\n  {', '.join(parts)}", flush=True)
+    print(f"    {'provider':38} {'median':>10} {'p20 .. p80':>22} {'times ours':>10} {'of the floor':>12} {'peak':>10}")
+
+
+def print_row(row: dict[str, Any], work: Work) -> None:
+    name = f"{row['provider']} ({row['backend']})" if row.get("backend") else row["provider"]
+    if "p50_ms" not in row:
+        told = f"WRONG: {row['wrong']}" if "wrong" in row else f"absent: {row['absent']}"
+        print(f"    {name:38} {told}", flush=True)
+        return
+    p20, p50, p80 = (tables.duration(float(row[f"p{q}_ms"])) for q in (20, 50, 80))
+    ratio = f"{float(row['times_ours']):.2f}" if row["times_ours"] else "-"
+    peak = f"{float(row['peak_extra_mb']):.1f} MB" if row["peak_extra_mb"] else "-"
+    share_of_floor = tables.percent(float(row["share_of_floor"]))
+    state = tables.beside(row | {"op": work.op})
+    print(f"    {name:38} {p50:>10} {f'{p20} .. {p80}':>22} {ratio:>10} {share_of_floor:>12} {peak:>10}{state}", flush=True)
+
+
+# ---- from the rows ----
+
+
+def found_rows(options: argparse.Namespace) -> list[dict[str, str]]:
     rows = newest(options.out)
     if not rows:
-        print(f"no rows in {options.out}: run python -m bench first", file=sys.stderr)
-        return 1
-    text = table(rows)
-    print(text)
+        sys.exit(f"no rows in {options.out}: run python -m bench first")
+    return rows
+
+
+def write_tables(options: argparse.Namespace) -> int:
+    rows = found_rows(options)
     readme = ROOT / "README.md"
     old = readme.read_text()
     if BEGIN not in old or END not in old:
-        print(f"README.md has no {BEGIN} ... {END}", file=sys.stderr)
-        return 1
+        sys.exit(f"README.md has no {BEGIN} ... {END}")
+    text = tables.of_targets(rows)
     readme.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{text}\n{END}", old, flags=re.DOTALL))
+    every = options.out / "README.md"
+    every.write_text(tables.of_works(rows))
+    print(text, f"\nwritten: {readme}, {every}", sep="\n")
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("command", nargs="?", choices=("run", "table"), default="run")
-    parser.add_argument("--quick", action="store_true", help="fewer works and rounds, peaks in this process: two minutes")
-    parser.add_argument("--only", nargs="+", choices=FAMILIES, help="families (default: all)")
-    known = list(dict.fromkeys(s for family in FAMILIES.values() for s in family.SIZES))
-    sizes = f"sizes of work (default: {', '.join(FULL)}; {', '.join(QUICK)} with --quick), of those that a family has"
-    parser.add_argument("--size", nargs="+", choices=known, help=sizes)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--rounds", type=int, help="timed calls of each provider")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows (default: bench/results)")
-    options = parser.parse_args(arguments)
-    return write_table(options) if options.command == "table" else bench(options)
+def write_figures(options: argparse.Namespace) -> int:
+    from bench.plots import plot
+
+    for path in plot(found_rows(options), options.out):
+        print(path)
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ Every provider does the whole job, from named tensors to a mask, boolean tensors
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -14,27 +14,45 @@ import torch
 from torch import Tensor
 
 from bench import shapes
-from bench.harness import OURS, Case, available_bytes
+from bench.harness import Case, Choice, Work, available_bytes, imported
+from bench.rows import OURS
 from deftx_kernels import CSRMask, select_mask, topk_mask
 
+OPS = {
+    "topk_mask": "the mask of the largest scores, over all tensors together",
+    "select_mask": "the mask of the entries in which two models differ most (LT-SFT), with denoising if a rule is named (DeFT-X)",
+    "mask_or": "the entries that are in one of two masks, or in both",
+    "mask_and": "the entries that are in both of two masks",
+    "mask_sub": "the entries that are in one mask and not in another",
+}
 SIZES = tuple(shapes.SIZES)
-WORKS = {
-    "minilm": [(torch.float32, 0.05)],
-    "50M": [(torch.float32, 0.01), (torch.float32, 0.05), (torch.float32, 0.3), (torch.bfloat16, 0.05)],
-    "xlmr": [(torch.float32, 0.05)],
+SETTINGS = {  # of topk_mask; of the other sizes USUAL
     "tiny": [(torch.float32, 0.05), (torch.bfloat16, 0.05)],
+    "50M": [(torch.float32, 0.01), (torch.float32, 0.05), (torch.float32, 0.3), (torch.bfloat16, 0.05)],
+    "llama1b": [(torch.bfloat16, 0.05)],
     "llama7b": [(torch.bfloat16, 0.05)],
 }
-PAIRS = ("tiny", "minilm", "xlmr")  # sizes of select_mask and of the set operations
+USUAL = [(torch.float32, 0.05)]
+MODELS = ("tiny", "10M", "minilm", "bert", "xlmr", "llama1b")  # sizes of select_mask
+PAIRS = ("tiny", "minilm", "xlmr")  # sizes of the set operations
 
 
-def cases(device: str, quick: bool, sizes: tuple[str, ...]) -> Iterator[Case]:
-    for size in sizes:
-        for dtype, density in WORKS[size]:
-            yield topk_case(size, dtype, density, device)
+def works(choice: Choice) -> Iterator[Work]:
+    device = choice.device
+    for size in choice.sizes:
+        for dtype, density in choice.settings(SETTINGS.get(size, USUAL)):
+            yield Work("topk_mask", size, size, dtype, density, device, *_makers(topk_case, size, dtype, density, device))
+        if size in MODELS:
+            for dtype, density in choice.settings(SETTINGS[size] if size == "llama1b" else USUAL):
+                yield Work("select_mask", size, size, dtype, density, device, *_makers(select_case, size, dtype, density, device))
         if size in PAIRS:
-            yield select_case(size, 0.05, device)
-            yield from set_cases(size, 0.05, device)
+            for density in choice.densities or (0.05,):
+                for op in ("mask_or", "mask_and", "mask_sub"):
+                    yield Work(op, size, size, torch.bool, density, device, *_makers(set_case, size, op, density, device))
+
+
+def _makers(case: Callable[..., Case], size: str, *rest: Any) -> tuple[Callable[[], Case], Callable[[], Case]]:
+    return partial(case, size, *rest), partial(case, "tiny", *rest)
 
 
 # ---- topk_mask ----------------------------------------------------------------------------------------------------------
@@ -57,17 +75,23 @@ def topk_case(size: str, dtype: torch.dtype, density: float, device: str) -> Cas
 
     peers, absent = selections(magnitudes, numpy_magnitudes, k, numel, device)
     return Case(
-        "topk_mask",
-        size,
-        dtype,
-        density,
         bytes=numel * dtype.itemsize + numel // 4 + 4 * k,
         providers={OURS: lambda: lambda: topk_mask(scores, density=density)} | peers,
         check=lambda result: fault(result, {n: t.shape for n, t in scores.items()}, lambda n: scores[n].abs(), k),
-        rounds=3 if numel > 10**8 else 7,  # of xlmr a peer takes up to 12 s
+        rounds=3 if numel > 10**8 else 7,
+        once=slow(numel, device),
         absent=absent,
-        again=partial(topk_case, size=size, dtype=dtype, density=density, device=device),
     )
+
+
+# Bytes of main memory for each element, beside the inputs: the most that was measured, of float32 and bfloat16, rounded up.
+NEEDS = {"torch.topk + sort": 22, "torch.topk + mask": 22, "torch.kthvalue": 17, "numpy partition": 10}
+LARGE = 5 * 10**8  # elements above which only one peer can be waited for on a CPU
+
+
+def slow(numel: int, device: str) -> tuple[str, ...]:
+    """Those of the peers that take about 5 s a call and more: torch's on a CPU, up to 15 s at XLM-R's size."""
+    return tuple(n for n in NEEDS if n.startswith("torch")) if device == "cpu" and numel > 2 * 10**8 else ()
 
 
 def selections(
@@ -94,15 +118,10 @@ def selections(
         return chosen[keep]
 
     def cupy_partition() -> Tensor:
-        # CuPy allocates from torch's pool: nothing is held twice, and its peak is seen.
-        pool = cupy.cuda.PythonFunctionAllocator(
-            lambda bytes, device: torch.cuda.caching_allocator_alloc(bytes, device),
-            lambda pointer, device: torch.cuda.caching_allocator_delete(pointer),
-        )
         values = magnitudes()
         if values.dtype == torch.bfloat16:  # CuPy has none: magnitudes are in the order of their bits
             values = values.view(torch.int16)
-        with cupy.cuda.using_allocator(pool.malloc):
+        with torch_memory(cupy):
             return torch.from_dlpack(largest(cupy, cupy.from_dlpack(values), k)).clone()
 
     peers: dict[str, Callable] = {
@@ -110,19 +129,31 @@ def selections(
         "torch.topk + mask": lambda: topk_scatter,
         "torch.kthvalue": lambda: kthvalue,
     }
-    absent = {}
+    absent: dict[str, str] = {}
     if device == "cuda":
         cupy, reason = imported("cupy")
-        if cupy:
-            peers["cupy partition"] = lambda: cupy_partition
-        else:
-            absent["cupy partition"] = reason
+        peers["cupy partition"] = lambda: cupy_partition
+        absent = {} if cupy else {"cupy partition": reason}
     else:
         peers["numpy partition"] = lambda: lambda: torch.from_numpy(largest(np, numpy_magnitudes(), k))
+        room = available_bytes()
+        if numel > LARGE:
+            absent = dict.fromkeys(slow(numel, device), "torch.topk takes about a minute a call")
+        for name, need in NEEDS.items():
+            if need * numel > room:
+                absent[name] = f"needs {need * numel / 1e9:.1f} GB beside its inputs, {room / 1e9:.1f} GB are free"
     if numel >= 2**31:
-        absent |= dict.fromkeys(peers, "measured below 2**31 elements only")
-        peers = {}
-    return peers, absent
+        absent = dict.fromkeys(peers, "measured below 2**31 elements only")
+    return {n: peer for n, peer in peers.items() if n not in absent}, absent
+
+
+def torch_memory(cupy: Any) -> AbstractContextManager[Any]:
+    """CuPy allocates from torch's pool: nothing is held twice, and its peak is seen."""
+    pool = cupy.cuda.PythonFunctionAllocator(
+        lambda bytes, device: torch.cuda.caching_allocator_alloc(bytes, device),
+        lambda pointer, device: torch.cuda.caching_allocator_delete(pointer),
+    )
+    return cupy.cuda.using_allocator(pool.malloc)
 
 
 def largest(library: Any, values: Any, k: int) -> Any:
@@ -135,13 +166,6 @@ def largest(library: Any, values: Any, k: int) -> Any:
         keep[tied[k - len(chosen) :]] = False
         chosen = chosen[keep]
     return chosen
-
-
-def imported(name: str) -> tuple[Any, str]:
-    try:
-        return import_module(name), ""
-    except ImportError as error:
-        return None, f"{name} does not import: {error}"
 
 
 def fault(result: Any, shapes: dict[str, torch.Size], magnitude: Callable[[str], Tensor], k: int, ties: bool = False) -> str | None:
@@ -196,130 +220,148 @@ def positions(result: Any, shapes: dict[str, torch.Size]) -> Iterator[tuple[str,
 # ---- select_mask, without denoising --------------------------------------------------------------------------------------
 
 
-def select_case(size: str, density: float, device: str) -> Case:
+LT_SFT = "LT-SFT's way"
+
+
+def select_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
     room = available_bytes()  # before the models are there
-    base = shapes.random_tensors(shapes.SIZES[size](), torch.float32, device)
-    tuned = shapes.random_tensors(shapes.SIZES[size](), torch.float32, device, seed=1)
+    base = shapes.random_tensors(shapes.SIZES[size](), dtype, device)
+    tuned = shapes.random_tensors(shapes.SIZES[size](), dtype, device, seed=1)
     for name, tensor in tuned.items():
         tensor.mul_(0.01).add_(base[name])
     numel = sum(t.numel() for t in base.values())
     k = round(density * numel)
+    compute = torch.promote_types(dtype, torch.float32)
+
+    def difference(name: str) -> Tensor:
+        return tuned[name].to(compute) - base[name].to(compute)
 
     def differences() -> Tensor:
-        flat, start = torch.empty(numel, device=device), 0
+        flat, start = torch.empty(numel, dtype=compute, device=device), 0
         for name, tensor in base.items():
             part = flat[start : start + tensor.numel()].view(tensor.shape)
-            torch.sub(tuned[name], tensor, out=part)
+            torch.sub(tuned[name].to(compute), tensor.to(compute), out=part)
             start += tensor.numel()
         return flat.abs_()
 
-    def numpy_differences() -> np.ndarray:
-        flat, start = np.empty(numel, np.float32), 0
-        for name, tensor in base.items():
-            part = flat[start : start + tensor.numel()].reshape(tensor.shape)
-            np.subtract(tuned[name].numpy(), tensor.numpy(), out=part)
-            start += tensor.numel()
-        return np.abs(flat, out=flat)
-
-    peers, absent = selections(differences, numpy_differences, k, numel, device)
+    # Subtracted by torch here too: NumPy has no bfloat16, and one thread.
+    peers, absent = selections(differences, lambda: differences().numpy(), k, numel, device)
     need = 72 * numel  # 40 to 56 bytes an element for the list and its array, and the two models
     if room < need:
         absent[LT_SFT] = f"needs {need / 1e9:.0f} GB of main memory for models and list, {room / 1e9:.0f} GB are free"
+    elif numel > LARGE:
+        absent[LT_SFT] = "a list of so many Python numbers takes minutes a call"
     else:
-        peers[LT_SFT] = lambda: lambda: lt_sft(tuned, base, k)
+        peers[LT_SFT] = lambda: lambda: lt_sft(difference, list(base), k)
 
     def check(result: Any) -> str | None:
         sizes = {n: t.shape for n, t in base.items()}
-        return fault(result, sizes, lambda n: (tuned[n] - base[n]).abs_(), k, ties=isinstance(result, dict))
+        return fault(result, sizes, lambda n: difference(n).abs_(), k, ties=isinstance(result, dict))
 
     return Case(
-        "select_mask",
-        size,
-        torch.float32,
-        density,
-        bytes=8 * numel + numel // 4 + 4 * k,
+        bytes=2 * dtype.itemsize * numel + numel // 4 + 4 * k,
         providers={OURS: lambda: lambda: select_mask(tuned, base, density=density)} | peers,
         check=check,
         rounds=3 if numel > 10**8 else 5,
-        backend_of="topk_mask",
-        once=(LT_SFT,),
+        served_by="topk_mask",
+        once=(*slow(numel, device), LT_SFT),
         absent=absent,
-        again=partial(select_case, size=size, density=density, device=device),
     )
 
 
-LT_SFT = "LT-SFT's way"
-
-
-def lt_sft(tuned: dict[str, Tensor], base: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+def lt_sft(difference: Callable[[str], Tensor], names: list[str], k: int) -> dict[str, Tensor]:
     """LT-SFT's selection, re-implemented from its description: every difference in one Python list, its k-th largest by
     `np.partition`, and whatever is not below it. Ties exceed k."""
-    differences: list[float] = []
-    for name, tensor in base.items():
-        differences.extend((tuned[name] - tensor).abs().view(-1).tolist())
-    threshold = np.partition(differences, len(differences) - k)[len(differences) - k]
-    return {n: (tuned[n] - t).abs() >= float(threshold) for n, t in base.items()}
+    listed: list[float] = []
+    for name in names:
+        listed.extend(difference(name).abs().view(-1).tolist())
+    threshold = np.partition(listed, len(listed) - k)[len(listed) - k]
+    return {n: difference(n).abs() >= float(threshold) for n in names}
 
 
 # ---- set operations ------------------------------------------------------------------------------------------------------
 
 
-def set_cases(size: str, density: float, device: str) -> Iterator[Case]:
+def set_case(size: str, op: str, density: float, device: str) -> Case:
     """Of two masks that share half of their entries, as two fine-tunings of one model might."""
-    layout = shapes.SIZES[size]()
+    a, b = two_masks(shapes.SIZES[size](), density, device)
+    keys, other = flat_positions(a), flat_positions(b)
+    names = dict(zip(a.names, a.shapes))
+    expected = membership(keys, other, a.numel, op)
+
+    def unique() -> Tensor:
+        if op == "mask_or":
+            return torch.unique(torch.cat([keys, other]))
+        found, counts = torch.unique(torch.cat([keys, other] if op == "mask_and" else [keys, other, other]), return_counts=True)
+        return found[counts == (2 if op == "mask_and" else 1)]
+
+    def check(result: Any) -> str | None:
+        if isinstance(result, CSRMask):
+            result = flat_positions(result)
+        found = result if isinstance(result, Tensor) else unstacked(result, names)
+        return None if torch.equal(found, expected) else "other entries than the right ones"
+
+    ours = {"mask_or": lambda: a | b, "mask_and": lambda: a & b, "mask_sub": lambda: a - b}[op]
+    providers: dict[str, Callable] = {OURS: lambda: ours, "torch.unique": lambda: unique}
+    absent = {"scipy csr": "SciPy works in host memory"} if device == "cuda" else {}
+    name, module, make = ("cupy csr", "cupy", cupy_csr) if device == "cuda" else ("scipy csr", "scipy.sparse", scipy_csr)
+    library, reason = imported(module)
+    if library:
+        providers[name] = partial(make, a, b, op)
+    else:
+        absent[name] = reason
+    rows, index = len(a.crow_indices) - 1, a.col_indices.element_size()
+    moved = 3 * 8 * rows + index * (a.nnz + b.nnz + len(expected))
+    return Case(moved, providers, check, rounds=7, served_by="csr_combine", absent=absent)
+
+
+def two_masks(layout: shapes.Shapes, density: float, device: str) -> tuple[CSRMask, CSRMask]:
     mine = shapes.random_tensors(layout, torch.float32, device)
     a = topk_mask(mine, density=density)
     theirs = shapes.random_tensors(layout, torch.float32, device, seed=1)
     for name, tensor in theirs.items():
         tensor.mul_(0.5).add_(mine.pop(name))
-    b = topk_mask(theirs, density=density)
-    del mine, theirs
-    numel, rows = a.numel, len(a.crow_indices) - 1
-    keys, other = flat_positions(a), flat_positions(b)
-    names = dict(zip(a.names, a.shapes))
+    return a, topk_mask(theirs, density=density)
 
-    def unique(operation: str) -> Tensor:
-        if operation == "or":
-            return torch.unique(torch.cat([keys, other]))
-        found, counts = torch.unique(torch.cat([keys, other] if operation == "and" else [keys, other, other]), return_counts=True)
-        return found[counts == (2 if operation == "and" else 1)]
 
-    ours = {"or": lambda: a | b, "and": lambda: a & b, "sub": lambda: a - b}
-    scipy, reason = imported("scipy.sparse")
-    if device == "cuda":
-        scipy, reason = None, "SciPy works in host memory"
-    if scipy:
-        x, y = (stacked(scipy, mask) for mask in (a, b))
-        one_pass = {"or": lambda: x.maximum(y), "and": lambda: x.multiply(y), "sub": lambda: x > y}
-    for operation, call in ours.items():
-        providers: dict[str, Callable] = {OURS: lambda call=call: call}
-        if scipy:
-            providers["scipy csr"] = lambda operation=operation: one_pass[operation]
-        providers["torch.unique"] = lambda operation=operation: lambda: unique(operation)
-        expected = membership(keys, other, numel, operation)
+# What a library of sparse matrices does in one pass.
+ONE_PASS: dict[str, Callable[[Any, Any], Any]] = {
+    "mask_or": lambda x, y: x.maximum(y),
+    "mask_and": lambda x, y: x.multiply(y),
+    "mask_sub": lambda x, y: x > y,
+}
 
-        def check(result: Any, expected: Tensor = expected) -> str | None:
-            if isinstance(result, Tensor):
-                found = result
-            elif isinstance(result, CSRMask):
-                found = flat_positions(result)
-            else:
-                found = unstacked(result, names)
-            return None if torch.equal(found, expected) else "other entries than the right ones"
 
-        index = a.col_indices.element_size()
-        yield Case(
-            f"mask_{operation}",
-            size,
-            torch.bool,
-            density,
-            bytes=3 * 8 * rows + index * (a.nnz + b.nnz + len(expected)),
-            providers=providers,
-            check=check,
-            rounds=7,
-            backend_of="csr_combine",
-            absent={} if scipy else {"scipy csr": reason},
+def scipy_csr(a: CSRMask, b: CSRMask, op: str) -> Callable[[], Any]:
+    import scipy.sparse
+
+    x, y = (
+        scipy.sparse.csr_array((np.ones(mask.nnz, dtype=bool), col.numpy(), crow.numpy()), shape=shape)
+        for mask in (a, b)
+        for crow, col, shape in [stacked(mask)]
+    )
+    x.has_canonical_format = y.has_canonical_format = True
+    return lambda: ONE_PASS[op](x, y)
+
+
+def cupy_csr(a: CSRMask, b: CSRMask, op: str) -> Callable[[], Any]:
+    import cupy
+    from cupyx.scipy.sparse import csr_matrix
+
+    with torch_memory(cupy):
+        x, y = (
+            # float32: CuPy's operations of boolean sparse matrices are not tested by its authors.
+            csr_matrix((cupy.ones(mask.nnz, dtype="f"), cupy.from_dlpack(col), cupy.from_dlpack(crow)), shape=shape)
+            for mask in (a, b)
+            for crow, col, shape in [stacked(mask)]
         )
+        x.has_canonical_format = y.has_canonical_format = True
+
+    def call() -> Any:
+        with torch_memory(cupy):
+            return ONE_PASS[op](x, y)
+
+    return call
 
 
 def flat_positions(mask: CSRMask) -> Tensor:
@@ -329,25 +371,24 @@ def flat_positions(mask: CSRMask) -> Tensor:
     return torch.cat([position + start for start, (_, position) in zip(starts, each)])
 
 
-def membership(keys: Tensor, other: Tensor, numel: int, operation: str) -> Tensor:
+def membership(keys: Tensor, other: Tensor, numel: int, op: str) -> Tensor:
     """The truth, by two dense boolean vectors."""
     a, b = (torch.zeros(numel, dtype=torch.bool, device=keys.device).index_fill_(0, x, True) for x in (keys, other))
-    a = a.logical_or_(b) if operation == "or" else a.logical_and_(b if operation == "and" else b.logical_not_())
+    a = a.logical_or_(b) if op == "mask_or" else a.logical_and_(b if op == "mask_and" else b.logical_not_())
     return a.nonzero().view(-1)
 
 
-def stacked(scipy: Any, mask: CSRMask) -> Any:
-    """All tensors as one SciPy matrix, one above the other, with 32-bit indices: its fastest form."""
+def stacked(mask: CSRMask) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """(row pointers, columns, shape) of all tensors as one matrix, one above the other, with 32-bit indices: the fastest form."""
     columns = max(math.prod(s[1:]) if len(s) > 1 else s.numel() for s in mask.shapes)
-    crow, col = (t.to(torch.int32).numpy() for t in (mask.crow_indices, mask.col_indices))
-    matrix = scipy.csr_array((np.ones(mask.nnz, dtype=bool), col, crow), shape=(len(crow) - 1, columns))
-    matrix.has_canonical_format = True
-    return matrix
+    crow, col = (t.to(torch.int32) for t in (mask.crow_indices, mask.col_indices))
+    return crow, col, (len(crow) - 1, columns)
 
 
 def unstacked(matrix: Any, layout: dict[str, torch.Size]) -> Tensor:
-    """flat_positions of a SciPy matrix."""
+    """flat_positions of a matrix of SciPy or CuPy."""
+    crow, col = (torch.from_dlpack(x) for x in (matrix.indptr, matrix.indices))  # int32 [rows + 1], [nnz]
     widths = [(s[0], math.prod(s[1:])) if len(s) > 1 else (1, s.numel()) for s in layout.values()]
-    row_sizes = np.repeat([w for _, w in widths], [r for r, _ in widths])
-    starts = np.concatenate([[0], np.cumsum(row_sizes)[:-1]])
-    return torch.from_numpy(np.repeat(starts, np.diff(matrix.indptr)) + matrix.indices)
+    row_sizes = torch.tensor([w for rows, w in widths for _ in range(rows)])
+    starts = (row_sizes.cumsum(0) - row_sizes).to(crow.device)
+    return starts.repeat_interleave(crow.diff()) + col

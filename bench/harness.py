@@ -1,65 +1,128 @@
-"""Timing, checking and rows, for every family of operators.
+"""Timing and checking, for every family of operators.
 
-A case names the work and its providers; a provider is a function that makes a fresh `call` (its own copies of what it writes), and
-`call()` does the work once and returns what `check` compares with the truth. Providers are timed interleaved, in an order that
-changes from round to round, so that a machine that slows down slows all of them; the ratio to ours is the median over rounds.
+A `Work` says what is to be timed and costs nothing until it is made; the `Case` that it makes holds the inputs and the providers.
+A provider is a function that makes a fresh `call` (its own copies of what it writes), and `call()` does the work once and returns
+what `check` compares with the truth: a provider that is wrong is told, and not timed. The others are timed interleaved, in an order
+that changes from round to round, so that a machine that slows down slows all of them; the ratio to ours is the median over rounds.
+Before each timed call a buffer as large as the last cache is read, so that every call finds its inputs in main memory.
 
-Peak memory (`peak_extra_mb`) is taken in this process, or, on the CPU and for a case that says how to make it `again`, in a fresh
-process of each provider: there no arena that an earlier provider left behind hides what it takes. It is the most that lay in memory
-at once during one call, less what lay there before: the inputs do not count. For a `whole` case it counts from before the provider
-was made until after its second call, so of training everything counts: weights, masks, optimizer state, gradients, activations.
+Peak memory (`peak_extra_mb`) is taken in this process, or, on the CPU, in a fresh process of each provider: there no arena that an
+earlier provider left behind hides what it takes. It is the most that lay in memory at once during one call, less what lay there
+before: the inputs do not count. For a `whole` case it counts from before the provider was made until after its second call, so of
+training everything counts: weights, masks, optimizer state, gradients, activations.
 """
 
 import contextlib
-import csv
 import ctypes
 import functools
 import gc
+import importlib
+import logging
 import os
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-OURS = "deftx"
-ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = (
-    "date", "op", "provider", "backend", "size", "dtype", "density", "p20_ms", "p50_ms", "p80_ms", "rounds", "times_ours", "bytes",
-    "floor_ms", "share_of_floor", "peak_extra_mb", "state_bytes_per_param", "device", "threads", "torch", "triton", "commit",
-)  # fmt: skip
+from bench.rows import OURS, package_of
+
+Setting = tuple[torch.dtype, float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user wants timed."""
+
+    device: str
+    sizes: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] = ()  # none: each family's usual ones
+    densities: tuple[float, ...] = ()
+    quick: bool = False
+
+    def settings(self, usual: list[Setting]) -> list[Setting]:
+        """A family's usual dtypes and densities (of a quick run the first alone), or all pairs of what the user chose."""
+        if self.quick:
+            usual = usual[:1]
+        if not self.dtypes and not self.densities:
+            return usual
+        dtypes = self.dtypes or dict.fromkeys(dtype for dtype, _ in usual)
+        return [(dtype, d) for dtype in dtypes for d in self.densities or dict.fromkeys(d for _, d in usual)]
+
+
+@dataclass
+class Footprint:
+    """Bytes that a way of training holds for the whole of it; gradients, while they are there."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    state: float = 0.0  # of the optimizer
+    mask: float = 0.0
 
 
 @dataclass
 class Case:
-    op: str
-    size: str  # what the work is: "minilm", "minilm layer"
-    dtype: torch.dtype
-    density: float | None
     bytes: int  # that must cross memory: each input read once, each output written once
     providers: dict[str, Callable[[], Callable[[], Any]]]  # ours under the name "deftx"
     check: Callable[[Any], str | None]  # what is wrong with a provider's result
     flops: float = 0.0
     rounds: int = 15
-    backend_of: str = field(default="")  # the operator whose backend serves ours
+    served_by: str = ""  # the operator whose backend serves ours, where that is not the work's
     once: tuple[str, ...] = ()  # providers timed in the first round only
     absent: dict[str, str] = field(default_factory=dict)  # providers that cannot be had here, each with the reason
-    state_bytes: dict[str, float] = field(default_factory=dict)  # of optimizers, per parameter; filled in by the first call
+    parameters: int = 0  # of the model, for the footprints
+    footprints: dict[str, Footprint] = field(default_factory=dict)  # filled in by a provider's first call
     whole: bool = False  # the peak covers making a provider and two calls
-    # Makes the case anew, from a module's function so that it can be pickled; `again(size="tiny")` makes a small one.
-    again: Callable[..., "Case"] | None = None
+    apart: bool = False  # too large to be held side by side: each provider is timed in the process that tells its peak
 
     def release(self) -> None:
         """Let go of everything that the providers and the check hold."""
         self.providers, self.check = {}, lambda result: None
+
+
+@dataclass(frozen=True)
+class Work:
+    op: str
+    size: str  # of --size
+    title: str  # what the work is, in the rows' column "size": "minilm, dense gradient"
+    dtype: torch.dtype
+    density: float | None
+    device: str
+    # Both of a module's functions, so that they can be pickled.
+    make: Callable[[], Case]
+    tiny: Callable[[], Case]  # the same kind of work in a moment: what a first call loads is not what the work takes
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def density_text(self) -> str:
+        """As the rows have it."""
+        return "" if self.density is None else f"{self.density:g}"
+
+
+def imported(name: str) -> tuple[Any, str]:
+    """(the module, "") or (None, why it cannot be had). What it says of its own optional parts is not said here."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name), ""
+    except ImportError as error:
+        return None, f"{name} does not import: {error}"
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# ---- time ----
 
 
 def synchronize(device: str) -> None:
@@ -68,12 +131,42 @@ def synchronize(device: str) -> None:
 
 
 def milliseconds(call: Callable[[], Any], device: str) -> float:
-    """As a caller sees it: launches and waits included."""
-    synchronize(device)
-    start = time.perf_counter()
+    """On a GPU between two events of the stream: a launch that does not wait is hidden behind what runs before it."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    began = time.perf_counter()
     call()
-    synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (time.perf_counter() - began)
+
+
+@functools.cache
+def last_cache_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    found = [32 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(path.read_text().strip().removesuffix("K")) << 10)
+    return max(found)
+
+
+@functools.cache
+def _flushing(device: str) -> Tensor:
+    # Of a GPU's cache half may belong to the other half of its memory: twice.
+    return torch.ones(last_cache_bytes(device) * (2 if device == "cuda" else 1) // 4, device=device)
+
+
+def flush_cache(device: str) -> None:
+    """Fill the caches with other data, read only: nothing waits to be written back while the next call is timed.
+
+    With as many bytes as the last cache has, sums of 2 to 100 MB came from memory; twice as many changed nothing (Xeon, 480 MiB).
+    """
+    _flushing(device).sum()
 
 
 @functools.cache
@@ -86,6 +179,16 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
     a = torch.randn(side, side, device=device).to(dtype)
     product = min(milliseconds(lambda: a @ a, device) for _ in range(8))
     return 1e3 * 8 * n / copy, 1e3 * 2 * side**3 / product
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[1], statistics.median(values), cuts[7]
+
+
+# ---- memory ----
 
 
 def available_bytes() -> int:
@@ -128,25 +231,6 @@ def peak_extra(call: Callable[[], Any], device: str) -> float | None:
         return None
 
 
-def fresh_peak(again: Callable[..., Case], provider: str, device: str) -> float | None:
-    """`peak_extra` of one provider in a process of its own; None where that process failed (the reason is printed)."""
-    try:
-        # Spawned, not forked: a fork would share this process's pages and arenas.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(_peak_here, again, provider, device, torch.get_num_threads()).result()
-    except Exception as error:
-        print(f"peak memory of {provider} was not measured: {type(error).__name__}: {error}", flush=True)
-        return None
-
-
-def _peak_here(again: Callable[..., Case], provider: str, device: str, threads: int) -> float | None:
-    torch.set_num_threads(threads)
-    again(size="tiny").providers[provider]()()  # what a first call loads is not what the work takes
-    case = again()
-    make = case.providers[provider]
-    return peak_extra(training(make) if case.whole else make(), device)
-
-
 def training(make: Callable[[], Callable[[], Any]]) -> Callable[[], None]:
     """What the peak of a whole case is taken of."""
 
@@ -158,74 +242,98 @@ def training(make: Callable[[], Callable[[], Any]]) -> Callable[[], None]:
     return run
 
 
-def quantiles(values: list[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return cuts[1], statistics.median(values), cuts[7]
+@dataclass
+class Alone:
+    """What a process of its own tells of a provider."""
+
+    peak: float | None = None
+    times: list[float] = field(default_factory=list)  # only of cases that are timed apart
 
 
-def provenance(device: str) -> dict[str, Any]:
+def alone(work: Work, provider: str, rounds: int) -> Alone | None:
+    """One provider in a process of its own; None where that process failed (the reason is printed)."""
     try:
-        import triton
-
-        version = triton.__version__
-    except ImportError:
-        version = ""
-    name = torch.cuda.get_device_name() if device == "cuda" else processor()
-    facts = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), "device": name, "threads": torch.get_num_threads()}
-    return {**facts, "torch": torch.__version__, "triton": version, "commit": commit()}
+        # Spawned, not forked: a fork would share this process's pages and arenas.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(_alone_here, work, provider, rounds, torch.get_num_threads()).result()
+    except Exception as error:
+        print(f"{provider} failed in a process of its own: {type(error).__name__}: {error}", flush=True)
+        return None
 
 
-def commit() -> str:
-    """The checked-out commit; "-dirty" where anything but the rows themselves has changed since."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def _alone_here(work: Work, provider: str, rounds: int, threads: int) -> Alone:
+    torch.set_num_threads(threads)
+    work.tiny().providers[provider]()()
+    case = work.make()
+    make = case.providers[provider]
+    found = Alone(peak_extra(training(make) if case.whole else make(), work.device))
+    if case.apart:
+        call = make()
+        call()
+        for _ in range(rounds):
+            flush_cache(work.device)
+            found.times.append(milliseconds(call, work.device))
+    return found
 
 
-def measure(case: Case, device: str, facts: dict[str, Any], rounds: int | None = None) -> Iterator[dict[str, Any]]:
-    """Check every provider, time the right ones, and give one row for each; a wrong one gives {"wrong": what}. Uses the case up."""
+# ---- a work, measured ----
+
+
+def measure(
+    work: Work, facts: dict[str, Any], rounds: int | None, providers: tuple[str, ...], fresh: bool
+) -> Iterator[dict[str, Any]]:
+    """Check every provider, time the right ones, and give one row for each. A wrong one gives {"wrong": what}, an absent one
+    {"absent": why}. `providers`: these alone and ours; none: all. `fresh`: peaks from fresh processes."""
     from deftx_kernels import backends
 
-    faults, times, peaks = timed(case, device, rounds or case.rounds)
+    case, device = work.make(), work.device
+    if providers:
+        case.providers = {n: p for n, p in case.providers.items() if n == OURS or n in providers}
+    same = {**facts, "op": work.op, "size": work.title, "dtype": work.dtype_name, "density": work.density_text}
+    for name, reason in case.absent.items():
+        if not providers or name in providers:
+            yield same | {"provider": name, "absent": reason}
+    faults, calls = checked(case)
     for name, fault in faults.items():
-        yield {"op": case.op, "provider": name, "size": case.size, "wrong": fault}
+        yield same | {"provider": name, "wrong": fault}
+    fresh = case.apart or (fresh and device == "cpu")
+    peaks: dict[str, float | None] = {}
+    if not fresh:
+        for name, call in calls.items():  # and the warm-up
+            peaks[name] = peak_extra(training(case.providers[name]) if case.whole else call, device)
+    rounds = rounds or case.rounds
+    times = {} if case.apart else timed(calls, device, rounds, case.once)
+    names = list(calls)
     case.release()
+    del calls
     trim()
-    if case.again is not None and not peaks:
-        peaks = {name: fresh_peak(case.again, name, device) for name in times}
-    bandwidth, rate = ceilings(device, case.dtype if case.dtype.is_floating_point else torch.float32)
+    if fresh:
+        found = {name: result for name in names if (result := alone(work, name, rounds))}
+        peaks = {name: found[name].peak if name in found else None for name in names}
+        if case.apart:
+            times = {name: result.times for name, result in found.items()}
+    bandwidth, rate = ceilings(device, work.dtype if work.dtype.is_floating_point else torch.float32)
     floor = 1e3 * max(case.bytes / bandwidth, case.flops / rate)
+    same |= {"bytes": case.bytes, "flops": f"{case.flops:.0f}", "floor_ms": f"{floor:.4f}"}
+    same |= {"copy_gb_s": f"{bandwidth / 1e9:.1f}", "product_gflop_s": f"{rate / 1e9:.0f}"}
     for name, taken in times.items():
         p20, p50, p80 = quantiles(taken)
-        ratio = statistics.median(t / o for t, o in zip(taken, times[OURS])) if OURS in times else None
-        backend = backends()[case.backend_of or case.op][device].name if name.startswith(OURS) else ""
-        row = {**facts, "op": case.op, "provider": name, "backend": backend, "size": case.size}
-        row |= {"dtype": str(case.dtype).removeprefix("torch."), "density": "" if case.density is None else case.density}
-        row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}", "rounds": len(taken), "bytes": case.bytes}
-        row |= {"times_ours": "" if ratio is None else f"{ratio:.3f}", "floor_ms": f"{floor:.4f}"}
-        row |= {"share_of_floor": f"{floor / p50:.4f}", "peak_extra_mb": "" if peaks[name] is None else f"{peaks[name]:.1f}"}
-        row["state_bytes_per_param"] = f"{case.state_bytes[name]:.3f}" if name in case.state_bytes else ""
+        row = same | {"provider": name, "package": package_of(name), "rounds": len(taken)}
+        row["backend"] = backends()[case.served_by or work.op][device].name if name.startswith(OURS) else ""
+        row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}", "share_of_floor": f"{floor / p50:.4f}"}
+        row["times_ours"] = f"{statistics.median(t / o for t, o in zip(taken, times[OURS])):.3f}" if OURS in times else ""
+        peak = peaks.get(name)
+        row["peak_extra_mb"] = "" if peak is None else f"{peak:.1f}"
+        if footprint := case.footprints.get(name):
+            row |= {"parameters": case.parameters, "weight_bytes_per_param": f"{footprint.weights / case.parameters:.3f}"}
+            row |= {"gradient_bytes_per_param": f"{footprint.gradients / case.parameters:.3f}"}
+            row |= {"state_bytes_per_param": f"{footprint.state / case.parameters:.3f}"}
+            row |= {"mask_bytes_per_param": f"{footprint.mask / case.parameters:.3f}"}
         yield row
 
 
-def timed(case: Case, device: str, rounds: int) -> tuple[dict[str, str], dict[str, list[float]], dict[str, float | None]]:
-    """What is wrong with whom; the milliseconds of each round of the others; their peaks, unless a fresh process is to tell."""
+def checked(case: Case) -> tuple[dict[str, str], dict[str, Callable[[], Any]]]:
+    """What is wrong with whom; a call of each of the others."""
     right, faults = {}, {}
     for name, make in case.providers.items():
         call = None
@@ -234,42 +342,25 @@ def timed(case: Case, device: str, rounds: int) -> tuple[dict[str, str], dict[st
             fault = case.check(call())
         except Exception as error:  # of a peer or of ours: a finding to report
             fault = f"{type(error).__name__}: {error}"
-        if fault or not case.whole:
+        if fault or case.whole:
             call = None  # before the next is made: there may be memory for one only
         if fault:
             faults[name] = fault
         else:
-            right[name] = call or make()
-    peaks: dict[str, float | None] = {}
-    if device == "cuda" or case.again is None:
-        for name, call in right.items():  # and the warm-up
-            peaks[name] = peak_extra(training(case.providers[name]) if case.whole else call, device)
-    times: dict[str, list[float]] = {name: [] for name in right}
-    order = list(right)
+            right[name] = call
+    if not case.apart:
+        right = {name: call or case.providers[name]() for name, call in right.items()}
+    return faults, right
+
+
+def timed(calls: dict[str, Callable[[], Any]], device: str, rounds: int, once: tuple[str, ...]) -> dict[str, list[float]]:
+    """The milliseconds of each round, of all providers in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
     for i in range(rounds):
         order = order[1:] + order[:1]
         for name in order:
-            if i == 0 or name not in case.once:
-                times[name].append(milliseconds(right[name], device))
-    return faults, times, peaks
-
-
-def append(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Rows are only ever added, by this function. Those of a file that lacks a column of today have it empty from then on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    old: list[dict[str, Any]] = []
-    header: list[str] | None = None
-    if path.exists():
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            old, header = list(reader), list(reader.fieldnames or ())
-    if header == list(COLUMNS):
-        with path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerows(rows)
-        return
-    new = path.with_suffix(".new")
-    with new.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows([*old, *rows])
-    new.replace(path)
+            if i == 0 or name not in once:
+                flush_cache(device)
+                times[name].append(milliseconds(calls[name], device))
+    return times

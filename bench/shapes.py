@@ -1,6 +1,8 @@
 """The standard sizes of work, name of a tensor → shape, and random tensors of these shapes."""
 
+import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,8 +28,13 @@ def minilm(layers: int = 6, embedding: bool = True) -> Shapes:
     return ({"embedding": (30522, 384)} if embedding else {}) | _layers(layers, 384, 1536)
 
 
-def fifty_million() -> Shapes:
-    return {f"{i:02}": (1000, 1000) for i in range(50)}
+def squares(count: int) -> Shapes:
+    return {f"{i:02}": (1000, 1000) for i in range(count)}
+
+
+def bert() -> Shapes:
+    """BERT base, 109 M elements: matrices and embeddings."""
+    return {"embedding": (30522, 768), "positions": (512, 768), "types": (2, 768)} | _layers(12, 768, 3072)
 
 
 def xlmr() -> Shapes:
@@ -38,12 +45,26 @@ def xlmr() -> Shapes:
     return shapes | {f"{n}.{part}": (768,) for n in norms for part in ("weight", "bias")}
 
 
+def llama1b() -> Shapes:
+    """Llama 3.2 1B, 1.24 thousand million elements: linear layers with grouped keys and values, and the tied embedding."""
+    shapes: Shapes = {"embedding": (128256, 2048)}
+    for i in range(16):
+        shapes |= {f"{i}.{n}": (2048, 2048) for n in ("query", "output")} | {f"{i}.{n}": (512, 2048) for n in ("key", "value")}
+        shapes |= {f"{i}.{n}": (8192, 2048) for n in ("gate", "up")} | {f"{i}.down": (2048, 8192)}
+    return shapes
+
+
 def llama7b() -> Shapes:
     """The 224 linear layers of Llama 7B, 6.48 thousand million elements."""
     return _layers(32, 4096, 11008) | {f"{i}.gate": (11008, 4096) for i in range(32)}
 
 
-SIZES = {"tiny": tiny, "minilm": minilm, "50M": fifty_million, "xlmr": xlmr, "llama7b": llama7b}
+SIZES = {"tiny": tiny, "10M": partial(squares, 10), "minilm": minilm, "50M": partial(squares, 50), "bert": bert, "xlmr": xlmr}
+SIZES |= {"llama1b": llama1b, "llama7b": llama7b}
+
+
+def numel(size: str) -> int:
+    return sum(math.prod(shape) for shape in SIZES[size]().values())
 
 
 def random_tensors(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Tensor]:

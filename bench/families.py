@@ -1,0 +1,18 @@
+"""The families of operators, and every work of theirs that the user chose."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from bench import bench_csr, bench_masked, bench_steps, bench_svd, bench_topk, bench_train
+from bench.harness import Choice, Work
+
+FAMILIES = {"csr": bench_csr, "topk": bench_topk, "svd": bench_svd, "train": bench_train}
+FAMILIES |= {"masked": bench_masked, "steps": bench_steps}
+OPS = {op: meaning for family in FAMILIES.values() for op, meaning in family.OPS.items()}
+SIZES = tuple(dict.fromkeys(size for family in FAMILIES.values() for size in family.SIZES))
+
+
+def works(family: str, choice: Choice) -> Iterator[Work]:
+    """The family's works of those sizes that it has; nothing is made yet."""
+    module = FAMILIES[family]
+    yield from module.works(replace(choice, sizes=tuple(s for s in module.SIZES if s in choice.sizes)))

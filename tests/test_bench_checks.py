@@ -1,0 +1,111 @@
+"""The checks of the benchmark's families: what they accept and what they refuse."""
+
+import pytest
+import torch
+
+from bench import bench_steps, bench_topk
+from bench.rows import OURS
+from deftx_kernels import CSRMask, SparseAdamW, sparsify
+
+# ---- the check of a selection ----
+
+SCORES = {"a": torch.tensor([[3.0, -1.0], [0.5, 2.0]]), "b": torch.tensor([2.0, -2.0, 0.0])}
+SHAPES = {n: t.shape for n, t in SCORES.items()}
+
+
+def told(result, k, ties=False):
+    return bench_topk.fault(result, SHAPES, lambda n: SCORES[n].abs(), k, ties)
+
+
+@pytest.mark.parametrize("form", ["positions", "flat bool", "bool by name", "mask"])
+def test_right_selections(form):
+    for chosen in ([0, 3, 4], [0, 3, 5], [0, 4, 5]):  # whichever of the tied
+        flat = torch.zeros(7, dtype=torch.bool).index_fill_(0, torch.tensor(chosen), True)
+        named = {"a": flat[:4].view(2, 2), "b": flat[4:]}
+        forms = {"positions": torch.tensor(chosen), "flat bool": flat, "bool by name": named, "mask": CSRMask.from_dense(named)}
+        assert told(forms[form], 3) is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "k", "part"),
+    [
+        ([0, 3], 3, "2 entries"),
+        ([0, 3, 4, 5], 3, "4 entries"),
+        ([0, 1, 3], 3, "other entries"),
+        ([3, 4, 5], 3, "other entries"),
+        ([3, 0, 4], 3, "ascend"),
+        ([0, 3, 3], 3, "ascend"),
+        ([0, 3, 7], 3, "outside"),
+        ([-1, 0, 3], 3, "outside"),
+    ],
+)
+def test_wrong_selections(chosen, k, part):
+    assert part in told(torch.tensor(chosen), k)
+
+
+def test_ties_may_exceed_k_only_where_allowed():
+    assert told(torch.tensor([0, 3, 4, 5]), 3, ties=True) is None
+    assert "above the smallest" in told(torch.tensor([0, 1, 3, 4, 5]), 3, ties=True)
+    assert told(torch.tensor([0, 3]), 3, ties=True) is not None
+
+
+def test_peers_choose_exactly_k_among_ties():
+    values = torch.randint(-3, 4, (1000,), generator=torch.Generator().manual_seed(0)).float()
+    for k in (1, 100, 999, 1000):
+        peers, _ = bench_topk.selections(values.abs, lambda: values.abs().numpy(), k, 1000, "cpu")
+        for name, make in peers.items():
+            fault = bench_topk.fault(make()(), {"a": values.shape}, lambda n: values.abs(), k)
+            assert fault is None, f"{name}, k = {k}: {fault}"
+
+
+# ---- the check of a training step ----
+
+
+@pytest.fixture
+def first_step(tmp_path):
+    """What is said of a provider's first step on a small stack of linear layers."""
+
+    def told(name):
+        case = bench_steps.step_case("tiny linears", "cpu", str(tmp_path))
+        return case.check(case.providers[name]()())
+
+    return told
+
+
+@pytest.mark.parametrize("name", [OURS, bench_steps.DENSE, bench_steps.DENSE_MASK])
+def test_right_steps(first_step, name):
+    assert first_step(name) is None
+
+
+def other_start(model, mask):
+    with torch.no_grad():
+        model[0].weight.mul_(1.01)
+    return sparsify(model, mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "replaced", "by", "part"),
+    [
+        (OURS, "sparsify", other_start, "first loss"),
+        (OURS, "SparseAdamW", lambda named, mask, lr, **options: SparseAdamW(named, mask, lr=2 * lr, **options), "of a step away"),
+        (OURS, "SparseAdamW", lambda named, mask, **options: torch.optim.SGD([p for _, p in named], lr=0.0), "of a step away"),
+        (bench_steps.DENSE, "fused_adamw", lambda model: torch.optim.Adam(list(model.parameters())[1:]), "0.weight has not moved"),
+        (bench_steps.DENSE_MASK, "SETTINGS", bench_steps.SETTINGS | {"weight_decay": 0.01}, "outside the mask have moved"),
+    ],
+)
+def test_wrong_steps(first_step, monkeypatch, name, replaced, by, part):
+    monkeypatch.setattr(bench_steps, replaced, by)
+    assert part in first_step(name)
+
+
+@pytest.mark.parametrize(("package", "absent"), [("peft", {bench_steps.SHIRA, bench_steps.LORA}), ("transformers", {OURS})])
+def test_absent_packages_are_named(tmp_path, monkeypatch, package, absent):
+    monkeypatch.setattr(bench_steps, "has", lambda name: name != package)
+    case = bench_steps.step_case("tiny", "cpu", str(tmp_path))
+    assert case.absent == dict.fromkeys(absent, f"{package} is not installed")
+    assert not absent & case.providers.keys()
+
+
+def test_shira_trains_as_many_values_as_its_rank_allows():
+    linears = torch.nn.Sequential(torch.nn.Linear(30, 10), torch.nn.Linear(10, 10))
+    assert [bench_steps.shira_rank(values, linears) for values in (0, 60, 119, 151, 10**6)] == [1, 1, 2, 3, 5]
