@@ -5,10 +5,8 @@ README.md and bench/results/README.md, `python -m bench plot` the figures, both 
 """
 
 import argparse
-import logging
 import re
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 
 from bench import tables
 from bench.families import FAMILIES, OPS, SIZES, works
-from bench.harness import Choice, Work, measure
+from bench.harness import Choice, Work, measure, quieten
 from bench.rows import OURS, RESULTS, ROOT, append, newest, provenance
 from bench.targets import TARGETS
 
@@ -79,13 +77,6 @@ def run(options: argparse.Namespace) -> int:
             append([row for row in rows if "p50_ms" in row], options.out / f"{family}.csv")
     print(tally.verdict(options.out))
     return 1 if tally.wrong or not tally.works else 0
-
-
-def quieten() -> None:
-    """What torch and its guests say of themselves on first use is not what the reader looks for between the rows."""
-    for message in ("Sparse CSR tensor support", "Sparse invariant checks", "OptimState8bit does not implement"):
-        warnings.filterwarnings("ignore", message)
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def chosen(options: argparse.Namespace, family: str, device: str) -> Iterator[Work]:
@@ -163,7 +154,7 @@ def write_tables(options: argparse.Namespace) -> int:
     old = readme.read_text()
     if BEGIN not in old or END not in old:
         sys.exit(f"README.md has no {BEGIN} ... {END}")
-    text = tables.of_targets(rows)
+    text = f"{tables.of_training(rows)}\n\n{tables.of_targets(rows)}"
     readme.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{text}\n{END}", old, flags=re.DOTALL))
     every = options.out / "README.md"
     every.write_text(tables.of_works(rows))

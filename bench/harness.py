@@ -109,6 +109,14 @@ class Work:
         return "" if self.density is None else f"{self.density:g}"
 
 
+def quieten() -> None:
+    """What torch and its guests say of themselves on first use is not what the reader looks for between the rows."""
+    for message in ("Sparse CSR tensor support", "Sparse invariant checks", "OptimState8bit does not implement"):
+        warnings.filterwarnings("ignore", message)
+    for name in ("torch.utils._pytree", "torchao", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def imported(name: str) -> tuple[Any, str]:
     """(the module, "") or (None, why it cannot be had). What it says of its own optional parts is not said here."""
     logging.disable(logging.WARNING)
@@ -262,6 +270,7 @@ def alone(work: Work, provider: str, rounds: int) -> Alone | None:
 
 
 def _alone_here(work: Work, provider: str, rounds: int, threads: int) -> Alone:
+    quieten()
     torch.set_num_threads(threads)
     work.tiny().providers[provider]()()
     case = work.make()

@@ -1,4 +1,5 @@
-"""The tables made from rows: targets beside what was measured (the README's), and every work (bench/results/README.md)."""
+"""The tables made from rows: training steps and targets beside what was measured (the README's), and every work
+(bench/results/README.md)."""
 
 from bench.families import OPS
 from bench.rows import OURS, Row
@@ -31,6 +32,35 @@ def duration(milliseconds: float) -> str:
     if milliseconds >= 1000:
         return f"{milliseconds / 1000:.2f} s"
     return f"{milliseconds:.1f} ms" if milliseconds >= 10 else f"{milliseconds:.2f} ms"
+
+
+# ---- training steps ----
+
+
+def of_training(rows: list[Row]) -> str:
+    """A line for each model: the time of ours, the peers' in multiples of it, and the peak memory of each."""
+    lines = []
+    for device, name in (("cpu", "CPU"), ("cuda", "GPU")):
+        steps = [row for row in of_device(rows, device) if row["op"] == "training_step"]
+        works = {row["size"]: row for row in steps if row["provider"] == OURS}
+        peers = list(dict.fromkeys(row["provider"] for row in steps if row["provider"] != OURS))
+        found = {(row["size"], row["provider"]): row for row in steps}
+        cells = []
+        for title, ours in works.items():
+            work = f"{title}, {ours['dtype']}, {100 * float(ours['density']):.3g} %"
+            others = [found.get((title, peer)) for peer in peers]
+            cells.append([work, f"{duration(float(ours['p50_ms']))}{peak(ours)}", *map(multiple, others)])
+        lines += table([f"one step, {name}", "ours", *peers], cells) if cells else [f"{name}: {NOT_MEASURED}."]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def multiple(row: Row | None) -> str:
+    return f"{float(row['times_ours']):.2f} x{peak(row)}" if row and row["times_ours"] else NOT_MEASURED
+
+
+def peak(row: Row) -> str:
+    return f", {float(row['peak_extra_mb']) / 1e3:.2f} GB" if row["peak_extra_mb"] else ""
 
 
 # ---- targets ----

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import bench_steps, bench_topk
+from bench import bench_steps, bench_svd, bench_topk, bench_train
 from bench.rows import OURS
 from deftx_kernels import CSRMask, SparseAdamW, sparsify
 
@@ -109,3 +109,78 @@ def test_absent_packages_are_named(tmp_path, monkeypatch, package, absent):
 def test_shira_trains_as_many_values_as_its_rank_allows():
     linears = torch.nn.Sequential(torch.nn.Linear(30, 10), torch.nn.Linear(10, 10))
     assert [bench_steps.shira_rank(values, linears) for values in (0, 60, 119, 151, 10**6)] == [1, 1, 2, 3, 5]
+
+
+def test_every_way_of_a_language_model_with_tied_weights_is_right(tmp_path):
+    case = bench_steps.step_case("tiny llama", "cpu", str(tmp_path), torch.float32)
+    assert {name: case.check(make()()) for name, make in case.providers.items()} == dict.fromkeys(case.providers)
+
+
+# ---- the check of an optimizer's step ----
+
+
+@pytest.fixture(scope="module", params=["dense", "compact"])
+def adamw(request):
+    return bench_train.adamw_case("tiny", torch.float32, 0.05, "cpu", request.param)
+
+
+def test_every_step_does_its_work_each_time(adamw):
+    """Three steps of the peers on one gradient are three steps of AdamW, none skips any work (LIFT's writes over its gradient)."""
+    problem = bench_train.Problem("tiny", torch.float32, 0.05, "cpu")
+    exact = torch.nn.Parameter(problem.mask.gather(problem.params).double())
+    exact.grad = problem.compact.double()
+    optimizer = torch.optim.AdamW([exact], **bench_train.SETTINGS)
+    for _ in range(3):
+        optimizer.step()
+    for name, make in adamw.providers.items():
+        call = make()
+        call(), call()
+        after = problem.mask.gather(call()).double()
+        if name != bench_train.LIFT:
+            assert float((after - exact.detach()).abs().max()) < 1e-5, name
+        else:
+            assert float((after - problem.mask.gather(problem.params)).abs().min()) > 0
+
+
+def test_wrong_adamw_steps(adamw):
+    result = {n: t.clone() for n, t in adamw.providers[OURS]()().items()}
+    assert adamw.check(result) is None
+    assert "at the masked entries" in adamw.check({n: t + 1e-3 for n, t in result.items()})
+    problem = bench_train.Problem("tiny", torch.float32, 0.05, "cpu")
+    one_more = {n: t.clone() for n, t in result.items()}
+    name = problem.mask.names[0]
+    outside = problem.mask.to_dense()[name].logical_not().nonzero()[0]
+    one_more[name][tuple(outside)] += 1
+    assert "entries have moved" in adamw.check(one_more)
+
+
+def test_peers_without_memory_are_absent_with_what_they_need(monkeypatch):
+    monkeypatch.setattr(bench_train, "available_bytes", lambda: 0)
+    case = bench_train.adamw_case("tiny", torch.float32, 0.05, "cpu", "dense")
+    assert list(case.providers) == [OURS]
+    assert all("GB of memory" in reason for reason in case.absent.values())
+    assert bench_train.FUSED in case.absent
+
+
+# ---- the checks of denoising ----
+
+
+@pytest.mark.parametrize("rule", [{"rank": 64}, {"energy": 0.9}])
+def test_wrong_denoising(rule):
+    case = bench_svd.linears_case("tiny", 1, rule, "cpu")
+    assert {name: case.check(make()()) for name, make in case.providers.items()} == dict.fromkeys(case.providers)
+    result = case.providers[OURS]()()
+    name = min(result)
+    for wrong in (result[name] * 1.1, result[name].flip(0), torch.zeros_like(result[name])):
+        assert name in case.check(result | {name: wrong})
+    assert "missing" in case.check({n: t for n, t in result.items() if n != name})
+
+
+@pytest.mark.parametrize("rule", [{"rank": 64}, {"energy": 0.9}])
+def test_wrong_selection_after_denoising(rule):
+    case = bench_svd.selection_case("tiny", rule, torch.float32, 0.05, "cpu")
+    mask = case.providers[OURS]()()
+    assert case.check(mask) is None
+    assert "in place of" in case.check(mask[mask.names[0]])
+    other = bench_svd.selection_case("tiny", {"rank": 8}, torch.float32, 0.05, "cpu").providers[OURS]()()
+    assert "of the entries are right" in case.check(other)

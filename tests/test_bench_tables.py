@@ -71,6 +71,27 @@ def test_package_of_a_provider(monkeypatch, provider, package):
     assert package_of(provider) == (f"{package} 7.1" if package else "")
 
 
+# ---- training steps ----
+
+
+def test_training_steps_of_each_model_stand_in_a_line():
+    ours = row(op="training_step", size="bert, 8x128 tokens", p50_ms="1610", peak_extra_mb="1250")
+    rows = [
+        ours,
+        ours | {"provider": "a", "times_ours": "1.274", "peak_extra_mb": "2187"},
+        ours | {"provider": "b", "times_ours": ""},
+    ]
+    other = row(op="training_step", size="mini", p50_ms="200", peak_extra_mb="")
+    cpu, gpu = tables.of_training([*rows, other, other | {"provider": "b", "times_ours": "3"}]).split("\n\n")
+    assert cpu.splitlines() == [
+        "| one step, CPU | ours | a | b |",
+        "| --- | --- | --- | --- |",
+        "| bert, 8x128 tokens, float32, 5 % | 1.61 s, 1.25 GB | 1.27 x, 2.19 GB | not measured |",
+        "| mini, float32, 5 % | 200.0 ms | not measured | 3.00 x |",
+    ]
+    assert gpu == "GPU: not measured."
+
+
 # ---- targets ----
 
 RATIO = Target("cpu", "the work", "topk_mask", "minilm", "float32", "0.05", 2.0, peer="peer")
@@ -179,7 +200,7 @@ def test_tables_are_written_between_the_marks(tmp_path, monkeypatch, capsys):
     append([row()], tmp_path / "rows/topk.csv")
     assert program.main(["table", "--out", str(tmp_path / "rows")]) == 0
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith(f"before\n{program.BEGIN}\nCPU: here")
+    assert text.startswith(f"before\n{program.BEGIN}\nCPU: not measured.\n\nGPU: not measured.\n\nCPU: here")
     assert text.endswith(f"{program.END}\nafter\n")
     assert "old" not in text
     assert "### topk_mask" in (tmp_path / "rows/README.md").read_text()
