@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -247,11 +248,10 @@ def test_sizes(size, elements):
 
 def pytest_bench(tmp_path, *arguments):
     command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-p", "no:cacheprovider", "-p", "no:xdist", "-q"]
-    storage = f"--benchmark-storage={tmp_path}"
-    return subprocess.run(
-        [*command, storage, *arguments, "--family", "csr", "--size", "tiny", "--device", "cpu"],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=250,
-    )  # fmt: skip
+    command += [f"--benchmark-storage={tmp_path}", *arguments, "--family", "csr", "--size", "tiny", "--device", "cpu"]
+    # Benchmarks are switched off in the processes of pytest-xdist, of which this one may be.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=250)
 
 
 def test_pytest_benchmark_saves_compares_and_fails_on_a_regression(tmp_path):
