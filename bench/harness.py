@@ -66,6 +66,10 @@ class Footprint:
     state: float = 0.0  # of the optimizer
     mask: float = 0.0
 
+    def columns(self, parameters: int) -> dict[str, Any]:
+        held = {"weight": self.weights, "gradient": self.gradients, "state": self.state, "mask": self.mask}
+        return {"parameters": parameters} | {f"{k}_bytes_per_param": f"{v / parameters:.3f}" for k, v in held.items()}
+
 
 @dataclass
 class Case:
@@ -321,6 +325,8 @@ def measure(
         peaks = {name: found[name].peak if name in found else None for name in names}
         if case.apart:
             times = {name: result.times for name, result in found.items()}
+            for name in (n for n in names if n not in found):
+                yield same | {"provider": name, "wrong": "it failed in a process of its own, as told above"}
     bandwidth, rate = ceilings(device, work.dtype if work.dtype.is_floating_point else torch.float32)
     floor = 1e3 * max(case.bytes / bandwidth, case.flops / rate)
     same |= {"bytes": case.bytes, "flops": f"{case.flops:.0f}", "floor_ms": f"{floor:.4f}"}
@@ -333,12 +339,7 @@ def measure(
         row["times_ours"] = f"{statistics.median(t / o for t, o in zip(taken, times[OURS])):.3f}" if OURS in times else ""
         peak = peaks.get(name)
         row["peak_extra_mb"] = "" if peak is None else f"{peak:.1f}"
-        if footprint := case.footprints.get(name):
-            row |= {"parameters": case.parameters, "weight_bytes_per_param": f"{footprint.weights / case.parameters:.3f}"}
-            row |= {"gradient_bytes_per_param": f"{footprint.gradients / case.parameters:.3f}"}
-            row |= {"state_bytes_per_param": f"{footprint.state / case.parameters:.3f}"}
-            row |= {"mask_bytes_per_param": f"{footprint.mask / case.parameters:.3f}"}
-        yield row
+        yield row | (footprint.columns(case.parameters) if (footprint := case.footprints.get(name)) else {})
 
 
 def checked(case: Case) -> tuple[dict[str, str], dict[str, Callable[[], Any]]]:

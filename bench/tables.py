@@ -42,14 +42,15 @@ def of_training(rows: list[Row]) -> str:
     lines = []
     for device, name in (("cpu", "CPU"), ("cuda", "GPU")):
         steps = [row for row in of_device(rows, device) if row["op"] == "training_step"]
-        works = {row["size"]: row for row in steps if row["provider"] == OURS}
+        steps.sort(key=lambda row: float(row["parameters"] or 0))
         peers = list(dict.fromkeys(row["provider"] for row in steps if row["provider"] != OURS))
-        found = {(row["size"], row["provider"]): row for row in steps}
+        found = {(row["size"], row["dtype"], row["density"], row["provider"]): row for row in steps}
         cells = []
-        for title, ours in works.items():
-            work = f"{title}, {ours['dtype']}, {100 * float(ours['density']):.3g} %"
-            others = [found.get((title, peer)) for peer in peers]
-            cells.append([work, f"{duration(float(ours['p50_ms']))}{peak(ours)}", *map(multiple, others)])
+        for (title, dtype, density, provider), ours in found.items():
+            if provider == OURS:
+                others = [found.get((title, dtype, density, peer)) for peer in peers]
+                work = f"{title}, {dtype}, {100 * float(density):.3g} %"
+                cells.append([work, f"{duration(float(ours['p50_ms']))}{peak(ours)}", *map(multiple, others)])
         lines += table([f"one step, {name}", "ours", *peers], cells) if cells else [f"{name}: {NOT_MEASURED}."]
         lines.append("")
     return "\n".join(lines).rstrip()

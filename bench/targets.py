@@ -70,7 +70,7 @@ def _targets() -> Iterator[Target]:
     yield from _ratios("cpu", ONE, "sparse_adamw", "50M, dense gradient", f32, "0.01", fused=6)
     for shape in ("384x384", "768x768", "3072x768", "768x3072", "4096x4096"):
         for density, dtype in (("0.05", f32), ("0.3", f32), ("0.05", bf16)):
-            what = f"gradient of {float(density):.0%} of a weight of {shape.replace('x', ' x ')}, {dtype}"
+            what = f"gradient of {100 * float(density):.0f} % of a weight of {shape.replace('x', ' x ')}, {dtype}"
             if shape == "768x768" or (dtype, density) != (f32, "0.05"):
                 yield from _ratios("cpu", what, "masked_linear_grad", f"2048 tokens, {shape}", dtype, density, product=1 / 1.15)
     what = "choose 2.8 % of XLM-R base, denoised, 90 % of the energy"
@@ -91,7 +91,10 @@ def _targets() -> Iterator[Target]:
     yield Target("cuda", what, *work, 8.5, "ms")
     yield Target("cuda", what, *work, 0.82, "share of the floor")
     for density, ratio in (("0.05", 4), ("0.01", 10)):
-        what, work = f"AdamW step of {float(density):.0%} of XLM-R base", ("sparse_adamw", "xlmr, dense gradient", bf16, density)
+        what, work = (
+            f"AdamW step of {100 * float(density):.0f} % of XLM-R base",
+            ("sparse_adamw", "xlmr, dense gradient", bf16, density),
+        )
         yield from _ratios("cuda", what, *work, fused=ratio)
         yield Target("cuda", what, *work, 0.70, "share of the floor")
         yield Target("cuda", what, *work, 1 / 1.05, peer=f"{OURS}, CUDA graph")

@@ -213,6 +213,25 @@ def test_providers_that_do_not_fit_side_by_side_are_timed_in_processes_of_their_
     assert all(float(r["times_ours"]) > 0 for r in rows)
 
 
+def mortal_case():
+    """Its second provider works here, where it is checked, and not in another process."""
+    here = os.getpid()
+
+    def make():
+        return lambda: 1 if os.environ.get("DEFTX_TEST_PARENT") == str(here) else 1 / 0
+
+    return Case(1, {OURS: lambda: lambda: 1, "a": make}, lambda result: None, whole=True, apart=True)
+
+
+def test_a_provider_that_fails_only_in_its_own_process_counts_as_wrong(monkeypatch):
+    monkeypatch.setattr(harness, "ceilings", lambda device, dtype: (1e9, 1e12))
+    monkeypatch.setenv("DEFTX_TEST_PARENT", str(os.getpid()))
+    work = Work(**{**vars(work_of(None)), "make": mortal_case, "tiny": mortal_case})
+    rows = {r["provider"]: r for r in measure(work, {}, 1, (), fresh=False)}
+    assert "process of its own" in rows["a"]["wrong"]
+    assert float(rows[OURS]["p50_ms"]) >= 0
+
+
 # ---- peaks ----
 
 

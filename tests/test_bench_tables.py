@@ -92,6 +92,18 @@ def test_training_steps_of_each_model_stand_in_a_line():
     assert gpu == "GPU: not measured."
 
 
+def test_training_steps_in_several_dtypes_do_not_mix():
+    f32 = row(op="training_step", p50_ms="1000", parameters="2")
+    bf16 = f32 | {"dtype": "bfloat16", "p50_ms": "500"}
+    small = f32 | {"size": "small", "parameters": "1"}
+    rows = [f32, bf16, small, f32 | {"provider": "a", "times_ours": "2"}, bf16 | {"provider": "a", "times_ours": "3"}]
+    assert tables.of_training(rows).splitlines()[2:5] == [
+        "| small, float32, 5 % | 1.00 s | not measured |",
+        "| minilm, float32, 5 % | 1.00 s | 2.00 x |",
+        "| minilm, bfloat16, 5 % | 500.0 ms | 3.00 x |",
+    ]
+
+
 # ---- targets ----
 
 RATIO = Target("cpu", "the work", "topk_mask", "minilm", "float32", "0.05", 2.0, peer="peer")
