@@ -61,6 +61,8 @@ SCHEMAS = {
     ),
     # Eigenvalues, ascending, and eigenvectors (columns) of symmetric matrices [b, n, n].
     "eigh": "(Tensor matrices) -> (Tensor eigenvalues, Tensor eigenvectors)",
+    # The eigenvalues alone.
+    "eigvalsh": "(Tensor matrices) -> Tensor",
     # The last step of denoising, of matrices delta [b, m, n] whose low-rank parts L = left @ right.mT are given as factors
     # left [b, m, r] and right [b, n, r], all float32 or all float64; H = delta - L. An entry of H is kept where its magnitude bits
     # are above cut[i, 0], or equal to it at a flat index (within the matrix) below cut[i, 1]; there the denoised entry is delta's
@@ -187,6 +189,11 @@ def _(matrices, out, totals, rank, energy, median, residual_density, n_iter, tes
 @_fake("eigh")
 def _(matrices):
     return matrices.new_empty(matrices.shape[:-1]), torch.empty_like(matrices).mT
+
+
+@_fake("eigvalsh")
+def _(matrices):
+    return matrices.new_empty(matrices.shape[:-1])
 
 
 @_fake("residual_cut")

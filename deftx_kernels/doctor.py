@@ -242,6 +242,7 @@ _CASES: dict[str, Callable[[], list[Any]]] = {
     "truncated_svd": lambda: [_matrices(), 8, 2, torch.randn(256, 24, generator=torch.Generator().manual_seed(4))],
     "svd_denoise_": _denoise_case,
     "eigh": lambda: [_matrices() @ _matrices().mT],
+    "eigvalsh": lambda: [_matrices() @ _matrices().mT],
     "residual_cut": lambda: _factors(250_000),
     "low_rank_denoised": lambda: _factors(_cut),
     "low_rank_histogram": lambda: _factors(_cut, 0, lambda dtype: 8 * dtype.itemsize - 16),

@@ -222,6 +222,10 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.eigh(matrices)
 
 
+def eigvalsh(matrices: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh(matrices)
+
+
 def _rank(singular: Tensor, rank: int, energy: float, median: float) -> int:
     """By the rule of svd_denoise_, from all singular values, descending."""
     if rank:

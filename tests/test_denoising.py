@@ -248,34 +248,6 @@ def test_products_of_bfloat16_parts():
     assert spectral.schedule(1e-3, 0.5)[0]
 
 
-# ---- eigh ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("count", "n"), [(0, 3), (1, 1), (3, 17), (5, 64)])
-def test_eigh(provider, count, n, dtype, threads):
-    if provider.name == "emulated":
-        pytest.skip("eigh has no CUDA kernel")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        a = torch.randn(count, n, n, generator=torch.Generator().manual_seed(n), dtype=dtype).to(provider.device)
-        a = a + a.mT
-        values, vectors = provider.ops.eigh(a)
-        with torch.inference_mode():
-            again = provider.ops.eigh(a.clone())
-    finally:
-        torch.set_num_threads(before)
-    assert values.shape == (count, n)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close((vectors * values[:, None]) @ vectors.mT, a, atol=50 * n * eps, rtol=0)
-    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(n, dtype=dtype, device=a.device).expand_as(a), atol=50 * eps, rtol=0)
-    assert bool((values.diff(dim=1) >= 0).all())
-    assert torch.equal(again[0], values)
-    assert torch.equal(again[1], vectors)
-
-
 # ---- whole models -------------------------------------------------------------------------------------------------------
 
 

@@ -97,6 +97,20 @@ def _gram64(y: Tensor, dim: int = -2) -> Tensor:
     return gram
 
 
+# The operators keep one multiprocessor of a GPU busy for each matrix: those of more rows are better left to cuSOLVER.
+_ONE_BLOCK = 1024
+
+
+def _eigvalsh(matrices: Tensor) -> Tensor:  # [b, n, n] -> [b, n], ascending
+    whole = matrices.is_cuda and matrices.shape[-1] > _ONE_BLOCK
+    return torch.linalg.eigvalsh(matrices) if whole else torch.ops.deftx.eigvalsh(matrices)
+
+
+def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:  # [b, n, n] -> [b, n], ascending, and [b, n, n], columns
+    whole = matrices.is_cuda and matrices.shape[-1] > _ONE_BLOCK
+    return torch.linalg.eigh(matrices) if whole else torch.ops.deftx.eigh(matrices)
+
+
 # ---- a small rank -------------------------------------------------------------------------------------------------------
 
 
@@ -141,14 +155,14 @@ def _subspace(a: Tensor, totals: Tensor, rank: int, n_iter: int, test_matrix: Te
     for k in range(2, 2 + n_iter + _MORE):
         z = matmul(y.mT, a)
         if half is None:  # singular values of a.mT a q are at most those of a.mT a
-            half = torch.linalg.eigvalsh(_gram64(z, -1))[:, columns - rank].clamp(min=0).sqrt() / 2
+            half = _eigvalsh(_gram64(z, -1))[:, columns - rank].clamp(min=0).sqrt() / 2
         shift = torch.minimum(1.5 * (totals - seen).clamp(min=0) / (n - columns), half)
         q = _orthonormal_rows(z - shift.to(z.dtype)[:, None, None] * q)
         y = matmul(a, q.mT)
         before, seen = seen, _sums_of_squares(y)
         if k < n_iter:
             continue
-        squares, vectors = torch.ops.deftx.eigh(_gram64(y))
+        squares, vectors = _eigh(_gram64(y))
         squares, vectors = squares.flip(-1)[:, :rank], vectors.flip(-1)[..., :rank]
         residual = totals - squares.sum(-1)
         done = seen - before <= _enough(k, rank, columns, n) * residual + _ROUNDING * totals
