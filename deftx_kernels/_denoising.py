@@ -81,16 +81,18 @@ def denoise(
     before anything is written, that names the tensor by labels[name].
     """
     infos = {n: _nothing(t) for n, t in sources.items()}
-    groups: dict[tuple, list[_Matrix]] = {}  # by shape, dtype and device
+    groups: dict[tuple, list[_Matrix]] = {}  # by shape (with an energy: by its short side), dtype and device
     for name, t in sources.items():
         if t.numel():
             m, n = t.shape[-2:]
             parts = zip(t.reshape(-1, m, n), outs[name].view(-1, m, n), _totals(t, labels[name]))
-            group = groups.setdefault((t.shape[-2:], t.dtype, t.device), [])
+            # A GPU decomposes the Gram matrices of all layers at once: one after the other they would keep it idle.
+            kind = t.shape[-2:] if rule.energy is None else min(m, n)
+            group = groups.setdefault((kind, t.dtype, t.device), [])
             group += [_Matrix(source, out, total, name, i) for i, (source, out, total) in enumerate(parts)]
     done, total = 0, sum(map(len, groups.values()))
-    for (shape, dtype, device), group in groups.items():
-        compute = compute_dtype(dtype)
+    for (_, dtype, device), group in groups.items():
+        shape, compute = group[0].source.shape, compute_dtype(dtype)
         rank, energy, median = _arguments(rule, shape)
         test_matrix = random_test_matrix(shape, rank, rule.oversample, rule.generator, compute, device) if rank else None
         count = _batch(shape, compute, device, test_matrix, rule.batch_bytes)

@@ -51,7 +51,6 @@ def svd_denoise_(
     test_matrix: Tensor | None,  # [min(m, n), l]
     batch: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keep = round(residual_density * matrices[0].numel())
     m, n = max(matrices[0].shape), min(matrices[0].shape)
     batch = min(batch, len(matrices))
     # Made once: memory that is new to the process costs more than to copy a matrix into it.
@@ -61,9 +60,10 @@ def svd_denoise_(
         for first in range(0, len(matrices), batch):
             some = slice(first, first + batch)
             if test_matrix is not None:
+                keep = round(residual_density * matrices[0].numel())
                 found.append(_by_subspace(matrices[some], out[some], workspace, totals[some], rank, keep, n_iter, test_matrix))
             else:
-                found.append(_by_spectrum(matrices[some], out[some], workspace, rank, energy, median, keep))
+                found.append(_by_spectrum(matrices[some], out[some], workspace, rank, energy, median, residual_density))
     ranks, captured, lost = (torch.cat(x) for x in zip(*found))
     whole = torch.where(totals > 0, totals, 1.0)
     return ranks, torch.where(totals > 0, captured / whole, 1.0).clamp(max=1.0), (lost / whole).clamp(min=0.0).sqrt()
@@ -249,43 +249,49 @@ def _prune_from_factors(w: Tensor, left: Tensor, right: Tensor, out: Tensor, kee
 
 
 def _by_spectrum(
-    matrices: Sequence[Tensor],
+    matrices: Sequence[Tensor],  # of one short side n
     out: Sequence[Tensor],
     workspace: Tensor,  # [at least as many, n, n]
     rank: int,
     energy: float,
     median: float,
-    keep: int,
+    residual_density: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tall = [_tall(w) for w in matrices]
     grams = workspace[: len(tall)]
     for w, gram in zip(tall, grams):
         _gram_(gram, w)
-    squares, vectors = (torch.linalg.eigvalsh(grams), None) if _by_products(grams) else torch.ops.deftx.eigh(grams)
-    values = list(squares.to("cpu", torch.float64).clamp(min=0).flip(-1))  # all that is decided from them is decided there
-    ranks = [_settled_rank(v, rank, energy, median, grams.dtype) for v in values]
-    projectors = [None] * len(tall) if vectors is not None else _projectors(grams, squares, values, ranks)
-    captured, lost = [], []
-    for i, w in enumerate(tall):
+    squares, vectors = (_eigvalsh(grams), None) if _by_products(grams) else _eigh(grams)
+    values = squares.to("cpu", torch.float64).clamp(min=0).flip(-1)  # all that is decided from them is decided there
+    if grams.dtype == torch.float64:
+        values = _known(values)
+    ranks = _ranks(values, rank, energy, median)
+    settled = _settled(values, ranks, energy, median, grams.dtype)
+    captured, lost = _shares(values, ranks)
+    projectors = [None] * len(tall) if vectors is not None else _projectors(grams, squares, values, ranks, settled)
+    pruned = []
+    for i, (w, projector) in enumerate(zip(tall, projectors)):
+        keep = round(residual_density * w.numel())
         low = torch.empty_like(matrices[i]) if keep else out[i]
-        settled, projector, basis = ranks[i], projectors[i], None
-        r = settled or 0
         if projector is not None:
             for rows, target in zip(w.split(_ROWS), _tall(low).split(_ROWS)):
                 matmul_(target, rows, projector)
         else:
-            if settled is not None:
+            basis = None
+            if settled[i]:
                 own = vectors[i] if vectors is not None else torch.linalg.eigh(grams[i])[1]
-                basis = _settled_basis(w, values[i], own.flip(-1), r)
+                basis = _settled_basis(w, values[i], own.flip(-1), int(ranks[i]))
             if basis is None:
-                values[i], precise = _spectrum64(w)
-                basis, r = precise.to(w.dtype), _rank(values[i], rank, energy, median)
-            _project(w, basis, r, _tall(low))
-        ranks[i] = r
-        captured.append(values[i][:r].sum())
-        lost.append(_prune_(matrices[i], low, out[i], keep) if keep else values[i][r:].sum())
-    ranks_, captured_ = torch.tensor(ranks, dtype=torch.int64), torch.stack(captured)
-    return ranks_.to(grams.device), captured_.to(grams.device), torch.stack(lost).to(grams.device)
+                spectrum, precise = _spectrum64(w)
+                basis, ranks[i] = precise.to(w.dtype), _ranks(spectrum[None], rank, energy, median)[0]
+                captured[i], lost[i] = (x[0] for x in _shares(spectrum[None], ranks[i : i + 1]))
+            _project(w, basis, int(ranks[i]), _tall(low))
+        if keep:
+            pruned.append(_prune_(matrices[i], low, out[i], keep))
+        elif residual_density:
+            pruned.append(lost[i].to(grams.device))
+    device = grams.device
+    return ranks.to(device), captured.to(device), torch.stack(pruned) if pruned else lost.to(device)
 
 
 def _by_products(grams: Tensor) -> bool:
@@ -293,19 +299,27 @@ def _by_products(grams: Tensor) -> bool:
     return products.splits(grams)
 
 
-def _projectors(grams: Tensor, eigenvalues: Tensor, values: list[Tensor], ranks: list[int | None]) -> list[Tensor | None]:
+def _projectors(
+    grams: Tensor,  # [b, n, n]
+    eigenvalues: Tensor,  # [b, n] of them, ascending
+    values: Tensor,  # float64 [b, n]: the same on the CPU, descending
+    ranks: Tensor,  # [b]
+    settled: Tensor,  # bool [b]
+) -> list[Tensor | None]:
     """The spectral projector of each matrix; None where its rank is unknown, or the gap at the cut is too small for products."""
-    n = grams.shape[-1]
-    found: list[Tensor | None] = [None] * len(ranks)
-    chosen = []
-    for i, r in enumerate(ranks):
-        if r is not None and 0 < r < n:
-            gap = float(values[i][r - 1] - values[i][r])
-            if gap > (1e-4 if n >= 256 else 1e-3) * float(values[i][0]):
-                chosen.append(i)
+    b, n = values.shape
+    found: list[Tensor | None] = [None] * b
+    if n == 1:
+        return found
+    cut = ranks.clamp(1, n - 1)[:, None]
+    gap = (values.gather(1, cut - 1) - values.gather(1, cut))[:, 0]
+    wide = gap > (1e-4 if n >= 256 else 1e-3) * values[:, 0]
+    chosen = (settled & wide & (ranks > 0) & (ranks < n)).nonzero()[:, 0].tolist()
     if chosen:
-        rank = torch.tensor([ranks[i] for i in chosen], device=grams.device)
-        projectors = spectral_projector(grams[chosen], eigenvalues[chosen], rank)
+        rank = ranks[chosen].to(grams.device)
+        if len(chosen) < b:
+            grams, eigenvalues = grams[chosen], eigenvalues[chosen]
+        projectors = spectral_projector(grams, eigenvalues, rank)
         # Both, since errors at the two sides of the cut cancel in the trace, and one alone hardly shows in the sum of squares.
         trace = (projectors.diagonal(dim1=-2, dim2=-1).sum(-1) - rank).abs()
         squares = (projectors.square().sum((-2, -1)) - rank).abs()
@@ -332,37 +346,45 @@ def _gram_(gram: Tensor, w: Tensor) -> None:  # [n, n], [m, n]
         gram[half:, :half] = gram[:half, half:].mT
 
 
-def _rank(squares: Tensor, rank: int, energy: float, median: float) -> int:
-    """By the rule, from the squared singular values, descending."""
+def _ranks(squares: Tensor, rank: int, energy: float, median: float) -> Tensor:  # float64 [b, n], descending -> int64 [b]
+    """By the rule, from the squared singular values."""
     if rank:
-        return rank
-    if not float(squares[0]) > 0:
-        return 0
+        return torch.full((len(squares),), rank)
     if energy:
-        sums = squares.cumsum(0)
-        return int(torch.searchsorted(sums, energy * sums[-1])) + 1
-    singular = squares.sqrt()
-    return int((singular > median * torch.quantile(singular, 0.5)).sum())
+        sums = squares.cumsum(1)
+        found = torch.searchsorted(sums, energy * sums[:, -1:])[:, 0] + 1
+    else:
+        singular = squares.sqrt()
+        found = (singular > median * torch.quantile(singular, 0.5, dim=1, keepdim=True)).sum(1)
+    return torch.where(squares[:, 0] > 0, found, 0)
 
 
 # Rounding of a Gram matrix and its eigenvalues, in units of float32's (the largest found: 1e-6 of the sum, 5 units of the largest).
 _SUM_ROUNDING, _VALUE_ROUNDING = 16, 8
 
 
-def _settled_rank(squares: Tensor, rank: int, energy: float, median: float, dtype: torch.dtype) -> int | None:
-    """The rank, or None where rounding could make it another one."""
-    found = _rank(squares, rank, energy, median)
+def _settled(squares: Tensor, ranks: Tensor, energy: float, median: float, dtype: torch.dtype) -> Tensor:  # bool [b]
+    """Whether no rounding of the dtype could make a rank another one."""
     eps = torch.finfo(dtype).eps
-    if energy and found:
-        sums = squares.cumsum(0)
-        near = (sums[max(found - 2, 0) : found] - energy * sums[-1]).abs().amin()
-        return found if float(near) > _SUM_ROUNDING * eps * float(sums[-1]) or eps < 1e-12 else None
-    if median:
-        middle = torch.quantile(squares.sqrt(), 0.5).square()
-        near = (squares - median**2 * middle).abs().amin()
-        settled = float(near) > _VALUE_ROUNDING * eps * (1 + median**2) * float(squares[0])
-        return found if settled or eps < 1e-12 else None
-    return found
+    if eps < 1e-12 or not (energy or median):
+        return torch.ones_like(ranks, dtype=torch.bool)
+    if energy:
+        sums = squares.cumsum(1)
+        distance = (sums - energy * sums[:, -1:]).abs()
+        last = (ranks - 1).clamp(min=0)[:, None]
+        near = torch.minimum(distance.gather(1, last), distance.gather(1, (last - 1).clamp(min=0)))[:, 0]
+        settled = near > _SUM_ROUNDING * eps * sums[:, -1]
+    else:
+        middle = torch.quantile(squares.sqrt(), 0.5, dim=1, keepdim=True).square()
+        near = (squares - median**2 * middle).abs().amin(1)
+        settled = near > _VALUE_ROUNDING * eps * (1 + median**2) * squares[:, 0]
+    return settled | (squares[:, 0] == 0)
+
+
+def _shares(squares: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:  # float64 [b, n], int64 [b] -> float64 [b], [b]
+    """The sums of what the ranks keep and of the rest."""
+    kept = torch.arange(squares.shape[1]) < ranks[:, None]
+    return torch.where(kept, squares, 0.0).sum(1), torch.where(kept, 0.0, squares).sum(1)
 
 
 _WINDOW = 16  # eigenvectors on either side of the cut
@@ -401,10 +423,13 @@ _ERROR = 2e-5  # relative, of the truncated matrix; 5e-5 is promised
 
 def _spectrum64(w: Tensor) -> tuple[Tensor, Tensor]:
     squares, vectors = torch.linalg.eigh(_gram64(w))
-    squares = squares.cpu().flip(-1)
-    # Below the rounding of the largest one nothing is known: count it as zero.
-    noise = squares[0] * len(squares) * torch.finfo(torch.float64).eps
-    return torch.where(squares > noise, squares, 0.0), vectors.flip(-1)
+    return _known(squares.cpu().flip(-1)), vectors.flip(-1)
+
+
+def _known(squares: Tensor) -> Tensor:  # [..., n], descending, of float64 Gram matrices
+    """Below the rounding of the largest one nothing is known: count it as zero."""
+    noise = squares[..., :1] * squares.shape[-1] * torch.finfo(torch.float64).eps
+    return torch.where(squares > noise, squares, 0.0)
 
 
 def _project(w: Tensor, basis: Tensor, rank: int, out: Tensor) -> None:
