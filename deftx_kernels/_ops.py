@@ -50,8 +50,8 @@ SCHEMAS = {
     "threshold_mask": "(Tensor[] scores, int threshold, int[] ties) -> (Tensor crow_indices, Tensor col_indices)",
     # a [..., m, n], test_matrix [min(m, n), l] with rank <= l <= min(m, n), or None for the exact decomposition.
     "truncated_svd": "(Tensor a, int rank, int n_iter, Tensor? test_matrix) -> (Tensor U, Tensor S, Tensor Vh)",
-    # out[i] = L + prune(H) of matrices[i] [m, n]: all float32 or all float64, and of one shape; with an energy, of one min(m, n). out
-    # may be the matrices themselves.
+    # out[i] = L + prune(H) of matrices[i] [m, n]: all float32 or all float64, of one shape, or, with an energy, of one min(m, n).
+    # out may be the matrices themselves.
     # The rank of L is `rank`, or the smallest that holds the share `energy` of the sum of squares, or the number of singular values
     # above `median` times their median: two of the three are 0. test_matrix [min(m, n), l] as above, with `rank` only.
     # totals float64: the matrices' sums of squares, finite. `batch` matrices are worked on at a time.
