@@ -22,11 +22,20 @@ from deftx_kernels import CSRMask, select_mask, svd_denoise, topk_mask, truncate
 OPS = {
     "svd_denoise": "each matrix replaced by its best approximation of low rank",
     "truncated_svd": "the leading singular values and vectors of a batch of matrices",
+    "eigvalsh": "eigenvalues of the Gram matrices of a model's layers",
+    "eigh": "eigenvalues and eigenvectors of the small matrices that a fixed rank leaves",
     "select_mask": "the mask of the entries in which two models differ most (LT-SFT), with denoising if a rule is named (DeFT-X)",
     "lift_mask": "the mask of the largest entries of each weight's approximation of low rank (LIFT)",
 }
 SIZES = ("tiny", "minilm", "bert", "xlmr", "llama1b", "llama7b")
 LAYERS = {"tiny": 1, "minilm": 6, "xlmr": 12}
+# How many and how large: the short sides of the linear layers; columns of the subspace, for rank 64 and, of Llama 7B, 128.
+SYMMETRIC = {
+    "tiny": {"eigvalsh": (6, 96), "eigh": (6, 24)},
+    "minilm": {"eigvalsh": (36, 384), "eigh": (36, 80)},
+    "xlmr": {"eigvalsh": (72, 768), "eigh": (72, 80)},
+    "llama7b": {"eigvalsh": (224, 144), "eigh": (224, 144)},
+}
 OVERSAMPLE, POWER_STEPS = 16, 2
 Rule = dict[str, Any]  # the argument of svd_denoise that says how much is kept
 RULES: tuple[Rule, ...] = ({"rank": 64}, {"energy": 0.9})
@@ -50,10 +59,16 @@ def works(choice: Choice) -> Iterator[Work]:
 
 
 def _decompositions(size: str, choice: Choice) -> Iterator[Work]:
-    def work(op: str, title: str, case: Callable[..., Case], *rest: Any, density: float | None = None) -> Work:
+    def work(
+        op: str, title: str, case: Callable[..., Case], *rest: Any, density: float | None = None, dtype: torch.dtype = torch.float32
+    ) -> Work:
         made = (partial(case, s, *rest, choice.device) for s in (size, "tiny"))
-        return Work(op, size, title, torch.float32, density, choice.device, *made)
+        return Work(op, size, title, dtype, density, choice.device, *made)
 
+    if size in SYMMETRIC and not choice.quick:
+        for op, dtype in (("eigh", torch.float64), ("eigvalsh", torch.float32))[: 2 if choice.device == "cuda" else 1]:
+            count, n = SYMMETRIC[size][op]
+            yield work(op, f"{count}x{n}x{n}", symmetric_case, op, dtype, dtype=dtype)
     if size == "llama7b" and choice.device == "cuda":  # with its result 52 GB
         yield work("svd_denoise", f"llama7b linears x32, {label(LLAMA7B)}", linears_case, 32, LLAMA7B)
     if size not in LAYERS:
@@ -331,6 +346,50 @@ def truncated_case(size: str, layers: int, rank: int, device: str) -> Case:
     }
     moved = 4 * (batch.numel() + batch.shape[0] * rank * (batch.shape[1] + batch.shape[2] + 1))
     return Case(moved, providers, check, flops=len(batch) * flops(batch.shape[1:], {"rank": rank}), rounds=5)
+
+
+# ---- eigvalsh, eigh ------------------------------------------------------------------------------------------------------
+
+
+def symmetric_case(size: str, op: str, dtype: torch.dtype, device: str) -> Case:
+    count, n = SYMMETRIC[size][op]
+    w = torch.randn(count, 2 * n, n, generator=torch.Generator(device).manual_seed(0), device=device, dtype=torch.float64)
+    matrices = (w.mT @ w).to(dtype)
+
+    def cupy_call() -> Any:
+        import cupy
+
+        with torch_memory(cupy):
+            found = getattr(cupy.linalg, op)(cupy.from_dlpack(matrices))
+            return [torch.from_dlpack(x) for x in found] if op == "eigh" else torch.from_dlpack(found)
+
+    def check(result: Any) -> str | None:
+        exact = torch.linalg.eigvalsh(matrices.double())
+        one = torch.finfo(dtype).eps * float(exact.amax())
+        errors = {"eigenvalues": (result if op == "eigvalsh" else result[0]).double() - exact}
+        if op == "eigh":
+            values, vectors = (x.double() for x in result)
+            errors["the product of what was found"] = (vectors * values[:, None]) @ vectors.mT - matrices.double()
+        worst = {what: float(error.abs().max()) / one for what, error in errors.items()}
+        return next(
+            (f"{what}: {x:.0f} units of rounding wrong, at most {n} are right" for what, x in worst.items() if not x <= n), None
+        )
+
+    providers = {
+        OURS: lambda: lambda: getattr(torch.ops.deftx, op)(matrices),
+        f"torch.linalg.{op}": lambda: lambda: getattr(torch.linalg, op)(matrices),
+    }
+    absent = {}
+    if device == "cuda":
+        _, reason = imported("cupy")
+        if reason:
+            absent[f"cupy.linalg.{op}"] = reason
+        else:
+            providers[f"cupy.linalg.{op}"] = lambda: cupy_call
+    moved = matrices.nbytes + dtype.itemsize * count * n * (1 if op == "eigvalsh" else n + 1)
+    # The tridiagonal form; the product of its reflectors and the rotations of 1.7 QL steps for each eigenvalue.
+    work = count * n**3 * (4 / 3 if op == "eigvalsh" else 8 / 3 + 5)
+    return Case(moved, providers, check, flops=work, rounds=5, absent=absent)
 
 
 # ---- select_mask, with denoising -----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Denoising of many matrices: those of one shape and dtype are worked on together, in batches that fit a memory limit."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -64,7 +65,6 @@ class _Matrix(NamedTuple):
     out: Tensor
     total: float  # sum of squares
     name: Any  # of the tensor
-    place: int  # within it
 
 
 def denoise(
@@ -80,18 +80,20 @@ def denoise(
     (matrices done, matrices in all). Where all of H is kept, nothing is written. A NaN or an infinite entry is an error, raised
     before anything is written, that names the tensor by labels[name].
     """
-    infos = {n: _nothing(t) for n, t in sources.items()}
     groups: dict[tuple, list[_Matrix]] = {}  # by shape (with an energy: by its short side), dtype and device
+    totals = _totals(sources, labels)
     for name, t in sources.items():
         if t.numel():
             m, n = t.shape[-2:]
-            parts = zip(t.reshape(-1, m, n), outs[name].view(-1, m, n), _totals(t, labels[name]))
             # A GPU decomposes the Gram matrices of all layers at once: one after the other they would keep it idle.
             kind = t.shape[-2:] if rule.energy is None else min(m, n)
             group = groups.setdefault((kind, t.dtype, t.device), [])
-            group += [_Matrix(source, out, total, name, i) for i, (source, out, total) in enumerate(parts)]
+            parts = zip(t.reshape(-1, m, n), outs[name].view(-1, m, n), totals[name])
+            group += [_Matrix(source, out, total, name) for source, out, total in parts]
+    found: dict[Any, list[Sequence[Tensor]]] = {n: [] for n in sources}  # rank, energy, residual of a tensor's next matrices
     done, total = 0, sum(map(len, groups.values()))
     for (_, dtype, device), group in groups.items():
+        group.sort(key=lambda w: w.source.shape)  # stable: a tensor's matrices stay in order
         shape, compute = group[0].source.shape, compute_dtype(dtype)
         rank, energy, median = _arguments(rule, shape)
         test_matrix = random_test_matrix(shape, rank, rule.oversample, rule.generator, compute, device) if rank else None
@@ -102,14 +104,19 @@ def denoise(
             if progress is not None:
                 progress(done, total)
             batch = group[first : first + many]
-            found = _denoise_batch(batch, count, compute, rule, rank, energy, median, test_matrix)
-            for j, w in enumerate(batch):
-                for key, values in zip(("rank", "energy") if rule.residual_density == 1 else ("rank", "energy", "residual"), found):
-                    infos[w.name][key].view(-1)[w.place] = values[j]
+            results = _denoise_batch(batch, count, compute, rule, rank, energy, median, test_matrix)
+            for name, (start, end) in _runs([w.name for w in batch]):
+                found[name].append([x[start:end] for x in results])
             done += len(batch)
     if progress is not None:
         progress(done, total)
-    return infos
+    return {name: _information(t, found[name], rule) for name, t in sources.items()}
+
+
+def _runs(names: list[Any]) -> list[tuple[Any, tuple[int, int]]]:
+    """(name, (where a run of equal names begins, and where it ends))."""
+    starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
+    return [(names[start], (start, end)) for start, end in zip(starts, [*starts[1:], len(names)])]
 
 
 def _denoise_batch(
@@ -153,13 +160,23 @@ def factors(delta: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     return left, right, torch.ops.deftx.residual_cut(delta[None], left, right, round(rule.residual_density * delta.numel()))
 
 
-def _totals(tensor: Tensor, label: str) -> list[float]:
-    """The sum of squares of each matrix of a tensor [..., m, n]: float32 sums of rows, added up in float64."""
-    work = tensor.to(compute_dtype(tensor.dtype))
-    sums = torch.linalg.vector_norm(work, dim=-1).to(torch.float64).square().sum(-1).view(-1)
-    if not bool(torch.isfinite(sums).all()):
-        check_finite(tensor, label)  # or only the squares are not
-    return sums.tolist()
+def _totals(sources: Mapping[Any, Tensor], labels: Mapping[Any, str]) -> dict[Any, list[float]]:
+    """The sum of squares of each matrix [m, n] of the tensors: float32 sums of rows, added up in float64."""
+    sums = {}
+    for name, t in sources.items():
+        work = t.to(compute_dtype(t.dtype))
+        sums[name] = torch.linalg.vector_norm(work, dim=-1).to(torch.float64).square().sum(-1).view(-1)
+    on_device: dict[torch.device, list[Any]] = {}
+    for name, x in sums.items():
+        on_device.setdefault(x.device, []).append(name)
+    found: dict[Any, list[float]] = {}
+    for names in on_device.values():  # the host waits once for each device
+        each = iter(torch.cat([sums[n] for n in names]).tolist())
+        found |= {n: list(itertools.islice(each, len(sums[n]))) for n in names}
+    for name, numbers in found.items():
+        if not all(map(math.isfinite, numbers)):
+            check_finite(sources[name], labels[name])  # or only the squares are not
+    return found
 
 
 def _rescaled(w: Tensor) -> tuple[Tensor, float, float]:
@@ -173,11 +190,15 @@ def _rescaled(w: Tensor) -> tuple[Tensor, float, float]:
     return scaled, power, float(torch.linalg.vector_norm(scaled, dim=-1).to(torch.float64).square().sum())
 
 
-def _nothing(tensor: Tensor) -> dict[str, Tensor]:
-    """The information on matrices that are empty or keep all of H."""
-    batch = tensor.shape[:-2]
-    kinds = {"rank": torch.int64, "energy": torch.float64, "residual": torch.float64}
-    return {k: torch.full(batch, k == "energy", dtype=d, device=tensor.device) for k, d in kinds.items()}
+def _information(tensor: Tensor, found: list[Sequence[Tensor]], rule: Rule) -> dict[str, Tensor]:
+    """What `denoise` returns of a tensor, from its matrices' rank, energy and residual."""
+    batch, device = tensor.shape[:-2], tensor.device
+    if found:
+        rank, energy, residual = (torch.cat(x).view(batch) if len(x) > 1 else x[0].view(batch) for x in zip(*found))
+    else:  # empty matrices
+        rank = torch.zeros(batch, dtype=torch.int64, device=device)
+        energy, residual = (torch.full(batch, x, dtype=torch.float64, device=device) for x in (1.0, 0.0))
+    return {"rank": rank, "energy": energy, "residual": torch.zeros_like(residual) if rule.residual_density == 1 else residual}
 
 
 def _arguments(rule: Rule, shape: torch.Size) -> tuple[int, float, float]:

@@ -4,6 +4,7 @@ Everything here is made of two operators: magnitude_histogram, whose counts can 
 threshold_mask.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -137,7 +138,9 @@ def by_rounds(
 ) -> tuple[Tensor, Tensor]:
     """As `Candidates`, of groups that can be made again: no score is kept, and each group is made 1 + itemsize / 2 times."""
     threshold, ties = find_threshold(
-        lambda prefix, shift: torch.stack([histogram(x, prefix, shift) for x in groups()]).sum(0), score_dtype.itemsize, k
+        lambda prefix, shift: functools.reduce(Tensor.add_, (histogram(x, prefix, shift) for x in groups())),
+        score_dtype.itemsize,
+        k,
     )
     columns = Columns(k, dtype, device)
     for scores in groups():

@@ -17,7 +17,6 @@ from deftx_kernels.kernels.products import full_precision, matmul, matmul_
 from deftx_kernels.kernels.spectral import spectral_projector
 
 _ROWS = 1 << 14  # of a tall matrix, worked on at a time
-_DOUBLES = 1 << 16  # float64 numbers made of each matrix at a time
 
 
 def truncated_svd(a: Tensor, rank: int, n_iter: int, test_matrix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,10 +85,15 @@ def _sums_of_squares(y: Tensor) -> Tensor:
     return torch.linalg.vector_norm(y, dim=-1).to(torch.float64).square().sum(-1)
 
 
+def _at_a_time(x: Tensor, width: int) -> int:
+    """How many rows of `width` numbers of each matrix are made float64 at a time: few on the CPU, where memory is the limit."""
+    return max(1, (1 << (24 if x.is_cuda else 16)) // width)
+
+
 def _gram64(y: Tensor, dim: int = -2) -> Tensor:
     """y.mT @ y (dim -2) or y @ y.mT (dim -1) [..., l, l] in float64, some of the other dimension at a time."""
     gram: Tensor | None = None
-    for part in y.split(max(1, _DOUBLES // y.shape[-3 - dim]), dim):
+    for part in y.split(_at_a_time(y, y.shape[-3 - dim]), dim):
         part = part.to(torch.float64)
         product = part.mT @ part if dim == -2 else part @ part.mT
         gram = product if gram is None else gram.add_(product)
@@ -413,7 +417,9 @@ def _settled_basis(w: Tensor, squares: Tensor, vectors: Tensor, rank: int) -> Te
     lower = torch.linalg.cholesky(basis.mT @ basis)
     identity = torch.eye(lower.shape[0], dtype=torch.float64, device=w.device)
     basis = basis @ torch.linalg.solve_triangular(lower, identity, upper=False).mT
-    _, rotation = torch.linalg.eigh(sum(part.mT @ part for part in (rows.to(torch.float64) @ basis for rows in w.split(_ROWS))))
+    _, rotation = torch.linalg.eigh(
+        sum(part.mT @ part for part in (rows.to(torch.float64) @ basis for rows in w.split(_at_a_time(w, n))))
+    )
     vectors[:, window] = (basis @ rotation.flip(-1)).to(w.dtype)
     return vectors
 
