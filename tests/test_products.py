@@ -1,4 +1,4 @@
-"""Products of bfloat16 parts, on CPU tensors, against float64: within twice what the parts left out and the sums may come to."""
+"""Products of bfloat16 parts, on the CPU and on a GPU, against float64: within twice the errors of the parts and the sums."""
 
 import pytest
 import torch
@@ -12,14 +12,21 @@ SHAPES = [(1, 1, 1), (40, 70, 50), (300, 33, 8), (8, 33, 300), (129, 257, 3), (5
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def on_split_products(monkeypatch):
+@pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def on_split_products(request, monkeypatch):
+    """The way of CUDA tensors, on both devices: new tensors are on the one that is asked for."""
     monkeypatch.setattr(products, "splits", lambda x: x.dtype == torch.float32)
+    with torch.device(request.param):
+        yield
 
 
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-8, 8, shape, generator=generator)
+def numbers(*shape: int, seed: int = 0, even: bool = False) -> Tensor:
+    """Normal ones, `even` or of many magnitudes."""
+    generator = torch.Generator("cpu").manual_seed(seed + sum(shape))
+    x = torch.randn(shape, generator=generator, device="cpu")
+    if not even:
+        x *= 2.0 ** torch.randint(-8, 8, shape, generator=generator, device="cpu")
+    return x.to(torch.get_default_device())
 
 
 def assert_product(found: Tensor, a: Tensor, b: Tensor, parts: int = 2) -> None:
@@ -57,7 +64,7 @@ def test_batches():
 
 def test_two_parts_are_as_accurate_as_that():
     """Of the whole, by the norm: with one part it would be 2e-3, and it is not better than two parts can be."""
-    a, b = torch.randn(3, 40, 70), torch.randn(70, 50)
+    a, b = numbers(3, 40, 70, even=True), numbers(70, 50, even=True)
     exact = a.double() @ b.double()
     error = float((products.matmul(a, b).double() - exact).norm() / exact.norm())
     assert 1e-5 / 50 < error < 1e-5
@@ -112,7 +119,7 @@ def test_gram(rows, n):
         products.gram_(gram, w.split(rows))
         assert_product(gram, w.mT, w, parts=3)
         assert torch.equal(gram, gram.mT)
-    w = torch.randn(sum(rows), n)
+    w = numbers(sum(rows), n, even=True)
     products.gram_(gram, w.mT.contiguous().mT.split(rows))
     exact = w.double().mT @ w.double()
     assert float((gram.double() - exact).norm() / exact.norm()) < 5e-7

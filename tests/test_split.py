@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deftx_kernels import svd_denoise
 from deftx_kernels.kernels import products
 
 # (batch..., m, n); a tile is 32 x 128.
@@ -109,3 +110,21 @@ def test_offsets_beyond_31_bits(cuda_on_cpu):
             with tool.override():
                 module.split_into(out, x, (0, 1))
             assert_same(out.reshape(2, 4, 5), products.split_plainly(x, (0, 1), -2))
+
+
+@pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.9}])
+def test_denoising_by_the_kernel(cuda_on_cpu, monkeypatch, rule):
+    """All that it splits, contiguous and not, wide and tall."""
+    pytest.importorskip("triton")
+    from deftx_kernels.kernels import split as module
+
+    tool = importlib.import_module(f"{cuda_on_cpu.__name__}.triton_on_cpu")
+    monkeypatch.setattr(products, "splits", lambda x: x.dtype == torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    delta = {name: torch.randn(shape, generator=generator) for name, shape in {"tall": (2, 60, 50), "wide": (50, 70)}.items()}
+    want = svd_denoise(delta, oversample=4, **rule)
+    monkeypatch.setattr(products, "split", module.split)
+    with tool.override() as launches:
+        found = svd_denoise(delta, oversample=4, **rule)
+    assert len(launches) > 10
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=0)

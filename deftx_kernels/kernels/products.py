@@ -120,11 +120,11 @@ def gram_(out: Tensor, chunks: Sequence[Tensor]) -> None:  # [n, n], each [rows,
     Four products where any two matrices take six: those of different parts are each other's transposes.
     """
     n = len(out)
-    sums = out.new_zeros(1, n, 3 * n)  # w0' w0 + w1' w1 | w0' w1 | w0' w2
-    for rows in chunks:
+    sums = out.new_empty(1, n, 3 * n)  # w0' w0 + w1' w1 | w0' w1 | w0' w2
+    for i, rows in enumerate(chunks):
         parts = split(rows[None], (0, 1, 2), -1)
         first, second = parts[..., :n], parts[..., n : 2 * n]
-        product_(sums, first.mT, parts, add=1)
+        product_(sums, first.mT, parts, add=min(i, 1))
         product_(sums[..., :n], second.mT, second, add=1)
     even, one, two = sums[0].view(n, 3, n).unbind(1)
     half = torch.add(one + two, even, alpha=0.5)
