@@ -24,8 +24,9 @@ def split(request) -> Callable[..., Tensor]:
     if request.param == "gpu":
 
         def on_gpu(x, slots, dim, out=None):
-            moved = torch.empty(0, dtype=x.dtype, device="cuda").set_(x.untyped_storage().cuda(), 0, x.shape, x.stride())
-            return products.split(moved, slots, dim, None if out is None else out.cuda()).cpu()
+            memory = x.untyped_storage().cuda()
+            moved = torch.empty(0, device="cuda").set_(memory, x.storage_offset(), x.shape, x.stride())
+            return products.split(moved, slots, dim, out).cpu()
 
         return on_gpu
     tool = importlib.import_module(f"{request.getfixturevalue('cuda_on_cpu').__name__}.triton_on_cpu")
