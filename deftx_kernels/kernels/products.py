@@ -83,10 +83,6 @@ class Parts:
         return torch.float32
 
     @property
-    def device(self) -> torch.device:
-        return self.first.device
-
-    @property
     def mT(self) -> "Parts":
         return Parts(self.first.mT, self.second.mT)
 
@@ -124,7 +120,7 @@ def gram_(out: Tensor, chunks: Sequence[Tensor]) -> None:  # [n, n], each [rows,
     for i, rows in enumerate(chunks):
         parts = split(rows[None], (0, 1, 2), -1)
         first, second = parts[..., :n], parts[..., n : 2 * n]
-        product_(sums, first.mT, parts, add=min(i, 1))
+        product_(sums, first.mT, parts, add=1 if i else 0)
         product_(sums[..., :n], second.mT, second, add=1)
     even, one, two = sums[0].view(n, 3, n).unbind(1)
     half = torch.add(one + two, even, alpha=0.5)
