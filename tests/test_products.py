@@ -86,6 +86,18 @@ def test_products_of_parts(shape):
                     assert products.matmul(b, parts).is_contiguous()
 
 
+def test_rough_products_are_of_one_part():
+    a, b = numbers(3, 40, 70, even=True), numbers(70, 50, even=True)
+    for parts, whole in ((Parts.of(a), a), (Parts.of(a.mT.contiguous()).mT, a)):
+        for found, exact in (
+            (products.rough_matmul(parts, b), whole.double() @ b.double()),
+            (products.rough_matmul(b.mT, parts.mT), b.mT.double() @ whole.mT.double()),
+        ):
+            assert found.dtype == torch.float32
+            assert 1e-4 < float((found.double() - exact).norm() / exact.norm()) < 1e-2
+    assert torch.equal(products.rough_matmul(a, b), products.matmul(a, b))
+
+
 def test_parts_of_separate_matrices():
     matrices = [numbers(30, 20, seed=i) for i in range(3)]
     workspace = torch.empty(4, 30, 20)

@@ -37,6 +37,16 @@ def matmul(a: "Tensor | Parts", b: "Tensor | Parts") -> Tensor:
     return split_matmul(a, b) if splits(a) else a @ b
 
 
+def rough_matmul(a: "Tensor | Parts", b: "Tensor | Parts") -> Tensor:
+    """As `matmul`, of `Parts` by their first part alone: a third of the work, and an error of 2**-8 of the whole at most."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return matmul(a, b)
+    left, right = (x.first if isinstance(x, Parts) else x.to(torch.bfloat16) for x in (a, b))
+    count = len(a if isinstance(a, Parts) else b)
+    out = torch.empty(count, left.shape[-2], right.shape[-1], device=left.device)
+    return product_(out, left.expand(count, -1, -1), right.expand(count, -1, -1))
+
+
 def matmul_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out [m, n] = a @ b, as `matmul`."""
     if splits(a):
@@ -85,6 +95,9 @@ class Parts:
     @property
     def mT(self) -> "Parts":
         return Parts(self.first.mT, self.second.mT)
+
+    def __len__(self) -> int:
+        return len(self.first)
 
     def __getitem__(self, chosen: Tensor) -> "Parts":
         return Parts(self.first[chosen], self.second[chosen])
