@@ -94,7 +94,7 @@ def test_rough_products_are_of_one_part():
             (products.rough_matmul(b.mT, parts.mT), b.mT.double() @ whole.mT.double()),
         ):
             assert found.dtype == torch.float32
-            assert 1e-4 < float((found.double() - exact).norm() / exact.norm()) < 1e-2
+            assert 1e-2 / 50 < float((found.double() - exact).norm() / exact.norm()) < 1e-2
     assert torch.equal(products.rough_matmul(a, b), products.matmul(a, b))
 
 
