@@ -163,6 +163,26 @@ def low_rank_variants() -> Iterator[Variant]:
             yield Variant(module.__name__, "_low_rank_kernel", f"{name}, {epilogue}{', any size' * any_size}", arguments, options)
 
 
+def split_variants() -> Iterator[Variant]:
+    from deftx_kernels.kernels import products
+    from deftx_kernels.kernels import split as module
+
+    for slots, any_size in itertools.product(((0, 1), products.LEFT, products.RIGHT, (0, 1, 2)), (False, True)):
+        size = "i32" if any_size else "i32:16"
+        arguments = {
+            "x": "*fp32",
+            "out": "*bf16",
+            "m": "i32",
+            **dict.fromkeys(("n", "x_batch", "x_row", "out_batch", "out_row", "out_slot"), size),
+            "SLOTS": slots,
+            "BLOCK_M": module.BLOCK_M,
+            "BLOCK_N": module.BLOCK_N,
+        }
+        vectors = () if any_size else ("ld.global.v4.b32", "st.global.v4.b32")
+        name = f"slots {slots}{', any size' * any_size}"
+        yield Variant(module.__name__, "_split_kernel", name, arguments, {"num_warps": module.NUM_WARPS}, vectors)
+
+
 def masked_linear_grad_variants() -> Iterator[Variant]:
     import triton.language as tl
 
@@ -241,6 +261,7 @@ def triton_variants() -> list[Variant]:
         *sparse_adamw_variants(),
         *square_sum_variants(),
         *low_rank_variants(),
+        *split_variants(),
         *masked_linear_grad_variants(),
         *masked_embedding_grad_variants(),
     ]

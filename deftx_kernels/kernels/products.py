@@ -1,10 +1,25 @@
-"""Matrix products of float32 accuracy at the speed of the matrix units, whatever the user's precision flags say."""
+"""Matrix products of float32 accuracy at the speed of the matrix units, whatever the user's precision flags say.
+
+On CUDA float32 products are made of bfloat16 ones, summed in float32: cuBLAS' float32 product would be slow, or as inaccurate as
+the user's TF32 flag. With x = x0 + x1, both bfloat16, a @ b is a0 b0 + a0 b1 + a1 b0; left out is 2**-16 of the whole. Entries
+must be finite. Every operand is split in one pass that writes its parts where the product wants them. There are two forms:
+
+    deep    [a1 | a0 | a0] @ [b0; b1; b0]: one product, 3 times as deep, whose result is written once (`matmul`, `matmul_`)
+    wide    a0 @ [b0 | b1], then a1 @ b0: a large a is split once for many products with matrices of few columns (`Parts`)
+
+Bytes were counted, see "Denoising: products" in bench/NOTES.md; no GPU has timed them yet.
+"""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+LEFT, RIGHT = (1, 0, 0), (0, 1, 0)  # the parts of a deep product's operands, pair by pair
 
 
 def splits(x: Tensor) -> bool:
@@ -12,46 +27,166 @@ def splits(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.float32
 
 
-def matmul(a: Tensor, b: Tensor, parts: int = 2) -> Tensor:
-    """a @ b for matrices [..., m, k] and [..., k, n] of one dtype, float32 or float64.
+def matmul(a: "Tensor | Parts", b: "Tensor | Parts") -> Tensor:
+    """a @ b for matrices [..., m, k] and [..., k, n] of one dtype, float32 or float64. On the CPU inside `full_precision`."""
+    if isinstance(a, Parts):
+        assert isinstance(b, Tensor)
+        return a.times(b)
+    if isinstance(b, Parts):
+        return b.after(a)
+    return split_matmul(a, b) if splits(a) else a @ b
 
-    On the CPU inside `full_precision`. On CUDA float32 products are made of bfloat16 ones: cuBLAS' float32 product would be slow,
-    or as inaccurate as the user's TF32 flag.
-    """
-    return split_matmul(a, b, parts) if splits(a) else a @ b
+
+def rough_matmul(a: "Tensor | Parts", b: "Tensor | Parts") -> Tensor:
+    """As `matmul`, of `Parts` by their first part alone: a third of the work, and an error of 2**-8 of the whole at most."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return matmul(a, b)
+    left, right = (x.first if isinstance(x, Parts) else x.to(torch.bfloat16) for x in (a, b))
+    count = len(a if isinstance(a, Parts) else b)
+    out = torch.empty(count, left.shape[-2], right.shape[-1], device=left.device)
+    return product_(out, left.expand(count, -1, -1), right.expand(count, -1, -1))
 
 
 def matmul_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out [m, n] = a @ b, as `matmul`."""
     if splits(a):
-        out.copy_(split_matmul(a, b))
+        product_(out[None], left_operand(a[None]), right_operand(b[None]))
     else:
         torch.mm(a, b, out=out)
 
 
-def split_matmul(a: Tensor, b: Tensor, parts: int = 2) -> Tensor:
-    """a @ b of float32 matrices as one product of bfloat16 ones, 3 times as deep (6 times with three parts), summed in float32.
-
-    With x = x0 + x1 (+ x2), all bfloat16: the sum of ai bj over i + j < parts. Left out is 2**-16 (2**-24) of the whole.
-    """
-    pairs = [(i, j) for i in range(parts) for j in range(parts - i)]
-    a_parts, b_parts = _split(a, parts), _split(b, parts)
-    left, right = torch.cat([a_parts[i] for i, _ in pairs], -1), torch.cat([b_parts[j] for _, j in pairs], -2)
-    if not a.is_cuda:  # products of bfloat16 numbers are exact in float32
-        return left.float() @ right.float()
-    if left.dim() == 2 and right.dim() == 2:
-        return torch.mm(left, right, out_dtype=torch.float32)
+def split_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of float32 matrices as one product of bfloat16 ones, 3 times as deep."""
+    left, right = split(a, LEFT, -1), split(b, RIGHT, -2)
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    left, right = (x.expand(*batch, -1, -1).reshape(-1, *x.shape[-2:]) for x in (left, right))
-    return torch.bmm(left, right, out_dtype=torch.float32).view(*batch, left.shape[-2], right.shape[-1])
+    left, right = (x.expand(*batch, -1, -1).reshape(math.prod(batch), *x.shape[-2:]) for x in (left, right))
+    out = a.new_empty(len(left), left.shape[-2], right.shape[-1])
+    return product_(out, left, right).view(*batch, *out.shape[-2:])
 
 
-def _split(x: Tensor, parts: int) -> list[Tensor]:
+@dataclass(frozen=True)
+class Parts:
+    """Float32 matrices [b, m, n], split once for many products with matrices of a few columns or rows."""
+
+    first: Tensor  # bfloat16 [b, m, n]
+    second: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Parts":  # [b, m, n]
+        return cls(*split(x, (0, 1), -1).tensor_split(2, -1))
+
+    @classmethod
+    def stacked(cls, matrices: Sequence[Tensor], workspace: Tensor) -> "Parts":
+        """Of matrices [m, n] of one shape, written into a contiguous float32 workspace of at least as many entries."""
+        count, (m, n) = len(matrices), matrices[0].shape
+        places = workspace.view(-1)[: count * m * n].view(torch.bfloat16).view(count, m, 2 * n)
+        for x, place in zip(matrices, places):
+            split(x, (0, 1), -1, out=place)
+        return cls(*places.tensor_split(2, -1))
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.first.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def mT(self) -> "Parts":
+        return Parts(self.first.mT, self.second.mT)
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, chosen: Tensor) -> "Parts":
+        return Parts(self.first[chosen], self.second[chosen])
+
+    def times(self, b: Tensor) -> Tensor:  # [b or none, n, l] -> [b, m, l]
+        """self @ b."""
+        count, m, _ = self.shape
+        columns = b.shape[-1]
+        thin = split(b, (0, 1), -1).expand(count, -1, -1)
+        sums = b.new_empty(count, m, 2 * columns)
+        product_(sums, self.first, thin)
+        product_(sums[..., :columns], self.second, thin[..., :columns], add=1)
+        return sums[..., :columns] + sums[..., columns:]
+
+    def after(self, a: Tensor) -> Tensor:  # [b or none, l, m] -> [b, l, n]
+        """a @ self."""
+        count, _, n = self.shape
+        rows = a.shape[-2]
+        thin = split(a, (0, 1), -2).expand(count, -1, -1)
+        sums = a.new_empty(count, 2 * rows, n)
+        product_(sums, thin, self.first)
+        product_(sums[:, :rows], thin[:, :rows], self.second, add=1)
+        return sums[:, :rows] + sums[:, rows:]
+
+
+def gram_(out: Tensor, chunks: Sequence[Tensor]) -> None:  # [n, n], each [rows, n]
+    """out = w.mT @ w of the matrix w of all rows, from three parts each (left out is 2**-24 of the whole); exactly symmetric.
+
+    Four products where any two matrices take six: those of different parts are each other's transposes.
+    """
+    n = len(out)
+    sums = out.new_empty(1, n, 3 * n)  # w0' w0 + w1' w1 | w0' w1 | w0' w2
+    for i, rows in enumerate(chunks):
+        parts = split(rows[None], (0, 1, 2), -1)
+        first, second = parts[..., :n], parts[..., n : 2 * n]
+        product_(sums, first.mT, parts, add=1 if i else 0)
+        product_(sums[..., :n], second.mT, second, add=1)
+    even, one, two = sums[0].view(n, 3, n).unbind(1)
+    half = torch.add(one + two, even, alpha=0.5)
+    torch.add(half, half.mT, out=out)
+
+
+def product_(
+    out: Tensor,  # float32 [b, m, n]
+    a: Tensor,  # [b, m, k], bfloat16; float32 where products are not split
+    b: Tensor,  # [b, k, n]
+    add: float = 0,
+) -> Tensor:
+    """out = a @ b, summed in float32; with `add`, out += add * a @ b."""
+    if not a.is_cuda:  # products of bfloat16 numbers are exact in float32
+        product = a.float() @ b.float()
+        return out.add_(product, alpha=add) if add else out.copy_(product)
+    # The addend must be `out` itself: some releases of torch add to what `out` holds, others copy the addend there first.
+    return torch.baddbmm(out, a, b, out_dtype=torch.float32, beta=1 if add else 0, alpha=add or 1, out=out)
+
+
+def left_operand(x: Tensor) -> Tensor:
+    """x [..., m, k] as the left operand of `product_`."""
+    return split(x, LEFT, -1) if splits(x) else x
+
+
+def right_operand(x: Tensor) -> Tensor:
+    """x [..., k, n] as the right operand of `product_`."""
+    return split(x, RIGHT, -2) if splits(x) else x
+
+
+def split(x: Tensor, slots: Sequence[int], dim: int, out: Tensor | None = None) -> Tensor:
+    """Parts of x [..., m, n] beside each other along the columns (dim -1) or rows (dim -2): slot s holds number slots[s] of them.
+
+    float32 [..., m, n] -> bfloat16 [..., m, s * n] or [..., s * m, n], one pass with triton. `out`, if given, is contiguous.
+    """
+    return (_split_on_gpu() if x.is_cuda else split_plainly)(x, slots, dim, out)
+
+
+def split_plainly(x: Tensor, slots: Sequence[int], dim: int, out: Tensor | None = None) -> Tensor:
     found = []
-    for _ in range(parts):
+    for _ in range(max(slots) + 1):
         found.append(x.to(torch.bfloat16))
         x = x - found[-1].float()
-    return found
+    return torch.cat([found[s] for s in slots], dim, out=out)
+
+
+@functools.cache
+def _split_on_gpu() -> Callable[..., Tensor]:
+    try:
+        from deftx_kernels.kernels.split import split as kernel
+    except ImportError:  # no triton
+        return split_plainly
+    return kernel
 
 
 @contextlib.contextmanager

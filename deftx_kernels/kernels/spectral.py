@@ -1,18 +1,17 @@
 """Spectral projectors of symmetric matrices by matrix products alone, for devices with a slow batched eigendecomposition."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from deftx_kernels.kernels import products
+from deftx_kernels.kernels.products import left_operand, product_, right_operand
 
 # Bound of the error of float32 eigenvalues, as a share of sqrt(n) times the largest (torch.linalg.eigvalsh, n = 768: 2e-7).
 EIGENVALUE_ERROR = 3e-7
 # Smallest |x| (largest: 1) that the steps are made for, and the distance from 1 at which they end.
 SMALLEST, TOLERANCE = 1e-6, 4e-6
-# Smallest `short`: rounding errors of split_matmul, about 1e-5 of the largest |x|, must stay well within it.
+# Smallest `short`: rounding errors of products of bfloat16 parts, about 1e-5 of the largest |x|, must stay well within it.
 SHORTEST = 1e-4
 # No step makes |x| smaller than about 2.5 * CUSHION of the largest: rounding errors there turn eigenvectors, or change signs.
 CUSHION = 0.05
@@ -22,7 +21,6 @@ def spectral_projector(
     gram: Tensor,  # [b, n, n] symmetric, float32 or float64
     eigenvalues: Tensor,  # [b, n] of gram, ascending (torch.linalg.eigvalsh), float32 or float64
     rank: Tensor,  # [b] int64, 0 ... n
-    matmul: Callable[[Tensor, Tensor], Tensor] = products.matmul,  # of float32 matrices [b, n, n]
 ) -> Tensor:  # [b, n, n] float32
     """The orthogonal projectors P = (I + sign(gram - tau I)) / 2 on the eigenvectors of the `rank` largest eigenvalues.
 
@@ -51,10 +49,13 @@ def spectral_projector(
     x = x.div_((turn * scale).to(x.dtype)[:, None, None]).float()
     x.diagonal(dim1=-2, dim2=-1).add_(trivial.float()[:, None])
     for i, (degree, t) in enumerate(steps):
-        power = _square(x, matmul) if degree == 2 or i == len(steps) - 1 else matmul(x, x)
-        if degree == 3:
-            power = matmul(x, power)  # its error is small where x is, next to the cut; x itself is added in float32
-        x = torch.add(x, power, alpha=t, out=power)
+        if degree == 2:
+            x.add_(_square(x), alpha=t)
+            continue
+        left = left_operand(x)
+        square = _square(x) if i == len(steps) - 1 else product_(torch.empty_like(x), left, right_operand(x))
+        # The power's error is small where x is, next to the cut; x itself is added in float32.
+        product_(x, left, right_operand(square), add=t)
     x.mul_((0.5 / size * turn).float()[:, None, None]).diagonal(dim1=-2, dim2=-1).add_(0.5)
     return x
 
@@ -90,15 +91,15 @@ def schedule(low: float, short: float) -> tuple[list[tuple[int, float]], float]:
     return steps, high * (1 + low) / 2
 
 
-def _square(x: Tensor, matmul: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _square(x: Tensor) -> Tensor:
     """x @ x as y @ y + 2 d y + d**2 with y = x - d I: bfloat16 loses small entries next to a large common diagonal.
 
-    It made the error of `split_matmul`'s projectors 1.6 to 4 times smaller (n = 768, rank 1, square and tall noise).
+    It made the error of projectors by split products 1.6 to 4 times smaller (n = 768, rank 1, square and tall noise).
     """
     diagonal = x.diagonal(dim1=-2, dim2=-1)
     d = diagonal.mean(-1, keepdim=True)
     diagonal.sub_(d)
-    square = matmul(x, x).addcmul_(x, 2 * d[..., None])
+    square = product_(torch.empty_like(x), left_operand(x), right_operand(x)).addcmul_(x, 2 * d[..., None])
     square.diagonal(dim1=-2, dim2=-1).add_(d * d)
     diagonal.add_(d)
     return square

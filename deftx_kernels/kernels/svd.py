@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.kernels import products
-from deftx_kernels.kernels.products import full_precision, matmul, matmul_
+from deftx_kernels.kernels.products import Parts, full_precision, matmul, matmul_, rough_matmul
 from deftx_kernels.kernels.spectral import spectral_projector
 
 _ROWS = 1 << 14  # of a tall matrix, worked on at a time
@@ -28,7 +28,8 @@ def truncated_svd(a: Tensor, rank: int, n_iter: int, test_matrix: Tensor | None)
         batch, scale = _in_range(work.reshape(-1, *a.shape[-2:]))
         with full_precision():
             tall = batch.mT if wide else batch
-            scaled, Vh, squares = map(torch.stack, _subspace(tall, _sums_of_squares(batch), rank, n_iter, test_matrix))
+            operand = Parts.of(tall) if products.splits(tall) else tall
+            scaled, Vh, squares = map(torch.stack, _subspace(operand, _sums_of_squares(batch), rank, n_iter, test_matrix))
             U = _orthonormal_rows(scaled.mT.contiguous()).mT
         S = squares.clamp(min=0).sqrt() / scale
         if wide:
@@ -140,7 +141,7 @@ def _orthonormal_rows(z: Tensor) -> Tensor:  # [b, l, n], l <= n
     return q
 
 
-def _subspace(a: Tensor, totals: Tensor, rank: int, n_iter: int, test_matrix: Tensor) -> tuple[list[Tensor], ...]:
+def _subspace(a: Tensor | Parts, totals: Tensor, rank: int, n_iter: int, test_matrix: Tensor) -> tuple[list[Tensor], ...]:
     """Factors of the rank-r approximations of a [b, m, n]: left [m, r] = a @ right.mT, right [r, n] with orthonormal rows, and the
     squared singular values, descending, float64 [r]. totals [b] are the sums of squares.
 
@@ -150,12 +151,14 @@ def _subspace(a: Tensor, totals: Tensor, rank: int, n_iter: int, test_matrix: Te
     """
     b, _, n = a.shape
     columns = test_matrix.shape[1]
-    q = _orthonormal_rows(matmul(matmul(a, test_matrix.to(a.dtype)).mT, a))
+    # Errors of 2**-8 in the start are a few more directions to be rid of. Simulated (noise, power laws, steps, exponentials): as
+    # many iterations as from an exact start, but one more for some matrices whose singular values fall below 2**-8 of the first.
+    q = _orthonormal_rows(rough_matmul(rough_matmul(a, test_matrix.to(a.dtype)).mT, a))
     y = matmul(a, q.mT)
     seen = _sums_of_squares(y)
     half: Tensor | None = None
     results: list[tuple[Tensor, ...]] = [()] * b
-    index = torch.arange(b, device=a.device)
+    index = list(range(b))
     for k in range(2, 2 + n_iter + _MORE):
         z = matmul(y.mT, a)
         if half is None:  # singular values of a.mT a q are at most those of a.mT a
@@ -173,14 +176,18 @@ def _subspace(a: Tensor, totals: Tensor, rank: int, n_iter: int, test_matrix: Te
         if k < 4:  # a residual of 1e-3 and less is lost in the rounding of the sums: iterate on unseen
             done &= residual > 1e-6 * totals
         done |= (k == 1 + n_iter + _MORE) | (totals == 0)
-        finished = done.nonzero().view(-1).tolist()
-        for i in finished:
-            c = vectors[i].to(a.dtype)
-            results[int(index[i])] = (matmul(y[i], c), matmul(c.mT, q[i]), squares[i])
-        if len(finished) == len(index):
+        finished, rest = (x.nonzero().view(-1) for x in (done, ~done))
+        if len(finished):
+            some = slice(None) if not len(rest) else finished
+            c = vectors[some].to(y.dtype)
+            factors = zip(matmul(y[some], c), matmul(c.mT, q[some]), squares[some])
+            for i, found in zip(finished.tolist(), factors):
+                results[index[i]] = found
+        if not len(rest):
             break
-        rest = ~done
-        a, q, y, totals, seen, half, index = (x[rest] for x in (a, q, y, totals, seen, half, index))
+        index = [index[i] for i in rest.tolist()]
+        a = a[rest]
+        q, y, totals, seen, half = (x[rest] for x in (q, y, totals, seen, half))
     return tuple(map(list, zip(*results)))
 
 
@@ -195,22 +202,20 @@ def _enough(k: int, rank: int, columns: int, n: int) -> float:
     With no columns to spare, or with half of all directions, a small gain says little.
     """
     room = 1 - 2 * columns / n
-    return {2: min(0.12, 0.15 * room), 3: 0.045 * room + 0.01}.get(k, 0.01) * min(1.0, ((columns - rank) / 16) ** 2 + 0.1)
+    return {2: min(0.12, 0.15 * room), 3: 0.045 * room + 0.01}.get(k, 0.01) * min(1.0, ((columns - rank) / 16) ** 3 + 0.1)
 
 
 def _by_subspace(
     matrices: Sequence[Tensor],
     out: Sequence[Tensor],
-    workspace: Tensor,  # [at least as many, m, n]
+    workspace: Tensor,  # contiguous [at least as many, m, n]: the matrices one after the other, or their two bfloat16 parts
     totals: Tensor,
     rank: int,
     keep: int,
     n_iter: int,
     test_matrix: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tall = [_tall(w) for w in matrices]
-    batch = tall[0].unsqueeze(0) if len(tall) == 1 else torch.stack(tall, out=workspace[: len(tall)])
-    left, right, squares = _subspace(batch, totals, rank, n_iter, test_matrix)
+    left, right, squares = _subspace(_batched(matrices, workspace), totals, rank, n_iter, test_matrix)
     lost = []
     for i, w in enumerate(matrices):
         if keep and products.splits(w):
@@ -223,6 +228,14 @@ def _by_subspace(
     captured = torch.stack([x.sum() for x in squares])
     ranks = torch.full_like(totals, rank, dtype=torch.int64)
     return ranks, captured, torch.stack(lost) if keep else totals - captured
+
+
+def _batched(matrices: Sequence[Tensor], workspace: Tensor) -> Tensor | Parts:  # [b, m, n], m >= n
+    if products.splits(matrices[0]):
+        parts = Parts.stacked(matrices, workspace)
+        return parts if parts.shape[1] >= parts.shape[2] else parts.mT
+    tall = [_tall(w) for w in matrices]
+    return tall[0].unsqueeze(0) if len(tall) == 1 else torch.stack(tall, out=workspace[: len(tall)])
 
 
 def _tall(w: Tensor) -> Tensor:
@@ -336,9 +349,7 @@ def _gram_(gram: Tensor, w: Tensor) -> None:  # [n, n], [m, n]
     """gram = w.mT @ w; its errors come out multiplied by the largest eigenvalue over the gap at the cut."""
     n = w.shape[1]
     if products.splits(w):
-        gram.zero_()
-        for rows in w.split(_ROWS):
-            gram += matmul(rows.mT, rows, parts=3)
+        products.gram_(gram, w.split(_ROWS))
     elif n < 256:
         torch.mm(w.mT, w, out=gram)
     else:  # of the off-diagonal quarters, one is the other's transpose
