@@ -263,6 +263,31 @@ def test_energy_by_projectors(on_split_products, monkeypatch, shape, spectrum):
         assert made, "a gap like this is wide enough for products"
 
 
+@pytest.mark.parametrize("residual_density", [0.0, 0.05])
+@pytest.mark.parametrize("batch_bytes", [None, 1, 3 << 20])
+def test_matrices_of_one_short_side_by_projectors(on_split_products, monkeypatch, batch_bytes, residual_density):
+    """Tall, wide and square ones, several of some shapes, one of them on its own way: as each alone, in float64."""
+    shapes = [(300, 130), (130, 300), (130, 130), (300, 130), (700, 130), (130, 300), (2, 130, 130)]
+    delta = {f"{i}": torch.randn(s, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shapes)}
+    delta["3"] = matrix((300, 130), "steps", 1)  # no gap at the cut: eigenvectors
+    taken = []
+    project = svd._project_all
+    monkeypatch.setattr(svd, "_project_all", lambda *a: (taken.append(len(a[0])), project(*a))[1])
+    monkeypatch.setattr(svd, "_ROWS", 256)
+    result, info = svd_denoise(delta, energy=0.8, residual_density=residual_density, batch_bytes=batch_bytes, return_info=True)
+    for name, a in delta.items():
+        want, its = svd_denoise(a.double(), energy=0.8, residual_density=residual_density, return_info=True)
+        assert torch.equal(info[name]["rank"], its["rank"])
+        error = result[name] - want
+        if residual_density:  # the last entry that is kept of two that are nearly equal
+            assert int((error.abs() > 1e-2).sum()) <= 2
+            error[error.abs() > 1e-2] = 0
+        assert float(error.norm() / want.norm()) < 5e-5, name
+        torch.testing.assert_close(info[name]["residual"], its["residual"], atol=1e-4, rtol=0)
+    assert (max(taken) > 1) == (batch_bytes != 1)
+    assert sum(taken) >= 6
+
+
 def test_a_projector_that_failed_is_replaced(on_split_products, monkeypatch):
     monkeypatch.setattr(svd, "spectral_projector", lambda grams, values, rank: torch.full_like(grams, 0.3))
     a = matrix((300, 300), "exponential", 0)

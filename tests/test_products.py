@@ -128,11 +128,11 @@ def test_the_result_is_written_where_it_belongs(shape):
 def test_gram(rows, n):
     w = numbers(sum(rows), n)
     for gram in (torch.full((n, n), torch.nan), torch.full((n, 2 * n), torch.nan)[:, :n]):
-        products.gram_(gram, w.split(rows))
+        products.gram_(gram[None], w[None].split(rows, 1))
         assert_product(gram, w.mT, w, parts=3)
         assert torch.equal(gram, gram.mT)
     w = numbers(sum(rows), n, even=True)
-    products.gram_(gram, w.mT.contiguous().mT.split(rows))
+    products.gram_(gram[None], w[None].mT.contiguous().mT.split(rows, 1))
     exact = w.double().mT @ w.double()
     assert float((gram.double() - exact).norm() / exact.norm()) < 5e-7
     if n == 40:

@@ -123,19 +123,19 @@ class Parts:
         return sums[:, :rows] + sums[:, rows:]
 
 
-def gram_(out: Tensor, chunks: Sequence[Tensor]) -> None:  # [n, n], each [rows, n]
-    """out = w.mT @ w of the matrix w of all rows, from three parts each (left out is 2**-24 of the whole); exactly symmetric.
+def gram_(out: Tensor, chunks: Sequence[Tensor]) -> None:  # [b, n, n], each [b, rows, n]
+    """out = w.mT @ w of the matrices w of all rows, from three parts each (left out is 2**-24 of the whole); exactly symmetric.
 
     Four products where any two matrices take six: those of different parts are each other's transposes.
     """
-    n = len(out)
-    sums = out.new_empty(1, n, 3 * n)  # w0' w0 + w1' w1 | w0' w1 | w0' w2
+    b, n, _ = out.shape
+    sums = out.new_empty(b, n, 3 * n)  # w0' w0 + w1' w1 | w0' w1 | w0' w2
     for i, rows in enumerate(chunks):
-        parts = split(rows[None], (0, 1, 2), -1)
+        parts = split(rows, (0, 1, 2), -1)
         first, second = parts[..., :n], parts[..., n : 2 * n]
         product_(sums, first.mT, parts, add=1 if i else 0)
         product_(sums[..., :n], second.mT, second, add=1)
-    even, one, two = sums[0].view(n, 3, n).unbind(1)
+    even, one, two = sums.view(b, n, 3, n).unbind(2)
     half = torch.add(one + two, even, alpha=0.5)
     torch.add(half, half.mT, out=out)
 

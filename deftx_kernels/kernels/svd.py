@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.kernels import products
-from deftx_kernels.kernels.products import Parts, full_precision, matmul, matmul_, rough_matmul
+from deftx_kernels.kernels.products import Parts, full_precision, gram_, matmul, matmul_, rough_matmul
 from deftx_kernels.kernels.spectral import spectral_projector
 
 _ROWS = 1 << 14  # of a tall matrix, worked on at a time
@@ -238,8 +238,8 @@ def _batched(matrices: Sequence[Tensor], workspace: Tensor) -> Tensor | Parts:  
     return tall[0].unsqueeze(0) if len(tall) == 1 else torch.stack(tall, out=workspace[: len(tall)])
 
 
-def _tall(w: Tensor) -> Tensor:
-    return w if w.shape[0] >= w.shape[1] else w.mT
+def _tall(w: Tensor) -> Tensor:  # [..., m, n]
+    return w if w.shape[-2] >= w.shape[-1] else w.mT
 
 
 def _prune_(w: Tensor, low: Tensor, out: Tensor, keep: int) -> Tensor:
@@ -274,10 +274,15 @@ def _by_spectrum(
     median: float,
     residual_density: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tall = [_tall(w) for w in matrices]
-    grams = workspace[: len(tall)]
-    for w, gram in zip(tall, grams):
-        _gram_(gram, w)
+    tall, grams = [_tall(w) for w in matrices], workspace[: len(matrices)]
+    runs = _runs(matrices, grams.shape[0] * grams.shape[1])
+    if products.splits(grams):
+        for run in runs:
+            batch = _stacked(matrices[run])
+            gram_(grams[run], _tall(batch).split(_ROWS, 1))
+    else:
+        for w, gram in zip(tall, grams):
+            _gram_(gram, w)
     squares, vectors = (_eigvalsh(grams), None) if _by_products(grams) else _eigh(grams)
     values = squares.to("cpu", torch.float64).clamp(min=0).flip(-1)  # all that is decided from them is decided there
     if grams.dtype == torch.float64:
@@ -286,29 +291,57 @@ def _by_spectrum(
     settled = _settled(values, ranks, energy, median, grams.dtype)
     captured, lost = _shares(values, ranks)
     projectors = [None] * len(tall) if vectors is not None else _projectors(grams, squares, values, ranks, settled)
+    keep = [round(residual_density * w.numel()) for w in matrices]
     pruned = []
-    for i, (w, projector) in enumerate(zip(tall, projectors)):
-        keep = round(residual_density * w.numel())
-        low = torch.empty_like(matrices[i]) if keep else out[i]
-        if projector is not None:
-            for rows, target in zip(w.split(_ROWS), _tall(low).split(_ROWS)):
-                matmul_(target, rows, projector)
-        else:
-            basis = None
-            if settled[i]:
-                own = vectors[i] if vectors is not None else torch.linalg.eigh(grams[i])[1]
-                basis = _settled_basis(w, values[i], own.flip(-1), int(ranks[i]))
-            if basis is None:
-                spectrum, precise = _spectrum64(w)
-                basis, ranks[i] = precise.to(w.dtype), _ranks(spectrum[None], rank, energy, median)[0]
-                captured[i], lost[i] = (x[0] for x in _shares(spectrum[None], ranks[i : i + 1]))
-            _project(w, basis, int(ranks[i]), _tall(low))
-        if keep:
-            pruned.append(_prune_(matrices[i], low, out[i], keep))
-        elif residual_density:
-            pruned.append(lost[i].to(grams.device))
+    for run in runs:
+        lows = [torch.empty_like(w) if k else o for w, o, k in zip(matrices[run], out[run], keep[run])]
+        chosen = [(w, p, low) for w, p, low in zip(matrices[run], projectors[run], lows) if p is not None]
+        if chosen:
+            _project_all(*zip(*chosen))
+        for i, low in zip(range(len(matrices))[run], lows):
+            if projectors[i] is None:
+                basis = None
+                if settled[i]:
+                    own = vectors[i] if vectors is not None else torch.linalg.eigh(grams[i])[1]
+                    basis = _settled_basis(tall[i], values[i], own.flip(-1), int(ranks[i]))
+                if basis is None:
+                    spectrum, precise = _spectrum64(tall[i])
+                    basis, ranks[i] = precise.to(low.dtype), _ranks(spectrum[None], rank, energy, median)[0]
+                    captured[i], lost[i] = (x[0] for x in _shares(spectrum[None], ranks[i : i + 1]))
+                _project(tall[i], basis, int(ranks[i]), _tall(low))
+            if keep[i]:
+                pruned.append(_prune_(matrices[i], low, out[i], keep[i]))
+            elif residual_density:
+                pruned.append(lost[i].to(grams.device))
     device = grams.device
     return ranks.to(device), captured.to(device), torch.stack(pruned) if pruned else lost.to(device)
+
+
+def _runs(matrices: Sequence[Tensor], rows: int) -> list[slice]:
+    """Neighbours of one shape, of at most so many rows (of the long side) together, but at least one."""
+    runs: list[slice] = []
+    for i, w in enumerate(matrices):
+        if runs and w.shape == matrices[i - 1].shape and (i + 1 - runs[-1].start) * max(w.shape) <= rows:
+            runs[-1] = slice(runs[-1].start, i + 1)
+        else:
+            runs.append(slice(i, i + 1))
+    return runs
+
+
+def _stacked(matrices: Sequence[Tensor]) -> Tensor:  # [b, m, n]
+    """On a GPU a copy of small matrices costs less than to launch every step for each of them."""
+    return torch.stack(list(matrices)) if len(matrices) > 1 else matrices[0][None]
+
+
+def _project_all(matrices: Sequence[Tensor], projectors: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """out[i] [m, n] = matrices[i] P or, of wide ones, P' matrices[i]: all of one shape."""
+    if len(matrices) == 1:
+        for rows, target in zip(_tall(matrices[0]).split(_ROWS), _tall(out[0]).split(_ROWS)):
+            matmul_(target, rows, projectors[0])
+    else:
+        batch, p = _stacked(matrices), _stacked(projectors)
+        low = matmul(batch, p) if batch.shape[1] >= batch.shape[2] else matmul(p.mT, batch)
+        torch._foreach_copy_(list(out), list(low))
 
 
 def _by_products(grams: Tensor) -> bool:
@@ -348,9 +381,7 @@ def _projectors(
 def _gram_(gram: Tensor, w: Tensor) -> None:  # [n, n], [m, n]
     """gram = w.mT @ w; its errors come out multiplied by the largest eigenvalue over the gap at the cut."""
     n = w.shape[1]
-    if products.splits(w):
-        products.gram_(gram, w.split(_ROWS))
-    elif n < 256:
+    if n < 256:
         torch.mm(w.mT, w, out=gram)
     else:  # of the off-diagonal quarters, one is the other's transpose
         half = (n + 1) // 2
