@@ -1,8 +1,8 @@
 """Every operator and every way of training against its peers, each in the same run.
 
 `python -m bench` times what you choose, prints it and appends rows to bench/results; `python -m bench table` writes the tables of
-README.md and bench/results/README.md, `python -m bench plot` the figures, both from the rows alone. `python -m bench machine` measures
-the machine itself, `python -m bench counters` what our kernels do on a GPU (bench/machine.py).
+README.md and bench/results/README.md, `python -m bench plot` the figures, both from the rows alone. `python -m bench machine`
+measures the machine itself, `python -m bench counters` what our kernels move on a GPU (bench/machine.py).
 """
 
 import argparse
@@ -24,18 +24,19 @@ from bench.targets import TARGETS
 QUICK = ("minilm",)  # the sizes without --size
 FULL = tuple(s for s in SIZES if s not in ("tiny", "llama7b"))
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+COMMANDS = ("run", "table", "plot", "machine", "counters")
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    commands = {"run": run, "table": write_tables, "plot": write_figures, "machine": measure_machine, "counters": count}
-    return commands[options.command](options)
+    functions = (run, write_tables, write_figures, measure_machine, count)
+    return dict(zip(COMMANDS, functions))[options.command](options)
 
 
 def parser() -> argparse.ArgumentParser:
     new = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    new.add_argument("command", nargs="?", choices=("run", "table", "plot", "machine", "counters"), default="run", help="default: run")
+    new.add_argument("command", nargs="?", choices=COMMANDS, default="run", help="default: run")
     new.add_argument("--quick", action="store_true", help="one small size, few rounds, peaks in this process: under three minutes")
     new.add_argument("--targets", action="store_true", help="those works, of any size, that the targets in README.md are about")
     new.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
@@ -150,7 +151,8 @@ def print_heading(work: Work, tally: Tally) -> None:
     parts = [work.title, work.dtype_name]
     parts += [f"{100 * work.density:.3g} % of the entries"] if work.density is not None else []
     print(f"\n  {', '.join(parts)}", flush=True)
-    print(f"    {'provider':38} {'median':>10} {'p20 .. p80':>22} {'times ours':>10} {'of the floor':>12} {'host':>10} {'peak':>10}")
+    columns = f"{'times ours':>10} {'of the floor':>12} {'host':>10} {'peak':>10}"
+    print(f"    {'provider':38} {'median':>10} {'p20 .. p80':>22} {columns}")
 
 
 def print_row(row: dict[str, Any], work: Work) -> None:
@@ -165,7 +167,8 @@ def print_row(row: dict[str, Any], work: Work) -> None:
     share_of_floor = tables.percent(float(row["share_of_floor"]))
     host = tables.duration(float(row["host_ms"])) if row["host_ms"] else "-"
     state = tables.beside(row | {"op": work.op})
-    print(f"    {name:38} {p50:>10} {f'{p20} .. {p80}':>22} {ratio:>10} {share_of_floor:>12} {host:>10} {peak:>10}{state}", flush=True)
+    columns = f"{ratio:>10} {share_of_floor:>12} {host:>10} {peak:>10}{state}"
+    print(f"    {name:38} {p50:>10} {f'{p20} .. {p80}':>22} {columns}", flush=True)
 
 
 # ---- from the rows ----

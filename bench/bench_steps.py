@@ -384,7 +384,7 @@ def step_case(name: str, device: str, folder: str, dtype: torch.dtype | None = N
         LORA: lora,
     }
     if trainers.autocast and trainers.dtype != trainers.autocast:
-        # Not from the same weights, which are rounded: what is known of the first step is its loss, that of a dense model so rounded.
+        # Not from the same weights, which are rounded: of the first step the loss is known, that of a dense model so rounded.
         makers[f"{OURS}, bfloat16 weights"] = partial(trainers.ours, torch.bfloat16, kind="other")
         makers[f"{LORA}, bfloat16 weights"] = partial(lora, torch.bfloat16)
     absent = {} if has("peft") else {n: "peft is not installed" for n in makers if n.startswith("PEFT")}

@@ -1,8 +1,8 @@
 """What a machine gives at the most, and what of it our kernels take: `python -m bench machine` and `python -m bench counters`.
 
 - Bytes per second of a large copy (read and written), of reading and of writing alone; operations per second of square products.
-- Reads and writes at scattered, ascending positions, as those of a mask are. The model: memory moves in sectors of 32 bytes, so of a
-  dense tensor the share 1 - (1 - density)^(32 / bytes of an element) is moved, and the positions and compact values beside it.
+- Reads and writes at scattered, ascending positions, as those of a mask are. The model: memory moves in sectors of 32 bytes, so of
+  a dense tensor the share 1 - (1 - density)^(32 / bytes of an element) moves, and the positions and compact values beside it.
   `gb_s` are the model's bytes by the time taken; `implied_share` is the share of the tensor that would explain the time at the rate
   of the copy. Where it is twice the model's for writes, sectors that are partly written are read first.
 - `counters`, on a GPU with Nsight Compute (`ncu`): the time, the bytes from and to memory and the sectors for each request of every
@@ -37,6 +37,7 @@ SECTOR = 32  # bytes
 DENSITIES = (0.01, 0.05, 0.1, 0.3)
 ROUNDS = 9
 DENSE_BYTES = {"cpu": 1 << 16, "cuda": 1 << 30}  # of a dense tensor; on a GPU many times its cache
+POSITIONS = {"cpu": 1, "cuda": 1024}  # a multiple of so many
 SIDE = {"cpu": 128, "cuda": 8192}  # of the matrices
 SECONDS = 80  # for Nsight Compute
 METRICS = {  # Nsight Compute's name → ours
@@ -149,15 +150,16 @@ def scattered(device: str, copy_rate: float) -> Iterator[dict[str, Any]]:
 
 def random_positions(count: int, density: float, device: str) -> Tensor:  # int32, ascending
     chosen = torch.rand(count, generator=torch.Generator(device).manual_seed(0), device=device) < density
-    return chosen.nonzero().view(-1).to(torch.int32)
+    position = chosen.nonzero().view(-1).to(torch.int32)
+    return position[: len(position) // POSITIONS[device] * POSITIONS[device]]
 
 
 def accesses(device: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """gather(dense, position, out) and scatter(dense, position, values)."""
     if device == "cuda":
-        from bench import scattered
+        from bench.scattered import gather, scatter
 
-        return scattered.gather, scattered.scatter
+        return gather, scatter
     return (
         lambda dense, position, out: torch.index_select(dense, 0, position, out=out),
         lambda dense, position, values: dense.index_copy_(0, position.long(), values),
@@ -235,8 +237,8 @@ def counters(out: Path = RESULTS) -> int:
     print(f"{'kernel':44}{'launches':>9}{'ms':>9}{'read MB':>9}{'written MB':>11}{'GB/s':>7}{'sectors a load, a store':>25}")
     for k in kernels:
         rate = (k["read"] + k["written"]) / max(k["ns"], 1)
-        line = f"{k['kernel'][:43]:44}{k['launches']:9}{k['ns'] / 1e6:9.4f}{k['read'] / 1e6:9.1f}{k['written'] / 1e6:11.1f}{rate:7.0f}"
-        print(f"{line}{k['sectors_per_load']:14.2f}{k['sectors_per_store']:11.2f}")
+        line = f"{k['kernel'][:43]:44}{k['launches']:9}{k['ns'] / 1e6:9.4f}{k['read'] / 1e6:9.1f}{k['written'] / 1e6:11.1f}"
+        print(f"{line}{rate:7.0f}{k['sectors_per_load']:14.2f}{k['sectors_per_store']:11.2f}")
     if kernels:
         write(torch.cuda.get_device_name(), {"kernels": kernels}, out)
     return status if kernels else status or 1
@@ -250,7 +252,8 @@ def counted(output: str) -> list[dict[str, Any]]:
     for row in csv.DictReader(lines[start:]):
         if (row["ID"] or "").isdigit():  # else the line of the units, or what the program printed
             name = re.sub(r"<unnamed>::|\(anonymous namespace\)::|^void ", "", row["Kernel Name"])
-            launches.setdefault(re.split(r"[<(]", name)[0].rpartition("::")[2], []).append({ours: number(row.get(theirs)) for theirs, ours in METRICS.items()})
+            each = launches.setdefault(re.split(r"[<(]", name)[0].rpartition("::")[2], [])
+            each.append({ours: number(row.get(theirs)) for theirs, ours in METRICS.items()})
     found = []
     for name, each in launches.items():
         sums = {k: sum(one[k] for one in each) for k in ("ns", "read", "written")}

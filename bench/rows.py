@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 COLUMNS = (
     "date", "op", "provider", "package", "backend", "size", "dtype", "density", "p20_ms", "p50_ms", "p80_ms", "host_ms",
-    "rounds", "times_ours", "bytes", "flops", "copy_gb_s", "product_gflop_s", "floor_ms", "share_of_floor", "peak_extra_mb", "parameters",
-    "weight_bytes_per_param", "gradient_bytes_per_param", "state_bytes_per_param", "mask_bytes_per_param",
+    "rounds", "times_ours", "bytes", "flops", "copy_gb_s", "product_gflop_s", "floor_ms", "share_of_floor", "peak_extra_mb",
+    "parameters", "weight_bytes_per_param", "gradient_bytes_per_param", "state_bytes_per_param", "mask_bytes_per_param",
     "device", "threads", "driver", "torch", "triton", "commit",
 )  # fmt: skip
 PACKAGES = {

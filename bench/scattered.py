@@ -1,4 +1,8 @@
-"""Reads and writes at scattered positions, by kernels that do nothing else: what sparse kernels cost at the least. For bench/machine.py."""
+"""Reads and writes at scattered positions, by kernels that do nothing else: what sparse kernels take at the least.
+
+For bench/machine.py. As many positions as are a multiple of BLOCK: no load is masked, so those of positions and compact values are
+16 bytes a thread.
+"""
 
 import torch
 import triton
@@ -9,17 +13,15 @@ BLOCK = 1024
 
 
 @triton.jit
-def _gather_kernel(source, position, out, count, BLOCK: tl.constexpr):
-    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = entry < count
-    tl.store(out + entry, tl.load(source + tl.load(position + entry, mask=inside, other=0), mask=inside), mask=inside)
+def _gather_kernel(source, position, out, BLOCK: tl.constexpr):
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + entry, tl.load(source + tl.load(position + entry)))
 
 
 @triton.jit
-def _scatter_kernel(target, position, values, count, BLOCK: tl.constexpr):
-    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = entry < count
-    tl.store(target + tl.load(position + entry, mask=inside, other=0), tl.load(values + entry, mask=inside), mask=inside)
+def _scatter_kernel(target, position, values, BLOCK: tl.constexpr):
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + tl.load(position + entry), tl.load(values + entry))
 
 
 def gather(source: Tensor, position: Tensor, out: Tensor) -> None:  # [n], int32 [k], [k]
@@ -33,5 +35,6 @@ def scatter(target: Tensor, position: Tensor, values: Tensor) -> None:  # [n], i
 
 
 def _run(kernel, dense: Tensor, position: Tensor, compact: Tensor) -> None:
+    assert len(position) % BLOCK == 0
     with torch.cuda.device(dense.device):
-        kernel[(triton.cdiv(len(position), BLOCK),)](dense, position, compact, len(position), BLOCK=BLOCK, num_warps=4)
+        kernel[(len(position) // BLOCK,)](dense, position, compact, BLOCK=BLOCK, num_warps=4)

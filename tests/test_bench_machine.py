@@ -134,13 +134,18 @@ def test_share_of_sectors():
         assert sectors / ((1 << 18) * itemsize / 32) == pytest.approx(machine.sector_share(0.05, itemsize), rel=0.02)
 
 
-def test_scattered_accesses():
-    gather, scatter = machine.accesses("cpu")
-    dense, position, out = torch.arange(8.0), torch.tensor([1, 6], dtype=torch.int32), torch.zeros(2)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+def test_scattered_accesses(device, dtype):
+    gather, scatter = machine.accesses(device)
+    dense, position = torch.arange(20_000, device=device).to(dtype), machine.random_positions(20_000, 0.3, device)
+    out = torch.zeros(len(position), dtype=dtype, device=device)
     gather(dense, position, out)
-    assert out.tolist() == [1, 6]
-    scatter(dense, position, torch.tensor([-1.0, -6.0]))
-    assert dense.tolist() == [0, -1, 2, 3, 4, 5, -6, 7]
+    assert torch.equal(out, position.to(dtype))
+    scatter(dense, position, -out)
+    expected = torch.arange(20_000).to(dtype)
+    expected[position.cpu().long()] *= -1
+    assert torch.equal(dense.cpu(), expected)
 
 
 # ---- Nsight Compute ----
