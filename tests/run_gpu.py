@@ -15,6 +15,7 @@ rows go to $OUT as well, else to bench/results/. Of each phase about 12,000 char
 
 import argparse
 import ast
+import functools
 import importlib.util
 import os
 import re
@@ -81,6 +82,7 @@ def execute(command: list, limit: float, log: Path) -> tuple[int | None, str]:
         return code, file.read().decode(errors="replace")
 
 
+@functools.cache
 def here(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
@@ -259,9 +261,10 @@ def sanitize(name: str) -> list[list[str]]:
     return [[*program, "--tool", name, "--error-exitcode", "9", "--report-api-errors", "no", sys.executable, __file__, "tiny"]]
 
 
-def absent(source: Path, seen: frozenset = frozenset()) -> set[str]:
-    """Packages that a file imports, itself or through deftx_kernels, and that are not here."""
-    missing = set()
+def absent(source: Path, seen: set[Path] | None = None) -> set[str]:
+    """Packages that a file imports, itself or through ours, and that are not here. `seen`: files not to be read again."""
+    missing, seen = set(), seen if seen is not None else set()
+    seen.add(source)
     for node in ast.parse(source.read_text()).body:
         if isinstance(node, ast.Import):
             names = [a.name for a in node.names]
@@ -271,16 +274,17 @@ def absent(source: Path, seen: frozenset = frozenset()) -> set[str]:
             continue
         for name in names:
             top = name.partition(".")[0]
-            if top == "deftx_kernels":
+            if top in ("deftx_kernels", "bench"):
                 path = ROOT.joinpath(*name.split("."))
                 for file in (path.with_suffix(".py"), path / "__init__.py"):
                     if file.exists() and file not in seen:
-                        missing |= absent(file, seen | {file})
+                        missing |= absent(file, seen)
             elif not here(top) and not (ROOT / "tests" / f"{top}.py").exists():
                 missing.add(top)
     return missing
 
 
+@functools.cache
 def test_files() -> list[str]:
     """The tests that this machine has the packages for."""
     chosen = []
@@ -414,6 +418,8 @@ def phase(name: str, groups: list[list[Step]]) -> list[Result]:
                 part.unlink()
                 show(result, step)
                 results.append(result)
+        if any(r.step == "versions" and r.state == "FAILED" for r in results):
+            break  # nothing that follows would say anything about GPUs
     return results
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from bench import bench_topk, harness, shapes
 from bench.families import FAMILIES
 from bench.harness import Case, Choice, Work, alone, measure, peak_extra
 from bench.rows import COLUMNS, OURS, ROOT
+from bench.targets import Target
 from deftx_kernels import topk_mask
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -82,6 +84,29 @@ def test_absent_provider_is_named(bench, monkeypatch, capsys):
     assert status == 0
     assert f"{bench_topk.LT_SFT:38} absent: needs" in capsys.readouterr().out
     assert bench_topk.LT_SFT not in {r["provider"] for r in rows["topk"]}
+
+
+def test_of_the_peers_those_that_a_target_names(bench, monkeypatch):
+    target = Target("cpu", "", "topk_mask", "tiny", "float32", "0.05", 1.0, peer="numpy partition")
+    monkeypatch.setattr(program, "TARGETS", (target, replace(target, op="mask_or", dtype="bool", quantity="ms", peer="")))
+    status, rows = bench("--family", "topk", "--device", "cpu", "--targets", "--target-peers")
+    assert status == 0
+    assert [(r["op"], r["provider"]) for r in rows["topk"]] == [
+        ("topk_mask", OURS),
+        ("topk_mask", "numpy partition"),
+        ("mask_or", OURS),
+    ]
+
+
+def test_a_work_that_cannot_be_made_does_not_keep_the_others_from_being_timed(bench, monkeypatch, capsys):
+    def fails(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(bench_topk, "select_case", fails)
+    status, rows = bench("--family", "topk", "--device", "cpu")
+    assert status == 1
+    assert f"WRONG: {OURS} in select_mask, tiny: RuntimeError: out of memory" in capsys.readouterr().out
+    assert {r["op"] for r in rows["topk"]} == {"topk_mask", "mask_or", "mask_and", "mask_sub"}
 
 
 def test_chosen_dtypes_densities_and_providers(bench):

@@ -8,11 +8,13 @@ import pytest
 import run_gpu
 from run_gpu import Step, failures, note_of, phase, phases
 
+from bench import __main__ as bench
+
 FAILING = """
-import pytest, torch
+import pytest
 @pytest.mark.parametrize("n", range(5))
 def test_close(n):
-    torch.testing.assert_close(torch.ones(3), torch.ones(3) + n)
+    assert n == 0, f"Tensor-likes are not close!\\n\\nMismatched elements: 3 / 3\\nGreatest absolute difference: {n}.0 at (0,)"
 @pytest.mark.parametrize("name", ["[(2, 3)] - a", "b"])
 def test_raises(name):
     raise RuntimeError(f"CUDA error: an illegal memory access at {id(name)}\\n\\nmore about it")
@@ -28,7 +30,7 @@ def test_each_error_is_told_once_with_its_tests(tmp_path, options):
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=run_gpu.ENV).stdout
     close, raises = failures(output)
     assert close.startswith("4 x test_close[")
-    assert "and 2 more\n    test_x.py:5" in close
+    assert "and 2 more\n    test_x.py:5" in close.replace("in test_close", "")
     assert "Tensor-likes are not close!" in close
     assert "Greatest absolute difference: " in close
     assert raises.startswith("2 x test_raises[")
@@ -89,4 +91,16 @@ def test_the_phases_are_within_their_time():
     for groups in phases().values():
         assert all(step.limit <= 285 for steps in groups for step in steps)
         assert [steps[0].name for steps in groups[:3]] == ["GPU", "versions", "build"]
-    assert run_gpu.test_files()
+    assert {f"tests/test_{name}.py" for name in ("bench", "csr", "sparse_adamw")} <= set(run_gpu.test_files())
+
+
+def test_the_programs_know_their_arguments():
+    commands = [c for groups in phases().values() for steps in groups for step in steps for c in step.plan()]
+    options = [bench.parser().parse_args(c[3:]) for c in commands if c[1:3] == ["-m", "bench"]]
+    assert {o.command for o in options} == {"run", "machine", "counters"}
+    assert {f for o in options if o.command == "run" for f in o.family} == {"topk", "train", "masked", "steps", "svd"}
+
+
+def test_without_a_gpu_nothing_else_is_run(log, capsys):
+    wrong = [Step("versions", python("1 / 0"), 20)]
+    assert len(phase("check", [wrong, [Step("other", python("1"), 20)]])) == 1
