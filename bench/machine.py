@@ -1,8 +1,9 @@
 """What a machine gives at the most, and what of it our kernels take: `python -m bench machine` and `python -m bench counters`.
 
 - Bytes per second of a large copy (read and written), of reading and of writing alone; operations per second of square products.
-- Reads and writes at scattered, ascending positions, as those of a mask are. The model: memory moves in sectors of 32 bytes, so of
-  a dense tensor the share 1 - (1 - density)^(32 / bytes of an element) moves, and the positions and compact values beside it.
+- Reads and writes at scattered, ascending positions, as those of a mask are. The model: memory moves in sectors of 32 bytes (on a
+  CPU in lines of 64), so of a dense tensor the share 1 - (1 - density)^(32 / bytes of an element) moves, and beside it the positions
+  and the compact values.
   `gb_s` are the model's bytes by the time taken; `implied_share` is the share of the tensor that would explain the time at the rate
   of the copy. Where it is twice the model's for writes, sectors that are partly written are read first.
 - `counters`, on a GPU with Nsight Compute (`ncu`): the time, the bytes from and to memory and the sectors for each request of every
@@ -13,8 +14,10 @@ The results go to bench/results/machine.json, the newest of each device in place
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,12 +36,12 @@ from bench.shapes import SIZES, random_tensors
 from deftx_kernels import CSRMask, sparse_adamw, topk_mask
 
 FILE = "machine.json"
-SECTOR = 32  # bytes
+SECTOR = {"cpu": 64, "cuda": 32}  # bytes
 DENSITIES = (0.01, 0.05, 0.1, 0.3)
 ROUNDS = 9
-DENSE_BYTES = {"cpu": 1 << 16, "cuda": 1 << 30}  # of a dense tensor; on a GPU many times its cache
+DENSE_BYTES = {"cpu": 1 << 29, "cuda": 1 << 30}  # of a dense tensor: more than the caches
 POSITIONS = {"cpu": 1, "cuda": 1024}  # a multiple of so many
-SIDE = {"cpu": 128, "cuda": 8192}  # of the matrices
+SIDE = {"cpu": 1536, "cuda": 8192}  # of the matrices
 SECONDS = 80  # for Nsight Compute
 METRICS = {  # Nsight Compute's name → ours
     "gpu__time_duration.sum": "ns",
@@ -125,9 +128,9 @@ def products(device: str) -> dict[str, float]:
 # ---- scattered reads and writes ----
 
 
-def sector_share(density: float, itemsize: int) -> float:
+def sector_share(density: float, itemsize: int, device: str) -> float:
     """Of a tensor's sectors, those that hold an entry of a random mask."""
-    return 1 - (1 - density) ** (SECTOR / itemsize)
+    return 1 - (1 - density) ** (SECTOR[device] / itemsize)
 
 
 def scattered(device: str, copy_rate: float) -> Iterator[dict[str, Any]]:
@@ -140,7 +143,7 @@ def scattered(device: str, copy_rate: float) -> Iterator[dict[str, Any]]:
             calls: dict[str, Call] = {"gather": partial(gather, dense, position, compact)}
             calls["scatter"] = partial(scatter, dense, position, compact)
             beside = position.nbytes + compact.nbytes
-            share = sector_share(len(position) / len(dense), itemsize)
+            share = sector_share(len(position) / len(dense), itemsize, device)
             for access, ms in medians(calls, device).items():
                 rate = (share * dense.nbytes + beside) / ms / 1e6
                 implied = (copy_rate * ms / 1e3 - beside) / dense.nbytes
@@ -225,23 +228,25 @@ def counters(out: Path = RESULTS) -> int:
         return 0
     # The clocks stay as they are: locking them changes the card for everybody.
     command = [ncu, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw", "--print-units", "base"]
-    command += ["--metrics", ",".join(METRICS), sys.executable, "-m", "bench.machine"]
+    command += ["--launch-count", "100", "--metrics", ",".join(METRICS), sys.executable, "-m", "bench.machine"]
+    pipe, told = subprocess.PIPE, subprocess.STDOUT
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=told, text=True, errors="replace", start_new_session=True)
     try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
-        output, status = run.stdout, run.returncode
-    except subprocess.TimeoutExpired as late:
-        output, status = (late.stdout or b"").decode(errors="replace"), 124
-    kernels = counted(output)
+        output, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the program under ncu, too
+        output, _ = process.communicate()
+    status, kernels = process.returncode, counted(output)
     if status or not kernels:
         print(f"ncu: exit status {status}", *output.splitlines()[-15:], sep="\n")
+        return status or 1
     print(f"{'kernel':44}{'launches':>9}{'ms':>9}{'read MB':>9}{'written MB':>11}{'GB/s':>7}{'sectors a load, a store':>25}")
     for k in kernels:
         rate = (k["read"] + k["written"]) / max(k["ns"], 1)
         line = f"{k['kernel'][:43]:44}{k['launches']:9}{k['ns'] / 1e6:9.4f}{k['read'] / 1e6:9.1f}{k['written'] / 1e6:11.1f}"
         print(f"{line}{rate:7.0f}{k['sectors_per_load']:14.2f}{k['sectors_per_store']:11.2f}")
-    if kernels:
-        write(torch.cuda.get_device_name(), {"kernels": kernels}, out)
-    return status if kernels else status or 1
+    write(torch.cuda.get_device_name(), {"kernels": kernels}, out)
+    return 0
 
 
 def counted(output: str) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The time of a call on a GPU, on a device that a clock stands for; what a machine gives; Nsight Compute's table."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -105,6 +106,8 @@ def test_on_a_cpu_there_is_no_such_column():
 
 def test_the_machine_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "last_cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setitem(machine.DENSE_BYTES, "cpu", 1 << 16)
+    monkeypatch.setitem(machine.SIDE, "cpu", 64)
     (tmp_path / machine.FILE).write_text(json.dumps({"another": {"date": "2026-01-01"}}))
     assert program.main(["machine", "--device", "cpu", "--out", str(tmp_path)]) == 0
     known = json.loads((tmp_path / machine.FILE).read_text())
@@ -115,7 +118,7 @@ def test_the_machine_is_measured(tmp_path, monkeypatch, capsys):
     assert all(rate > 0 for rate in (*found["memory"].values(), *found["products"].values()))
     settings = {(row["access"], row["bytes"], row["density"]) for row in found["scattered"]}
     assert settings == {(access, size, d) for access in ("gather", "scatter") for size in (2, 4) for d in machine.DENSITIES}
-    assert all(0 < row["sector_share"] < 1 and row["gb_s"] > 0 for row in found["scattered"])
+    assert all(0 < row["sector_share"] <= 1 and row["gb_s"] > 0 for row in found["scattered"])
     assert "share of sectors" in capsys.readouterr().out
 
 
@@ -127,11 +130,11 @@ def test_figures_of_one_kind_leave_those_of_another(tmp_path):
 
 
 def test_share_of_sectors():
-    assert machine.sector_share(0.05, 2) == pytest.approx(0.56, abs=0.005)
-    for itemsize in (2, 4):
-        position = machine.random_positions(1 << 18, 0.05, "cpu")
-        sectors = len(position.mul(itemsize).div(32, rounding_mode="floor").unique())
-        assert sectors / ((1 << 18) * itemsize / 32) == pytest.approx(machine.sector_share(0.05, itemsize), rel=0.02)
+    assert machine.sector_share(0.05, 2, "cuda") == pytest.approx(0.56, abs=0.005)
+    for device, itemsize in itertools.product(("cpu", "cuda"), (2, 4)):
+        position, sector = machine.random_positions(1 << 18, 0.05, "cpu"), machine.SECTOR[device]
+        sectors = len(position.mul(itemsize).div(sector, rounding_mode="floor").unique())
+        assert sectors / ((1 << 18) * itemsize / sector) == pytest.approx(machine.sector_share(0.05, itemsize, device), rel=0.02)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -163,18 +166,39 @@ what the program printed
 "0","7","_gather_kernel","1,500","4,000","100","2.5","1"
 "1","7","void deftx::<unnamed>::pack<float, 4>(float const*, long)","9000","100","100","n/a","4"
 "2","7","_gather_kernel","500","0","100","3.5","1"
-"""
+""".replace("{ratios}", ",".join(f'"{name}"' for name in list(machine.METRICS)[3:]))
 
 
 def test_nsight_computes_table():
-    ratios = ",".join(f'"{name}"' for name in list(machine.METRICS)[3:])
-    slow, often = machine.counted(TABLE.replace("{ratios}", ratios))
+    slow, often = machine.counted(TABLE)
     assert (slow["kernel"], slow["launches"], slow["ns"], slow["sectors_per_load"]) == ("pack", 1, 9000, 0)
     assert often == {
         "kernel": "_gather_kernel", "launches": 2, "ns": 2000, "read": 4000, "written": 200,
         "sectors_per_load": 3.0, "sectors_per_store": 1.0,
     }  # fmt: skip
     assert machine.counted("==ERROR== no table") == []
+
+
+@pytest.mark.parametrize(
+    ("program_does", "status"), [("cat table", 0), ("echo no table", 1), ("cat table; exit 3", 3), ("sleep 60", -9)]
+)
+def test_what_nsight_compute_says_is_written(tmp_path, monkeypatch, capsys, program_does, status):
+    (tmp_path / "table").write_text(TABLE)
+    (tmp_path / "ncu").write_text(f"#!/bin/sh\ncd {tmp_path}\n{program_does}\n")
+    (tmp_path / "ncu").chmod(0o755)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(machine, "SECONDS", 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert machine.counters(tmp_path / "out") == status
+    shown = capsys.readouterr().out
+    if status:
+        assert "ncu: exit status" in shown
+        assert not (tmp_path / "out").exists()
+    else:
+        assert "pack" in shown
+        known = json.loads((tmp_path / "out" / machine.FILE).read_text())
+        assert [k["kernel"] for k in known["a GPU"]["kernels"]] == ["pack", "_gather_kernel"]
 
 
 def test_without_a_gpu_nothing_is_counted(capsys, tmp_path):
