@@ -2,7 +2,7 @@
 
 - Bytes per second of a large copy (read and written), of reading and of writing alone; operations per second of square products.
 - Reads and writes at scattered, ascending positions, as those of a mask are. The model: memory moves in sectors of 32 bytes (on a
-  CPU in lines of 64), so of a dense tensor the share 1 - (1 - density)^(32 / bytes of an element) moves, and beside it the positions
+  CPU in lines of 64), so of a dense tensor the share 1 - (1 - density)^(32 / bytes of an element) moves; beside it the positions
   and the compact values.
   `gb_s` are the model's bytes by the time taken; `implied_share` is the share of the tensor that would explain the time at the rate
   of the copy. Where it is twice the model's for writes, sectors that are partly written are read first.

@@ -42,8 +42,9 @@ def bench(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_runs(bench, family, device):
+def test_every_family_runs(bench, capsys, family, device):
     status, rows = bench("--family", family, "--device", device)
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")] == []
     assert status == 0
     assert list(rows) == [family]
     assert {r["op"] for r in rows[family] if r["provider"] == OURS} == set(FAMILIES[family].OPS)
