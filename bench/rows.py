@@ -2,6 +2,7 @@
 
 import csv
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -66,7 +67,8 @@ def driver() -> str:
 
 
 def commit() -> str:
-    """The checked-out commit; "-dirty" where anything but the rows themselves has changed since."""
+    """The checked-out commit; "-dirty" where anything but the rows themselves has changed since. $DEFTX_COMMIT tells it of a tree
+    that was copied without its history."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -75,7 +77,7 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("DEFTX_COMMIT") or "unknown"
 
 
 def processor() -> str:

@@ -10,7 +10,8 @@ Without an argument: check and measure. Needs no network, no virtual environment
 the python3 that runs it. The libraries are built inside the source tree, unless they came along (deftx_kernels/libdeftx_*.so and
 _build_info.json). A step that fails or outlasts its limit does not keep the next ones from running; the last lines say what each
 step came to, and the exit status is 0 only if all is well. Whole output: gpu.log, in $OUT if that is set, else in build/. Benchmark
-rows go to $OUT as well, else to bench/results/. Of each phase about 12,000 characters are printed.
+rows go to $OUT as well, else to bench/results/; $DEFTX_COMMIT names the commit where the tree came without its history. Of each
+phase about 12,000 characters are printed.
 """
 
 import argparse

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import __main__ as program
-from bench import bench_topk, harness, shapes
+from bench import bench_topk, harness, rows, shapes
 from bench.families import FAMILIES
 from bench.harness import Case, Choice, Work, alone, measure, peak_extra
 from bench.rows import COLUMNS, OURS, ROOT
@@ -146,6 +146,14 @@ def test_listing_works_makes_nothing(monkeypatch):
         monkeypatch.setattr(torch, name, refused)
     for family in FAMILIES.values():
         assert list(family.works(Choice("cuda", family.SIZES)))
+
+
+def test_the_commit_of_a_tree_without_history_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert rows.commit() == "unknown"
+    monkeypatch.setenv("DEFTX_COMMIT", "abc1234")
+    assert rows.commit() == "abc1234"
 
 
 # ---- one work, measured ----
