@@ -52,7 +52,7 @@ format: $(BUILT)  ## rewrite the sources as lint wants them
 aot: $(BUILT)  ## compile every GPU kernel for sm_80, sm_90 and sm_100: registers, spills, shared memory
 	$(BIN)/python tests/aot.py $(ARGS)
 
-gpu:  ## build and test everything on a machine with a GPU, offline, with PYTHON's own torch and no .venv
+gpu:  ## build, check and measure on a machine with a GPU, offline, with PYTHON's own torch and no .venv; ARGS: check, measure, cpu
 	$(PYTHON) tests/run_gpu.py $(ARGS)
 
 bench: $(BUILT) .venv/peers  ## time every operator against its peers; rows go to bench/results/

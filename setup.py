@@ -5,9 +5,11 @@ DEFTX_BUILD says what to build:
     cpu    the CPU library; fails without a C++ compiler
     cuda   both; fails without nvcc
     none   neither: a pure Python package, whose ops run on plain torch and Triton
-What was built, with what, and why something was not, goes to deftx_kernels/_build_info.json.
+What was built, with what, and why something was not, goes to deftx_kernels/_build_info.json. CMake's own variable CUDAARCHS
+("90-real") builds for other GPUs than ARCHITECTURES.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -92,6 +94,9 @@ def find_nvcc():
 
 def architectures(nvcc):
     """(for CMake, for people): machine code for each wanted architecture that this nvcc knows, and PTX of the newest."""
+    if os.environ.get("CUDAARCHS"):
+        wanted = os.environ["CUDAARCHS"].split(";")
+        return wanted, [f"sm_{a.removesuffix('-real')}" for a in wanted]
     known = {int(n) for n in re.findall(r"compute_(\d+)\b", output(nvcc, "--list-gpu-arch"))}
     chosen = [a for a in ARCHITECTURES if a in known]
     if not chosen:
@@ -110,6 +115,14 @@ def version_line(command):
     return next((line for line in lines if "release" in line), lines[0] if lines else str(command))
 
 
+def digest():
+    """Of everything that the libraries are made from: says whether they are those of this tree, wherever they were built."""
+    found = hashlib.sha256()
+    for path in [ROOT / "CMakeLists.txt", *sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]:
+        found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
 class Plan:
     """What this build makes, decided before anything is compiled: the wheel's tag depends on it."""
 
@@ -117,7 +130,14 @@ class Plan:
         self.mode = os.environ.get("DEFTX_BUILD", "auto").lower() or "auto"
         if self.mode not in ("auto", "cpu", "cuda", "none"):
             raise SystemExit(f"DEFTX_BUILD={self.mode!r}: expected auto, cpu, cuda or none")
-        self.info = {"mode": self.mode, "torch": None, "stable_abi": "2.10", CPU: {"built": False}, CUDA: {"built": False}}
+        self.info = {
+            "mode": self.mode,
+            "torch": None,
+            "stable_abi": "2.10",
+            "sources": digest(),
+            CPU: {"built": False},
+            CUDA: {"built": False},
+        }
         self.wanted = []
         self._try(CPU, self._plan_cpu, required=self.mode in ("cpu", "cuda"))
         self._try(CUDA, self._plan_cuda, required=self.mode == "cuda")
@@ -171,12 +191,15 @@ class BuildNative(Command):
     """`build_native`: the libraries and _build_info.json, into build_lib, or beside the sources (--inplace, editable installs)."""
 
     description = "build the compiled libraries with CMake"
-    user_options = [("inplace", "i", "put the libraries beside the Python sources")]  # noqa: RUF012
-    boolean_options = ["inplace"]  # noqa: RUF012
+    user_options = [  # noqa: RUF012
+        ("inplace", "i", "put the libraries beside the Python sources"),
+        ("if-changed", None, "only where what is there is not made of these sources, or lacks a library or an architecture"),
+    ]
+    boolean_options = ["inplace", "if-changed"]  # noqa: RUF012
     editable_mode = False
 
     def initialize_options(self):
-        self.build_lib, self.inplace = None, False
+        self.build_lib, self.inplace, self.if_changed = None, False, False
 
     def finalize_options(self):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
@@ -184,6 +207,9 @@ class BuildNative(Command):
     def run(self):
         target = ROOT / PACKAGE if self.editable_mode or self.inplace else Path(self.build_lib) / PACKAGE
         target.mkdir(parents=True, exist_ok=True)
+        if self.if_changed and self.up_to_date(target):
+            print(f"{PACKAGE}: the libraries are those of these sources")
+            return
         for library in (CPU, CUDA):  # one from an earlier build with other settings must not stay
             (target / f"libdeftx_{library}{SUFFIX}").unlink(missing_ok=True)
         if PLAN.wanted:
@@ -196,6 +222,15 @@ class BuildNative(Command):
         for library in (CPU, CUDA):
             state = PLAN.info[library]
             print(f"{PACKAGE}: the {library} library was " + ("built" if state["built"] else f"not built: {state['reason']}"))
+
+    def up_to_date(self, target):
+        try:
+            found = json.loads((target / "_build_info.json").read_text())
+        except (OSError, ValueError):
+            return False
+        there = all((target / f"libdeftx_{library}{SUFFIX}").exists() and found[library]["built"] for library in PLAN.wanted)
+        lacking = set(PLAN.info[CUDA].get("architectures", ())) - set(found[CUDA].get("architectures", ()))
+        return there and not lacking and found.get("sources") == PLAN.info["sources"]
 
     def compile(self):
         folder, settings = ROOT / "build/native", PLAN.settings()

@@ -1,19 +1,21 @@
 """Every operator and every way of training against its peers, each in the same run.
 
 `python -m bench` times what you choose, prints it and appends rows to bench/results; `python -m bench table` writes the tables of
-README.md and bench/results/README.md, `python -m bench plot` the figures, both from the rows alone.
+README.md and bench/results/README.md, `python -m bench plot` the figures, both from the rows alone. `python -m bench machine`
+measures the machine itself, `python -m bench counters` what our kernels move on a GPU (bench/machine.py).
 """
 
 import argparse
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import tables
+from bench import machine, tables
 from bench.families import FAMILIES, OPS, SIZES, works
 from bench.harness import Choice, Work, measure, quieten
 from bench.rows import OURS, RESULTS, ROOT, append, newest, provenance
@@ -22,17 +24,19 @@ from bench.targets import TARGETS
 QUICK = ("minilm",)  # the sizes without --size
 FULL = tuple(s for s in SIZES if s not in ("tiny", "llama7b"))
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+COMMANDS = ("run", "table", "plot", "machine", "counters")
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    return {"run": run, "table": write_tables, "plot": write_figures}[options.command](options)
+    functions = (run, write_tables, write_figures, measure_machine, count)
+    return dict(zip(COMMANDS, functions))[options.command](options)
 
 
 def parser() -> argparse.ArgumentParser:
     new = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    new.add_argument("command", nargs="?", choices=("run", "table", "plot"), default="run", help="default: run")
+    new.add_argument("command", nargs="?", choices=COMMANDS, default="run", help="default: run")
     new.add_argument("--quick", action="store_true", help="one small size, few rounds, peaks in this process: under three minutes")
     new.add_argument("--targets", action="store_true", help="those works, of any size, that the targets in README.md are about")
     new.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
@@ -42,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--density", nargs="+", type=share, default=[], help="shares of the entries, 0 to 1; default: the usual ones")
     new.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     new.add_argument("--provider", nargs="+", default=[], help=f"these beside {OURS} (default: all), as the output names them")
+    new.add_argument("--target-peers", action="store_true", help="of the peers those that a target names")
     new.add_argument("--rounds", type=int, help="timed calls of each provider")
     new.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows (default: bench/results)")
     return new
@@ -54,13 +59,26 @@ def share(text: str) -> float:
     return value
 
 
+def device_of(options: argparse.Namespace) -> str:
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def measure_machine(options: argparse.Namespace) -> int:
+    machine.measure(device_of(options), options.out)
+    return 0
+
+
+def count(options: argparse.Namespace) -> int:
+    return machine.counters(options.out)
+
+
 # ---- run ----
 
 
 def run(options: argparse.Namespace) -> int:
     quieten()
     torch.manual_seed(0)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(options)
     facts = provenance(device)
     print(", ".join(f"{k} {v}" for k, v in facts.items() if v))
     print("Medians of interleaved calls, caches emptied before each; every result is checked first. Peak: beside the inputs.")
@@ -69,14 +87,26 @@ def run(options: argparse.Namespace) -> int:
         for work in chosen(options, family, device):
             print_heading(work, tally)
             rows = []
-            rounds = options.rounds or (5 if options.quick else None)
-            for row in measure(work, facts, rounds, tuple(options.provider), fresh=not options.quick):
+            for row in measured(work, facts, options):
                 print_row(row, work)
                 tally.add(row)
                 rows.append(row)
             append([row for row in rows if "p50_ms" in row], options.out / f"{family}.csv")
     print(tally.verdict(options.out))
     return 1 if tally.wrong or not tally.works else 0
+
+
+def measured(work: Work, facts: dict[str, Any], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of a work; one that says what is wrong where it cannot be made or measured. The other works go on."""
+    rounds = options.rounds or (5 if options.quick else None)
+    providers = [*options.provider, *(t.peer for t in TARGETS if options.target_peers and t.is_about(work))]
+    if options.target_peers:
+        providers.append(OURS)  # a work whose targets name no peer is timed without any
+    try:
+        yield from measure(work, facts, rounds, tuple(providers), fresh=not options.quick)
+    except Exception as error:
+        traceback.print_exc(file=sys.stdout)
+        yield {"op": work.op, "size": work.title, "provider": OURS, "wrong": f"{type(error).__name__}: {error}"}
 
 
 def chosen(options: argparse.Namespace, family: str, device: str) -> Iterator[Work]:
@@ -121,7 +151,8 @@ def print_heading(work: Work, tally: Tally) -> None:
     parts = [work.title, work.dtype_name]
     parts += [f"{100 * work.density:.3g} % of the entries"] if work.density is not None else []
     print(f"\n  {', '.join(parts)}", flush=True)
-    print(f"    {'provider':38} {'median':>10} {'p20 .. p80':>22} {'times ours':>10} {'of the floor':>12} {'peak':>10}")
+    columns = f"{'times ours':>10} {'of the floor':>12} {'host':>10} {'peak':>10}"
+    print(f"    {'provider':38} {'median':>10} {'p20 .. p80':>22} {columns}")
 
 
 def print_row(row: dict[str, Any], work: Work) -> None:
@@ -134,8 +165,10 @@ def print_row(row: dict[str, Any], work: Work) -> None:
     ratio = f"{float(row['times_ours']):.2f}" if row["times_ours"] else "-"
     peak = f"{float(row['peak_extra_mb']):.1f} MB" if row["peak_extra_mb"] else "-"
     share_of_floor = tables.percent(float(row["share_of_floor"]))
+    host = tables.duration(float(row["host_ms"])) if row["host_ms"] else "-"
     state = tables.beside(row | {"op": work.op})
-    print(f"    {name:38} {p50:>10} {f'{p20} .. {p80}':>22} {ratio:>10} {share_of_floor:>12} {peak:>10}{state}", flush=True)
+    columns = f"{ratio:>10} {share_of_floor:>12} {host:>10} {peak:>10}{state}"
+    print(f"    {name:38} {p50:>10} {f'{p20} .. {p80}':>22} {columns}", flush=True)
 
 
 # ---- from the rows ----

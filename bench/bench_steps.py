@@ -230,6 +230,7 @@ class Run:
     mask: Iterable[Tensor] = ()  # by which the entries to be trained are known
     before_step: Callable[[], None] = nothing
     kind: str = "other"  # "dense", "masked": which weights move; "other": that the loss falls is all that can be said
+    dtype: torch.dtype | None = None  # of the weights, where these are not the others'
     name: str = ""
     loss: float | Tensor = 0.0  # before the last step
 
@@ -294,7 +295,7 @@ class Trainers:
         sparsify(model, mask)
         optimizer = SparseAdamW(model.named_parameters(), mask, **SETTINGS)
         masks = [mask, *(record.mask for record in masked_parameters(model).values())]
-        return Run(self, model, optimizer, [t for m in masks for t in (m.crow_indices, m.col_indices)], kind=kind)
+        return Run(self, model, optimizer, [t for m in masks for t in (m.crow_indices, m.col_indices)], kind=kind, dtype=dtype)
 
     def dense(self) -> Run:
         model = self.model()
@@ -320,7 +321,7 @@ class Trainers:
             warnings.simplefilter("ignore")
             model = peft.get_peft_model(model, config(model)).train()
         indices = [i for m in model.modules() for i in getattr(m, "shira_indices", {}).values()]
-        return Run(self, model, fused_adamw(model), indices)
+        return Run(self, model, fused_adamw(model), indices, dtype=dtype)
 
 
 def forget_shira() -> None:
@@ -383,7 +384,7 @@ def step_case(name: str, device: str, folder: str, dtype: torch.dtype | None = N
         LORA: lora,
     }
     if trainers.autocast and trainers.dtype != trainers.autocast:
-        # Not from the same weights, which are rounded: what is known of the first step is that of the others.
+        # Not from the same weights, which are rounded: of the first step the loss is known, that of a dense model so rounded.
         makers[f"{OURS}, bfloat16 weights"] = partial(trainers.ours, torch.bfloat16, kind="other")
         makers[f"{LORA}, bfloat16 weights"] = partial(lora, torch.bfloat16)
     absent = {} if has("peft") else {n: "peft is not installed" for n in makers if n.startswith("PEFT")}
@@ -499,8 +500,13 @@ def checker(trainers: Trainers, mask: CSRMask) -> Callable[[Run], str | None]:
     loss_tolerance, tolerance = (1e-5, 0.01) if exact else (5e-3, 0.1)
     start = cache(partial(truth, trainers, mask))
 
+    @cache
+    def loss_of(dtype: torch.dtype) -> float:
+        with torch.no_grad():
+            return float(trainers.loss(trainers.model(dtype)))
+
     def check(run: Run) -> str | None:
-        loss, expected = float(run.loss), start().loss
+        loss, expected = float(run.loss), loss_of(run.dtype) if run.dtype else start().loss
         if not abs(loss - expected) <= loss_tolerance * expected:
             return f"first loss {loss}, of the dense model {expected}"
         if run.kind != "other":

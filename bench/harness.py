@@ -6,6 +6,11 @@ what `check` compares with the truth: a provider that is wrong is told, and not 
 that changes from round to round, so that a machine that slows down slows all of them; the ratio to ours is the median over rounds.
 Before each timed call a buffer as large as the last cache is read, so that every call finds its inputs in main memory.
 
+On a GPU a call is timed by events before and after its work, while the device is still busy with a pause that was enqueued before:
+the host runs ahead, as in a training loop, and its own time does not count as the kernels' (of a call that waits for the device,
+what follows the wait does). That time stands in a column of its own (`host_ms`): until the call returns on an idle device, so of a
+call that waits all of it; a whole training step takes the longer of the two.
+
 Peak memory (`peak_extra_mb`) is taken in this process, or, on the CPU, in a fresh process of each provider: there no arena that an
 earlier provider left behind hides what it takes. It is the most that lay in memory at once during one call, less what lay there
 before: the inputs do not count. For a `whole` case it counts from before the provider was made until after its second call, so of
@@ -35,6 +40,8 @@ from torch import Tensor
 from bench.rows import OURS, package_of
 
 Setting = tuple[torch.dtype, float]
+# Milliseconds by which the host is ahead of a GPU at least and at most, else twice what it needs; calls that tell what it needs.
+LEAD, LONGEST_LEAD, HOST_CALLS = 1.0, 20.0, 3
 
 
 @dataclass(frozen=True)
@@ -143,17 +150,38 @@ def synchronize(device: str) -> None:
 
 
 def milliseconds(call: Callable[[], Any], device: str) -> float:
-    """On a GPU between two events of the stream: a launch that does not wait is hidden behind what runs before it."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+    return on_busy_device(call, LEAD)[0] if device == "cuda" else host_milliseconds(call)
+
+
+def on_busy_device(call: Callable[[], Any], lead: float) -> tuple[float, float]:
+    """The GPU's milliseconds, the host being `lead` of them ahead of it, and the host's: until the call returns."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(round(lead * cycles()))
+    start.record()
+    host = host_milliseconds(call)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end), host
+
+
+def host_milliseconds(call: Callable[[], Any]) -> float:
     began = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - began)
+
+
+@functools.cache
+def cycles() -> float:
+    """Cycles of the device's clock in a millisecond, as `torch.cuda._sleep` counts them."""
+    count, taken = 5_000_000, 0.0
+    for _ in range(3):  # the last counts: by then the clock is that of a busy device
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.cuda._sleep(count)
+        end.record()
+        end.synchronize()
+        taken = start.elapsed_time(end)
+    return count / taken
 
 
 @functools.cache
@@ -260,6 +288,7 @@ class Alone:
 
     peak: float | None = None
     times: list[float] = field(default_factory=list)  # only of cases that are timed apart
+    host: float | None = None  # likewise
 
 
 def alone(work: Work, provider: str, rounds: int) -> Alone | None:
@@ -283,9 +312,8 @@ def _alone_here(work: Work, provider: str, rounds: int, threads: int) -> Alone:
     if case.apart:
         call = make()
         call()
-        for _ in range(rounds):
-            flush_cache(work.device)
-            found.times.append(milliseconds(call, work.device))
+        times, host = timed({provider: call}, work.device, rounds, (), case.whole)
+        found.times, found.host = times[provider], host.get(provider)
     return found
 
 
@@ -315,7 +343,7 @@ def measure(
         for name, call in calls.items():  # and the warm-up
             peaks[name] = peak_extra(training(case.providers[name]) if case.whole else call, device)
     rounds = rounds or case.rounds
-    times = {} if case.apart else timed(calls, device, rounds, case.once)
+    times, host = ({}, {}) if case.apart else timed(calls, device, rounds, case.once, case.whole)
     names = list(calls)
     case.release()
     del calls
@@ -325,6 +353,7 @@ def measure(
         peaks = {name: found[name].peak if name in found else None for name in names}
         if case.apart:
             times = {name: result.times for name, result in found.items()}
+            host = {name: result.host for name, result in found.items() if result.host is not None}
             for name in (n for n in names if n not in found):
                 yield same | {"provider": name, "wrong": "it failed in a process of its own, as told above"}
     bandwidth, rate = ceilings(device, work.dtype if work.dtype.is_floating_point else torch.float32)
@@ -336,6 +365,7 @@ def measure(
         row = same | {"provider": name, "package": package_of(name), "rounds": len(taken)}
         row["backend"] = backends()[case.served_by or work.op][device].name if name.startswith(OURS) else ""
         row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}", "share_of_floor": f"{floor / p50:.4f}"}
+        row["host_ms"] = f"{host[name]:.4f}" if name in host else ""
         row["times_ours"] = f"{statistics.median(t / o for t, o in zip(taken, times[OURS])):.3f}" if OURS in times else ""
         peak = peaks.get(name)
         row["peak_extra_mb"] = "" if peak is None else f"{peak:.1f}"
@@ -363,14 +393,35 @@ def checked(case: Case) -> tuple[dict[str, str], dict[str, Callable[[], Any]]]:
     return faults, right
 
 
-def timed(calls: dict[str, Callable[[], Any]], device: str, rounds: int, once: tuple[str, ...]) -> dict[str, list[float]]:
-    """The milliseconds of each round, of all providers in turn."""
+def timed(
+    calls: dict[str, Callable[[], Any]], device: str, rounds: int, once: tuple[str, ...], whole: bool
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """The milliseconds of each round, of all providers in turn, and on a GPU those that the host needs for a call of each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    host = {name: host_time(call) for name, call in calls.items() if name not in once} if device == "cuda" else {}
     order = list(calls)
     for i in range(rounds):
         order = order[1:] + order[:1]
         for name in order:
-            if i == 0 or name not in once:
-                flush_cache(device)
+            if i and name in once:
+                continue
+            flush_cache(device)
+            if device != "cuda":
                 times[name].append(milliseconds(calls[name], device))
-    return times
+                continue
+            lead = min(max(LEAD, 2 * host.get(name, 0)), LONGEST_LEAD)
+            taken, returned = on_busy_device(calls[name], lead)
+            if name in once:  # slow: no other call for the host's time
+                host[name] = returned - lead if returned > lead else returned
+            times[name].append(max(taken, host[name]) if whole else taken)
+    return times, host
+
+
+def host_time(call: Callable[[], Any]) -> float:
+    """The median of a few calls, each on an idle device: where the host waits for the device, it does so for its own call alone."""
+    found: list[float] = []
+    while len(found) < HOST_CALLS and sum(found) < 1000:
+        synchronize("cuda")
+        found.append(host_milliseconds(call))
+    synchronize("cuda")
+    return statistics.median(found)

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -15,9 +16,9 @@ OURS = "deftx"
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 COLUMNS = (
-    "date", "op", "provider", "package", "backend", "size", "dtype", "density", "p20_ms", "p50_ms", "p80_ms", "rounds",
-    "times_ours", "bytes", "flops", "copy_gb_s", "product_gflop_s", "floor_ms", "share_of_floor", "peak_extra_mb", "parameters",
-    "weight_bytes_per_param", "gradient_bytes_per_param", "state_bytes_per_param", "mask_bytes_per_param",
+    "date", "op", "provider", "package", "backend", "size", "dtype", "density", "p20_ms", "p50_ms", "p80_ms", "host_ms",
+    "rounds", "times_ours", "bytes", "flops", "copy_gb_s", "product_gflop_s", "floor_ms", "share_of_floor", "peak_extra_mb",
+    "parameters", "weight_bytes_per_param", "gradient_bytes_per_param", "state_bytes_per_param", "mask_bytes_per_param",
     "device", "threads", "driver", "torch", "triton", "commit",
 )  # fmt: skip
 PACKAGES = {
@@ -66,7 +67,8 @@ def driver() -> str:
 
 
 def commit() -> str:
-    """The checked-out commit; "-dirty" where anything but the rows themselves has changed since."""
+    """The checked-out commit; "-dirty" where anything but the rows themselves has changed since. $DEFTX_COMMIT tells it of a tree
+    that was copied without its history."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -75,7 +77,7 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("DEFTX_COMMIT") or "unknown"
 
 
 def processor() -> str:

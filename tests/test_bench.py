@@ -5,16 +5,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 from bench import __main__ as program
-from bench import bench_topk, harness, shapes
+from bench import bench_topk, harness, rows, shapes
 from bench.families import FAMILIES
 from bench.harness import Case, Choice, Work, alone, measure, peak_extra
 from bench.rows import COLUMNS, OURS, ROOT
+from bench.targets import Target
 from deftx_kernels import topk_mask
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -40,8 +42,9 @@ def bench(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_runs(bench, family, device):
+def test_every_family_runs(bench, capsys, family, device):
     status, rows = bench("--family", family, "--device", device)
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")] == []
     assert status == 0
     assert list(rows) == [family]
     assert {r["op"] for r in rows[family] if r["provider"] == OURS} == set(FAMILIES[family].OPS)
@@ -84,6 +87,29 @@ def test_absent_provider_is_named(bench, monkeypatch, capsys):
     assert bench_topk.LT_SFT not in {r["provider"] for r in rows["topk"]}
 
 
+def test_of_the_peers_those_that_a_target_names(bench, monkeypatch):
+    target = Target("cpu", "", "topk_mask", "tiny", "float32", "0.05", 1.0, peer="numpy partition")
+    monkeypatch.setattr(program, "TARGETS", (target, replace(target, op="mask_or", dtype="bool", quantity="ms", peer="")))
+    status, rows = bench("--family", "topk", "--device", "cpu", "--targets", "--target-peers")
+    assert status == 0
+    assert [(r["op"], r["provider"]) for r in rows["topk"]] == [
+        ("topk_mask", OURS),
+        ("topk_mask", "numpy partition"),
+        ("mask_or", OURS),
+    ]
+
+
+def test_a_work_that_cannot_be_made_does_not_keep_the_others_from_being_timed(bench, monkeypatch, capsys):
+    def fails(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(bench_topk, "select_case", fails)
+    status, rows = bench("--family", "topk", "--device", "cpu")
+    assert status == 1
+    assert f"WRONG: {OURS} in select_mask, tiny: RuntimeError: out of memory" in capsys.readouterr().out
+    assert {r["op"] for r in rows["topk"]} == {"topk_mask", "mask_or", "mask_and", "mask_sub"}
+
+
 def test_chosen_dtypes_densities_and_providers(bench):
     arguments = ("--dtype", "float16", "float32", "--density", "0.5", "0.125", "--provider", "torch.take")
     status, rows = bench("--family", "csr", "--device", "cpu", *arguments)
@@ -120,6 +146,14 @@ def test_listing_works_makes_nothing(monkeypatch):
         monkeypatch.setattr(torch, name, refused)
     for family in FAMILIES.values():
         assert list(family.works(Choice("cuda", family.SIZES)))
+
+
+def test_the_commit_of_a_tree_without_history_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert rows.commit() == "unknown"
+    monkeypatch.setenv("DEFTX_COMMIT", "abc1234")
+    assert rows.commit() == "abc1234"
 
 
 # ---- one work, measured ----

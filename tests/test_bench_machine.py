@@ -1,0 +1,209 @@
+"""The time of a call on a GPU, on a device that a clock stands for; what a machine gives; Nsight Compute's table."""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import __main__ as program
+from bench import harness, machine
+
+# ---- the time of a call on a GPU ----
+
+
+class Clock:
+    """A host and a device: what the device is given begins when it is idle, and not before the host has given it."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.idle_at = 0.0, 0.0  # milliseconds
+        monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: self.now / 1e3))
+        monkeypatch.setattr(harness, "flush_cache", lambda device: self.launch(0.2))
+        monkeypatch.setattr(harness, "cycles", lambda: 1e6)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda count: self.launch(count / 1e6))
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+        clock = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = max(clock.now, clock.idle_at)
+
+            def synchronize(self):
+                clock.wait()
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def launch(self, milliseconds, host=0.0):
+        self.now += host
+        self.idle_at = max(self.now, self.idle_at) + milliseconds
+
+    def wait(self):
+        self.now = max(self.now, self.idle_at)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def times_of(call, **options):
+    times, host = harness.timed({"a": call}, "cuda", 3, **{"once": (), "whole": False} | options)
+    return times["a"], host["a"]
+
+
+def test_the_hosts_time_does_not_count_as_the_kernels(clock):
+    for host in (0.3, 3.0, 9.0):
+        times, own = times_of(lambda host=host: clock.launch(0.1, host))
+        assert times == pytest.approx([0.1] * 3)
+        assert own == pytest.approx(host)
+
+
+def test_of_a_call_that_waits_all_is_counted_that_follows(clock):
+    def call():
+        clock.launch(0.5, host=0.2)
+        clock.wait()
+        clock.launch(0.1, host=0.4)
+
+    times, own = times_of(call)
+    assert times == pytest.approx([0.5 + 0.4 + 0.1] * 3)
+    assert own == pytest.approx(0.2 + 0.5 + 0.4)
+
+
+def test_a_whole_step_takes_the_longer_of_the_two(clock):
+    assert times_of(lambda: clock.launch(5.0, host=2.0), whole=True) == (pytest.approx([5.0] * 3), pytest.approx(2.0))
+    assert times_of(lambda: clock.launch(5.0, host=7.0), whole=True) == (pytest.approx([7.0] * 3), pytest.approx(7.0))
+
+
+def test_what_is_timed_once_is_called_once(clock):
+    calls = []
+
+    def call():
+        calls.append(None)
+        clock.launch(900.0, host=100.0)
+        clock.wait()
+
+    times, own = times_of(call, once=("a",))
+    assert len(calls) == 1
+    assert times == pytest.approx([998.8])  # the first 1.2 of the 100 ms passed while the device was busy with cache and pause
+    assert own == pytest.approx(999.0)
+
+
+def test_on_a_cpu_there_is_no_such_column():
+    times, host = harness.timed({"a": lambda: None}, "cpu", 2, (), whole=False)
+    assert len(times["a"]) == 2
+    assert not host
+
+
+# ---- the machine ----
+
+
+def test_the_machine_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "last_cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setitem(machine.DENSE_BYTES, "cpu", 1 << 16)
+    monkeypatch.setitem(machine.SIDE, "cpu", 64)
+    (tmp_path / machine.FILE).write_text(json.dumps({"another": {"date": "2026-01-01"}}))
+    assert program.main(["machine", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    known = json.loads((tmp_path / machine.FILE).read_text())
+    assert known.pop("another") == {"date": "2026-01-01"}
+    (found,) = known.values()
+    assert {"date", "commit", "torch"} <= found.keys()
+    assert set(found["memory"]) == {"copy", "read", "write"}
+    assert all(rate > 0 for rate in (*found["memory"].values(), *found["products"].values()))
+    settings = {(row["access"], row["bytes"], row["density"]) for row in found["scattered"]}
+    assert settings == {(access, size, d) for access in ("gather", "scatter") for size in (2, 4) for d in machine.DENSITIES}
+    assert all(0 < row["sector_share"] <= 1 and row["gb_s"] > 0 for row in found["scattered"])
+    assert "share of sectors" in capsys.readouterr().out
+
+
+def test_figures_of_one_kind_leave_those_of_another(tmp_path):
+    machine.write("x", {"memory": {"copy": 1.0}}, tmp_path)
+    machine.write("x", {"kernels": []}, tmp_path)
+    machine.write("x", {"memory": {"copy": 2.0}}, tmp_path)
+    assert json.loads((tmp_path / machine.FILE).read_text()) == {"x": {"memory": {"copy": 2.0}, "kernels": []}}
+
+
+def test_share_of_sectors():
+    assert machine.sector_share(0.05, 2, "cuda") == pytest.approx(0.56, abs=0.005)
+    for device, itemsize in itertools.product(("cpu", "cuda"), (2, 4)):
+        position, sector = machine.random_positions(1 << 18, 0.05, "cpu"), machine.SECTOR[device]
+        sectors = len(position.mul(itemsize).div(sector, rounding_mode="floor").unique())
+        assert sectors / ((1 << 18) * itemsize / sector) == pytest.approx(machine.sector_share(0.05, itemsize, device), rel=0.02)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+def test_scattered_accesses(device, dtype):
+    gather, scatter = machine.accesses(device)
+    dense, position = torch.arange(20_000, device=device).to(dtype), machine.random_positions(20_000, 0.3, device)
+    out = torch.zeros(len(position), dtype=dtype, device=device)
+    gather(dense, position, out)
+    assert torch.equal(out, position.to(dtype))
+    scatter(dense, position, -out)
+    expected = torch.arange(20_000).to(dtype)
+    expected[position.cpu().long()] *= -1
+    assert torch.equal(dense.cpu(), expected)
+
+
+# ---- Nsight Compute ----
+
+
+def test_our_calls_run():
+    for call in machine.our_calls("cpu", "tiny", side=64).values():
+        call()
+
+
+TABLE = """==PROF== Profiling "_gather_kernel": 0%....100% - 3 passes
+what the program printed
+"ID","Process ID","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum","dram__bytes_write.sum",{ratios}
+"","","","ns","byte","byte","",""
+"0","7","_gather_kernel","1,500","4,000","100","2.5","1"
+"1","7","void deftx::<unnamed>::pack<float, 4>(float const*, long)","9000","100","100","n/a","4"
+"2","7","_gather_kernel","500","0","100","3.5","1"
+""".replace("{ratios}", ",".join(f'"{name}"' for name in list(machine.METRICS)[3:]))
+
+
+def test_nsight_computes_table():
+    slow, often = machine.counted(TABLE)
+    assert (slow["kernel"], slow["launches"], slow["ns"], slow["sectors_per_load"]) == ("pack", 1, 9000, 0)
+    assert often == {
+        "kernel": "_gather_kernel", "launches": 2, "ns": 2000, "read": 4000, "written": 200,
+        "sectors_per_load": 3.0, "sectors_per_store": 1.0,
+    }  # fmt: skip
+    assert machine.counted("==ERROR== no table") == []
+
+
+@pytest.mark.parametrize(
+    ("program_does", "status"), [("cat table", 0), ("echo no table", 1), ("cat table; exit 3", 3), ("sleep 60", -9)]
+)
+def test_what_nsight_compute_says_is_written(tmp_path, monkeypatch, capsys, program_does, status):
+    (tmp_path / "table").write_text(TABLE)
+    (tmp_path / "ncu").write_text(f"#!/bin/sh\ncd {tmp_path}\n{program_does}\n")
+    (tmp_path / "ncu").chmod(0o755)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(machine, "SECONDS", 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert machine.counters(tmp_path / "out") == status
+    shown = capsys.readouterr().out
+    if status:
+        assert "ncu: exit status" in shown
+        assert not (tmp_path / "out").exists()
+    else:
+        assert "pack" in shown
+        known = json.loads((tmp_path / "out" / machine.FILE).read_text())
+        assert [k["kernel"] for k in known["a GPU"]["kernels"]] == ["pack", "_gather_kernel"]
+
+
+def test_without_a_gpu_nothing_is_counted(capsys, tmp_path):
+    if torch.cuda.is_available() and machine.shutil.which("ncu"):
+        pytest.skip("here something is")
+    assert program.main(["counters", "--out", str(tmp_path)]) == 0
+    assert "not counted" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
