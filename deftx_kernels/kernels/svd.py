@@ -8,6 +8,7 @@ Whatever is small, [l, l] or [n, l], is computed in float64: a Gram matrix has t
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,12 +170,12 @@ def _subspace(a: Tensor | Parts, totals: Tensor, rank: int, n_iter: int, test_ma
         before, seen = seen, _sums_of_squares(y)
         if k < n_iter:
             continue
-        squares, vectors = _eigh(_gram64(y))
-        squares, vectors = squares.flip(-1)[:, :rank], vectors.flip(-1)[..., :rank]
+        squares, vectors = _ritz(y, rank)
         residual = totals - squares.sum(-1)
-        done = seen - before <= _enough(k, rank, columns, n) * residual + _ROUNDING * totals
-        if k < 4:  # a residual of 1e-3 and less is lost in the rounding of the sums: iterate on unseen
-            done &= residual > 1e-6 * totals
+        rounding = _ROUNDING[y.dtype]
+        done = seen - before <= _enough(k, rank, columns, n) * residual + rounding.gain * totals
+        if k < rounding.steps:
+            done &= residual > rounding.residual * totals
         done |= (k == 1 + n_iter + _MORE) | (totals == 0)
         finished, rest = (x.nonzero().view(-1) for x in (done, ~done))
         if len(finished):
@@ -191,8 +192,25 @@ def _subspace(a: Tensor | Parts, totals: Tensor, rank: int, n_iter: int, test_ma
     return tuple(map(list, zip(*results)))
 
 
-_ROUNDING = 1e-7  # of all energy: gains below it are rounding
+class _Rounding(NamedTuple):
+    """What is lost in the rounding of the sums, as shares of all energy."""
+
+    gain: float  # gains below it are rounding
+    residual: float  # of a residual below it the gains are: iterate on unseen
+    steps: int  # so often
+
+
+_ROUNDING = {torch.float32: _Rounding(1e-7, 1e-6, 4), torch.float64: _Rounding(1e-15, 1e-13, 8)}
 _MORE = 24  # iterations beyond n_iter at most
+
+
+def _ritz(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:  # [b, m, l] -> float64 [b, r], [b, l, r]
+    """The largest squared singular values of y, descending, and their right singular vectors."""
+    if y.dtype == torch.float64:  # a Gram matrix would lose what is below 1e-8 of the largest
+        _, singular, vectors = torch.linalg.svd(torch.linalg.qr(y, mode="r").R)
+        return singular[:, :rank].square(), vectors.mT[..., :rank]
+    squares, basis = _eigh(_gram64(y))
+    return squares.flip(-1)[:, :rank], basis.flip(-1)[..., :rank]
 
 
 def _enough(k: int, rank: int, columns: int, n: int) -> float:
@@ -202,7 +220,7 @@ def _enough(k: int, rank: int, columns: int, n: int) -> float:
     With no columns to spare, or with half of all directions, a small gain says little.
     """
     room = 1 - 2 * columns / n
-    return {2: min(0.12, 0.15 * room), 3: 0.045 * room + 0.01}.get(k, 0.01) * min(1.0, ((columns - rank) / 16) ** 3 + 0.1)
+    return {2: min(0.12, 0.15 * room), 3: 0.045 * room + 0.01}.get(k, 0.01) * min(1.0, ((columns - rank) / 16) ** 4 + 0.05)
 
 
 def _by_subspace(
