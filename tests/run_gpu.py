@@ -186,7 +186,7 @@ def tiny() -> None:
     """A few launches of each kernel on small, odd shapes, for compute-sanitizer; results compared with the oracle on the CPU."""
     import torch
 
-    from deftx_kernels import CSRMask, masked_embedding, masked_linear, reference, sparse_adamw, topk_mask
+    from deftx_kernels import CSRMask, masked_embedding, masked_linear, reference, sparse_adamw, svd_denoise, topk_mask
 
     generator = torch.Generator().manual_seed(0)
     shapes = {"a": (37, 301), "b": (5,), "c": (3, 7001), "d": (), "e": (129, 3, 5)}
@@ -250,6 +250,17 @@ def tiny() -> None:
     ))  # fmt: skip
     for got, want in zip(*masks):
         assert torch.equal(got.cpu(), want)
+    for dtype in (torch.float32, torch.float64):  # more columns than a panel has
+        w = torch.randn(3, 50, 41, generator=generator, dtype=dtype)
+        a, tolerance = w.mT @ w, {"rtol": 0, "atol": 2000 * torch.finfo(dtype).eps}
+        values, vectors = (x.cpu() for x in torch.ops.deftx.eigh(a.cuda()))
+        torch.testing.assert_close((vectors * values[:, None]) @ vectors.mT, a, **tolerance)
+        torch.testing.assert_close(torch.ops.deftx.eigvalsh(a.cuda()).cpu(), torch.linalg.eigvalsh(a), **tolerance)
+    for rule in ({"rank": 4}, {"energy": 0.9}):
+        w = torch.randn(2, 90, 80, generator=generator)
+        want = svd_denoise(w.double(), **rule)
+        residual, best = ((w.double() - x.double()).norm() for x in (svd_denoise(w.cuda(), **rule).cpu(), want))
+        assert residual <= 1.02 * best + 1e-4 * w.norm()
     print("tiny run: every result agrees with the oracle")
 
 

@@ -220,7 +220,7 @@ def _enough(k: int, rank: int, columns: int, n: int) -> float:
     With no columns to spare, or with half of all directions, a small gain says little.
     """
     room = 1 - 2 * columns / n
-    return {2: min(0.12, 0.15 * room), 3: 0.045 * room + 0.01}.get(k, 0.01) * min(1.0, ((columns - rank) / 16) ** 4 + 0.05)
+    return {2: min(0.12, 0.15 * room), 3: 0.045 * room + 0.01}.get(k, 0.01) * min(1.0, ((columns - rank) / 16) ** 5 + 0.05)
 
 
 def _by_subspace(
