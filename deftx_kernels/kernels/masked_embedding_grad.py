@@ -150,6 +150,7 @@ def masked_embedding_grad(
         tensors = (grad_output.contiguous(), keys, order, crow_indices, col_indices, out, partial_sums)
         _launch_segments((tokens, chunks, 1), kind, tensors, numbers, SEGMENT, OCCURRENCES, ENTRIES)
         if stretches > 1:
-            tensors = (keys, crow_indices, out, partial_sums)
-            _launch_finish((stretches - 1, chunks, 1), kind, tensors, numbers, SEGMENT, PARTS, ENTRIES)
+            _launch_finish(
+                (stretches - 1, chunks, 1), kind, (keys, crow_indices, out, partial_sums), numbers, SEGMENT, PARTS, ENTRIES
+            )
     return out

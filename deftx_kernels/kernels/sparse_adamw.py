@@ -7,7 +7,6 @@ import math
 import struct
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
