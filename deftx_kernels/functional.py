@@ -424,18 +424,41 @@ def sparse_adamw(
         ValueError, TypeError: an argument is out of range, or of another shape, dtype or device than the mask and the params ask
             for. Nothing has changed then.
     """
+    targets = check_targets(params, exp_avg, exp_avg_sq, values, mask)
+    if decay_to is not None:
+        mask.check_compact(decay_to, "decay_to")
+        check_float(decay_to, "decay_to")
+    step_targets(
+        targets, grads, exp_avg, exp_avg_sq, step, mask, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decay_to=decay_to,
+        l1=l1, maximize=maximize, values=values, grad_scale=grad_scale, found_inf=found_inf,
+        stochastic_rounding=stochastic_rounding, seed=seed,
+    )  # fmt: skip
+
+
+def check_targets(
+    params: Mapping[str, Tensor], exp_avg: Tensor, exp_avg_sq: Tensor, values: Tensor | None, mask: CSRMask
+) -> list[Tensor]:
+    """The tensors that a step writes; the params among them in the mask's order."""
     targets = mask.select(params, "params")
     dtype = targets[0].dtype
     check_floats(targets, mask.names, "params")
     for name, tensor in zip(mask.names, targets):
         if tensor.dtype != dtype:
             raise ValueError(f"params[{name!r}] is {tensor.dtype}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed")
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    _check_state(exp_avg, exp_avg_sq, values, mask, dtype, compute)
+    _check_state(exp_avg, exp_avg_sq, values, mask, dtype, torch.float64 if dtype == torch.float64 else torch.float32)
+    return targets
+
+
+def step_targets(
+    targets: list[Tensor], grads: Mapping[str, Tensor] | Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int | Tensor,
+    mask: CSRMask, *, lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, decay_to: Tensor | None,
+    l1: float, maximize: bool, values: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None,
+    stochastic_rounding: bool, seed: int,
+) -> None:  # fmt: skip
+    """`sparse_adamw` of tensors that have been checked, by `check_targets`, and `decay_to`."""
+    dtype = targets[0].dtype
     if decay_to is not None:
-        mask.check_compact(decay_to, "decay_to")
-        check_float(decay_to, "decay_to")
-        decay_to = decay_to.detach().to(compute).contiguous()
+        decay_to = decay_to.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
     if stochastic_rounding:
         check_int(seed, "seed", 0)
         if seed >= 2**63:
