@@ -70,7 +70,7 @@ class Bucket:
         """Whether someone has put other tensors into the optimizer's state, or taken these out."""
         if not all(map(is_, map(self.state.get, self.params), self.entries)):
             return True
-        return not all([entry.get(key) is view for entry, key, view in self.views])  # a list takes two thirds of a generator
+        return any(entry.get(key) is not view for entry, key, view in self.views)
 
     def part(self, name: str) -> CSRMask:
         if name not in self.parts:
@@ -105,8 +105,8 @@ class Bucket:
             mask, own = self.part(name), {key: parts[name] for key, parts in flat.items()}
             values = _adjoined([param]) if self.compact else own.get("values")
             check_targets({name: dense}, own["exp_avg"], own["exp_avg_sq"], values, mask)
-            grads = param.grad if self.compact else {name: param.grad}
-            self._launch(mask, [dense], grads, own, values, decay.get(name), step, step, grad_scale, found_inf)
+            grad = param.grad if self.compact else {name: param.grad}
+            self._launch(mask, [dense], grad, own, values, decay.get(name), step, step, grad_scale, found_inf)
 
     def _step_all(self, present: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         places = *_places(self.dense), *(_places(self.params) if self.compact else ())

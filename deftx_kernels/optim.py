@@ -179,7 +179,7 @@ class SparseAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grads = [p.grad for group in self.param_groups for p in group["params"]]
-        if any([grad is not None and grad.layout != torch.strided for grad in grads]):  # a list: a generator takes twice as long
+        if {grad.layout for grad in grads if grad is not None} - {torch.strided}:
             raise RuntimeError("SparseAdamW does not support sparse gradients")
         buckets = self._prepare()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
