@@ -441,10 +441,9 @@ def check_targets(
     """The tensors that a step writes; the params among them in the mask's order."""
     targets = mask.select(params, "params")
     dtype = targets[0].dtype
-    check_floats(targets, mask.names, "params")
-    for name, tensor in zip(mask.names, targets):
-        if tensor.dtype != dtype:
-            raise ValueError(f"params[{name!r}] is {tensor.dtype}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed")
+    if check_floats(targets, mask.names, "params") != {dtype}:
+        name, tensor = next((n, t) for n, t in zip(mask.names, targets) if t.dtype != dtype)
+        raise ValueError(f"params[{name!r}] is {tensor.dtype}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed")
     _check_state(exp_avg, exp_avg_sq, values, mask, dtype, torch.float64 if dtype == torch.float64 else torch.float32)
     return targets
 
@@ -508,9 +507,9 @@ def _gradients(grads: Mapping[str, Tensor] | Tensor, mask: CSRMask, dtype: torch
         check_float(grads, "grads")
         return [grads.detach().contiguous()], True
     chosen = mask.select(grads, "grads")
-    check_floats(chosen, mask.names, "grads")
+    dtypes = check_floats(chosen, mask.names, "grads")
     with torch.no_grad():
-        if any(g.dtype != dtype for g in chosen):
+        if dtypes != {dtype}:
             chosen = [g.to(torch.float64 if dtype == torch.float64 else torch.float32) for g in chosen]
         return [g.contiguous() for g in chosen], False
 
