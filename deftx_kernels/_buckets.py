@@ -32,10 +32,10 @@ class Bucket:
         self.dense, self.params = [d for d, _ in self.members.values()], [p for _, p in self.members.values()]
         self.entries = [self.state[p] for p in self.params]
         self.views: list[tuple[dict[str, Any], str, Tensor]] = []  # a parameter's state, key and tensor in it
-        self.steps, self.step_of = self._steps(dense.device)
         self.flat = {key: self._flat(key, state_dtype) for key in ("exp_avg", "exp_avg_sq")}
         if not self.compact and self.group["master"] and dense.dtype in (torch.float16, torch.bfloat16):
             self.flat["values"] = self._flat("values", compute)
+        self.steps, self.step_of = self._steps(dense.device)
         # One launch has one step number; parameters that once were without a gradient are stepped on their own.
         self.together = len(set(self.steps.tolist())) == 1
         self.values: Tensor | None = None  # of the members, one after the other
