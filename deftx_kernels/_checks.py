@@ -69,11 +69,13 @@ def check_float(tensor: object, label: str) -> None:
 
 def check_floats(tensors: Sequence[Tensor], names: Sequence[str], argument: str) -> set[torch.dtype]:
     """`check_float` of each tensor, for less than a call each. Their dtypes."""
-    dtypes = {t.dtype for t in tensors}
-    if dtypes - FLOATS or {t.layout for t in tensors} - {torch.strided}:
-        for name, tensor in zip(names, tensors):
-            check_float(tensor, f"{argument}[{name!r}]")
-    return dtypes
+    if all(isinstance(t, Tensor) for t in tensors):
+        dtypes = {t.dtype for t in tensors}
+        if dtypes <= FLOATS and {t.layout for t in tensors} <= {torch.strided}:
+            return dtypes
+    for name, tensor in zip(names, tensors):
+        check_float(tensor, f"{argument}[{name!r}]")
+    raise AssertionError("one of them is to be refused")
 
 
 def check_devices(tensors: Mapping[str, Tensor], argument: str) -> None:

@@ -178,13 +178,14 @@ def topk_mask(
     if not isinstance(scores, Mapping):
         raise TypeError(f"scores must be a tensor or a mapping of names to tensors, got {type(scores).__name__}")
     names = sorted(scores)
-    for name in names:
-        check_float(scores[name], f"scores[{name!r}]")
-    check_devices({n: scores[n] for n in names}, "scores")
-    shapes = [scores[n].shape for n in names]
+    tensors = [scores[n] for n in names]
+    check_floats(tensors, names, "scores")
+    check_devices(dict(zip(names, tensors)), "scores")
+    shapes = [t.shape for t in tensors]
     CSRMask.check_layout(names, shapes)
     counts = selected_counts(names, shapes, k, density, scope)
-    crow, col, bad = torch.ops.deftx.topk_mask([scores[n].detach().contiguous() for n in names], [], counts, scope)
+    with torch.no_grad():
+        crow, col, bad = torch.ops.deftx.topk_mask([t.contiguous() for t in tensors], [], counts, scope)
     if (i := int(bad[0])) >= 0:
         _raise_not_finite(scores[names[i]], f"scores[{names[i]!r}]", int(bad[1]))
     return CSRMask._trusted(names, shapes, crow, col)
@@ -349,11 +350,12 @@ def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: I
     for before, after in zip(chosen, chosen[1:]):
         if before == after:
             raise ValueError(f"names holds {before!r} twice")
-    for name in chosen:
-        for mapping, argument in ((old, "base"), (new, "tuned")):
+    for mapping, argument in ((old, "base"), (new, "tuned")):
+        for name in chosen:
             if name not in mapping:
                 raise ValueError(f"{argument} lacks tensor {name!r}")
-            check_float(mapping[name], f"{argument}[{name!r}]")
+        check_floats([mapping[n] for n in chosen], chosen, argument)
+    for name in chosen:
         if new[name].shape != old[name].shape:
             raise ValueError(f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base")
     check_devices({n: old[n] for n in chosen}, "base")
