@@ -1,13 +1,14 @@
 """The masked parameters of an optimizer, in buckets that are stepped by one launch each."""
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deftx_kernels._checks import scalar
-from deftx_kernels.functional import sparse_adamw
+from deftx_kernels.functional import check_targets, step_targets
 from deftx_kernels.mask import CSRMask
 
 
@@ -28,107 +29,134 @@ class Bucket:
         compute = torch.float64 if dense.dtype == torch.float64 else torch.float32
         self.decay_to = None if decay_to is None else torch.cat([decay_to[n] for n in self.members]).to(dense.device, compute)
         state_dtype = compute if compute == torch.float64 else self.group["state_dtype"] or compute
-        self.views: list[tuple[Tensor, str, Tensor]] = []  # parameter, key and tensor of each compact state
+        self.dense, self.params = [d for d, _ in self.members.values()], [p for _, p in self.members.values()]
+        self.entries = [self.state[p] for p in self.params]
+        self.views: list[tuple[dict[str, Any], str, Tensor]] = []  # a parameter's state, key and tensor in it
         self.flat = {key: self._flat(key, state_dtype) for key in ("exp_avg", "exp_avg_sq")}
         if not self.compact and self.group["master"] and dense.dtype in (torch.float16, torch.bfloat16):
             self.flat["values"] = self._flat("values", compute)
-        self.steps = []
-        for _, param in self.members.values():
-            self.steps.append(self.state[param].setdefault("step", torch.zeros((), dtype=torch.float32, device=dense.device)))
+        self.steps, self.step_of = self._steps(dense.device)
         # One launch has one step number; parameters that once were without a gradient are stepped on their own.
-        self.together = len({float(s) for s in self.steps}) == 1
+        self.together = len(set(self.steps.tolist())) == 1
+        self.values: Tensor | None = None  # of the members, one after the other
+        self.places: tuple | None = None  # of the tensors that a step writes, when they were checked
+
+    def _steps(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """float32 [members]: the numbers of steps, and the view of each in its member's state."""
+        steps = torch.zeros(len(self.members), dtype=torch.float32, device=device)
+        for entry, view in zip(self.entries, views := list(steps.unbind())):
+            if "step" in entry:
+                view.copy_(entry["step"])
+            entry["step"] = view
+            self.views.append((entry, "step", view))
+        return steps, views
 
     def _flat(self, key: str, dtype: torch.dtype) -> Tensor:
         """[nnz]: the members' state one after the other, of which each member's state is a view."""
-        old = {name: self.state[param].get(key) for name, (_, param) in self.members.items()}
+        old = dict(zip(self.members, [entry.get(key) for entry in self.entries]))
         saved = next((t.dtype for t in old.values() if t is not None), dtype)  # a loaded state keeps its dtype
         if key == "values":
             flat = self.mask.gather({n: d for n, (d, _) in self.members.items()}).to(saved)
         else:
             flat = torch.zeros(self.mask.nnz, dtype=saved, device=self.mask.device)
-        for (name, (_, param)), view in zip(self.members.items(), self.mask.split(flat).values()):
-            if (before := old[name]) is not None:
+        for before, entry, view in zip(old.values(), self.entries, self.mask.split(flat).values()):
+            if before is not None:
                 view.copy_(before)
-            self.state[param][key] = view
-            self.views.append((param, key, view))
+            entry[key] = view
+            self.views.append((entry, key, view))
         return flat
 
     def is_stale(self) -> bool:
         """Whether someone has put other tensors into the optimizer's state, or taken these out."""
-        return any(self.state[p].get(key) is not view for p, key, view in self.views)
-
-    def active(self) -> list[str]:
-        """The members that have a gradient."""
-        return [name for name, (_, param) in self.members.items() if param.grad is not None]
+        if not all(map(is_, map(self.state.get, self.params), self.entries)):
+            return True
+        return any(entry.get(key) is not view for entry, key, view in self.views)
 
     def part(self, name: str) -> CSRMask:
         if name not in self.parts:
             self.parts[name] = self.mask[name]
         return self.parts[name]
 
-    def square_sums(self) -> list[Tensor]:
-        """float64 []: sums of the squares of masked gradients, which together are those of all members."""
-        grads = {name: self.members[name][1].grad for name in self.active()}
+    def square_sums(self) -> Tensor:
+        """float64 [any number]: sums of the squares of masked gradients, which together are those of all members."""
+        grads = {name: p.grad for name, p in zip(self.members, self.params) if p.grad is not None}
         if self.compact:
-            return [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in grads.values()]  # type: ignore[arg-type]
+            norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads.values()]
+            return torch.stack(norms).square() if norms else torch.zeros(0, dtype=torch.float64, device=self.mask.device)
         if len(grads) == len(self.members):
-            return [self.mask.square_sum(grads)]  # type: ignore[arg-type]
-        return [self.part(name).square_sum({name: grad}) for name, grad in grads.items()]  # type: ignore[dict-item]
+            return self.mask.square_sum(grads)[None]
+        sums = [self.part(name).square_sum({name: grad}) for name, grad in grads.items()]
+        return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=self.mask.device)
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        active = self.active()
-        if not active:
+        grads = [p.grad for p in self.params]
+        present = [g is not None for g in grads]
+        if not any(present):
             return
-        if self.together and len(active) == len(self.members):
-            self._launch(self.mask, active, self.flat, self.decay_to, self.steps, grad_scale, found_inf)
+        if self.together and all(present):
+            self._step_all(grads, grad_scale, found_inf)  # type: ignore[arg-type]
             return
         self.together = False
         flat = {key: self.mask.split(tensor) for key, tensor in self.flat.items()}
-        decay = None if self.decay_to is None else self.mask.split(self.decay_to)
-        for name, step in zip(self.members, self.steps):
-            if name in active:
-                own, toward = {key: parts[name] for key, parts in flat.items()}, None if decay is None else decay[name]
-                self._launch(self.part(name), [name], own, toward, [step], grad_scale, found_inf)
+        decay = {} if self.decay_to is None else self.mask.split(self.decay_to)
+        for name, dense, param, step in zip(self.members, self.dense, self.params, self.step_of):
+            if param.grad is None:
+                continue
+            mask, own = self.part(name), {key: parts[name] for key, parts in flat.items()}
+            values = _adjoined([param]) if self.compact else own.get("values")
+            check_targets({name: dense}, own["exp_avg"], own["exp_avg_sq"], values, mask)
+            grad = param.grad if self.compact else {name: param.grad}
+            self._launch(mask, [dense], grad, own, values, decay.get(name), step, step, grad_scale, found_inf)
+
+    def _step_all(self, present: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        places = *_places(self.dense), *(_places(self.params) if self.compact else ())
+        if places != self.places:  # as nearly never: between two steps a model may have been moved, cast or loaded
+            self.values = _adjoined(self.params) if self.compact else self.flat.get("values")
+            params = dict(zip(self.members, self.dense))
+            check_targets(params, self.flat["exp_avg"], self.flat["exp_avg_sq"], self.values, self.mask)
+            self.places = places
+        grads = torch.cat(present) if self.compact else dict(zip(self.members, present))
+        step = self.step_of[0]
+        self._launch(
+            self.mask, self.dense, grads, self.flat, self.values, self.decay_to, self.steps, step, grad_scale, found_inf
+        )  # fmt: skip
 
     def _launch(
-        self, mask: CSRMask, names: list[str], flat: dict[str, Tensor], decay_to: Tensor | None, steps: list[Tensor],
-        grad_scale: Tensor | None, found_inf: Tensor | None,
+        self, mask: CSRMask, targets: list[Tensor], grads: Any, flat: dict[str, Tensor], values: Tensor | None,
+        decay_to: Tensor | None, steps: Tensor, step: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None,
     ) -> None:  # fmt: skip
-        grads: Any
-        group, device = self.group, mask.device
-        params = {n: self.members[n][0] for n in names}
-        values = flat.get("values")
-        if self.compact:
-            grads, values = self._compact(names)
-        else:
-            grads = {n: self.members[n][1].grad for n in names}
+        group = self.group
         # A schedule may end a rounding error below 0, so that the sign is checked where a group is added, not here.
-        lr = group["lr"] if isinstance(group["lr"], Tensor) else scalar(float(group["lr"]), "lr", device)
+        lr = group["lr"] if isinstance(group["lr"], Tensor) else scalar(float(group["lr"]), "lr", mask.device)
         # The first tensor's place in the upper half: launches of one step share no random number.
-        seed = group["seed"] + (self.positions[names[0]] << 32)
-        torch._foreach_add_(steps, 1.0)
+        seed = group["seed"] + (self.positions[mask.names[0]] << 32)
+        steps.add_(1.0)
         try:
-            sparse_adamw(
-                params, grads, flat["exp_avg"], flat["exp_avg_sq"], steps[0], mask, lr=lr, betas=group["betas"], eps=group["eps"],
+            step_targets(
+                targets, grads, flat["exp_avg"], flat["exp_avg_sq"], step, mask, lr=lr, betas=group["betas"], eps=group["eps"],
                 weight_decay=group["weight_decay"], decay_to=decay_to, l1=group["l1"], maximize=group["maximize"], values=values,
                 grad_scale=grad_scale, found_inf=found_inf, stochastic_rounding=group["stochastic_rounding"], seed=seed,
             )  # fmt: skip
         except Exception:
-            torch._foreach_sub_(steps, 1.0)
+            steps.sub_(1.0)
             raise
         if found_inf is not None:  # a skipped step does not count
-            torch._foreach_sub_(steps, [found_inf.to(steps[0]).view(())] * len(steps))
+            steps.sub_(found_inf.to(steps).view(()))
 
-    def _compact(self, names: list[str]) -> tuple[Tensor, Tensor]:
-        """Gradient and values of sparsified parameters, both [nnz]."""
-        parameters = [self.members[n][1] for n in names]
-        grad = torch.cat([p.grad for p in parameters])  # type: ignore[misc]
-        flat = _adjacent([p.detach() for p in parameters])
-        if flat is None:  # something, such as moving or copying the model, has given each a memory of its own
-            flat = torch.cat([p.detach() for p in parameters])
-            for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-                p.data = part
-        return grad, flat
+
+def _places(tensors: list[Tensor]) -> list[tuple]:
+    """What tells that a tensor, known to be the same object, still is what it was when it was checked."""
+    return [(t.data_ptr(), t.dtype, t.shape) for t in tensors]
+
+
+def _adjoined(parameters: list[Tensor]) -> Tensor:
+    """The compact values of sparsified parameters as one tensor [nnz], of which they are views."""
+    flat = _adjacent([p.detach() for p in parameters])
+    if flat is None:  # something, such as moving or copying the model, has given each a memory of its own
+        flat = torch.cat([p.detach() for p in parameters])
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.data = part
+    return flat
 
 
 def _adjacent(parts: Sequence[Tensor]) -> Tensor | None:

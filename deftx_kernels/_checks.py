@@ -67,11 +67,15 @@ def check_float(tensor: object, label: str) -> None:
         raise TypeError(f"{label} must be a dense (strided) tensor, got layout {tensor.layout}")
 
 
-def check_floats(tensors: Sequence[Tensor], names: Sequence[str], argument: str) -> None:
-    """`check_float` of each tensor."""
+def check_floats(tensors: Sequence[Tensor], names: Sequence[str], argument: str) -> set[torch.dtype]:
+    """`check_float` of each tensor, for less than a call each. Their dtypes."""
+    if all(isinstance(t, Tensor) for t in tensors):
+        dtypes = {t.dtype for t in tensors}
+        if dtypes <= FLOATS and {t.layout for t in tensors} <= {torch.strided}:
+            return dtypes
     for name, tensor in zip(names, tensors):
-        if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
-            check_float(tensor, f"{argument}[{name!r}]")
+        check_float(tensor, f"{argument}[{name!r}]")
+    raise AssertionError("one of them is to be refused")
 
 
 def check_devices(tensors: Mapping[str, Tensor], argument: str) -> None:

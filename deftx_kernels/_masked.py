@@ -12,9 +12,14 @@ from torch.nn import functional as F
 from deftx_kernels.mask import CSRMask
 
 
+def _is_traced() -> bool:
+    """Whether the arguments are not what they will be: under torch.compile and torch.func."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def _apply(function: type[torch.autograd.Function], *arguments):
     """`function.apply`, without binding the arguments to the signature of `forward` in Python (35 us of 50 on a Xeon)."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if _is_traced():
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
@@ -64,7 +69,9 @@ def _autocast_dtype(kind: str) -> torch.dtype | None:
 def _own(out: Tensor) -> Tensor:
     """What F.linear and F.embedding make of more than two dimensions is a view, and a view that a Function returns could not be
     modified in place afterwards (`nn.ReLU(inplace=True)`)."""
-    return out if out.dim() == 2 else torch.ops.aten._unsafe_view(out, out.shape)
+    if out.dim() == 2:
+        return out
+    return torch.ops.aten._unsafe_view(out, out.shape) if _is_traced() else out.data  # for half of the time
 
 
 class _MaskedMatmul(torch.autograd.Function):

@@ -178,13 +178,14 @@ def topk_mask(
     if not isinstance(scores, Mapping):
         raise TypeError(f"scores must be a tensor or a mapping of names to tensors, got {type(scores).__name__}")
     names = sorted(scores)
-    for name in names:
-        check_float(scores[name], f"scores[{name!r}]")
-    check_devices({n: scores[n] for n in names}, "scores")
-    shapes = [scores[n].shape for n in names]
+    tensors = [scores[n] for n in names]
+    check_floats(tensors, names, "scores")
+    check_devices(dict(zip(names, tensors)), "scores")
+    shapes = [t.shape for t in tensors]
     CSRMask.check_layout(names, shapes)
     counts = selected_counts(names, shapes, k, density, scope)
-    crow, col, bad = torch.ops.deftx.topk_mask([scores[n].detach().contiguous() for n in names], [], counts, scope)
+    with torch.no_grad():
+        crow, col, bad = torch.ops.deftx.topk_mask([t.contiguous() for t in tensors], [], counts, scope)
     if (i := int(bad[0])) >= 0:
         _raise_not_finite(scores[names[i]], f"scores[{names[i]!r}]", int(bad[1]))
     return CSRMask._trusted(names, shapes, crow, col)
@@ -349,11 +350,12 @@ def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: I
     for before, after in zip(chosen, chosen[1:]):
         if before == after:
             raise ValueError(f"names holds {before!r} twice")
-    for name in chosen:
-        for mapping, argument in ((old, "base"), (new, "tuned")):
+    for mapping, argument in ((old, "base"), (new, "tuned")):
+        for name in chosen:
             if name not in mapping:
                 raise ValueError(f"{argument} lacks tensor {name!r}")
-            check_float(mapping[name], f"{argument}[{name!r}]")
+        check_floats([mapping[n] for n in chosen], chosen, argument)
+    for name in chosen:
         if new[name].shape != old[name].shape:
             raise ValueError(f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base")
     check_devices({n: old[n] for n in chosen}, "base")
@@ -424,18 +426,40 @@ def sparse_adamw(
         ValueError, TypeError: an argument is out of range, or of another shape, dtype or device than the mask and the params ask
             for. Nothing has changed then.
     """
-    targets = mask.select(params, "params")
-    dtype = targets[0].dtype
-    check_floats(targets, mask.names, "params")
-    for name, tensor in zip(mask.names, targets):
-        if tensor.dtype != dtype:
-            raise ValueError(f"params[{name!r}] is {tensor.dtype}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed")
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    _check_state(exp_avg, exp_avg_sq, values, mask, dtype, compute)
+    targets = check_targets(params, exp_avg, exp_avg_sq, values, mask)
     if decay_to is not None:
         mask.check_compact(decay_to, "decay_to")
         check_float(decay_to, "decay_to")
-        decay_to = decay_to.detach().to(compute).contiguous()
+    step_targets(
+        targets, grads, exp_avg, exp_avg_sq, step, mask, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decay_to=decay_to,
+        l1=l1, maximize=maximize, values=values, grad_scale=grad_scale, found_inf=found_inf,
+        stochastic_rounding=stochastic_rounding, seed=seed,
+    )  # fmt: skip
+
+
+def check_targets(
+    params: Mapping[str, Tensor], exp_avg: Tensor, exp_avg_sq: Tensor, values: Tensor | None, mask: CSRMask
+) -> list[Tensor]:
+    """The tensors that a step writes; the params among them in the mask's order."""
+    targets = mask.select(params, "params")
+    dtype = targets[0].dtype
+    if check_floats(targets, mask.names, "params") != {dtype}:
+        name, tensor = next((n, t) for n, t in zip(mask.names, targets) if t.dtype != dtype)
+        raise ValueError(f"params[{name!r}] is {tensor.dtype}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed")
+    _check_state(exp_avg, exp_avg_sq, values, mask, dtype, torch.float64 if dtype == torch.float64 else torch.float32)
+    return targets
+
+
+def step_targets(
+    targets: list[Tensor], grads: Mapping[str, Tensor] | Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int | Tensor,
+    mask: CSRMask, *, lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, decay_to: Tensor | None,
+    l1: float, maximize: bool, values: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None,
+    stochastic_rounding: bool, seed: int,
+) -> None:  # fmt: skip
+    """`sparse_adamw` of tensors that have been checked, by `check_targets`, and `decay_to`."""
+    dtype = targets[0].dtype
+    if decay_to is not None:
+        decay_to = decay_to.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
     if stochastic_rounding:
         check_int(seed, "seed", 0)
         if seed >= 2**63:
@@ -485,9 +509,9 @@ def _gradients(grads: Mapping[str, Tensor] | Tensor, mask: CSRMask, dtype: torch
         check_float(grads, "grads")
         return [grads.detach().contiguous()], True
     chosen = mask.select(grads, "grads")
-    check_floats(chosen, mask.names, "grads")
+    dtypes = check_floats(chosen, mask.names, "grads")
     with torch.no_grad():
-        if any(g.dtype != dtype for g in chosen):
+        if dtypes != {dtype}:
             chosen = [g.to(torch.float64 if dtype == torch.float64 else torch.float32) for g in chosen]
         return [g.contiguous() for g in chosen], False
 

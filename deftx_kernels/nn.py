@@ -354,17 +354,17 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _OWNERS:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    writes_itself = getattr(optimizer, "writes_masked_weights", False)
     ours, frozen = {}, set()
     for entry, dense in _owned(list(_OWNERS)):
         if id(entry.values) in held:
+            if writes_itself:  # without a new version of the values: forward finds them as it left them
+                return
             ours[id(entry)] = entry, dense
         elif id(dense) in held:
             frozen.add(entry.name)
     for entry, dense in ours.values():
-        if not getattr(optimizer, "writes_masked_weights", False):
-            entry.write(dense)
-        elif entry.values.grad is not None:
-            entry.version = _version(entry.values)
+        entry.write(dense)
     if frozen and not ours:
         warnings.warn(
             f"this {type(optimizer).__name__} was made before sparsify: it trains nothing of {min(frozen)!r} and others, which are "

@@ -178,8 +178,8 @@ class SparseAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if any(grad.layout != torch.strided for grad in grads):
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        if {grad.layout for grad in grads if grad is not None} - {torch.strided}:
             raise RuntimeError("SparseAdamW does not support sparse gradients")
         buckets = self._prepare()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -233,12 +233,12 @@ class SparseAdamW(Optimizer):
         """
         if not (max_norm == math.inf or (is_number(max_norm) and max_norm >= 0)):
             raise ValueError(f"max_norm must be a number, at least 0, got {max_norm!r}")
-        squares = [square for bucket in self._prepare() for square in bucket.square_sums()]
+        squares = [bucket.square_sums() for bucket in self._prepare()]
         rest = [p.grad for params in self._others for p in params if p.grad is not None]
         if rest:
-            squares.append(get_total_norm(rest).double().square())
+            squares.append(get_total_norm(rest).double().square().view(1))
         device = squares[0].device if squares else self.mask.device
-        total = torch.stack([s.to(device) for s in squares]).sum().sqrt() if squares else torch.zeros((), device=device)
+        total = torch.cat([s.to(device) for s in squares]).sum().sqrt() if squares else torch.zeros((), device=device)
         if error_if_nonfinite and not math.isfinite(float(total)):
             raise RuntimeError(f"the norm of the gradients is {float(total)}, so they cannot be clipped")
         total = total.float()

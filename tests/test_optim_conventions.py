@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim import lr_scheduler
 
 from deftx_kernels import CSRMask, SparseAdamW, sparsify
+from deftx_kernels.nn import masked_parameters
 
 MASKED = ("0.weight", "1.bias", "1.weight")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -453,6 +454,109 @@ def test_an_emptied_state_begins_anew():
     optimizer.state.clear()
     assert_same_bits(train(model, optimizer, 2, first=3), train(fresh, other, 2, first=3))
     assert_same_bits(optimizer.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step"])
+@both
+def test_a_tensor_of_the_state_that_someone_replaced_counts(sparsified, key):
+    """As load hooks and other code do; the other parameters' state stays."""
+    (model, optimizer), (twin, other) = setup(sparsified), setup(sparsified)
+    for m, o in ((model, optimizer), (twin, other)):
+        train(m, o, 2)
+    for state in optimizer.state.values():
+        state[key] = state[key].clone().add_(1)
+    for state in other.state.values():
+        state[key].add_(1)
+    assert_same_bits(train(model, optimizer, 2, first=2), train(twin, other, 2, first=2))
+    assert_same_bits(optimizer.state_dict()["state"], other.state_dict()["state"])
+
+
+def moved_apart(tensor):
+    tensor.data = tensor.data.clone()
+
+
+def away_and_back(tensor):
+    tensor.data = tensor.data.float()
+    tensor.data = tensor.data.double()
+
+
+def strided(tensor):
+    """The same numbers, not contiguous."""
+    if tensor.dim() == 2:
+        tensor.data = tensor.data.mT.contiguous().mT
+    else:
+        tensor.data = tensor.data.repeat_interleave(2)[::2]
+
+
+@pytest.mark.parametrize("change", [moved_apart, away_and_back, strided])
+@pytest.mark.parametrize("which", ["dense", "trained"])
+@both
+def test_tensors_whose_memory_changes_between_steps(sparsified, which, change):
+    """What a step has checked and found is true of the next one only where the tensors are still there."""
+    (model, optimizer), (twin, other) = setup(sparsified), setup(sparsified)
+    for m, o in ((model, optimizer), (twin, other)):
+        train(m, o, 2)
+    for name, parameter in [*model.named_parameters()]:
+        if which == "trained" and not name.endswith("values"):
+            continue
+        if change is away_and_back:
+            for tensor in (parameter, dict(twin.named_parameters())[name]):
+                change(tensor)
+        else:
+            change(parameter)
+    for first in (2, 4):  # and again, where nothing has changed
+        got, expected = train(model, optimizer, 2, first=first), train(twin, other, 2, first=first)
+        if change is strided:  # products of the forward round otherwise
+            assert_near(got, expected)
+        else:
+            assert_same_bits(got, expected)
+    for name, record in masked_parameters(model).items():
+        assert torch.equal(record.mask.gather({name: record.dense}), record.values)
+
+
+@both
+def test_a_tensor_that_no_longer_fits_is_refused_between_steps(sparsified):
+    model, optimizer = setup(sparsified)
+    train(model, optimizer, 2)
+    weight = model[1].weight
+    backward(model, 2)
+    weight.data = weight.data.float()
+    start, state = weights(model), copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="one dtype a call"):
+        optimizer.step()
+    assert_same_bits(weights(model), start)
+    assert_same_bits(optimizer.state_dict(), state)
+
+
+@both
+def test_a_tensor_of_another_shape_is_refused_though_it_lies_at_the_same_address(sparsified):
+    model, optimizer = setup(sparsified)
+    train(model, optimizer, 2)
+    backward(model, 2)
+    weight = model[1].weight
+    address, weight.data = weight.data_ptr(), weight.data.view(4, 6)
+    assert weight.data_ptr() == address
+    with pytest.raises(ValueError, match="has shape"):
+        optimizer.step()
+
+
+def test_values_changed_by_hand_reach_the_weights_around_a_step():
+    """SparseAdamW writes the weights itself, so that nothing looks after its step whether they are up to date."""
+    (model, optimizer), (twin, other) = setup(sparsified=True), setup(sparsified=True)
+    for m, o in ((model, optimizer), (twin, other)):
+        train(m, o, 2)
+        with torch.no_grad():
+            m[1].values.mul_(2)
+        if m is twin:
+            m(torch.arange(3))  # a forward in between writes them, too
+        set_grads([p for p in m.parameters() if p.requires_grad])
+        o.step()
+        with torch.no_grad():
+            m[1].bias_values.add_(1)
+        m(torch.arange(3))
+    assert_same_bits(weights(model), weights(twin))
+    for name, record in masked_parameters(model).items():
+        assert torch.equal(record.mask.gather({name: record.dense}), record.values)
 
 
 def test_hooks_of_steps():

@@ -7,12 +7,12 @@ sum for each segment, and a second launch adds them up: no program sums more tha
 No atomics, and an order of summation that the indices alone decide: the same bits in every run.
 """
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from deftx_kernels.kernels.launch import Launcher, cdiv, on
 
 # Not timed yet.
 SEGMENT = 64
@@ -118,6 +118,10 @@ def _finish_kernel(
         tl.store(out + entry, total.to(out.dtype.element_ty), mask=inside)
 
 
+_launch_segments = Launcher(_segment_kernel, num_warps=NUM_WARPS)
+_launch_finish = Launcher(_finish_kernel, num_warps=NUM_WARPS)
+
+
 def masked_embedding_grad(
     grad_output: Tensor,  # [N, d]
     indices: Tensor,  # integer [N]
@@ -135,19 +139,18 @@ def masked_embedding_grad(
     out = torch.zeros(nnz, dtype=dtype, device=device)
     if nnz == 0 or tokens == 0:
         return out
-    stretches = triton.cdiv(tokens, SEGMENT)
-    chunks = triton.cdiv(nnz, rows * ENTRIES)  # for rows of the mean length; a program takes several of a longer one
+    stretches = cdiv(tokens, SEGMENT)
+    chunks = cdiv(nnz, rows * ENTRIES)  # for rows of the mean length; a program takes several of a longer one
     acc = torch.float64 if torch.float64 in (grad_output.dtype, dtype) else torch.float32
-    sizes = {"SEGMENT": SEGMENT, "ENTRIES": ENTRIES, "num_warps": NUM_WARPS}
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    kind = (d % 16 == 0, d == 1, max(tokens, d) >> 31)
+    with on(device):
         keys, order = torch.sort(indices, stable=True)
         partial_sums = torch.empty(stretches, 2, d, dtype=acc, device=device)
-        _segment_kernel[(tokens, chunks)](
-            grad_output.contiguous(), keys, order, crow_indices, col_indices, out, partial_sums, tokens, d, rows, padding_idx,
-            OCCURRENCES=OCCURRENCES, **sizes,
-        )  # fmt: skip
+        numbers = tokens, d, rows, padding_idx
+        tensors = (grad_output.contiguous(), keys, order, crow_indices, col_indices, out, partial_sums)
+        _launch_segments((tokens, chunks, 1), kind, tensors, numbers, SEGMENT, OCCURRENCES, ENTRIES)
         if stretches > 1:
-            _finish_kernel[(stretches - 1, chunks)](
-                keys, crow_indices, out, partial_sums, tokens, d, rows, padding_idx, PARTS=PARTS, **sizes
+            _launch_finish(
+                (stretches - 1, chunks, 1), kind, (keys, crow_indices, out, partial_sums), numbers, SEGMENT, PARTS, ENTRIES
             )
     return out

@@ -8,13 +8,13 @@ No atomics, and an order of summation that depends on shapes and device alone: t
 """
 
 import functools
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from deftx_kernels.kernels.launch import Launcher, cdiv, on
 from deftx_kernels.kernels.rows import TRITON_DTYPE
 
 # Rows, columns and tokens of a tile. Fixed, not tuned: chosen so that nothing spills, and that on sm_90 and sm_100 two programs of
@@ -174,21 +174,27 @@ def _splits(tiles: int, steps: int, most: int, multiprocessors: int) -> int:
     """Into how many parts `steps` steps over the tokens go, at most `most`: the fewest of the cheapest."""
 
     def cost(splits: int) -> int:
-        rounds = triton.cdiv(tiles * splits, multiprocessors)
-        return rounds * (triton.cdiv(steps, splits) + _OVERHEAD) + (_OVERHEAD if splits > 1 else 0)
+        rounds = cdiv(tiles * splits, multiprocessors)
+        return rounds * (cdiv(steps, splits) + _OVERHEAD) + (_OVERHEAD if splits > 1 else 0)
 
     return min(range(1, most + 1), key=cost)
 
 
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous, in `dtype`, with zeros appended to the rows up to a multiple of 16 elements."""
+    if x.dtype != dtype:
+        x = x.to(dtype)
     padding = -x.shape[1] % 16
-    x = x.to(dtype)
     return torch.nn.functional.pad(x, (0, padding)) if padding else x.contiguous()
+
+
+_launch = Launcher(_masked_linear_grad_kernel, num_warps=NUM_WARPS, num_stages=NUM_STAGES)
+_launch_sum = Launcher(_sum_kernel, num_warps=4)
 
 
 def masked_linear_grad(
@@ -214,38 +220,21 @@ def masked_linear_grad(
     block_m, block_n, block_k = TILES[operand.itemsize]
     if max(m, block_m * input.shape[1]) > 2**31 - block_m:  # a tile counts its rows and entries in 32 bits
         raise ValueError(f"masked_linear_grad: a weight of {m} x {input.shape[1]} is too large for the Triton kernel")
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(input.shape[1], block_n)
-    steps, multiprocessors = triton.cdiv(tokens, block_k), _multiprocessors(device)
+    tiles = cdiv(m, block_m) * cdiv(input.shape[1], block_n)
+    steps, multiprocessors = cdiv(tokens, block_k), _multiprocessors(device)
     splits = _splits(tiles, steps, min(steps, multiprocessors, max(_SCRATCH // nnz, 1)), multiprocessors)
-    tokens_each = triton.cdiv(steps, splits) * block_k
-    splits = triton.cdiv(tokens, tokens_each)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    tokens_each = cdiv(steps, splits) * block_k
+    splits = cdiv(tokens, tokens_each)
+    precision = "tf32" if operand == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    with on(device):
         grad_output, input = _operand(grad_output, operand), _operand(input, operand)
         out = torch.empty(nnz, dtype=dtype, device=device)
         sums = torch.empty(splits, nnz, dtype=acc, device=device) if splits > 1 else out
-        _masked_linear_grad_kernel[(tiles, splits)](
-            grad_output,
-            input,
-            crow_indices,
-            col_indices,
-            sums,
-            tokens,
-            m,
-            grad_output.shape[1],
-            input.shape[1],
-            tokens_each,
-            nnz,
-            ACC=TRITON_DTYPE[acc],
-            PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            GROUP=GROUP,
-            WAYS=WAYS,
-            CHUNK=CHUNK,
-            num_warps=NUM_WARPS,
-            num_stages=NUM_STAGES,
-        )
+        _launch(
+            (tiles, splits, 1), (acc, precision, tokens >> 31), (grad_output, input, crow_indices, col_indices, sums),
+            (tokens, m, grad_output.shape[1], input.shape[1], tokens_each, nnz),
+            TRITON_DTYPE[acc], precision, block_m, block_n, block_k, GROUP, WAYS, CHUNK,
+        )  # fmt: skip
         if splits > 1:
-            _sum_kernel[(triton.cdiv(nnz, SUM_BLOCK),)](sums, out, splits, nnz, BLOCK=SUM_BLOCK, num_warps=4)
+            _launch_sum((cdiv(nnz, SUM_BLOCK), 1, 1), (), (sums, out), (splits, nnz), SUM_BLOCK)
     return out

@@ -109,7 +109,7 @@ def check_rows(rows: int, op: str) -> None:
 
 
 def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(t.data_ptr() for t in tensors)
+    return tuple([t.data_ptr() for t in tensors])
 
 
 @functools.lru_cache(maxsize=64)
@@ -125,7 +125,7 @@ def _layout(shapes: tuple[torch.Size, ...]) -> tuple[tuple[int, ...], tuple[int,
 
 def tensor_table(device: torch.device, order: tuple[int, ...], tensors: Sequence[Tensor]) -> Tensor:
     """int64 [3, n_tensors]: address, first row, columns. `order` as below."""
-    first_rows, columns = _layout(tuple(t.shape for t in tensors))
+    first_rows, columns = _layout(tuple([t.shape for t in tensors]))
     return device_table(device, order, addresses(tensors) + first_rows + columns)
 
 

@@ -6,13 +6,12 @@ Program p owns the entries [p * BLOCK, (p + 1) * BLOCK) of the compact order, wh
 import math
 import struct
 from collections.abc import Sequence
-from contextlib import nullcontext
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from deftx_kernels.kernels.launch import Launcher, cdiv, on
 from deftx_kernels.kernels.rows import TRITON_DTYPE, WAYS, addresses, check_rows, device_table, locate, tensor_table
 
 # Fixed, not tuned: an autotuner would run the in-place update several times. 4 entries a thread make 16-byte loads of the
@@ -195,12 +194,15 @@ def _sparse_adamw_kernel(
 # ---- launcher -----------------------------------------------------------------------------------------------------------
 
 
-def _bits(x: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", x))[0]
+def _bits(*floats: float) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(floats)}q", struct.pack(f"<{len(floats)}d", *floats))
 
 
 def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
+
+
+_launch = Launcher(_sparse_adamw_kernel, num_warps=NUM_WARPS)
 
 
 def sparse_adamw_(
@@ -232,34 +234,17 @@ def sparse_adamw_(
     rows = crow_indices.numel() - 1
     check_rows(rows, "sparse_adamw")
     device, written = exp_avg.device, addresses(params)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    has_seed, dtype, grad_dtype = seed is not None, params[0].dtype, grads[0].dtype
+    with on(device):
         table = tensor_table(device, written, params)
         grad_table = None if compact_grads else device_table(device, written, addresses(grads))
-        _sparse_adamw_kernel[(triton.cdiv(nnz, BLOCK),)](
-            table,
-            grad_table,
-            grads[0] if compact_grads else None,
-            exp_avg,
-            exp_avg_sq,
-            values,
-            decay_to if weight_decay or l1 else None,
-            crow_indices,
-            col_indices,
-            step,
-            lr,
-            grad_scale,
-            found_inf,
-            nnz,
-            rows,
-            len(params),
-            *map(_bits, (beta1, beta2, _log(beta1), _log(beta2), eps, weight_decay, l1)),
-            seed or 0,
-            MAXIMIZE=maximize,
-            HAS_L1=l1 != 0,
-            HAS_SEED=seed is not None,
-            PARAM=TRITON_DTYPE[params[0].dtype],
-            GRAD=TRITON_DTYPE[grads[0].dtype],
-            BLOCK=BLOCK,
-            WAYS=WAYS,
-            num_warps=NUM_WARPS,
-        )
+        tensors = (
+            table, grad_table, grads[0] if compact_grads else None, exp_avg, exp_avg_sq, values,
+            decay_to if weight_decay or l1 else None, crow_indices, col_indices, step, lr, grad_scale, found_inf,
+        )  # fmt: skip
+        scalars = _bits(beta1, beta2, _log(beta1), _log(beta2), eps, weight_decay, l1)
+        _launch(
+            (cdiv(nnz, BLOCK), 1, 1), (maximize, l1 != 0, has_seed, dtype, grad_dtype), tensors,
+            (nnz, rows, len(params), *scalars, seed or 0),
+            maximize, l1 != 0, has_seed, TRITON_DTYPE[dtype], TRITON_DTYPE[grad_dtype], BLOCK, WAYS,
+        )  # fmt: skip

@@ -1,13 +1,13 @@
 """The sum of the squares of a mask's entries: one launch for all tensors, then the sum of one number per program."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from deftx_kernels.kernels.launch import Launcher, cdiv, on
 from deftx_kernels.kernels.rows import TRITON_DTYPE, WAYS, check_rows, locate, tensor_table
 
 # 4 entries a thread take 32 registers (sm_80: 38), so that all (three quarters) of a multiprocessor's threads run. Not timed yet.
@@ -39,6 +39,9 @@ def _square_sum_kernel(
     tl.store(partial_sums + tl.program_id(0), tl.sum(x * x, 0))
 
 
+_launch = Launcher(_square_sum_kernel, num_warps=NUM_WARPS)
+
+
 def csr_square_sum(
     tensors: Sequence[Tensor],
     crow_indices: Tensor,  # int64 [rows + 1]
@@ -50,22 +53,14 @@ def csr_square_sum(
         return torch.zeros((), dtype=torch.float64, device=device)
     rows = crow_indices.numel() - 1
     check_rows(rows, "csr_square_sum")
-    programs = triton.cdiv(nnz, BLOCK)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    programs, dtype = cdiv(nnz, BLOCK), tensors[0].dtype
+    with on(device):
         partial_sums = torch.empty(programs, dtype=torch.float64, device=device)
         # Two streams may read the same tensors at the same time: each has a table of its own.
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        _square_sum_kernel[(programs,)](
-            tensor_table(device, (stream,), tensors),
-            crow_indices,
-            col_indices,
-            partial_sums,
-            nnz,
-            rows,
-            len(tensors),
-            DTYPE=TRITON_DTYPE[tensors[0].dtype],
-            BLOCK=BLOCK,
-            WAYS=WAYS,
-            num_warps=NUM_WARPS,
-        )
+        table = tensor_table(device, (stream,), tensors)
+        _launch(
+            (programs, 1, 1), (dtype,), (table, crow_indices, col_indices, partial_sums), (nnz, rows, len(tensors)),
+            TRITON_DTYPE[dtype], BLOCK, WAYS,
+        )  # fmt: skip
         return partial_sums.sum()

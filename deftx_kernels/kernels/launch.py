@@ -1,0 +1,53 @@
+"""What the launchers of Triton kernels share: a launch that costs the host little, and the device that it goes to."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HERE: AbstractContextManager = nullcontext()
+
+
+def cdiv(x: int, y: int) -> int:
+    """As `triton.cdiv`, which takes 2.5 us of the host's time (EPYC), because kernels may call it, too."""
+    return -(-x // y)
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """In which the device is torch's current one, as it nearly always is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+class Launcher:
+    """A Triton kernel that is launched with what an earlier call compiled.
+
+    `kernel[grid](...)` binds and inspects all arguments anew, and looks for the compiled kernel under a string made of what it
+    finds: 14 us for 20 arguments, where the kernel that it returns takes 3 to 5 (EPYC, Triton 3.6).
+    """
+
+    def __init__(self, kernel: Any, **options: int) -> None:
+        self.kernel, self.options = kernel, options  # `options`: num_warps, num_stages
+        self.compiled: dict[tuple, Any] = {}
+
+    def __call__(
+        self, grid: tuple[int, int, int], kind: tuple, tensors: Sequence[Tensor | None], numbers: Sequence[int], *constants: Any
+    ) -> None:
+        """A launch on torch's current device, on which the tensors lie; the first is not None.
+
+        The arguments are those of the kernel in their order: tensors, numbers, compile-time constants. Triton compiles another
+        kernel where a dtype or the alignment of a tensor differs, which is seen to here, and where a number is of another kind
+        (32 or 64 bits wide, divisible by 16) or a constant is another, which `kind` has to tell.
+        """
+        device = tensors[0].device  # type: ignore[union-attr]
+        key = (device, kind, *[None if t is None else (t.dtype, t.data_ptr() & 15 == 0) for t in tensors])
+        compiled = self.compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*tensors, *numbers, *constants)
+            return
+        compiled = self.kernel[grid](*tensors, *numbers, *constants, **self.options)
+        if compiled is not None:  # an interpreter compiles nothing
+            self.compiled[key] = compiled
