@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import deftx_kernels as dk
@@ -67,6 +67,12 @@ def assert_near_optimal(a, result, rank, rounding=3e-6):
     st.sampled_from(SHAPES), st.sampled_from(list(SPECTRA)), st.integers(1, 48), st.integers(0, 99),
     st.sampled_from([torch.float32, torch.float64]), st.integers(0, 3), st.sampled_from([0, 4, 16]),
 )  # fmt: skip
+@example((160, 160), "step at the rank", 23, 0, torch.float32, 0, 4)
+@example((400, 150), "step at the rank", 24, 3, torch.float32, 0, 8)
+@example((300, 300), "steps", 59, 3, torch.float32, 0, 12)
+@example((160, 160), "steep", 36, 0, torch.float64, 0, 4)
+@example((130, 390), "steep", 16, 0, torch.float64, 0, 0)
+@example((130, 390), "steep", 48, 0, torch.float64, 0, 4)
 def test_residual_of_a_fixed_rank_is_within_two_percent_of_the_best(shape, spectrum, rank, seed, dtype, n_iter, oversample):
     a = matrix(shape, spectrum, seed, dtype)
     result, info = svd_denoise(a, rank=rank, n_iter=n_iter, oversample=oversample, return_info=True)

@@ -219,8 +219,9 @@ def _enough(k: int, rank: int, columns: int, n: int) -> float:
     Found on simulated spectra: noise, low rank and noise, power laws, exponentials, steps, plateaus; n = 160 to 1500, r = 1 to 150.
     With no columns to spare, or with half of all directions, a small gain says little.
     """
-    room = 1 - 2 * columns / n
-    return {2: min(0.12, 0.15 * room), 3: 0.045 * room + 0.01}.get(k, 0.01) * min(1.0, ((columns - rank) / 16) ** 5 + 0.05)
+    room, spare = 1 - 2 * columns / n, columns - rank
+    share = 1.0 if spare >= 16 else 0.8 * (spare / 16) ** 4 + 0.05
+    return {2: min(0.12, 0.15 * room), 3: 0.045 * room + 0.01}.get(k, 0.01) * share
 
 
 def _by_subspace(
