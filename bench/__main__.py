@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
 def measured(work: Work, facts: dict[str, Any], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of a work; one that says what is wrong where it cannot be made or measured. The other works go on."""
     rounds = options.rounds or (5 if options.quick else None)
-    providers = [*options.provider, *(t.peer for t in TARGETS if options.target_peers and t.is_about(work))]
+    providers = [*options.provider, *(n for t in TARGETS if options.target_peers and t.is_about(work) for n in (t.peer, t.ours))]
     if options.target_peers:
         providers.append(OURS)  # a work whose targets name no peer is timed without any
     try:

@@ -18,7 +18,8 @@ moments of torch's AdamW are then bfloat16, too; our values, their gradients and
 
 On a GPU, all have float32 weights and autocast, as most who fine-tune encoders of this size: bfloat16 weights alone lose small
 updates of dense AdamW. Frozen weights lose nothing in bfloat16, so ours and LoRA, whose trained values stay float32, run so as well
-("bfloat16 weights"). Of Llama all weights are bfloat16. All run eagerly.
+("bfloat16 weights"). Of Llama all weights are bfloat16. All run eagerly; where the host is the slower one, its time is what such a
+step takes, so ours, the dense ways and SHiRA run as a CUDA graph of the whole step, too, which is replayed ("CUDA graph").
 
 Peak memory is that of a whole training run (`Case.whole`). Masks are loaded from files, as users load them: holding them counts,
 making them does not. A footprint counts the model's parameters and buffers (ours: the dense tensors and the compact values; PEFT:
@@ -56,6 +57,7 @@ SETTINGS: dict[str, Any] = {"lr": 1e-4, "eps": 1e-6, "weight_decay": 0.0}
 DENSE, DENSE_MASK = "dense, torch AdamW fused", "dense + mask, torch AdamW fused"
 SHIRA, LORA = "PEFT SHiRA", "PEFT LoRA"
 LORA_RANK = 16
+GRAPH = ", CUDA graph"  # behind a provider's name
 HEADS = ("classifier", "lm_head")  # linear layers that PEFT leaves as they are
 
 
@@ -253,6 +255,40 @@ class Run:
         return Footprint(held([*parameters, *self.model.buffers()]), held(gradients), mask=held(self.mask))
 
 
+@dataclass
+class Captured:
+    """A run whose steps are replays of a CUDA graph. The first call takes three steps eagerly, captures one and replays it."""
+
+    run: Run
+    first_loss: float = 0.0
+    graph: Any = None
+
+    def __call__(self) -> "Captured":
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        return self
+
+    def capture(self) -> None:
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):  # as torch's documentation has it: what a first step makes must not be the graph's
+            self.first_loss = float(self.run().loss)
+            for _ in range(2):
+                self.run()
+        here.wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.run()
+
+    def fault(self, expected: float, tolerance: float) -> str | None:
+        """After the first call: four steps whose first is known."""
+        loss = float(self.run.loss)
+        if not abs(self.first_loss - expected) <= tolerance * expected:
+            return f"first loss {self.first_loss}, of the dense model {expected}"
+        return None if loss < self.first_loss else f"first loss {self.first_loss}, of the first replay {loss}"
+
+
 def held(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors, shared memory counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
@@ -279,7 +315,8 @@ class Trainers:
         return build(self.shape, dtype or self.dtype, self.device)
 
     def loss(self, model: nn.Module) -> Tensor:
-        with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
+        # No weight is cast twice in a step, and what a CUDA graph has cast must not be kept beyond it.
+        with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
             if self.shape.family == "linears":
                 return (model(self.batch["x"]).float() - self.batch["y"]).square().mean()
             if self.shape.family == "llama":
@@ -290,19 +327,24 @@ class Trainers:
     def provider(self, name: str, make: Callable[[], Run]) -> Callable[[], Run]:
         return lambda: replace(make(), name=name)
 
-    def ours(self, dtype: torch.dtype | None = None, kind: str = "masked") -> Run:
+    def captured(self, name: str, make: Callable[..., Run]) -> Callable[[], Captured]:
+        """`make` takes what an optimizer needs so that its step can be captured."""
+        return lambda: Captured(replace(make(capturable=True), name=name))
+
+    def ours(self, dtype: torch.dtype | None = None, kind: str = "masked", capturable: bool = False) -> Run:
         model, mask = self.model(dtype), CSRMask.load(self.mask_path, device=self.device)
         sparsify(model, mask)
-        optimizer = SparseAdamW(model.named_parameters(), mask, **SETTINGS)
+        settings = SETTINGS | ({"lr": torch.tensor(SETTINGS["lr"], device=self.device)} if capturable else {})
+        optimizer = SparseAdamW(model.named_parameters(), mask, **settings)
         masks = [mask, *(record.mask for record in masked_parameters(model).values())]
         return Run(self, model, optimizer, [t for m in masks for t in (m.crow_indices, m.col_indices)], kind=kind, dtype=dtype)
 
-    def dense(self) -> Run:
+    def dense(self, **options: bool) -> Run:
         model = self.model()
-        return Run(self, model, fused_adamw(model), kind="dense")
+        return Run(self, model, fused_adamw(model, **options), kind="dense")
 
-    def dense_mask(self) -> Run:
-        run = self.dense()
+    def dense_mask(self, **options: bool) -> Run:
+        run = self.dense(**options)
         dropped = {n: keep.logical_not_() for n, keep in CSRMask.load(self.mask_path, device=self.device).to_dense().items()}
         parameters = [run.model.get_parameter(n) for n in dropped]
 
@@ -312,7 +354,7 @@ class Trainers:
 
         return replace(run, mask=dropped.values(), before_step=drop, kind="masked")
 
-    def peft(self, config: Callable[[nn.Module], Any], dtype: torch.dtype | None = None) -> Run:
+    def peft(self, config: Callable[[nn.Module], Any], dtype: torch.dtype | None = None, **options: bool) -> Run:
         import peft
 
         torch.sparse.check_sparse_tensor_invariants.disable()  # as without this line, but SHiRA does not warn
@@ -321,7 +363,7 @@ class Trainers:
             warnings.simplefilter("ignore")
             model = peft.get_peft_model(model, config(model)).train()
         indices = [i for m in model.modules() for i in getattr(m, "shira_indices", {}).values()]
-        return Run(self, model, fused_adamw(model), indices, dtype=dtype)
+        return Run(self, model, fused_adamw(model, **options), indices, dtype=dtype)
 
 
 def forget_shira() -> None:
@@ -335,8 +377,8 @@ def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def fused_adamw(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True, **SETTINGS)
+def fused_adamw(model: nn.Module, **options: bool) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True, **SETTINGS, **options)
 
 
 def peft_options(model: nn.Module) -> dict[str, Any]:
@@ -387,7 +429,8 @@ def step_case(name: str, device: str, folder: str, dtype: torch.dtype | None = N
         # Not from the same weights, which are rounded: of the first step the loss is known, that of a dense model so rounded.
         makers[f"{OURS}, bfloat16 weights"] = partial(trainers.ours, torch.bfloat16, kind="other")
         makers[f"{LORA}, bfloat16 weights"] = partial(lora, torch.bfloat16)
-    absent = {} if has("peft") else {n: "peft is not installed" for n in makers if n.startswith("PEFT")}
+    graphs = {f"{n}{GRAPH}": makers[n] for n in (OURS, DENSE, DENSE_MASK, SHIRA)} if device == "cuda" and not shape.apart else {}
+    absent = {} if has("peft") else {n: "peft is not installed" for n in [*makers, *graphs] if n.startswith("PEFT")}
     absent = too_large(trainers, makers, mask.nnz) | absent
     positions = shape.batch * shape.tokens
     attention = shape.layers * 4 * positions * shape.tokens * shape.width if shape.vocabulary else 0
@@ -397,7 +440,8 @@ def step_case(name: str, device: str, folder: str, dtype: torch.dtype | None = N
     flops = (2 + density) * 2 * trainers.linears * positions + 3 * attention
     # Values and moments are read and written, columns read, every weight of a linear layer read once.
     moved = trainers.dtype.itemsize * trainers.linears + mask.nnz * (24 + mask.col_indices.element_size())
-    providers = {n: trainers.provider(n, make) for n, make in makers.items() if n not in absent}
+    providers: dict[str, Callable] = {n: trainers.provider(n, make) for n, make in makers.items() if n not in absent}
+    providers |= {n: trainers.captured(n, make) for n, make in graphs.items() if n not in absent}
     return Case(
         moved, providers, checker(trainers, mask), flops=flops, rounds=shape.rounds if device == "cpu" else 25,
         served_by="masked_linear_grad", absent=absent, parameters=trainers.numel, footprints=trainers.footprints, whole=True,
@@ -505,7 +549,9 @@ def checker(trainers: Trainers, mask: CSRMask) -> Callable[[Run], str | None]:
         with torch.no_grad():
             return float(trainers.loss(trainers.model(dtype)))
 
-    def check(run: Run) -> str | None:
+    def check(run: Run | Captured) -> str | None:
+        if isinstance(run, Captured):
+            return run.fault(start().loss, loss_tolerance)
         loss, expected = float(run.loss), loss_of(run.dtype) if run.dtype else start().loss
         if not abs(loss - expected) <= loss_tolerance * expected:
             return f"first loss {loss}, of the dense model {expected}"

@@ -1,5 +1,8 @@
 """The checks of the benchmark's families: what they accept and what they refuse."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -75,6 +78,34 @@ def first_step(tmp_path):
 @pytest.mark.parametrize("name", [OURS, bench_steps.DENSE, bench_steps.DENSE_MASK])
 def test_right_steps(first_step, name):
     assert first_step(name) is None
+
+
+@pytest.fixture
+def pretended_graphs(monkeypatch):
+    """CUDA graphs whose replay is the step itself, on the CPU; what the replays of the next graph do can be replaced."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    replays = SimpleNamespace(do=None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.do()))
+    return replays
+
+
+@pytest.mark.parametrize("name", ["ours", "dense", "dense_mask"])
+def test_steps_as_a_graph(tmp_path, pretended_graphs, name):
+    trainers = bench_steps.Trainers("tiny linears", "cpu", str(tmp_path), torch.float32, 0.02)
+    make = getattr(trainers, name)
+    captured = trainers.captured(name, lambda capturable: make() if name != "ours" else make(capturable=capturable))()
+    pretended_graphs.do = captured.run
+    assert captured() is captured
+    expected = float(trainers.loss(trainers.model()).detach())
+    assert captured.fault(expected, 1e-5) is None
+    assert "of the dense model" in captured.fault(1.01 * expected, 1e-5)
+    assert captured.run.optimizer.state_dict()["state"][0]["step"] == 5  # three, the one that is captured, and a replay
+    pretended_graphs.do = lambda: setattr(captured.run, "loss", float("nan"))
+    assert "of the first replay nan" in captured().fault(expected, 1e-5)
 
 
 def other_start(model, mask):

@@ -1,5 +1,5 @@
-// eigh and eigvalsh of batches of symmetric matrices: one block to a matrix, so that a batch keeps as many multiprocessors busy as it
-// has matrices. torch.linalg's batch is a loop over the matrices for n > 32 up to torch 2.11, and Jacobi's method after that.
+// eigh and eigvalsh of batches of symmetric matrices: one block to a matrix, so that a batch keeps as many multiprocessors busy as
+// it has matrices. torch.linalg's batch is a loop over the matrices for n > 32 up to torch 2.11, and Jacobi's method after that.
 //
 // 1. `tridiagonal_kernel`: Householder's reduction in panels (Dongarra, Hammarling & Sorensen 1989; LAPACK's latrd). Only the upper
 //    triangle is read, once a column: a matrix of n rows moves about n^3 / 6 elements through the memory.
@@ -7,9 +7,8 @@
 //    (Wilkinson's shift). One warp finds the rotations of a step while the others apply those of the step before.
 //
 // Matrices are scaled by a power of 2 to a largest entry near 1. Every sum has one order: the same bits in every run.
-#include <cuda/std/limits>
-
 #include <climits>
+#include <cuda/std/limits>
 
 #include "../stable.h"
 
@@ -77,8 +76,8 @@ struct Panel {
   }
 };
 
-// sums[warp] += A v by the rows that this warp takes, of the upper triangle from row and column `first` on. Lane c % 32 alone touches
-// column c of its warp's sums.
+// sums[warp] += A v by the rows that this warp takes, of the upper triangle from row and column `first` on. Lane c % 32 alone
+// touches column c of its warp's sums.
 template <typename Real>
 __device__ void multiply(const Real* A, const Real* v, Real* sums, int first, int n) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -289,8 +288,7 @@ __device__ bool next_step(Real* d, Real* e, int n, Progress& at, Step<Real>& ste
     int m = n - 1;  // the first from l on that is not joined with the next
     for (int base = l; base < n - 1; base += 32) {
       const int i = base + lane;
-      const unsigned apart =
-          __ballot_sync(kFull, i < n - 1 && fabs(e[i]) <= kEps * (fabs(d[i]) + fabs(d[i + 1])) + kEps * kEps);
+      const unsigned apart = __ballot_sync(kFull, i < n - 1 && fabs(e[i]) <= kEps * (fabs(d[i]) + fabs(d[i + 1])) + kEps * kEps);
       if (apart) {
         m = base + __ffs(apart) - 1;
         break;
@@ -337,7 +335,7 @@ __device__ bool next_step(Real* d, Real* e, int n, Progress& at, Step<Real>& ste
 // By the block's warps but the first: column by column of the vectors, a thread to each row of them.
 template <typename Real>
 __device__ void rotate(Real* vectors, int n, const Step<Real>& step) {  // [n, n]: one vector to a row
-  constexpr int kAhead = 4;  // loads that do not wait for one another
+  constexpr int kAhead = 4;                                             // loads that do not wait for one another
   for (int r = threadIdx.x - 32; r < n; r += blockDim.x - 32) {
     Real* z = vectors + r;
     Real carried = z[int64_t{step.from + 1} * n];
@@ -359,9 +357,9 @@ __device__ void rotate(Real* vectors, int n, const Step<Real>& step) {  // [n, n
 
 template <typename Real>
 __global__ void __launch_bounds__(32 * kMaxWarps)
-    vectors_kernel(Real* reflectors,                       // [b, n, n]: from tridiagonal_kernel; at the end the eigenvectors, in rows
-                   Real* vectors,                          // [b, n, n]
-                   const Real* __restrict__ diagonal,      // [b, n]
+    vectors_kernel(Real* reflectors,                   // [b, n, n]: from tridiagonal_kernel; at the end the eigenvectors, in rows
+                   Real* vectors,                      // [b, n, n]
+                   const Real* __restrict__ diagonal,  // [b, n]
                    const Real* __restrict__ off_diagonal,  // [b, n]
                    const Real* __restrict__ taus,          // [b, n]
                    const Real* __restrict__ unscale,       // [b]
@@ -501,8 +499,8 @@ void find_vectors(const Tridiagonal& t, const Tensor& values, cudaStream_t strea
   const Tensor vectors = torch::stable::new_empty(t.work, {b, n, n});
   allow_shared(vectors_kernel<Real>, bytes);
   vectors_kernel<Real><<<static_cast<unsigned>(b), 32 * std::max(t.shape.warps, 2), bytes, stream>>>(
-      data_of<Real>(t.work), data_of<Real>(vectors), data_of<Real>(t.diagonal), data_of<Real>(t.off_diagonal), data_of<Real>(t.taus),
-      data_of<Real>(t.unscale), data_of<Real>(values), static_cast<int>(n));
+      data_of<Real>(t.work), data_of<Real>(vectors), data_of<Real>(t.diagonal), data_of<Real>(t.off_diagonal),
+      data_of<Real>(t.taus), data_of<Real>(t.unscale), data_of<Real>(values), static_cast<int>(n));
   DEFTX_LAUNCH_CHECK();
 }
 
