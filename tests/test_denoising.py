@@ -70,6 +70,7 @@ def assert_near_optimal(a, result, rank, rounding=3e-6):
 @example((160, 160), "step at the rank", 23, 0, torch.float32, 0, 4)
 @example((400, 150), "step at the rank", 24, 3, torch.float32, 0, 8)
 @example((300, 300), "steps", 59, 3, torch.float32, 0, 12)
+@example((300, 300), "steps", 59, 2, torch.float32, 0, 15)
 @example((160, 160), "steep", 36, 0, torch.float64, 0, 4)
 @example((130, 390), "steep", 16, 0, torch.float64, 0, 0)
 @example((130, 390), "steep", 48, 0, torch.float64, 0, 4)

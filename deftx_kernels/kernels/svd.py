@@ -220,7 +220,7 @@ def _enough(k: int, rank: int, columns: int, n: int) -> float:
     With no columns to spare, or with half of all directions, a small gain says little.
     """
     room, spare = 1 - 2 * columns / n, columns - rank
-    share = 1.0 if spare >= 16 else 0.8 * (spare / 16) ** 4 + 0.05
+    share = 1.0 if spare >= 16 else 0.6 * (spare / 16) ** 4 + 0.05
     return {2: min(0.12, 0.15 * room), 3: 0.045 * room + 0.01}.get(k, 0.01) * share
 
 
