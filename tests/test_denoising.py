@@ -154,6 +154,17 @@ def test_singular_vectors_are_orthonormal_whatever_the_rank_of_the_matrix(shape,
         torch.testing.assert_close(S[0].double(), torch.from_numpy(singular[:40].copy()), rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("step", [1.15, 1.2, 1.25])
+def test_a_step_of_the_spectrum_at_a_rank_that_is_not_small(step):
+    """The second iteration gains little there, and its residual is still 1.02 to 1.024 of the best."""
+    n, rank = 384, 64
+    i = torch.arange(n, dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(s), dtype=torch.float64)).Q for s in (0, 1))
+    singular = torch.where(i < rank, step, 1.0) * (1 - 1e-4 * i / n)
+    a = ((left * singular) @ right.mT).float()
+    assert_near_optimal(a, svd_denoise(a, rank=rank), rank)
+
+
 def test_more_iterations_where_the_residual_is_not_yet_near(monkeypatch):
     """A step just above the noise hides from the first iterations; with no oversampling two of them do not do."""
     a = torch.stack([matrix((300, 300), "noise", 3), matrix((300, 300), "steep", 3)])

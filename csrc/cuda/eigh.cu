@@ -138,7 +138,7 @@ __device__ void update(Real* A, const Panel<Real>& panel, int panel_size, int fi
 
 // Row j of the upper triangle of `work` becomes, right of the diagonal, the vector of reflector j.
 template <typename Real>
-__global__ void __launch_bounds__(32 * kMaxWarps)
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
     tridiagonal_kernel(const Real* __restrict__ matrices,  // [b, n, n]
                        Real* work,                         // [b, n, n]
                        Real* __restrict__ diagonal,        // [b, n]
@@ -356,7 +356,7 @@ __device__ void rotate(Real* vectors, int n, const Step<Real>& step) {  // [n, n
 }
 
 template <typename Real>
-__global__ void __launch_bounds__(32 * kMaxWarps)
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
     vectors_kernel(Real* reflectors,                   // [b, n, n]: from tridiagonal_kernel; at the end the eigenvectors, in rows
                    Real* vectors,                      // [b, n, n]
                    const Real* __restrict__ diagonal,  // [b, n]
