@@ -159,7 +159,7 @@ def test_a_step_of_the_spectrum_at_a_rank_that_is_not_small(step):
     """The second iteration gains little there, and its residual is still 1.02 to 1.024 of the best."""
     n, rank = 384, 64
     i = torch.arange(n, dtype=torch.float64)
-    left, right = (torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(s), dtype=torch.float64)).Q for s in (0, 1))
+    left, right = (torch.linalg.qr(matrix((n, n), "noise", s, torch.float64)).Q for s in (0, 1))
     singular = torch.where(i < rank, step, 1.0) * (1 - 1e-4 * i / n)
     a = ((left * singular) @ right.mT).float()
     assert_near_optimal(a, svd_denoise(a, rank=rank), rank)
