@@ -66,7 +66,7 @@ def _decompositions(size: str, choice: Choice) -> Iterator[Work]:
         return Work(op, size, title, dtype, density, choice.device, *made)
 
     if size in SYMMETRIC and not choice.quick:
-        for op, dtype in (("eigh", torch.float64), ("eigvalsh", torch.float32))[: 2 if choice.device == "cuda" else 1]:
+        for op, dtype in (("eigvalsh", torch.float32), ("eigh", torch.float64)):
             count, n = SYMMETRIC[size][op]
             yield work(op, f"{count}x{n}x{n}", symmetric_case, op, dtype, dtype=dtype)
     if size == "llama7b" and choice.device == "cuda":  # with its result 52 GB
