@@ -69,6 +69,7 @@ def special(n, dtype):
         "zero": torch.zeros(n, n, dtype=dtype),
         "identity": torch.eye(n, dtype=dtype),
         "diagonal, descending": torch.diag(n - i),
+        "diagonal, zero first": torch.diag((i + 1) // 2 % (n // 2) * (-1) ** i),  # bisection begins at the eigenvalue 0
         "ones": torch.ones(n, n, dtype=dtype),
         "tridiagonal": torch.diag(beside, 1) + torch.diag(beside, -1),
         "graded down": torch.diag(10.0**-i) + 1e-12,
