@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import deftx_kernels as dk
 from deftx_kernels import select_mask, svd_denoise, topk_mask, truncated_svd
-from deftx_kernels.kernels import products, spectral, svd
+from deftx_kernels.kernels import gram, products, spectral, subspace
 
 SPECTRA = {
     "noise": None,
@@ -126,8 +126,8 @@ def test_cublas_takes_operands_and_results_as_they_are(on_split_products, monkey
 def test_residual_on_split_products_is_pruned_from_factors(on_split_products, monkeypatch, shape):
     a = matrix(shape, "noise", 1)
     used = []
-    prune = svd._prune_from_factors
-    monkeypatch.setattr(svd, "_prune_from_factors", lambda *x: (used.append(1), prune(*x))[1])
+    prune = subspace.prune_from_factors
+    monkeypatch.setattr(subspace, "prune_from_factors", lambda *x: (used.append(1), prune(*x))[1])
     low = svd_denoise(a, rank=20)
     result, info = svd_denoise(a, rank=20, residual_density=0.1, return_info=True)
     assert used
@@ -169,8 +169,8 @@ def test_more_iterations_where_the_residual_is_not_yet_near(monkeypatch):
     """A step just above the noise hides from the first iterations; with no oversampling two of them do not do."""
     a = torch.stack([matrix((300, 300), "noise", 3), matrix((300, 300), "steep", 3)])
     calls = []
-    orthonormal = svd._orthonormal_rows
-    monkeypatch.setattr(svd, "_orthonormal_rows", lambda z: (calls.append(len(z)), orthonormal(z))[1])
+    orthonormal = subspace.orthonormal_rows
+    monkeypatch.setattr(subspace, "orthonormal_rows", lambda z: (calls.append(len(z)), orthonormal(z))[1])
     result = svd_denoise(a, rank=100, oversample=0, n_iter=0)
     assert calls[:2] == [2, 2]
     assert len(calls) > 3
@@ -236,8 +236,8 @@ def with_gap(relative, rank, seed):
 
 
 def test_a_small_gap_at_the_cut_is_settled_in_a_window(monkeypatch):
-    errors, settled = [], svd._settled_basis
-    monkeypatch.setattr(svd, "_spectrum64", lambda w: pytest.fail("float64 is not needed here"))
+    errors, settled = [], gram._settled_basis
+    monkeypatch.setattr(gram, "_spectrum64", lambda w: pytest.fail("float64 is not needed here"))
 
     def watched(w, squares, vectors, rank):
         u, s, vh = numpy_svd(w)
@@ -245,7 +245,7 @@ def test_a_small_gap_at_the_cut_is_settled_in_a_window(monkeypatch):
         errors.append(np.linalg.norm((w @ vectors[:, :rank] @ vectors[:, :rank].mT).numpy() - exact) / np.linalg.norm(exact))
         return settled(w, squares, vectors, rank)
 
-    monkeypatch.setattr(svd, "_settled_basis", watched)
+    monkeypatch.setattr(gram, "_settled_basis", watched)
     for seed in range(4):
         a, energy = with_gap(3e-6, 120, seed)
         assert_exact_truncation(a, *svd_denoise(a, energy=energy, return_info=True), energy)
@@ -254,8 +254,8 @@ def test_a_small_gap_at_the_cut_is_settled_in_a_window(monkeypatch):
 
 @pytest.mark.parametrize("case", ["rank", "truncation"])
 def test_float64_where_float32_cannot_settle(monkeypatch, case):
-    calls, precise = [], svd._spectrum64
-    monkeypatch.setattr(svd, "_spectrum64", lambda w: (calls.append(1), precise(w))[1])
+    calls, precise = [], gram._spectrum64
+    monkeypatch.setattr(gram, "_spectrum64", lambda w: (calls.append(1), precise(w))[1])
     if case == "rank":  # an energy next to what 120 directions hold
         a, _ = with_gap(1e-2, 120, 0)
         _, s, _ = numpy_svd(a)
@@ -271,8 +271,8 @@ def test_float64_where_float32_cannot_settle(monkeypatch, case):
 @pytest.mark.parametrize("shape", [(300, 300), (600, 270), (90, 200)])
 def test_energy_by_projectors(on_split_products, monkeypatch, shape, spectrum):
     made = []
-    projector = svd.spectral_projector
-    monkeypatch.setattr(svd, "spectral_projector", lambda *a: (made.append(len(a[0])), projector(*a))[1])
+    projector = gram.spectral_projector
+    monkeypatch.setattr(gram, "spectral_projector", lambda *a: (made.append(len(a[0])), projector(*a))[1])
     a = torch.stack([matrix(shape, spectrum, s) for s in range(2)])
     result, info = svd_denoise(a, energy=0.9, return_info=True)
     for i in range(2):
@@ -289,9 +289,9 @@ def test_matrices_of_one_short_side_by_projectors(on_split_products, monkeypatch
     delta = {f"{i}": torch.randn(s, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shapes)}
     delta["3"] = matrix((300, 130), "steps", 1)  # no gap at the cut: eigenvectors
     taken = []
-    project = svd._project_all
-    monkeypatch.setattr(svd, "_project_all", lambda *a: (taken.append(len(a[0])), project(*a))[1])
-    monkeypatch.setattr(svd, "_ROWS", 256)
+    project = gram._project_all
+    monkeypatch.setattr(gram, "_project_all", lambda *a: (taken.append(len(a[0])), project(*a))[1])
+    monkeypatch.setattr(gram, "ROWS", 256)
     result, info = svd_denoise(delta, energy=0.8, residual_density=residual_density, batch_bytes=batch_bytes, return_info=True)
     for name, a in delta.items():
         want, its = svd_denoise(a.double(), energy=0.8, residual_density=residual_density, return_info=True)
@@ -307,7 +307,7 @@ def test_matrices_of_one_short_side_by_projectors(on_split_products, monkeypatch
 
 
 def test_a_projector_that_failed_is_replaced(on_split_products, monkeypatch):
-    monkeypatch.setattr(svd, "spectral_projector", lambda grams, values, rank: torch.full_like(grams, 0.3))
+    monkeypatch.setattr(gram, "spectral_projector", lambda grams, values, rank: torch.full_like(grams, 0.3))
     a = matrix((300, 300), "exponential", 0)
     assert_exact_truncation(a, *svd_denoise(a, energy=0.9, return_info=True), 0.9)
 
