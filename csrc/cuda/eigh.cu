@@ -133,10 +133,11 @@ __device__ bool next_step(Real* d, Real* e, int n, Progress& at, Step<Real>& ste
   return false;
 }
 
-// By the block's warps but the first: column by column of the vectors, a thread to each row of them.
+// By the block's warps but the first: vector by vector, a thread to each of their components.
 template <typename Real>
-__device__ void rotate(Real* vectors, int n, const Step<Real>& step) {  // [n, n]: one vector to a row
-  constexpr int kAhead = 4;                                             // loads that do not wait for one another
+__device__ void rotate(Real* vectors,  // [n, n]: one vector to a row
+                       int n, const Step<Real>& step) {
+  constexpr int kAhead = 4;  // loads that do not wait for one another
   for (int r = threadIdx.x - 32; r < n; r += blockDim.x - 32) {
     Real* z = vectors + r;
     Real carried = z[int64_t{step.from + 1} * n];
@@ -284,8 +285,9 @@ Tridiagonal tridiagonal(const Tensor& matrices, cudaStream_t stream) {
 }
 
 template <typename Real>
-void bisect(const Tridiagonal& t, const Tensor& values, cudaStream_t stream) {
+void find_values(const Tensor& matrices, const Tensor& values, cudaStream_t stream) {
   constexpr int kThreads = 128;
+  const Tridiagonal t = tridiagonal<Real>(matrices, stream);
   const int64_t b = values.size(0), n = values.size(1), blocks_each = (n + kThreads - 1) / kThreads, bytes = 2 * n * sizeof(Real);
   allow_shared(bisection_kernel<Real>, bytes);
   bisection_kernel<Real><<<static_cast<unsigned>(b * blocks_each), kThreads, bytes, stream>>>(
@@ -294,15 +296,18 @@ void bisect(const Tridiagonal& t, const Tensor& values, cudaStream_t stream) {
   DEFTX_LAUNCH_CHECK();
 }
 
+// Returns the vectors, one to a row.
 template <typename Real>
-void find_vectors(const Tridiagonal& t, const Tensor& values, cudaStream_t stream) {
+Tensor find_vectors(const Tensor& matrices, const Tensor& values, cudaStream_t stream) {
+  const Tridiagonal t = tridiagonal<Real>(matrices, stream);
   const int64_t b = values.size(0), n = values.size(1), bytes = 6 * n * sizeof(Real);
-  const Tensor vectors = torch::stable::new_empty(t.work, {b, n, n});
+  const Tensor vectors = torch::stable::new_empty(matrices, {b, n, n});
   allow_shared(vectors_kernel<Real>, bytes);
-  vectors_kernel<Real><<<static_cast<unsigned>(b), 32 * std::max(t.shape.warps, 2), bytes, stream>>>(
+  vectors_kernel<Real><<<static_cast<unsigned>(b), 32 * t.shape.warps, bytes, stream>>>(
       data_of<Real>(t.work), data_of<Real>(vectors), data_of<Real>(t.diagonal), data_of<Real>(t.off_diagonal),
       data_of<Real>(t.taus), data_of<Real>(t.unscale), data_of<Real>(values), static_cast<int>(n));
   DEFTX_LAUNCH_CHECK();
+  return t.work;
 }
 
 Tensor eigvalsh(Tensor matrices) {
@@ -311,11 +316,8 @@ Tensor eigvalsh(Tensor matrices) {
   const cudaStream_t stream = current_stream(matrices);
   const Tensor values = torch::stable::new_empty(matrices, {matrices.size(0), matrices.size(1)});
   if (matrices.numel() == 0) return values;
-  if (dtype_of(matrices) == aoti_torch_dtype_float64()) {
-    bisect<double>(tridiagonal<double>(matrices, stream), values, stream);
-  } else {
-    bisect<float>(tridiagonal<float>(matrices, stream), values, stream);
-  }
+  const bool wide = dtype_of(matrices) == aoti_torch_dtype_float64();
+  wide ? find_values<double>(matrices, values, stream) : find_values<float>(matrices, values, stream);
   return values;
 }
 
@@ -323,20 +325,12 @@ std::tuple<Tensor, Tensor> eigh(Tensor matrices) {
   check_matrices(matrices);
   const DeviceGuard guard(matrices.get_device_index());
   const cudaStream_t stream = current_stream(matrices);
-  const Tensor values = torch::stable::new_empty(matrices, {matrices.size(0), matrices.size(1)});
-  Tensor vectors = matrices;
-  if (matrices.numel() == 0) {
-    vectors = torch::stable::new_empty(matrices, {matrices.size(0), matrices.size(1), matrices.size(1)});
-  } else if (dtype_of(matrices) == aoti_torch_dtype_float64()) {
-    const Tridiagonal t = tridiagonal<double>(matrices, stream);
-    find_vectors<double>(t, values, stream);
-    vectors = t.work;
-  } else {
-    const Tridiagonal t = tridiagonal<float>(matrices, stream);
-    find_vectors<float>(t, values, stream);
-    vectors = t.work;
-  }
-  return {values, torch::stable::transpose(vectors, 1, 2)};
+  const int64_t b = matrices.size(0), n = matrices.size(1);
+  const Tensor values = torch::stable::new_empty(matrices, {b, n});
+  if (matrices.numel() == 0) return {values, torch::stable::new_empty(matrices, {b, n, n})};
+  const bool wide = dtype_of(matrices) == aoti_torch_dtype_float64();
+  const Tensor rows = wide ? find_vectors<double>(matrices, values, stream) : find_vectors<float>(matrices, values, stream);
+  return {values, torch::stable::transpose(rows, 1, 2)};
 }
 
 }  // namespace
