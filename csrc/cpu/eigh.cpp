@@ -1,45 +1,120 @@
-// eigh on the CPU: LAPACK's decomposition of one matrix per thread. torch.linalg.eigh takes a batch one matrix after the other, and
-// LAPACK cannot keep several threads busy on one matrix of this size: half of its reduction to tridiagonal form is bound by memory.
-#include <cstring>
-
-#include "../stable.h"
+// eigh and eigvalsh on the CPU: reduction to tridiagonal form (tridiagonal.h), the eigenvalues and eigenvectors of that
+// (tridiagonal_eigen.h), and the product with the reflections. A matrix for each thread while there are enough; all threads on one
+// matrix for the rest. Either way gives the same bits.
+//
+// A matrix that is not finite, and an iteration that does not end, give NaN.
+#include "tridiagonal_eigen.h"
 
 namespace deftx {
 namespace {
 
-// Eigenvalues, ascending, and eigenvectors (columns, of a matrix stored by columns) of one symmetric matrix.
-std::pair<Tensor, Tensor> decompose(const Tensor& matrix) {
-  // Of LAPACK's two variants the one that reads the upper triangle is the faster (1.08x for 768 float32 rows).
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(matrix), torch::stable::detail::from(std::string("U")),
-                                    torch::stable::detail::from(true)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_linalg_eigh", "", stack.data(), TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+using tridiagonal::Scheduler;
+
+// The power of 2 that brings the largest entry of the lower triangle near 1 if its square would leave the range; NaN if one is not
+// finite.
+template <typename T>
+T scale_of(const T* matrix, int64_t n) {
+  T largest = 0, bad = 0;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j <= i; ++j) {
+      largest = std::max(largest, std::abs(matrix[i * n + j]));
+      bad += 0 * matrix[i * n + j];
+    }
+  constexpr int kFar = std::numeric_limits<T>::max_exponent / 4;
+  const int exponent = largest == 0 ? 0 : std::ilogb(largest);
+  return bad + (std::abs(exponent) < kFar ? T(1) : std::ldexp(T(1), std::clamp(-exponent, -4 * kFar + 2, 4 * kFar - 2)));
 }
 
-std::tuple<Tensor, Tensor> eigh(Tensor matrices) {
+// values [n] ascending, and the eigenvectors in rows [n, n], or null.
+template <typename T>
+void decompose(const T* matrix, int64_t n, T* values, T* vectors, Scheduler schedule) {
+  const auto fail = [&] {
+    std::fill(values, values + n, std::numeric_limits<T>::quiet_NaN());
+    if (vectors) std::fill(vectors, vectors + n * n, std::numeric_limits<T>::quiet_NaN());
+  };
+  const T scale = scale_of(matrix, n);
+  if (std::isnan(scale)) return fail();
+  const tridiagonal::Reduction<T> reduction(matrix, n, scale, schedule);
+  const auto &d = reduction.diagonal, &e = reduction.off_diagonal;
+  double norm = 0;
+  for (int64_t i = 0; i < n; ++i) norm = std::max(norm, std::abs(d[i]) + std::abs(e[i]) + (i ? std::abs(e[i - 1]) : 0));
+
+  const auto blocks = tridiagonal::Eigenvectors<T>::blocks(e, norm);
+  std::vector<double> found(d), squares(n);
+  for (int64_t i = 0; i < n; ++i) squares[i] = e[i] * e[i];
+  for (size_t b = 0; b + 1 < blocks.size(); ++b) {
+    double* const first = found.data() + blocks[b];
+    if (!tridiagonal::eigenvalues(first, squares.data() + blocks[b], blocks[b + 1] - blocks[b])) return fail();
+    if (!std::all_of(first, found.data() + blocks[b + 1], [](double x) { return std::isfinite(x); })) return fail();
+    std::sort(first, found.data() + blocks[b + 1]);
+  }
+  std::vector<int64_t> order(n);  // of the eigenvalues of all blocks
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return found[i] < found[j]; });
+  for (int64_t i = 0; i < n; ++i) values[i] = static_cast<T>(found[order[i]] / static_cast<double>(scale));
+  if (!vectors) return;
+
+  const int64_t stride = tridiagonal::row_stride(n);
+  const std::unique_ptr<T[]> rows(new T[n * stride]());
+  const tridiagonal::Eigenvectors<T> eigenvectors(d, e, norm);
+  for (size_t b = 0; b + 1 < blocks.size(); ++b)
+    eigenvectors.block(blocks[b], blocks[b + 1], found.data() + blocks[b], rows.get(), stride, schedule);
+  reduction.multiply_by_q(rows.get(), n);
+  for (int64_t i = 0; i < n; ++i) std::copy_n(rows.get() + order[i] * stride, n, vectors + i * n);
+}
+
+template <typename T>
+void decompose_all(const Tensor& matrices, T* values, T* vectors) {
+  const auto* in = static_cast<const T*>(matrices.const_data_ptr());
+  const int64_t count = matrices.size(0), n = matrices.size(1);
+  const int64_t threads = torch::stable::get_num_threads(), together = count / threads * threads;
+  const auto one = [&](int64_t i, Scheduler schedule) {
+    decompose(in + i * n * n, n, values + i * n, vectors ? vectors + i * n * n : nullptr, schedule);
+  };
+  torch::stable::parallel_for(0, together, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) one(i, {false});
+  });
+  constexpr int64_t kSmall = 256;  // rows, below which threads that wait for each other cost more than they bring
+  if (n >= kSmall) {
+    for (int64_t i = together; i < count; ++i) one(i, {true});
+  } else {
+    torch::stable::parallel_for(together, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) one(i, {false});
+    });
+  }
+}
+
+std::pair<Tensor, Tensor> run(const Tensor& matrices, bool with_vectors) {
   check_tensor(matrices, Device::kCpu, "matrices");
   DEFTX_CHECK(matrices.dim() == 3 && matrices.size(1) == matrices.size(2), "matrices must have shape [b, n, n]");
   const int32_t dtype = dtype_of(matrices);
-  DEFTX_CHECK(dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_float64(), "matrices must be float32 or float64");
-  const int64_t count = matrices.size(0), n = matrices.size(1), size = dtype == aoti_torch_dtype_float64() ? 8 : 4;
+  const bool wide = dtype == aoti_torch_dtype_float64();
+  DEFTX_CHECK(wide || dtype == aoti_torch_dtype_float32(), "matrices must be float32 or float64");
+  const int64_t count = matrices.size(0), n = matrices.size(1);
   Tensor values = torch::stable::new_empty(matrices, {count, n});
-  Tensor vectors = torch::stable::new_empty(matrices, {count, n, n});
-  auto* values_out = static_cast<char*>(values.mutable_data_ptr());
-  auto* vectors_out = static_cast<char*>(vectors.mutable_data_ptr());
-  // Inside, LAPACK runs on the one thread that called it.
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const auto [w, v] = decompose(torch::stable::select(matrices, 0, i));
-      const Tensor columns = torch::stable::contiguous(torch::stable::transpose(v, 0, 1));
-      std::memcpy(values_out + i * n * size, w.const_data_ptr(), n * size);
-      std::memcpy(vectors_out + i * n * n * size, columns.const_data_ptr(), n * n * size);
-    }
-  });
+  Tensor vectors = torch::stable::new_empty(matrices, {with_vectors ? count : 0, n, n});
+  if (count == 0 || n == 0) return {values, vectors};
+  const auto decompose_as = [&](auto zero) {
+    using T = decltype(zero);
+    decompose_all(matrices, static_cast<T*>(values.mutable_data_ptr()),
+                  with_vectors ? static_cast<T*>(vectors.mutable_data_ptr()) : nullptr);
+  };
+  wide ? decompose_as(double{}) : decompose_as(float{});
+  return {values, vectors};
+}
+
+std::tuple<Tensor, Tensor> eigh(Tensor matrices) {  // [b, n, n]
+  const auto [values, vectors] = run(matrices, true);
   return {values, torch::stable::transpose(vectors, 1, 2)};
 }
 
+Tensor eigvalsh(Tensor matrices) { return run(matrices, false).first; }  // [b, n, n]
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deftx, CPU, m) { m.impl("eigh", TORCH_BOX(&eigh)); }
+STABLE_TORCH_LIBRARY_IMPL(deftx, CPU, m) {
+  m.impl("eigh", TORCH_BOX(&eigh));
+  m.impl("eigvalsh", TORCH_BOX(&eigvalsh));
+}
 
 }  // namespace deftx

@@ -8,13 +8,6 @@
 
 #include "rows.h"
 
-// As DEFTX_CLONES, for AVX-512 and fused multiplication and addition, too; CMakeLists.txt lets the compiler fuse them.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define DEFTX_WIDE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define DEFTX_WIDE_CLONES
-#endif
-
 namespace deftx {
 
 constexpr int64_t kColumnsAtOnce = 8;  // that one column is multiplied by
