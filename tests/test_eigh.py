@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deftx_kernels.kernels import matrices
+from deftx_kernels.kernels import decompositions
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -142,8 +142,8 @@ def test_sizes_of_models(count, n, dtype):
     a = (a + a.mT) / 2
     exact = torch.linalg.eigvalsh(a.double())
     one = exact[:, -1:] * torch.finfo(dtype).eps
-    assert bool(((matrices.eigvalsh(a) - exact).abs() <= 60 * one).all())
-    values, vectors = matrices.eigh(a)
+    assert bool(((decompositions.eigvalsh(a) - exact).abs() <= 60 * one).all())
+    values, vectors = decompositions.eigh(a)
     assert bool(((values - exact).abs() <= 60 * one).all())
     v = vectors.double()
     assert float((v.mT @ v - torch.eye(n, device="cuda", dtype=torch.float64)).abs().max()) <= 200 * torch.finfo(dtype).eps

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.kernels import products
-from deftx_kernels.kernels.matrices import ROWS, as_tall, at_a_time, eigh, eigvalsh, gram64, prune_
+from deftx_kernels.kernels.decompositions import eigh, eigvalsh
+from deftx_kernels.kernels.matrices import ROWS, as_tall, at_a_time, gram64, prune_
 from deftx_kernels.kernels.products import gram_, matmul, matmul_
 from deftx_kernels.kernels.spectral import spectral_projector
 
@@ -51,7 +52,7 @@ def by_gram(
             if projectors[i] is None:
                 basis = None
                 if settled[i]:
-                    own = vectors[i] if vectors is not None else torch.linalg.eigh(grams[i])[1]
+                    own = vectors[i] if vectors is not None else eigh(grams[i : i + 1])[1][0]
                     basis = _settled_basis(tall[i], values[i], own.flip(-1), int(ranks[i]))
                 if basis is None:
                     spectrum, precise = _spectrum64(tall[i])
@@ -208,9 +209,9 @@ def _settled_basis(w: Tensor, squares: Tensor, vectors: Tensor, rank: int) -> Te
     lower = torch.linalg.cholesky(basis.mT @ basis)
     identity = torch.eye(lower.shape[0], dtype=torch.float64, device=w.device)
     basis = basis @ torch.linalg.solve_triangular(lower, identity, upper=False).mT
-    _, rotation = torch.linalg.eigh(
-        sum(part.mT @ part for part in (rows.to(torch.float64) @ basis for rows in w.split(at_a_time(w, n))))
-    )
+    gram = sum(part.mT @ part for part in (rows.to(torch.float64) @ basis for rows in w.split(at_a_time(w, n))))
+    assert isinstance(gram, Tensor)
+    rotation = eigh(gram[None])[1][0]
     vectors[:, window] = (basis @ rotation.flip(-1)).to(w.dtype)
     return vectors
 
@@ -219,8 +220,8 @@ _ERROR = 2e-5  # relative, of the truncated matrix; 5e-5 is promised
 
 
 def _spectrum64(w: Tensor) -> tuple[Tensor, Tensor]:
-    squares, vectors = torch.linalg.eigh(gram64(w))
-    return _known(squares.cpu().flip(-1)), vectors.flip(-1)
+    squares, vectors = eigh(gram64(w)[None])
+    return _known(squares[0].cpu().flip(-1)), vectors[0].flip(-1)
 
 
 def _known(squares: Tensor) -> Tensor:  # [..., n], descending, of float64 Gram matrices

@@ -1,4 +1,4 @@
-"""What both ways of denoising (subspace.py, gram.py) share: accurate sums, symmetric eigenproblems, and the pruned residual."""
+"""What both ways of denoising (subspace.py, gram.py) share: accurate sums and the pruned residual."""
 
 import torch
 from torch import Tensor
@@ -25,20 +25,6 @@ def gram64(y: Tensor, dim: int = -2) -> Tensor:
         gram = product if gram is None else gram.add_(product)
     assert gram is not None
     return gram
-
-
-# The operators keep one multiprocessor of a GPU busy for each matrix: those of more rows are better left to cuSOLVER.
-_ONE_BLOCK = 1024
-
-
-def eigvalsh(matrices: Tensor) -> Tensor:  # [b, n, n] -> [b, n], ascending
-    whole = matrices.is_cuda and matrices.shape[-1] > _ONE_BLOCK
-    return torch.linalg.eigvalsh(matrices) if whole else torch.ops.deftx.eigvalsh(matrices)
-
-
-def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:  # [b, n, n] -> [b, n], ascending, and [b, n, n], columns
-    whole = matrices.is_cuda and matrices.shape[-1] > _ONE_BLOCK
-    return torch.linalg.eigh(matrices) if whole else torch.ops.deftx.eigh(matrices)
 
 
 def as_tall(w: Tensor) -> Tensor:  # [..., m, n]

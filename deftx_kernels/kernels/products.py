@@ -13,6 +13,7 @@ Bytes were counted, see "Denoising: products" in bench/NOTES.md; no GPU has time
 import contextlib
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -189,13 +190,24 @@ def _split_on_gpu() -> Callable[..., Tensor]:
     return kernel
 
 
+_precision_lock = threading.Lock()
+_precision_users: list[str] = []  # the setting to restore, once for each caller
+
+
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 products on the CPU in float32: torch.set_float32_matmul_precision("medium") makes them bfloat16 ones there."""
+    """Float32 products on the CPU in float32: torch.set_float32_matmul_precision("medium") makes them bfloat16 ones there.
+
+    The setting is the process's: of callers in several threads the first one sets it and the last one restores it.
+    """
     flags = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = flags.fp32_precision
-    flags.fp32_precision = "ieee"
+    with _precision_lock:
+        _precision_users.append(_precision_users[0] if _precision_users else flags.fp32_precision)
+        flags.fp32_precision = "ieee"
     try:
         yield
     finally:
-        flags.fp32_precision = before
+        with _precision_lock:
+            before = _precision_users.pop()
+            if not _precision_users:
+                flags.fp32_precision = before

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.kernels import products
-from deftx_kernels.kernels.matrices import as_tall, eigh, eigvalsh, gram64, prune_, prune_from_factors, sums_of_squares
+from deftx_kernels.kernels.decompositions import eigh, eigvalsh, orthonormal_rows_fit, svd
+from deftx_kernels.kernels.matrices import as_tall, gram64, prune_, prune_from_factors, sums_of_squares
 from deftx_kernels.kernels.products import Parts, matmul, matmul_, rough_matmul
 
 
@@ -24,12 +25,15 @@ def orthonormal_rows(z: Tensor) -> Tensor:  # [b, l, n], l <= n
     again = ~hopeless & (ratio < 1e-2)
     identity = torch.eye(z.shape[-2], dtype=torch.float64, device=z.device).expand_as(lower)
     q = matmul(torch.linalg.solve_triangular(lower, identity, upper=False).to(z.dtype), z)
+    hopeless |= ~again & ~orthonormal_rows_fit(q)
     if bool((hopeless | again).any()):
         if bool(again.any()):
             q[again] = orthonormal_rows(q[again])
         for i in hopeless.nonzero().view(-1).tolist():
             basis, r = torch.linalg.qr(z[i].mT)
             q[i] = (basis * torch.where(r.diagonal() < 0, -1.0, 1.0)).mT
+        if not bool(orthonormal_rows_fit(q).all()):
+            raise RuntimeError("Cholesky and Householder QR both failed: values that are not finite, or a broken LAPACK")
     return q
 
 
@@ -98,7 +102,7 @@ _MORE = 24  # iterations beyond n_iter at most
 def _ritz(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:  # [b, m, l] -> float64 [b, r], [b, l, r]
     """The largest squared singular values of y, descending, and their right singular vectors."""
     if y.dtype == torch.float64:  # a Gram matrix would lose what is below 1e-8 of the largest
-        _, singular, vectors = torch.linalg.svd(torch.linalg.qr(y, mode="r").R)
+        _, singular, vectors = svd(torch.linalg.qr(y, mode="r").R)
         return singular[:, :rank].square(), vectors.mT[..., :rank]
     squares, basis = eigh(gram64(y))
     return squares.flip(-1)[:, :rank], basis.flip(-1)[..., :rank]

@@ -7,12 +7,14 @@ Two ways, both on the short side of a matrix (n of [m, n], m >= n; a wide matrix
 Whatever is small, [l, l] or [n, l], is computed in float64: a Gram matrix has the squares of the singular values.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from deftx_kernels.kernels import products
+from deftx_kernels.kernels.decompositions import svd
 from deftx_kernels.kernels.gram import by_gram
 from deftx_kernels.kernels.matrices import sums_of_squares
 from deftx_kernels.kernels.products import Parts, full_precision
@@ -21,20 +23,21 @@ from deftx_kernels.kernels.subspace import by_subspace, orthonormal_rows, subspa
 
 def truncated_svd(a: Tensor, rank: int, n_iter: int, test_matrix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     work = a.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
-    if test_matrix is None:
-        U, S, Vh = torch.linalg.svd(work, full_matrices=False)
-    else:
-        wide = a.shape[-2] < a.shape[-1]
-        batch, scale = _in_range(work.reshape(-1, *a.shape[-2:]))
-        with full_precision():
+    batch, scale = _in_range(work.reshape(math.prod(a.shape[:-2]), *a.shape[-2:]))
+    with full_precision():
+        if test_matrix is None:
+            U, S, Vh = svd(batch)
+        else:
+            wide = a.shape[-2] < a.shape[-1]
             tall = batch.mT if wide else batch
             operand = Parts.of(tall) if products.splits(tall) else tall
             scaled, Vh, squares = map(torch.stack, subspace_factors(operand, sums_of_squares(batch), rank, n_iter, test_matrix))
             U = orthonormal_rows(scaled.mT.contiguous()).mT
-        S = squares.clamp(min=0).sqrt() / scale
-        if wide:
-            U, Vh = Vh.mT, U.mT
-        U, S, Vh = (x.reshape(*a.shape[:-2], *x.shape[1:]) for x in (U, S, Vh))
+            S = squares.clamp(min=0).sqrt()
+            if wide:
+                U, Vh = Vh.mT, U.mT
+    S = S / scale
+    U, S, Vh = (x.reshape(*a.shape[:-2], *x.shape[1:]) for x in (U, S, Vh))
     U, S, Vh = (x.to(a.dtype).contiguous() for x in (U[..., :rank], S[..., :rank], Vh[..., :rank, :]))
     return U, S, Vh
 
@@ -71,6 +74,8 @@ def svd_denoise_(
 
 def _in_range(batch: Tensor) -> tuple[Tensor, Tensor]:
     """The matrices [b, m, n] times powers of 2, so that squares of entries stay within the dtype; the powers, float64 [b, 1]."""
+    if batch.numel() == 0:
+        return batch, batch.new_ones(len(batch), 1, dtype=torch.float64)
     largest = torch.linalg.vector_norm(batch, float("inf"), dim=(-2, -1))
     limit = 1000 if batch.dtype == torch.float64 else 120  # the powers are numbers of the dtype
     exponent = torch.where((largest < 1e-9) | (largest > 1e9), -torch.frexp(largest).exponent, 0).clamp(-limit, limit)[:, None]
