@@ -51,7 +51,8 @@ SCHEMAS = {
     # a [..., m, n], test_matrix [min(m, n), l] with rank <= l <= min(m, n), or None for the exact decomposition.
     "truncated_svd": "(Tensor a, int rank, int n_iter, Tensor? test_matrix) -> (Tensor U, Tensor S, Tensor Vh)",
     # out[i] = L + prune(H) of matrices[i] [m, n]: all float32 or all float64, of one shape, or, with an energy, of one min(m, n).
-    # out may be the matrices themselves.
+    # out may be the matrices themselves. Or of batches of small matrices, all matrices[i] [b_i, m, n] of one m and n, without a
+    # test_matrix; then the results are those of all of them one after the other.
     # The rank of L is `rank`, or the smallest that holds the share `energy` of the sum of squares, or the number of singular values
     # above `median` times their median: two of the three are 0. test_matrix [min(m, n), l] as above, with `rank` only.
     # totals float64: the matrices' sums of squares, finite. `batch` matrices are worked on at a time.

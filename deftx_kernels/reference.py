@@ -240,7 +240,7 @@ def _rank(singular: Tensor, rank: int, energy: float, median: float) -> int:
 
 
 def svd_denoise_(
-    matrices: Sequence[Tensor],  # each [m, n]
+    matrices: Sequence[Tensor],  # each [m, n], or [b, m, n]
     out: Sequence[Tensor],
     totals: Tensor,
     rank: int,
@@ -252,6 +252,8 @@ def svd_denoise_(
     batch: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ranks, energies, residuals = [], [], []
+    if matrices[0].dim() == 3:
+        matrices, out = ([w for x in each for w in x.unbind()] for each in (matrices, out))
     for w, target in zip(matrices, out):
         U, S, Vh = torch.linalg.svd(w, full_matrices=False)
         r = _rank(S, rank, energy, median)

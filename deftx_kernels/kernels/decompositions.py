@@ -141,8 +141,8 @@ def _norm(x: Tensor) -> Tensor:  # [..., m, n] -> float64 [...]
 
 
 def _tolerance(x: Tensor) -> float:
-    """Relative to the Frobenius norm: several times the errors of LAPACK's solvers and of ours (float32: at most 10 units of rounding
-    at n = 1024; float64: 1e-13, of inverse iteration). A wrong vector among n right ones shows as about n**-0.5."""
+    """Relative to the Frobenius norm: several times the errors of LAPACK's solvers and of ours (float32: at most 10 units of
+    rounding at n = 1024; float64: 1e-13, of inverse iteration). A wrong vector among n right ones shows as about n**-0.5."""
     return (256 + max(x.shape[-2:]) / 4) * torch.finfo(x.dtype).eps if x.dtype == torch.float32 else 1e-11
 
 

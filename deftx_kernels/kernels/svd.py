@@ -1,8 +1,9 @@
 """Truncated SVD and denoising of matrices at the speed of matrix products, for CPU and CUDA tensors.
 
-Two ways, both on the short side of a matrix (n of [m, n], m >= n; a wide matrix is worked on transposed):
+Three ways, the first two on the short side of a matrix (n of [m, n], m >= n; a wide matrix is worked on transposed):
     subspace.py    a small rank: block subspace iteration on a whole batch, products with r + oversample columns, and Cholesky QR
     gram.py        the rest: the Gram matrix and its eigenvectors, in float64 where float32 cannot settle the rank or the truncation
+    small.py       many small matrices: singular value decompositions of a batch, in float64
 
 Whatever is small, [l, l] or [n, l], is computed in float64: a Gram matrix has the squares of the singular values.
 """
@@ -18,6 +19,7 @@ from deftx_kernels.kernels.decompositions import svd
 from deftx_kernels.kernels.gram import by_gram
 from deftx_kernels.kernels.matrices import sums_of_squares
 from deftx_kernels.kernels.products import Parts, full_precision
+from deftx_kernels.kernels.small import by_svd
 from deftx_kernels.kernels.subspace import by_subspace, orthonormal_rows, subspace_factors
 
 
@@ -43,7 +45,7 @@ def truncated_svd(a: Tensor, rank: int, n_iter: int, test_matrix: Tensor | None)
 
 
 def svd_denoise_(
-    matrices: Sequence[Tensor],  # each [m, n]
+    matrices: Sequence[Tensor],  # each [m, n], or [b, m, n]
     out: Sequence[Tensor],
     totals: Tensor,
     rank: int,
@@ -54,6 +56,9 @@ def svd_denoise_(
     test_matrix: Tensor | None,  # [min(m, n), l]
     batch: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if matrices[0].dim() == 3:
+        with full_precision():
+            return by_svd(matrices, out, rank, energy, median, residual_density)
     m, n = max(matrices[0].shape), min(matrices[0].shape)
     batch = min(batch, len(matrices))
     # Made once: memory that is new to the process costs more than to copy a matrix into it.
