@@ -250,9 +250,10 @@ def test_topk_heavy_ties(provider, run, request, distinct, dtype, share):
         check_topk(run, scores, [torch.zeros_like(s) for s in scores], [round(m * share) for m in sizes], "tensor")
 
 
-@pytest.mark.parametrize("scope", ["global", "row"])
+@pytest.mark.parametrize("scope", ["global", "tensor", "row"])
 def test_topk_when_the_sample_misleads(provider, run, request, scope):
-    """The scores that the CUDA kernel samples are all smaller than the others: its bracket holds none of what it should."""
+    """The scores that the CUDA kernel samples are all smaller than the others: its bracket holds none of what it should. With scope
+    "tensor" they are in the second batch of tensors that share counters."""
     n, samples = 1 << 16, 4096
     x = np.random.default_rng(6).uniform(1, 2, n)
     for i in range(samples):  # as sampled_element of topk.cu
@@ -262,8 +263,11 @@ def test_topk_when_the_sample_misleads(provider, run, request, scope):
         stretch = n // samples
         x[i * stretch + ((h >> 32) * stretch >> 32)] *= 1e-3
     scores = [torch.from_numpy(x).to(torch.float32).to(provider.device)]
-    check_topk(run, scores, [], [n // 2], scope)
-    if provider.name == "emulated" and scope == "global":
+    before = (
+        tensors([(2,)] * 299, [torch.float32], "normal", np.random.default_rng(7), provider.device) if scope == "tensor" else []
+    )
+    check_topk(run, before + scores, [], [1] * len(before) + [n // 2], scope)
+    if provider.name == "emulated" and scope != "row":
         assert any("count_all_kernel" in launch.name for launch in request.getfixturevalue("emulated").launches)
         request.getfixturevalue("emulated").clear()
 
