@@ -72,7 +72,7 @@ def without_device() -> None:
     _ops.LIBRARY.impl("topk_mask", nothing_selected, "CPU", allow_override=True)
 
 
-def nothing_selected(scores: list[Tensor], base: list[Tensor], k: list[int], scope: str) -> tuple[Tensor, Tensor, Tensor]:
+def nothing_selected(scores: list[Tensor], base: list[Tensor], k: list[int], scope: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.uint16), torch.tensor([-1, -1])
 
 

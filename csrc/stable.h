@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -62,6 +63,21 @@ std::string message(const Parts&... parts) {
 }
 }  // namespace detail
 
+// Choices that operators take as integers: SCOPES and OPERATIONS of deftx_kernels/_ops.py. They are no strings, since at ABI 2.10
+// each call with a string leaks a copy of it, and what is never freed keeps the heap around it from shrinking.
+enum class Scope : int64_t { kGlobal, kTensor, kRow };
+enum class Operation : int64_t { kAnd, kOr, kSub };
+
+inline Scope scope_of(int64_t code) {
+  DEFTX_CHECK(code >= 0 && code <= 2, "scope must be 0 (global), 1 (tensor) or 2 (row), got ", code);
+  return static_cast<Scope>(code);
+}
+
+inline Operation operation_of(int64_t code) {
+  DEFTX_CHECK(code >= 0 && code <= 2, "operation must be 0 (and), 1 (or) or 2 (sub), got ", code);
+  return static_cast<Operation>(code);
+}
+
 // True for tensors that a file of csrc/cuda serves.
 inline bool is_device_tensor(const Tensor& t) {
 #ifdef DEFTX_EMULATED
@@ -90,6 +106,12 @@ inline int64_t columns_of(const Tensor& t) {
   int64_t columns = 1;
   for (int64_t d = t.dim() < 2 ? 0 : 1; d < t.dim(); ++d) columns *= t.size(d);
   return columns;
+}
+
+// The rows of a list of tensors. Tensors without columns can have any number of rows, also more than an int64 counts.
+inline int64_t add_rows(int64_t rows, int64_t more) {
+  DEFTX_CHECK(more <= std::numeric_limits<int64_t>::max() - 1 - rows, "the tensors have more than 2**63 - 2 rows");
+  return rows + more;
 }
 
 // One tensor among the stacked rows.
@@ -168,7 +190,7 @@ inline Csr check_csr(const std::vector<Tensor>& tensors, Access access,
     DEFTX_CHECK(dtype_of(t) == csr.dtype, "tensor ", i, " has another dtype than tensor 0");
     void* data = access == Access::kWrite ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
     csr.slices.push_back({data, csr.rows, columns_of(t)});
-    csr.rows += rows_of(t);
+    csr.rows = add_rows(csr.rows, rows_of(t));
   }
   DEFTX_CHECK(crow_indices.numel() == csr.rows + 1, "crow_indices has ", crow_indices.numel(), " elements; the tensors have ",
               csr.rows, " rows, which need ", csr.rows + 1);
@@ -176,10 +198,31 @@ inline Csr check_csr(const std::vector<Tensor>& tensors, Access access,
   return csr;
 }
 
-// Two masks over the same rows, and what to do with them.
+// The arguments of magnitude_histogram: the 16 bits from `shift` on are counted, of the scores whose earlier ones are `prefix`.
+inline void check_digit(int64_t prefix, int64_t shift, int64_t element_size) {
+  const int64_t bits = 8 * element_size;
+  DEFTX_CHECK(shift >= 0 && shift % 16 == 0 && shift < bits, "shift must be a multiple of 16 in [0, ", bits, "), got ", shift);
+  DEFTX_CHECK(prefix >= 0 && prefix < int64_t{1} << (bits - 16 - shift), "prefix must be the first ", bits - 16 - shift,
+              " bits of a score, got ", prefix);
+}
+
+// The arguments of threshold_mask: the mask cannot have more ties than entries, and no magnitude has its highest bit set.
+inline void check_ties(const std::vector<int64_t>& ties, const std::vector<Tensor>& scores) {
+  DEFTX_CHECK(ties.size() == scores.size(), "ties must have one number for each tensor, got ", ties.size(), " for ", scores.size());
+  for (size_t i = 0; i < ties.size(); ++i)
+    DEFTX_CHECK(ties[i] >= 0 && ties[i] <= scores[i].numel(), "ties must be from 0 to the ", scores[i].numel(),
+                " entries of tensor ", i, ", got ", ties[i]);
+}
+inline void check_threshold(int64_t threshold, int64_t element_size) {
+  const int64_t most = std::numeric_limits<int64_t>::max() >> (64 - 8 * element_size);
+  DEFTX_CHECK(threshold >= 0 && threshold <= most, "threshold must be the bits of a magnitude, from 0 to ", most, ", got ",
+              threshold);
+}
+
+// Two masks over the same rows.
 inline std::pair<Csr, Csr> check_combine(const Tensor& crow_indices, const Tensor& col_indices,              // of the one mask
                                          const Tensor& other_crow_indices, const Tensor& other_col_indices,  // of the other
-                                         const std::string& operation, Device device) {
+                                         Device device) {
   const Csr mine = check_mask(crow_indices, col_indices, device);
   const Csr theirs = check_mask(other_crow_indices, other_col_indices, device, "other_");
   DEFTX_CHECK(crow_indices.get_device_index() == other_crow_indices.get_device_index(), "the masks are on different devices");
@@ -188,8 +231,6 @@ inline std::pair<Csr, Csr> check_combine(const Tensor& crow_indices, const Tenso
   DEFTX_CHECK(mine.wide == theirs.wide, "col_indices and other_col_indices must have the same dtype");
   DEFTX_CHECK(mine.rows > 0 || mine.nnz + theirs.nnz == 0, "a mask without rows must have no entries, col_indices has ", mine.nnz,
               " and other_col_indices has ", theirs.nnz);
-  DEFTX_CHECK(operation == "and" || operation == "or" || operation == "sub", "operation must be \"and\", \"or\" or \"sub\", got \"",
-              operation, "\"");
   return {mine, theirs};
 }
 

@@ -20,6 +20,11 @@ NAMESPACE = "deftx"
 # Lives as long as the process: a Library that is collected takes its operators with it.
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
+# Choices that operators take as integers; csrc/stable.h has the same codes. They are no strings, since each string that a compiled
+# operator is given leaks (LibTorch's stable ABI, 2.10), and what is never freed keeps the heap around it from shrinking.
+SCOPES = {"global": 0, "tensor": 1, "row": 2}
+OPERATIONS = {"and": 0, "or": 1, "sub": 2}
+
 SCHEMAS = {
     # values[i] = the tensors' entry i of the mask. All tensors have one dtype, which is the result's.
     "csr_gather": "(Tensor[] tensors, Tensor crow_indices, Tensor col_indices) -> Tensor",
@@ -28,25 +33,27 @@ SCHEMAS = {
     # entry i of the tensors += alpha * values[i], computed in float32 (float64 for float64 tensors) and rounded once.
     # `values` has the tensors' dtype or float32.
     "csr_add_": "(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor values, float alpha) -> ()",
-    # The entries of two masks over the same rows: "and", "or" or "sub" (in the first, not in the second). The result's col_indices
-    # have the dtype of col_indices.
+    # The entries of two masks over the same rows: OPERATIONS "and", "or" or "sub" (in the first, not in the second). The result's
+    # col_indices have the dtype of col_indices.
     "csr_combine": (
-        "(Tensor crow_indices, Tensor col_indices, Tensor other_crow_indices, Tensor other_col_indices, str operation)"
+        "(Tensor crow_indices, Tensor col_indices, Tensor other_crow_indices, Tensor other_col_indices, int operation)"
         " -> (Tensor crow_indices, Tensor col_indices)"
     ),
     # The mask of the True entries of bool tensors.
     "dense_to_csr": "(Tensor[] dense) -> (Tensor crow_indices, Tensor col_indices)",
     # The score of an entry is |scores[i]|, or |scores[i] - base[i]| where base is not empty: a difference in float32, in float64
     # where any tensor of the call is float64. The tensors may have several floating dtypes; scores are compared exactly.
-    # scope "global": k = [k]; "tensor": k[i] entries of tensor i; "row": k[i] entries of each row of tensor i.
+    # SCOPES "global": k = [k]; "tensor": k[i] entries of tensor i; "row": k[i] entries of each row of tensor i.
     # `bad` int64 [2], on the CPU, is (tensor, flat index) of the first NaN or infinite score, or (-1, -1); then the rest is
     # meaningless.
-    "topk_mask": "(Tensor[] scores, Tensor[] base, int[] k, str scope) -> (Tensor crow_indices, Tensor col_indices, Tensor bad)",
+    "topk_mask": "(Tensor[] scores, Tensor[] base, int[] k, int scope) -> (Tensor crow_indices, Tensor col_indices, Tensor bad)",
     # The two steps of a radix select, for callers that add histograms up over ranks or over tensors that are not all in memory.
     # Magnitude bits: the bits of |score| as an integer, which has the order of the magnitudes. All scores have one dtype.
     # Counts the scores whose bits >> (shift + 16) are `prefix` by the next 16 bits, (bits >> shift) & 0xFFFF: int64 [65536].
+    # shift: a multiple of 16.
     "magnitude_histogram": "(Tensor[] scores, int prefix, int shift) -> Tensor",
-    # The mask of the scores whose bits are above `threshold` and of each tensor's first ties[i] whose bits equal it.
+    # The mask of the scores whose bits are above `threshold` and of each tensor's first ties[i] whose bits equal it (all of them
+    # where they are fewer); ties[i] is at most the number of the tensor's elements.
     "threshold_mask": "(Tensor[] scores, int threshold, int[] ties) -> (Tensor crow_indices, Tensor col_indices)",
     # a [..., m, n], test_matrix [min(m, n), l] with rank <= l <= min(m, n), or None for the exact decomposition.
     "truncated_svd": "(Tensor a, int rank, int n_iter, Tensor? test_matrix) -> (Tensor U, Tensor S, Tensor Vh)",
@@ -170,7 +177,7 @@ def _(scores, threshold, ties):
 @_fake("topk_mask")
 def _(scores, base, k, scope):
     rows = [rows_and_columns(s.shape)[0] for s in scores]
-    nnz = sum(n * r for n, r in zip(k, rows, strict=True)) if scope == "row" else sum(k)
+    nnz = sum(n * r for n, r in zip(k, rows, strict=True)) if scope == SCOPES["row"] else sum(k)
     like = scores[0]
     crow_indices = like.new_empty(sum(rows) + 1, dtype=torch.int64)
     col_indices = like.new_empty(nnz, dtype=column_dtype([s.shape for s in scores]))

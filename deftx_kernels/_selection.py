@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deftx_kernels._ops import column_dtype, rows_and_columns
+from deftx_kernels._ops import SCOPES, column_dtype, rows_and_columns
 
 
 def find_threshold(
@@ -180,7 +180,7 @@ def select_by_groups(
         found = Columns(sum(n * r for n, r in zip(counts, rows)), columns, device)
         remaining = iter(counts)
         for tensors in each():
-            crow, col, _ = torch.ops.deftx.topk_mask(tensors, [], [next(remaining) for _ in tensors], scope)
+            crow, col, _ = torch.ops.deftx.topk_mask(tensors, [], [next(remaining) for _ in tensors], SCOPES[scope])
             found.append(crow, col)
             del tensors  # before the next ones are made
         return found.csr()

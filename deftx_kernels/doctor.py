@@ -148,7 +148,7 @@ def _tensors() -> list[Tensor]:
 
 
 def _mask(tensors: list[Tensor], density: float = 0.05) -> tuple[Tensor, Tensor]:
-    crow, col, _ = reference.topk_mask(tensors, [], [round(density * sum(t.numel() for t in tensors))], "global")
+    crow, col, _ = reference.topk_mask(tensors, [], [round(density * sum(t.numel() for t in tensors))], _ops.SCOPES["global"])
     return crow, col
 
 
@@ -233,9 +233,9 @@ _CASES: dict[str, Callable[[], list[Any]]] = {
     "csr_gather": lambda: _csr_case(values=False),
     "csr_scatter_": _csr_case,
     "csr_add_": lambda: _csr_case(0.5),
-    "csr_combine": lambda: [*_mask(_tensors()), *_mask([t.flip(0) if t.dim() else t for t in _tensors()]), "or"],
+    "csr_combine": lambda: [*_mask(_tensors()), *_mask([t.flip(0) if t.dim() else t for t in _tensors()]), _ops.OPERATIONS["or"]],
     "dense_to_csr": lambda: [[t > 1.5 for t in _tensors()]],
-    "topk_mask": lambda: [_tensors(), [], [50_000], "global"],
+    "topk_mask": lambda: [_tensors(), [], [50_000], _ops.SCOPES["global"]],
     # Bits are those of a dtype, so these two have float64 scores from the start.
     "magnitude_histogram": lambda: [[t.double() for t in _tensors()], 0, 48],
     "threshold_mask": lambda: [[t.double() for t in _tensors()], 0x4000 << 48, [0] * 4],  # above 2

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deftx_kernels._ops import column_dtype, rows_and_columns
+from deftx_kernels._ops import OPERATIONS, column_dtype, rows_and_columns
 
 FORMAT = "deftx_csr_mask"
 
@@ -314,7 +314,7 @@ class CSRMask:
         col, other_col = self.col_indices, other.col_indices
         if col.dtype != other_col.dtype:
             col, other_col = col.to(torch.int32), other_col.to(torch.int32)
-        crow, col = torch.ops.deftx.csr_combine(mine, col, theirs, other_col, operation)
+        crow, col = torch.ops.deftx.csr_combine(mine, col, theirs, other_col, OPERATIONS[operation])
         return CSRMask._trusted(names, [shapes[n] for n in names], crow, col)
 
     def _crow_of(self, names: Sequence[str], shapes: Mapping[str, torch.Size]) -> Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from deftx_kernels._ops import OPERATIONS, SCOPES
+
 _CHUNK = 1 << 22  # elements of temporary memory per step
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 
@@ -20,6 +22,11 @@ def _matrix(tensor: Tensor) -> Tensor:
     if tensor.dim() < 2:
         return tensor.view(1, tensor.numel())
     return tensor.view(tensor.shape[0], math.prod(tensor.shape[1:]))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,20 +80,55 @@ def _keys(crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     return torch.repeat_interleave(rows << 32, crow_indices.diff()) + col_indices.to(torch.int64)
 
 
+def _check_mask(crow_indices: Tensor, col_indices: Tensor, prefix: str = "") -> None:
+    crow, col = f"{prefix}crow_indices", f"{prefix}col_indices"
+    for tensor, name in ((crow_indices, crow), (col_indices, col)):
+        _require(tensor.is_contiguous(), f"{name} must be contiguous")
+    _require(crow_indices.dim() == 1 and crow_indices.dtype == torch.int64, f"{crow} must be int64 [rows + 1]")
+    narrow_or_wide = col_indices.dtype in (torch.uint16, torch.int32)
+    _require(col_indices.dim() == 1 and narrow_or_wide, f"{col} must be uint16 or int32 [nnz]")
+
+
+def _check_rows(crow_indices: Tensor, nnz: int, crow: str) -> None:
+    ends = int(crow_indices[0]), int(crow_indices[-1])
+    _require(ends == (0, nnz), f"{crow} must run from 0 to nnz = {nnz}, got {ends}")
+    _require(bool((crow_indices.diff() >= 0).all()), f"{crow} must not descend")
+
+
 def csr_combine(
-    crow_indices: Tensor, col_indices: Tensor, other_crow_indices: Tensor, other_col_indices: Tensor, operation: str
+    crow_indices: Tensor, col_indices: Tensor, other_crow_indices: Tensor, other_col_indices: Tensor, operation: int
 ) -> tuple[Tensor, Tensor]:
+    _require(operation in OPERATIONS.values(), f"operation must be 0 (and), 1 (or) or 2 (sub), got {operation}")
+    _check_mask(crow_indices, col_indices)
+    _check_mask(other_crow_indices, other_col_indices, "other_")
+    _require(
+        len(crow_indices) == len(other_crow_indices) > 0,
+        f"crow_indices has {len(crow_indices)} elements and other_crow_indices has {len(other_crow_indices)};"
+        " both must have one per row and one more",
+    )
+    _require(col_indices.dtype == other_col_indices.dtype, "col_indices and other_col_indices must have the same dtype")
+    _require(
+        len(crow_indices) > 1 or len(col_indices) + len(other_col_indices) == 0,
+        f"a mask without rows must have no entries, col_indices has {len(col_indices)} and other_col_indices has"
+        f" {len(other_col_indices)}",
+    )
+    _check_rows(crow_indices, len(col_indices), "crow_indices")
+    _check_rows(other_crow_indices, len(other_col_indices), "other_crow_indices")
     mine, theirs = _keys(crow_indices, col_indices), _keys(other_crow_indices, other_col_indices)
-    if operation == "or":
+    if operation == OPERATIONS["or"]:
         keys = torch.unique(torch.cat([mine, theirs]))
     else:
         common = torch.isin(mine, theirs, assume_unique=True)
-        keys = mine[common] if operation == "and" else mine[~common]
+        keys = mine[common] if operation == OPERATIONS["and"] else mine[~common]
     crow = torch.searchsorted(keys, torch.arange(len(crow_indices), device=keys.device) << 32)
     return crow, (keys & 0xFFFF_FFFF).to(torch.int32).to(col_indices.dtype)
 
 
 def dense_to_csr(dense: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    _require(len(dense) > 0, "dense must hold at least one tensor")
+    for i, tensor in enumerate(dense):
+        _require(tensor.dtype == torch.bool, f"dense: tensor {i} must be bool, got {tensor.dtype}")
+        _require(tensor.is_contiguous(), f"dense: tensor {i} must be contiguous")
     return _csr([t.view(-1).nonzero().view(-1) for t in dense], [_matrix(t) for t in dense])
 
 
@@ -117,6 +159,23 @@ def infinity_bits(dtype: torch.dtype) -> int:
     return int(magnitude_bits(torch.tensor([math.inf], dtype=dtype)))
 
 
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _check_scores(scores: Sequence[Tensor], name: str = "scores") -> None:
+    _require(len(scores) > 0, f"{name} must hold at least one tensor")
+    for i, tensor in enumerate(scores):
+        _require(tensor.dtype in _FLOATS, f"{name}: tensor {i} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+        _require(tensor.is_contiguous(), f"{name}: tensor {i} must be contiguous")
+
+
+def _check_one_dtype(scores: Sequence[Tensor]) -> int:
+    """Returns the bits of a score."""
+    _check_scores(scores)
+    _require(all(s.dtype == scores[0].dtype for s in scores), f"scores must have one dtype, got {[s.dtype for s in scores]}")
+    return 8 * scores[0].element_size()
+
+
 def _histogram(x: Tensor, prefix: int, shift: int) -> Tensor:
     histogram = torch.zeros(1 << 16, dtype=torch.int64, device=x.device)
     for chunk in x.view(-1).split(_CHUNK):
@@ -128,6 +187,10 @@ def _histogram(x: Tensor, prefix: int, shift: int) -> Tensor:
 
 
 def magnitude_histogram(scores: Sequence[Tensor], prefix: int, shift: int) -> Tensor:
+    bits = _check_one_dtype(scores)
+    _require(0 <= shift < bits and shift % 16 == 0, f"shift must be a multiple of 16 in [0, {bits}), got {shift}")
+    length = bits - 16 - shift
+    _require(0 <= prefix < 1 << length, f"prefix must be the first {length} bits of a score, got {prefix}")
     return torch.stack([_histogram(s, prefix, shift) for s in scores]).sum(0)
 
 
@@ -162,6 +225,11 @@ def take(x: Tensor, threshold: int, ties: int) -> tuple[Tensor, int]:
 
 
 def threshold_mask(scores: Sequence[Tensor], threshold: int, ties: Sequence[int]) -> tuple[Tensor, Tensor]:
+    most = (1 << (_check_one_dtype(scores) - 1)) - 1
+    _require(0 <= threshold <= most, f"threshold must be the bits of a magnitude, from 0 to {most}, got {threshold}")
+    _require(len(ties) == len(scores), f"ties must have one number for each tensor, got {len(ties)} for {len(scores)}")
+    for i, (n, tensor) in enumerate(zip(ties, scores)):
+        _require(0 <= n <= tensor.numel(), f"ties must be from 0 to the {tensor.numel()} entries of tensor {i}, got {n}")
     return _csr([take(s, threshold, n)[0] for s, n in zip(scores, ties)], [_matrix(s) for s in scores])
 
 
@@ -172,7 +240,26 @@ def _top_per_row(matrix: Tensor, k: int) -> Tensor:
     return (order.sort(dim=1).values + torch.arange(rows, device=matrix.device)[:, None] * columns).view(-1)
 
 
-def topk_mask(scores: Sequence[Tensor], base: Sequence[Tensor], k: Sequence[int], scope: str) -> tuple[Tensor, Tensor, Tensor]:
+def _check_topk(scores: Sequence[Tensor], base: Sequence[Tensor], k: Sequence[int], scope: int) -> None:
+    _check_scores(scores)
+    if base:
+        _check_scores(base, "base")
+        _require(len(base) == len(scores), "base must be empty or have as many tensors as scores")
+        for i, (b, s) in enumerate(zip(base, scores)):
+            _require(b.numel() == s.numel(), f"base: tensor {i} has {b.numel()} elements, its scores have {s.numel()}")
+    _require(scope in SCOPES.values(), f"scope must be 0 (global), 1 (tensor) or 2 (row), got {scope}")
+    if scope == SCOPES["row"]:
+        most = [_matrix(s).shape[1] for s in scores]
+    else:
+        most = [s.numel() for s in scores]
+        most = [sum(most)] if scope == SCOPES["global"] else most
+    _require(len(k) == len(most), f"k must have one number for each selection, {len(most)}, got {len(k)}")
+    for n, limit in zip(k, most):
+        _require(0 <= n <= limit, f"k must be from 0 to {limit}, got {n}")
+
+
+def topk_mask(scores: Sequence[Tensor], base: Sequence[Tensor], k: Sequence[int], scope: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check_topk(scores, base, k, scope)
     dtype = torch.float32 if base else scores[0].dtype
     for tensor in (*scores, *base):
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -180,7 +267,7 @@ def topk_mask(scores: Sequence[Tensor], base: Sequence[Tensor], k: Sequence[int]
 
     def score(i: int) -> Tensor:  # made once more for each pass: never are all differences in memory
         x = scores[i].to(dtype)
-        return x - base[i].to(dtype) if base else x
+        return x - base[i].view_as(x).to(dtype) if base else x
 
     parts = range(len(scores))
     for i in parts:
@@ -192,16 +279,16 @@ def topk_mask(scores: Sequence[Tensor], base: Sequence[Tensor], k: Sequence[int]
         bad = [-1, -1]
     if bad[0] >= 0:
         k = [0] * len(k)
-    if scope == "global":
+    if scope == SCOPES["global"]:
         threshold, ties = kth_magnitude(lambda: map(score, parts), k[0]) if k[0] else (infinity_bits(dtype), 0)
     found = []
     for i in parts:
         x = score(i)
-        if scope == "global":
+        if scope == SCOPES["global"]:
             index, ties = take(x, threshold, ties)
         elif k[i] == 0 or x.numel() == 0:
             index = torch.empty(0, dtype=torch.int64, device=device)
-        elif scope == "tensor":
+        elif scope == SCOPES["tensor"]:
             index, _ = take(x, *kth_magnitude(functools.partial(iter, [x]), k[i]))
         else:
             index = _top_per_row(_matrix(x), k[i])

@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from deftx_kernels._ops import SCOPES
+
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MIXTURES = [[d] for d in FLOATS] + [[torch.float32, torch.bfloat16], [torch.bfloat16, torch.float16], FLOATS]
 SHAPES = [(), (1,), (7,), (0,), (1, 1), (3, 0), (0, 5), (4, 9), (3, 2, 5), (2, 1, 3, 2), (40, 3), (2, 300)]
@@ -117,7 +119,7 @@ def check_csr(crow, col, masks, device):
 
 
 def check_topk(run, scores, base, k, scope):
-    crow, col, bad = run.topk_mask(scores, base, k, scope)
+    crow, col, bad = run.topk_mask(scores, base, k, SCOPES[scope])
     assert bad.device.type == "cpu"
     assert bad.dtype == torch.int64
     assert bad.tolist() == [-1, -1]
@@ -248,9 +250,10 @@ def test_topk_heavy_ties(provider, run, request, distinct, dtype, share):
         check_topk(run, scores, [torch.zeros_like(s) for s in scores], [round(m * share) for m in sizes], "tensor")
 
 
-@pytest.mark.parametrize("scope", ["global", "row"])
+@pytest.mark.parametrize("scope", ["global", "tensor", "row"])
 def test_topk_when_the_sample_misleads(provider, run, request, scope):
-    """The scores that the CUDA kernel samples are all smaller than the others: its bracket holds none of what it should."""
+    """The scores that the CUDA kernel samples are all smaller than the others: its bracket holds none of what it should. With scope
+    "tensor" they are in the second batch of tensors that share counters."""
     n, samples = 1 << 16, 4096
     x = np.random.default_rng(6).uniform(1, 2, n)
     for i in range(samples):  # as sampled_element of topk.cu
@@ -260,8 +263,11 @@ def test_topk_when_the_sample_misleads(provider, run, request, scope):
         stretch = n // samples
         x[i * stretch + ((h >> 32) * stretch >> 32)] *= 1e-3
     scores = [torch.from_numpy(x).to(torch.float32).to(provider.device)]
-    check_topk(run, scores, [], [n // 2], scope)
-    if provider.name == "emulated" and scope == "global":
+    before = (
+        tensors([(2,)] * 299, [torch.float32], "normal", np.random.default_rng(7), provider.device) if scope == "tensor" else []
+    )
+    check_topk(run, before + scores, [], [1] * len(before) + [n // 2], scope)
+    if provider.name == "emulated" and scope != "row":
         assert any("count_all_kernel" in launch.name for launch in request.getfixturevalue("emulated").launches)
         request.getfixturevalue("emulated").clear()
 
@@ -279,7 +285,7 @@ def test_topk_difference_is_taken_in_the_wider_dtype(provider, run):
     for dtype, tiny in ((torch.float32, 2.0**-12), (torch.float64, 2.0**-40)):
         scores = [torch.tensor([1.0, 1 + tiny, 1.0, 1 - 2 * tiny], dtype=dtype, device=provider.device)]
         base = [torch.ones(4, dtype=torch.bfloat16, device=provider.device)]
-        crow, col, _ = run.topk_mask(scores, base, [2], "global")
+        crow, col, _ = run.topk_mask(scores, base, [2], SCOPES["global"])
         assert (crow.tolist(), col.tolist()) == ([0, 2], [1, 3])
 
 
@@ -295,15 +301,15 @@ def test_topk_names_the_first_score_that_is_not_finite(provider, run, dtypes, sc
         for t, j in places[i:]:
             wrong = base if base and j % 2 else scores
             wrong[t].view(-1)[j] = [float("nan"), float("inf"), -float("inf")][(i + j) % 3]
-        _, _, bad = run.topk_mask(scores, base, counts(shapes, scope, (0.0, 0.3, 1.0)[i % 3], rng), scope)
+        _, _, bad = run.topk_mask(scores, base, counts(shapes, scope, (0.0, 0.3, 1.0)[i % 3], rng), SCOPES[scope])
         assert bad.tolist() == [at, index]
 
 
 def test_topk_infinite_difference(provider, run):
     """Finite tensors whose float32 difference is not."""
     a = torch.tensor([1.0, 3e38, 2.0], device=provider.device)
-    assert run.topk_mask([a], [-a], [1], "global")[2].tolist() == [0, 1]
-    assert run.topk_mask([a.double()], [-a], [1], "global")[2].tolist() == [-1, -1]
+    assert run.topk_mask([a], [-a], [1], SCOPES["global"])[2].tolist() == [0, 1]
+    assert run.topk_mask([a.double()], [-a], [1], SCOPES["global"])[2].tolist() == [-1, -1]
 
 
 # ---- magnitude_histogram, threshold_mask ----
@@ -368,14 +374,15 @@ def test_threshold(provider, run, dtype, kind):
     here = int(key_bits(scores[0])[77])
     highest = 2 ** (8 * dtype.itemsize - 1) - 1
     for threshold, most in ((here, 0), (here, 5000), (here, 10**12), (here + 1, 2), (0, 5000), (highest, 2)):
-        check_threshold(run, scores, threshold, [int(rng.integers(0, most + 1)) for _ in shapes])
+        if threshold <= highest:
+            check_threshold(run, scores, threshold, [int(rng.integers(0, min(most, s.numel()) + 1)) for s in scores])
 
 
 def test_threshold_many_tensors(provider, run):
     rng = np.random.default_rng(12)
     scores = tensors((SHAPES[:9] * MANY)[:MANY], [torch.bfloat16], "few", rng, provider.device)
     two = int(key_bits(torch.tensor([2.0], dtype=torch.bfloat16))[0])
-    check_threshold(run, scores, two, rng.integers(0, 4, MANY).tolist())
+    check_threshold(run, scores, two, [int(rng.integers(0, min(3, s.numel()) + 1)) for s in scores])
 
 
 # ---- dense_to_csr ----
@@ -427,11 +434,11 @@ def test_threads_do_not_matter(provider, run):
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
         try:
-            found = [run.magnitude_histogram(one_dtype, 0, 0), *run.threshold_mask(one_dtype, 0x4000, [10_000, 5, 0, 10**9])]
+            found = [run.magnitude_histogram(one_dtype, 0, 0), *run.threshold_mask(one_dtype, 0x4000, [10_000, 5, 0, 70_000])]
             found += run.dense_to_csr([s > 1 for s in scores])
             for scope in ("global", "tensor", "row"):
                 k = counts(shapes, scope, 0.1, rng)
-                found += [*run.topk_mask(scores, [], k, scope), *run.topk_mask(scores, base, k, scope)]
+                found += [*run.topk_mask(scores, [], k, SCOPES[scope]), *run.topk_mask(scores, base, k, SCOPES[scope])]
             results.append([f.numpy() for f in found])
         finally:
             torch.set_num_threads(before)
@@ -440,29 +447,60 @@ def test_threads_do_not_matter(provider, run):
             np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(
-    ("op", "arguments"),
-    {
-        "topk_mask: integers": ("topk_mask", lambda d: ([torch.ones(4, dtype=torch.int32, device=d)], [], [1], "global")),
-        "topk_mask: strided": ("topk_mask", lambda d: ([torch.ones(4, 6, device=d)[:, ::2]], [], [1], "global")),
-        "topk_mask: k too large": ("topk_mask", lambda d: ([torch.ones(4, device=d)], [], [5], "global")),
-        "topk_mask: k negative": ("topk_mask", lambda d: ([torch.ones(4, device=d)], [], [-1], "tensor")),
-        "topk_mask: k too short": ("topk_mask", lambda d: ([torch.ones(4, device=d)] * 2, [], [1], "tensor")),
-        "topk_mask: base too small": ("topk_mask", lambda d: ([torch.ones(4, device=d)], [torch.ones(3, device=d)], [1], "global")),
-        "topk_mask: base too short": (
-            "topk_mask",
-            lambda d: ([torch.ones(4, device=d)] * 2, [torch.ones(4, device=d)], [1], "global"),
-        ),
-        "magnitude_histogram: two dtypes": (
-            "magnitude_histogram",
-            lambda d: ([torch.ones(4, device=d), torch.ones(4, device=d).half()], 0, 0),
-        ),
-        "threshold_mask: ties too short": ("threshold_mask", lambda d: ([torch.ones(4, device=d)] * 2, 3, [1])),
-        "dense_to_csr: floats": ("dense_to_csr", lambda d: ([torch.ones(4, device=d)],)),
-    }.values(),
-)
-def test_bad_arguments_raise(provider, run, op, arguments):
-    if provider.name == "reference":
-        pytest.skip("the reference relies on `functional`")
-    with pytest.raises(RuntimeError):
+ONE, HUGE = 0x3F80_0000, 1 << 62  # the bits of 1.0; elements
+WRONG = {
+    "topk_mask: no tensors": ("topk_mask", lambda d: ([], [], [0], 0)),
+    "topk_mask: integers": ("topk_mask", lambda d: ([torch.ones(4, dtype=torch.int32, device=d)], [], [1], 0)),
+    "topk_mask: strided": ("topk_mask", lambda d: ([torch.ones(4, 6, device=d)[:, ::2]], [], [1], 0)),
+    "topk_mask: strided base": (
+        "topk_mask",
+        lambda d: ([torch.ones(4, 3, device=d)], [torch.ones(4, 6, device=d)[:, ::2]], [1], 0),
+    ),
+    "topk_mask: k too large": ("topk_mask", lambda d: ([torch.ones(4, device=d)], [], [5], 0)),
+    "topk_mask: k of a tensor too large": ("topk_mask", lambda d: ([torch.ones(2, 2, device=d)] * 2, [], [4, 5], 1)),
+    "topk_mask: k of a row too large": ("topk_mask", lambda d: ([torch.ones(2, 2, device=d)], [], [3], 2)),
+    "topk_mask: k times rows overflows": ("topk_mask", lambda d: ([torch.ones(4, 2, device=d)], [], [HUGE], 2)),
+    "topk_mask: k negative": ("topk_mask", lambda d: ([torch.ones(4, device=d)], [], [-1], 1)),
+    "topk_mask: k too short": ("topk_mask", lambda d: ([torch.ones(4, device=d)] * 2, [], [1], 1)),
+    "topk_mask: k too long": ("topk_mask", lambda d: ([torch.ones(4, device=d)] * 2, [], [1, 1], 0)),
+    "topk_mask: scope negative": ("topk_mask", lambda d: ([torch.ones(4, device=d)], [], [1], -1)),
+    "topk_mask: scope unknown": ("topk_mask", lambda d: ([torch.ones(4, device=d)], [], [1], 3)),
+    "topk_mask: base too small": ("topk_mask", lambda d: ([torch.ones(4, device=d)], [torch.ones(3, device=d)], [1], 0)),
+    "topk_mask: base too short": ("topk_mask", lambda d: ([torch.ones(4, device=d)] * 2, [torch.ones(4, device=d)], [1], 0)),
+    "topk_mask: rows overflow": ("topk_mask", lambda d: ([torch.ones(HUGE, 0, device=d)] * 4, [], [0], 0)),
+    "topk_mask: rows beyond memory": ("topk_mask", lambda d: ([torch.ones(HUGE, 0, device=d)], [], [0], 2)),
+    "magnitude_histogram: no tensors": ("magnitude_histogram", lambda d: ([], 0, 0)),
+    "magnitude_histogram: two dtypes": (
+        "magnitude_histogram",
+        lambda d: ([torch.ones(4, device=d), torch.ones(4, device=d).half()], 0, 0),
+    ),
+    "magnitude_histogram: shift negative": ("magnitude_histogram", lambda d: ([torch.ones(4, device=d)], 0, -16)),
+    "magnitude_histogram: shift too large": ("magnitude_histogram", lambda d: ([torch.ones(4, device=d)], 0, 32)),
+    "magnitude_histogram: shift between": ("magnitude_histogram", lambda d: ([torch.ones(4, device=d)], 0, 8)),
+    "magnitude_histogram: prefix negative": ("magnitude_histogram", lambda d: ([torch.ones(4, device=d)], -1, 0)),
+    "magnitude_histogram: prefix too large": ("magnitude_histogram", lambda d: ([torch.ones(4, device=d)], 1 << 16, 0)),
+    "magnitude_histogram: prefix of nothing": ("magnitude_histogram", lambda d: ([torch.ones(4, device=d)], 1, 16)),
+    "threshold_mask: no tensors": ("threshold_mask", lambda d: ([], 3, [])),
+    "threshold_mask: two dtypes": (
+        "threshold_mask",
+        lambda d: ([torch.ones(4, device=d), torch.ones(4, device=d).half()], 3, [1, 1]),
+    ),
+    "threshold_mask: ties too short": ("threshold_mask", lambda d: ([torch.ones(4, device=d)] * 2, 3, [1])),
+    "threshold_mask: ties negative": ("threshold_mask", lambda d: ([torch.full((64, 64), 3.0, device=d)], ONE, [-4090])),
+    "threshold_mask: ties lowest": ("threshold_mask", lambda d: ([torch.ones(4, device=d)] * 2, ONE, [0, -(2**63)])),
+    "threshold_mask: ties too large": ("threshold_mask", lambda d: ([torch.ones(4, device=d)] * 2, ONE, [4, 5])),
+    "threshold_mask: threshold negative": ("threshold_mask", lambda d: ([torch.ones(4, device=d)], -1, [0])),
+    "threshold_mask: threshold too large": ("threshold_mask", lambda d: ([torch.ones(4, device=d)], 1 << 31, [0])),
+    "threshold_mask: threshold of a wider dtype": ("threshold_mask", lambda d: ([torch.ones(4, device=d).half()], ONE, [0])),
+    "dense_to_csr: no tensors": ("dense_to_csr", lambda d: ([],)),
+    "dense_to_csr: floats": ("dense_to_csr", lambda d: ([torch.ones(4, device=d)],)),
+    "dense_to_csr: strided": ("dense_to_csr", lambda d: ([torch.ones(4, 6, dtype=torch.bool, device=d)[:, ::2]],)),
+    "dense_to_csr: rows overflow": ("dense_to_csr", lambda d: ([torch.ones(HUGE, 0, dtype=torch.bool, device=d)] * 4,)),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_bad_arguments_raise(run, provider, wrong):
+    op, arguments = WRONG[wrong]
+    with pytest.raises((RuntimeError, ValueError)):
         getattr(run, op)(*arguments(provider.device))

@@ -1,5 +1,5 @@
-// A mask under construction on the CPU: one bit per element, each tensor beginning at a word of its own, cut into chunks of equal
-// length that threads work on. `to_csr` makes crow_indices and col_indices of it.
+// A mask under construction on the CPU: one bit per element, each part (a tensor, or a long row) beginning at a word of its own,
+// cut into chunks of equal length that threads work on. `to_csr` makes crow_indices and col_indices of it.
 #pragma once
 
 #include <memory>
@@ -31,8 +31,11 @@ inline int lowest_bit(uint64_t word) {  // of a word that is not 0
 #endif
 }
 
-struct Part {  // one tensor
+struct Part {                     // one tensor, or one row of a tensor of long rows
+  int64_t tensor, first_element;  // of that tensor
   int64_t rows, columns, first_row, first_word;
+
+  int64_t numel() const { return rows * columns; }
 };
 
 struct Chunk {
@@ -50,23 +53,34 @@ struct Layout {
   static int64_t words_of(const Chunk& c) { return (c.end - c.begin + kWord - 1) / kWord; }
 };
 
-inline Layout layout_of(const std::vector<Tensor>& tensors) {
+// Each tensor is a part, but of a tensor whose rows are longer than `longest_row` each row is one.
+inline Layout layout_of(const std::vector<Tensor>& tensors, int64_t longest_row = INT64_MAX) {
   Layout layout;
-  for (const Tensor& t : tensors) {
+  layout.parts.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& t = tensors[i];
     check_tensor(t, Device::kCpu, "every tensor");
-    const Part part{rows_of(t), columns_of(t), layout.rows, layout.words};
-    DEFTX_CHECK(part.columns <= INT32_MAX, "a tensor has more than 2**31 - 1 columns");
-    const int64_t numel = t.numel();
-    layout.first_chunk.push_back(static_cast<int64_t>(layout.chunks.size()));
-    for (int64_t begin = 0; begin < numel; begin += kChunk)
-      layout.chunks.push_back({static_cast<int64_t>(layout.parts.size()), begin, std::min(begin + kChunk, numel)});
-    layout.parts.push_back(part);
-    layout.rows += part.rows;
-    layout.words += (numel + kWord - 1) / kWord;
-    layout.numel += numel;
-    layout.wide |= part.columns > 65536;
+    const int64_t rows = rows_of(t), columns = columns_of(t);
+    DEFTX_CHECK(columns <= INT32_MAX, "a tensor has more than 2**31 - 1 columns");
+    const int64_t end_row = add_rows(layout.rows, rows);
+    const bool by_row = columns > longest_row;
+    for (int64_t p = 0; p < (by_row ? rows : 1); ++p) {
+      const Part part{static_cast<int64_t>(i), p * columns, by_row ? 1 : rows, columns, layout.rows + p, layout.words};
+      layout.parts.push_back(part);
+      layout.words += (part.numel() + kWord - 1) / kWord;
+    }
+    layout.rows = end_row;
+    layout.numel += rows * columns;
+    layout.wide |= columns > 65536;
   }
-  layout.first_chunk.push_back(static_cast<int64_t>(layout.chunks.size()));
+  const auto chunks_of = [](const Part& part) { return (part.numel() + kChunk - 1) / kChunk; };
+  layout.first_chunk.reserve(layout.parts.size() + 1);
+  layout.first_chunk.push_back(0);
+  for (const Part& part : layout.parts) layout.first_chunk.push_back(layout.first_chunk.back() + chunks_of(part));
+  layout.chunks.reserve(layout.first_chunk.back());
+  for (size_t p = 0; p < layout.parts.size(); ++p)
+    for (int64_t begin = 0, numel = layout.parts[p].numel(); begin < numel; begin += kChunk)
+      layout.chunks.push_back({static_cast<int64_t>(p), begin, std::min(begin + kChunk, numel)});
   return layout;
 }
 

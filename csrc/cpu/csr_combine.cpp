@@ -190,22 +190,22 @@ std::tuple<Tensor, Tensor> combine(const Mask<Column>& mine, const Mask<Column>&
 
 template <typename Column>
 std::tuple<Tensor, Tensor> combine_typed(const Csr& mine, const Csr& theirs, const Tensor& crow_indices, const Tensor& col_indices,
-                                         const std::string& operation) {
+                                         Operation operation) {
   const Mask<Column> a{mine.crow, static_cast<const Column*>(mine.col), mine.rows, mine.nnz};
   const Mask<Column> b{theirs.crow, static_cast<const Column*>(theirs.col), theirs.rows, theirs.nnz};
   check_crow(a, "crow_indices");
   check_crow(b, "other_crow_indices");
-  if (operation == "and") return combine<Pass::kAnd>(a, b, crow_indices, col_indices);
-  if (operation == "or") return combine<Pass::kOr>(a, b, crow_indices, col_indices);
+  if (operation == Operation::kAnd) return combine<Pass::kAnd>(a, b, crow_indices, col_indices);
+  if (operation == Operation::kOr) return combine<Pass::kOr>(a, b, crow_indices, col_indices);
   return combine<Pass::kSub>(a, b, crow_indices, col_indices);
 }
 
 std::tuple<Tensor, Tensor> csr_combine(Tensor crow_indices, Tensor col_indices, Tensor other_crow_indices, Tensor other_col_indices,
-                                       std::string operation) {
-  const auto [mine, theirs] =
-      check_combine(crow_indices, col_indices, other_crow_indices, other_col_indices, operation, Device::kCpu);
-  return mine.wide ? combine_typed<int32_t>(mine, theirs, crow_indices, col_indices, operation)
-                   : combine_typed<uint16_t>(mine, theirs, crow_indices, col_indices, operation);
+                                       int64_t operation) {
+  const Operation which = operation_of(operation);
+  const auto [mine, theirs] = check_combine(crow_indices, col_indices, other_crow_indices, other_col_indices, Device::kCpu);
+  return mine.wide ? combine_typed<int32_t>(mine, theirs, crow_indices, col_indices, which)
+                   : combine_typed<uint16_t>(mine, theirs, crow_indices, col_indices, which);
 }
 
 }  // namespace

@@ -3,8 +3,9 @@
 // topk_mask reads the scores once. A sample gives a bracket [from, above) of magnitudes within which the threshold lies almost
 // surely. The pass over the scores sets two bits per element: at or above `above`, which is selected whatever the threshold, and
 // inside the bracket, of which the exact threshold is found. The keys inside are kept as long as they are few (1/32 of a chunk),
-// else read again. Where the bracket missed, the pass is repeated with one that cannot miss. Extra memory: two bits per element and
-// 1/32 of the keys.
+// else read again. Where the bracket missed, the pass is repeated with one that cannot miss. Extra memory: two bits per element,
+// 1/32 of the keys, some 150 bytes for each tensor (for each row where rows are long and selected one by one), and at most 1 MB
+// for each thread.
 //
 // Magnitudes are compared as the integers that their bits are without the sign ("keys"). All counts are integers and every bit is
 // written by one thread, so the result does not depend on the number of threads.
@@ -17,6 +18,7 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <numeric>
 #include <tuple>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -50,7 +52,9 @@ Type type_of(const Tensor& t) {
   return Type::kNone;
 }
 
-// Where the scores of one tensor come from: a, or a - b.
+int64_t size_of(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
+
+// Where the scores of one part come from: a, or a - b.
 struct Source {
   const void* a;
   const void* b;
@@ -75,8 +79,9 @@ struct Traits<uint64_t> {
 template <typename Key>
 constexpr Key kMagnitude = static_cast<Key>(std::numeric_limits<Key>::max() >> 1);
 
-constexpr int64_t kBlock = 512;         // elements whose keys are made together, in L1
-constexpr int64_t kKept = kChunk / 32;  // keys of a chunk that are kept for the exact threshold
+constexpr int64_t kBlock = 512;        // elements whose keys are made together, in L1
+constexpr int64_t kLongRow = 1 << 15;  // columns; shorter rows are sorted out in a copy
+constexpr int64_t kKept = 2;           // keys kept for the exact threshold, for each word of a chunk
 
 template <typename T, typename Value>
 DEFTX_CLONES void widen(const T* in, int64_t n, Value* out) {
@@ -126,7 +131,7 @@ DEFTX_CLONES Key difference(const Value* a, const Value* b, int64_t n, Key* out)
 // While the keys of one block are compared, the next one is on its way.
 inline void prefetch(const void* data, Type type, int64_t begin) {
 #if defined(__GNUC__)
-  const int64_t size = type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2;
+  const int64_t size = size_of(type);
   const char* const next = static_cast<const char*>(data) + size * (begin + kBlock);
   for (int64_t at = 0; at < size * kBlock; at += 64) __builtin_prefetch(next + at);
 #endif
@@ -272,13 +277,14 @@ Counts classify_fast(const Key* keys, int64_t n, uint64_t last, Bracket<Key> bra
 template <typename Key>
 Counts scan_chunk(const Source& source, const Chunk& chunk, Bracket<Key> bracket, uint64_t* above, uint64_t* inside, Key* kept,
                   Key& most) {
+  const int64_t room = kKept * Layout::words_of(chunk);
   Counts counts;
   alignas(64) Key keys[kBlock] = {};
   for (int64_t begin = chunk.begin; begin < chunk.end; begin += kBlock) {
     const int64_t n = std::min(kBlock, chunk.end - begin), words = (n + kWord - 1) / kWord, first = (begin - chunk.begin) / kWord;
     most = std::max(most, load_keys(source, begin, n, keys));
     const Counts more = classify_fast(keys, words, between(0, n - kWord * (words - 1)), bracket, above + first, inside + first);
-    if (counts.inside + more.inside <= kKept) {
+    if (counts.inside + more.inside <= room) {
       Key* next = kept + counts.inside;
       for (int64_t w = 0; w < words; ++w)
         for (uint64_t word = inside[first + w]; word != 0; word &= word - 1) *next++ = keys[kWord * w + lowest_bit(word)];
@@ -291,7 +297,7 @@ Counts scan_chunk(const Source& source, const Chunk& chunk, Bracket<Key> bracket
 
 // ---- one selection ----
 
-// Selects the k largest of each segment: all elements, or those of each tensor.
+// Selects the k largest of each segment: all elements, or those of each tensor or row.
 template <typename Key>
 class Selection {
  public:
@@ -300,24 +306,21 @@ class Selection {
         sources_(sources),
         above_(new_bits(layout)),
         inside_(new_bits(layout)),
-        kept_(new Key[layout.chunks.size() * kKept]),
+        kept_(new Key[kKept * layout.words]),
         counts_(layout.chunks.size()) {}
 
-  // The k[i] largest keys of each part i: the large ones with all threads, one after the other, the others with a thread each.
-  void select_each(const std::vector<int64_t>& k) {
-    std::vector<int64_t> small;
-    for (int64_t p = 0; p < static_cast<int64_t>(k.size()); ++p)
-      layout_.parts[p].rows* layout_.parts[p].columns < kLarge ? small.push_back(p) : select(p, p + 1, k[p]);
-    torch::stable::parallel_for(0, static_cast<int64_t>(small.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) select(small[i], small[i] + 1, k[small[i]]);
-    });
+  // The k[i] largest keys of each tensor i.
+  void select_tensors(const std::vector<int64_t>& k) {
+    std::vector<int64_t> parts(layout_.parts.size());
+    std::iota(parts.begin(), parts.end(), 0);
+    select_each(parts, k);
   }
 
   // The k largest keys of the parts [first, last).
   void select(int64_t first, int64_t last, int64_t k) {
     const int64_t from_chunk = layout_.first_chunk[first], to_chunk = layout_.first_chunk[last];
     int64_t numel = 0;
-    for (int64_t p = first; p < last; ++p) numel += layout_.parts[p].rows * layout_.parts[p].columns;
+    for (int64_t p = first; p < last; ++p) numel += layout_.parts[p].numel();
     if (numel == 0) return;
     constexpr Key kNothing = kMagnitude<Key> + 1;  // no key is as large
     Bracket<Key> bracket{kNothing, kNothing};
@@ -343,39 +346,22 @@ class Selection {
     take_ties(from_chunk, to_chunk, ties);
   }
 
-  // The k[i] largest of each row of part i.
+  // The k[i] largest keys of each row of tensor i. Rows longer than kLongRow are parts.
   void select_rows(const std::vector<int64_t>& k) {
-    for (size_t p = 0; p < layout_.parts.size(); ++p) {
-      const Part& part = layout_.parts[p];
-      if (part.rows == 0 || part.columns == 0) continue;
-      uint64_t* const bits = above_.get() + part.first_word;
-      // A word belongs to one thread: rows whose ends lie within a word stay together.
-      int64_t together = kWord;
-      while (together > 1 && part.columns * (together / 2) % kWord == 0) together /= 2;
-      const int64_t groups = (part.rows + together - 1) / together;
-      torch::stable::parallel_for(0, groups, std::max<int64_t>(1, kChunk / (together * part.columns)),
-                                  [&](int64_t begin, int64_t end) {
-                                    std::vector<Key> keys(part.columns), order(part.columns);
-                                    const int64_t last = std::min(end * together, part.rows);
-                                    const int64_t first_word = begin * together * part.columns / kWord;
-                                    std::fill(bits + first_word, bits + (last * part.columns + kWord - 1) / kWord, uint64_t{0});
-                                    for (int64_t r = begin * together; r < last; ++r)
-                                      select_row(sources_[p], r * part.columns, k[p], keys, order, bits);
-                                  });
-    }
-    for_each_chunk(0, static_cast<int64_t>(counts_.size()), [&](int64_t c) {
-      const uint64_t* const words = above_.get() + layout_.first_word(layout_.chunks[c]);
-      for (int64_t w = 0; w < Layout::words_of(layout_.chunks[c]); ++w) counts_[c].above += count_bits(words[w]);
-    });
+    std::vector<int64_t> long_rows;
+    for (int64_t p = 0; p < static_cast<int64_t>(layout_.parts.size()); ++p)
+      layout_.parts[p].columns > kLongRow ? long_rows.push_back(p) : select_short_rows(p, k[layout_.parts[p].tensor]);
+    select_each(long_rows, k);
   }
 
-  // The part and the flat index of the first key that is not finite, or (-1, -1).
+  // The tensor and the flat index of the first key that is not finite, or (-1, -1).
   std::array<int64_t, 2> first_bad() const {
     const Key bound = infinity<Key>(sources_);
     if (most_.load() < bound) return {-1, -1};
     for (const Chunk& chunk : layout_.chunks)
       for (int64_t i = chunk.begin; i < chunk.end; ++i)
-        if (key_at<Key>(sources_[chunk.part], i) >= bound) return {chunk.part, i};
+        if (key_at<Key>(sources_[chunk.part], i) >= bound)
+          return {layout_.parts[chunk.part].tensor, layout_.parts[chunk.part].first_element + i};
     return {-1, -1};
   }
 
@@ -388,6 +374,44 @@ class Selection {
   }
 
  private:
+  // The k[i] largest keys of each of the parts, which belong to tensor i: large ones with all threads, one after the other; the
+  // others with a thread each, unless they are too few for all threads.
+  void select_each(const std::vector<int64_t>& parts, const std::vector<int64_t>& k) {
+    const auto select_part = [&](int64_t p) { select(p, p + 1, k[layout_.parts[p].tensor]); };
+    std::vector<int64_t> small;
+    for (const int64_t p : parts) layout_.parts[p].numel() < kLarge ? small.push_back(p) : select_part(p);
+    if (small.size() < torch::stable::get_num_threads()) {
+      std::for_each(small.begin(), small.end(), select_part);
+      return;
+    }
+    torch::stable::parallel_for(0, static_cast<int64_t>(small.size()), 1, [&](int64_t begin, int64_t end) {
+      std::for_each(small.begin() + begin, small.begin() + end, select_part);
+    });
+  }
+
+  // The k largest keys of each row of one part.
+  void select_short_rows(int64_t p, int64_t k) {
+    const Part& part = layout_.parts[p];
+    if (part.numel() == 0) return;
+    uint64_t* const bits = above_.get() + part.first_word;
+    // A word belongs to one thread: rows whose ends lie within a word stay together.
+    int64_t together = kWord;
+    while (together > 1 && part.columns * (together / 2) % kWord == 0) together /= 2;
+    const int64_t groups = (part.rows + together - 1) / together;
+    const int64_t grain = std::max<int64_t>(1, kChunk / (together * part.columns));
+    torch::stable::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+      std::vector<Key> keys(part.columns), order(part.columns);
+      const int64_t last = std::min(end * together, part.rows);
+      const int64_t first_word = begin * together * part.columns / kWord;
+      std::fill(bits + first_word, bits + (last * part.columns + kWord - 1) / kWord, uint64_t{0});
+      for (int64_t r = begin * together; r < last; ++r) select_row(sources_[p], r * part.columns, k, keys, order, bits);
+    });
+    for_each_chunk(layout_.first_chunk[p], layout_.first_chunk[p + 1], [&](int64_t c) {
+      const uint64_t* const words = above_.get() + layout_.first_word(layout_.chunks[c]);
+      for (int64_t w = 0; w < Layout::words_of(layout_.chunks[c]); ++w) counts_[c].above += count_bits(words[w]);
+    });
+  }
+
   void raise_most(Key key) {
     Key seen = most_.load();
     while (key > seen && !most_.compare_exchange_weak(seen, key)) {
@@ -408,7 +432,7 @@ class Selection {
     // Sample i is an element of the i-th of `size` equal stretches of the parts one after the other, at a place in it that looks
     // random: at regular distances, columns of different scale would mislead.
     std::vector<int64_t> starts{0};
-    for (int64_t p = first; p < last; ++p) starts.push_back(starts.back() + layout_.parts[p].rows * layout_.parts[p].columns);
+    for (int64_t p = first; p < last; ++p) starts.push_back(starts.back() + layout_.parts[p].numel());
     const double distance = static_cast<double>(numel) / static_cast<double>(size);
     torch::stable::parallel_for(0, size, kSample / 8, [&](int64_t begin, int64_t end) {
       int64_t p = 0;
@@ -443,7 +467,7 @@ class Selection {
       const int64_t word = layout_.first_word(chunk);
       Key most = 0;
       counts_[c] = scan_chunk(sources_[chunk.part], chunk, bracket, above_.get() + word, inside_.get() + word,
-                              kept_.get() + c * kKept, most);
+                              kept_.get() + kKept * word, most);
       raise_most(most);
     });
     Counts total;
@@ -455,9 +479,10 @@ class Selection {
   template <typename Visit>
   void for_each_inside(int64_t c, const Visit& visit) const {
     const Chunk& chunk = layout_.chunks[c];
-    const uint64_t* const words = inside_.get() + layout_.first_word(chunk);
-    const bool all_kept = counts_[c].inside <= kKept;
-    const Key* kept = kept_.get() + c * kKept;
+    const int64_t first = layout_.first_word(chunk);
+    const uint64_t* const words = inside_.get() + first;
+    const bool all_kept = counts_[c].inside <= kKept * Layout::words_of(chunk);
+    const Key* kept = kept_.get() + kKept * first;
     for (int64_t w = 0; counts_[c].inside != 0 && w < Layout::words_of(chunk); ++w)
       for (uint64_t word = words[w]; word != 0; word &= word - 1) {
         const int bit = lowest_bit(word);
@@ -468,6 +493,7 @@ class Selection {
   // The ties-th largest key inside the bracket; `ties` becomes how many keys equal to it belong to the selection.
   Key find_threshold(int64_t from_chunk, int64_t to_chunk, Bracket<Key> bracket, int64_t& ties) const {
     uint64_t base = bracket.from, span = static_cast<uint64_t>(bracket.above) - base;  // the threshold is in [base, base + span)
+    if (span == 1) return bracket.from;
     std::vector<int64_t> histogram(kBins);
     std::mutex merging;
     while (span > 1) {
@@ -554,24 +580,35 @@ class Selection {
   const Layout& layout_;
   const std::vector<Source>& sources_;
   std::unique_ptr<uint64_t[]> above_, inside_;
-  std::unique_ptr<Key[]> kept_;  // [chunks, kKept]
+  std::unique_ptr<Key[]> kept_;  // [words, kKept]
   std::vector<Counts> counts_;   // [chunks]
   std::atomic<Key> most_{0};
 };
 
 // ---- ops ----
 
-std::vector<Source> sources_of(const std::vector<Tensor>& scores, const std::vector<Tensor>& base) {
+const char* data_at(const Tensor& t, Type type, int64_t element) {
+  return static_cast<const char*>(t.const_data_ptr()) + size_of(type) * element;
+}
+
+// Of each part of the layout of the scores.
+std::vector<Source> sources_of(const Layout& layout, const std::vector<Tensor>& scores, const std::vector<Tensor>& base) {
   DEFTX_CHECK(!scores.empty(), "scores must hold at least one tensor");
   DEFTX_CHECK(base.empty() || base.size() == scores.size(), "base must be empty or have as many tensors as scores");
-  std::vector<Source> sources;
-  for (size_t i = 0; i < scores.size(); ++i) {
-    sources.push_back({scores[i].const_data_ptr(), nullptr, type_of(scores[i]), Type::kNone});
-    if (base.empty()) continue;
+  for (size_t i = 0; i < base.size(); ++i) {
     check_tensor(base[i], Device::kCpu, "every base tensor");
     DEFTX_CHECK(base[i].numel() == scores[i].numel(), "base tensor ", i, " has another size than scores");
-    sources.back().b = base[i].const_data_ptr();
-    sources.back().b_type = type_of(base[i]);
+  }
+  std::vector<Source> sources;
+  sources.reserve(layout.parts.size());
+  for (const Part& part : layout.parts) {
+    const Tensor& a = scores[part.tensor];
+    const Type type = type_of(a);
+    sources.push_back({data_at(a, type, part.first_element), nullptr, type, Type::kNone});
+    if (base.empty()) continue;
+    const Tensor& b = base[part.tensor];
+    sources.back().b_type = type_of(b);
+    sources.back().b = data_at(b, sources.back().b_type, part.first_element);
   }
   return sources;
 }
@@ -596,21 +633,21 @@ auto with_key(int64_t size, const Work& work) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> topk_mask(std::vector<Tensor> scores, std::vector<Tensor> base, std::vector<int64_t> k,
-                                             std::string scope) {
-  const Layout layout = layout_of(scores);
-  const std::vector<Source> sources = sources_of(scores, base);
-  const auto parts = static_cast<int64_t>(scores.size());
-  DEFTX_CHECK(scope == "global" || scope == "tensor" || scope == "row", "scope must be global, tensor or row");
-  DEFTX_CHECK(static_cast<int64_t>(k.size()) == (scope == "global" ? 1 : parts), "k must have one number for each selection");
-  for (int64_t p = 0; p < static_cast<int64_t>(k.size()); ++p) {
-    const int64_t most = scope == "global" ? layout.numel : scope == "row" ? layout.parts[p].columns : scores[p].numel();
-    DEFTX_CHECK(k[p] >= 0 && k[p] <= most, "k must be from 0 to ", most, ", got ", k[p]);
+                                             int64_t scope) {
+  const Scope which = scope_of(scope);
+  const bool global = which == Scope::kGlobal, row = which == Scope::kRow;
+  const Layout layout = layout_of(scores, row ? kLongRow : INT64_MAX);
+  const std::vector<Source> sources = sources_of(layout, scores, base);
+  DEFTX_CHECK(k.size() == (global ? 1 : scores.size()), "k must have one number for each selection, got ", k.size());
+  for (size_t i = 0; i < k.size(); ++i) {
+    const int64_t most = global ? layout.numel : row ? columns_of(scores[i]) : scores[i].numel();
+    DEFTX_CHECK(k[i] >= 0 && k[i] <= most, "k must be from 0 to ", most, ", got ", k[i]);
   }
   return with_key(key_size(sources), [&](auto key) {
     Selection<decltype(key)> selection(layout, sources);
-    if (scope == "global") selection.select(0, parts, k[0]);
-    if (scope == "tensor") selection.select_each(k);
-    if (scope == "row") selection.select_rows(k);
+    if (global) selection.select(0, static_cast<int64_t>(layout.parts.size()), k[0]);
+    if (which == Scope::kTensor) selection.select_tensors(k);
+    if (row) selection.select_rows(k);
     const auto bad = selection.first_bad();
     auto [crow, col] = selection.csr(scores[0]);
     Tensor where = torch::stable::new_empty(scores[0], {2}, torch::headeronly::ScalarType::Long);
@@ -627,9 +664,9 @@ void check_one_dtype(const std::vector<Tensor>& scores) {
 Tensor magnitude_histogram(std::vector<Tensor> scores, int64_t prefix, int64_t shift) {
   check_one_dtype(scores);
   const Layout layout = layout_of(scores);
-  const std::vector<Source> sources = sources_of(scores, {});
+  const std::vector<Source> sources = sources_of(layout, scores, {});
   const int64_t bits = 8 * key_size(sources);
-  DEFTX_CHECK(shift >= 0 && shift % 16 == 0 && shift < bits, "shift must be a multiple of 16 below ", bits, ", got ", shift);
+  check_digit(prefix, shift, bits / 8);
   constexpr int64_t kBins = 1 << 16;
   Tensor histogram = torch::stable::new_empty(scores[0], {kBins}, torch::headeronly::ScalarType::Long);
   auto* const total = static_cast<int64_t*>(histogram.mutable_data_ptr());
@@ -664,11 +701,11 @@ Tensor magnitude_histogram(std::vector<Tensor> scores, int64_t prefix, int64_t s
 std::tuple<Tensor, Tensor> threshold_mask(std::vector<Tensor> scores, int64_t threshold, std::vector<int64_t> ties) {
   check_one_dtype(scores);
   const Layout layout = layout_of(scores);
-  const std::vector<Source> sources = sources_of(scores, {});
-  DEFTX_CHECK(ties.size() == scores.size(), "ties must have one number for each tensor");
+  const std::vector<Source> sources = sources_of(layout, scores, {});
+  check_ties(ties, scores);
   return with_key(key_size(sources), [&](auto zero) {
     using Key = decltype(zero);
-    DEFTX_CHECK(threshold >= 0 && static_cast<uint64_t>(threshold) <= kMagnitude<Key>, "threshold must be the bits of a magnitude");
+    check_threshold(threshold, sizeof(Key));
     Selection<Key> selection(layout, sources);
     for (int64_t p = 0; p < static_cast<int64_t>(scores.size()); ++p)
       selection.select_above(p, p + 1, static_cast<Key>(threshold), ties[p]);

@@ -168,10 +168,10 @@ int64_t scan(int64_t* counts, int64_t n, const Tensor& like, cudaStream_t stream
 
 template <typename Column>
 std::tuple<Tensor, Tensor> combine(const Csr& a, const Csr& b, const Tensor& crow_indices, const Tensor& col_indices,
-                                   const std::string& operation) {
+                                   Operation operation) {
   const DeviceGuard guard(crow_indices.get_device_index());
   const cudaStream_t stream = current_stream(crow_indices);
-  const bool all_mine = operation == "or";
+  const bool all_mine = operation == Operation::kOr;
   const Mask<Column> mine{a.crow, static_cast<const Column*>(a.col), a.rows, a.nnz};
   const Mask<Column> theirs{b.crow, static_cast<const Column*>(b.col), b.rows, b.nnz};
   const Mask<Column>&marked = all_mine ? theirs : mine, &other = all_mine ? mine : theirs;
@@ -180,8 +180,8 @@ std::tuple<Tensor, Tensor> combine(const Csr& a, const Csr& b, const Tensor& cro
   Tensor before = torch::stable::new_empty(crow_indices, {words + 1});
   Tensor word = torch::stable::new_empty(crow_indices, {words + 1}, torch::headeronly::ScalarType::Int);
   const Bits bits{static_cast<uint32_t*>(word.mutable_data_ptr()), static_cast<int64_t*>(before.mutable_data_ptr())};
-  mark_kernel<Column>
-      <<<blocks_for(mark_kernel<Column>, marked.nnz, kTile), kThreads, 0, stream>>>(marked, other, operation == "and", bits);
+  mark_kernel<Column><<<blocks_for(mark_kernel<Column>, marked.nnz, kTile), kThreads, 0, stream>>>(
+      marked, other, operation == Operation::kAnd, bits);
   DEFTX_LAUNCH_CHECK();
   const int64_t ones = scan(bits.before, words + 1, crow_indices, stream);
 
@@ -206,11 +206,11 @@ std::tuple<Tensor, Tensor> combine(const Csr& a, const Csr& b, const Tensor& cro
 }
 
 std::tuple<Tensor, Tensor> csr_combine(Tensor crow_indices, Tensor col_indices, Tensor other_crow_indices, Tensor other_col_indices,
-                                       std::string operation) {
-  const auto [mine, theirs] =
-      check_combine(crow_indices, col_indices, other_crow_indices, other_col_indices, operation, Device::kCuda);
-  return mine.wide ? combine<int32_t>(mine, theirs, crow_indices, col_indices, operation)
-                   : combine<uint16_t>(mine, theirs, crow_indices, col_indices, operation);
+                                       int64_t operation) {
+  const Operation which = operation_of(operation);
+  const auto [mine, theirs] = check_combine(crow_indices, col_indices, other_crow_indices, other_col_indices, Device::kCuda);
+  return mine.wide ? combine<int32_t>(mine, theirs, crow_indices, col_indices, which)
+                   : combine<uint16_t>(mine, theirs, crow_indices, col_indices, which);
 }
 
 }  // namespace

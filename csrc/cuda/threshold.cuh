@@ -31,11 +31,13 @@ __global__ void restart_kernel(Segment* segments, int count, bool missed) {
 
 template <typename Key, bool kBase>
 __global__ void __launch_bounds__(kThreads, sizeof(Key) == 8 ? 2 : 3)
-    count_all_kernel(const Bits bits, const Segment* __restrict__ segments, Counter* counters) {
+    count_all_kernel(const Bits bits, const Segment* __restrict__ segments, int first_segment, int count,
+                     Counter* counters) {  // [count][2][kBins], of the segments from first_segment on
   __shared__ unsigned bins[kBins];
   constexpr int kGroups = KeyOf<Key>::kGroups;
-  const int64_t last_tile = bits.tiles * (blockIdx.x + int64_t{1}) / gridDim.x;
-  for (int64_t tile = bits.tiles * int64_t{blockIdx.x} / gridDim.x; tile < last_tile;) {
+  const int64_t begin = segments[first_segment].first_tile, tiles = segments[first_segment + count - 1].last_tile - begin;
+  const int64_t last_tile = begin + tiles * (blockIdx.x + int64_t{1}) / gridDim.x;
+  for (int64_t tile = begin + tiles * int64_t{blockIdx.x} / gridDim.x; tile < last_tile;) {
     const int s = bits.items[find_item<&Item::first_tile>(bits.items, bits.count, tile)].segment;
     const int64_t end = min(last_tile, segments[s].last_tile);
     const Search search = segments[s].search;
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Key) == 8 ? 2 : 3)
           }
         }
       }
-      add_bins(bins, counters + int64_t{s} * 2 * kBins, kBins);
+      add_bins(bins, counters + int64_t{s - first_segment} * 2 * kBins, kBins);
       __syncthreads();
     }
     tile = end;

@@ -5,8 +5,7 @@
 //      standard deviations apart on either side. (A segment of up to 2^12 elements is taken whole: the bracket is exact.)
 //   2. stream: one pass. A score's bit is set where its key is not below the bracket; those inside are listed, (key, place).
 //   3. narrow: radix select over the list, by key, then by place. A launch a round; the last block of a segment picks the digit,
-//   and
-//      a segment that is decided leaves at once. apply: what was not chosen loses its bit.
+//      and a segment that is decided leaves at once. apply: what was not chosen loses its bit.
 //   4. scan, emit (bitmask.cuh).
 // Where the bracket missed, or more lies inside than the list holds (many equal scores), the mask is made again from the exact
 // threshold: known already where the bracket held a single key, else by radix select over all scores. Ties are then cut by
@@ -16,9 +15,11 @@
 // Steps 1 to 3 are in bracket.cuh, the second way in threshold.cuh, the arithmetic of scores in scores.cuh.
 //
 // Results are the same in every run: atomics only add integers, or fill a list whose order does not matter.
-// Workspace: N/8 + N/4096 * 4 bytes of mask and counts; a list for 0.016 N candidates and half
-// as many again as are expected (0.008 N at N = 2^28 and k = N/20), of 8 bytes and a key; 32 KiB of counters a
-// segment; samples. In all about 0.4 N bytes there with 32-bit keys. The second way adds 4 bytes a tile.
+// Workspace: N/8 + N/4096 * 4 bytes of mask and counts; a list for 0.016 N + 1024 candidates and half as many again as are expected
+// (0.008 N at N = 2^28 and k = N/20), of 8 bytes and a key; samples and 32 KiB of counters for each of at most 256 segments. In all
+// about 0.4 N bytes there with 32-bit keys. The second way adds 4 bytes a tile. A tensor takes at least a tile (516 bytes) and
+// about 350 bytes of tables; as a segment of its own also the 1024 candidates (12 KB), or one for each of its elements if it has
+// fewer.
 #include <cmath>
 #include <tuple>
 #include <type_traits>
@@ -204,6 +205,8 @@ Keys keys_of(Layout& layout, const std::vector<Tensor>& scores, const std::vecto
 
 int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int kTogether = 256;  // segments that are sampled or narrowed at a time, with the same counters and room for samples
+
 // The bracket's ranks in a sample of s out of n for the k-th largest, and how many candidates there may be.
 void plan_segment(Segment& s, int bits) {
   if (s.k == 0 || s.k == s.elements) {  // exact: no candidates
@@ -234,7 +237,7 @@ std::vector<Segment> segments_of(Layout& layout, const std::vector<int64_t>& k, 
     for (int32_t item = s.first_item; item < s.last_item; ++item) layout.items[item].segment = i;
     plan_segment(s, bits);
     if (i > 0) {
-      s.sample_at = segments[i - 1].sample_at + segments[i - 1].samples;
+      s.sample_at = i % kTogether == 0 ? 0 : segments[i - 1].sample_at + segments[i - 1].samples;
       s.list_at = segments[i - 1].list_at + segments[i - 1].capacity;
     }
   }
@@ -253,15 +256,16 @@ class Selection {
       : like_(like), stream_(stream), infinity_(static_cast<WordOf<Key>>(keys.infinity)) {
     std::vector<Segment> segments = segments_of(layout, k, global, KeyOf<Key>::kBits);
     count_ = static_cast<int>(segments.size());
+    together_ = std::min(count_, kTogether);
     int64_t samples = 0, listed = 0;
     for (const Segment& s : segments) {
       most_samples_ = std::max(most_samples_, s.samples), most_listed_ = std::max(most_listed_, s.capacity);
       most_tiles_ = std::max(most_tiles_, s.last_tile - s.first_tile);
-      samples += s.samples, listed += s.capacity;
+      samples = std::max(samples, s.sample_at + s.samples), listed += s.capacity;
     }
     const BitsPlan plan(work_, layout);
     const int64_t segments_at = work_.add(sizeof(Segment) * count_), status_at = work_.add(sizeof(Status));
-    const int64_t counters_at = work_.add(sizeof(Counter) * 2 * kBins * count_), samples_at = work_.add(sizeof(Key) * samples);
+    const int64_t counters_at = work_.add(sizeof(Counter) * 2 * kBins * together_), samples_at = work_.add(sizeof(Key) * samples);
     const int64_t keys_at = work_.add(sizeof(Key) * listed), places_at = work_.add(sizeof(uint64_t) * listed);
     work_.allocate(like);
     bits_ = plan.upload(work_, layout, stream);
@@ -270,17 +274,17 @@ class Selection {
     lists_ = {work_.at<Key>(keys_at), work_.at<uint64_t>(places_at)};
     upload(segments_, segments, stream);
     upload(status_, {Status{~0ull, 0}}, stream);
-    DEFTX_CUDA_CHECK(cudaMemsetAsync(counters_, 0, sizeof(Counter) * 2 * kBins * count_, stream));
+    DEFTX_CUDA_CHECK(cudaMemsetAsync(counters_, 0, sizeof(Counter) * 2 * kBins * together_, stream));
   }
 
   const Bits& bits() const { return bits_; }
 
   void run() {
-    if (most_samples_ > 0) sample();
+    if (most_samples_ > 0) for_each_batch([&](int first, int count) { sample(first, count); });
     stream_kernel<Key, kBase, false><<<grid_of(stream_kernel<Key, kBase, false>, bits_), kThreads, 0, stream_>>>(
         bits_, segments_, lists_, nullptr, infinity_, status_);
     DEFTX_LAUNCH_CHECK();
-    if (most_samples_ > 0) narrow();
+    if (most_samples_ > 0) for_each_batch([&](int first, int count) { narrow(first, count); });
   }
 
   void rows() {
@@ -306,50 +310,60 @@ class Selection {
     const bool missed = redo & kMissed;
     restart_kernel<Key><<<static_cast<unsigned>(divided(count_, kThreads)), kThreads, 0, stream_>>>(segments_, count_, missed);
     DEFTX_LAUNCH_CHECK();
-    for (int high = missed ? KeyOf<Key>::kBits : 0; high > 0; high -= kDigit) {
-      const int64_t blocks = std::min(resident_blocks(count_all_kernel<Key, kBase>, kThreads), divided(bits_.tiles, kWarps));
-      count_all_kernel<Key, kBase><<<static_cast<unsigned>(blocks), kThreads, 0, stream_>>>(bits_, segments_, counters_);
-      DEFTX_LAUNCH_CHECK();
-      pick_kernel<<<static_cast<unsigned>(count_), kThreads, 0, stream_>>>(segments_, counters_);
-      DEFTX_LAUNCH_CHECK();
-    }
+    const int64_t blocks = std::min(resident_blocks(count_all_kernel<Key, kBase>, kThreads), divided(bits_.tiles, kWarps));
+    for_each_batch([&](int first, int count) {
+      for (int high = missed ? KeyOf<Key>::kBits : 0; high > 0; high -= kDigit) {
+        count_all_kernel<Key, kBase>
+            <<<static_cast<unsigned>(blocks), kThreads, 0, stream_>>>(bits_, segments_, first, count, counters_);
+        DEFTX_LAUNCH_CHECK();
+        pick_kernel<<<static_cast<unsigned>(count), kThreads, 0, stream_>>>(segments_ + first, counters_);
+        DEFTX_LAUNCH_CHECK();
+      }
+    });
     mask_by_threshold<Key, kBase>(bits_, segments_, like_, stream_);
   }
 
  private:
+  // Calls work(first, count) for the segments, as many at a time as there are counters for.
+  template <typename Work>
+  void for_each_batch(const Work& work) {
+    for (int first = 0; first < count_; first += together_) work(first, std::min(together_, count_ - first));
+  }
+
   // Blocks for each segment, when the largest has `most` elements to look at, `each` a block.
   int blocks_each(int64_t most, int64_t each) const {
-    const int64_t blocks = std::clamp<int64_t>(64 * int64_t{count_}, 512, 8192) / count_;  // few flushes, or even work
+    const int64_t blocks = std::clamp<int64_t>(64 * int64_t{together_}, 512, 8192) / together_;  // few flushes, or even work
     return static_cast<int>(std::max<int64_t>(1, std::min(blocks, divided(most, each))));
   }
 
-  void sample() {
+  void sample(int first, int count) {
     const int each = blocks_each(most_samples_, 2048);
     for (int round = 0; round < KeyOf<Key>::kRounds; ++round) {
-      sample_kernel<Key, kBase>
-          <<<static_cast<unsigned>(each * count_), kThreads, 0, stream_>>>(bits_, segments_, samples_, counters_, each, round);
+      sample_kernel<Key, kBase><<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(bits_, segments_ + first, samples_,
+                                                                                               counters_, each, round);
       DEFTX_LAUNCH_CHECK();
     }
   }
 
-  void narrow() {
+  void narrow(int first, int count) {
+    Segment* const segments = segments_ + first;
     const int each = blocks_each(most_listed_, 4096);
     int place_bits = 0;
     while (most_tiles_ * kTile - 1 >> place_bits) ++place_bits;
     const int64_t rounds = divided(KeyOf<Key>::kBits, kDigit) + divided(place_bits, kDigit);
     for (int round = 0; round < rounds; ++round) {
       narrow_kernel<Key>
-          <<<static_cast<unsigned>(each * count_), kThreads, 0, stream_>>>(segments_, lists_, counters_, each, round, status_);
+          <<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(segments, lists_, counters_, each, round, status_);
       DEFTX_LAUNCH_CHECK();
     }
-    apply_kernel<Key><<<static_cast<unsigned>(each * count_), kThreads, 0, stream_>>>(bits_, segments_, lists_, each);
+    apply_kernel<Key><<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(bits_, segments, lists_, each);
     DEFTX_LAUNCH_CHECK();
   }
 
   Tensor like_;
   cudaStream_t stream_;
   WordOf<Key> infinity_;
-  int count_ = 0;
+  int count_ = 0, together_ = 0;  // segments, and how many of them have counters at a time
   int64_t most_samples_ = 0, most_listed_ = 0, most_tiles_ = 0;
   Workspace work_;
   Bits bits_{};
@@ -370,12 +384,12 @@ Tensor cpu_pair(int64_t first, int64_t second) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> topk_mask(std::vector<Tensor> scores, std::vector<Tensor> base, std::vector<int64_t> k,
-                                             std::string scope) {
+                                             int64_t scope) {
+  const Scope which = scope_of(scope);
+  const bool global = which == Scope::kGlobal, row = which == Scope::kRow;
   Layout layout = layout_of(scores, "topk_mask");
   DEFTX_CHECK(base.empty() || base.size() == scores.size(), "topk_mask: base must be empty or have one tensor for each of scores");
   const Keys keys = keys_of(layout, scores, base, "topk_mask");
-  const bool global = scope == "global", row = scope == "row";
-  DEFTX_CHECK(global || row || scope == "tensor", "topk_mask: scope must be global, tensor or row");
   DEFTX_CHECK(k.size() == (global ? 1 : scores.size()), "topk_mask: k has ", k.size(), " numbers");
   int64_t nnz = 0;
   for (size_t i = 0; i < k.size(); ++i) {
@@ -422,7 +436,7 @@ Keys keys_of_one_dtype(Layout& layout, const std::vector<Tensor>& scores, const 
 Tensor magnitude_histogram(std::vector<Tensor> scores, int64_t prefix, int64_t shift) {
   Layout layout = layout_of(scores, "magnitude_histogram");
   const Keys keys = keys_of_one_dtype(layout, scores, "magnitude_histogram");
-  DEFTX_CHECK(shift >= 0 && shift < 8 * keys.bytes, "magnitude_histogram: shift must be in [0, ", 8 * keys.bytes, "), got ", shift);
+  check_digit(prefix, shift, keys.bytes);
   const DeviceGuard guard(scores[0].get_device_index());
   const cudaStream_t stream = current_stream(scores[0]);
   const Tensor out = torch::stable::new_empty(scores[0], {kHistogramBins}, torch::headeronly::ScalarType::Long);
@@ -453,16 +467,15 @@ Tensor magnitude_histogram(std::vector<Tensor> scores, int64_t prefix, int64_t s
 std::tuple<Tensor, Tensor> threshold_mask(std::vector<Tensor> scores, int64_t threshold, std::vector<int64_t> ties) {
   Layout layout = layout_of(scores, "threshold_mask");
   const Keys keys = keys_of_one_dtype(layout, scores, "threshold_mask");
-  DEFTX_CHECK(ties.size() == scores.size(), "threshold_mask: ties has ", ties.size(), " numbers for ", scores.size(), " tensors");
-  const uint64_t beyond = uint64_t{1} << (8 * keys.bytes - 1);  // no key is as large
-  const uint64_t from = threshold < 0 ? 0 : std::min(static_cast<uint64_t>(threshold), beyond);
+  check_ties(ties, scores);
+  check_threshold(threshold, keys.bytes);
   std::vector<Segment> segments(scores.size());
   for (size_t i = 0; i < segments.size(); ++i) {
     layout.items[i].segment = static_cast<int32_t>(i);
     segments[i] = {};
     segments[i].first_tile = layout.items[i].first_tile;
-    segments[i].from = from;
-    segments[i].above = threshold < 0 || from == beyond ? from : from + 1;
+    segments[i].from = static_cast<uint64_t>(threshold);
+    segments[i].above = segments[i].from + 1;
     segments[i].quota = ties[i];
   }
   const DeviceGuard guard(scores[0].get_device_index());

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from deftx_kernels._ops import SCOPES
+
 ROWS = 1 << 14  # of a tall matrix, worked on at a time
 
 
@@ -33,7 +35,7 @@ def as_tall(w: Tensor) -> Tensor:  # [..., m, n]
 
 def prune_(w: Tensor, low: Tensor, out: Tensor, keep: int) -> Tensor:
     """out = low + the `keep` largest entries of w - low; returns the sum of squares of what is lost, float64 []."""
-    crow, col, _ = torch.ops.deftx.topk_mask([w], [low], [keep], "tensor")
+    crow, col, _ = torch.ops.deftx.topk_mask([w], [low], [keep], SCOPES["tensor"])
     torch.ops.deftx.csr_scatter_([low], crow, col, torch.ops.deftx.csr_gather([w], crow, col))
     lost = sums_of_squares(torch.sub(w, low, out=out))
     out.copy_(low)
