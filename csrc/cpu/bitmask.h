@@ -61,7 +61,7 @@ inline Layout layout_of(const std::vector<Tensor>& tensors) {
     for (int64_t begin = 0; begin < numel; begin += kChunk)
       layout.chunks.push_back({static_cast<int64_t>(layout.parts.size()), begin, std::min(begin + kChunk, numel)});
     layout.parts.push_back(part);
-    layout.rows += part.rows;
+    layout.rows = rows_and(layout.rows, t);
     layout.words += (numel + kWord - 1) / kWord;
     layout.numel += numel;
     layout.wide |= part.columns > 65536;

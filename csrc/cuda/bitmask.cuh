@@ -239,7 +239,7 @@ Layout layout_of(const std::vector<Tensor>& tensors, const char* op) {
                 " are supported");
     item.first_tile = layout.tiles, item.first_row = layout.rows, item.first_element = layout.elements;
     layout.tiles += std::max<int64_t>(1, (item.numel + kTile - 1) / kTile);
-    layout.rows += item.rows;
+    layout.rows = rows_and(layout.rows, t);
     layout.elements += item.numel;
     layout.wide = layout.wide || item.columns > kMaxNarrowColumns;
     layout.items.push_back(item);
