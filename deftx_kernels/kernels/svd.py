@@ -21,7 +21,7 @@ from deftx_kernels.kernels.subspace import by_subspace, orthonormal_rows, subspa
 
 def truncated_svd(a: Tensor, rank: int, n_iter: int, test_matrix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     work = a.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
-    if test_matrix is None:
+    if test_matrix is None or a.shape[:-2].numel() == 0:
         U, S, Vh = torch.linalg.svd(work, full_matrices=False)
     else:
         wide = a.shape[-2] < a.shape[-1]
