@@ -404,7 +404,7 @@ def installed() -> Implementation:
 
 def python() -> Implementation:
     """The plain-torch functions as they are registered where nothing else serves."""
-    functions = {op: _op_checks.checked(op, getattr(reference, op), reads_contents=True) for op in _ops.SCHEMAS}
+    functions = {op: _op_checks.checked(op, getattr(reference, op), reads_contents=True) for op in _op_checks.CHECKS}
     return Implementation(lambda op, arguments: functions[op](*arguments), list(functions))
 
 
@@ -460,6 +460,36 @@ def test_hostile_calls_of_triton_kernels(cuda_on_cpu, calls):
     fuzz(triton_kernels(importlib.import_module(f"{cuda_on_cpu.__name__}.triton_on_cpu")), calls, seed=3, valid_every=5)
 
 
+@pytest.mark.parametrize("crow", [[0, 1, -(2**63), 3], [0, 3, 1, 3], [0, 1, 2**63 - 1, 3]], ids=str)
+def test_row_pointers_that_descend(crow):
+    """The ranges of rows that occur may not overlap, either: two threads would write one entry."""
+    col = torch.tensor([0, 1, 0], dtype=torch.uint16)
+    for implementation in (installed(), python()):
+        arguments = [torch.randn(4, 8), torch.tensor([0, 1, 1, 2]), torch.tensor(crow), col, -1, torch.float32]
+        with pytest.raises((RuntimeError, ValueError), match="crow_indices must ascend"):
+            implementation.call("masked_embedding_grad", arguments)
+
+
+def test_written_tensors_that_share_memory_are_refused():
+    p = torch.zeros(2, 4)
+    crow, col = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([0, 1, 0, 1], dtype=torch.uint16)
+    with pytest.raises(RuntimeError, match="share memory"):
+        torch.ops.deftx.csr_add_([p, p], crow, col, torch.ones(4), 1.0)
+    assert not p.any()
+
+
+def test_tensors_without_columns_may_have_too_many_rows():
+    with pytest.raises(RuntimeError, match="too many rows"):
+        torch.ops.deftx.dense_to_csr([torch.zeros(2**62, 0, dtype=torch.bool)] * 4)
+
+
+def test_an_emptied_storage_is_refused():
+    t = torch.zeros(2, 4)
+    t.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="no memory of its size"):
+        torch.ops.deftx.csr_gather([t], torch.tensor([0, 1, 1]), torch.tensor([0], dtype=torch.uint16))
+
+
 # ---- under sanitizers ---------------------------------------------------------------------------------------------------
 
 
@@ -484,7 +514,8 @@ def sanitized() -> tuple[Path, dict[str, str]]:
         pytest.skip(f"the cpu library was {_library.errors['cpu']}")
     # libstdc++ beside it: else the sanitizer does not find the function that throws.
     preload = " ".join(map(runtime_library, ("libasan.so", "libstdc++.so.6")))
-    folder, flags = ROOT / "build/asan", "-fsanitize=address,undefined"
+    # A copy of no bytes may begin at no address.
+    folder, flags = ROOT / "build/asan", "-fsanitize=address,undefined -fno-sanitize=nonnull-attribute"
     programs = Path(cmake.CMAKE_BIN_DIR)
     configure = [
         programs / "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DTORCH_DIR={torch.__path__[0]}",
