@@ -329,7 +329,6 @@ class Implementation(NamedTuple):
 
     call: Callable[[str, list[Any]], Any]
     ops: list[str]
-    refuses_mixed_devices: bool = True
 
 
 ERRORS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
@@ -410,9 +409,8 @@ def python() -> Implementation:
 
 def compiled_for_gpus(emulated: Any) -> Implementation:
     """csrc/cuda in the emulator, which checks the bounds of every access."""
-    return Implementation(
-        lambda op, arguments: getattr(emulated.ops, op)(*arguments), [o for o in _ops.SCHEMAS if hasattr(emulated.ops, o)]
-    )
+    ops = [o for o in _ops.SCHEMAS if torch._C._dispatch_has_kernel_for_dispatch_key(f"deftx_emulated::{o}", "CPU")]
+    return Implementation(lambda op, arguments: getattr(emulated.ops, op)(*arguments), ops)
 
 
 def triton_kernels(tool: Any) -> Implementation:
