@@ -27,8 +27,8 @@ from triton.backends.nvidia.driver import CudaLauncher
 from bench.bench_steps import SETTINGS, WORKS, fused_adamw, maskable, skeleton
 from bench.shapes import random_tensors, xlmr
 from deftx_kernels import CSRMask, SparseAdamW, _ops, select_mask, sparse_adamw, sparsify, topk_mask
-from deftx_kernels.kernels import masked_embedding_grad, masked_linear_grad, square_sum
-from deftx_kernels.kernels import sparse_adamw as sparse_adamw_kernel
+from deftx_kernels.backends import triton as triton_backend
+from deftx_kernels.kernels import masked_linear_grad
 
 MULTIPROCESSORS = 132  # of an H100 or H200: decides how many launches a masked gradient takes
 # The layers, names and number of tensors of XLM-R base, each of a few elements.
@@ -61,13 +61,9 @@ def without_device() -> None:
     """From here on our operators with Triton kernels take their GPU path for CPU tensors."""
     triton.runtime.driver.set_active(driver())
     masked_linear_grad._multiprocessors = lambda device: MULTIPROCESSORS
-    kernels = {
-        "sparse_adamw_": sparse_adamw_kernel.sparse_adamw_,
-        "csr_square_sum": square_sum.csr_square_sum,
-        "masked_linear_grad": masked_linear_grad.masked_linear_grad,
-        "masked_embedding_grad": masked_embedding_grad.masked_embedding_grad,
-    }
-    for op, kernel in kernels.items():
+    kernels = triton_backend.kernels()
+    for op in ("sparse_adamw_", "csr_square_sum", "masked_linear_grad", "masked_embedding_grad"):
+        kernel = kernels[op]
         _ops.LIBRARY.impl(op, kernel, "CPU", allow_override=True)
     _ops.LIBRARY.impl("topk_mask", nothing_selected, "CPU", allow_override=True)
 

@@ -103,8 +103,10 @@ inline bool is_strided(const Tensor& t) {
 // The matrix that a tensor stands for in a CSRMask: fewer than two dimensions are one row, more are (shape[0], the rest).
 inline int64_t rows_of(const Tensor& t) { return t.dim() < 2 ? 1 : t.size(0); }
 inline int64_t columns_of(const Tensor& t) {
-  int64_t columns = 1;
-  for (int64_t d = t.dim() < 2 ? 0 : 1; d < t.dim(); ++d) columns *= t.size(d);
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  int64_t columns = 1;  // kMost where the product is larger, which only a tensor without elements can have
+  for (int64_t d = t.dim() < 2 ? 0 : 1; d < t.dim(); ++d)
+    columns = t.size(d) > 0 && columns > kMost / t.size(d) ? kMost : columns * t.size(d);
   return columns;
 }
 
@@ -139,6 +141,11 @@ inline void check_tensor(const Tensor& t, Device device, const char* name) {
   DEFTX_CHECK(device == Device::kCpu ? t.is_cpu() : is_device_tensor(t), name, " must be on the ",
               device == Device::kCpu ? "CPU" : "GPU");
   DEFTX_CHECK(is_strided(t) && t.is_contiguous(), name, " must be contiguous");
+  if (t.numel() == 0) return;
+  int64_t bytes = 0, offset = 0;  // a storage may have been emptied (untyped_storage().resize_(0)) under a tensor
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  DEFTX_CHECK(offset + t.numel() <= bytes / static_cast<int64_t>(t.element_size()), name, " has no memory of its size");
 }
 
 inline void check_compact(const Tensor& t, Device device, const Tensor& mask, int64_t nnz, const char* name) {
@@ -173,6 +180,19 @@ inline Csr check_mask(const Tensor& crow_indices,  // int64 [rows + 1]
   return csr;
 }
 
+// Throws if two of the tensors share memory: two threads would write it.
+inline void check_apart(const std::vector<Tensor>& tensors, const char* names) {
+  std::vector<std::pair<uintptr_t, uintptr_t>> spans;
+  spans.reserve(tensors.size());
+  for (const Tensor& t : tensors) {
+    const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    if (t.numel() > 0) spans.emplace_back(begin, begin + static_cast<uintptr_t>(t.numel()) * t.element_size());
+  }
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i)
+    DEFTX_CHECK(spans[i - 1].second <= spans[i].first, "two of ", names, ", which are written, share memory");
+}
+
 // A mask and the tensors that it stands for.
 inline Csr check_csr(const std::vector<Tensor>& tensors, Access access,
                      const Tensor& crow_indices,  // int64 [rows + 1]
@@ -192,6 +212,7 @@ inline Csr check_csr(const std::vector<Tensor>& tensors, Access access,
     csr.slices.push_back({data, csr.rows, columns_of(t)});
     csr.rows = add_rows(csr.rows, rows_of(t));
   }
+  if (access == Access::kWrite) check_apart(tensors, "tensors");
   DEFTX_CHECK(crow_indices.numel() == csr.rows + 1, "crow_indices has ", crow_indices.numel(), " elements; the tensors have ",
               csr.rows, " rows, which need ", csr.rows + 1);
   DEFTX_CHECK(csr.rows > 0 || csr.nnz == 0, "col_indices has ", csr.nnz, " entries, but the tensors have no rows");

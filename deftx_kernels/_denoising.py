@@ -155,7 +155,8 @@ def _denoise_small(
             totals = torch.zeros(count, dtype=torch.float64, device=device)
             density = 0.0 if all_kept else rule.residual_density
             numbers = torch.ops.deftx.svd_denoise_(matrices, results, totals, rank, energy, median, density, rule.n_iter, None, 1)
-            for (name, w, out), result, *parts in zip(batch, results, *(x.split([len(w) for w in matrices]) for x in numbers)):
+            counts = [len(w) for w in matrices]
+            for (name, _, out), result, *parts in zip(batch, results, *(x.split(counts) for x in numbers)):
                 if result is not out and not all_kept:
                     out.copy_(result)
                 found[name].append(parts)

@@ -10,6 +10,7 @@ Conventions shared by all operators
 Arguments have been validated by `functional` when an operator runs; kernels repeat only what memory safety needs.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -131,7 +132,23 @@ for _name, _schema in SCHEMAS.items():
 
 
 def _fake(name):
-    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=LIBRARY)
+    """Registers a fake kernel, behind a check that no other one has: with some tensors on "meta" and some with data, torch calls
+    the fake kernel, which would return memory that nobody has filled."""
+
+    def register(function):
+        @functools.wraps(function)
+        def run(*arguments):
+            flat = [t for a in arguments for t in (a if isinstance(a, list | tuple) else (a,)) if isinstance(t, torch.Tensor)]
+            devices = {t.device for t in flat}
+            if len(devices) > 1:
+                raise ValueError(
+                    f"{NAMESPACE}::{name}: all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}"
+                )
+            return function(*arguments)
+
+        return torch.library.register_fake(f"{NAMESPACE}::{name}", run, lib=LIBRARY)
+
+    return register
 
 
 @_fake("csr_gather")

@@ -403,6 +403,8 @@ def low_rank_histogram(delta: Tensor, left: Tensor, right: Tensor, cut: Tensor, 
 def low_rank_mask(
     delta: Tensor, left: Tensor, right: Tensor, cut: Tensor, threshold: int, ties: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
+    if len(delta) == 0:
+        return dense_to_csr([torch.empty(0, delta.shape[2], dtype=torch.bool, device=delta.device)])
     return threshold_mask(list(low_rank_denoised(delta, left, right, cut)), threshold, ties)
 
 

@@ -210,7 +210,7 @@ def masked_linear_grad_variants() -> Iterator[Variant]:
             "out": f"*{out}",
             **dict.fromkeys(("tokens", "m", "tokens_each"), "i32"),
             **dict.fromkeys(("grad_stride", "input_stride"), "i32:16"),  # all that the launcher makes
-            "out_stride": "i64",
+            "nnz": "i64",
             "ACC": tl.float64 if dtype == "fp64" else tl.float32,
             "PRECISION": precision,
             "BLOCK_M": block_m,
@@ -247,7 +247,7 @@ def masked_embedding_grad_variants() -> Iterator[Variant]:
             "partial_sums": "*fp64" if out == "fp64" else "*fp32",
             "tokens": "i32",
             "d": "i32" if any_size else "i32:16",
-            **dict.fromkeys(("rows", "padding_idx"), "i64"),
+            **dict.fromkeys(("rows", "nnz", "padding_idx"), "i64"),
             **{name: getattr(module, name) for name in ("SEGMENT", "OCCURRENCES", "PARTS", "ENTRIES")},
         }
         if dtype:

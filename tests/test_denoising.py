@@ -365,8 +365,9 @@ def test_precision_flags_do_not_matter_and_are_left_as_found(rule):
             flag = torch.backends.mkldnn.matmul.fp32_precision
             assert torch.equal(svd_denoise(a, **rule), expected)
             assert all(torch.equal(x, y) for x, y in zip(truncated_svd(a, 5), vectors))
-            with pytest.raises(RuntimeError):
-                torch.ops.deftx.svd_denoise_([a], [a.clone()], torch.ones(1), 5, 0.0, 0.0, 0.0, 2, torch.ones(7, 21), 1)
+            total, test_matrix, nowhere = a.double().square().sum()[None], torch.randn(300, 21), torch.zeros(1, 1).expand_as(a)
+            with pytest.raises(RuntimeError, match="single memory location"):  # found when the products are made
+                torch.ops.deftx.svd_denoise_([a], [nowhere], total, 5, 0.0, 0.0, 0.0, 2, test_matrix, 1)
             assert torch.get_float32_matmul_precision() == precision
             assert torch.backends.mkldnn.matmul.fp32_precision == flag
     finally:

@@ -31,8 +31,9 @@ ALLOWED = {
     "mask": {"_ops"},
     "_ops": set(),
     "reference": {"_ops"},
+    "_op_checks": set(),
     "_library": {"_ops"},
-    "backends": {"_ops", "_library", "kernels", "reference"},
+    "backends": {"_ops", "_op_checks", "_library", "kernels", "reference"},
     "kernels": {"_ops"},
     PACKAGE: {"_library", "backends", *MIDDLE, *BASE},  # __init__.py
 }
@@ -40,6 +41,7 @@ ALLOWED = {
 THIRD_PARTY = {
     "kernels": {"torch", "triton"},
     "reference": {"torch"},
+    "_op_checks": {"torch"},
     "_ops": {"torch"},
     "functional": {"torch"},
     "_checks": {"torch"},

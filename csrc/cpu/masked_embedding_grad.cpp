@@ -27,7 +27,22 @@ std::vector<Token> sorted_tokens(const Tensor& indices, int64_t rows, int64_t pa
   return tokens;
 }
 
-// out [nnz] = zeros, and the sums of the tokens' gradients [N, columns]. The mask's rows that occur are checked as they are read.
+// Throws unless the entries of the rows that occur lie in the mask, row after row: no two rows share an entry, so that no two
+// threads write one.
+void check_rows(const std::vector<Token>& tokens, const Csr& csr) {
+  int64_t end = 0;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const int64_t row = tokens[i].row;
+    if (i > 0 && row == tokens[i - 1].row) continue;
+    DEFTX_CHECK(end <= csr.crow[row] && csr.crow[row] <= csr.crow[row + 1] && csr.crow[row + 1] <= csr.nnz,
+                "crow_indices must ascend from 0 to nnz = ", csr.nnz, ", got ", csr.crow[row], " and ", csr.crow[row + 1],
+                " for row ", row);
+    end = csr.crow[row + 1];
+  }
+}
+
+// out [nnz] = zeros, and the sums of the tokens' gradients [N, columns]. The columns of rows that occur are checked as they are
+// read.
 template <typename Source, typename Out, typename Column>
 void add_tokens(const std::vector<Token>& tokens, const Csr& csr, const Source* gradient, int64_t columns, Out* out) {
   using Compute = std::conditional_t<std::is_same_v<Out, double>, double, float>;
@@ -45,10 +60,6 @@ void add_tokens(const std::vector<Token>& tokens, const Csr& csr, const Source* 
       const int64_t row = tokens[first].row;
       for (last = first + 1; last < count && tokens[last].row == row;) ++last;
       const int64_t entry = csr.crow[row], entries = csr.crow[row + 1] - entry;
-      if (entry < 0 || entries < 0 || entry + entries > csr.nnz) {
-        bad = true;
-        return;
-      }
       const Column* chosen = column + entry;
       bool wrong = false;
       for (int64_t j = 0; j < entries; ++j) wrong |= chosen[j] < 0 || chosen[j] >= columns;
@@ -64,7 +75,7 @@ void add_tokens(const std::vector<Token>& tokens, const Csr& csr, const Source* 
       for (int64_t j = 0; j < entries; ++j) out[entry + j] = static_cast<Out>(sums[j]);
     }
   });
-  DEFTX_CHECK(!bad, "crow_indices must ascend from 0 to nnz = ", csr.nnz, " and col_indices be less than ", columns);
+  DEFTX_CHECK(!bad, "col_indices must be less than ", columns);
 }
 
 Tensor masked_embedding_grad(Tensor grad_output,   // [N, columns]
@@ -81,6 +92,7 @@ Tensor masked_embedding_grad(Tensor grad_output,   // [N, columns]
   DEFTX_CHECK(wide || dtype_of(indices) == aoti_torch_dtype_int32(), "indices must be int32 or int64");
   DEFTX_CHECK(csr.rows >= 0, "crow_indices must not be empty");
   const auto tokens = (wide ? sorted_tokens<int64_t> : sorted_tokens<int32_t>)(indices, csr.rows, padding_idx);
+  check_rows(tokens, csr);
   Tensor out = torch::stable::new_empty(grad_output, {csr.nnz}, dtype);
   with_dtype(dtype_of(out), "dtype", [&](auto zero) {
     using Out = decltype(zero);

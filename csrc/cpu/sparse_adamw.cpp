@@ -355,6 +355,10 @@ void sparse_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, bool c
       DEFTX_CHECK(dtype_of(*values) == compute, "values must be float32, or float64 for float64 params");
       work.values = compact<Compute>(*values, Access::kWrite, col_indices, "values");
     }
+    std::vector<Tensor> written = params;
+    written.insert(written.end(), {exp_avg, exp_avg_sq});
+    if (values) written.push_back(*values);
+    check_apart(written, "params, exp_avg, exp_avg_sq and values");
     if (decay_to) work.decay_to = compact<Compute>(*decay_to, Access::kRead, col_indices, "decay_to");
     if (compact_grads) {
       DEFTX_CHECK(grads.size() == 1, "grads must be one compact tensor");
@@ -378,7 +382,7 @@ void sparse_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, bool c
     work.round_params = seed && !values && csr.dtype == aoti_torch_dtype_bfloat16();
     work.round_state = seed && dtype_of(exp_avg) == aoti_torch_dtype_bfloat16();
     work.seed = static_cast<uint64_t>(seed.value_or(0));
-    work.step = static_cast<uint64_t>(t);
+    work.step = t >= 0 && t < 0x1p63 ? static_cast<uint64_t>(t) : 0;  // other numbers have no integer
     csr.wide ? step_all<int32_t>(work) : step_all<uint16_t>(work);
   };
   csr.dtype == aoti_torch_dtype_float64() ? step_in(double{}) : step_in(float{});

@@ -113,10 +113,10 @@ __device__ int64_t prepare_tile(Tile& tile, const Table& table, const int64_t* _
     if (threadIdx.x % 32 == 0) tile.ends[which] = row;
   }
   __syncthreads();
-  const int64_t first = tile.ends[0], count = tile.ends[1] - first + 1;
+  const int64_t first = tile.ends[0], count = max(tile.ends[1] - first + 1, int64_t{1});  // less only if crow_indices descend
   if (count <= kRows) {
     for (int r = threadIdx.x; r < count; r += kThreads) {
-      tile.offset[r] = static_cast<int>(max(crow[first + r] - begin, int64_t{-1}));
+      tile.offset[r] = static_cast<int>(min(max(crow[first + r], begin - 1), end) - begin);
       tile.rows[r] = locate(table, first + r, element_size);
     }
     __syncthreads();
@@ -128,10 +128,13 @@ template <typename Op, typename Column>
 __global__ void __launch_bounds__(kThreads, 2)
     csr_kernel(const __grid_constant__ Table table, const int64_t* __restrict__ crow,  // [rows + 1]
                const Column* __restrict__ col,                                         // [nnz]
-               int64_t nnz, Op op) {
+               int64_t nnz, int64_t rows, Op op) {
   using Element = typename Op::Element;
   __shared__ Tile tile;
-  const int64_t first_entry = max(crow[table.first_row[0]], int64_t{0}), last_entry = min(crow[table.first_row[table.count]], nnz);
+  // Whatever crow_indices hold, all launches together have each entry at least once, and what is gathered is never left as it was.
+  const int64_t first_row = table.first_row[0], last_row = table.first_row[table.count];
+  const int64_t first_entry = first_row == 0 ? 0 : max(crow[first_row], int64_t{0});
+  const int64_t last_entry = last_row == rows ? nnz : min(crow[last_row], nnz);
   for (int64_t t = first_entry / kTile + blockIdx.x; t * kTile < last_entry; t += gridDim.x) {
     const int64_t begin = max(t * kTile, first_entry), end = min((t + 1) * kTile, last_entry);
     const int64_t count = prepare_tile(tile, table, crow, begin, end, sizeof(Element));
@@ -182,8 +185,9 @@ void launch(const Csr& csr, Op op, cudaStream_t stream) {
       table.first_row[i] = csr.slices[at + i].first_row;
     }
     table.first_row[table.count] = at + table.count < csr.slices.size() ? csr.slices[at + table.count].first_row : csr.rows;
-    csr_kernel<Op, Column>
-        <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(table, csr.crow, static_cast<const Column*>(csr.col), csr.nnz, op);
+    if (table.first_row[0] == table.first_row[table.count]) continue;  // no rows, and none that an entry could be in
+    csr_kernel<Op, Column><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
+        table, csr.crow, static_cast<const Column*>(csr.col), csr.nnz, csr.rows, op);
     DEFTX_LAUNCH_CHECK();
   }
 }

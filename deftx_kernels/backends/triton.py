@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from deftx_kernels import _library, _ops, reference
+from deftx_kernels import _library, _op_checks, _ops, reference
 
 _LOW_RANK = ("residual_cut", "low_rank_denoised", "low_rank_histogram", "low_rank_mask")
 
@@ -20,28 +20,35 @@ def _float32_or(kernel: Callable, plain: Callable) -> Callable:
     return op
 
 
+def kernels() -> dict[str, Callable]:
+    """Each operator's kernel, behind the operator's checks."""
+    from deftx_kernels.kernels import low_rank
+    from deftx_kernels.kernels.masked_embedding_grad import masked_embedding_grad
+    from deftx_kernels.kernels.masked_linear_grad import masked_linear_grad
+    from deftx_kernels.kernels.sparse_adamw import sparse_adamw_
+    from deftx_kernels.kernels.square_sum import csr_square_sum
+
+    return {
+        # Of two ops the kernels look at the mask's tensors themselves: not each time anew.
+        "sparse_adamw_": _op_checks.checked("sparse_adamw_", sparse_adamw_, looks_at_tensors=True),
+        "csr_square_sum": _op_checks.checked("csr_square_sum", csr_square_sum, looks_at_tensors=True),
+        "masked_linear_grad": _op_checks.checked("masked_linear_grad", masked_linear_grad),
+        "masked_embedding_grad": _op_checks.checked("masked_embedding_grad", masked_embedding_grad),
+        **{op: _op_checks.checked(op, _float32_or(getattr(low_rank, op), getattr(reference, op))) for op in _LOW_RANK},
+    }
+
+
 def _register() -> None:
     if torch.version.cuda is None:
         _library.absent("triton", f"torch {torch.__version__} has no CUDA")
         return
     try:
-        from deftx_kernels.kernels import low_rank
-        from deftx_kernels.kernels.masked_embedding_grad import masked_embedding_grad
-        from deftx_kernels.kernels.masked_linear_grad import masked_linear_grad
-        from deftx_kernels.kernels.sparse_adamw import sparse_adamw_
-        from deftx_kernels.kernels.square_sum import csr_square_sum
+        functions = kernels()
     except ImportError as error:
         _library.absent("triton", f"triton cannot be imported ({error}); pip install 'deftx-kernels[triton]'")
         return
-    kernels = {
-        "sparse_adamw_": sparse_adamw_,
-        "csr_square_sum": csr_square_sum,
-        "masked_linear_grad": masked_linear_grad,
-        "masked_embedding_grad": masked_embedding_grad,
-    }
-    kernels |= {op: _float32_or(getattr(low_rank, op), getattr(reference, op)) for op in _LOW_RANK}
-    for op, kernel in kernels.items():
-        _ops.LIBRARY.impl(op, kernel, "CUDA")
+    for op, function in functions.items():
+        _ops.LIBRARY.impl(op, function, "CUDA")
         _library.register(op, "cuda", "triton")
 
 

@@ -28,7 +28,14 @@ def _key(keys, position, size, rows, padding_idx):
     return tl.where((key == padding_idx) | (key >= rows), -1, key)
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "padding_idx"])
+@triton.jit
+def _entries(crow_indices, key, nnz, d):
+    """The entries of a row of the mask: whatever crow_indices holds, they are among the nnz ones and no more than d."""
+    first = tl.minimum(tl.maximum(tl.load(crow_indices + key), 0), nnz)
+    return first, tl.minimum(tl.load(crow_indices + key + 1), first + tl.minimum(nnz - first, d))
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "nnz", "padding_idx"])
 def _segment_kernel(
     grad_output,  # [tokens, d]
     keys,  # integer [tokens]: the indices, ascending
@@ -40,6 +47,7 @@ def _segment_kernel(
     tokens,
     d,
     rows: tl.int64,
+    nnz: tl.int64,
     padding_idx: tl.int64,
     SEGMENT: tl.constexpr,
     OCCURRENCES: tl.constexpr,
@@ -57,20 +65,20 @@ def _segment_kernel(
     end = position + tl.sum(equal.to(tl.int32), 0)
     finished = begins & ((end < limit) | (_key(keys, limit, tokens, rows, padding_idx) != key))
 
-    first = tl.load(crow_indices + key)
-    last = tl.load(crow_indices + key + 1)
+    first, last = _entries(crow_indices, key, nnz, d)
     partial_sums += (2 * stretch + begins).to(tl.int64) * d
     for chunk in range(first + tl.program_id(1) * ENTRIES, last, tl.num_programs(1) * ENTRIES):
         entry = chunk + tl.arange(0, ENTRIES)
         inside = entry < last
         column = tl.load(col_indices + entry, mask=inside, other=0).to(tl.int32)
+        known = inside & (column >= 0) & (column < d)
         sums = tl.zeros((ENTRIES, OCCURRENCES), partial_sums.dtype.element_ty)
         for start in range(position, end, OCCURRENCES):
             occurrence = start + tl.arange(0, OCCURRENCES)
             token = tl.load(order + occurrence, mask=occurrence < end, other=0)
             # Entries come first: where Triton knows of no contiguity, neighbours along the first axis go to neighbouring lanes.
             place = token[None, :] * d + column[:, None]
-            x = tl.load(grad_output + place, mask=inside[:, None] & (occurrence < end)[None, :], other=0.0)
+            x = tl.load(grad_output + place, mask=known[:, None] & (occurrence < end)[None, :], other=0.0)
             sums += x.to(sums.dtype)
         total = tl.sum(sums, 1)
         if finished:
@@ -79,7 +87,7 @@ def _segment_kernel(
             tl.store(partial_sums + (entry - first), total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "padding_idx"])
+@triton.jit(do_not_specialize=["tokens", "rows", "nnz", "padding_idx"])
 def _finish_kernel(
     keys,  # integer [tokens]
     crow_indices,  # int64 [rows + 1]
@@ -88,6 +96,7 @@ def _finish_kernel(
     tokens,
     d,
     rows: tl.int64,
+    nnz: tl.int64,
     padding_idx: tl.int64,
     SEGMENT: tl.constexpr,
     PARTS: tl.constexpr,
@@ -100,8 +109,7 @@ def _finish_kernel(
     goes_on = _key(keys, (stretch + 1) * SEGMENT, tokens, rows, padding_idx) == key
     if (key < 0) | (not begins) | (not goes_on):
         return
-    first = tl.load(crow_indices + key)
-    last = tl.load(crow_indices + key + 1)
+    first, last = _entries(crow_indices, key, nnz, d)
     for chunk in range(first + tl.program_id(1) * ENTRIES, last, tl.num_programs(1) * ENTRIES):
         entry = chunk + tl.arange(0, ENTRIES)
         inside = entry < last
@@ -140,13 +148,14 @@ def masked_embedding_grad(
     if nnz == 0 or tokens == 0:
         return out
     stretches = cdiv(tokens, SEGMENT)
-    chunks = cdiv(nnz, rows * ENTRIES)  # for rows of the mean length; a program takes several of a longer one
+    # For rows of the mean length; a program takes several of a longer one. A grid is at most so high.
+    chunks = min(cdiv(nnz, rows * ENTRIES), 65_535)
     acc = torch.float64 if torch.float64 in (grad_output.dtype, dtype) else torch.float32
     kind = (d % 16 == 0, d == 1, max(tokens, d) >> 31)
     with on(device):
         keys, order = torch.sort(indices, stable=True)
         partial_sums = torch.empty(stretches, 2, d, dtype=acc, device=device)
-        numbers = tokens, d, rows, padding_idx
+        numbers = tokens, d, rows, nnz, padding_idx
         tensors = (grad_output.contiguous(), keys, order, crow_indices, col_indices, out, partial_sums)
         _launch_segments((tokens, chunks, 1), kind, tensors, numbers, SEGMENT, OCCURRENCES, ENTRIES)
         if stretches > 1:

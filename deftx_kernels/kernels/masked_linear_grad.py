@@ -80,19 +80,19 @@ def _mask_words(col_indices, first, count, column, BLOCK_M: tl.constexpr, BLOCK_
     return words
 
 
-@triton.jit(do_not_specialize=["tokens", "m", "tokens_each", "out_stride"])
+@triton.jit(do_not_specialize=["tokens", "m", "tokens_each", "nnz"])
 def _masked_linear_grad_kernel(
     grad_output,  # [tokens, grad_stride]: the columns from m on are padding
     input,  # [tokens, input_stride]
     crow_indices,  # int64 [m + 1]
     col_indices,  # uint16 or int32 [nnz]
-    out,  # [splits, out_stride]: one sum over `tokens_each` tokens in each row
+    out,  # [splits, nnz]: one sum over `tokens_each` tokens in each row
     tokens,
     m,
     grad_stride,  # both strides are multiples of 16, so that loads take 16 bytes
     input_stride,
     tokens_each,
-    out_stride: tl.int64,
+    nnz: tl.int64,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -113,12 +113,15 @@ def _masked_linear_grad_kernel(
     row = first_row + tl.arange(0, BLOCK_M)
     column = first_column + tl.arange(0, BLOCK_N)
 
-    # Entries are counted from the tile's first one on, in 32 bits.
-    base = tl.load(crow_indices + first_row)
+    # Entries are counted from the tile's first one on, in 32 bits. Whatever crow_indices holds, they are among the nnz ones.
+    base = tl.minimum(tl.maximum(tl.load(crow_indices + first_row), 0), nnz)
+    end_of_tile = base + tl.minimum(nnz - base, 0x7FFFFFFF - CHUNK)
     col_indices += base
-    out += base + tl.program_id(1) * out_stride
-    first = (tl.load(crow_indices + row, mask=row < m, other=base) - base).to(tl.int32)
-    count = (tl.load(crow_indices + row + 1, mask=row < m, other=base) - base).to(tl.int32) - first
+    out += base + tl.program_id(1) * nnz
+    first = tl.load(crow_indices + row, mask=row < m, other=0)
+    count = tl.load(crow_indices + row + 1, mask=row < m, other=0)
+    first = (tl.minimum(tl.maximum(first, base), end_of_tile) - base).to(tl.int32)
+    count = tl.maximum((tl.minimum(tl.maximum(count, base), end_of_tile) - base).to(tl.int32) - first, 0)
     first, count = _skip_columns(col_indices, first, count, first_column, WAYS)
     words = _mask_words(col_indices, first, count, first_column, BLOCK_M, BLOCK_N, CHUNK)
     if tl.max((words != 0).to(tl.int32)) == 0:

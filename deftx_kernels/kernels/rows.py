@@ -8,7 +8,7 @@ tiles has to be built, kept or synchronised with a mask.
 import functools
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -53,7 +53,7 @@ def _search(table, size, first_key, last_key, WAYS: tl.constexpr):
 @triton.jit
 def _search_each(table, first, last, keys):
     """For each key the last i in [first, last] with table[i] <= key, less `first`; table[first] <= key holds."""
-    found = tl.zeros_like(keys).to(tl.int32)  # 64 bits would cost registers; `check_rows` sees to it that these are enough
+    found = tl.zeros_like(keys).to(tl.int32)  # 64 bits would cost registers; `tensor_table` sees to it that these are enough
     extra = (last - first).to(tl.int32)
     while extra > 0:
         half = (extra + 1) // 2
@@ -65,12 +65,14 @@ def _search_each(table, first, last, keys):
 @triton.jit
 def _addresses_in(table, other_table, n_tensors, tensor, row, columns, DTYPE: tl.constexpr, OTHER: tl.constexpr):
     """Where the entries are in the tensors and in the other tensors. `tensor`: one for all entries, or one for each."""
-    index = (row - tl.load(table + n_tensors + tensor)) * tl.load(table + 2 * n_tensors + tensor) + columns.to(tl.int64)
+    width = tl.load(table + 2 * n_tensors + tensor)
+    column = columns.to(tl.int64)
+    index = (row - tl.load(table + n_tensors + tensor)) * width + column
     element = tl.load(table + tensor).to(tl.pointer_type(DTYPE)) + index
     other = element
     if other_table is not None:
         other = tl.load(other_table + tensor).to(tl.pointer_type(OTHER)) + index
-    return element, other
+    return element, other, (column >= 0) & (column < width)
 
 
 @triton.jit
@@ -88,24 +90,22 @@ def locate(
     OTHER: tl.constexpr,
     WAYS: tl.constexpr,
 ):
-    """Pointers to the entries [BLOCK] in the tensors and in the other tensors."""
+    """Pointers to the entries [BLOCK] in the tensors and in the other tensors, and whether they are inside of them.
+
+    Whatever crow_indices holds, the row that is found is one of the tensors'; a column may be none of its row.
+    """
     first_row, last_row = _search(crow_indices, rows, start, end - 1, WAYS)
     row = first_row + _search_each(crow_indices, first_row, last_row, entry)
     first, last = _search(table + n_tensors, n_tensors, first_row, last_row, WAYS)
     if first == last:  # the rule; on its own it costs fewer loads and about 12 registers less than the general case
-        element, other = _addresses_in(table, other_table, n_tensors, first, row, columns, DTYPE, OTHER)
+        element, other, known = _addresses_in(table, other_table, n_tensors, first, row, columns, DTYPE, OTHER)
     else:
         tensor = first + _search_each(table + n_tensors, first, last, row)
-        element, other = _addresses_in(table, other_table, n_tensors, tensor, row, columns, DTYPE, OTHER)
-    return element, other
+        element, other, known = _addresses_in(table, other_table, n_tensors, tensor, row, columns, DTYPE, OTHER)
+    return element, other, known
 
 
 # ---- for the launchers --------------------------------------------------------------------------------------------------
-
-
-def check_rows(rows: int, op: str) -> None:
-    if rows >= 2**31:  # _search_each counts the rows of a program in 32 bits
-        raise ValueError(f"{op}: the mask has {rows} rows, the Triton kernel takes at most 2**31 - 1")
 
 
 def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
@@ -113,20 +113,56 @@ def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _layout(shapes: tuple[torch.Size, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """First row and number of columns of each tensor."""
+def _layout(shapes: tuple[torch.Size, ...]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """First row and number of columns of each tensor, and the number of rows of all."""
     first_rows, columns, row = [], [], 0
     for shape in shapes:
         first_rows.append(row)
         columns.append(math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape))
         row += shape[0] if len(shape) > 1 else 1
-    return tuple(first_rows), tuple(columns)
+    return tuple(first_rows), tuple(columns), row
 
 
-def tensor_table(device: torch.device, order: tuple[int, ...], tensors: Sequence[Tensor]) -> Tensor:
-    """int64 [3, n_tensors]: address, first row, columns. `order` as below."""
-    first_rows, columns = _layout(tuple([t.shape for t in tensors]))
-    return device_table(device, order, addresses(tensors) + first_rows + columns)
+def tensor_table(
+    device: torch.device, order: tuple[int, ...], tensors: Sequence[Tensor], at: tuple[int, ...], rows: int, written: bool = False
+) -> Tensor:
+    """int64 [3, n_tensors]: address, first row, columns. `order` as below; `at`: the tensors' addresses; `rows`: of the mask.
+
+    Throws unless the tensors are those of such a mask. Where they lie is looked at when the table is made: each time, it would take
+    as long as all that the host does beside it.
+    """
+    first_rows, columns, end = _layout(tuple([t.shape for t in tensors]))
+    if end != rows or not 0 < rows < 2**31:  # _search_each counts the rows of a program in 32 bits
+        raise ValueError(f"crow_indices has {rows + 1} elements; the tensors have {end} rows, which need one more, at most 2**31")
+    check_dtype(tensors)
+
+    def check() -> None:
+        _check_places(tensors, device)
+        spans = sorted((a, a + t.numel() * t.element_size()) for a, t in zip(at, tensors) if t.numel())
+        if written and any(before[1] > after[0] for before, after in zip(spans, spans[1:])):
+            raise ValueError("two tensors that are written share memory")
+
+    return device_table(device, order, at + first_rows + columns, check)
+
+
+def gradient_table(device: torch.device, order: tuple[int, ...], grads: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+    """int64 [n_tensors]: the addresses of dense gradients. Throws unless they have the shapes of the parameters."""
+    if [g.shape for g in grads] != [p.shape for p in params]:
+        raise ValueError("every gradient must have the shape of its parameter")
+    check_dtype(grads)
+    return device_table(device, order, addresses(grads), lambda: _check_places(grads, device))
+
+
+def check_dtype(tensors: Sequence[Tensor]) -> None:
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) > 1 or not dtypes <= TRITON_DTYPE.keys():
+        raise TypeError(f"tensors must have one floating dtype, got {', '.join(sorted(map(str, dtypes)))}")
+
+
+def _check_places(tensors: Sequence[Tensor], device: torch.device) -> None:
+    for i, t in enumerate(tensors):
+        if t.device != device or t.layout != torch.strided or not t.is_contiguous():
+            raise ValueError(f"tensor {i} must be contiguous and on {device}, where the mask is")
 
 
 _TABLES_KEPT = 64
@@ -135,8 +171,10 @@ _tables: OrderedDict[tuple, Tensor] = OrderedDict()
 _captured: set[Tensor] = set()
 
 
-def device_table(device: torch.device, order: tuple[int, ...], numbers: tuple[int, ...]) -> Tensor:
-    """`numbers` as an int64 tensor, kept for later calls with the same arguments.
+def device_table(
+    device: torch.device, order: tuple[int, ...], numbers: tuple[int, ...], check: Callable[[], None] | None = None
+) -> Tensor:
+    """`numbers` as an int64 tensor, kept for later calls with the same arguments; `check` is called where it is not kept.
 
     The numbers travel as kernel arguments (`_foreach_add_` with a list of scalars takes 96 a launch) rather than by a copy from
     pinned memory: there is no host buffer that has to outlive the copy, and a stream capture may contain it with every torch.
@@ -148,6 +186,8 @@ def device_table(device: torch.device, order: tuple[int, ...], numbers: tuple[in
     table = _tables.get(key)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if table is None:
+        if check is not None:
+            check()
         table = torch.zeros(len(numbers), dtype=torch.int64, device=device)
         torch._foreach_add_(table.unbind(), numbers)
         if not capturing:  # else its memory is the graph's, and only a replay fills it

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deftx_kernels._ops import SCOPES
 from deftx_kernels.kernels.decompositions import svd
 from deftx_kernels.kernels.gram import ranks_of, shares
 
@@ -26,8 +27,8 @@ def by_svd(
     largest = exact.abs().amax((1, 2), keepdim=True)
     scale = torch.where(largest > 0, largest, 1.0)  # float64 has no room for the squares of its own largest and smallest numbers
     U, S, Vh = svd(exact / scale)
-    noise = S[:, :1] * (max(m, n) * torch.finfo(torch.float64).eps)  # below the rounding of the largest one nothing is known
-    squares = torch.where(S > noise, S, 0.0).square()
+    known = S[:, :1] * (max(m, n) * torch.finfo(torch.float64).eps) < S  # below the rounding of the largest one nothing is known
+    squares = torch.where(known, S, 0.0).square()
     ranks = ranks_of(squares, rank, energy, median)
     captured, lost = shares(squares, ranks)
     kept = torch.arange(S.shape[1], device=S.device) < ranks[:, None]
@@ -35,7 +36,7 @@ def by_svd(
     total = torch.where(squares[:, 0] > 0, captured + lost, 1.0)
     if keep := round(residual_density * m * n):
         flat, low_flat = w.reshape(-1, m * n), low.view(-1, m * n)
-        crow, col, _ = torch.ops.deftx.topk_mask([flat], [low_flat], [keep], "row")
+        crow, col, _ = torch.ops.deftx.topk_mask([flat], [low_flat], [keep], SCOPES["row"])
         torch.ops.deftx.csr_scatter_([low_flat], crow, col, torch.ops.deftx.csr_gather([flat], crow, col))
         lost = ((exact - low) / scale).square().sum((1, 2))
     for target, part in zip(out, low.split([len(x) for x in matrices])):

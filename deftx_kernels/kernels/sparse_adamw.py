@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deftx_kernels.kernels.launch import Launcher, cdiv, on
-from deftx_kernels.kernels.rows import TRITON_DTYPE, WAYS, addresses, check_rows, device_table, locate, tensor_table
+from deftx_kernels.kernels.rows import TRITON_DTYPE, WAYS, addresses, gradient_table, locate, tensor_table
 
 # Fixed, not tuned: an autotuner would run the in-place update several times. 4 entries a thread make 16-byte loads of the
 # float32 state; 69 to 102 registers (float64: 110) leave 4 to 7 programs a multiprocessor. No GPU has timed these two figures yet.
@@ -77,13 +77,15 @@ def _step(
     if grad is not None:
         g = tl.load(grad + entry, mask=inside).to(compute)
 
-    param, source = locate(
+    param, source, known = locate(
         table, grad_table, crow_indices, rows, n_tensors, start, end, entry, columns, PARAM, GRAD, WAYS
     )  # fmt: skip
+    if inside is not None:
+        known &= inside
     if grad is None:
-        g = tl.load(source, mask=inside).to(compute)
+        g = tl.load(source, mask=known, other=0.0).to(compute)
     if values is None:
-        w = tl.load(param, mask=inside).to(compute)
+        w = tl.load(param, mask=known, other=0.0).to(compute)
 
     # The scalars in float64, once a program: 1 - beta ** step in float32 would lose most digits at the first steps.
     number = tl.load(step).to(tl.float64)
@@ -116,7 +118,7 @@ def _step(
     tl.store(exp_avg_sq + entry, _round(v, word2, state, HAS_SEED), mask=inside)
     if values is not None:
         tl.store(values + entry, w, mask=inside)
-    tl.store(param, _round(w, word0, PARAM, round_param), mask=inside)
+    tl.store(param, _round(w, word0, PARAM, round_param), mask=known)
 
 
 # Numbers that may change from step to step or from mask to mask: none of their values shall mean another compilation.
@@ -232,12 +234,11 @@ def sparse_adamw_(
     if nnz == 0:
         return
     rows = crow_indices.numel() - 1
-    check_rows(rows, "sparse_adamw")
     device, written = exp_avg.device, addresses(params)
     has_seed, dtype, grad_dtype = seed is not None, params[0].dtype, grads[0].dtype
     with on(device):
-        table = tensor_table(device, written, params)
-        grad_table = None if compact_grads else device_table(device, written, addresses(grads))
+        table = tensor_table(device, written, params, written, rows, written=True)
+        grad_table = None if compact_grads else gradient_table(device, written, grads, params)
         tensors = (
             table, grad_table, grads[0] if compact_grads else None, exp_avg, exp_avg_sq, values,
             decay_to if weight_decay or l1 else None, crow_indices, col_indices, step, lr, grad_scale, found_inf,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deftx_kernels.kernels.launch import Launcher, cdiv, on
-from deftx_kernels.kernels.rows import TRITON_DTYPE, WAYS, check_rows, locate, tensor_table
+from deftx_kernels.kernels.rows import TRITON_DTYPE, WAYS, addresses, locate, tensor_table
 
 # 4 entries a thread take 32 registers (sm_80: 38), so that all (three quarters) of a multiprocessor's threads run. Not timed yet.
 BLOCK = 512
@@ -34,8 +34,8 @@ def _square_sum_kernel(
     entry = start + tl.arange(0, BLOCK)
     inside = entry < end
     columns = tl.load(col_indices + entry, mask=inside)
-    element, _ = locate(table, None, crow_indices, rows, n_tensors, start, end, entry, columns, DTYPE, DTYPE, WAYS)
-    x = tl.load(element, mask=inside, other=0.0).to(tl.float64)
+    element, _, known = locate(table, None, crow_indices, rows, n_tensors, start, end, entry, columns, DTYPE, DTYPE, WAYS)
+    x = tl.load(element, mask=inside & known, other=0.0).to(tl.float64)
     tl.store(partial_sums + tl.program_id(0), tl.sum(x * x, 0))
 
 
@@ -52,13 +52,13 @@ def csr_square_sum(
     if nnz == 0:
         return torch.zeros((), dtype=torch.float64, device=device)
     rows = crow_indices.numel() - 1
-    check_rows(rows, "csr_square_sum")
-    programs, dtype = cdiv(nnz, BLOCK), tensors[0].dtype
+    programs = cdiv(nnz, BLOCK)
     with on(device):
         partial_sums = torch.empty(programs, dtype=torch.float64, device=device)
         # Two streams may read the same tensors at the same time: each has a table of its own.
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        table = tensor_table(device, (stream,), tensors)
+        table = tensor_table(device, (stream,), tensors, addresses(tensors), rows)
+        dtype = tensors[0].dtype
         _launch(
             (programs, 1, 1), (dtype,), (table, crow_indices, col_indices, partial_sums), (nnz, rows, len(tensors)),
             TRITON_DTYPE[dtype], BLOCK, WAYS,

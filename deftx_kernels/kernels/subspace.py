@@ -59,7 +59,7 @@ def subspace_factors(a: Tensor | Parts, totals: Tensor, rank: int, n_iter: int, 
         z = matmul(y.mT, a)
         if half is None:  # singular values of a.mT a q are at most those of a.mT a
             half = eigvalsh(gram64(z, -1))[:, columns - rank].clamp(min=0).sqrt() / 2
-        shift = torch.minimum(1.5 * (totals - seen).clamp(min=0) / (n - columns), half)
+        shift = torch.minimum(1.5 * (totals - seen).clamp(min=0) / max(n - columns, 1), half)
         q = orthonormal_rows(z - shift.to(z.dtype)[:, None, None] * q)
         y = matmul(a, q.mT)
         before, seen = seen, sums_of_squares(y)

@@ -27,7 +27,7 @@ def truncated_svd(a: Tensor, rank: int, n_iter: int, test_matrix: Tensor | None)
     work = a.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
     batch, scale = _in_range(work.reshape(math.prod(a.shape[:-2]), *a.shape[-2:]))
     with full_precision():
-        if test_matrix is None:
+        if test_matrix is None or len(batch) == 0:
             U, S, Vh = svd(batch)
         else:
             wide = a.shape[-2] < a.shape[-1]
