@@ -128,7 +128,7 @@ def _histogram(x: Tensor, prefix: int, shift: int) -> Tensor:
 
 
 def magnitude_histogram(scores: Sequence[Tensor], prefix: int, shift: int) -> Tensor:
-    return torch.stack([_histogram(s, prefix, shift) for s in scores]).sum(0)
+    return functools.reduce(Tensor.add_, (_histogram(s, prefix, shift) for s in scores))
 
 
 def kth_magnitude(parts: Callable[[], Iterable[Tensor]], k: int) -> tuple[int, int]:
@@ -139,7 +139,7 @@ def kth_magnitude(parts: Callable[[], Iterable[Tensor]], k: int) -> tuple[int, i
     prefix, remaining = 0, k
     shift = 8 * next(iter(parts())).element_size() - 16
     while shift >= 0:
-        from_the_top = torch.stack([_histogram(p, prefix, shift) for p in parts()]).sum(0).flip(0).cumsum(0)
+        from_the_top = functools.reduce(Tensor.add_, (_histogram(p, prefix, shift) for p in parts())).flip(0).cumsum(0)
         position = int(torch.searchsorted(from_the_top, remaining))
         if position > 0:
             remaining -= int(from_the_top[position - 1])
