@@ -255,7 +255,7 @@ def select_by_groups(
 
 
 def _groups(names: list[str], shapes: list[torch.Size], device: torch.device) -> list[list[str]]:
-    """The names in order, cut into groups of at most as many elements as the largest tensor has, or as many as cost little memory."""
+    """The names in order, cut into groups of at most as many elements as the largest tensor has, or `_LEAST_GROUP`."""
     limit = max(_LEAST_GROUP[device.type == "cuda"], *(s.numel() for s in shapes))
     groups: list[list[str]] = []
     room = 0

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from deftx_kernels import CSRMask, _selection, select_mask, svd_denoise, topk_mask
 from deftx_kernels._selection import StreamingTopK, by_rounds
+from deftx_kernels.functional import low_rank_mask
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = st.lists(st.sampled_from([(), (1,), (0,), (9,), (3, 5), (4, 0), (2, 3, 4)]), min_size=1, max_size=4)
@@ -364,3 +365,58 @@ def test_select_mask_needs_little_memory(rule, density):
     assert run.returncode == 0, run.stderr
     share = float(run.stdout)
     assert share <= 0.3 + (0 if rule == "{}" else 3 / 32)
+
+
+# ---- LIFT's selection ----
+
+
+@pytest.mark.parametrize("arguments", [dict(density=0.07), dict(density=0.3, scope="row"), dict(k=50, scope="global"), dict(k=0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_low_rank_mask_equals_denoise_then_topk(arguments, dtype):
+    weights, _ = models(dtype)
+    weights["l2.weight"] = weights["l2.weight"].t()  # not contiguous
+    low, info = svd_denoise(weights, rank=2, return_info=True)
+    before = {n: t.clone() for n, t in weights.items()}
+    calls = []
+    mask, found = low_rank_mask(weights, rank=2, return_info=True, progress=lambda *x: calls.append(x), **arguments)
+    assert mask == topk_mask(low, **({"scope": "tensor"} | arguments))
+    assert all(torch.equal(weights[n], before[n]) for n in weights)
+    assert found["l3.weight"] is None
+    assert all(torch.allclose(found[n][key], x) for n, of in info.items() if of for key, x in of.items())
+    assert (calls[0], calls[-1]) == ((0, 5), (5, 5))
+
+
+def test_low_rank_mask_of_16_bit_weights_compares_in_float32():
+    weights, _ = models(torch.bfloat16)
+    assert low_rank_mask(weights, rank=2, density=0.2) == low_rank_mask(
+        {n: t.float() for n, t in weights.items()}, rank=2, density=0.2
+    )
+
+
+def test_low_rank_mask_bad_arguments():
+    weights, _ = models()
+    with pytest.raises(TypeError, match="rank must be an int"):
+        low_rank_mask(weights, rank=0.5, k=1)
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        low_rank_mask(weights, rank=0, k=1)
+    with pytest.raises(ValueError, match="exactly one of k and density"):
+        low_rank_mask(weights, rank=1)
+    with pytest.raises(TypeError, match=r"weights\['i'\] must be float32"):
+        low_rank_mask(weights | {"i": torch.ones(2, 2, dtype=torch.int32)}, rank=1, k=1)
+    with pytest.raises(ValueError, match=r"weights\['l1.weight'\] holds nan at flat index 0"):
+        low_rank_mask(weights | {"l1.weight": torch.full((6, 8), float("nan"))}, rank=1, k=1)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux tells a process's peak memory")
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_low_rank_mask_needs_little_memory(scope):
+    """The mask, 2 bytes for each of its entries, and what one tensor needs (1/32 of the model), not a second model."""
+    exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    call = f'low_rank_mask(tuned, density=0.05, scope="{scope}", rank=8)'
+    assert "select_mask(tuned, base, density=float(sys.argv[2]), **rule)" in MEASURED_SELECTION
+    script = MEASURED_SELECTION.replace("select_mask(tuned, base, density=float(sys.argv[2]), **rule)", call)
+    script = "from deftx_kernels.functional import low_rank_mask" + script
+    run = subprocess.run([sys.executable, "-c", script, "dict(rank=8)"], capture_output=True, text=True, env=exact)
+    assert run.returncode == 0, run.stderr
+    mask = 0.05 * 2 / 4 * (1 if scope == "tensor" else 3.75)  # or a score beside each column, and room for a quarter more
+    assert float(run.stdout) <= mask + 6 / 32
