@@ -18,6 +18,7 @@ from bench.rows import OURS
 from bench.shapes import SIZES as SHAPES
 from bench.shapes import Shapes, random_tensors
 from deftx_kernels import CSRMask, select_mask, svd_denoise, topk_mask, truncated_svd
+from deftx_kernels.functional import low_rank_mask
 
 OPS = {
     "svd_denoise": "each matrix replaced by its best approximation of low rank",
@@ -446,7 +447,7 @@ def lift_case(size: str, layers: int, density: float, device: str) -> Case:
     numel = sum(w.numel() for w in weights.values())
 
     def ours() -> CSRMask:
-        return topk_mask(svd_denoise(weights, rank=LIFT_RANK), density=density, scope="tensor")
+        return low_rank_mask(weights, rank=LIFT_RANK, density=density)
 
     def lift(svd: Svd) -> dict[str, Tensor]:
         return {n: lift_mask(w, counts[n], svd).cpu() for n, w in weights.items()}

@@ -21,8 +21,8 @@ class Bucket:
 
     def build(self, mask: CSRMask, decay_to: dict[str, Tensor] | None) -> None:
         self.members = dict(sorted(self.members.items()))
-        self.positions = {name: i for i, name in enumerate(mask.names) if name in self.members}
-        self.mask = mask if set(self.members) == set(mask.names) else mask.restrict(list(self.members))
+        self.positions = {name: mask.places[name] for name in self.members}
+        self.mask = mask if len(self.members) == len(mask) else mask.restrict(list(self.members))
         dense, _ = next(iter(self.members.values()))
         self.mask = self.mask.to(dense.device)
         self.parts: dict[str, CSRMask] = {}  # of members that were stepped on their own

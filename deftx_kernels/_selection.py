@@ -25,7 +25,7 @@ def find_threshold(
     A radix select, 16 bits a round. Where every score equal to the k-th largest is wanted, there are no ties to count.
     """
     if k == 0:
-        return (1 << (8 * element_size - 1)) - 1, 0  # no finite score has bits like these
+        return _largest_bits(element_size), 0
     prefix, remaining, tied = 0, k, 0
     for shift in range(8 * element_size - 16, -1, -16):
         counts = histogram(prefix, shift).flip(0)
@@ -63,80 +63,138 @@ def count_equal(scores: Scores, threshold: int) -> Tensor:
 
 def take(scores: Scores, threshold: int, ties: int) -> tuple[Tensor, Tensor, int]:
     """crow_indices and col_indices of the scores above the threshold and of the first `ties` equal to it; the ties left."""
-    quotas = []
-    for part in [scores] if isinstance(scores, Denoised) else [[t] for t in scores]:
-        quotas.append(min(ties, int(count_equal(part, threshold))) if ties else 0)
-        ties -= quotas[-1]
     if isinstance(scores, Denoised):
-        return *torch.ops.deftx.low_rank_mask(*scores, threshold, quotas), ties
+        quota = min(ties, int(count_equal(scores, threshold))) if ties else 0
+        return *torch.ops.deftx.low_rank_mask(*scores, threshold, [quota]), ties - quota
+    quotas, ties = _tie_quotas(scores, threshold, ties)
     return *torch.ops.deftx.threshold_mask(scores, threshold, quotas), ties
 
 
-class Columns:
-    """col_indices [k] that are filled one group of tensors after the other, and the crow_indices that belong to them."""
+def _tie_quotas(scores: Sequence[Tensor], threshold: int, ties: int) -> tuple[list[int], int]:
+    """How many of its entries equal to the threshold each tensor may keep, earlier tensors first; the ties left.
 
-    def __init__(self, k: int, dtype: torch.dtype, device: torch.device) -> None:
+    The tensor in which the ties end is found by halving: a count takes 65,536 bins, however small a tensor is.
+    """
+    sizes = [t.numel() for t in scores]
+    if ties == 0:
+        return [0] * len(sizes), 0
+    if (count := int(count_equal(scores, threshold))) <= ties:
+        return sizes, ties - count
+    first, last = 0, len(sizes)  # all before `first` keep theirs, none from `last` on
+    while last - first > 1:
+        middle = (first + last) // 2
+        if (count := int(count_equal(scores[first:middle], threshold))) <= ties:
+            first, ties = middle, ties - count
+        else:
+            last = middle
+    return [*sizes[:first], ties, *[0] * (len(sizes) - last)], 0
+
+
+class Columns:
+    """col_indices [capacity] that are filled one group of tensors after the other, and the crow_indices that belong to them."""
+
+    def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
-        self.col = torch.empty(k, dtype=_SIGNED[dtype], device=device)
-        self.crows: list[Tensor] = []  # of each group, from 0
-        self.bounds = [0]  # where each group's entries begin, and where the last one's end
+        self.col = torch.empty(capacity, dtype=_SIGNED[dtype], device=device)
+        self.crows = [torch.zeros(1, dtype=torch.int64, device=device)]  # one after the other: crow_indices of all groups
+        self.filled = 0
 
     def append(self, crow: Tensor, col: Tensor) -> None:
-        start, end = self.bounds[-1], self.bounds[-1] + len(col)
-        self.col[start:end] = col.view(_SIGNED[col.dtype]) if col.dtype == self.dtype else col.to(self.col.dtype)
-        self.crows.append(crow)
-        self.bounds.append(end)
+        start, self.filled = self.filled, self.filled + len(col)
+        self.col[start : self.filled] = col.view(_SIGNED[col.dtype]) if col.dtype == self.dtype else col.to(self.col.dtype)
+        self.crows.append(crow[1:] + start)
 
     def csr(self) -> tuple[Tensor, Tensor]:
         """crow_indices and col_indices over the rows of all groups."""
-        parts = [self.crows[0][:1], *(crow[1:] + start for crow, start in zip(self.crows, self.bounds))]
-        return torch.cat(parts), self.col[: self.bounds[-1]].view(self.dtype)
+        return torch.cat(self.crows), self.col[: self.filled].view(self.dtype)
 
 
 _SIGNED = {torch.uint16: torch.int16, torch.int32: torch.int32}  # torch indexes few tensors of unsigned integers
 
 
-class Candidates(Columns):
+class StreamingTopK(Columns):
     """The k largest of groups of tensors that come one after the other: what is not among the k largest so far can never be.
 
-    Holds a score and a column, together 6 to 12 bytes, for each of k entries.
+    A buffer holds the column and the score, together 6 to 12 bytes, of each entry that may still be one of them, and has room for a
+    quarter more than k. Where the next ones do not fit it is cut to the k largest so far: about 4 log(n / k) times for n entries in
+    no particular order.
     """
 
     def __init__(self, k: int, dtype: torch.dtype, score_dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(k, dtype, device)
+        super().__init__(self.capacity(k), dtype, device)
         self.k = k
-        self.seen = 0  # elements
-        self.scores = torch.empty(k, dtype=score_dtype, device=device)
+        self.scores = torch.empty(len(self.col), dtype=score_dtype, device=device)
+        # Magnitude bits that k earlier scores have at least: a later one that is not above them cannot be selected. None: all can.
+        self.bound = _largest_bits(score_dtype.itemsize) if k == 0 else None
+
+    @staticmethod
+    def capacity(k: int) -> int:
+        return k + max(k // 4, _LEAST_ROOM)
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Takes the next tensors: finite, contiguous, of `score_dtype`."""
-        self.seen += sum(t.numel() for t in tensors)
-        lists = [[self.scores[: self.bounds[-1]]], tensors] if self.bounds[-1] else [tensors]
-        threshold, ties = find_threshold(
-            lambda prefix, shift: sum(torch.ops.deftx.magnitude_histogram(x, prefix, shift) for x in lists),
-            self.scores.element_size(),
-            min(self.k, self.seen),
-        )
-        old, self.bounds = self.bounds, [0]
-        for i, (start, end) in enumerate(zip(old, old[1:])):  # move what stays to the front
-            scores, col, to = self.scores[start:end], self.col[start:end], self.bounds[-1]
-            _, stay, ties = take([scores], threshold, ties)
-            if len(stay) < len(scores) or to < start:
-                stay = stay.to(torch.int32)
-                self.crows[i] = torch.searchsorted(stay, self.crows[i])
-                self.scores[to : to + len(stay)] = scores[stay]
-                self.col[to : to + len(stay)] = col[stay]
-            self.bounds.append(to + len(stay))
-        crow, col, _ = take(tensors, threshold, ties)
-        start = self.bounds[-1]
+        room = len(self.col) - self.filled
+        if self.bound is not None:
+            crow, col = torch.ops.deftx.threshold_mask(tensors, self.bound, [0] * len(tensors))
+        elif (numel := sum(t.numel() for t in tensors)) <= room:
+            crow, col, _ = take(tensors, 0, numel)
+        else:
+            crow = col = None
+        if col is None or len(col) > room:
+            crow = col = None  # before the buffer is cut
+            threshold, ties = self._cut([tensors])
+            crow, col, _ = take(tensors, threshold, ties)
+        start = self.filled
         self.append(crow, col)
-        self.scores[start : self.bounds[-1]] = torch.ops.deftx.csr_gather(tensors, crow, col)
+        self.scores[start : self.filled] = torch.ops.deftx.csr_gather(tensors, crow, col)
+
+    def _cut(self, more: Sequence[Sequence[Tensor]]) -> tuple[int, int]:
+        """Leaves in the buffer what is among the k largest of it and of `more`: threshold and ties for those that come after it."""
+        lists = [[self.scores[: self.filled]], *more] if self.filled else more
+        threshold, ties = find_threshold(
+            lambda prefix, shift: functools.reduce(Tensor.add_, (histogram(x, prefix, shift) for x in lists)),
+            self.scores.element_size(),
+            self.k,
+        )
+        self.bound = threshold if ties else threshold + 1
+        crow = torch.cat(self.crows)
+        self.crows = [crow]
+        starts = range(0, self.filled, _PIECE)
+        firsts = torch.searchsorted(crow, torch.tensor(starts, device=crow.device)).tolist()
+        to = 0
+        for start, first, last in zip(starts, firsts, [*firsts[1:], len(crow)]):  # a piece at a time: to the front, in place
+            scores, columns = (x[start : min(start + _PIECE, self.filled)] for x in (self.scores, self.col))
+            _, stay, ties = take([scores], threshold, ties)
+            stay = stay.to(torch.int32)
+            crow[first:last] = to + torch.searchsorted(stay, crow[first:last] - start)
+            self.scores[to : to + len(stay)] = scores[stay]
+            self.col[to : to + len(stay)] = columns[stay]
+            to += len(stay)
+        self.filled = to
+        return threshold, ties
+
+    def csr(self) -> tuple[Tensor, Tensor]:
+        """crow_indices and col_indices of the k largest of all; nothing can be added then."""
+        if self.filled > self.k:
+            self._cut([])
+        del self.scores
+        crow, col = super().csr()
+        return crow, col.clone()  # without the room
+
+
+_LEAST_ROOM = 4096  # entries: a small k would leave no room for what comes next
+_PIECE = 1 << 18  # entries that are moved at a time
+
+
+def _largest_bits(element_size: int) -> int:
+    """No magnitude is above these bits."""
+    return (1 << (8 * element_size - 1)) - 1
 
 
 def by_rounds(
     groups: Callable[[], Iterable[Scores]], k: int, dtype: torch.dtype, score_dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """As `Candidates`, of groups that can be made again: no score is kept, and each group is made 1 + itemsize / 2 times."""
+    """As `StreamingTopK`, of groups that can be made again: no score is kept, and each group is made 1 + itemsize / 2 times."""
     threshold, ties = find_threshold(
         lambda prefix, shift: functools.reduce(Tensor.add_, (histogram(x, prefix, shift) for x in groups())),
         score_dtype.itemsize,
@@ -164,7 +222,7 @@ def select_by_groups(
 
     `scores(names)` makes those of a group, finite and contiguous, of `dtype`; it may be called several times for a group.
     """
-    groups = _groups(names, shapes)
+    groups = _groups(names, shapes, device)
 
     def each(first: int = 0, rounds: int = 1) -> Iterator[list[Tensor]]:
         done = first * len(names)
@@ -185,20 +243,20 @@ def select_by_groups(
             del tensors  # before the next ones are made
         return found.csr()
     [k] = counts
-    if k * (dtype.itemsize + columns.itemsize) <= 0.25 * dtype.itemsize * sum(s.numel() for s in shapes):
-        candidates = Candidates(k, columns, dtype, device)
+    if (k + k // 4) * (dtype.itemsize + columns.itemsize) <= 0.25 * dtype.itemsize * sum(s.numel() for s in shapes):
+        found = StreamingTopK(k, columns, dtype, device)
         for tensors in each():
-            candidates.add(tensors)
+            found.add(tensors)
             del tensors
-        return candidates.csr()
+        return found.csr()
     rounds = 1 + dtype.itemsize // 2
     passes = itertools.count()
     return by_rounds(lambda: each(next(passes), rounds), k, columns, dtype, device)
 
 
-def _groups(names: list[str], shapes: list[torch.Size]) -> list[list[str]]:
-    """The names in order, cut into groups of at most as many elements as the largest tensor has."""
-    limit = max(s.numel() for s in shapes)
+def _groups(names: list[str], shapes: list[torch.Size], device: torch.device) -> list[list[str]]:
+    """The names in order, cut into groups of at most as many elements as the largest tensor has, or `_LEAST_GROUP`."""
+    limit = max(_LEAST_GROUP[device.type == "cuda"], *(s.numel() for s in shapes))
     groups: list[list[str]] = []
     room = 0
     for name, shape in zip(names, shapes):
@@ -208,3 +266,7 @@ def _groups(names: list[str], shapes: list[torch.Size]) -> list[list[str]]:
         groups[-1].append(name)
         room -= shape.numel()
     return groups
+
+
+# Elements, on the CPU and on a GPU: a group costs some calls, and a GPU works on many small matrices in the time of one.
+_LEAST_GROUP = (1 << 20, 1 << 25)

@@ -1,5 +1,6 @@
 """The stateless public operations: arguments are checked here, once; the work is done by `torch.ops.deftx`."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from deftx_kernels._checks import (
     is_number,
     scalar,
 )
-from deftx_kernels._denoising import check_rule, compute_dtype, denoise, factors, random_test_matrix
+from deftx_kernels._denoising import Rule, check_rule, compute_dtype, denoise, factors, random_test_matrix
 from deftx_kernels._masked import masked_lookup, masked_matmul
 from deftx_kernels._ops import SCOPES, column_dtype
 from deftx_kernels._selection import Denoised, Scores, by_rounds, select_by_groups
@@ -240,9 +241,10 @@ def select_mask(
 
     The differences are taken in float32 (float64 where one tensor is), denoised by `svd_denoise` and selected by `topk_mask`.
     Without denoising both models are read once, where they lie, and no difference is stored. With it, one group of tensors is
-    denoised after the other: beside the models there exist the differences of one group and 6 to 8 bytes for each selected entry.
-    Where these would be more than a quarter of the model (from a density of about 0.17), no score is kept and every group is
-    denoised three times.
+    denoised after the other: beside the models there exist the differences of one group and 7.5 to 10 bytes (float64: to 15) for
+    each selected entry. A group has as many elements as the largest tensor, but at least 2**20 (2**25 on a GPU): many small tensors
+    are worked on together. Where the selected entries would take more than a quarter of the model (from a density of about 0.13),
+    no score is kept and every group is denoised three times.
 
     Args:
         tuned, base: θ1 and θ0: modules (their named parameters) or mappings of names to tensors, of any floating dtypes. Tensors
@@ -312,21 +314,76 @@ def select_mask(
 
         crow, col = by_rounds(each, counts[0], column_dtype(shapes), dtype, device)
     else:
-
-        def scores(group: Sequence[str]) -> list[Tensor]:
-            found = {n: difference(n) for n in group}
-            for name in set(group).difference(noisy):
-                check_finite(found[name], labels[name])
-            if rule is not None:
-                matrices = {n: found[n] for n in group if n in noisy}
-                infos.update(denoise(matrices, matrices, labels, rule))
-            return list(found.values())
-
+        scores = _denoised(difference, noisy, labels, rule, infos)
         crow, col = select_by_groups(scores, chosen, shapes, counts, scope, dtype, device, progress)
     if progress is not None:
         progress(len(chosen), len(chosen))
     mask = CSRMask._trusted(chosen, shapes, crow, col)
     return (mask, infos) if return_info else mask
+
+
+def low_rank_mask(
+    weights: Mapping[str, Tensor] | nn.Module,
+    *,
+    rank: int | str,
+    k: int | None = None,
+    density: float | None = None,
+    scope: str = "tensor",
+    return_info: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
+    """The largest entries of the weights' approximations of low rank: LIFT (Liu et al. 2025, arXiv 2506.00772).
+
+    The mask of `topk_mask(svd_denoise(weights, rank=rank), ...)`, in the memory that `select_mask` needs: one group of weights is
+    approximated after the other. Approximations of 16-bit weights are compared in float32.
+
+    Args:
+        weights: a module (its named parameters) or a mapping of names to floating-point tensors, on one device.
+        rank: of the approximation of each matrix, as in `svd_denoise`; tensors of fewer than two dimensions are taken as they are.
+        k, density, scope: as in `topk_mask`.
+        return_info, progress: as in `select_mask`.
+
+    Raises:
+        ValueError, TypeError: as `topk_mask` and `svd_denoise`.
+    """
+    rule = check_rule(rank, None, 0.0)
+    tensors = dict(sorted(named_tensors(weights, "weights").items()))
+    names, shapes = list(tensors), [t.shape for t in tensors.values()]
+    CSRMask.check_layout(names, shapes)
+    dtype = functools.reduce(torch.promote_types, check_floats(list(tensors.values()), names, "weights"), torch.float32)
+    check_devices(tensors, "weights")
+    counts = selected_counts(names, shapes, k, density, scope)
+    infos: dict[str, dict[str, Tensor] | None] = dict.fromkeys(names)
+    scores = _denoised(
+        lambda name: tensors[name].to(dtype, copy=True, memory_format=torch.contiguous_format),
+        {n for n in names if tensors[n].dim() >= 2}, {n: f"weights[{n!r}]" for n in names}, rule, infos,
+    )  # fmt: skip
+    crow, col = select_by_groups(scores, names, shapes, counts, scope, dtype, tensors[names[0]].device, progress)
+    if progress is not None:
+        progress(len(names), len(names))
+    mask = CSRMask._trusted(names, shapes, crow, col)
+    return (mask, infos) if return_info else mask
+
+
+def _denoised(
+    make: Callable[[str], Tensor],
+    noisy: set[str],
+    labels: Mapping[str, str],
+    rule: Rule | None,
+    infos: dict[str, dict[str, Tensor] | None],
+) -> Callable[[Sequence[str]], list[Tensor]]:
+    """What `select_by_groups` takes: a group's tensors by `make`, those that `noisy` has denoised in place; `infos` is updated."""
+
+    def scores(group: Sequence[str]) -> list[Tensor]:
+        found = {n: make(n) for n in group}
+        for name in set(group).difference(noisy):
+            check_finite(found[name], labels[name])
+        if rule is not None:
+            matrices = {n: found[n] for n in group if n in noisy}
+            infos.update(denoise(matrices, matrices, labels, rule))
+        return list(found.values())
+
+    return scores
 
 
 def _noisy_names(chosen: list[str], old: Mapping[str, Tensor], names: Iterable[str] | None) -> set[str]:

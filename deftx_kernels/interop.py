@@ -101,7 +101,7 @@ def to_composable_sft(delta: SparseDelta, directory: str | os.PathLike) -> None:
         steps = np.diff(flat[order], prepend=0)
         # clone: torch.save writes the whole storage behind a view
         part = values[name].cpu()[torch.from_numpy(order)].clone()
-        diffs[name] = {"size": torch.Size(shape), "index_steps": [int(s) for s in steps], "values": part}
+        diffs[name] = {"size": torch.Size(shape), "index_steps": steps.tolist(), "values": part}
     content: dict[str, Any] = {"diffs": diffs}
     if delta.dense:
         content["abs"] = {n: t.detach().cpu().clone() for n, t in delta.dense.items()}
@@ -227,7 +227,7 @@ def to_scipy_csr(mask: CSRMask, name: str, compact: Tensor) -> Any:
     """One tensor's entries, with values from `compact` [mask.nnz], as a scipy.sparse.csr_matrix."""
     from scipy.sparse import csr_matrix
 
-    one, values = mask[name], mask.split(compact)[name]
+    one, values = mask[name], mask.part(name, compact)
     arrays = (values.detach().cpu().numpy(), one.col_indices.cpu().to(torch.int64).numpy(), one.crow_indices.cpu().numpy())
     return csr_matrix(arrays, shape=rows_and_columns(one.shapes[0]))
 
@@ -243,6 +243,6 @@ def to_cupy_csr(mask: CSRMask, name: str, compact: Tensor) -> Any:
     import cupy
     from cupyx.scipy.sparse import csr_matrix
 
-    one, values = mask[name], mask.split(compact)[name]
+    one, values = mask[name], mask.part(name, compact)
     arrays = (values.detach(), one.col_indices.to(torch.int32), one.crow_indices.to(torch.int32))
     return csr_matrix(tuple(cupy.asarray(a) for a in arrays), shape=rows_and_columns(one.shapes[0]))

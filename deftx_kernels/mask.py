@@ -109,6 +109,11 @@ class CSRMask:
     # ---- layout ----
 
     @cached_property
+    def places(self) -> dict[str, int]:
+        """Name → its place in `names`."""
+        return dict(zip(self.names, range(len(self.names))))
+
+    @cached_property
     def row_offsets(self) -> tuple[int, ...]:
         """[len(names) + 1]: the first row of each tensor, and the number of rows."""
         return tuple(accumulate((rows_and_columns(s)[0] for s in self.shapes), initial=0))
@@ -150,7 +155,7 @@ class CSRMask:
         return f"CSRMask({len(self.names)} tensors, {share}, device={self.device})"
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        return name in self.places
 
     def __len__(self) -> int:
         return len(self.names)
@@ -232,10 +237,20 @@ class CSRMask:
         self.check_compact(compact, "compact")
         return {n: compact[s:e] for n, s, e in zip(self.names, self._bounds, self._bounds[1:])}
 
+    def part(self, name: str, compact: Tensor) -> Tensor:
+        """The view of a compact tensor that holds one tensor's entries."""
+        self.check_compact(compact, "compact")
+        i = self._place(name)
+        return compact[self._bounds[i] : self._bounds[i + 1]]
+
+    def _place(self, name: str) -> int:
+        if name not in self.places:
+            raise KeyError(f"the mask has no tensor {name!r}")
+        return self.places[name]
+
     def sparse_csr(self, name: str, compact: Tensor) -> Tensor:
         """One tensor's entries with their values (from `compact` [nnz] of the whole mask) as a torch sparse CSR matrix."""
-        one = self[name]
-        values = self.split(compact)[name]
+        one, values = self[name], self.part(name, compact)
         return torch.sparse_csr_tensor(
             one.crow_indices, one.col_indices.to(torch.int64), values, size=rows_and_columns(one.shapes[0]), check_invariants=False
         )
@@ -257,7 +272,7 @@ class CSRMask:
             raise ValueError(f"{argument} lacks tensor {name!r}, which the mask covers")
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{argument}[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}")
-        shape = self.shapes[self.names.index(name)]
+        shape = self.shapes[self.places[name]]
         if tensor.shape != shape:
             raise ValueError(f"{argument}[{name!r}] has shape {list(tensor.shape)}, the mask was made for {list(shape)}")
         raise ValueError(f"{argument}[{name!r}] is on {tensor.device}, the mask on {self.device}: move one with .to()")
@@ -275,9 +290,7 @@ class CSRMask:
 
     def __getitem__(self, name: str) -> "CSRMask":
         """The mask of one tensor."""
-        if name not in self.names:
-            raise KeyError(f"the mask has no tensor {name!r}")
-        i = self.names.index(name)
+        i = self._place(name)
         first, last = self.row_offsets[i], self.row_offsets[i + 1]
         start, end = self._bounds[i], self._bounds[i + 1]
         crow = self.crow_indices[first : last + 1] - start
@@ -321,10 +334,10 @@ class CSRMask:
         """crow_indices over the rows of more tensors, ascending by name; those that the mask does not cover are empty."""
         if len(names) == len(self.names):
             return self.crow_indices
-        parts, place = [self.crow_indices[:1]], dict(zip(self.names, range(len(self.names))))
+        parts = [self.crow_indices[:1]]
         for name in names:
-            if name in place:
-                first, last = self.row_offsets[place[name]], self.row_offsets[place[name] + 1]
+            if name in self.places:
+                first, last = self.row_offsets[self.places[name]], self.row_offsets[self.places[name] + 1]
                 parts.append(self.crow_indices[first + 1 : last + 1])
             else:
                 parts.append(parts[-1][-1:].expand(rows_and_columns(shapes[name])[0]))

@@ -310,7 +310,8 @@ def densify(model: nn.Module) -> nn.Module:
     owners = [m for m in model.modules() if isinstance(m, Masked)]
     if not owners:
         raise ValueError("model is not sparsified")
-    outside = {id(e) for o in list(_OWNERS) if o not in owners for e in o._masked_entries.values()}
+    inside = set(map(id, owners))
+    outside = {id(e) for o in list(_OWNERS) if id(o) not in inside for e in o._masked_entries.values()}
     for owner in owners:
         for leaf, entry in owner._masked_entries.items():
             if id(entry) in outside:

@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 from deftx_kernels._buckets import Bucket
 from deftx_kernels._checks import check_hyperparameters, check_int, is_number
 from deftx_kernels.mask import CSRMask
-from deftx_kernels.nn import owners_of
+from deftx_kernels.nn import MaskedParameter, owners_of
 
 # What wrappers put before or into the names of a module's parameters.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -57,6 +57,7 @@ class SparseAdamW(Optimizer):
 
     _buckets: list[Bucket] | None  # of the masked parameters; None until the next step needs them
     _others: list[list[Tensor]]  # of each group the other parameters
+    _taken: dict[str, Tensor] | None  # name in the mask → its dense tensor, of all groups; None: not known
     _clip: Tensor | None  # what the next step divides gradients by
 
     def __init__(
@@ -82,6 +83,7 @@ class SparseAdamW(Optimizer):
             mask.check_compact(decay_to, "decay_to")
         self.mask = mask
         self._decay_to = None if decay_to is None else mask.split(decay_to.detach())
+        self._taken = {}
         self._forget()
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, l1=l1, maximize=maximize, master=master,
@@ -102,33 +104,42 @@ class SparseAdamW(Optimizer):
             raise ValueError(f"lr must be at least 0, got {float(group['lr'])}")
         _check_storage(group)
         names, params = [n for n, _ in group["params"]], [p for _, p in group["params"]]
-        for record in owners_of(params).values():
+        records = owners_of(params)
+        for record in records.values():
             name = record.mask.names[0]
             if name not in self.mask or self.mask[name] != record.mask.to(self.mask.device):
                 raise ValueError(f"{name!r} was sparsified with another mask than this optimizer's")
-        taken = {name: p for g in self.param_groups for name, (p, _) in self._covered(g["param_names"], g["params"]).items()}
-        covered = self._covered(names, params)
+        if self._taken is None:
+            self._taken = {name: p for members in self._covered_groups() for name, (p, _) in members.items()}
+        covered = self._covered(names, params, records)
         for name, (dense, values) in covered.items():
-            if taken.get(name, dense) is not dense:
+            if self._taken.get(name, dense) is not dense:
                 raise ValueError(f"a parameter named {name!r} is in another group already")
             if group["stochastic_rounding"] and dense.dtype == torch.float16 and values is None and not group["master"]:
                 raise ValueError(f"stochastic_rounding is not defined for float16 parameters such as {name!r}: set master=True")
         super().add_param_group(group)
+        self._taken |= {name: dense for name, (dense, _) in covered.items()}
         self._describe_mask(group, covered)
         self._forget()
 
-    def _covered(self, names: list[str], params: list[Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    def _covered_groups(self) -> list[dict[str, tuple[Tensor, Tensor | None]]]:
+        """`_covered` of each group."""
+        records = owners_of(chain.from_iterable(g["params"] for g in self.param_groups))
+        return [self._covered(g["param_names"], g["params"], records) for g in self.param_groups]
+
+    def _covered(
+        self, names: list[str], params: list[Tensor], records: Mapping[int, MaskedParameter]
+    ) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Name in the mask → (dense tensor, compact values or None), of the parameters that are masked."""
-        records, shapes = owners_of(params), dict(zip(self.mask.names, self.mask.shapes))
         found: dict[str, tuple[Tensor, Tensor | None]] = {}
         dense: Tensor
         own: Tensor | None
         for name, param in zip(names, params):
             if record := records.get(id(param)):
                 name, dense, own = record.mask.names[0], record.dense, param
-            elif name in shapes:
-                if param.shape != shapes[name]:
-                    raise ValueError(f"{name!r} has shape {list(param.shape)}, the mask was made for {list(shapes[name])}")
+            elif name in self.mask:
+                if param.shape != (shape := self.mask.shapes[self.mask.places[name]]):
+                    raise ValueError(f"{name!r} has shape {list(param.shape)}, the mask was made for {list(shape)}")
                 dense, own = param, None
             else:
                 continue
@@ -142,8 +153,8 @@ class SparseAdamW(Optimizer):
         buckets: dict[tuple, Bucket] = {}
         masked: set[int] = set()
         missing = {n for n, start, end in zip(self.mask.names, self.mask._bounds, self.mask._bounds[1:]) if end > start}
-        for i, group in enumerate(self.param_groups):
-            for name, (dense, values) in self._covered(group["param_names"], group["params"]).items():
+        for i, (group, members) in enumerate(zip(self.param_groups, self._covered_groups())):
+            for name, (dense, values) in members.items():
                 key = (i, dense.dtype, dense.device, values is None)
                 bucket = buckets.setdefault(key, Bucket(group, self.state, compact=values is not None))
                 bucket.members[name] = (dense, dense if values is None else values)
@@ -304,6 +315,7 @@ class SparseAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._taken = None
         for group in self.param_groups:
             for param in group["params"]:
                 entry = self.state.get(param, {})
@@ -325,7 +337,7 @@ class SparseAdamW(Optimizer):
             raise TypeError(f"mask must be a CSRMask, got {type(mask).__name__}")
         if (mask.names, mask.shapes) != (self.mask.names, self.mask.shapes):
             raise ValueError("mask must cover the same tensors as the one that it replaces")
-        covered = [self._covered(g["param_names"], g["params"]) for g in self.param_groups]
+        covered = self._covered_groups()
         if any(values is not None for members in covered for _, values in members.values()):
             raise ValueError(
                 "the values of a sparsified model belong to its mask: densify and sparsify it, and make a new optimizer"

@@ -191,7 +191,7 @@ def magnitude_histogram(scores: Sequence[Tensor], prefix: int, shift: int) -> Te
     _require(0 <= shift < bits and shift % 16 == 0, f"shift must be a multiple of 16 in [0, {bits}), got {shift}")
     length = bits - 16 - shift
     _require(0 <= prefix < 1 << length, f"prefix must be the first {length} bits of a score, got {prefix}")
-    return torch.stack([_histogram(s, prefix, shift) for s in scores]).sum(0)
+    return functools.reduce(Tensor.add_, (_histogram(s, prefix, shift) for s in scores))
 
 
 def kth_magnitude(parts: Callable[[], Iterable[Tensor]], k: int) -> tuple[int, int]:
@@ -202,7 +202,7 @@ def kth_magnitude(parts: Callable[[], Iterable[Tensor]], k: int) -> tuple[int, i
     prefix, remaining = 0, k
     shift = 8 * next(iter(parts())).element_size() - 16
     while shift >= 0:
-        from_the_top = torch.stack([_histogram(p, prefix, shift) for p in parts()]).sum(0).flip(0).cumsum(0)
+        from_the_top = functools.reduce(Tensor.add_, (_histogram(p, prefix, shift) for p in parts())).flip(0).cumsum(0)
         position = int(torch.searchsorted(from_the_top, remaining))
         if position > 0:
             remaining -= int(from_the_top[position - 1])

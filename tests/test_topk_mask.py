@@ -1,5 +1,6 @@
 """topk_mask and select_mask against NumPy: exactly k entries, ties by position, every dtype and scope."""
 
+import math
 import os
 import subprocess
 import sys
@@ -7,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deftx_kernels import CSRMask, select_mask, svd_denoise, topk_mask
-from deftx_kernels._selection import Candidates, by_rounds
+from deftx_kernels import CSRMask, _selection, select_mask, svd_denoise, topk_mask
+from deftx_kernels._selection import StreamingTopK, by_rounds
+from deftx_kernels.functional import low_rank_mask
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = st.lists(st.sampled_from([(), (1,), (0,), (9,), (3, 5), (4, 0), (2, 3, 4)]), min_size=1, max_size=4)
@@ -190,12 +192,66 @@ def test_groups_with_ties(dtype, distinct):
     numel = sum(t.numel() for t in scores)
     for k in range(numel + 1):
         want = topk_mask({str(i): t for i, t in enumerate(scores)}, k=k)
-        candidates = Candidates(k, torch.uint16, dtype, torch.device("cpu"))
-        for group in groups:
-            candidates.add(group)
-        for crow, col in (candidates.csr(), by_rounds(lambda: groups, k, torch.uint16, dtype, torch.device("cpu"))):
+        for crow, col in (streamed(groups, k, dtype), by_rounds(lambda: groups, k, torch.uint16, dtype, torch.device("cpu"))):
             assert torch.equal(crow, want.crow_indices), k
             assert torch.equal(col.to(torch.int32), want.col_indices.to(torch.int32)), k
+
+
+def streamed(groups, k, dtype):
+    found = StreamingTopK(k, torch.uint16, dtype, torch.device("cpu"))
+    for group in groups:
+        found.add(group)
+    return found.csr()
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    """Buffers that are cut often, in pieces."""
+    monkeypatch.setattr(_selection, "_LEAST_ROOM", 3)
+    monkeypatch.setattr(_selection, "_PIECE", 5)
+
+
+GROUPS = st.lists(st.lists(st.sampled_from([(), (1,), (0,), (9,), (3, 5), (4, 0), (2, 3, 4)]), min_size=1, max_size=3), max_size=12)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(GROUPS, st.integers(0, 999), st.sampled_from([torch.float32, torch.float64]), st.integers(1, 60), st.data())
+def test_many_small_groups(small_buffers, groups, seed, dtype, distinct, data):
+    """Of `distinct` magnitudes, 0 among them, in no order, ascending and descending: what is selected is that of all at once."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = [[(0,)], *groups]  # a group without elements
+    sizes = [math.prod(s) for group in groups for s in group]
+    scores = torch.randint(1 - distinct, distinct, (sum(sizes),), generator=generator).to(dtype)
+    order = data.draw(st.sampled_from(["none", "ascending", "descending"]))
+    if order != "none":
+        scores = scores[scores.abs().argsort(descending=order == "descending")]
+    parts = iter(scores.split(sizes))
+    groups = [[next(parts).clone().view(s) for s in group] for group in groups]
+    k = data.draw(st.integers(0, len(scores)))
+    flat = [t for group in groups for t in group]
+    want = topk_mask({f"{i:03}": t for i, t in enumerate(flat)}, k=k)
+    crow, col = streamed(groups, k, dtype)
+    assert torch.equal(crow, want.crow_indices)
+    assert torch.equal(col.to(torch.int32), want.col_indices.to(torch.int32))
+    assert col.untyped_storage().nbytes() == 2 * k
+
+
+def test_the_buffer_is_seldom_cut(monkeypatch):
+    """Scores in no order: about 4 log(n / k) times, however many groups there are; ascending ones: once for k / 4 of them."""
+    cuts, cut = [], StreamingTopK._cut
+    monkeypatch.setattr(StreamingTopK, "_cut", lambda self, more: cuts.append(1) or cut(self, more))
+    generator = torch.Generator().manual_seed(0)
+    k, scores = 1 << 15, torch.rand(1 << 19, generator=generator)
+    for groups in (512, 2048):
+        cuts.clear()
+        streamed([[part] for part in scores.chunk(groups)], k, torch.float32)
+        assert len(cuts) <= 14  # 4 log(16) = 11
+    cuts.clear()
+    streamed([[part] for part in scores.sort().values.chunk(2048)], k, torch.float32)
+    assert len(cuts) <= 4 * (1 << 19) / k + 1
+    cuts.clear()
+    streamed([[part] for part in torch.ones(1 << 19).chunk(2048)], k, torch.float32)  # a tie with the k-th comes too late
+    assert len(cuts) <= 2
 
 
 def test_select_mask_differences_are_float32_or_better():
@@ -300,7 +356,7 @@ print(1024 * (read("VmHWM") - before) / (4 * sum(t.numel() for t in base.values(
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux tells a process's peak memory")
 @pytest.mark.parametrize(
     ("rule", "density"),
-    [("{}", 0.5), ("dict(energy=0.5)", 0.05), ("dict(energy=0.5)", 0.5), ("dict(rank=8)", 0.15)],
+    [("{}", 0.5), ("dict(energy=0.5)", 0.05), ("dict(energy=0.5)", 0.5), ("dict(rank=8)", 0.13)],
 )
 def test_select_mask_needs_little_memory(rule, density):
     """0.3 of the model, the resulting mask included, and what the denoising of one tensor (1/32 of the model) needs."""
@@ -309,3 +365,58 @@ def test_select_mask_needs_little_memory(rule, density):
     assert run.returncode == 0, run.stderr
     share = float(run.stdout)
     assert share <= 0.3 + (0 if rule == "{}" else 3 / 32)
+
+
+# ---- LIFT's selection ----
+
+
+@pytest.mark.parametrize("arguments", [dict(density=0.07), dict(density=0.3, scope="row"), dict(k=50, scope="global"), dict(k=0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_low_rank_mask_equals_denoise_then_topk(arguments, dtype):
+    weights, _ = models(dtype)
+    weights["l2.weight"] = weights["l2.weight"].t()  # not contiguous
+    low, info = svd_denoise(weights, rank=2, return_info=True)
+    before = {n: t.clone() for n, t in weights.items()}
+    calls = []
+    mask, found = low_rank_mask(weights, rank=2, return_info=True, progress=lambda *x: calls.append(x), **arguments)
+    assert mask == topk_mask(low, **({"scope": "tensor"} | arguments))
+    assert all(torch.equal(weights[n], before[n]) for n in weights)
+    assert found["l3.weight"] is None
+    assert all(torch.allclose(found[n][key], x) for n, of in info.items() if of for key, x in of.items())
+    assert (calls[0], calls[-1]) == ((0, 5), (5, 5))
+
+
+def test_low_rank_mask_of_16_bit_weights_compares_in_float32():
+    weights, _ = models(torch.bfloat16)
+    assert low_rank_mask(weights, rank=2, density=0.2) == low_rank_mask(
+        {n: t.float() for n, t in weights.items()}, rank=2, density=0.2
+    )
+
+
+def test_low_rank_mask_bad_arguments():
+    weights, _ = models()
+    with pytest.raises(TypeError, match="rank must be an int"):
+        low_rank_mask(weights, rank=0.5, k=1)
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        low_rank_mask(weights, rank=0, k=1)
+    with pytest.raises(ValueError, match="exactly one of k and density"):
+        low_rank_mask(weights, rank=1)
+    with pytest.raises(TypeError, match=r"weights\['i'\] must be float32"):
+        low_rank_mask(weights | {"i": torch.ones(2, 2, dtype=torch.int32)}, rank=1, k=1)
+    with pytest.raises(ValueError, match=r"weights\['l1.weight'\] holds nan at flat index 0"):
+        low_rank_mask(weights | {"l1.weight": torch.full((6, 8), float("nan"))}, rank=1, k=1)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux tells a process's peak memory")
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_low_rank_mask_needs_little_memory(scope):
+    """The mask, 2 bytes for each of its entries, and what one tensor needs (1/32 of the model), not a second model."""
+    exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    call = f'low_rank_mask(tuned, density=0.05, scope="{scope}", rank=8)'
+    assert "select_mask(tuned, base, density=float(sys.argv[2]), **rule)" in MEASURED_SELECTION
+    script = MEASURED_SELECTION.replace("select_mask(tuned, base, density=float(sys.argv[2]), **rule)", call)
+    script = "from deftx_kernels.functional import low_rank_mask" + script
+    run = subprocess.run([sys.executable, "-c", script, "dict(rank=8)"], capture_output=True, text=True, env=exact)
+    assert run.returncode == 0, run.stderr
+    mask = 0.05 * 2 / 4 * (1 if scope == "tensor" else 3.75)  # or a score beside each column, and room for a quarter more
+    assert float(run.stdout) <= mask + 6 / 32

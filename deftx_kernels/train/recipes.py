@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from deftx_kernels.delta import SparseDelta, fingerprint
-from deftx_kernels.functional import select_mask, svd_denoise, topk_mask
+from deftx_kernels.functional import low_rank_mask, select_mask
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import densify, sparsify
 from deftx_kernels.optim import SparseAdamW
@@ -144,10 +144,9 @@ def _select(vector: Vector, recipe: Recipe, runtime: Runtime) -> tuple[CSRMask, 
 def lift_mask(weights: Mapping[str, Tensor], selection: SelectionConfig) -> tuple[CSRMask, dict[str, dict[str, float]]]:
     """LIFT's mask: in each weight matrix W the largest entries of |W_r|, its rank-r approximation; and `denoising_facts`."""
     rank = selection.rank if selection.rank is not None else LIFT_RANK
-    scores, info = svd_denoise(dict(weights), rank=rank, return_info=True)
-    if selection.k is not None:
-        return topk_mask(scores, k=selection.k), denoising_facts(info)
-    return topk_mask(scores, density=selection.density, scope="tensor"), denoising_facts(info)
+    arguments: dict[str, Any] = {"density": selection.density} if selection.k is None else {"k": selection.k, "scope": "global"}
+    mask, info = low_rank_mask(weights, rank=rank, return_info=True, **arguments)
+    return mask, denoising_facts(info)
 
 
 class RefreshMask(TrainerCallback):
