@@ -425,7 +425,7 @@ def print_table(rows: list[Row]) -> None:
 
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width to fit
-        console = Console(width=120)
+        console = Console(width=140)
     for name, value in versions().items():
         console.print(f"{name:16} {value}", highlight=False)
     for name, reason in absent().items():
