@@ -331,7 +331,9 @@ def svd_denoise_(
             )
         _shape(target, f"out[{i}]", w.shape, "of its matrix")
         if w.dim() != first.dim() or (w.dim() == 3 and w.shape[1:] != first.shape[1:]):
-            raise ValueError(f"matrices[{i}] has shape {list(w.shape)}, matrices[0] {list(first.shape)}: batches are of one m and n")
+            raise ValueError(
+                f"matrices[{i}] has shape {list(w.shape)}, matrices[0] {list(first.shape)}: batches are of one m and n"
+            )
         if w.dim() == 3:
             continue
         if (w.shape if test_matrix is not None else min(w.shape)) != (first.shape if test_matrix is not None else min(first.shape)):

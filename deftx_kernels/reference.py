@@ -299,8 +299,10 @@ def topk_mask(scores: Sequence[Tensor], base: Sequence[Tensor], k: Sequence[int]
 # ---- truncated SVD ------------------------------------------------------------------------------------------------------
 
 
-def truncated_svd(a: Tensor, rank: int, n_iter: int, test_matrix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    U, S, Vh = torch.linalg.svd(a.to(_compute_dtype(a.dtype)), full_matrices=False)
+def truncated_svd(
+    a: Tensor, rank: int, n_iter: int, test_matrix: Tensor | None, svd: Callable = torch.linalg.svd
+) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vh = svd(a.to(_compute_dtype(a.dtype)), full_matrices=False)
     U, S, Vh = (x.to(a.dtype).contiguous() for x in (U[..., :rank], S[..., :rank], Vh[..., :rank, :]))
     return U, S, Vh
 
@@ -337,12 +339,13 @@ def svd_denoise_(
     n_iter: int,
     test_matrix: Tensor | None,
     batch: int,
+    svd: Callable = torch.linalg.svd,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ranks, energies, residuals = [], [], []
     if matrices[0].dim() == 3:
         matrices, out = ([w for x in each for w in x.unbind()] for each in (matrices, out))
     for w, target in zip(matrices, out):
-        U, S, Vh = torch.linalg.svd(w, full_matrices=False)
+        U, S, Vh = svd(w, full_matrices=False)
         r = _rank(S, rank, energy, median)
         denoised = (U[:, :r] * S[:r]) @ Vh[:r]
         keep = round(residual_density * w.numel())

@@ -99,7 +99,42 @@ def provider(request) -> Provider:
     return Provider(name, device, torch.ops.deftx)
 
 
-def pytest_collection_modifyitems(items):
+# Tests of operators that `make test` runs once more, with torch's default number of threads: `--threads=default`.
+OPERATORS = {
+    "test_csr",
+    "test_csr_combine",
+    "test_eigh",
+    "test_low_rank_ops",
+    "test_masked_grad",
+    "test_sparse_adamw",
+    "test_square_sum",
+    "test_topk_ops",
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--threads",
+        choices=["one", "default"],
+        help="one: without the tests marked multithreaded; default: those, and the tests of operators, of what runs on threads",
+    )
+
+
+def _in_pass(item, threads: str) -> bool:
+    multithreaded = item.get_closest_marker("multithreaded") is not None
+    if threads == "one":
+        return not multithreaded
+    if any(item.get_closest_marker(m) for m in ("gpu", "cuda_on_cpu", "slow")):
+        return False
+    provider = item.callspec.params.get("provider", "c++") if hasattr(item, "callspec") else "c++"
+    return multithreaded or (item.module.__name__ in OPERATORS and provider == "c++")
+
+
+def pytest_collection_modifyitems(config, items):
+    if threads := config.getoption("threads"):
+        left_out = [item for item in items if not _in_pass(item, threads)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if _in_pass(item, threads)]
     if torch.cuda.is_available():
         return
     for item in items:

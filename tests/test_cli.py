@@ -1,6 +1,7 @@
 """The `deftx` command: what it prints, its exit codes, and that errors are one line without a traceback."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from train_tiny import sentence, tiny_bert, write_csv  # noqa: F401
 
-from deftx_kernels import CSRMask, SparseDelta, cli
+from deftx_kernels import CSRMask, SparseDelta, cli, doctor
 
 SHARED = Path(__file__).parents[2] / "shared/fixtures"
 
@@ -127,6 +128,22 @@ def test_every_command_has_help(capsys):
         code, out, _ = run(command, "--help", capsys=capsys)
         assert code == 0
         assert f"deftx {command}" in out
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_doctor_says_what_is_wrong_and_exits_with_1(wrong, capsys, monkeypatch):
+    if wrong:
+        right = doctor.reference.csr_gather
+        monkeypatch.setattr(doctor.reference, "csr_gather", lambda *a: right(*a) + 1)
+    asked = []
+    monkeypatch.setattr(doctor, "run", lambda device, run=doctor.run: asked.append(device) or run(device, repeats=1, width=64))
+    code, out, _ = run("doctor", "--device", "cpu", capsys=capsys)
+    assert code == (1 if wrong else 0)
+    assert ("WRONG" in out) == wrong
+    assert asked == ["cpu"]
+    assert re.search(rf"^threads +{torch.get_num_threads()} \((torch default|OMP_NUM_THREADS=\d+)\)$", out, re.MULTILINE)
+    assert "256×64" in out  # the shape, and beside it the time
+    assert re.search(r"\d ms", out)
 
 
 def test_inspect_needs_the_core_alone_and_training_names_the_extra(vectors):
