@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deftx_kernels.kernels import decompositions
+from tests.conftest import Provider
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -87,7 +88,7 @@ def test_special_matrices(provider, dtype):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_shows(provider, bad):
-    if provider.name in ("reference", "c++"):
+    if provider.name == "reference":
         pytest.skip("LAPACK refuses, or gives NaN, by its version")
     a = symmetric(2, 12, torch.float32)
     a[1, 3, 5] = a[1, 5, 3] = bad
@@ -121,14 +122,41 @@ def test_nothing(provider, shape):
     assert vectors.shape == shape
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads(threads):
-    a = symmetric(5, 64, torch.float32)
-    expected = torch.ops.deftx.eigh(a)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [96, 300])
+def test_spectra_of_many_rows_on_the_cpu(n, dtype):
+    """Clusters, equal eigenvalues, low rank and rounding, blocks: what inverse iteration is sensitive to."""
+    ours = Provider("c++", "cpu", torch.ops.deftx)
+    i, generator = torch.arange(n, dtype=torch.float64), torch.Generator().manual_seed(5)
+    low = torch.randn(n, 7, generator=generator, dtype=torch.float64)
+    matrices = {
+        "two values": with_eigenvalues(1 + (i < n // 2), dtype),
+        "one cluster": with_eigenvalues(1 + 1e-7 * i, dtype),
+        "clusters": with_eigenvalues(i // 30 + 1e-9 * i, dtype),
+        "exponential": with_eigenvalues(torch.exp(-i / 10), dtype),
+        "both signs": with_eigenvalues(torch.linspace(-1, 1, n), dtype),
+        "low rank": (low @ low.mT).to(dtype)[None],
+        "low rank and a multiple of the identity": (low @ low.mT + 1e-4 * torch.eye(n)).to(dtype)[None],
+        "Wilkinson": (torch.diag((i - n // 2).abs()) + special(n, torch.float64)["tridiagonal"]).to(dtype)[None],
+        "equal blocks": torch.block_diag(*[torch.ones(10, 10, dtype=dtype)] * (n // 10), torch.eye(n % 10, dtype=dtype))[None],
+    }
+    for name, values in spectra(n).items():
+        matrices[name] = with_eigenvalues(values, dtype)
+    for a in [*matrices.values(), *(m[None] for m in special(n, dtype).values())]:
+        assert_decomposed(ours, a, limit=200)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize(("count", "n"), [(5, 64), (1, 300), (3, 300)])
+def test_threads(threads, count, n):
+    """One matrix a thread, and all threads on one matrix: the same bits."""
+    a = symmetric(count, n, torch.float32)
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = *torch.ops.deftx.eigh(a), torch.ops.deftx.eigvalsh(a)
     torch.set_num_threads(threads)
     try:
-        found = torch.ops.deftx.eigh(a)
+        found = *torch.ops.deftx.eigh(a), torch.ops.deftx.eigvalsh(a)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(x, y) for x, y in zip(found, expected))

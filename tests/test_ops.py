@@ -71,7 +71,8 @@ def test_doctor_works_on_real_layers_with_the_callers_threads(serving, monkeypat
     ops = ("eigh", "svd_denoise_", "csr_gather")
     assert serving(*ops, threads=2, width=SMALL) == dict.fromkeys(ops, True)
     assert serving("eigh", threads=1) == {"eigh": True}
-    assert serving(*ops, threads=2) == {"eigh": False, "svd_denoise_": False, "csr_gather": True}
+    with pytest.warns(RuntimeWarning, match="failed the check"):  # which denoising makes: its own result is right
+        assert serving(*ops, threads=2) == {"eigh": False, "svd_denoise_": True, "csr_gather": True}
     assert (2, 3, 768, 768) in seen
 
 

@@ -10,8 +10,7 @@ namespace {
 
 using tridiagonal::Scheduler;
 
-// The power of 2 that brings the largest entry of the lower triangle near 1 if its square would leave the range; NaN if one is not
-// finite.
+// The power of 2 that brings the largest entry of the lower triangle near 1; NaN if one is not finite.
 template <typename T>
 T scale_of(const T* matrix, int64_t n) {
   T largest = 0, bad = 0;
@@ -20,9 +19,8 @@ T scale_of(const T* matrix, int64_t n) {
       largest = std::max(largest, std::abs(matrix[i * n + j]));
       bad += 0 * matrix[i * n + j];
     }
-  constexpr int kFar = std::numeric_limits<T>::max_exponent / 4;
-  const int exponent = largest == 0 ? 0 : std::ilogb(largest);
-  return bad + (std::abs(exponent) < kFar ? T(1) : std::ldexp(T(1), std::clamp(-exponent, -4 * kFar + 2, 4 * kFar - 2)));
+  constexpr int kMost = std::numeric_limits<T>::max_exponent - 2;
+  return bad + (largest == 0 ? T(1) : std::ldexp(T(1), std::clamp(-std::ilogb(largest), -kMost, kMost)));
 }
 
 // values [n] ascending, and the eigenvectors in rows [n, n], or null.

@@ -11,6 +11,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 
 #include "../stable.h"
@@ -266,7 +267,7 @@ struct Scheduler {
 template <typename T>
 class Reduction {
  public:
-  // Of a symmetric matrix [n, n] times `scale`.
+  // Of a symmetric matrix [n, n] times `scale`, which makes its largest entry about 1.
   Reduction(const T* matrix, int64_t n, T scale, Scheduler schedule)
       : diagonal(n),
         off_diagonal(n),
@@ -339,7 +340,9 @@ class Reduction {
     dot_products(Rows<T>{row, stride_, 1}, row, padded(length), &squares);
     row[length - 1] = 1;
     off_diagonal[length - 1] = static_cast<double>(alpha);
-    if (squares == 0) return 0;
+    // Below it, squares lose their digits, and the reflection would not be one. The matrix's largest entry is about 1.
+    constexpr T kNothing = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
+    if (squares < kNothing) return 0;
     const T beta = -std::copysign(std::sqrt(alpha * alpha + squares), alpha), inverse = 1 / (alpha - beta);
     for (int64_t j = 0; j < length - 1; ++j) row[j] *= inverse;
     off_diagonal[length - 1] = static_cast<double>(beta);

@@ -192,56 +192,56 @@ class Eigenvectors {
     }
     tasks.push_back(size);
     schedule(static_cast<int64_t>(tasks.size()) - 1, [&](int64_t t) {
+      const int64_t first = tasks[t], last = tasks[t + 1], length = padded(size);
+      bool clustered = false;
+      for (int64_t i = first; i < last; ++i) clustered |= cluster[i] < i;
       Factors factors(size);
-      std::vector<double> x(size * kSystems);
-      for (int64_t i = tasks[t]; i < tasks[t + 1]; i += kSystems)
-        group(begin, size, shifts.data(), cluster.data(), i, std::min(i + kSystems, tasks[t + 1]), factors, x, out, stride);
+      std::vector<double> x(size * kSystems), rows(clustered ? (last - first) * length : 0);
+      for (int64_t i = first; i < last; i += kSystems)
+        group(begin, size, shifts.data(), cluster.data(), i, std::min(i + kSystems, last), factors, x.data(),
+              clustered ? rows.data() - first * length : nullptr, out, stride);
     });
   }
 
  private:
-  // The eigenvectors first ... last - 1 of a block.
+  // The eigenvectors first ... last - 1 of a block. x [size, kSystems]; rows [., padded(size)], of vectors in clusters, in float64:
+  // inverse iteration makes them almost parallel, and what sets them apart must not be rounding.
   void group(int64_t begin, int64_t size, const double* shifts, const int64_t* cluster, int64_t first, int64_t last,
-             Factors& factors, std::vector<double>& x, T* out, int64_t stride) const {
+             Factors& factors, double* x, double* rows, T* out, int64_t stride) const {
     double shift[kSystems];
     for (int64_t k = 0; k < kSystems; ++k) shift[k] = shifts[std::min(first + k, last - 1)];
     const double tiny = std::numeric_limits<double>::epsilon() * norm_;
     factorise(d_.data() + begin, e_.data() + begin, size, shift, tiny, factors);
     for (int64_t i = 0; i < size; ++i)
       for (int64_t k = 0; k < kSystems; ++k) x[i * kSystems + k] = scrambled(static_cast<uint64_t>((first + k) * size + i + 1));
-    bool clustered = last < size && cluster[last] < last;
-    for (int64_t i = first; i < last; ++i) clustered |= cluster[i] < i;
+    const int64_t length = padded(size);
     for (int iteration = 0; iteration < 2; ++iteration) {
-      solve(factors, size, x.data());
-      if (iteration == 0 && !clustered) continue;
-      for (int64_t i = first; i < last; ++i) {
-        T* row = out + (begin + i) * stride + begin;
-        for (int64_t j = 0; j < size; ++j) row[j] = static_cast<T>(x[j * kSystems + i - first]);
-      }
-      if (!clustered) continue;
-      T* const rows = out + begin * stride + begin / kPadding * kPadding;
-      for (int64_t i = first; i < last; ++i) orthogonalise(rows, stride, i, cluster[i], begin, size);
-      for (int64_t i = first; i < last; ++i) {
-        const T* row = out + (begin + i) * stride + begin;
-        for (int64_t j = 0; j < size; ++j) x[j * kSystems + i - first] = static_cast<double>(row[j]);
+      solve(factors, size, x);
+      for (int64_t i = first; rows && i < last; ++i) {
+        double* const row = rows + i * length;
+        for (int64_t j = 0; j < size; ++j) row[j] = x[j * kSystems + i - first];
+        if (cluster[i] == i) continue;
+        orthogonalise(rows, length, i, cluster[i]);
+        for (int64_t j = 0; j < size; ++j) x[j * kSystems + i - first] = row[j];
       }
     }
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t j = 0; j < size; ++j) out[(begin + i) * stride + begin + j] = static_cast<T>(x[j * kSystems + i - first]);
   }
 
   // Makes row i orthogonal to the rows [first, i), and its norm 1.
-  static void orthogonalise(T* rows, int64_t stride, int64_t i, int64_t first, int64_t begin, int64_t size) {
-    const int64_t length = padded(begin % kPadding + size);
-    T* const row = rows + i * stride;
-    for (int pass = 0; pass < 2; ++pass) {
+  static void orthogonalise(double* rows, int64_t length, int64_t i, int64_t first) {
+    double* const row = rows + i * length;
+    double squares = 0;
+    for (int pass = 0; pass < 3 && squares < 0.5; ++pass) {  // once more where most of it was taken away
       for (int64_t p = first; p < i; p += kPanel) {
-        T overlaps[kPanel];
-        const Rows<T> others{rows + p * stride, stride, std::min(kPanel, i - p)};
+        double overlaps[kPanel];
+        const Rows<double> others{rows + p * length, length, std::min(kPanel, i - p)};
         dot_products(others, row, length, overlaps);
         subtract_rows(others, overlaps, 1, row, length);
       }
-      T squares;
-      dot_products(Rows<T>{row, stride, 1}, row, length, &squares);
-      const T scale = 1 / std::sqrt(squares);
+      dot_products(Rows<double>{row, length, 1}, row, length, &squares);
+      const double scale = 1 / std::sqrt(squares);
       for (int64_t j = 0; j < length; ++j) row[j] *= scale;
     }
   }

@@ -166,8 +166,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     if (j == n - 1) break;
     square = block_sum(square, partial);
     const Real alpha = v[j + 1];
-    const Real beta = square == 0 ? alpha : -copysign(sqrt(alpha * alpha + square), alpha);
-    const Real tau = square == 0 ? Real(0) : (beta - alpha) / beta, scale = square == 0 ? Real(0) : 1 / (alpha - beta);
+    // Below it, squares lose their digits, and the reflection would not be one. The matrix's largest entry is about 1.
+    const bool nothing = square < cuda::std::numeric_limits<Real>::min() / cuda::std::numeric_limits<Real>::epsilon();
+    const Real beta = nothing ? alpha : -copysign(sqrt(alpha * alpha + square), alpha);
+    const Real tau = nothing ? Real(0) : (beta - alpha) / beta, scale = nothing ? Real(0) : 1 / (alpha - beta);
     __syncthreads();  // everyone has read alpha
     for (int c = j + 1 + threadIdx.x; c < n; c += blockDim.x) {
       v[c] = row[c] = c == j + 1 ? Real(1) : v[c] * scale;

@@ -108,11 +108,11 @@ def _vectors_fit(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
     tolerance, right = _tolerance(matrices), _values_fit(matrices, values)
     matrices, values, vectors = _exact(matrices), _exact(values), _exact(vectors)
     z = _probes(matrices.shape[-1], matrices.dtype, matrices.device)
-    y, tolerance = vectors.mT @ z, tolerance * _norm(z)
+    y, norm = vectors.mT @ z, _norm(z)
     return (
         right
-        & (_norm(vectors @ y - z) <= tolerance)
-        & (_norm(vectors @ (values[..., None] * y) - matrices @ z) <= tolerance * _norm(matrices))
+        & (_norm(vectors @ y - z) <= tolerance * norm)
+        & (_norm(vectors @ (values[..., None] * y) - matrices @ z) <= tolerance * norm * _norm(matrices))
     )
 
 

@@ -217,7 +217,7 @@ def _settled_basis(w: Tensor, squares: Tensor, vectors: Tensor, rank: int, error
 
 
 # Relative, of the truncated matrix. An energy or a threshold promises 5e-5. A given rank promises a residual, which such errors do
-# not change; 1.5e-3 was the largest found (power laws, spikes of 400 times the noise), with 99.9 % of the largest 5 % of the entries
+# not change; 1.5e-3 was the largest found (power laws, spikes of 400 times the noise): of the largest 5 % of the entries 99.9 % are
 # those of the exact one.
 _ERROR, _RANK_ERROR = 2e-5, 1e-3
 
