@@ -82,10 +82,18 @@ def svd_denoise(
 ) -> Any:
     """L + prune(H) for each matrix: L its truncated SVD, H = delta - L (DeFT-X, Simon & Jyothi, arXiv 2505.15090).
 
-    Matrices of one shape are worked on together. With an int rank, L is that of `truncated_svd`. Otherwise, and where the rank is a
-    large share of min(m, n), L comes from the eigenvectors of the Gram matrix of the short side, within a relative error of 5e-5 of
+    Matrices of one shape are worked on together. An energy or a threshold is applied exactly: L comes from the eigenvectors of the
+    Gram matrix of the short side (of small matrices, from their singular value decomposition), within a relative error of 5e-5 of
     the exact truncation, and the rank is that of exact arithmetic: where float32 cannot promise this, a matrix is done in float64.
-    float16 and bfloat16 are computed in float32.
+    float16 and bfloat16 are computed in float32. Each decomposition is checked against its matrix; one that is wrong is computed
+    again by another solver, with a RuntimeWarning.
+
+    An int rank that is at least a sixth of the short side (a quarter, where that has more than 512 entries and the matrix is not
+    four times as long) is exact too, since that takes no longer. A smaller one is that of `truncated_svd`: its residual is
+    within 1.02 times the best, but L is another matrix. The largest 5 % of its entries share with those of the exact L, for 384 to
+    1024 columns: 97 to 100 % where directions stand out from noise, 88 to 97 % where singular values fall as i**-0.5, and 20 to 70 %
+    of pure noise, where nothing sets the first r directions apart. More iterations come closer: with n_iter = 8, 99 % of the
+    second kind and 75 to 90 % of the third; with 32, 99 %.
 
     Args:
         delta: a tensor [..., m, n] (a batch of matrices), a mapping or a sequence of such tensors. Tensors of fewer than two
