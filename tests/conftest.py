@@ -121,10 +121,12 @@ def pytest_addoption(parser):
 
 
 def _in_pass(item, threads: str) -> bool:
+    if item.get_closest_marker("slow"):
+        return False
     multithreaded = item.get_closest_marker("multithreaded") is not None
     if threads == "one":
         return not multithreaded
-    if any(item.get_closest_marker(m) for m in ("gpu", "cuda_on_cpu", "slow")):
+    if any(item.get_closest_marker(m) for m in ("gpu", "cuda_on_cpu")):
         return False
     provider = item.callspec.params.get("provider", "c++") if hasattr(item, "callspec") else "c++"
     return multithreaded or (item.module.__name__ in OPERATORS and provider == "c++")

@@ -150,7 +150,6 @@ def test_topk_mask_needs_the_memory_that_its_docstring_says():
 # ---- training ----
 
 
-@pytest.mark.slow
 def test_32_linears_take_half_of_dense_at_most():
     """Of 1024 x 1024; `python -m bench --family steps --size linears` measures 2048 x 2048."""
     if peak_extra(lambda: None, "cpu") is None:
