@@ -10,7 +10,7 @@ from bench import plot_data
 from bench.plot_data import LORA, PARTS, REST, Bar, Curve, Race, Spot, Works
 from bench.rows import OURS, Row
 from bench.tables import duration, origin
-from bench.targets import NOT_MEASURED, of_device
+from bench.targets import NOT_MEASURED, of_machine
 
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 BLUE, SKY, GREY, AMBER, GREEN, VIOLET, RED = "#2563eb", "#0ea5e9", "#9ca3af", "#f59e0b", "#10b981", "#8b5cf6", "#ef4444"
@@ -32,7 +32,7 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
-    machines = {kind: plot_data.works_of(of_device(rows, kind)) for kind in KINDS}
+    machines = {kind: plot_data.works_of(of_machine(rows, kind)) for kind in KINDS}
     paths = []
     with matplotlib.rc_context(STYLE):
         for name, draw in {"speed": speed, "memory": memory, "growth": growth, "roofline": roofline}.items():

@@ -3,7 +3,7 @@
 
 from bench.families import OPS
 from bench.rows import OURS, Row
-from bench.targets import NOT_MEASURED, TARGETS, Target, measured, of_device
+from bench.targets import NOT_MEASURED, TARGETS, Target, measured, of_device, rows_about
 
 
 def table(header: list[str], lines: list[list[str]]) -> list[str]:
@@ -72,8 +72,13 @@ def of_targets(rows: list[Row]) -> str:
     for device, name in (("cpu", "CPU"), ("cuda", "GPU")):
         here = of_device(rows, device)
         lines += [f"{name}: {origin(here) if here else NOT_MEASURED}.", ""]
-        cells = [[t.what, against(t), bound(t), verdict(t, measured(t, here))] for t in TARGETS if t.device == device]
-        lines += [*table(["work", "compared with", "target", "measured"], cells), ""]
+        header, cells = ["work", "compared with", "target", "measured"], []
+        several = len({row["device"] for row in here}) > 1
+        for t in (t for t in TARGETS if t.device == device):
+            cells.append([t.what, against(t), bound(t), verdict(t, measured(t, here))])
+            if several:
+                cells[-1].append(", ".join({row["device"]: "" for row in rows_about(t, here).values()}))
+        lines += [*table([*header, *(["on"] if several else [])], cells), ""]
     return "\n".join(lines).rstrip()
 
 

@@ -46,7 +46,8 @@ def _ratios(device: str, what: str, op: str, title: str, dtype: str, density: st
 
 PEERS = {
     "svd": "torch.linalg.svd", "gesvd": "torch.linalg.svd (gesvd)", "lowrank": "torch.svd_lowrank",
-    "eigh": "cupy.linalg.eigh of the Gram matrix", "topk": "torch.topk + sort", "topk_mask": "torch.topk + mask",
+    "eigh": "cupy.linalg.eigh of the Gram matrix", "plain": "torch.linalg.eigh of the Gram matrix",
+    "topk": "torch.topk + sort", "topk_mask": "torch.topk + mask",
     "partition": "numpy partition", "fused": "torch AdamW fused", "mask_foreach": "mask + torch AdamW foreach",
     "product": "dense product", "product_mask": "dense product + grad[mask]", "dense": "dense, torch AdamW fused",
     "dense_mask": "dense + mask, torch AdamW fused", "shira": "PEFT SHiRA",
@@ -63,7 +64,7 @@ XLMR_STEP = "training step, XLM-R base's shape, 8 x 256 tokens"
 def _targets() -> Iterator[Target]:
     f32, bf16 = "float32", "bfloat16"
     yield from _ratios("cpu", RANK, "svd_denoise", "xlmr linears x12, rank 64", f32, "", svd=15, lowrank=1.8)
-    yield from _ratios("cpu", ENERGY, "svd_denoise", "xlmr linears x12, energy 0.9", f32, "", svd=4)
+    yield from _ratios("cpu", ENERGY, "svd_denoise", "xlmr linears x12, energy 0.9", f32, "", svd=4, plain=1.3)
     yield from _ratios("cpu", TOPK, "topk_mask", "50M", f32, "0.05", topk=25, partition=3.5)
     yield Target("cpu", TOPK, "topk_mask", "50M", f32, "0.05", 0.3, "peak of the input's")
     yield from _ratios("cpu", STEP, "sparse_adamw", "50M, dense gradient", f32, "0.05", fused=2.0, mask_foreach=20)
@@ -114,17 +115,37 @@ def _targets() -> Iterator[Target]:
 TARGETS = tuple(_targets())
 
 
+WORK = ("op", "size", "dtype", "density")
+
+
 def of_device(rows: list[Row], device: str) -> list[Row]:
-    """The rows of a CPU or of a GPU ("cuda"), which have a driver; of several machines those of the one timed last."""
+    """The rows of CPUs or of GPUs ("cuda"), which have a driver; of each work those of the machine that timed it last."""
     kind = [row for row in rows if bool(row.get("driver")) == (device == "cuda")]
-    latest = max(kind, key=lambda row: row["date"])["device"] if kind else ""
-    return [row for row in kind if row["device"] == latest]
+    last: dict[tuple, str] = {}
+    for row in sorted(kind, key=lambda row: row["date"]):
+        last[tuple(row[k] for k in WORK)] = row["device"]
+    return [row for row in kind if row["device"] == last[tuple(row[k] for k in WORK)]]
+
+
+def of_machine(rows: list[Row], device: str) -> list[Row]:
+    """Those of one machine, for figures that compare works: the one that timed most of them, of several the last."""
+    kind = [row for row in rows if bool(row.get("driver")) == (device == "cuda")]
+    works: dict[str, set[tuple]] = {}
+    for row in sorted(kind, key=lambda row: row["date"], reverse=True):
+        works.setdefault(row["device"], set()).add(tuple(row[k] for k in WORK))
+    most = max(works, key=lambda name: len(works[name]), default="")
+    return [row for row in kind if row["device"] == most]
+
+
+def rows_about(target: Target, rows: list[Row]) -> dict[str, Row]:
+    """Provider → its row."""
+    same = {"op": target.op, "size": target.title, "dtype": target.dtype, "density": target.density}
+    return {row["provider"]: row for row in rows if all(row[k] == v for k, v in same.items())}
 
 
 def measured(target: Target, rows: list[Row]) -> float | None:
     """The quantity that the target is about, from the newest rows of one machine; None where it has not been measured."""
-    same = {"op": target.op, "size": target.title, "dtype": target.dtype, "density": target.density}
-    here = {row["provider"]: row for row in rows if all(row[k] == v for k, v in same.items())}
+    here = rows_about(target, rows)
     ours, peer = here.get(target.ours), here.get(target.peer)
     if ours is None or (target.peer and peer is None):
         return None

@@ -9,7 +9,7 @@ from bench import rows as bench_rows
 from bench import tables
 from bench.families import SIZES
 from bench.rows import COLUMNS, OURS, append, newest, package_of
-from bench.targets import NOT_MEASURED, TARGETS, Target, measured, of_device
+from bench.targets import NOT_MEASURED, TARGETS, Target, measured, of_device, of_machine
 
 OLD, NEW = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
 
@@ -152,12 +152,23 @@ def test_other_targets(quantity, bound, ours, value, met):
     assert ("missed" in tables.verdict(target, found)) == (not met)
 
 
-def test_devices_are_told_apart_and_the_latest_machine_counts():
+def test_of_each_work_the_machine_that_timed_it_last_counts():
     cpus = [row(date=OLD, device="old Xeon"), row(device="new Xeon")]
     gpu = row(date=OLD, device="H200", driver="600.1")
     assert of_device([*cpus, gpu], "cpu") == cpus[1:]
     assert of_device([*cpus, gpu], "cuda") == [gpu]
     assert of_device(cpus, "cuda") == []
+    others = [row(date=OLD, device="old Xeon", size=size) for size in ("a", "b")]
+    assert of_device([*cpus, *others], "cpu") == [cpus[1], *others]
+    assert of_machine([*cpus, gpu], "cpu") == cpus[1:]
+    assert of_machine([*cpus, *others, gpu], "cpu") == [cpus[0], *others]
+    assert of_machine(cpus, "cuda") == []
+
+
+def test_targets_measured_on_several_machines_name_theirs():
+    text = tables.of_targets([row(device="a Xeon", size="50M", density="0.05"), row(device="an EPYC", size="minilm")])
+    line = next(line for line in text.splitlines() if "peak memory" in line)
+    assert line.endswith("| a Xeon |")
 
 
 def test_the_table_of_targets_has_every_target_and_no_gpu_figure_without_a_gpu():
