@@ -66,13 +66,14 @@ def _search_each(table, first, last, keys):
 def _addresses_in(table, other_table, n_tensors, tensor, row, columns, DTYPE: tl.constexpr, OTHER: tl.constexpr):
     """Where the entries are in the tensors and in the other tensors. `tensor`: one for all entries, or one for each."""
     width = tl.load(table + 2 * n_tensors + tensor)
-    column = columns.to(tl.int64)
-    index = (row - tl.load(table + n_tensors + tensor)) * width + column
+    # A column that is none of its row becomes the last one: a mask would cost registers. A negative one is a large one.
+    column = tl.minimum(columns.to(tl.uint32), tl.maximum(width, 1).to(tl.uint32) - 1)
+    index = (row - tl.load(table + n_tensors + tensor)) * width + column.to(tl.int64)
     element = tl.load(table + tensor).to(tl.pointer_type(DTYPE)) + index
     other = element
     if other_table is not None:
         other = tl.load(other_table + tensor).to(tl.pointer_type(OTHER)) + index
-    return element, other, (column >= 0) & (column < width)
+    return element, other
 
 
 @triton.jit
@@ -90,19 +91,16 @@ def locate(
     OTHER: tl.constexpr,
     WAYS: tl.constexpr,
 ):
-    """Pointers to the entries [BLOCK] in the tensors and in the other tensors, and whether they are inside of them.
-
-    Whatever crow_indices holds, the row that is found is one of the tensors'; a column may be none of its row.
-    """
+    """Pointers to the entries [BLOCK] in the tensors and in the other ones: inside, whatever crow_indices and columns hold."""
     first_row, last_row = _search(crow_indices, rows, start, end - 1, WAYS)
     row = first_row + _search_each(crow_indices, first_row, last_row, entry)
     first, last = _search(table + n_tensors, n_tensors, first_row, last_row, WAYS)
     if first == last:  # the rule; on its own it costs fewer loads and about 12 registers less than the general case
-        element, other, known = _addresses_in(table, other_table, n_tensors, first, row, columns, DTYPE, OTHER)
+        element, other = _addresses_in(table, other_table, n_tensors, first, row, columns, DTYPE, OTHER)
     else:
         tensor = first + _search_each(table + n_tensors, first, last, row)
-        element, other, known = _addresses_in(table, other_table, n_tensors, tensor, row, columns, DTYPE, OTHER)
-    return element, other, known
+        element, other = _addresses_in(table, other_table, n_tensors, tensor, row, columns, DTYPE, OTHER)
+    return element, other
 
 
 # ---- for the launchers --------------------------------------------------------------------------------------------------
@@ -132,6 +130,8 @@ def tensor_table(
     as long as all that the host does beside it.
     """
     first_rows, columns, end = _layout(tuple([t.shape for t in tensors]))
+    if 0 in columns:
+        at = _with_scratch(at, columns, device)
     if end != rows or not 0 < rows < 2**31:  # _search_each counts the rows of a program in 32 bits
         raise ValueError(f"crow_indices has {rows + 1} elements; the tensors have {end} rows, which need one more, at most 2**31")
     check_dtype(tensors)
@@ -150,7 +150,20 @@ def gradient_table(device: torch.device, order: tuple[int, ...], grads: Sequence
     if [g.shape for g in grads] != [p.shape for p in params]:
         raise ValueError("every gradient must have the shape of its parameter")
     check_dtype(grads)
-    return device_table(device, order, addresses(grads), lambda: _check_places(grads, device))
+    at, columns = addresses(grads), _layout(tuple([g.shape for g in grads]))[1]
+    if 0 in columns:
+        at = _with_scratch(at, columns, device)
+    return device_table(device, order, at, lambda: _check_places(grads, device))
+
+
+def _with_scratch(at: tuple[int, ...], columns: tuple[int, ...], device: torch.device) -> tuple[int, ...]:
+    """A mask that gives entries to a row without columns has a place for them: `locate` takes them to the row's begin."""
+    return tuple([a if n else _scratch(device).data_ptr() for a, n in zip(at, columns)])
+
+
+@functools.lru_cache
+def _scratch(device: torch.device) -> Tensor:
+    return torch.zeros(1, dtype=torch.float64, device=device)
 
 
 def check_dtype(tensors: Sequence[Tensor]) -> None:

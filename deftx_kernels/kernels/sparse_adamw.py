@@ -77,15 +77,13 @@ def _step(
     if grad is not None:
         g = tl.load(grad + entry, mask=inside).to(compute)
 
-    param, source, known = locate(
+    param, source = locate(
         table, grad_table, crow_indices, rows, n_tensors, start, end, entry, columns, PARAM, GRAD, WAYS
     )  # fmt: skip
-    if inside is not None:
-        known &= inside
     if grad is None:
-        g = tl.load(source, mask=known, other=0.0).to(compute)
+        g = tl.load(source, mask=inside).to(compute)
     if values is None:
-        w = tl.load(param, mask=known, other=0.0).to(compute)
+        w = tl.load(param, mask=inside).to(compute)
 
     # The scalars in float64, once a program: 1 - beta ** step in float32 would lose most digits at the first steps.
     number = tl.load(step).to(tl.float64)
@@ -118,7 +116,7 @@ def _step(
     tl.store(exp_avg_sq + entry, _round(v, word2, state, HAS_SEED), mask=inside)
     if values is not None:
         tl.store(values + entry, w, mask=inside)
-    tl.store(param, _round(w, word0, PARAM, round_param), mask=known)
+    tl.store(param, _round(w, word0, PARAM, round_param), mask=inside)
 
 
 # Numbers that may change from step to step or from mask to mask: none of their values shall mean another compilation.

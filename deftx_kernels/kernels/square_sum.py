@@ -34,8 +34,8 @@ def _square_sum_kernel(
     entry = start + tl.arange(0, BLOCK)
     inside = entry < end
     columns = tl.load(col_indices + entry, mask=inside)
-    element, _, known = locate(table, None, crow_indices, rows, n_tensors, start, end, entry, columns, DTYPE, DTYPE, WAYS)
-    x = tl.load(element, mask=inside & known, other=0.0).to(tl.float64)
+    element, _ = locate(table, None, crow_indices, rows, n_tensors, start, end, entry, columns, DTYPE, DTYPE, WAYS)
+    x = tl.load(element, mask=inside, other=0.0).to(tl.float64)
     tl.store(partial_sums + tl.program_id(0), tl.sum(x * x, 0))
 
 
