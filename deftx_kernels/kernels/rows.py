@@ -65,10 +65,10 @@ def _search_each(table, first, last, keys):
 @triton.jit
 def _addresses_in(table, other_table, n_tensors, tensor, row, columns, DTYPE: tl.constexpr, OTHER: tl.constexpr):
     """Where the entries are in the tensors and in the other tensors. `tensor`: one for all entries, or one for each."""
-    width = tl.load(table + 2 * n_tensors + tensor)
+    last = tl.load(table + 2 * n_tensors + tensor)
     # A column that is none of its row becomes the last one: a mask would cost registers. A negative one is a large one.
-    column = tl.minimum(columns.to(tl.uint32), tl.maximum(width, 1).to(tl.uint32) - 1)
-    index = (row - tl.load(table + n_tensors + tensor)) * width + column.to(tl.int64)
+    column = tl.minimum(columns.to(tl.uint32), last.to(tl.uint32))
+    index = (row - tl.load(table + n_tensors + tensor)) * (last + 1) + column.to(tl.int64)
     element = tl.load(table + tensor).to(tl.pointer_type(DTYPE)) + index
     other = element
     if other_table is not None:
@@ -111,30 +111,32 @@ def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _layout(shapes: tuple[torch.Size, ...]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """First row and number of columns of each tensor, and the number of rows of all."""
-    first_rows, columns, row = [], [], 0
-    for shape in shapes:
+def _layout(shapes: tuple[torch.Size, ...]) -> tuple[tuple[int, ...], tuple[int, ...], int, dict[int, int]]:
+    """First row and last column of each tensor, the number of rows of all, and index → rows of those without columns."""
+    first_rows, last_columns, row, empty = [], [], 0, {}
+    for i, shape in enumerate(shapes):
+        rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
         first_rows.append(row)
-        columns.append(math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape))
-        row += shape[0] if len(shape) > 1 else 1
-    return tuple(first_rows), tuple(columns), row
+        last_columns.append(max(columns, 1) - 1)
+        row += rows
+        if columns == 0:
+            empty[i] = rows
+    return tuple(first_rows), tuple(last_columns), row, empty
 
 
 def tensor_table(
     device: torch.device, order: tuple[int, ...], tensors: Sequence[Tensor], at: tuple[int, ...], rows: int, written: bool = False
 ) -> Tensor:
-    """int64 [3, n_tensors]: address, first row, columns. `order` as below; `at`: the tensors' addresses; `rows`: of the mask.
+    """int64 [3, n_tensors]: address, first row, last column. `order` as below; `at`: the tensors' addresses; `rows`: of the mask.
 
     Throws unless the tensors are those of such a mask. Where they lie is looked at when the table is made: each time, it would take
     as long as all that the host does beside it.
     """
-    first_rows, columns, end = _layout(tuple([t.shape for t in tensors]))
-    if 0 in columns:
-        at = _with_scratch(at, columns, device)
+    first_rows, last_columns, end, empty = _layout(tuple([t.shape for t in tensors]))
     if end != rows or not 0 < rows < 2**31:  # _search_each counts the rows of a program in 32 bits
         raise ValueError(f"crow_indices has {rows + 1} elements; the tensors have {end} rows, which need one more, at most 2**31")
     check_dtype(tensors)
+    at = _with_scratch(at, empty, device) if empty else at
 
     def check() -> None:
         _check_places(tensors, device)
@@ -142,7 +144,7 @@ def tensor_table(
         if written and any(before[1] > after[0] for before, after in zip(spans, spans[1:])):
             raise ValueError("two tensors that are written share memory")
 
-    return device_table(device, order, at + first_rows + columns, check)
+    return device_table(device, order, at + first_rows + last_columns, check)
 
 
 def gradient_table(device: torch.device, order: tuple[int, ...], grads: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
@@ -150,20 +152,20 @@ def gradient_table(device: torch.device, order: tuple[int, ...], grads: Sequence
     if [g.shape for g in grads] != [p.shape for p in params]:
         raise ValueError("every gradient must have the shape of its parameter")
     check_dtype(grads)
-    at, columns = addresses(grads), _layout(tuple([g.shape for g in grads]))[1]
-    if 0 in columns:
-        at = _with_scratch(at, columns, device)
+    at, empty = addresses(grads), _layout(tuple([g.shape for g in grads]))[3]
+    at = _with_scratch(at, empty, device) if empty else at
     return device_table(device, order, at, lambda: _check_places(grads, device))
 
 
-def _with_scratch(at: tuple[int, ...], columns: tuple[int, ...], device: torch.device) -> tuple[int, ...]:
-    """A mask that gives entries to a row without columns has a place for them: `locate` takes them to the row's begin."""
-    return tuple([a if n else _scratch(device).data_ptr() for a, n in zip(at, columns)])
+def _with_scratch(at: tuple[int, ...], empty: dict[int, int], device: torch.device) -> tuple[int, ...]:
+    """Addresses where tensors without columns have one, for a mask that gives entries to their rows."""
+    place = _scratch(device, max(empty.values())).data_ptr()
+    return tuple([place if i in empty else a for i, a in enumerate(at)])
 
 
 @functools.lru_cache
-def _scratch(device: torch.device) -> Tensor:
-    return torch.zeros(1, dtype=torch.float64, device=device)
+def _scratch(device: torch.device, rows: int) -> Tensor:
+    return torch.zeros(rows, dtype=torch.float64, device=device)
 
 
 def check_dtype(tensors: Sequence[Tensor]) -> None:

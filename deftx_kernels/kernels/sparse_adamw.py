@@ -125,7 +125,7 @@ _ANY_VALUE = ["nnz", "rows", "n_tensors", "beta1", "beta2", "log_beta1", "log_be
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
 def _sparse_adamw_kernel(
-    table,  # int64 [3, n_tensors]: address of the parameter, first row, columns
+    table,  # int64 [3, n_tensors]: address of the parameter, first row, last column
     grad_table,  # int64 [n_tensors]: address of the gradient; None with a compact gradient
     grad,  # [nnz]; None with dense gradients
     exp_avg,  # [nnz], bfloat16 or what is computed in

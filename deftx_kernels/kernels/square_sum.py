@@ -17,7 +17,7 @@ NUM_WARPS = 4
 
 @triton.jit(do_not_specialize=["nnz", "rows", "n_tensors"])
 def _square_sum_kernel(
-    table,  # int64 [3, n_tensors]: address, first row, columns
+    table,  # int64 [3, n_tensors]: address, first row, last column
     crow_indices,  # int64 [rows + 1]
     col_indices,  # uint16 or int32 [nnz]
     partial_sums,  # float64 [programs]
