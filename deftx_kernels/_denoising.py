@@ -101,7 +101,8 @@ def denoise(
         group.sort(key=lambda w: w.source.shape)  # stable: a tensor's matrices stay in order
         shape, compute = group[0].source.shape, compute_dtype(dtype)
         rank, energy, median = _arguments(rule, shape)
-        sketch = rank and not _is_large(rank, shape)
+        # In float64 a Gram matrix would lose what is below 1e-8 of the largest singular value.
+        sketch = rank and not (compute == torch.float32 and _is_large(rank, shape))
         test_matrix = random_test_matrix(shape, rank, rule.oversample, rule.generator, compute, device) if sketch else None
         count = _batch(shape, compute, device, test_matrix, rule.batch_bytes)
         # Matrices in another dtype, and results that nobody keeps, take memory of their own.

@@ -132,7 +132,7 @@ def check_mask(backend: Backend, problem: Problem, cut: Tensor, denoised: Tensor
     for count in tied:
         ties.append(min(left, int(count)))
         left -= ties[-1]
-    for quotas in (ties, [*(int(t) // 2 for t in tied[:-1]), int(tied[-1]) + 1]):
+    for quotas in (ties, [*(int(t) // 2 for t in tied[:-1]), min(int(tied[-1]) + 1, m * n)]):
         crow, col = backend.low_rank_mask(*problem, cut, threshold, quotas)
         equal = (key == threshold).reshape(b, -1)
         first = equal & (equal.cumsum(1) <= np.array(quotas)[:, None])
