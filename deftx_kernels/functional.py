@@ -91,9 +91,9 @@ def svd_denoise(
     An int rank that is at least a sixth of the short side (a quarter, where that has more than 512 entries and the matrix is not
     four times as long) is exact too, since that takes no longer (float64: from half of it on). A smaller one is that of
     `truncated_svd`: its residual is within 1.02 times the best, but L is another matrix. The largest 5 % of its entries share with
-    those of the exact L, for 384 to 1024 columns: 97 to 100 % where directions stand out from noise, 88 to 97 % where singular values fall as i**-0.5, and 20 to
-    70 % of pure noise, where nothing sets the first r directions apart. More iterations come closer: with n_iter = 8, 99 % of the
-    second kind and 75 to 90 % of the third; with 32, 99 %.
+    those of the exact L, for 384 to 1024 columns: 97 to 100 % where directions stand out from noise, 88 to 97 % where singular
+    values fall as i**-0.5, and 20 to 70 % of pure noise, where nothing sets the first r directions apart. More iterations come
+    closer: with n_iter = 8, 99 % of the second kind and 75 to 90 % of the third; with 32, 99 %.
 
     Args:
         delta: a tensor [..., m, n] (a batch of matrices), a mapping or a sequence of such tensors. Tensors of fewer than two
