@@ -14,7 +14,7 @@ CUDA_ON_CPU_DIR := $(or $(CUDA_ON_CPU),../shared/tools)
 # A process per core, each with one thread: threads that wait for one another on a busy machine took 16 times as long (two cores).
 # A file's tests stay in one process: they share what their fixtures built.
 PYTEST := $(BIN)/python -m pytest -q -p no:benchmark --timeout=300
-PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n logical --maxprocesses=4 --dist=loadfile
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # What users have: one process with torch's default number of threads (which here wait without spinning, in case the machine is busy).
 THREADED := env -u OMP_NUM_THREADS -u MKL_NUM_THREADS OMP_WAIT_POLICY=passive $(PYTEST)
 

@@ -132,7 +132,20 @@ def _in_pass(item, threads: str) -> bool:
     return multithreaded or (item.module.__name__ in OPERATORS and provider == "c++")
 
 
+# Files of a few long tests, first: a process that begins one last would be waited for.
+LONG = [
+    "test_train_pipeline",
+    "test_topk_ops",
+    "test_denoising",
+    "test_build",
+    "test_memory",
+    "test_train_recipes",
+    "test_linearity",
+]
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONG.index(item.module.__name__) if item.module.__name__ in LONG else len(LONG))
     if threads := config.getoption("threads"):
         left_out = [item for item in items if not _in_pass(item, threads)]
         config.hook.pytest_deselected(items=left_out)

@@ -216,7 +216,10 @@ def test_one_thread(one):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("setting", OTHERS)
+# Minutes on two cores: `make test` runs 1, 2 and the default number of threads, and 4 callers.
+@pytest.mark.parametrize(
+    "setting", [pytest.param(s, marks=pytest.mark.slow) if s in ("3 threads", "8 threads") else s for s in OTHERS]
+)
 def test_threads(setting, one, tmp_path):
     out = tmp_path / "found.pt"
     found = finish(setting, start(setting, out, "default"), out)
