@@ -32,7 +32,7 @@ demo: $(BUILT)  ## the whole pipeline on real weights and real text, four minute
 	$(BIN)/deftx run demo $(ARGS)
 
 # Both passes run, whatever the first one finds. 5 is pytest's exit status where ARGS chose no test of a pass.
-test: $(BUILT)  ## the whole test suite: a thread for each process, then the operators with torch's default number of threads
+test: $(BUILT)  ## the test suite: a thread for each process, then the operators with torch's default number of threads
 	@$(PARALLEL) --threads=one --durations=10 $(ARGS); one=$$?; \
 	$(THREADED) --threads=default --durations=10 $(ARGS); several=$$?; \
 	case $$one/$$several in 0/0|0/5|5/0) ;; *) echo "make test: pytest's exit status: $$one, $$several"; exit 1 ;; esac

@@ -198,20 +198,33 @@ def test_threads_that_need_full_precision_leave_the_setting_as_it_was():
         flags.fp32_precision = before
 
 
+def body(source, begin):
+    """What stands between the first brace after `begin` and the one that closes it."""
+    begin, depth = source.index("{", begin) + 1, 1
+    end = begin
+    while depth:
+        depth += {"{": 1, "}": -1}.get(source[end], 0)
+        end += 1
+    return source[begin:end]
+
+
 def test_no_library_call_inside_a_parallel_region():
     """BLAS and LAPACK, and whatever else goes through the dispatcher, are called by the thread that called the operator."""
     calls = re.compile(r"torch_call_dispatcher|aoti_torch_cpu|torch::stable::(?!parallel_for|get_num_threads)\w+\(|dlsym")
     regions = 0
     for path in sorted((ROOT / "csrc" / "cpu").iterdir()):
         source = re.sub(r"//[^\n]*", "", path.read_text())
-        # Work that is handed over by name is a lambda of the same function: the whole function is looked at.
         for match in re.finditer(r"\b(?:parallel_for|for_each_chunk|schedule_?)\(", source):
             depth, end = 1, match.end()
             while depth:
                 depth += {"(": 1, ")": -1}.get(source[end], 0)
                 end += 1
             regions += 1
-            found = calls.search(source[match.end() : end])
+            region = source[match.end() : end]
+            if name := re.search(r",\s*(\w+)\)$", region):  # a lambda of the same function, handed over by its name
+                begin = re.search(rf"auto {name.group(1)} = \[", source)
+                region += "" if begin is None else body(source, begin.end())
+            found = calls.search(region)
             assert found is None, f"{path.name}: {found.group()} inside a parallel region"
     assert regions > 30
     for name in ("eigh.cpp", "tridiagonal.h", "tridiagonal_eigen.h"):

@@ -705,7 +705,6 @@ def test_nothing_waits_for_the_device():
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_triton_interpreter():
     """The same tests once more, with the kernels in Triton's interpreter."""

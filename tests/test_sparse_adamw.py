@@ -797,7 +797,6 @@ def test_captured_steps_are_the_eager_ones(compact_grads, seed):
         assert torch.equal(bits(a), bits(b))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_triton_interpreter():
     """The same tests once more, with the kernel in Triton's interpreter."""
