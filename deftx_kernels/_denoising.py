@@ -272,7 +272,9 @@ def _batch(shape: torch.Size, dtype: torch.dtype, device: torch.device, test_mat
     if limit is None and cuda:
         limit = torch.cuda.mem_get_info(device)[0] // 4
     elif limit is None:  # 8 or 16 MiB a thread: larger batches take longer to page in than they save (measured, 2 threads)
-        limit = torch.get_num_threads() << (24 if test_matrix is None else 23)
+        threads = torch.get_num_threads()
+        count = (threads << (24 if test_matrix is None else 23)) // (elements * dtype.itemsize)
+        return max(1, -(-count // threads) * threads)  # as many matrices for each of them
     return max(1, limit // (elements * dtype.itemsize))
 
 

@@ -356,10 +356,19 @@ def svd_denoise_(
         raise ValueError(f"batch must be at least 1, got {batch}")
 
 
-def eigh(matrices: Tensor) -> None:
+def eigvalsh(matrices: Tensor) -> None:
     _tensor(matrices, "matrices", matrices.device, _WIDE_FLOATS)
     if matrices.dim() != 3 or matrices.shape[1] != matrices.shape[2]:
         raise ValueError(f"matrices must have shape [b, n, n], got {list(matrices.shape)}")
+
+
+def eigh(matrices: Tensor, rank: int = 0, energy: float = 0.0, median: float = 0.0) -> None:
+    eigvalsh(matrices)
+    _number(rank, "rank", 0, matrices.shape[1])
+    _number(energy, "energy", 0.0, 1.0)
+    _number(median, "median", 0.0, 1e30)
+    if (rank > 0) + (energy > 0) + (median > 0) > 1:
+        raise ValueError(f"at most one of rank, energy and median may be above 0, got {rank}, {energy} and {median}")
 
 
 # ---- L + prune(H) from factors ------------------------------------------------------------------------------------------
@@ -431,7 +440,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "truncated_svd": truncated_svd,
     "svd_denoise_": svd_denoise_,
     "eigh": eigh,
-    "eigvalsh": eigh,
+    "eigvalsh": eigvalsh,
     "residual_cut": residual_cut,
     "low_rank_denoised": low_rank_denoised,
     "low_rank_histogram": low_rank_histogram,

@@ -69,8 +69,10 @@ SCHEMAS = {
         "(Tensor[] matrices, Tensor(a!)[] out, Tensor totals, int rank, float energy, float median, float residual_density,"
         " int n_iter, Tensor? test_matrix, int batch) -> (Tensor rank, Tensor energy, Tensor residual)"
     ),
-    # Eigenvalues, ascending, and eigenvectors (columns) of symmetric matrices [b, n, n].
-    "eigh": "(Tensor matrices) -> (Tensor eigenvalues, Tensor eigenvectors)",
+    # Eigenvalues, ascending, and eigenvectors (columns) of symmetric matrices [b, n, n]. With a rank, an energy or a median, as
+    # above, of matrices whose singular values' squares these are, vectors may be zero that the truncation does not need: it needs
+    # those of the values that are kept or of the others, whichever are fewer, and the 16 next to them.
+    "eigh": ("(Tensor matrices, int rank=0, float energy=0., float median=0.) -> (Tensor eigenvalues, Tensor eigenvectors)"),
     # The eigenvalues alone.
     "eigvalsh": "(Tensor matrices) -> Tensor",
     # The last step of denoising, of matrices delta [b, m, n] whose low-rank parts L = left @ right.mT are given as factors
@@ -213,7 +215,7 @@ def _(matrices, out, totals, rank, energy, median, residual_density, n_iter, tes
 
 
 @_fake("eigh")
-def _(matrices):
+def _(matrices, rank=0, energy=0.0, median=0.0):
     return matrices.new_empty(matrices.shape[:-1]), torch.empty_like(matrices).mT
 
 

@@ -307,7 +307,7 @@ def truncated_svd(
     return U, S, Vh
 
 
-def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+def eigh(matrices: Tensor, rank: int = 0, energy: float = 0.0, median: float = 0.0) -> tuple[Tensor, Tensor]:
     return torch.linalg.eigh(matrices)
 
 

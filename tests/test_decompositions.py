@@ -28,12 +28,13 @@ def noise(like, seed=1):
 FAULTS = {
     "noise": lambda w, v: (w, torch.linalg.qr(noise(v)).Q),
     "not orthonormal": lambda w, v: (w, noise(v) / v.shape[0] ** 0.5),
-    "one vector twice": lambda w, v: (w, torch.cat([v[:, 1:2], v[:, 1:]], 1)),
+    "vectors twice": lambda w, v: (w, torch.cat([v[:, 1:2], v[:, 1:-1], v[:, -2:-1]], 1)),
     "one vector of noise": lambda w, v: (w, torch.cat([noise(v[:, :1]) / v.shape[0] ** 0.5, v[:, 1:]], 1)),
     "vectors in another order": lambda w, v: (w, v.flip(-1)),
     "an eigenvalue that is lost": lambda w, v: (torch.cat([w[:-1], w[-2:-1]]), v),
     "eigenvalues of noise": lambda w, v: (noise(w).sort().values, v),
     "descending": lambda w, v: (w.flip(-1), v.flip(-1)),
+    "zeros for vectors": lambda w, v: (w, torch.zeros_like(v)),
     "NaN": lambda w, v: (torch.full_like(w, float("nan")), torch.full_like(v, float("nan"))),
     "zeros": lambda w, v: (torch.zeros_like(w), torch.zeros_like(v)),
 }
@@ -43,8 +44,8 @@ def broken(fault, at):
     """The operators eigh and eigvalsh, wrong for matrix `at` of a batch."""
     right = torch.ops.deftx.eigh
 
-    def wrong_eigh(matrices):
-        values, vectors = (x.clone() for x in right(matrices))
+    def wrong_eigh(matrices, *rule):
+        values, vectors = (x.clone() for x in right(matrices, *rule))
         i = min(at, len(matrices) - 1)
         values[i], vectors[i] = FAULTS[fault](values[i], vectors[i])
         return values, vectors
@@ -139,7 +140,7 @@ def test_a_wrong_singular_value_decomposition_is_made_again(monkeypatch, fault):
     assert float(((U * S[:, None]) @ Vh - a).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("fault", ["one vector twice", "NaN"])
+@pytest.mark.parametrize("fault", ["vectors twice", "zeros for vectors", "NaN"])
 @pytest.mark.parametrize("rule", [{"energy": 0.9}, {"rank": "gavish-donoho"}, {"rank": 20}, {"rank": 60}], ids=str)
 def test_denoising_with_a_wrong_eigensolver_is_right(monkeypatch, rule, fault):
     a = noise(torch.empty(3, 200, 150)) + 3 * noise(torch.empty(3, 200, 5), 2) @ noise(torch.empty(3, 5, 150), 3)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deftx_kernels.kernels import decompositions
+from deftx_kernels.kernels.matrices import ranks_of
 from tests.conftest import Provider
 
 DTYPES = [torch.float32, torch.float64]
@@ -160,6 +161,43 @@ def test_threads(threads, count, n):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(x, y) for x, y in zip(found, expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "rule",
+    [{"rank": 20}, {"rank": 250}, {"rank": 149}, {"energy": 0.3}, {"energy": 0.98}, {"median": 1.2}, {"energy": 1.0}],
+    ids=str,
+)
+def test_the_vectors_that_a_truncation_needs(rule, dtype):
+    """Of the fewer eigenvalues, kept or others, and 16 beyond; of blocks and clusters, too. The values are those of all."""
+    n, beyond = 300, 16
+    i = torch.arange(n, dtype=torch.float64)
+    matrices = [
+        with_eigenvalues(torch.linspace(0, 1, n), dtype)[0],
+        with_eigenvalues(1 + i // 60 + 1e-9 * i, dtype)[0],
+        torch.block_diag(*[with_eigenvalues(1 + torch.rand(20) + i[:20], dtype)[0] for _ in range(n // 20)]),
+        torch.diag(1 + i).to(dtype),
+        torch.zeros(n, n, dtype=dtype),
+    ]
+    a = torch.stack(matrices)
+    all_values = torch.ops.deftx.eigh(a)[0]
+    values, vectors = torch.ops.deftx.eigh(a, **rule)
+    assert torch.equal(values, all_values)
+    rules = {"rank": 0, "energy": 0.0, "median": 0.0} | rule
+    kept = ranks_of(values.double().clamp(min=0).flip(-1), **rules)
+    limit = 200 * torch.finfo(dtype).eps
+    for w, v, matrix, count in zip(values.double(), vectors.double(), a.double(), kept.tolist()):
+        needed = torch.zeros(n, dtype=torch.bool)
+        if 2 * count > n:
+            needed[: n - count + beyond] = True
+        else:
+            needed[max(n - count - beyond, 0) :] = True
+        v, w = v[:, needed], w[needed]
+        assert float((v.mT @ v - torch.eye(len(w), dtype=torch.float64)).abs().max()) <= limit
+        assert float((matrix @ v - v * w).abs().max()) <= limit * max(float(w.abs().max()), 1e-300)
+    given = (vectors != 0).any(1).sum(1)
+    assert bool((given[:2] < n).all()) == (rule != {"rank": 149})  # in the middle nothing is saved
 
 
 @pytest.mark.gpu

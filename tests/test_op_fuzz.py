@@ -210,7 +210,7 @@ VALID: dict[str, Callable[[Maker], list[Any]]] = {
     "threshold_mask": _threshold,
     "truncated_svd": _svd,
     "svd_denoise_": _denoise,
-    "eigh": _symmetric,
+    "eigh": lambda make: [*_symmetric(make), 0, 0.0, 0.0],
     "eigvalsh": _symmetric,
     "residual_cut": _residual,
     "low_rank_denoised": _cut,

@@ -23,9 +23,46 @@ T scale_of(const T* matrix, int64_t n) {
   return bad + (largest == 0 ? T(1) : std::ldexp(T(1), std::clamp(-std::ilogb(largest), -kMost, kMost)));
 }
 
-// values [n] ascending, and the eigenvectors in rows [n, n], or null.
+// Where the singular values whose squares are the eigenvalues are cut (svd_denoise_): at most one of the three is not 0.
+struct Cut {
+  int64_t rank = 0;
+  double energy = 0, median = 0;
+
+  // How many of the largest eigenvalues it keeps; values [n] ascending.
+  template <typename T>
+  int64_t kept(const T* values, int64_t n) const {
+    const auto value = [&](int64_t i) { return std::max(static_cast<double>(values[i]), 0.0); };
+    if (energy > 0) {
+      double total = 0, sum = 0;
+      for (int64_t i = n - 1; i >= 0; --i) total += value(i);
+      int64_t count = 0;
+      while (count < n && (count == 0 || sum < energy * total)) sum += value(n - ++count);
+      return count;
+    }
+    if (median > 0) {
+      const double bound = median * (std::sqrt(value(n / 2)) + std::sqrt(value((n - 1) / 2))) / 2;
+      int64_t count = 0;
+      while (count < n && std::sqrt(value(n - 1 - count)) > bound) ++count;
+      return count;
+    }
+    return std::clamp<int64_t>(rank, 0, n);
+  }
+
+  // The eigenvectors [first, last) that a truncation needs: those of the eigenvalues that are kept or of the others, whichever are
+  // fewer, and some beyond, which its accuracy may rest on; all without a cut, and where it is near the middle.
+  template <typename T>
+  std::pair<int64_t, int64_t> needed(const T* values, int64_t n) const {
+    constexpr int64_t kBeyond = 16;
+    if (rank == 0 && !(energy > 0) && !(median > 0)) return {0, n};
+    const int64_t cut = n - kept(values, n);
+    if (std::abs(n - 2 * cut) <= 2 * kBeyond) return {0, n};
+    return 2 * cut < n ? std::pair{int64_t{0}, std::min(cut + kBeyond, n)} : std::pair{std::max(cut - kBeyond, int64_t{0}), n};
+  }
+};
+
+// values [n] ascending, and the eigenvectors in rows [n, n] (those that the cut does not need are zero), or null.
 template <typename T>
-void decompose(const T* matrix, int64_t n, T* values, T* vectors, Scheduler schedule) {
+void decompose(const T* matrix, int64_t n, const Cut& cut, T* values, T* vectors, Scheduler schedule) {
   const auto fail = [&] {
     std::fill(values, values + n, std::numeric_limits<T>::quiet_NaN());
     if (vectors) std::fill(vectors, vectors + n * n, std::numeric_limits<T>::quiet_NaN());
@@ -52,22 +89,27 @@ void decompose(const T* matrix, int64_t n, T* values, T* vectors, Scheduler sche
   for (int64_t i = 0; i < n; ++i) values[i] = static_cast<T>(found[order[i]] / static_cast<double>(scale));
   if (!vectors) return;
 
+  const auto [first, last] = cut.needed(values, n);
+  std::vector<int64_t> row(n);  // of the eigenvalues of all blocks: where their vectors go
+  for (int64_t i = 0; i < n; ++i) row[order[i]] = i - first;
   const int64_t stride = tridiagonal::row_stride(n);
-  const std::unique_ptr<T[]> rows(new T[n * stride]());
-  const tridiagonal::Eigenvectors<T> eigenvectors(d, e, norm);
+  const std::unique_ptr<T[]> rows(new T[(last - first) * stride]());
+  const tridiagonal::Eigenvectors<T> eigenvectors(d, e, norm, last - first, row);
   for (size_t b = 0; b + 1 < blocks.size(); ++b)
     eigenvectors.block(blocks[b], blocks[b + 1], found.data() + blocks[b], rows.get(), stride, schedule);
-  reduction.multiply_by_q(rows.get(), n);
-  for (int64_t i = 0; i < n; ++i) std::copy_n(rows.get() + order[i] * stride, n, vectors + i * n);
+  reduction.multiply_by_q(rows.get(), last - first);
+  std::fill(vectors, vectors + first * n, T(0));
+  for (int64_t i = first; i < last; ++i) std::copy_n(rows.get() + (i - first) * stride, n, vectors + i * n);
+  std::fill(vectors + last * n, vectors + n * n, T(0));
 }
 
 template <typename T>
-void decompose_all(const Tensor& matrices, T* values, T* vectors) {
+void decompose_all(const Tensor& matrices, const Cut& cut, T* values, T* vectors) {
   const auto* in = static_cast<const T*>(matrices.const_data_ptr());
   const int64_t count = matrices.size(0), n = matrices.size(1);
   const int64_t threads = torch::stable::get_num_threads(), together = count / threads * threads;
   const auto one = [&](int64_t i, Scheduler schedule) {
-    decompose(in + i * n * n, n, values + i * n, vectors ? vectors + i * n * n : nullptr, schedule);
+    decompose(in + i * n * n, n, cut, values + i * n, vectors ? vectors + i * n * n : nullptr, schedule);
   };
   torch::stable::parallel_for(0, together, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) one(i, {false});
@@ -82,7 +124,7 @@ void decompose_all(const Tensor& matrices, T* values, T* vectors) {
   }
 }
 
-std::pair<Tensor, Tensor> run(const Tensor& matrices, bool with_vectors) {
+std::pair<Tensor, Tensor> run(const Tensor& matrices, bool with_vectors, const Cut& cut = {}) {
   check_tensor(matrices, Device::kCpu, "matrices");
   DEFTX_CHECK(matrices.dim() == 3 && matrices.size(1) == matrices.size(2), "matrices must have shape [b, n, n]");
   const int32_t dtype = dtype_of(matrices);
@@ -91,18 +133,19 @@ std::pair<Tensor, Tensor> run(const Tensor& matrices, bool with_vectors) {
   const int64_t count = matrices.size(0), n = matrices.size(1);
   Tensor values = torch::stable::new_empty(matrices, {count, n});
   Tensor vectors = torch::stable::new_empty(matrices, {with_vectors ? count : 0, n, n});
+  DEFTX_CHECK(cut.rank >= 0 && cut.rank <= n, "rank must be from 0 to ", n, ", got ", cut.rank);
   if (count == 0 || n == 0) return {values, vectors};
   const auto decompose_as = [&](auto zero) {
     using T = decltype(zero);
-    decompose_all(matrices, static_cast<T*>(values.mutable_data_ptr()),
+    decompose_all(matrices, cut, static_cast<T*>(values.mutable_data_ptr()),
                   with_vectors ? static_cast<T*>(vectors.mutable_data_ptr()) : nullptr);
   };
   wide ? decompose_as(double{}) : decompose_as(float{});
   return {values, vectors};
 }
 
-std::tuple<Tensor, Tensor> eigh(Tensor matrices) {  // [b, n, n]
-  const auto [values, vectors] = run(matrices, true);
+std::tuple<Tensor, Tensor> eigh(Tensor matrices, int64_t rank, double energy, double median) {  // [b, n, n]
+  const auto [values, vectors] = run(matrices, true, {rank, energy, median});
   return {values, torch::stable::transpose(vectors, 1, 2)};
 }
 

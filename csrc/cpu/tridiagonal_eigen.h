@@ -147,14 +147,19 @@ inline double scrambled(uint64_t x) {
   return static_cast<double>(static_cast<int64_t>(x ^ x >> 33)) * 0x1p-63;
 }
 
-// The eigenvectors of one tridiagonal matrix, for a result in T.
+// Eigenvectors of one tridiagonal matrix, for a result in T.
 template <typename T>
 class Eigenvectors {
  public:
-  Eigenvectors(const std::vector<double>& diagonal, const std::vector<double>& off_diagonal, double norm)
+  // rows [n]: the row of the result for the vector of each eigenvalue, in the order of the blocks. In a block rows ascend. Vectors
+  // whose row is not in [0, count) are not wanted.
+  Eigenvectors(const std::vector<double>& diagonal, const std::vector<double>& off_diagonal, double norm, int64_t count,
+               const std::vector<int64_t>& rows)
       : d_(diagonal),
         e_(off_diagonal),
         norm_(norm),
+        count_(count),
+        rows_(rows),
         // Vectors of eigenvalues farther apart are orthogonal to rounding of float64 over that distance without further care: to
         // 1e-8 for float32; to 2e-13 for float64, or 2e-14 where it costs little.
         close_((sizeof(T) == 4           ? 1e-8
@@ -172,25 +177,28 @@ class Eigenvectors {
     return found;
   }
 
-  // Of the block [begin, end) with ascending eigenvalues `values`: row begin + i of out (stride apart) becomes the eigenvector of
-  // the i-th, zero outside the block.
+  // Of the block [begin, end) with ascending eigenvalues `values`: rows of out (stride apart), which are zero outside the block.
   void block(int64_t begin, int64_t end, const double* values, T* out, int64_t stride, Scheduler schedule) const {
     const int64_t size = end - begin;
+    int64_t from = 0, to = size;  // those that are wanted
+    while (from < size && rows_[begin + from] < 0) ++from;
+    while (to > from && rows_[begin + to - 1] >= count_) --to;
+    if (from == to) return;
     if (size == 1) {
-      out[begin * stride + begin] = 1;
+      out[rows_[begin] * stride + begin] = 1;
       return;
     }
     // Shifts a little apart, since equal ones would give equal vectors.
     std::vector<double> shifts(values, values + size);
     const double apart = 4 * std::numeric_limits<double>::epsilon() * norm_;
     for (int64_t i = 1; i < size; ++i) shifts[i] = std::max(shifts[i], shifts[i - 1] + apart);
-    std::vector<int64_t> cluster(size), tasks{0};  // cluster: the first eigenvalue of each one's
-    for (int64_t i = 1; i < size; ++i) {
+    std::vector<int64_t> cluster(size, from), tasks{from};  // cluster: the first eigenvalue of each one's
+    for (int64_t i = from + 1; i < to; ++i) {
       const bool joins = values[i] - values[i - 1] <= close_;
       cluster[i] = joins ? cluster[i - 1] : i;
       if (!joins && i - tasks.back() >= 4 * kSystems) tasks.push_back(i);
     }
-    tasks.push_back(size);
+    tasks.push_back(to);
     schedule(static_cast<int64_t>(tasks.size()) - 1, [&](int64_t t) {
       const int64_t first = tasks[t], last = tasks[t + 1], length = padded(size);
       bool clustered = false;
@@ -226,7 +234,7 @@ class Eigenvectors {
       }
     }
     for (int64_t i = first; i < last; ++i)
-      for (int64_t j = 0; j < size; ++j) out[(begin + i) * stride + begin + j] = static_cast<T>(x[j * kSystems + i - first]);
+      for (int64_t j = 0; j < size; ++j) out[rows_[begin + i] * stride + begin + j] = static_cast<T>(x[j * kSystems + i - first]);
   }
 
   // Makes row i orthogonal to the rows [first, i), and its norm 1.
@@ -247,7 +255,10 @@ class Eigenvectors {
   }
 
   const std::vector<double>&d_, &e_;
-  double norm_, close_;
+  double norm_;
+  int64_t count_;
+  const std::vector<int64_t>& rows_;
+  double close_;
 };
 
 }  // namespace tridiagonal

@@ -321,7 +321,8 @@ Tensor eigvalsh(Tensor matrices) {
   return values;
 }
 
-std::tuple<Tensor, Tensor> eigh(Tensor matrices) {
+// All vectors, whatever the cut: they are found together.
+std::tuple<Tensor, Tensor> eigh(Tensor matrices, int64_t, double, double) {
   check_matrices(matrices);
   const DeviceGuard guard(matrices.get_device_index());
   const cudaStream_t stream = current_stream(matrices);

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from deftx_kernels.kernels.matrices import ranks_of
+
 _PROBES = 2
 
 # The operators keep one multiprocessor of a GPU busy for each matrix: those of more rows are better left to cuSOLVER.
@@ -26,10 +28,18 @@ def eigvalsh(matrices: Tensor) -> Tensor:  # symmetric [b, n, n] -> [b, n], asce
     return _checked(matrices, (values,), _values_fit, lambda g: (torch.linalg.eigvalsh(g),), "eigenvalues")[0]
 
 
-def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:  # symmetric [b, n, n] -> [b, n], ascending, and [b, n, n], columns
+def eigh(
+    matrices: Tensor,  # symmetric [b, n, n]
+    rank: int = 0,
+    energy: float = 0.0,
+    median: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # [b, n], ascending, and [b, n, n], columns
+    """With a rule, vectors may be zero that a truncation by it does not need (see the operator)."""
     whole = matrices.is_cuda and matrices.shape[-1] > _ONE_BLOCK
-    found = torch.linalg.eigh(matrices) if whole else torch.ops.deftx.eigh(matrices)
-    values, vectors = _checked(matrices, tuple(found), _vectors_fit, torch.linalg.eigh, "eigenvectors")
+    rule = (rank, energy, median) if rank or energy or median else ()
+    found = torch.linalg.eigh(matrices) if whole else torch.ops.deftx.eigh(matrices, *rule)
+    fit = functools.partial(_vectors_fit, rule=rule)
+    values, vectors = _checked(matrices, tuple(found), fit, torch.linalg.eigh, "eigenvectors")
     return values, vectors
 
 
@@ -104,16 +114,26 @@ def _values_fit(matrices: Tensor, values: Tensor) -> Tensor:
     )
 
 
-def _vectors_fit(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+def _vectors_fit(matrices: Tensor, values: Tensor, vectors: Tensor, rule: tuple[int, float, float] | tuple[()] = ()) -> Tensor:
     tolerance, right = _tolerance(matrices), _values_fit(matrices, values)
+    wanted = _needed(values, *rule) if rule else None  # [b, n]
     matrices, values, vectors = _exact(matrices), _exact(values), _exact(vectors)
-    z = _probes(matrices.shape[-1], matrices.dtype, matrices.device)
-    y, norm = vectors.mT @ z, _norm(z)
-    return (
-        right
-        & (_norm(vectors @ y - z) <= tolerance * norm)
-        & (_norm(vectors @ (values[..., None] * y) - matrices @ z) <= tolerance * norm * _norm(matrices))
-    )
+    # Probes are rows: of products with two columns a BLAS takes five times as long.
+    z = _probes(matrices.shape[-1], matrices.dtype, matrices.device).mT
+    z = z.expand(len(matrices), *z.shape) if wanted is None else z * wanted[:, None].to(z.dtype)
+    x, scaled = (torch.cat([z, z * values[:, None]], 1) @ vectors.mT).tensor_split(2, 1)
+    back, norm = x @ vectors, _norm(z)
+    if wanted is not None:
+        back *= wanted[:, None].to(z.dtype)
+    return right & (_norm(back - z) <= tolerance * norm) & (_norm(x @ matrices - scaled) <= tolerance * norm * _norm(matrices))
+
+
+def _needed(values: Tensor, rank: int, energy: float, median: float) -> Tensor:  # ascending [b, n] -> bool [b, n]
+    """Of the kept eigenvalues or of the others, whichever are fewer."""
+    n = values.shape[-1]
+    kept = ranks_of(values.to("cpu", torch.float64).clamp(min=0).flip(-1), rank, energy, median)[:, None]
+    above = torch.arange(n) >= n - kept
+    return torch.where(2 * kept > n, ~above, above).to(values.device)
 
 
 def _triplets_fit(matrices: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deftx_kernels.kernels import products
 from deftx_kernels.kernels.decompositions import eigh, eigvalsh
-from deftx_kernels.kernels.matrices import ROWS, as_tall, at_a_time, gram64, prune_
+from deftx_kernels.kernels.matrices import ROWS, as_tall, at_a_time, gram64, prune_, ranks_of
 from deftx_kernels.kernels.products import gram_, matmul, matmul_
 from deftx_kernels.kernels.spectral import spectral_projector
 
@@ -33,7 +33,7 @@ def by_gram(
     else:
         for w, gram in zip(tall, grams):
             _gram_(gram, w)
-    squares, vectors = (eigvalsh(grams), None) if _by_products(grams) else eigh(grams)
+    squares, vectors = (eigvalsh(grams), None) if _by_products(grams) else eigh(grams, rank, energy, median)
     values = squares.to("cpu", torch.float64).clamp(min=0).flip(-1)  # all that is decided from them is decided there
     if grams.dtype == torch.float64:
         values = _known(values)
@@ -52,7 +52,7 @@ def by_gram(
             if projectors[i] is None:
                 basis = None
                 if settled[i]:
-                    own = vectors[i] if vectors is not None else eigh(grams[i : i + 1])[1][0]
+                    own = vectors[i] if vectors is not None else eigh(grams[i : i + 1], rank, energy, median)[1][0]
                     basis = _settled_basis(tall[i], values[i], own.flip(-1), int(ranks[i]), _RANK_ERROR if rank else _ERROR)
                 if basis is None:
                     spectrum, precise = _spectrum64(tall[i])
@@ -142,19 +142,6 @@ def _gram_(gram: Tensor, w: Tensor) -> None:  # [n, n], [m, n]
         gram[half:, :half] = gram[:half, half:].mT
 
 
-def ranks_of(squares: Tensor, rank: int, energy: float, median: float) -> Tensor:  # float64 [b, n], descending -> int64 [b]
-    """By the rule, from the squared singular values."""
-    if rank:
-        return torch.full((len(squares),), rank, device=squares.device)
-    if energy:
-        sums = squares.cumsum(1)
-        found = torch.searchsorted(sums, energy * sums[:, -1:])[:, 0] + 1
-    else:
-        singular = squares.sqrt()
-        found = (singular > median * torch.quantile(singular, 0.5, dim=1, keepdim=True)).sum(1)
-    return torch.where(squares[:, 0] > 0, found, 0)
-
-
 # Rounding of a Gram matrix and its eigenvalues, in units of float32's (the largest found: 1e-6 of the sum, 5 units of the largest).
 _SUM_ROUNDING, _VALUE_ROUNDING = 16, 8
 
@@ -183,7 +170,7 @@ def shares(squares: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:  # float64 
     return torch.where(kept, squares, 0.0).sum(1), torch.where(kept, 0.0, squares).sum(1)
 
 
-_WINDOW = 16  # eigenvectors on either side of the cut
+_WINDOW = 16  # eigenvectors on either side of the cut; `eigh` gives as many beyond it
 
 
 def _settled_basis(w: Tensor, squares: Tensor, vectors: Tensor, rank: int, error: float) -> Tensor | None:
@@ -205,14 +192,14 @@ def _settled_basis(w: Tensor, squares: Tensor, vectors: Tensor, rank: int, error
     if not scale * float(mixing.sum()) ** 0.5 <= 10 * error:
         return None
     window = slice(max(rank - _WINDOW, 0), min(rank + _WINDOW, n))
-    basis = vectors[:, window].to(torch.float64)
-    lower = torch.linalg.cholesky(basis.mT @ basis)
-    identity = torch.eye(lower.shape[0], dtype=torch.float64, device=w.device)
-    basis = basis @ torch.linalg.solve_triangular(lower, identity, upper=False).mT
-    gram = sum(part.mT @ part for part in (rows.to(torch.float64) @ basis for rows in w.split(at_a_time(w, n))))
+    basis = vectors[:, window].mT.to(torch.float64)
+    lower = torch.linalg.cholesky(basis @ basis.mT)
+    basis = torch.linalg.solve_triangular(lower, basis, upper=False)
+    # With few rows: of products with few columns a BLAS takes twice as long.
+    gram = sum(part @ part.mT for part in (basis @ rows.mT.to(torch.float64) for rows in w.split(4 * at_a_time(w, n))))
     assert isinstance(gram, Tensor)
     rotation = eigh(gram[None])[1][0]
-    vectors[:, window] = (basis @ rotation.flip(-1)).to(w.dtype)
+    vectors[:, window] = (rotation.flip(-1).mT @ basis).to(w.dtype).mT
     return vectors
 
 

@@ -29,6 +29,19 @@ def gram64(y: Tensor, dim: int = -2) -> Tensor:
     return gram
 
 
+def ranks_of(squares: Tensor, rank: int, energy: float, median: float) -> Tensor:  # float64 [b, n], descending -> int64 [b]
+    """By the rule, from the squared singular values."""
+    if rank:
+        return torch.full((len(squares),), rank, device=squares.device)
+    if energy:
+        sums = squares.cumsum(1)
+        found = torch.searchsorted(sums, energy * sums[:, -1:])[:, 0] + 1
+    else:
+        singular = squares.sqrt()
+        found = (singular > median * torch.quantile(singular, 0.5, dim=1, keepdim=True)).sum(1)
+    return torch.where(squares[:, 0] > 0, found, 0)
+
+
 def as_tall(w: Tensor) -> Tensor:  # [..., m, n]
     return w if w.shape[-2] >= w.shape[-1] else w.mT
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from deftx_kernels._ops import SCOPES
 from deftx_kernels.kernels.decompositions import svd
-from deftx_kernels.kernels.gram import ranks_of, shares
+from deftx_kernels.kernels.gram import shares
+from deftx_kernels.kernels.matrices import ranks_of
 
 
 def by_svd(
