@@ -261,14 +261,14 @@ def _arguments(rule: Rule, shape: torch.Size) -> tuple[int, float, float]:
 def _batch(shape: torch.Size, dtype: torch.dtype, device: torch.device, test_matrix: Tensor | None, limit: int | None) -> int:
     """How many matrices are worked on at a time."""
     m, n = max(shape), min(shape)
-    # Of each matrix: itself and its products with the test matrix; or its Gram matrix, eigenvectors and LAPACK's workspace.
+    # Of each matrix: its products with the test matrix; or its Gram matrix, eigenvectors and LAPACK's workspace.
     # On CUDA: two bfloat16 parts, as large as itself, and copies of those that take more iterations than the rest; or two copies of
     # its Gram matrix, what becomes its projector, a power of that, and three operands of products, 1.5 times as large each.
     cuda = device.type == "cuda"
     if test_matrix is None:
         elements = (9 if cuda else 6) * n * n
     else:
-        elements = (2 if cuda else 1) * m * n + 4 * (m + n) * test_matrix.shape[1]
+        elements = 2 * cuda * m * n + 4 * (m + n) * test_matrix.shape[1]
     if limit is None and cuda:
         limit = torch.cuda.mem_get_info(device)[0] // 4
     elif limit is None:  # 8 or 16 MiB a thread: larger batches take longer to page in than they save (measured, 2 threads)

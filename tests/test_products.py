@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.kernels import products
-from deftx_kernels.kernels.products import Parts
+from deftx_kernels.kernels.products import Apart, Parts
 
 # m, k, n
 SHAPES = [(1, 1, 1), (40, 70, 50), (300, 33, 8), (8, 33, 300), (129, 257, 3), (5, 1, 6), (64, 1000, 16)]
@@ -84,6 +84,23 @@ def test_products_of_parts(shape):
                 for b in orders(thin):
                     assert_product(products.matmul(b, parts), b, whole)
                     assert products.matmul(b, parts).is_contiguous()
+
+
+@shapes
+def test_products_of_matrices_that_lie_apart(shape):
+    m, k, n = shape
+    for a in orders(numbers(2, m, k)):
+        apart = Apart(a.unbind())
+        assert apart.shape == a.shape
+        assert apart.dtype == a.dtype
+        for b in (numbers(2, k, n, seed=1), numbers(k, n, seed=2)):
+            for thin in orders(b):
+                assert_product(products.matmul(apart, thin), a, thin)
+        for b in (numbers(2, n, m, seed=1), numbers(n, m, seed=2)):
+            for thin in orders(b):
+                assert_product(products.matmul(thin, apart), thin, a)
+                assert torch.equal(products.rough_matmul(thin, apart), products.matmul(thin, apart))
+    assert_product(products.matmul(apart[torch.tensor([1])], numbers(k, n)), a[1:], numbers(k, n))
 
 
 def test_rough_products_are_of_one_part():

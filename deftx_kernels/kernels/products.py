@@ -28,19 +28,19 @@ def splits(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.float32
 
 
-def matmul(a: "Tensor | Parts", b: "Tensor | Parts") -> Tensor:
+def matmul(a: "Tensor | Operand", b: "Tensor | Operand") -> Tensor:
     """a @ b for matrices [..., m, k] and [..., k, n] of one dtype, float32 or float64. On the CPU inside `full_precision`."""
-    if isinstance(a, Parts):
+    if not isinstance(a, Tensor):
         assert isinstance(b, Tensor)
         return a.times(b)
-    if isinstance(b, Parts):
+    if not isinstance(b, Tensor):
         return b.after(a)
     return split_matmul(a, b) if splits(a) else a @ b
 
 
-def rough_matmul(a: "Tensor | Parts", b: "Tensor | Parts") -> Tensor:
+def rough_matmul(a: "Tensor | Operand", b: "Tensor | Operand") -> Tensor:
     """As `matmul`, of `Parts` by their first part alone: a third of the work, and an error of 2**-8 of the whole at most."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
+    if isinstance(a, Apart) or isinstance(b, Apart) or (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return matmul(a, b)
     left, right = (x.first if isinstance(x, Parts) else x.to(torch.bfloat16) for x in (a, b))
     count = len(a if isinstance(a, Parts) else b)
@@ -122,6 +122,49 @@ class Parts:
         product_(sums, thin, self.first)
         product_(sums[:, :rows], thin[:, :rows], self.second, add=1)
         return sums[:, :rows] + sums[:, rows:]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Matrices [m, n] of one shape where they lie, for many products with matrices of a few columns or rows, one after the other.
+
+    A BLAS gives each all threads; a batch it may give a matrix for each thread, of which the last are idle.
+    """
+
+    each: Sequence[Tensor]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.each), *self.each[0].shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.each[0].dtype
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+    def __getitem__(self, chosen: Tensor) -> "Apart":
+        return Apart([self.each[i] for i in chosen.tolist()])
+
+    def times(self, b: Tensor) -> Tensor:  # [b or none, n, l] -> [b, m, l]
+        """self @ b."""
+        count, m, _ = self.shape
+        out = b.new_empty(count, m, b.shape[-1])
+        for w, x, target in zip(self.each, b.expand(count, -1, -1), out):
+            torch.mm(w, x, out=target)
+        return out
+
+    def after(self, a: Tensor) -> Tensor:  # [b or none, l, m] -> [b, l, n]
+        """a @ self; as self.mT @ a.mT, which takes a tenth less."""
+        count, _, n = self.shape
+        out = a.new_empty(count, n, a.shape[-2])
+        for w, x, target in zip(self.each, a.expand(count, -1, -1), out):
+            torch.mm(w.mT, x.mT, out=target)
+        return out.mT
+
+
+Operand = Parts | Apart
 
 
 def gram_(out: Tensor, chunks: Sequence[Tensor]) -> None:  # [b, n, n], each [b, rows, n]

@@ -9,7 +9,7 @@ from torch import Tensor
 from deftx_kernels.kernels import products
 from deftx_kernels.kernels.decompositions import eigh, eigvalsh, orthonormal_rows_fit, svd
 from deftx_kernels.kernels.matrices import as_tall, gram64, prune_, prune_from_factors, sums_of_squares
-from deftx_kernels.kernels.products import Parts, matmul, matmul_, rough_matmul
+from deftx_kernels.kernels.products import Apart, Operand, Parts, matmul, matmul_, rough_matmul
 
 
 def orthonormal_rows(z: Tensor) -> Tensor:  # [b, l, n], l <= n
@@ -37,7 +37,7 @@ def orthonormal_rows(z: Tensor) -> Tensor:  # [b, l, n], l <= n
     return q
 
 
-def subspace_factors(a: Tensor | Parts, totals: Tensor, rank: int, n_iter: int, test_matrix: Tensor) -> tuple[list[Tensor], ...]:
+def subspace_factors(a: Operand, totals: Tensor, rank: int, n_iter: int, test_matrix: Tensor) -> tuple[list[Tensor], ...]:
     """Factors of the rank-r approximations of a [b, m, n]: left [m, r] = a @ right.mT, right [r, n] with orthonormal rows, and the
     squared singular values, descending, float64 [r]. totals [b] are the sums of squares.
 
@@ -124,14 +124,14 @@ def _enough(k: int, rank: int, columns: int, n: int) -> float:
 def by_subspace(
     matrices: Sequence[Tensor],
     out: Sequence[Tensor],
-    workspace: Tensor,  # contiguous [at least as many, m, n]: the matrices one after the other, or their two bfloat16 parts
+    workspace: Tensor,  # contiguous [at least as many, m, n]; empty where products are not split
     totals: Tensor,
     rank: int,
     keep: int,
     n_iter: int,
     test_matrix: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    left, right, squares = subspace_factors(_batched(matrices, workspace), totals, rank, n_iter, test_matrix)
+    left, right, squares = subspace_factors(_operand(matrices, workspace), totals, rank, n_iter, test_matrix)
     lost = []
     for i, w in enumerate(matrices):
         if keep and products.splits(w):
@@ -146,9 +146,8 @@ def by_subspace(
     return ranks, captured, torch.stack(lost) if keep else totals - captured
 
 
-def _batched(matrices: Sequence[Tensor], workspace: Tensor) -> Tensor | Parts:  # [b, m, n], m >= n
+def _operand(matrices: Sequence[Tensor], workspace: Tensor) -> Operand:  # [b, m, n], m >= n
     if products.splits(matrices[0]):
         parts = Parts.stacked(matrices, workspace)
         return parts if parts.shape[1] >= parts.shape[2] else parts.mT
-    tall = [as_tall(w) for w in matrices]
-    return tall[0].unsqueeze(0) if len(tall) == 1 else torch.stack(tall, out=workspace[: len(tall)])
+    return Apart([as_tall(w) for w in matrices])
