@@ -183,7 +183,8 @@ def _denoise_batch(
     sources, outs, scales, totals = [], [], [], []
     for w in batch:
         source, scale, total = w.source.to(dtype), 1.0, w.total
-        if not 1e-20 * source.numel() < total < 1e30:  # squares of such entries leave the range of float32
+        # Beyond, the squares of the Gram matrix's entries leave the range of float32.
+        if not 1e-18 * source.numel() < total < 1e18:
             source, scale, total = _rescaled(source)
         sources.append(source.contiguous())
         outs.append(torch.empty_like(sources[-1]) if all_kept or w.out.dtype != dtype else w.out)
@@ -274,7 +275,7 @@ def _batch(shape: torch.Size, dtype: torch.dtype, device: torch.device, test_mat
     elif limit is None:  # 8 or 16 MiB a thread: larger batches take longer to page in than they save (measured, 2 threads)
         threads = torch.get_num_threads()
         count = (threads << (24 if test_matrix is None else 23)) // (elements * dtype.itemsize)
-        return max(1, -(-count // threads) * threads)  # as many matrices for each of them
+        return max(1, count // threads * threads if count > threads else count)  # as many matrices for each of them
     return max(1, limit // (elements * dtype.itemsize))
 
 

@@ -129,8 +129,9 @@ def _in_pass(item, threads: str) -> bool:
         return not multithreaded and not (item.name == "test_triton_interpreter" and find_cuda_on_cpu())
     if any(item.get_closest_marker(m) for m in ("gpu", "cuda_on_cpu")) or item.name == "test_triton_interpreter":
         return False
-    provider = item.callspec.params.get("provider", "c++") if hasattr(item, "callspec") else "c++"
-    return multithreaded or (item.module.__name__ in OPERATORS and provider == "c++")
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    provider = params.get("provider", params.get("backend", "c++"))
+    return multithreaded or (item.module.__name__ in OPERATORS and provider in ("c++", "cpu"))
 
 
 # Files of a few long tests, first: a process that begins one last would be waited for.

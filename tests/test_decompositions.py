@@ -84,7 +84,7 @@ def test_what_every_solver_gets_wrong_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", lambda a: (torch.zeros(a.shape[:-1]), torch.zeros(a.shape)))
     with (
         pytest.warns(RuntimeWarning, match="failed the check"),
-        pytest.raises(RuntimeError, match="eigenvectors of 1 of 2 matrices of 30 x 30 .* are wrong from every solver"),
+        pytest.raises(RuntimeError, match="every solver .* the eigenvectors of 1 of 2 matrices of 30 x 30 .* wrong"),
     ):
         eigh(grams(2, 30))
 
@@ -93,21 +93,22 @@ def test_what_every_solver_gets_wrong_is_an_error(monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 5), (3, 3), (16, 16), (40, 25), (25, 40), (130, 128), (30, 700)])
 def test_no_false_alarm(shape, dtype):
     """pyproject.toml makes the warning an error in every test; here many spectra of one size."""
+    count = 20 if max(shape) < 100 else 5
     generator = torch.Generator().manual_seed(3)
     m, n = shape
     r = min(shape)
-    left, right = (torch.linalg.qr(torch.randn(20, x, r, generator=generator, dtype=torch.float64)).Q for x in shape)
+    left, right = (torch.linalg.qr(torch.randn(count, x, r, generator=generator, dtype=torch.float64)).Q for x in shape)
     i = torch.arange(r, dtype=torch.float64)
     spectra = [torch.ones(r), 10.0**-i, (1 + i) ** -1.5, torch.where(i < 3, 3 - i, 0), torch.zeros(r), 1 + 1e-9 * i]
     for k, s in enumerate(spectra):
         a = ((left * s) @ right.mT).to(dtype)
         U, S, Vh = svd(a)
-        assert U.shape == (20, m, r)
-        assert S.shape == (20, r)
-        assert Vh.shape == (20, r, n)
+        assert U.shape == (count, m, r)
+        assert S.shape == (count, r)
+        assert Vh.shape == (count, r, n)
         gram = a.mT @ a
         values, _ = eigh((gram + gram.mT) / 2)
-        assert values.shape == (20, n), k
+        assert values.shape == (count, n), k
         eigvalsh((gram + gram.mT) / 2)
 
 

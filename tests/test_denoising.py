@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import deftx_kernels as dk
-from deftx_kernels import select_mask, svd_denoise, topk_mask, truncated_svd
+from deftx_kernels import _denoising, select_mask, svd_denoise, topk_mask, truncated_svd
 from deftx_kernels.kernels import gram, products, spectral, subspace
 
 SPECTRA = {
@@ -227,6 +227,92 @@ def test_all_energy_is_all_of_the_matrix():
     assert int(svd_denoise(low, energy=1.0, return_info=True)[1]["rank"]) == 30
 
 
+def of_values(n, singular, seed=0):
+    """A float64 matrix [n, n] with these singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q for _ in "uv")
+    return (u * singular) @ v.mT
+
+
+@pytest.mark.parametrize("energy", [1.0, 1 - 1e-15, 1 - 2e-14])
+@pytest.mark.parametrize("n", [64, 256])
+def test_float64_keeps_the_directions_that_are_known(n, energy):
+    """What is below the rounding of the Gram matrix counts as zero, in the rank and in the choice of eigenvectors alike."""
+    singular = torch.full((n,), 1e-7, dtype=torch.float64)
+    singular[:5] = 1
+    w = of_values(n, singular)
+    result, info = svd_denoise(w, energy=energy, return_info=True)
+    assert int(info["rank"]) == 5
+    left = float((w - result).norm() / w.norm())
+    assert left == pytest.approx(float(singular[5:].norm() / singular.norm()), rel=1e-3)
+    assert float(info["residual"]) == pytest.approx(left, rel=1e-3)
+    base = torch.randn(n, n, generator=torch.Generator().manual_seed(1)) * 0.05
+    update = 0.005 * torch.randn(n, 8, generator=torch.Generator().manual_seed(2)) @ torch.randn(
+        8, n, generator=torch.Generator().manual_seed(3)
+    )
+    delta = (base + update).double() - base.double()  # rounded to float32 as a tuned model is
+    assert float((svd_denoise(delta, energy=energy) - delta).norm() / delta.norm()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("n", "rank", "second", "rest"),
+    [
+        (64, 20, 1e-3, 1e-6), (256, 100, 1e-2, 1e-6), (128, 25, 1e-2, 1e-6), (256, 50, 1e-2, 2e-7), (256, 100, 1e-2, 1e-5),
+        (64, 20, 1e-2, 1e-5), (256, 100, 1e-2, 1e-4), (256, 100, 1e-3, 1e-4), (256, 100, 1e-2, 1e-3),
+    ],
+)  # fmt: skip
+def test_a_given_rank_of_a_matrix_that_is_almost_of_that_rank(n, rank, second, rest):
+    """Errors of float32 eigenvectors, small beside the matrix, are as large as what is left of it."""
+    singular = torch.full((n,), rest, dtype=torch.float64)
+    singular[:rank], singular[0] = second, 1
+    w = of_values(n, singular).float()
+    best = float(torch.linalg.svdvals(w.double())[rank:].norm())
+    result, info = svd_denoise(w, rank=rank, return_info=True)
+    left = float((w.double() - result.double()).norm())
+    assert left <= 1.02 * best
+    assert float(info["residual"]) == pytest.approx(left / float(w.double().norm()), rel=2e-3)
+
+
+@pytest.mark.parametrize("rule", [{"rank": 8}, {"rank": 100}, {"energy": 0.99}, {"energy": 1.0}, {"rank": 12, "n_iter": 5}], ids=str)
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-2])
+def test_the_residual_that_is_told_is_the_one_that_is_left(rule, noise):
+    generator = torch.Generator().manual_seed(4)
+    w = torch.randn(300, 8, generator=generator) @ torch.randn(8, 200, generator=generator)
+    w += noise * torch.randn(300, 200, generator=generator)
+    kept = w.clone()
+    result, info = svd_denoise(w, return_info=True, **rule)
+    assert torch.equal(w, kept)
+    left = float((w.double() - result.double()).norm() / w.double().norm())
+    assert float(info["residual"]) == pytest.approx(left, rel=5e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [256, 700, 1600])
+def test_rounding_of_sums_of_float32_eigenvalues_is_within_what_settles_a_rank(n):
+    """Two directions and nothing else: the rest is rounding, of which negative values count as zero."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.randn(n + n // 4, 2, generator=generator), torch.randn(n, 2, generator=generator)
+    w, second = u[:, :1] @ v[:, :1].mT, u[:, 1:] @ v[:, 1:].mT
+    w += second * (w.norm() / second.norm() * 2e-5**0.5)
+    shares = []
+    for x in (w, w.double()):
+        found = torch.empty(n, n, dtype=x.dtype)
+        gram._gram_(found, x)
+        shares.append(torch.ops.deftx.eigvalsh(found[None])[0].double().flip(-1).clamp(min=0).cumsum(0))
+    error = float((shares[0] / shares[0][-1] - shares[1] / shares[1][-1]).abs().max())
+    assert error < gram._SUM_ROUNDING * max(1.0, (n / 256) ** 0.5) * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8, 64])
+def test_a_batch_takes_the_memory_that_is_told(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for n in (64, 768, 1024, 1536, 2300, 4096):
+        for test_matrix, most in ((None, threads << 24), (torch.empty(n, 24), threads << 23)):
+            each = 4 * (6 * n * n if test_matrix is None else 8 * n * 24)
+            count = _denoising._batch(torch.Size((n, n)), torch.float32, torch.device("cpu"), test_matrix, None)
+            assert count == 1 or count * each <= most
+            assert count % threads == 0 or count < threads
+
+
 def with_gap(relative, rank, seed):
     """Noise [260, 260] whose singular value after the first `rank` ones is smaller than the one before by this share of it."""
     u, s, vh = numpy_svd(matrix((260, 260), "noise", seed))
@@ -239,11 +325,11 @@ def test_a_small_gap_at_the_cut_is_settled_in_a_window(monkeypatch):
     errors, settled = [], gram._settled_basis
     monkeypatch.setattr(gram, "_spectrum64", lambda w: pytest.fail("float64 is not needed here"))
 
-    def watched(w, squares, vectors, rank, error):
+    def watched(w, squares, vectors, rank, given):
         u, s, vh = numpy_svd(w)
         exact = (u[:, :rank] * s[:rank]) @ vh[:rank]
         errors.append(np.linalg.norm((w @ vectors[:, :rank] @ vectors[:, :rank].mT).numpy() - exact) / np.linalg.norm(exact))
-        return settled(w, squares, vectors, rank, error)
+        return settled(w, squares, vectors, rank, given)
 
     monkeypatch.setattr(gram, "_settled_basis", watched)
     for seed in range(4):
@@ -375,13 +461,17 @@ def test_precision_flags_do_not_matter_and_are_left_as_found(rule):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "scale"), [(torch.float32, 2.0**-80), (torch.float32, 2.0**80), (torch.float64, 2.0**-110), (torch.float64, 2.0**600)]
+    ("dtype", "scale"),
+    [(torch.float32, 2.0**e) for e in (-80, -30, 20, 30, 33, 80)] + [(torch.float64, 2.0**-110), (torch.float64, 2.0**600)],
 )
 def test_entries_whose_squares_leave_the_range_of_the_dtype(dtype, scale):
     a = torch.stack([matrix((130, 90), "low rank and noise", s, dtype) for s in range(2)])
     b = a.clone()
     b[1] *= scale
-    for rule in ({"rank": 8}, {"energy": 0.8}, {"rank": 8, "residual_density": 0.1}, {"rank": "gavish-donoho"}):
+    for rule in (
+        {"rank": 8}, {"rank": 40}, {"rank": 90}, {"energy": 0.8}, {"energy": 1.0}, {"rank": 8, "residual_density": 0.1},
+        {"rank": "gavish-donoho"},
+    ):  # fmt: skip
         expected, info = svd_denoise(a, return_info=True, **rule)
         result, its_info = svd_denoise(b, return_info=True, **rule)
         torch.testing.assert_close(result[0], expected[0])

@@ -58,8 +58,8 @@ def test_doctor_works_on_real_layers_with_the_callers_threads(serving, monkeypat
     right = torch.ops.deftx.eigh
     seen = set()
 
-    def wrong(matrices):
-        values, vectors = right(matrices)
+    def wrong(matrices, *rule):
+        values, vectors = right(matrices, *rule)
         seen.add((torch.get_num_threads(), *matrices.shape))
         if torch.get_num_threads() > 1 and matrices.shape[0] > 1 and matrices.shape[-1] >= 640:
             vectors = vectors.clone()

@@ -216,9 +216,9 @@ def test_one_thread(one):
     assert not wrong, "\n".join(wrong)
 
 
-# Minutes on two cores: `make test` runs 1, 2 and the default number of threads, and 4 callers.
+# Minutes on two cores: `make test` runs one and the default number of threads, and 4 callers.
 @pytest.mark.parametrize(
-    "setting", [pytest.param(s, marks=pytest.mark.slow) if s in ("3 threads", "8 threads") else s for s in OTHERS]
+    "setting", [pytest.param(s, marks=pytest.mark.slow) if s in ("2 threads", "3 threads", "8 threads") else s for s in OTHERS]
 )
 def test_threads(setting, one, tmp_path):
     out = tmp_path / "found.pt"

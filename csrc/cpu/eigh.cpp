@@ -134,6 +134,9 @@ std::pair<Tensor, Tensor> run(const Tensor& matrices, bool with_vectors, const C
   Tensor values = torch::stable::new_empty(matrices, {count, n});
   Tensor vectors = torch::stable::new_empty(matrices, {with_vectors ? count : 0, n, n});
   DEFTX_CHECK(cut.rank >= 0 && cut.rank <= n, "rank must be from 0 to ", n, ", got ", cut.rank);
+  DEFTX_CHECK(cut.energy >= 0 && cut.energy <= 1, "energy must be from 0 to 1, got ", cut.energy);
+  DEFTX_CHECK(cut.median >= 0 && cut.median <= 1e30, "median must be from 0 to 1e30, got ", cut.median);
+  DEFTX_CHECK((cut.rank > 0) + (cut.energy > 0) + (cut.median > 0) <= 1, "at most one of rank, energy and median may be above 0");
   if (count == 0 || n == 0) return {values, vectors};
   const auto decompose_as = [&](auto zero) {
     using T = decltype(zero);

@@ -78,17 +78,16 @@ def _checked(
     b, m, n = matrices.shape
     size = f"{len(wrong)} of {b} matrices of {m} x {n}"
     warnings.warn(
-        f"deftx_kernels: the {what} of {size} ({matrices.dtype} on {matrices.device}) failed the check against the matrix and are"
-        " computed again in float64 by another solver. Results are right but slow; please report this with the output of"
-        " `deftx doctor`",
+        f"deftx_kernels: the {what} of {size} ({matrices.dtype} on {matrices.device}) failed the check against the matrix. Another"
+        " solver computes again in float64: results are right but slow; please report this with the output of `deftx doctor`",
         RuntimeWarning,
         stacklevel=4,
     )
     second = tuple(x.to(matrices.dtype) for x in again(matrices[wrong].to(torch.float64)))
     if not bool(fit(matrices[wrong], *second).all()):
         raise RuntimeError(
-            f"the {what} of {size} ({matrices.dtype} on {matrices.device}) are wrong from every solver of this machine: the matrix"
-            " holds values that are not finite, or a linear algebra library is broken (see `deftx doctor`)"
+            f"every solver of this machine gets the {what} of {size} ({matrices.dtype} on {matrices.device}) wrong: the matrix holds"
+            " values that are not finite, or a linear algebra library is broken (see `deftx doctor`)"
         )
     found = tuple(x.clone(memory_format=torch.preserve_format) for x in found)
     for x, y in zip(found, second):

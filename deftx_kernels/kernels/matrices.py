@@ -46,8 +46,17 @@ def as_tall(w: Tensor) -> Tensor:  # [..., m, n]
     return w if w.shape[-2] >= w.shape[-1] else w.mT
 
 
+def is_little(lost: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:  # -> bool
+    """Whether so little is lost that the difference of two sums of squares, from which it comes, is rounding rather than a measure."""
+    return lost < (1e-5 if dtype == torch.float32 else 1e-13) * total
+
+
 def prune_(w: Tensor, low: Tensor, out: Tensor, keep: int) -> Tensor:
     """out = low + the `keep` largest entries of w - low; returns the sum of squares of what is lost, float64 []."""
+    if keep == 0:
+        lost = sums_of_squares(w - low)
+        out.copy_(low)
+        return lost
     crow, col, _ = torch.ops.deftx.topk_mask([w], [low], [keep], SCOPES["tensor"])
     torch.ops.deftx.csr_scatter_([low], crow, col, torch.ops.deftx.csr_gather([w], crow, col))
     lost = sums_of_squares(torch.sub(w, low, out=out))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deftx_kernels.kernels import products
 from deftx_kernels.kernels.decompositions import eigh, eigvalsh, orthonormal_rows_fit, svd
-from deftx_kernels.kernels.matrices import as_tall, gram64, prune_, prune_from_factors, sums_of_squares
+from deftx_kernels.kernels.matrices import as_tall, gram64, is_little, prune_, prune_from_factors, sums_of_squares
 from deftx_kernels.kernels.products import Apart, Operand, Parts, matmul, matmul_, rough_matmul
 
 
@@ -132,18 +132,18 @@ def by_subspace(
     test_matrix: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     left, right, squares = subspace_factors(_operand(matrices, workspace), totals, rank, n_iter, test_matrix)
-    lost = []
+    captured = torch.stack([x.sum() for x in squares])
+    lost = totals - captured
+    little = is_little(lost, totals, matrices[0].dtype).tolist()
     for i, w in enumerate(matrices):
         if keep and products.splits(w):
-            lost.append(prune_from_factors(w, left[i], right[i].mT, out[i], keep))
+            lost[i] = prune_from_factors(w, left[i], right[i].mT, out[i], keep)
             continue
-        low = torch.empty_like(w) if keep else out[i]
+        low = torch.empty_like(w) if keep or little[i] else out[i]
         matmul_(as_tall(low), left[i], right[i])
-        if keep:
-            lost.append(prune_(w, low, out[i], keep))
-    captured = torch.stack([x.sum() for x in squares])
-    ranks = torch.full_like(totals, rank, dtype=torch.int64)
-    return ranks, captured, torch.stack(lost) if keep else totals - captured
+        if keep or little[i]:
+            lost[i] = prune_(w, low, out[i], keep)
+    return torch.full_like(totals, rank, dtype=torch.int64), captured, lost
 
 
 def _operand(matrices: Sequence[Tensor], workspace: Tensor) -> Operand:  # [b, m, n], m >= n
