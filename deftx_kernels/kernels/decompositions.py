@@ -86,8 +86,8 @@ def _checked(
     second = tuple(x.to(matrices.dtype) for x in again(matrices[wrong].to(torch.float64)))
     if not bool(fit(matrices[wrong], *second).all()):
         raise RuntimeError(
-            f"every solver of this machine gets the {what} of {size} ({matrices.dtype} on {matrices.device}) wrong: the matrix holds"
-            " values that are not finite, or a linear algebra library is broken (see `deftx doctor`)"
+            f"every solver of this machine gets the {what} of {size} ({matrices.dtype} on {matrices.device}) wrong: the matrix"
+            " holds values that are not finite, or a linear algebra library is broken (see `deftx doctor`)"
         )
     found = tuple(x.clone(memory_format=torch.preserve_format) for x in found)
     for x, y in zip(found, second):

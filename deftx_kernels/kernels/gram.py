@@ -145,8 +145,8 @@ def _gram_(gram: Tensor, w: Tensor) -> None:  # [n, n], [m, n]
         gram[half:, :half] = gram[:half, half:].mT
 
 
-# Rounding of a Gram matrix and its eigenvalues, in units of float32's. The largest found: of sums 18 for 256 values, 27 for 1600 (two
-# directions and nothing else), of a value 5 of the largest one.
+# Rounding of a Gram matrix and its eigenvalues, in units of float32's. The largest found: of sums 18 for 256 values, 27 for 1600
+# (two directions and nothing else), of a value 5 of the largest one.
 _SUM_ROUNDING, _VALUE_ROUNDING = 32, 8
 
 

@@ -47,7 +47,7 @@ def as_tall(w: Tensor) -> Tensor:  # [..., m, n]
 
 
 def is_little(lost: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:  # -> bool
-    """Whether so little is lost that the difference of two sums of squares, from which it comes, is rounding rather than a measure."""
+    """Whether so little is lost that the difference of two sums of squares, from which it comes, is rounding for the most part."""
     return lost < (1e-5 if dtype == torch.float32 else 1e-13) * total
 
 
