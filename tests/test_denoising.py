@@ -236,16 +236,14 @@ def of_values(n, singular, seed=0):
 
 @pytest.mark.parametrize("energy", [1.0, 1 - 1e-15, 1 - 2e-14])
 @pytest.mark.parametrize("n", [64, 256])
-def test_float64_keeps_the_directions_that_are_known(n, energy):
-    """What is below the rounding of the Gram matrix counts as zero, in the rank and in the choice of eigenvectors alike."""
+def test_float64_directions_that_a_gram_matrix_does_not_know(n, energy):
     singular = torch.full((n,), 1e-7, dtype=torch.float64)
     singular[:5] = 1
     w = of_values(n, singular)
     result, info = svd_denoise(w, energy=energy, return_info=True)
-    assert int(info["rank"]) == 5
     left = float((w - result).norm() / w.norm())
-    assert left == pytest.approx(float(singular[5:].norm() / singular.norm()), rel=1e-3)
-    assert float(info["residual"]) == pytest.approx(left, rel=1e-3)
+    assert left <= 1.2 * (1 - energy) ** 0.5 + 1e-14
+    assert float(info["residual"]) == pytest.approx(left, rel=1e-2, abs=1e-14)
     base = torch.randn(n, n, generator=torch.Generator().manual_seed(1)) * 0.05
     update = (
         0.005
@@ -325,7 +323,7 @@ def with_gap(relative, rank, seed):
 
 def test_a_small_gap_at_the_cut_is_settled_in_a_window(monkeypatch):
     errors, settled = [], gram._settled_basis
-    monkeypatch.setattr(gram, "_spectrum64", lambda w: pytest.fail("float64 is not needed here"))
+    monkeypatch.setattr(gram, "_precise", lambda w: pytest.fail("float64 is not needed here"))
 
     def watched(w, squares, vectors, rank, given):
         u, s, vh = numpy_svd(w)
@@ -342,8 +340,8 @@ def test_a_small_gap_at_the_cut_is_settled_in_a_window(monkeypatch):
 
 @pytest.mark.parametrize("case", ["rank", "truncation"])
 def test_float64_where_float32_cannot_settle(monkeypatch, case):
-    calls, precise = [], gram._spectrum64
-    monkeypatch.setattr(gram, "_spectrum64", lambda w: (calls.append(1), precise(w))[1])
+    calls, precise = [], gram._precise
+    monkeypatch.setattr(gram, "_precise", lambda w: (calls.append(1), precise(w))[1])
     if case == "rank":  # an energy next to what 120 directions hold
         a, _ = with_gap(1e-2, 120, 0)
         _, s, _ = numpy_svd(a)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.kernels import products
-from deftx_kernels.kernels.decompositions import eigh, eigvalsh
+from deftx_kernels.kernels.decompositions import eigh, eigvalsh, svd
 from deftx_kernels.kernels.matrices import ROWS, as_tall, at_a_time, gram64, is_little, prune_, ranks_of
 from deftx_kernels.kernels.products import gram_, matmul, matmul_
 from deftx_kernels.kernels.spectral import spectral_projector
@@ -34,12 +34,9 @@ def by_gram(
     else:
         for w, gram in zip(tall, grams):
             _gram_(gram, w)
-    # In float64 a rank is decided from what is known of the values (below), not from the values.
-    rule = () if grams.dtype == torch.float64 else (rank, energy, median)
+    rule = (rank, energy, median)
     squares, vectors = (eigvalsh(grams), None) if _by_products(grams) else eigh(grams, *rule)
     values = squares.to("cpu", torch.float64).clamp(min=0).flip(-1)  # all that is decided from them is decided there
-    if grams.dtype == torch.float64:
-        values = _known(values)
     ranks = ranks_of(values, rank, energy, median)
     settled = _settled(values, ranks, energy, median, grams.dtype)
     captured, lost = shares(values, ranks)
@@ -59,7 +56,7 @@ def by_gram(
                     own = vectors[i] if vectors is not None else eigh(grams[i : i + 1], *rule)[1][0]
                     basis = _settled_basis(tall[i], values[i], own.flip(-1), int(ranks[i]), bool(rank))
                 if basis is None:
-                    spectrum, precise = _spectrum64(tall[i])
+                    spectrum, precise = _precise(tall[i])
                     basis, ranks[i] = precise.to(low.dtype), ranks_of(spectrum[None], rank, energy, median)[0]
                     captured[i], lost[i] = (x[0] for x in shares(spectrum[None], ranks[i : i + 1]))
                 _project(tall[i], basis, int(ranks[i]), as_tall(low))
@@ -153,8 +150,6 @@ _SUM_ROUNDING, _VALUE_ROUNDING = 32, 8
 def _settled(squares: Tensor, ranks: Tensor, energy: float, median: float, dtype: torch.dtype) -> Tensor:  # bool [b]
     """Whether no rounding of the dtype could make a rank another one, or, where it is given, hide how little is lost."""
     eps, n = torch.finfo(dtype).eps, squares.shape[1]
-    if eps < 1e-12:
-        return torch.ones_like(ranks, dtype=torch.bool)
     if not (energy or median):
         captured, lost = shares(squares, ranks)
         return (ranks == n) | (squares[:, 0] == 0) | ~is_little(lost, captured + lost, dtype)
@@ -187,7 +182,7 @@ def _settled_basis(w: Tensor, squares: Tensor, vectors: Tensor, rank: int, given
     Rayleigh-Ritz in float64 on a window around the cut, from products with w itself, undoes it for the near ones.
     """
     n = len(squares)
-    if w.dtype == torch.float64 or rank in (0, n):
+    if w.dtype == torch.float64 or rank in (0, n):  # in float64 what mixes is small wherever the rank is settled
         return vectors
     scale = torch.finfo(torch.float32).eps * float(squares[0])
     captured, lost = float(squares[:rank].sum()), float(squares[rank:].sum())
@@ -226,15 +221,15 @@ _ERROR, _RANK_ERROR = 2e-5, 1e-3
 _RESIDUAL = 0.01  # of its square; it is promised within 1.02 of the best one
 
 
-def _spectrum64(w: Tensor) -> tuple[Tensor, Tensor]:
-    squares, vectors = eigh(gram64(w)[None])
-    return _known(squares[0].cpu().flip(-1)), vectors[0].flip(-1)
-
-
-def _known(squares: Tensor) -> Tensor:  # [..., n], descending, of float64 Gram matrices
-    """Below the rounding of the largest one nothing is known: count it as zero."""
-    noise = squares[..., :1] * squares.shape[-1] * torch.finfo(torch.float64).eps
-    return torch.where(squares > noise, squares, 0.0)
+def _precise(w: Tensor) -> tuple[Tensor, Tensor]:  # [m, n] -> float64 [n], [n, n]
+    """The squared singular values, descending, and right singular vectors: from a Gram matrix in float64 or, of a float64 matrix,
+    without one. Below the rounding of the largest one nothing is known: it counts as zero."""
+    eps, n = torch.finfo(torch.float64).eps, w.shape[1]
+    if w.dtype == torch.float64:
+        _, singular, vectors = (x[0] for x in svd(w[None]))
+        return torch.where(singular > singular[0] * len(w) * eps, singular, 0.0).square().cpu(), vectors.mT
+    squares, basis = (x[0].flip(-1) for x in eigh(gram64(w)[None]))
+    return torch.where(squares > squares[0] * n * eps, squares, 0.0).cpu(), basis
 
 
 def _project(w: Tensor, basis: Tensor, rank: int, out: Tensor) -> None:
