@@ -269,7 +269,7 @@ def _batch(shape: torch.Size, dtype: torch.dtype, device: torch.device, test_mat
     if test_matrix is None:
         elements = (9 if cuda else 6) * n * n
     else:
-        elements = 2 * cuda * m * n + 4 * (m + n) * test_matrix.shape[1]
+        elements = (2 * m * n if cuda else 0) + 4 * (m + n) * test_matrix.shape[1]
     if limit is None and cuda:
         limit = torch.cuda.mem_get_info(device)[0] // 4
     elif limit is None:  # 8 or 16 MiB a thread: larger batches take longer to page in than they save (measured, 2 threads)

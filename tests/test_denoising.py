@@ -275,7 +275,7 @@ def test_a_given_rank_of_a_matrix_that_is_almost_of_that_rank(n, rank, second, r
 
 @pytest.mark.parametrize("rule", [{"rank": 8}, {"rank": 100}, {"energy": 0.99}, {"energy": 1.0}, {"rank": 12}], ids=str)
 @pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-2])
-def test_the_residual_that_is_told_is_the_one_that_is_left(rule, noise):
+def test_the_reported_residual_is_that_of_the_result(rule, noise):
     generator = torch.Generator().manual_seed(4)
     w = torch.randn(300, 8, generator=generator) @ torch.randn(8, 200, generator=generator)
     w += noise * torch.randn(300, 200, generator=generator)
@@ -303,7 +303,7 @@ def test_rounding_of_sums_of_float32_eigenvalues_is_within_what_settles_a_rank(n
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8, 64])
-def test_a_batch_takes_the_memory_that_is_told(threads, monkeypatch):
+def test_a_default_batch_is_within_its_memory_limit(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for n in (64, 768, 1024, 1536, 2300, 4096):
         for test_matrix, most in ((None, threads << 24), (torch.empty(n, 24), threads << 23)):
@@ -323,7 +323,7 @@ def with_gap(relative, rank, seed):
 
 def test_a_small_gap_at_the_cut_is_settled_in_a_window(monkeypatch):
     errors, settled = [], gram._settled_basis
-    monkeypatch.setattr(gram, "_precise", lambda w: pytest.fail("float64 is not needed here"))
+    monkeypatch.setattr(gram, "_spectrum_float64", lambda w: pytest.fail("float64 is not needed here"))
 
     def watched(w, squares, vectors, rank, given):
         u, s, vh = numpy_svd(w)
@@ -340,8 +340,8 @@ def test_a_small_gap_at_the_cut_is_settled_in_a_window(monkeypatch):
 
 @pytest.mark.parametrize("case", ["rank", "truncation"])
 def test_float64_where_float32_cannot_settle(monkeypatch, case):
-    calls, precise = [], gram._precise
-    monkeypatch.setattr(gram, "_precise", lambda w: (calls.append(1), precise(w))[1])
+    calls, precise = [], gram._spectrum_float64
+    monkeypatch.setattr(gram, "_spectrum_float64", lambda w: (calls.append(1), precise(w))[1])
     if case == "rank":  # an energy next to what 120 directions hold
         a, _ = with_gap(1e-2, 120, 0)
         _, s, _ = numpy_svd(a)

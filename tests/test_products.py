@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.kernels import products
-from deftx_kernels.kernels.products import Apart, Parts
+from deftx_kernels.kernels.products import Parts, SeparateMatrices
 
 # m, k, n
 SHAPES = [(1, 1, 1), (40, 70, 50), (300, 33, 8), (8, 33, 300), (129, 257, 3), (5, 1, 6), (64, 1000, 16)]
@@ -90,7 +90,7 @@ def test_products_of_parts(shape):
 def test_products_of_matrices_that_lie_apart(shape):
     m, k, n = shape
     for a in orders(numbers(2, m, k)):
-        apart = Apart(a.unbind())
+        apart = SeparateMatrices(a.unbind())
         assert apart.shape == a.shape
         assert apart.dtype == a.dtype
         for b in (numbers(2, k, n, seed=1), numbers(k, n, seed=2)):

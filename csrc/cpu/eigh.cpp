@@ -45,7 +45,7 @@ struct Cut {
       while (count < n && std::sqrt(value(n - 1 - count)) > bound) ++count;
       return count;
     }
-    return std::clamp<int64_t>(rank, 0, n);
+    return rank;
   }
 
   // The eigenvectors [first, last) that a truncation needs: those of the eigenvalues that are kept or of the others, whichever are

@@ -4,14 +4,13 @@ Its eigenvectors or, on a GPU, a spectral projector made of products (spectral.p
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deftx_kernels.kernels import products
 from deftx_kernels.kernels.decompositions import eigh, eigvalsh, svd
-from deftx_kernels.kernels.matrices import ROWS, as_tall, at_a_time, gram64, is_little, prune_, ranks_of
+from deftx_kernels.kernels.matrices import ROWS, as_tall, at_a_time, gram64, is_mostly_rounding, prune_, ranks_of
 from deftx_kernels.kernels.products import gram_, matmul, matmul_
 from deftx_kernels.kernels.spectral import spectral_projector
 
@@ -40,12 +39,12 @@ def by_gram(
     ranks = ranks_of(values, rank, energy, median)
     settled = _settled(values, ranks, energy, median, grams.dtype)
     captured, lost = shares(values, ranks)
-    little = is_little(lost, captured + lost, grams.dtype).tolist()
+    measured = is_mostly_rounding(lost, captured + lost, grams.dtype).tolist()
+    lost = lost.to(grams.device)
     projectors = [None] * len(tall) if vectors is not None else _projectors(grams, squares, values, ranks, settled)
     keep = [round(residual_density * w.numel()) for w in matrices]
-    left: list[Any] = [None] * len(tall)  # the sum of squares of what is lost, where it was measured
     for run in runs:
-        lows = [torch.empty_like(w) if k or x else o for w, o, k, x in zip(matrices[run], out[run], keep[run], little[run])]
+        lows = [torch.empty_like(w) if k or x else o for w, o, k, x in zip(matrices[run], out[run], keep[run], measured[run])]
         chosen = [(w, p, low) for w, p, low in zip(matrices[run], projectors[run], lows) if p is not None]
         if chosen:
             _project_all(*zip(*chosen))
@@ -56,15 +55,14 @@ def by_gram(
                     own = vectors[i] if vectors is not None else eigh(grams[i : i + 1], *rule)[1][0]
                     basis = _settled_basis(tall[i], values[i], own.flip(-1), int(ranks[i]), bool(rank))
                 if basis is None:
-                    spectrum, precise = _precise(tall[i])
+                    spectrum, precise = _spectrum_float64(tall[i])
                     basis, ranks[i] = precise.to(low.dtype), ranks_of(spectrum[None], rank, energy, median)[0]
                     captured[i], lost[i] = (x[0] for x in shares(spectrum[None], ranks[i : i + 1]))
                 _project(tall[i], basis, int(ranks[i]), as_tall(low))
-            if keep[i] or little[i]:
-                left[i] = prune_(matrices[i], low, out[i], keep[i])
+            if keep[i] or measured[i]:
+                lost[i] = prune_(matrices[i], low, out[i], keep[i])
     device = grams.device
-    left = [x.to(device) if y is None else y for x, y in zip(lost, left)]
-    return ranks.to(device), captured.to(device), torch.stack(left)
+    return ranks.to(device), captured.to(device), lost
 
 
 def _runs(matrices: Sequence[Tensor], rows: int) -> list[slice]:
@@ -152,7 +150,7 @@ def _settled(squares: Tensor, ranks: Tensor, energy: float, median: float, dtype
     eps, n = torch.finfo(dtype).eps, squares.shape[1]
     if not (energy or median):
         captured, lost = shares(squares, ranks)
-        return (ranks == n) | (squares[:, 0] == 0) | ~is_little(lost, captured + lost, dtype)
+        return (ranks == n) | (squares[:, 0] == 0) | ~is_mostly_rounding(lost, captured + lost, dtype)
     if energy:
         sums = squares.cumsum(1)
         distance = (sums - energy * sums[:, -1:]).abs()
@@ -214,14 +212,14 @@ def _settled_basis(w: Tensor, squares: Tensor, vectors: Tensor, rank: int, given
     return vectors
 
 
-# Relative, of the truncated matrix. An energy or a threshold promises 5e-5. A given rank promises a residual, which such errors do
-# not change; 1.5e-3 was the largest found (power laws, spikes of 400 times the noise): of the largest 5 % of the entries 99.9 % are
-# those of the exact one.
+# Relative errors of the truncated matrix. An energy or a threshold promises 5e-5. A given rank promises a residual (_RESIDUAL); the
+# largest error found was 1.5e-3 (power laws, spikes of 400 times the noise), where of the largest 5 % of the entries 99.9 % are
+# those of the exact matrix.
 _ERROR, _RANK_ERROR = 2e-5, 1e-3
-_RESIDUAL = 0.01  # of its square; it is promised within 1.02 of the best one
+_RESIDUAL = 0.01  # of the best one's square, which a given rank may exceed; 1.02 of the best one is promised
 
 
-def _precise(w: Tensor) -> tuple[Tensor, Tensor]:  # [m, n] -> float64 [n], [n, n]
+def _spectrum_float64(w: Tensor) -> tuple[Tensor, Tensor]:  # [m, n] -> float64 [n], [n, n]
     """The squared singular values, descending, and right singular vectors: from a Gram matrix in float64 or, of a float64 matrix,
     without one. Below the rounding of the largest one nothing is known: it counts as zero."""
     eps, n = torch.finfo(torch.float64).eps, w.shape[1]

@@ -46,7 +46,7 @@ def as_tall(w: Tensor) -> Tensor:  # [..., m, n]
     return w if w.shape[-2] >= w.shape[-1] else w.mT
 
 
-def is_little(lost: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:  # -> bool
+def is_mostly_rounding(lost: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:  # -> bool
     """Whether so little is lost that the difference of two sums of squares, from which it comes, is rounding for the most part."""
     return lost < (1e-5 if dtype == torch.float32 else 1e-13) * total
 

@@ -40,7 +40,7 @@ def matmul(a: "Tensor | Operand", b: "Tensor | Operand") -> Tensor:
 
 def rough_matmul(a: "Tensor | Operand", b: "Tensor | Operand") -> Tensor:
     """As `matmul`, of `Parts` by their first part alone: a third of the work, and an error of 2**-8 of the whole at most."""
-    if isinstance(a, Apart) or isinstance(b, Apart) or (isinstance(a, Tensor) and isinstance(b, Tensor)):
+    if not isinstance(a, Parts) and not isinstance(b, Parts):
         return matmul(a, b)
     left, right = (x.first if isinstance(x, Parts) else x.to(torch.bfloat16) for x in (a, b))
     count = len(a if isinstance(a, Parts) else b)
@@ -125,10 +125,10 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Apart:
+class SeparateMatrices:
     """Matrices [m, n] of one shape where they lie, for many products with matrices of a few columns or rows, one after the other.
 
-    A BLAS gives each all threads; a batch it may give a matrix for each thread, of which the last are idle.
+    A BLAS gives each all threads; of a batch it may give each thread a matrix, and threads are idle at the end.
     """
 
     each: Sequence[Tensor]
@@ -144,8 +144,8 @@ class Apart:
     def __len__(self) -> int:
         return len(self.each)
 
-    def __getitem__(self, chosen: Tensor) -> "Apart":
-        return Apart([self.each[i] for i in chosen.tolist()])
+    def __getitem__(self, chosen: Tensor) -> "SeparateMatrices":
+        return SeparateMatrices([self.each[i] for i in chosen.tolist()])
 
     def times(self, b: Tensor) -> Tensor:  # [b or none, n, l] -> [b, m, l]
         """self @ b."""
@@ -164,7 +164,7 @@ class Apart:
         return out.mT
 
 
-Operand = Parts | Apart
+Operand = Parts | SeparateMatrices
 
 
 def gram_(out: Tensor, chunks: Sequence[Tensor]) -> None:  # [b, n, n], each [b, rows, n]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from deftx_kernels.kernels import products
 from deftx_kernels.kernels.decompositions import eigh, eigvalsh, orthonormal_rows_fit, svd
-from deftx_kernels.kernels.matrices import as_tall, gram64, is_little, prune_, prune_from_factors, sums_of_squares
-from deftx_kernels.kernels.products import Apart, Operand, Parts, matmul, matmul_, rough_matmul
+from deftx_kernels.kernels.matrices import as_tall, gram64, is_mostly_rounding, prune_, prune_from_factors, sums_of_squares
+from deftx_kernels.kernels.products import Operand, Parts, SeparateMatrices, matmul, matmul_, rough_matmul
 
 
 def orthonormal_rows(z: Tensor) -> Tensor:  # [b, l, n], l <= n
@@ -134,14 +134,14 @@ def by_subspace(
     left, right, squares = subspace_factors(_operand(matrices, workspace), totals, rank, n_iter, test_matrix)
     captured = torch.stack([x.sum() for x in squares])
     lost = totals - captured
-    little = is_little(lost, totals, matrices[0].dtype).tolist()
+    measured = is_mostly_rounding(lost, totals, matrices[0].dtype).tolist()
     for i, w in enumerate(matrices):
         if keep and products.splits(w):
             lost[i] = prune_from_factors(w, left[i], right[i].mT, out[i], keep)
             continue
-        low = torch.empty_like(w) if keep or little[i] else out[i]
+        low = torch.empty_like(w) if keep or measured[i] else out[i]
         matmul_(as_tall(low), left[i], right[i])
-        if keep or little[i]:
+        if keep or measured[i]:
             lost[i] = prune_(w, low, out[i], keep)
     return torch.full_like(totals, rank, dtype=torch.int64), captured, lost
 
@@ -150,4 +150,4 @@ def _operand(matrices: Sequence[Tensor], workspace: Tensor) -> Operand:  # [b, m
     if products.splits(matrices[0]):
         parts = Parts.stacked(matrices, workspace)
         return parts if parts.shape[1] >= parts.shape[2] else parts.mT
-    return Apart([as_tall(w) for w in matrices])
+    return SeparateMatrices([as_tall(w) for w in matrices])

@@ -18,7 +18,7 @@ from deftx_kernels.kernels import products
 from deftx_kernels.kernels.decompositions import svd
 from deftx_kernels.kernels.gram import by_gram
 from deftx_kernels.kernels.matrices import sums_of_squares
-from deftx_kernels.kernels.products import Apart, Parts, full_precision
+from deftx_kernels.kernels.products import Parts, SeparateMatrices, full_precision
 from deftx_kernels.kernels.small import by_svd
 from deftx_kernels.kernels.subspace import by_subspace, orthonormal_rows, subspace_factors
 
@@ -32,7 +32,7 @@ def truncated_svd(a: Tensor, rank: int, n_iter: int, test_matrix: Tensor | None)
         else:
             wide = a.shape[-2] < a.shape[-1]
             tall = batch.mT if wide else batch
-            operand = Parts.of(tall) if products.splits(tall) else Apart(tall.unbind())
+            operand = Parts.of(tall) if products.splits(tall) else SeparateMatrices(tall.unbind())
             scaled, Vh, squares = map(torch.stack, subspace_factors(operand, sums_of_squares(batch), rank, n_iter, test_matrix))
             U = orthonormal_rows(scaled.mT.contiguous()).mT
             S = squares.clamp(min=0).sqrt()
@@ -62,7 +62,10 @@ def svd_denoise_(
     m, n = max(matrices[0].shape), min(matrices[0].shape)
     batch = min(batch, len(matrices))
     # Made once: memory that is new to the process costs more than to copy a matrix into it.
-    rows = n if test_matrix is None else m * products.splits(matrices[0])
+    if test_matrix is None:
+        rows = n  # of Gram matrices
+    else:
+        rows = m if products.splits(matrices[0]) else 0
     workspace = torch.empty(batch, rows, n, dtype=matrices[0].dtype, device=matrices[0].device)
     found = []
     with full_precision():
