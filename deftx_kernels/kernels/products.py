@@ -40,10 +40,12 @@ def matmul(a: "Tensor | Operand", b: "Tensor | Operand") -> Tensor:
 
 def rough_matmul(a: "Tensor | Operand", b: "Tensor | Operand") -> Tensor:
     """As `matmul`, of `Parts` by their first part alone: a third of the work, and an error of 2**-8 of the whole at most."""
-    if not isinstance(a, Parts) and not isinstance(b, Parts):
+    if isinstance(a, Parts) and isinstance(b, Tensor):
+        left, right, count = a.first, b.to(torch.bfloat16), len(a)
+    elif isinstance(b, Parts) and isinstance(a, Tensor):
+        left, right, count = a.to(torch.bfloat16), b.first, len(b)
+    else:
         return matmul(a, b)
-    left, right = (x.first if isinstance(x, Parts) else x.to(torch.bfloat16) for x in (a, b))
-    count = len(a if isinstance(a, Parts) else b)
     out = torch.empty(count, left.shape[-2], right.shape[-1], device=left.device)
     return product_(out, left.expand(count, -1, -1), right.expand(count, -1, -1))
 
