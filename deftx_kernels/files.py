@@ -6,6 +6,7 @@ import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
     except SafetensorError as error:  # what safetensors makes of an error of the disk
         raise OSError(f"{path} cannot be written: {error}") from error
     except OSError as error:
-        raise type(error)(f"{path} cannot be written: {error.strerror or error}") from error
+        named = type(error)(f"{path} cannot be written: {error.strerror or error}")
+        named.errno = error.errno
+        raise named from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -50,7 +53,7 @@ def _owner() -> str:
 def _remove_abandoned(path: Path) -> None:
     """Delete what writers of `path` left that were killed on this machine."""
     with suppress(OSError):
-        for partial in path.parent.glob(f".{path.name}.{socket.gethostname()}-*{_ENDING}"):
+        for partial in path.parent.glob(f".{escape(path.name)}.{socket.gethostname()}-*{_ENDING}"):
             process = partial.name.removesuffix(_ENDING).split("-")[-2]
             try:
                 os.kill(int(process), 0)
