@@ -18,6 +18,7 @@ class Bucket:
     def __init__(self, group: dict[str, Any], state: dict[Tensor, Any], compact: bool) -> None:
         self.group, self.state, self.compact = group, state, compact
         self.members: dict[str, tuple[Tensor, Tensor]] = {}  # name in the mask → (dense tensor, the optimizer's parameter)
+        self.watches: dict[str, Any] = {}  # name in the mask → what tells changes of its dense tensor, of a sparsified model
 
     def build(self, mask: CSRMask, decay_to: dict[str, Tensor] | None) -> None:
         self.members = dict(sorted(self.members.items()))
@@ -39,6 +40,7 @@ class Bucket:
         # One launch has one step number; parameters that once were without a gradient are stepped on their own.
         self.together = len(set(self.steps.tolist())) == 1
         self.values: Tensor | None = None  # of the members, one after the other
+        self.apart = False  # the members' values are no views of one buffer
         self.places: tuple | None = None  # of the tensors that a step writes, when they were checked
 
     def _steps(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
@@ -103,7 +105,7 @@ class Bucket:
             if param.grad is None:
                 continue
             mask, own = self.part(name), {key: parts[name] for key, parts in flat.items()}
-            values = _adjoined([param]) if self.compact else own.get("values")
+            values = param.detach() if self.compact else own.get("values")
             check_targets({name: dense}, own["exp_avg"], own["exp_avg_sq"], values, mask)
             grad = param.grad if self.compact else {name: param.grad}
             self._launch(mask, [dense], grad, own, values, decay.get(name), step, step, grad_scale, found_inf)
@@ -111,15 +113,24 @@ class Bucket:
     def _step_all(self, present: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         places = *_places(self.dense), *(_places(self.params) if self.compact else ())
         if places != self.places:  # as nearly never: between two steps a model may have been moved, cast or loaded
-            self.values = _adjoined(self.params) if self.compact else self.flat.get("values")
+            self.values = _adjacent([p.detach() for p in self.params]) if self.compact else self.flat.get("values")
+            self.apart = self.compact and self.values is None
+            if self.apart:
+                self.values = torch.cat([p.detach() for p in self.params])
             params = dict(zip(self.members, self.dense))
             check_targets(params, self.flat["exp_avg"], self.flat["exp_avg_sq"], self.values, self.mask)
             self.places = places
+        elif self.apart:
+            torch.cat([p.detach() for p in self.params], out=self.values)
         grads = torch.cat(present) if self.compact else dict(zip(self.members, present))
         step = self.step_of[0]
         self._launch(
             self.mask, self.dense, grads, self.flat, self.values, self.decay_to, self.steps, step, grad_scale, found_inf
         )  # fmt: skip
+        if self.apart and self.values is not None:
+            # Whoever owns this memory (shared memory, FSDP, a copied model) sees the step there.
+            parts = self.values.split([p.numel() for p in self.params])
+            torch._foreach_copy_([p.detach() for p in self.params], list(parts))
 
     def _launch(
         self, mask: CSRMask, targets: list[Tensor], grads: Any, flat: dict[str, Tensor], values: Tensor | None,
@@ -142,21 +153,14 @@ class Bucket:
             raise
         if found_inf is not None:  # a skipped step does not count
             steps.sub_(found_inf.to(steps).view(()))
+        for name, dense in zip(mask.names, targets):  # the dense tensors were changed by what changed the values
+            if name in self.watches:
+                self.watches[name].version = dense._version
 
 
 def _places(tensors: list[Tensor]) -> list[tuple]:
     """What tells that a tensor, known to be the same object, still is what it was when it was checked."""
     return [(t.data_ptr(), t.dtype, t.shape) for t in tensors]
-
-
-def _adjoined(parameters: list[Tensor]) -> Tensor:
-    """The compact values of sparsified parameters as one tensor [nnz], of which they are views."""
-    flat = _adjacent([p.detach() for p in parameters])
-    if flat is None:  # something, such as moving or copying the model, has given each a memory of its own
-        flat = torch.cat([p.detach() for p in parameters])
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.data = part
-    return flat
 
 
 def _adjacent(parts: Sequence[Tensor]) -> Tensor | None:

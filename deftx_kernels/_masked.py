@@ -156,6 +156,22 @@ class _GatherGradient(torch.autograd.Function):
         return None, compact.to(ctx.dtype), None, None
 
 
+class _RefusedGradient(torch.autograd.Function):
+    """The dense tensor as it is; whoever wants a gradient of it is told why there is none."""
+
+    @staticmethod
+    def forward(dense, values, reason):
+        return dense.view_as(dense)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.reason = inputs[2]
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        raise RuntimeError(ctx.reason)
+
+
 class _Scattered(torch.autograd.Function):
     """A copy of the dense tensor that holds other values; no gradient."""
 
@@ -215,6 +231,11 @@ def masked_tensor(dense: Tensor, values: Tensor, mask: CSRMask) -> Tensor:
     if not torch.is_grad_enabled():
         return dense
     return _apply(_GatherGradient, dense.detach(), values, mask.crow_indices, mask.col_indices)
+
+
+def without_gradient(dense: Tensor, values: Tensor, reason: str) -> Tensor:
+    """The dense tensor, whose gradient is an error for this reason."""
+    return _apply(_RefusedGradient, dense.detach(), values, reason)
 
 
 def scattered(dense: Tensor, values: Tensor, mask: CSRMask) -> Tensor:

@@ -1,5 +1,6 @@
 """SparseAdamW: AdamW whose state and work are of the size of the mask."""
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -14,7 +15,7 @@ from torch.optim.adamw import adamw
 from deftx_kernels._buckets import Bucket
 from deftx_kernels._checks import check_hyperparameters, check_int, is_number
 from deftx_kernels.mask import CSRMask
-from deftx_kernels.nn import MaskedParameter, owners_of
+from deftx_kernels.nn import Entry, entries_of
 
 # What wrappers put before or into the names of a module's parameters.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -52,9 +53,6 @@ class SparseAdamW(Optimizer):
 
     # Read by torch.amp.GradScaler: it hands grad_scale and found_inf over instead of unscaling and synchronising.
     _step_supports_amp_scaling = True
-    # Read by the hook of `nn`: the dense tensors of sparsified models are written by the step itself.
-    writes_masked_weights = True
-
     _buckets: list[Bucket] | None  # of the masked parameters; None until the next step needs them
     _others: list[list[Tensor]]  # of each group the other parameters
     _taken: dict[str, Tensor] | None  # name in the mask → its dense tensor, of all groups; None: not known
@@ -104,7 +102,7 @@ class SparseAdamW(Optimizer):
             raise ValueError(f"lr must be at least 0, got {float(group['lr'])}")
         _check_storage(group)
         names, params = [n for n, _ in group["params"]], [p for _, p in group["params"]]
-        records = owners_of(params)
+        records = entries_of(params)
         for record in records.values():
             name = record.mask.names[0]
             if name not in self.mask or self.mask[name] != record.mask.to(self.mask.device):
@@ -124,11 +122,11 @@ class SparseAdamW(Optimizer):
 
     def _covered_groups(self) -> list[dict[str, tuple[Tensor, Tensor | None]]]:
         """`_covered` of each group."""
-        records = owners_of(chain.from_iterable(g["params"] for g in self.param_groups))
+        records = entries_of(chain.from_iterable(g["params"] for g in self.param_groups))
         return [self._covered(g["param_names"], g["params"], records) for g in self.param_groups]
 
     def _covered(
-        self, names: list[str], params: list[Tensor], records: Mapping[int, MaskedParameter]
+        self, names: list[str], params: list[Tensor], records: Mapping[int, Entry]
     ) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Name in the mask → (dense tensor, compact values or None), of the parameters that are masked."""
         found: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -173,12 +171,18 @@ class SparseAdamW(Optimizer):
             buckets, self._others = self._divide()
             for bucket in buckets:
                 bucket.build(self.mask, self._decay_to)
+                bucket.watches = {e.name: e.watches[0] for e in entries_of(bucket.params).values()}
             self._buckets = buckets
         return self._buckets
 
     def _forget(self) -> None:
         """The buckets are to be made anew: parameters, state or mask have changed."""
         self._buckets, self._others, self._clip = None, [], None
+
+    @property
+    def writes_masked_weights(self) -> bool:
+        """Read by the hook of `nn`: whether a step itself writes the dense tensors of a sparsified model."""
+        return any(bucket.compact for bucket in self._buckets or ())
 
     # ---- a step ----
 
@@ -303,7 +307,14 @@ class SparseAdamW(Optimizer):
             theirs, ours = saved.get("mask_fingerprints"), group["mask_fingerprints"]
             if theirs is None:
                 raise ValueError(f"param_groups[{i}] of the state has no mask_fingerprints: it is not a state of this SparseAdamW")
-            for name, one, other in zip(group["param_names"], theirs, ours):
+            names = group["param_names"]
+            saved_names = saved.get("param_names", names)
+            for name, saved_name, one, other in zip(names, saved_names, theirs, ours):
+                if one != other and _dense_name(name) != _dense_name(saved_name):
+                    raise ValueError(
+                        f"param_groups[{i}] of the state belongs to other parameters: {saved_name!r} is there where this optimizer "
+                        f"has {name!r}. Make the optimizer over the parameters of the run that was saved, in their order"
+                    )
                 if one != other:
                     differences.append(f"{name!r} {_difference(one.partition(':')[0], other.partition(':')[0])}")
         if differences:
@@ -317,6 +328,8 @@ class SparseAdamW(Optimizer):
         super().__setstate__(state)
         self._taken = None
         for group in self.param_groups:
+            for option, default in _OPTIONS.items():  # that a state of an older version does not know
+                group.setdefault(option, default)
             for param in group["params"]:
                 entry = self.state.get(param, {})
                 if "step" in entry and not isinstance(entry["step"], Tensor):
@@ -363,6 +376,14 @@ class SparseAdamW(Optimizer):
         self._forget()
 
 
+# Option of a group → its default.
+_OPTIONS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(SparseAdamW.__init__).parameters.items()
+    if parameter.default is not parameter.empty and name != "decay_to"
+}
+
+
 def _carried_over(compact: Tensor, old: CSRMask, new: CSRMask, dense: Tensor) -> Tensor:
     """A compact tensor of the new mask: entries that stay keep theirs, those that join get their weight."""
     stayed = old.project(torch.ones_like(compact), new) == 1
@@ -390,6 +411,12 @@ def _trainable(named_params: Any) -> list[tuple[str, Tensor]]:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)):
             raise TypeError("named_params must be (name, parameter) pairs, such as model.named_parameters()")
     return [(name, param) for name, param in pairs if param.requires_grad]
+
+
+def _dense_name(name: str) -> str:
+    """The name of the dense tensor whose values a parameter of a sparsified model holds."""
+    owner, leaf = name[: name.rfind(".") + 1], name[name.rfind(".") + 1 :]
+    return owner + ("weight" if leaf == "values" else leaf.removesuffix("_values"))
 
 
 def _plain_name(name: str, mask: CSRMask) -> str:

@@ -490,7 +490,7 @@ def test_sparsify_structure():
     assert isinstance(model[0], MaskedEmbedding)
     assert isinstance(model[1], MaskedLinear)
     assert isinstance(model[1], nn.Linear)
-    assert not model[1].weight.requires_grad
+    assert not dict(model.named_parameters())["1.weight"].requires_grad
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert set(named) == {"0.values", "1.values", "1.bias_values", "3.values"}
     assert sum(p.numel() for p in named.values()) == mask.nnz
@@ -565,16 +565,31 @@ def test_sparsify_refuses_masks_that_do_not_fit():
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "match"),
     [
-        lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
-        nn.utils.parametrizations.weight_norm,
-        lambda linear: setattr(linear, "weight", nn.Parameter(torch.randn(5, 4))),
+        (lambda linear: prune.l1_unstructured(linear, "weight", 0.5), "Cannot assign non-leaf Tensor to parameter 'weight_orig'"),
+        (
+            lambda linear: setattr(linear, "weight", nn.Parameter(torch.randn(3, 4))),
+            "densify the model before its weight is replaced",
+        ),
+        (lambda linear: setattr(linear, "values", nn.Parameter(torch.randn(3))), "before its values is replaced"),
+        (lambda linear: setattr(linear, "bias", None), "'0.bias' is sparsified"),
+        (nn.utils.parametrizations.weight_norm, "LiveWeight"),
     ],
 )
-def test_weights_that_are_replaced_after_sparsify_are_refused(change):
+def test_weights_cannot_be_replaced_after_sparsify(change, match):
     model = quietly_sparsified(nn.Sequential(nn.Linear(4, 3)))[0]
-    change(model[0])
+    before = model(X)
+    with pytest.raises((ValueError, RuntimeError), match=match):
+        change(model[0])
+    assert torch.equal(model(X), before)
+    densify(model)
+
+
+def test_weights_that_are_gone_after_sparsify_are_refused():
+    model = quietly_sparsified(nn.Sequential(nn.Linear(4, 3)))[0]
+    del model[0].weight
+    assert not hasattr(model[0], "weight")
     for action in (lambda: model(X), lambda: densify(model)):
         with pytest.raises((RuntimeError, ValueError), match=r"'0\.weight'.* has been replaced or resized since"):
             action()
@@ -591,18 +606,17 @@ def test_part_of_a_tied_model_cannot_be_densified():
     assert type(densify(model)[0]) is nn.Embedding
 
 
-def test_a_copied_model_gets_one_buffer_again():
-    """Copying and moving give each values parameter a memory of its own; a step joins them, and trains as before."""
+def test_a_copied_model_has_one_buffer():
     model = sparsify(mlp(), mlp_mask())
     trained = []
     for each in (copy.deepcopy(model), model):
+        values = [p for p in each.parameters() if p.requires_grad]
+        assert len({p.untyped_storage().data_ptr() for p in values}) == 1
         optimizer = SparseAdamW(each.named_parameters(), mlp_mask(), lr=0.1)
         for _ in range(2):
             optimizer.zero_grad()
             each(IDS).square().sum().backward()
             optimizer.step()
-        values = [p for p in each.parameters() if p.requires_grad]
-        assert len({p.untyped_storage().data_ptr() for p in values}) == 1
         assert torch.equal(each(IDS), densify(each)(IDS))
         trained.append(torch.cat([p.detach().flatten() for p in each.parameters()]))
     assert torch.equal(*trained)

@@ -1,89 +1,21 @@
-"""Masked modules: `sparsify` puts them into a model, `densify` takes them out again.
-
-Each masked parameter keeps its dense tensor, frozen and always up to date, and gets a compact trainable `values` parameter.
-Gradients, optimizer state and all-reduce are then of size nnz. After the step of any torch optimizer a hook writes the values
-into the dense tensors; `SparseAdamW` does so in its own launch.
-"""
+"""The masked modules, and the two functions that put them into a model and take them out again."""
 
 import warnings
-import weakref
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from deftx_kernels._masked import masked_lookup, masked_matmul, masked_tensor, scattered
+from deftx_kernels._masked import masked_lookup, masked_matmul, masked_tensor, scattered, without_gradient
 from deftx_kernels.mask import CSRMask
-
-
-class MaskedParameter(NamedTuple):
-    """A masked parameter: the dense tensor, its compact values, and the mask of that one tensor (named as in the model)."""
-
-    dense: nn.Parameter  # any shape
-    values: nn.Parameter  # [nnz]
-    mask: CSRMask
-
-
-@dataclass(eq=False)
-class _Entry:
-    """What the modules that own one masked tensor share."""
-
-    mask: CSRMask
-    values: nn.Parameter  # [nnz]
-    required_grad: bool  # of the dense tensor, before
-    tied: bool = False  # whether several modules own it
-    version: int = -1  # of the values that the dense tensor holds
-
-    @property
-    def name(self) -> str:
-        return self.mask.names[0]
-
-    def write(self, dense: Tensor) -> None:
-        """The values into the dense tensor."""
-        if dense.is_contiguous():  # mask.scatter_ without its checks: the hook calls this for every tensor
-            values = self.values.detach().to(dense.dtype)
-            torch.ops.deftx.csr_scatter_([dense.detach()], self.mask.crow_indices, self.mask.col_indices, values)
-            torch.autograd.graph.increment_version(dense)
-        else:
-            self.mask.scatter_({self.name: dense}, self.values)
-        self.version = _version(self.values)
-
-    def read(self, dense: Tensor) -> None:
-        """The values from the dense tensor; where they are what was rounded to it, they keep their precision."""
-        with torch.no_grad():
-            found = self.mask.gather({self.name: dense})
-            self.values.copy_(torch.where(self.values.to(found.dtype) == found, self.values, found.to(self.values.dtype)))
-        self.version = _version(self.values)
-
-    def fits(self, dense: Tensor, values: Tensor) -> bool:
-        """Whether a state's dense tensor has its values at the mask's entries; other shapes are for torch to refuse."""
-        if dense.shape != self.mask.shapes[0] or values.shape != self.values.shape:
-            return True
-        found = self.mask.to(dense.device).gather({self.name: dense})
-        return torch.allclose(found, values.to(found), rtol=0.0, atol=0.0, equal_nan=True)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-_OWNERS: "weakref.WeakSet[Masked]" = weakref.WeakSet()
-
-
-def values_name(leaf: str) -> str:
-    """The name of the compact parameter beside the parameter `leaf`."""
-    return "values" if leaf == "weight" else f"{leaf}_values"
+from deftx_kernels.nn.entries import Entry, Flat, LiveWeight, MaskedParameter, live_weight, values_name
 
 
 class Masked(nn.Module):
     """Mixin of every module with masked parameters. `sparsify` makes a module one by changing its class."""
 
-    _masked_entries: dict[str, _Entry]  # by the parameter's own name in the module
+    _masked_entries: dict[str, Entry]  # by the parameter's own name in the module
     _dense_class: type
     _parameters: dict[str, Any]
 
@@ -93,38 +25,57 @@ class Masked(nn.Module):
     def _masked(self, leaf: str) -> tuple[Tensor, Tensor, CSRMask]:
         """Dense tensor, values and mask of a masked parameter, as forward is to use them."""
         entry = self._masked_entries[leaf]
-        dense, values = self._parameters.get(leaf), self._parameters.get(values_name(leaf))
+        dense, values = (self._parameters.get(n, self.__dict__.get(n)) for n in (leaf, values_name(leaf)))
         if dense is None or values is None or dense.shape != entry.mask.shapes[0]:
-            raise RuntimeError(f"{entry.name!r} is sparsified and has been replaced or resized since: densify the model first")
-        if values is not entry.values:  # torch.func.functional_call
-            dense = scattered(dense, values, entry.mask)
-        elif not torch.compiler.is_compiling() and _version(values) != entry.version:  # changed otherwise than by a whole step
-            entry.write(dense)
+            raise RuntimeError(_replaced(entry))
+        if values is not entry.values or dense is not entry.dense:  # torch.func.functional_call, FSDP
+            return scattered(dense, values, entry.mask), values, entry.mask
+        if not torch.compiler.is_compiling():
+            entry.update()
         return dense, values, entry.mask
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        for leaf, entry in self.__dict__.get("_masked_entries", {}).items():
+            if name == leaf and isinstance(param, LiveWeight) and param.entry is entry:
+                return  # `tie_weights`, of weights that are tied
+            if name in (leaf, values_name(leaf)) and param is not entry.dense and param is not entry.values:
+                raise ValueError(f"{entry.name!r} is sparsified: densify the model before its {name} is replaced")
+        super().register_parameter(name, param)
+
     def _apply(self, fn, recurse=True):
-        before = {leaf: entry.values.data for leaf, entry in self._masked_entries.items()}
+        before = {leaf: (self._parameters[leaf], entry.values.detach()) for leaf, entry in self._masked_entries.items()}
         super()._apply(fn, recurse)
         for leaf, entry in self._masked_entries.items():
+            old_dense, old_values = before[leaf]
             dense, values = self._parameters[leaf], self._parameters[values_name(leaf)]
+            if entry.dense is not old_dense:
+                if entry.dense is not None:  # another owner has got new parameters instead of new data, which is for both
+                    self._parameters[leaf], self._parameters[values_name(leaf)] = entry.dense, entry.values
+                continue
             if values.dtype != (dtype := _values_dtype(dense)):  # a model cast to 16 bits keeps its values in 32
-                values.data = before[leaf].to(dense.device, dtype)
+                values.data = old_values.to(dense.device, dtype)
                 values.grad = None if values.grad is None else values.grad.to(dtype)
-            entry.values, entry.mask = values, entry.mask.to(dense.device)
+            if values.device != old_values.device and not values.is_meta and values.dtype == entry.flat.dtype:
+                values.data = entry.flat.part(entry, values.device).copy_(values.detach())
+            entry.mask = entry.mask.to(dense.device)
+            entry.adopt(dense, values)
             if not dense.is_meta:
-                entry.write(dense)
+                entry.write()
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for leaf in self._masked_entries:
-            self._masked(leaf)  # brings the dense tensor up to date
+            self._masked(leaf)  # brings the two up to date
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for leaf, entry in self._masked_entries.items():
-            if entry.tied:  # once, under the first of the names: safetensors refuses shared tensors
-                mine = destination.pop(name := prefix + values_name(leaf))
-                others = (t for n, t in destination.items() if n.endswith("values") and t.device == mine.device)
-                if not any(t.shape == mine.shape and t.is_set_to(mine) for t in others):
-                    destination[name] = mine
+            name = prefix + values_name(leaf)
+            if not keep_vars:
+                destination[name] = _with_storage_of_its_own(destination[name])
+            if len(entry.owners) > 1:  # once, under the first of the names: safetensors refuses shared tensors
+                mine = destination[name]
+                others = (t for n, t in destination.items() if n != name and n.endswith("values") and t.device == mine.device)
+                if any(t.shape == mine.shape and t.data_ptr() == mine.data_ptr() for t in others):
+                    del destination[name]
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         """Dense tensors and values fit each other afterwards: a state without values gives those that its dense tensors hold."""
@@ -133,22 +84,29 @@ class Masked(nn.Module):
             if dense is not None and values is not None and not entry.fits(dense, values):
                 error_msgs.append(f"the values of {prefix}{leaf} are not those at this model's mask: saved with another mask.")
                 return
-        if any(entry.tied for entry in self._masked_entries.values()):  # load_state_dict(assign=True) would untie
+        tied = {leaf for leaf, entry in self._masked_entries.items() if len(entry.owners) > 1}
+        if tied:  # load_state_dict(assign=True) would untie
             metadata = {**metadata, "assign_to_params_buffers": False}
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        for leaf, entry in self._masked_entries.items():
-            dense, entry.values = self._parameters[leaf], self._parameters[values_name(leaf)]
+        entries = self.__dict__.pop("_masked_entries")  # load_state_dict(assign=True) replaces parameters
+        try:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        finally:
+            self._masked_entries = entries
+        for leaf, entry in entries.items():
             name = prefix + values_name(leaf)
+            entry.adopt(self._parameters[leaf], self._parameters[values_name(leaf)])
             if name in state_dict and state_dict[name].shape == entry.values.shape:
-                entry.write(dense)
+                entry.write()
             else:
-                entry.read(dense)
-            if name in missing_keys and (entry.tied or prefix + leaf in state_dict):
+                entry.read()
+            if name in missing_keys and (leaf in tied or prefix + leaf in state_dict):
                 missing_keys.remove(name)
 
     def __setstate__(self, state):  # a deepcopy or an unpickled module owns its values, too
         super().__setstate__(state)
-        _OWNERS.add(self)
+        for leaf, entry in self._masked_entries.items():
+            entry.owners.add(self)
+            self._parameters[leaf], self._parameters[values_name(leaf)] = entry.dense, entry.values
 
     def __reduce_ex__(self, protocol):  # pickle would not find classes that are made at run time by name
         state = super().__reduce_ex__(max(int(protocol), 2))[2]
@@ -164,8 +122,33 @@ class _Direct(Masked):
         return {leaf: entry.mask for leaf, entry in self._masked_entries.items()}
 
 
+def _replaced(entry: Entry) -> str:
+    return f"{entry.name!r} is sparsified and has been replaced or resized since: densify the model first"
+
+
+def _attribute(leaf: str) -> property:
+    """A masked parameter as an attribute of its module. FSDP1 puts a view of its own in its place for the time of a forward."""
+
+    def read(module: Masked) -> Tensor:
+        if leaf not in module._parameters and leaf not in module.__dict__:
+            raise AttributeError(leaf)
+        entry = module._masked_entries[leaf]
+        if entry.dense is not None and entry.dense.shape != entry.mask.shapes[0]:  # `resize_token_embeddings` reads it again
+            return live_weight(without_gradient(entry.dense, entry.values, _replaced(entry)), entry)
+        dense, values, mask = module._masked(leaf)
+        if not (torch.is_grad_enabled() and values.requires_grad):
+            return dense
+        return live_weight(masked_tensor(dense, values, mask), entry)
+
+    def write(module: Masked, tensor: Tensor) -> None:
+        module.__dict__[leaf] = tensor
+
+    return property(read, write, lambda module: module.__dict__.pop(leaf, None))
+
+
 class _Matmul(_Direct):
     bias: Any
+    weight: Any = _attribute("weight")
     _transposed = False
 
     def forward(self, input: Tensor) -> Tensor:
@@ -180,6 +163,8 @@ class MaskedLinear(_Matmul, nn.Linear):
 class MaskedEmbedding(_Direct, nn.Embedding):
     """`nn.Embedding` of which only the mask's entries are trained, as the compact parameter `values`. Made by `sparsify`."""
 
+    weight: Any = _attribute("weight")
+
     def forward(self, input: Tensor) -> Tensor:
         return masked_lookup(input, *self._masked("weight"), self.padding_idx)
 
@@ -190,16 +175,13 @@ def _is_conv1d(kind: type) -> bool:
 
 @cache
 def _masked_class(original: Any, leaves: frozenset[str], direct: bool) -> type:
-    if direct and original in (nn.Linear, nn.Embedding):
-        return MaskedLinear if original is nn.Linear else MaskedEmbedding
-    if direct:
-        return type("MaskedConv1D", (_Matmul, original), {"_transposed": True})
-    # Any other module reads its parameters as attributes, so a property stands before each of them.
-    return type(f"Masked{original.__name__}", (Masked, original), {leaf: _property(leaf) for leaf in leaves})
-
-
-def _property(leaf: str) -> property:
-    return property(lambda module: masked_tensor(*module._masked(leaf)))
+    attributes: dict[str, Any] = {leaf: _attribute(leaf) for leaf in leaves}
+    if not direct:
+        return type(f"Masked{original.__name__}", (Masked, original), attributes)
+    if original not in (nn.Linear, nn.Embedding):
+        return type("MaskedConv1D", (_Matmul, original), {**attributes, "_transposed": True})
+    known = MaskedLinear if original is nn.Linear else MaskedEmbedding
+    return type(known.__name__, (known,), attributes) if "bias" in leaves else known
 
 
 def _blank(original: type, leaves: frozenset[str], direct: bool) -> nn.Module:
@@ -217,9 +199,12 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
     outside the mask keep their `requires_grad`.
 
     The values are what is trained. The step of any torch optimizer over them and `load_state_dict` bring the dense tensors up to
-    date, and so does the next forward (not a compiled one) where they were changed otherwise; what is written into masked entries
-    of a dense tensor by hand is lost. A state dict holds values and dense tensors; that of a plain model can be loaded, too.
-    Whoever reads the `weight` of a masked Linear, Embedding or Conv1D outside of its forward gets the frozen tensor.
+    date, and so does the next forward (not a compiled one) where they were changed otherwise, through `.data`, too. What is written
+    into masked entries of a dense tensor (a LoRA adapter that is merged) becomes their values at the next forward; where values
+    were changed as well, these win. A state dict holds values and dense tensors; that of a plain model can be loaded, too.
+
+    Whoever reads a masked `weight` as an attribute (a fused loss over `lm_head.weight`, a decoder that borrows an embedding) gets a
+    tensor whose gradient reaches the values; that of a Linear or an Embedding is then dense, for as long as backward takes.
 
     Args:
         model: the plain model, on the mask's device; all of it: modules elsewhere that share its tensors are not seen.
@@ -255,15 +240,12 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
             stacklevel=2,
         )
     entries = _entries(mask, tensors)
-    for name, owners in Counter(name for _, _, owned in plan for name in owned.values()).items():
-        entries[name].tied = owners > 1
-        tensors[name].requires_grad_(False)
     for module, masked_class, owned in plan:
         for leaf, name in owned.items():
             module.register_parameter(values_name(leaf), entries[name].values)
+            entries[name].owners.add(module)
         module.__dict__.update(_masked_entries={leaf: entries[n] for leaf, n in owned.items()}, _dense_class=type(module))
         module.__class__ = masked_class
-        _OWNERS.add(module)
     return model
 
 
@@ -289,89 +271,71 @@ def _values_dtype(dense: Tensor) -> torch.dtype:
     return torch.float64 if dense.dtype == torch.float64 else torch.float32
 
 
-def _entries(mask: CSRMask, tensors: dict[str, Tensor]) -> dict[str, _Entry]:
+def _entries(mask: CSRMask, tensors: dict[str, Any]) -> dict[str, Entry]:
     """Name → entry; the values are views of one flat buffer per dtype."""
     entries = {}
     for dtype in (torch.float32, torch.float64):
         if names := [n for n, t in tensors.items() if _values_dtype(t) == dtype]:
             part = mask if len(names) == len(mask) else mask.restrict(names)
-            for name, values in part.split(part.gather(tensors).to(dtype)).items():
-                entries[name] = _Entry(part[name], nn.Parameter(values), tensors[name].requires_grad)
+            flat, start = Flat(part.gather(tensors).to(dtype)), 0
+            for name in part.names:
+                entries[name] = Entry(part[name], tensors[name], flat, start)
+                start += entries[name].mask.nnz
     return entries
+
+
+def _with_storage_of_its_own(view: Tensor) -> Tensor:
+    """The same memory as a tensor that fills its storage: savers refuse or drop views of one buffer. Writes reach the model."""
+    if type(view) is not Tensor or view.device.type not in ("cpu", "cuda") or not view.numel():
+        return view
+    return torch.from_dlpack(view)
 
 
 def densify(model: nn.Module) -> nn.Module:
     """The plain model back, in place: modules, names and `requires_grad` as before `sparsify`, the trained weights in place.
 
+    A tensor that has got or lost rows since (`resize_token_embeddings`) keeps what was trained in those that are left.
+
     Raises:
-        ValueError: the model is not sparsified, or a masked tensor has been replaced or resized since, or is tied to a masked one
-            outside of the model. Nothing has changed then.
+        ValueError: the model is not sparsified, or a masked tensor has been replaced since, or is tied to a masked one outside of
+            the model. Nothing has changed then.
     """
     owners = [m for m in model.modules() if isinstance(m, Masked)]
     if not owners:
         raise ValueError("model is not sparsified")
-    inside = set(map(id, owners))
-    outside = {id(e) for o in list(_OWNERS) if id(o) not in inside for e in o._masked_entries.values()}
     for owner in owners:
         for leaf, entry in owner._masked_entries.items():
-            if id(entry) in outside:
+            if not set(map(id, entry.owners)) <= set(map(id, owners)):
                 raise ValueError(f"{entry.name!r} is tied to a module outside of this model: densify the whole model")
-            if (dense := owner._parameters.get(leaf)) is None or dense.shape != entry.mask.shapes[0]:
+            dense = owner._parameters.get(leaf)
+            if dense is None or dense is not entry.dense or dense.shape[1:] != entry.mask.shapes[0][1:]:
                 raise ValueError(f"{entry.name!r} has been replaced or resized since it was sparsified")
     for owner in owners:
         for leaf, entry in owner._masked_entries.items():
-            entry.write(owner._parameters[leaf])
-            owner._parameters[leaf].requires_grad_(entry.required_grad)
+            if entry.dense.shape == entry.mask.shapes[0]:
+                entry.update()
+            else:
+                entry.write_resized()
             del owner._parameters[values_name(leaf)]
-        del owner._masked_entries
-        _OWNERS.discard(owner)
+    for owner in owners:
+        for entry in owner.__dict__.pop("_masked_entries").values():
+            entry.release()
         owner.__class__ = owner.__dict__.pop("_dense_class")
     return model
 
 
-def _owned(modules: Iterable[nn.Module]) -> Iterator[tuple[_Entry, Any]]:
-    """Entry and dense tensor of each masked parameter, tied ones once for each owner."""
-    for module in modules:
-        if isinstance(module, Masked):
-            for leaf, entry in module._masked_entries.items():
-                if (dense := module._parameters.get(leaf)) is not None:
-                    yield entry, dense
-
-
 def masked_parameters(model: nn.Module) -> dict[str, MaskedParameter]:
     """Name in the plain model → masked parameter, tied ones once; empty for a model that is not sparsified."""
-    records = {entry.name: MaskedParameter(dense, entry.values, entry.mask) for entry, dense in _owned(model.modules())}
-    return dict(sorted(records.items()))
+    entries = {e.name: e for m in model.modules() if isinstance(m, Masked) for e in m._masked_entries.values()}
+    return {name: MaskedParameter(e.dense, e.values, e.mask) for name, e in sorted(entries.items())}
 
 
-def owners_of(parameters: Iterable[Tensor]) -> dict[int, MaskedParameter]:
-    """id(values) → masked parameter, for those of the tensors that are compact values of a live module."""
-    wanted = {id(p) for p in parameters}
-    found = ((entry, dense) for entry, dense in _owned(list(_OWNERS)) if id(entry.values) in wanted)
-    return {id(entry.values): MaskedParameter(dense, entry.values, entry.mask) for entry, dense in found}
-
-
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not _OWNERS:
-        return
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    writes_itself = getattr(optimizer, "writes_masked_weights", False)
-    ours, frozen = {}, set()
-    for entry, dense in _owned(list(_OWNERS)):
-        if id(entry.values) in held:
-            if writes_itself:  # without a new version of the values: forward finds them as it left them
-                return
-            ours[id(entry)] = entry, dense
-        elif id(dense) in held:
-            frozen.add(entry.name)
-    for entry, dense in ours.values():
-        entry.write(dense)
-    if frozen and not ours:
-        warnings.warn(
-            f"this {type(optimizer).__name__} was made before sparsify: it trains nothing of {min(frozen)!r} and others, which are "
-            "frozen now. Make it after sparsify, over the values",
-            stacklevel=4,
-        )
-
-
-register_optimizer_step_post_hook(_after_step)
+def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """`named_parameters()` as those of the plain model: of a sparsified one the dense tensors, up to date, and no values."""
+    values = set()
+    for module in model.modules():
+        if isinstance(module, Masked):
+            for leaf, entry in module._masked_entries.items():
+                module._masked(leaf)
+                values.add(id(entry.values))
+    return {name: p for name, p in model.named_parameters() if id(p) not in values}

@@ -1,0 +1,400 @@
+"""What others do with a sparsified model: writes past autograd, weights read as attributes, memory that others own."""
+
+import copy
+import gc
+import multiprocessing
+import pickle
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from deftx_kernels import CSRMask, SparseAdamW, densify, sparsify, topk_mask
+from deftx_kernels.nn import masked_parameters, plain_tensors
+
+X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+
+
+def half(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return topk_mask({n: torch.rand(p.shape, generator=generator) for n, p in model.named_parameters()}, density=0.5)
+
+
+def mlp(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3)).to(dtype)
+
+
+def sparsified(dtype=torch.float32):
+    model = mlp(dtype)
+    return sparsify(model, half(model))
+
+
+def values_of(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def output(model):
+    with torch.no_grad():
+        return model(X.to(next(model.parameters()).dtype))
+
+
+# ---- values and dense tensors -------------------------------------------------------------------------------------------
+
+
+def held_alias(model):
+    """The aliases are taken first, and written to after forwards."""
+    aliases = [p.data for p in values_of(model)]
+    for _ in range(2):
+        output(model)
+        for alias in aliases:
+            alias.sub_(1.0)
+
+
+def by_foreach_copy(model):
+    torch._foreach_copy_([p.data for p in values_of(model)], [p.detach() * 2 for p in values_of(model)])
+
+
+def by_assignment(model):
+    for p in values_of(model):
+        p.data = p.detach() * 2
+
+
+def by_averages(model):
+    for p in model.parameters():  # of every parameter, as averages of weights are swapped in
+        p.data.mul_(2.0)
+
+
+WAYS = {
+    "data": lambda m: [p.data.mul_(2.0) for p in values_of(m)],
+    "part of data": lambda m: [p.data.view(-1)[::2].mul_(2.0) for p in values_of(m)],
+    "held alias": held_alias,
+    "foreach copy": by_foreach_copy,
+    "assignment": by_assignment,
+    "vector_to_parameters": lambda m: vector_to_parameters(parameters_to_vector(values_of(m)) * 2, values_of(m)),
+    "averages": by_averages,
+    "no_grad": lambda m: [p.detach().mul_(2.0) for p in values_of(m)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", WAYS)
+def test_values_that_are_changed_in_any_way_are_seen(way, dtype):
+    for source in (lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        model = source(sparsified(dtype))
+        before = output(model)
+        WAYS[way](model)
+        after = output(model)
+        assert not torch.equal(after, before)
+        for name, record in masked_parameters(model).items():
+            assert torch.equal(record.mask.gather({name: record.dense}), record.values.to(dtype)), name
+        assert torch.equal(output(densify(model)), after)
+        assert {type(p) for p in model.parameters()} == {nn.Parameter}
+
+
+def test_a_read_of_data_changes_nothing():
+    """Also while what was read is kept: no write into the dense tensors that a backward still needs."""
+    model = sparsified()
+    kept = [p.data for p in model.parameters()]
+    loss = model(X).sum() + model(X).sum()
+    loss.backward()
+    assert all(p.grad is not None for p in values_of(model))
+    assert kept
+
+
+def merged_by_data(linear, change):
+    linear.weight.data += change
+
+
+def merged_by_assignment(linear, change):
+    linear.weight.data = linear.weight.data + change
+
+
+@torch.no_grad()
+def merged_in_place(linear, change):
+    linear.weight.add_(change)
+
+
+@torch.no_grad()
+def merged_without_gradients(linear, change):
+    linear.weight.data += change
+
+
+def merged_by_name(linear, change):
+    dict(linear.named_parameters())["weight"].data.add_(change)
+
+
+@pytest.mark.parametrize("then", ["densify", "forward", "state_dict", "step"])
+@pytest.mark.parametrize("merge", [merged_by_data, merged_by_assignment, merged_in_place, merged_without_gradients, merged_by_name])
+def test_what_is_added_to_a_weight_stays(merge, then):
+    """As when a LoRA adapter is merged: into masked entries, too."""
+    model, plain = sparsified(torch.bfloat16), mlp(torch.bfloat16)
+    change = torch.randn(8, 8, generator=torch.Generator().manual_seed(3)).bfloat16()
+    merge(model[0], change)
+    plain[0].weight.data += change
+    if then == "forward":
+        assert torch.equal(output(model), output(plain))
+    if then == "state_dict":
+        assert torch.equal(model.state_dict()["0.weight"], plain[0].weight)
+    if then == "step":
+        model(X.bfloat16()).sum().backward()
+        torch.optim.SGD(values_of(model), lr=0.0).step()
+    assert torch.equal(densify(model)[0].weight, plain[0].weight)
+
+
+def test_peft_merges_into_a_sparsified_model():
+    peft = pytest.importorskip("peft")
+    model = sparsified()
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
+    expected = output(lora)
+    merged = lora.merge_and_unload()
+    torch.testing.assert_close(output(merged), expected)
+    torch.testing.assert_close(output(densify(merged)), expected)
+
+
+def test_values_win_where_both_were_changed():
+    model = sparsified()
+    record = masked_parameters(model)["0.weight"]
+    record.dense.data.zero_()
+    record.values.data.fill_(3.0)
+    output(model)
+    assert set(record.dense.detach().unique().tolist()) == {0.0, 3.0}
+
+
+def test_plain_tensors():
+    model, plain = sparsified(), mlp()
+    assert plain_tensors(model).keys() == plain_tensors(plain).keys() == dict(plain.named_parameters()).keys()
+    values_of(model)[0].data.fill_(7.0)
+    assert 7.0 in plain_tensors(model)["0.weight"]
+
+
+# ---- weights that are read as attributes --------------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """A language model's ends, whose loss reads the head's weight (fused losses do)."""
+
+    def __init__(self, tie):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(12, 4), nn.Linear(4, 12, bias=False)
+        if tie:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids, read):
+        return read(self.embedding(ids), self.head).square().sum()
+
+
+class Fused(torch.autograd.Function):
+    """A kernel that asks for each argument whether it needs a gradient, and sees no Python subclass."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        ctx.asked = weight.requires_grad
+        return x @ weight.detach().T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        assert ctx.asked
+        return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+
+
+READS = {
+    "transposed": lambda x, head: x @ head.weight.T,
+    "linear": lambda x, head: nn.functional.linear(x, head.weight),
+    "a copy": lambda x, head: x @ head.weight.float().mT,
+    "fused": lambda x, head: Fused.apply(x, head.weight),
+    "state": lambda x, head: x @ head.get_parameter("weight").T,
+    "forward": lambda x, head: head(x),
+}
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("read", READS)
+def test_weights_read_as_attributes_get_their_gradient(read, tie):
+    ids = torch.tensor([[1, 2, 3], [3, 4, 11]])
+    plain, model = Head(tie), Head(tie)
+    mask = half(model)
+    sparsify(model, mask)
+    plain(ids, READS[read]).backward()
+    model(ids, READS[read]).backward()
+    found = {n: r.values.grad for n, r in masked_parameters(model).items()}
+    for name, expected in mask.split(mask.gather({n: p.grad for n, p in plain.named_parameters()})).items():
+        torch.testing.assert_close(found[name], expected)
+    assert all(r.dense.grad is None for r in masked_parameters(model).values())
+
+
+def test_an_attribute_is_the_parameter_for_who_takes_no_gradient():
+    model = sparsified()
+    with torch.no_grad():
+        assert model[0].weight is dict(model.named_parameters())["0.weight"]
+    assert isinstance(model[0].weight, nn.Parameter)
+    assert model[0].weight.data_ptr() == model[0].weight.data.data_ptr()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model[0].weight)), mlp()[0].weight)
+    model.requires_grad_(False)
+    assert not model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("no_grad", [False, True])
+def test_tied_weights_can_be_tied_again(no_grad):
+    model = Head(tie=True)
+    sparsify(model, half(model))
+    with torch.set_grad_enabled(not no_grad):
+        model.head.weight = model.embedding.weight
+    assert model.head.values is model.embedding.values
+    other = nn.Linear(4, 12, bias=False)
+    with pytest.raises(ValueError, match="Cannot assign non-leaf"):
+        other.weight = model.embedding.weight
+
+
+# ---- other shapes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("rows", [17, 7])
+def test_densify_after_resize_token_embeddings(rows, tie):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=12, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=tie
+    )
+    model = transformers.LlamaForCausalLM(config)
+    sparsify(model, half(model))
+    optimizer = SparseAdamW(model.named_parameters(), half(densified_copy(model)), lr=0.1)
+    model(torch.arange(7)[None]).logits.square().sum().backward()
+    optimizer.step()
+    trained = densified_copy(model)
+    names = ["model.embed_tokens.weight", *([] if tie else ["lm_head.weight"])]
+    model.resize_token_embeddings(rows)
+    embedding = model.get_input_embeddings()
+    for use in (lambda: model(torch.arange(4)[None]), lambda: embedding.weight.sum().backward(), model.state_dict):
+        with pytest.raises(RuntimeError, match="resized since: densify the model first"):
+            use()
+    densify(model)
+    model(torch.arange(4)[None])
+    for name in names:
+        kept = min(rows, 12)
+        assert torch.equal(model.get_parameter(name)[:kept], trained.get_parameter(name)[:kept])
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
+
+
+def densified_copy(model):
+    return densify(copy.deepcopy(model))
+
+
+# ---- memory that others own ---------------------------------------------------------------------------------------------
+
+
+def train(model, mask, steps=3):
+    optimizer, losses = SparseAdamW(model.named_parameters(), mask, lr=0.1), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(X).square().sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def flattened(model):
+    """Each parameter a view of a buffer, in another order, as engines of sharded training have them."""
+    parameters = list(model.parameters())[::-1]
+    buffer = torch.cat([p.detach().flatten() for p in parameters])
+    for p, part in zip(parameters, buffer.split([p.numel() for p in parameters])):
+        p.data = part.view_as(p)
+    return buffer
+
+
+def test_memory_of_parameters_stays_where_it_is():
+    mask = half(mlp())
+    alone, model = sparsified(), sparsified()
+    buffer = flattened(model)
+    places = [p.data_ptr() for p in model.parameters()]
+    assert train(model, mask) == train(alone, mask)
+    assert [p.data_ptr() for p in model.parameters()] == places
+    assert torch.equal(buffer, torch.cat([p.detach().flatten() for p in list(alone.parameters())[::-1]]))
+
+
+def test_shared_memory():
+    mask, model = half(mlp()), copy.deepcopy(sparsified()).share_memory()
+    process = multiprocessing.get_context("fork").Process(target=train, args=(model, mask))
+    process.start()
+    process.join()
+    alone = sparsified()
+    train(alone, mask)
+    assert torch.equal(output(model), output(alone))
+    assert torch.equal(output(densify(model)), output(alone))
+
+
+@pytest.mark.filterwarnings("ignore:.*FSDP.*")
+def test_fsdp_version_1():
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    mask, expected = half(mlp()), train(sparsified(), half(mlp()))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = FSDP(sparsified(), use_orig_params=True, device_id=torch.device("cpu"))
+        assert train(wrapped, mask) == expected
+    finally:
+        dist.destroy_process_group()
+
+
+def test_models_in_threads():
+    interval, errors = sys.getswitchinterval(), []
+    sys.setswitchinterval(1e-5)
+
+    def work():
+        try:
+            for _ in range(30):
+                model = sparsified()
+                optimizer = torch.optim.SGD(values_of(model), lr=0.01)
+                for _ in range(3):
+                    model(X).sum().backward()
+                    optimizer.step()
+                densify(model)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    try:
+        for step in ("start", "join"):
+            for thread in threads:
+                getattr(thread, step)()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+
+
+def test_a_dropped_model_is_freed_at_once():
+    """Without the garbage collector, which knows nothing of a GPU's memory."""
+    model = sparsified()
+    other = copy.deepcopy(model)
+    refs = [weakref.ref(p) for p in model.parameters()]
+    gc.disable()
+    try:
+        del model
+        assert not [r for r in refs if r() is not None]
+    finally:
+        gc.enable()
+    densify(other)
+
+
+def test_mask_of_everything():
+    """A mask of density 1 trains a weight that is read as an attribute like the plain one."""
+    model, plain = mlp(), mlp()
+    mask = CSRMask.from_dense({n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters()})
+    sparsify(model, mask)
+    for each, parameters in ((model, values_of(model)), (plain, list(plain.parameters()))):
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.linear(each[0](X), each[2].weight, each[2].bias).square().sum().backward()
+            optimizer.step()
+    for (name, a), b in zip(densify(model).named_parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b, msg=name)
