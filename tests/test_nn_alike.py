@@ -129,7 +129,7 @@ def merged_by_name(linear, change):
     dict(linear.named_parameters())["weight"].data.add_(change)
 
 
-@pytest.mark.parametrize("then", ["densify", "forward", "state_dict", "step"])
+@pytest.mark.parametrize("then", ["densify", "forward", "state_dict", "step", "copy", "cast"])
 @pytest.mark.parametrize("merge", [merged_by_data, merged_by_assignment, merged_in_place, merged_without_gradients, merged_by_name])
 def test_what_is_added_to_a_weight_stays(merge, then):
     """As when a LoRA adapter is merged: into masked entries, too."""
@@ -141,6 +141,10 @@ def test_what_is_added_to_a_weight_stays(merge, then):
         assert torch.equal(output(model), output(plain))
     if then == "state_dict":
         assert torch.equal(model.state_dict()["0.weight"], plain[0].weight)
+    if then == "copy":
+        model = copy.deepcopy(model)
+    if then == "cast":
+        model.double().bfloat16()
     if then == "step":
         model(X.bfloat16()).sum().backward()
         torch.optim.SGD(values_of(model), lr=0.0).step()
@@ -398,3 +402,28 @@ def test_mask_of_everything():
             optimizer.step()
     for (name, a), b in zip(densify(model).named_parameters(), plain.parameters()):
         torch.testing.assert_close(a, b, msg=name)
+
+
+def test_fsdp_version_2():
+    """It trains; what it cannot do, saving shards that hold stale entries, is refused by name."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def sgd(model):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = model(X).square().sum()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    expected = sgd(sparsified())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(sparsified(), mesh=init_device_mesh("cpu", (1,)))
+        assert sgd(model) == pytest.approx(expected, rel=1e-6)
+        with pytest.raises(RuntimeError, match=r"'0\.weight' is sharded"):
+            model.state_dict()
+    finally:
+        dist.destroy_process_group()

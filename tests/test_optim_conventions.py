@@ -610,6 +610,31 @@ def test_a_refused_state_changes_nothing(sparsified, state, message):
     assert_same_bits(train(model, optimizer, 2, first=2), train(twin, other, 2, first=2))
 
 
+@both
+def test_a_state_without_newer_options_gets_their_defaults(sparsified):
+    """As with torch's optimizers, also where this optimizer was made with another value: the state is of a run without it."""
+    (model, optimizer), (twin, other) = setup(sparsified), setup(sparsified)
+    for m, o in ((model, optimizer), (twin, other)):
+        train(m, o, 2)
+    state = optimizer.state_dict()
+    for option in ("l1", "maximize", "master", "state_dtype", "stochastic_rounding", "seed"):
+        del state["param_groups"][0][option]
+    fresh, late = setup(sparsified, maximize=True)
+    fresh.load_state_dict(model.state_dict())
+    late.load_state_dict(state)
+    assert_same_bits(train(fresh, late, 2, first=2), train(twin, other, 2, first=2))
+
+
+def test_a_state_of_renamed_parameters():
+    """It is the names that differ, and the message says so."""
+    model, optimizer = setup()
+    train(model, optimizer, 1)
+    mask = CSRMask.from_dense({f"model.{n}": t for n, t in make_mask().to_dense().items()})
+    renamed = SparseAdamW([(f"model.{n}", p) for n, p in make_model().named_parameters()], mask)
+    with pytest.raises(ValueError, match=r"belongs to other parameters: '0\.weight' is there where .* has 'model\.0\.weight'"):
+        renamed.load_state_dict(optimizer.state_dict())
+
+
 def test_a_state_of_another_number_of_parameters_is_refused():
     model = make_model()
     named = [(n, p) for n, p in model.named_parameters() if n != "3.bias"]

@@ -109,7 +109,10 @@ class Watch:
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # inference tensors have none
+        return 0
 
 
 def _sum_of_bits(values: Tensor) -> Tensor:
@@ -151,7 +154,7 @@ class Entry:
         self._dense, self.values = weakref.ref(dense), values
         for tensor, watch in zip((dense, values), self.watches):
             if type(tensor) is nn.Parameter:
-                tensor.__class__ = WatchedParameter
+                tensor.__class__ = WatchedParameter  # type: ignore[assignment]
             if isinstance(tensor, WatchedParameter):
                 tensor.watch = watch
 
@@ -161,7 +164,7 @@ class Entry:
             if isinstance(tensor, WatchedParameter):
                 tensor.watch = None
         if type(self.dense) is WatchedParameter:
-            self.dense.__class__ = nn.Parameter
+            self.dense.__class__ = nn.Parameter  # type: ignore[assignment]
         self.dense.requires_grad_(self.required_grad)
 
     def __getstate__(self) -> dict[str, Any]:  # of a copy or a pickle, whose modules say that they own it
@@ -185,6 +188,11 @@ class Entry:
             self.read()
         elif values_may:
             self.settle()
+
+    def update_before_a_copy(self) -> None:
+        """The same, of an entry that may be in pieces (resized, sharded)."""
+        if self.dense is not None and self.dense.shape == self.mask.shapes[0]:
+            self.update()
 
     def settle(self) -> None:
         """The two are alike now."""
@@ -297,7 +305,8 @@ def entries_of(parameters: Iterable[Tensor]) -> dict[int, Entry]:
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if getattr(optimizer, "writes_masked_weights", False):
         return
-    ours, frozen = [], []
+    ours: list[Entry] = []
+    frozen: list[Entry] = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if (entry := _entry_of(parameter)) is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deftx_kernels._masked import masked_lookup, masked_matmul, masked_tensor, scattered, without_gradient
 from deftx_kernels.mask import CSRMask
@@ -25,7 +26,10 @@ class Masked(nn.Module):
     def _masked(self, leaf: str) -> tuple[Tensor, Tensor, CSRMask]:
         """Dense tensor, values and mask of a masked parameter, as forward is to use them."""
         entry = self._masked_entries[leaf]
-        dense, values = (self._parameters.get(n, self.__dict__.get(n)) for n in (leaf, values_name(leaf)))
+        parameters, name = self._parameters, values_name(leaf)
+        dense, values = parameters.get(leaf), parameters.get(name)
+        if dense is None or values is None:  # FSDP1 puts views of its own in their place
+            dense, values = self.__dict__.get(leaf), self.__dict__.get(name)
         if dense is None or values is None or dense.shape != entry.mask.shapes[0]:
             raise RuntimeError(_replaced(entry))
         if values is not entry.values or dense is not entry.dense:  # torch.func.functional_call, FSDP
@@ -43,6 +47,7 @@ class Masked(nn.Module):
         super().register_parameter(name, param)
 
     def _apply(self, fn, recurse=True):
+        self._update_before_a_copy()
         before = {leaf: (self._parameters[leaf], entry.values.detach()) for leaf, entry in self._masked_entries.items()}
         super()._apply(fn, recurse)
         for leaf, entry in self._masked_entries.items():
@@ -64,7 +69,12 @@ class Masked(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        for leaf in self._masked_entries:
+        for leaf, entry in self._masked_entries.items():
+            if is_traceable_wrapper_subclass(self._parameters.get(leaf)):
+                raise RuntimeError(
+                    f"{entry.name!r} is sharded (FSDP2), and its shards do not hold the values: to save a state, shard a plain "
+                    "model, and train it by SparseAdamW and `distributed.local_mask`"
+                )
             self._masked(leaf)  # brings the two up to date
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for leaf, entry in self._masked_entries.items():
@@ -108,7 +118,12 @@ class Masked(nn.Module):
             entry.owners.add(self)
             self._parameters[leaf], self._parameters[values_name(leaf)] = entry.dense, entry.values
 
+    def _update_before_a_copy(self) -> None:
+        for entry in self._masked_entries.values():
+            entry.update_before_a_copy()
+
     def __reduce_ex__(self, protocol):  # pickle would not find classes that are made at run time by name
+        self._update_before_a_copy()
         state = super().__reduce_ex__(max(int(protocol), 2))[2]
         return _blank, (self._dense_class, frozenset(self._masked_entries), isinstance(self, _Direct)), state
 
@@ -129,10 +144,12 @@ def _replaced(entry: Entry) -> str:
 def _attribute(leaf: str) -> property:
     """A masked parameter as an attribute of its module. FSDP1 puts a view of its own in its place for the time of a forward."""
 
-    def read(module: Masked) -> Tensor:
+    def read(module: Masked) -> Any:
         if leaf not in module._parameters and leaf not in module.__dict__:
             raise AttributeError(leaf)
-        entry = module._masked_entries[leaf]
+        entry, present = module._masked_entries[leaf], module._parameters.get(leaf)
+        if present is not None and is_traceable_wrapper_subclass(present):  # a DTensor, which FSDP2 looks for
+            return present
         if entry.dense is not None and entry.dense.shape != entry.mask.shapes[0]:  # `resize_token_embeddings` reads it again
             return live_weight(without_gradient(entry.dense, entry.values, _replaced(entry)), entry)
         dense, values, mask = module._masked(leaf)
