@@ -22,6 +22,9 @@ class Bucket:
 
     def build(self, mask: CSRMask, decay_to: dict[str, Tensor] | None) -> None:
         self.members = dict(sorted(self.members.items()))
+        for name, (tensor, _) in self.members.items():
+            if tensor.is_meta:
+                raise ValueError(f"named_params[{name!r}] is on meta: the model needs its weights before the first step")
         self.positions = {name: mask.places[name] for name in self.members}
         self.mask = mask if len(self.members) == len(mask) else mask.restrict(list(self.members))
         dense, _ = next(iter(self.members.values()))

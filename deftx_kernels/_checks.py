@@ -1,19 +1,25 @@
-"""The checks of arguments that `functional` and its neighbours share. Each raises ValueError or TypeError, naming the argument."""
+"""The checks of arguments that the public modules share. Each raises ValueError or TypeError, naming the argument."""
 
 import math
 import numbers
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
-
-from deftx_kernels.mask import CSRMask
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+SCALARS = frozenset({torch.float32, torch.float64, torch.int32, torch.int64})
+_PLAIN = frozenset({Tensor, nn.Parameter})  # the classes of nearly all tensors, which need no closer look
+_TRACED = (FakeTensor, FunctionalTensor)  # what torch.export and other tracers put in the place of tensors
+_ASYNC = "AsyncCollectiveTensor"  # the result of a collective, which every operator waits for
 
 
 def check_hyperparameters(lr, betas, eps, weight_decay, l1) -> tuple[float, float]:
     if isinstance(lr, Tensor):
+        check_plain(lr, "lr")
         if lr.numel() != 1:
             raise ValueError(f"lr must be a number or a tensor of one element, got shape {list(lr.shape)}")
     elif not (is_number(lr) and lr >= 0):
@@ -29,22 +35,18 @@ def check_hyperparameters(lr, betas, eps, weight_decay, l1) -> tuple[float, floa
 def scalar(value: float | Tensor, name: str, device: torch.device, least: int | None = None) -> Tensor:
     """A one-element tensor on the device; a 16-bit one is refused, since a bfloat16 counter never passes 256."""
     if isinstance(value, Tensor):
-        if value.numel() != 1 or value.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(f"{name} must be a 0-d tensor of 32 bits or more, got {value.dtype} {list(value.shape)}")
+        check_plain(value, name)
+        if value.numel() != 1 or value.dtype not in SCALARS:
+            raise ValueError(
+                f"{name} must be a 0-d tensor of 32 bits or more (float32, float64, int32 or int64), got {value.dtype} "
+                f"{list(value.shape)}"
+            )
+        if value.is_meta and device.type != "meta":
+            raise ValueError(f"{name} is on meta: its value cannot be read")
         return value.detach().to(device, non_blocking=True)
     if not is_number(value) or (least is not None and (value < least or value != int(value))):
         raise ValueError(f"{name} must be {'a number' if least is None else f'an int from {least}'}, got {value!r}")
     return torch.full((), value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
-
-
-def check_masked(weight: Tensor, values: Tensor, mask: CSRMask) -> None:
-    if len(mask.names) != 1 or mask.shapes[0] != weight.shape or weight.dim() != 2:
-        raise ValueError(
-            f"mask must cover one tensor of weight's shape {list(weight.shape)}, it covers {[list(s) for s in mask.shapes]}"
-        )
-    mask.check_compact(values, "values")
-    if weight.device != mask.device:
-        raise ValueError(f"weight is on {weight.device}, the mask on {mask.device}: move one with .to()")
 
 
 def is_number(value: object) -> bool:
@@ -58,30 +60,97 @@ def check_int(value: object, name: str, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def check_float(tensor: object, label: str) -> None:
+def check_plain(tensor: object, label: str) -> None:
+    """TypeError unless this is a tensor of one dense array: not nested, sparse, quantized or of a class that holds other tensors,
+    such as DTensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{label} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{label} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+    if tensor.is_nested:
+        raise TypeError(f"{label} must be a dense (strided) tensor, got a nested one")
+    kind = type(tensor)
+    if _holds_others(tensor) and not isinstance(tensor, _TRACED) and kind.__name__ != _ASYNC:
+        advice = ": take its to_local() or full_tensor()" if kind.__name__ == "DTensor" else ""
+        raise TypeError(f"{label} must be a plain tensor, got a {kind.__name__}{advice}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{label} must be a dense (strided) tensor, got layout {tensor.layout}")
+    if tensor.is_quantized:
+        raise TypeError(f"{label} must not be quantized, got {tensor.dtype}")
+
+
+def are_plain(tensors: Sequence[Any]) -> bool:
+    """Whether these are what `check_plain` takes, at a glance: some are of classes that only it knows."""
+    if not {type(t) for t in tensors} <= _PLAIN:
+        return False
+    return {(t.is_nested, t.is_quantized, t.layout) for t in tensors} <= {(False, False, torch.strided)}
+
+
+def _holds_others(tensor: Tensor) -> bool:
+    """Whether the tensor's class, such as DTensor, holds its elements in other tensors."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def check_readable(tensor: Tensor, label: str) -> None:
+    """ValueError unless the tensor's elements can be read now."""
+    batched = torch._C._functorch.is_batchedtensor(tensor)
+    if tensor.is_meta or batched or isinstance(tensor, _TRACED):
+        state = "on meta" if tensor.is_meta else "batched by torch.vmap" if batched else "being traced"
+        raise ValueError(f"{label} is {state}: its elements cannot be read")
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the tensor's elements lie at its `data_ptr()`."""
+    if _holds_others(tensor) or tensor.is_nested or tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return tensor.layout == torch.strided and tensor.numel() > 0
+
+
+def check_writable(tensors: Mapping[str, Tensor]) -> None:
+    """ValueError unless every element of these tensors, by their labels, has a place in memory of its own.
+
+    The operators find most of this themselves: it is called where they do not, and to name what they found.
+    """
+    if torch.compiler.is_compiling():
+        return
+    spans = []
+    for label, tensor in tensors.items():
+        if tensor.is_neg() or tensor.is_conj():
+            raise ValueError(f"{label} is a view that negates or conjugates other memory: it cannot be written in place")
+        if not has_memory(tensor):
+            continue
+        if torch._debug_has_internal_overlap(tensor) == 1:
+            raise ValueError(f"elements of {label} share memory: it cannot be written in place")
+        length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+        if length == tensor.numel():  # views with gaps may be interleaved
+            spans.append((tensor.data_ptr(), tensor.data_ptr() + length * tensor.element_size(), label))
+    spans.sort()
+    for (_, end, one), (start, _, other) in zip(spans, spans[1:]):
+        if end > start:
+            raise ValueError(f"{one} and {other} share memory: which of two writes stays would be chance")
+
+
+def check_float(tensor: object, label: str) -> None:
+    """`check_plain`, and of a floating dtype that the operators take."""
+    check_plain(tensor, label)
+    assert isinstance(tensor, Tensor)
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{label} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
 
 
 def check_floats(tensors: Sequence[Tensor], names: Sequence[str], argument: str) -> set[torch.dtype]:
     """`check_float` of each tensor, for less than a call each. Their dtypes."""
-    if all(isinstance(t, Tensor) for t in tensors):
-        dtypes = {t.dtype for t in tensors}
-        if dtypes <= FLOATS and {t.layout for t in tensors} <= {torch.strided}:
-            return dtypes
-    for name, tensor in zip(names, tensors):
-        check_float(tensor, f"{argument}[{name!r}]")
-    raise AssertionError("one of them is to be refused")
+    if not (are_plain(tensors) and {t.dtype for t in tensors} <= FLOATS):
+        for name, tensor in zip(names, tensors):
+            check_float(tensor, f"{argument}[{name!r}]")
+    return {t.dtype for t in tensors}
 
 
 def check_devices(tensors: Mapping[str, Tensor], argument: str) -> None:
+    """ValueError unless the tensors lie on one device, where their elements can be read."""
     devices = {t.device for t in tensors.values()}
     if len(devices) > 1:
         raise ValueError(f"{argument} lie on several devices: {', '.join(sorted(map(str, devices)))}")
+    for name, tensor in tensors.items():
+        check_readable(tensor, f"{argument}[{name!r}]")
 
 
 def check_finite(tensor: Tensor, label: str) -> None:
@@ -96,6 +165,7 @@ def check_finite(tensor: Tensor, label: str) -> None:
 def check_matrix(tensor: object, label: str) -> None:
     check_float(tensor, label)
     assert isinstance(tensor, Tensor)
+    check_readable(tensor, label)
     if tensor.dim() < 2:
         raise ValueError(f"{label} must have at least 2 dimensions [..., m, n], got shape {list(tensor.shape)}")
     check_finite(tensor.detach(), label)

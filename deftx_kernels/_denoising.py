@@ -314,7 +314,7 @@ def _marchenko_pastur_median(beta: float) -> float:
     """The median of the Marchenko-Pastur law of aspect ratio beta, from its distribution function."""
     lower, upper = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
     # t = lower + (upper - lower) sin^2(u) takes the square-root ends out of the integrand.
-    u = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
+    u = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64, device="cpu")  # whatever the default device
     s2, c2 = torch.sin(u) ** 2, torch.cos(u) ** 2
     t = lower + (upper - lower) * s2
     density = (upper - lower) ** 2 * s2 * c2 / (math.pi * beta * t)

@@ -18,6 +18,7 @@ from deftx_kernels.train.presets import DemoRun, FilesRun, HubRun, NusaxRun
 
 # Packages of the extra `train`, by the name under which they are imported.
 TRAIN_PACKAGES = {"transformers", "accelerate", "datasets", "sklearn", "matplotlib", "babel", "pandas"}
+DESCRIPTION = "The `deftx` command."  # not the docstring, which python -OO removes
 
 
 @dataclass
@@ -87,17 +88,28 @@ Command = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 0; 1 where `doctor` found a fault; 2 for bad input or a missing extra."""
+    """Run the command.
+
+    Returns:
+        The exit code: 0; 1 where `doctor` found a fault; 2 for bad input, a file that cannot be read or written, or a missing
+        extra; 130 where it was interrupted; 141 where what reads its output was closed.
+    """
     try:
-        command = tyro.cli(Command, args=argv, prog="deftx", description=__doc__.split(" Its options")[0])
-        return _HANDLERS[type(command)](command)
-    except (ValueError, FileNotFoundError) as error:
-        return _fail(str(error))
+        try:
+            command = tyro.cli(Command, args=argv, prog="deftx", description=DESCRIPTION)
+            return _HANDLERS[type(command)](command)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is caught, and not when the interpreter ends
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in TRAIN_PACKAGES:
             raise
         return _fail(f'this needs {package}: pip install "deftx-kernels[train]"')
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues where it stopped", 130)
 
@@ -108,7 +120,13 @@ def _fail(message: str, code: int = 2) -> int:
 
 
 def _quiet() -> None:
-    """Leave the terminal to progress bars and results."""
+    """Leave the terminal to progress bars and results.
+
+    Raises:
+        ValueError: python -OO, under which transformers cannot be imported.
+    """
+    if sys.flags.optimize > 1:
+        raise ValueError("transformers needs the docstrings that python -OO removes: start it with python -O or python")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers

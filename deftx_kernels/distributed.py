@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from deftx_kernels._checks import check_finite, check_float
+from deftx_kernels._checks import check_devices, check_finite, check_float, check_plain
 from deftx_kernels._ops import column_dtype, rows_and_columns
 from deftx_kernels._selection import count_equal, find_threshold
 from deftx_kernels.functional import selected_counts
@@ -40,8 +40,10 @@ def topk_mask(
     Raises:
         ValueError, TypeError: on every rank alike, whichever rank's argument is wrong.
     """
-    problem, local = _try_local(scores)
-    pieces = _exchange(problem, {n: (t.shape, t.dtype) for n, t in local.items()}, group)
+    problem, local = _try_local(scores, group)
+    if len(set(_exchange(problem, (k, density), group))) > 1:
+        raise ValueError(f"k and density must be the same on all ranks, got k={k}, density={density} on this one")
+    pieces = _exchange(None, {n: (t.shape, t.dtype) for n, t in local.items()}, group)
     names = sorted(local)
     shapes = [_whole_shape(name, [p[name][0] for p in pieces]) for name in names]
     CSRMask.check_layout(names, shapes)
@@ -64,13 +66,16 @@ def local_mask(mask: CSRMask, params: Mapping[str, Tensor]) -> CSRMask:
     """The entries in this rank's rows of DTensor parameters placed `Shard(0)`: the mask for their `to_local()` tensors.
 
     Raises:
-        ValueError: a parameter is missing, has another shape, or is placed otherwise than `Shard(0)` or `Replicate()`.
+        ValueError, TypeError: a parameter is missing, no tensor, has another shape, or is placed otherwise than `Shard(0)` or
+            `Replicate()`.
     """
     dense = {}
     for name, shape in zip(mask.names, mask.shapes):
         if name not in params:
             raise ValueError(f"params lacks tensor {name!r}, which the mask covers")
         param = params[name]
+        if not isinstance(param, DTensor):
+            check_plain(param, f"params[{name!r}]")
         if param.shape != shape:
             raise ValueError(f"params[{name!r}] has shape {list(param.shape)}, the mask was made for {list(shape)}")
         selected = mask[name].to_dense()[name]
@@ -110,23 +115,24 @@ def check_same_mask(mask: CSRMask, group: dist.ProcessGroup | None = None) -> No
         raise ValueError(f"the mask of rank 0 differs from that of ranks {others}: select it from common scores, or broadcast_mask")
 
 
-def _try_local(scores: Mapping[str, Tensor]) -> tuple[str | None, dict[str, Tensor]]:
+def _try_local(scores: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> tuple[str | None, dict[str, Tensor]]:
     """What is wrong with this rank's scores, or this rank's piece of each."""
     try:
         if not isinstance(scores, Mapping) or not scores:
             raise ValueError("scores must be a mapping of names to tensors, with at least one")
         local = {}
         for name, tensor in scores.items():
-            check_float(tensor, f"scores[{name!r}]")
             if isinstance(tensor, DTensor):
                 _check_placement(name, tensor)
-                if tensor.placements[0].is_replicate() and dist.get_rank(tensor.device_mesh.get_group()) > 0:
-                    tensor = tensor.to_local()[:0]  # one rank's copy counts
-                else:
-                    tensor = tensor.to_local()
+                if (mine := tensor.device_mesh.mesh.tolist()) != (ranks := dist.get_process_group_ranks(group)):
+                    raise ValueError(f"scores[{name!r}] lies on the ranks {mine}, the group consists of {ranks}")
+                copies = tensor.placements[0].is_replicate() and dist.get_rank(group) > 0  # one rank's copy counts
+                tensor = tensor.to_local()[:0] if copies else tensor.to_local()
+            check_float(tensor, f"scores[{name!r}]")
             if tensor.dim() == 0:
                 raise ValueError(f"scores[{name!r}] has no dimension to be spread over ranks")
             local[name] = tensor.detach().contiguous()
+        check_devices(local, "scores")
         return None, local
     except (TypeError, ValueError) as error:
         return str(error), {}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
@@ -28,8 +29,11 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     _remove_abandoned(path)
-    partial = path.with_name(f".{path.name}.{_owner()}-{uuid.uuid4().hex[:8]}{_ENDING}")
+    # A folder, since a writer may make temporary files of its own beside the file: safetensors does.
+    folder = path.with_name(f".{path.name}.{_owner()}-{uuid.uuid4().hex[:8]}{_ENDING}")
     try:
+        folder.mkdir()
+        partial = folder / path.name
         yield partial
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
@@ -42,8 +46,7 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
         named.errno = error.errno
         raise named from error
     finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _owner() -> str:
@@ -58,7 +61,7 @@ def _remove_abandoned(path: Path) -> None:
             try:
                 os.kill(int(process), 0)
             except ProcessLookupError:
-                partial.unlink(missing_ok=True)
+                shutil.rmtree(partial, ignore_errors=True)
             except (OSError, ValueError):  # of another user; no name of ours
                 continue
 
@@ -87,7 +90,10 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, as `replaced` does."""
     with replaced(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(dict(tensors), partial, metadata=dict(metadata))
+        partial.chmod(mode)  # safetensors writes a file that only its owner can read
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -98,6 +104,29 @@ def read_json(path: str | os.PathLike) -> Any:
         ValueError: it is not JSON; the message names the file.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        return parse_json(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
         raise ValueError(f"{path} is not readable JSON: {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads`, with a ValueError also for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+@contextmanager
+def reading(path: str | os.PathLike, kind: str) -> Iterator[None]:
+    """`with reading(path, "mask file"):` whatever damaged or hostile content raises there becomes a ValueError that names the file.
+
+    What the system says of the file itself (an OSError: it is missing, its disk fails) passes.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # of safetensors, torch.load, and of whatever is done with what was read
+        fault = f"{error}" if isinstance(error, (ValueError, SafetensorError)) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is no readable {kind}: {fault}") from error

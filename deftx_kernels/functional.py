@@ -16,8 +16,11 @@ from deftx_kernels._checks import (
     check_floats,
     check_hyperparameters,
     check_int,
-    check_masked,
     check_matrix,
+    check_plain,
+    check_readable,
+    check_writable,
+    has_memory,
     is_number,
     scalar,
 )
@@ -129,6 +132,7 @@ def svd_denoise(
         raise TypeError(f"delta must be a tensor, a mapping or a sequence of tensors, got {type(delta).__name__}")
     for tensor, label in zip(tensors.values(), labels):
         check_float(tensor, label)
+        check_readable(tensor, label)
     tensors = {n: t.detach() for n, t in tensors.items()}
     matrices = {n: t for n, t in tensors.items() if t.dim() >= 2}
     results: dict[Any, Tensor] = {}
@@ -171,7 +175,8 @@ def topk_mask(
     each of its first 1024 entries); each thread of the CPU adds 1 MB at most, a GPU 13 MB.
 
     Args:
-        scores: name → floating-point tensor on one device; a single tensor counts as {"tensor": scores}.
+        scores: name → floating-point tensor on one device; a single tensor counts as {"tensor": scores}. Of several names of one
+            tensor (the tied weights of a state dict) the first is in the mask.
         k: how many entries; with scope "tensor" or "row": of each tensor or row.
         density: or: their share, 0 <= density <= 1; round(density * numel) entries are selected.
         scope: "global" selects over all tensors together, "tensor" within each tensor, "row" within each row.
@@ -185,10 +190,10 @@ def topk_mask(
         scores = {"tensor": scores}
     if not isinstance(scores, Mapping):
         raise TypeError(f"scores must be a tensor or a mapping of names to tensors, got {type(scores).__name__}")
-    names = sorted(scores)
+    check_floats(list(scores.values()), list(scores), "scores")
+    check_devices(scores, "scores")
+    names = sorted(n for n, first in tied_names(scores, "scores").items() if n == first)
     tensors = [scores[n] for n in names]
-    check_floats(tensors, names, "scores")
-    check_devices(dict(zip(names, tensors)), "scores")
     shapes = [t.shape for t in tensors]
     CSRMask.check_layout(names, shapes)
     counts = selected_counts(names, shapes, k, density, scope)
@@ -256,7 +261,7 @@ def select_mask(
 
     Args:
         tuned, base: θ1 and θ0: modules (their named parameters) or mappings of names to tensors, of any floating dtypes. Tensors
-            may lie on different devices; the mask lies where `base` does.
+            may lie on different devices; the mask lies where `base` does. Tied tensors count once, under the first name in `base`.
         k, density, scope: as in `topk_mask`.
         rank, energy, residual_density: as in `svd_denoise`; neither rank nor energy: no denoising.
         names: the tensors to choose from; by default all floating-point ones of `base`.
@@ -268,13 +273,15 @@ def select_mask(
         progress: called with (tensors done, tensors in all).
 
     Raises:
-        ValueError: as `topk_mask` and `svd_denoise`; also a tensor that is missing in `tuned` or has another shape there.
+        ValueError: as `topk_mask` and `svd_denoise`; also a tensor that is missing in `tuned` or has another shape there, tensors
+            of `base` that share part of their memory or are tied and differ in `tuned`, a model that is sparsified.
     """
     rule = check_rule(rank, energy, residual_density) if rank is not None or energy is not None else None
     if rule is None and (residual_density != 0 or denoise_names is not None):
         given = "denoise_names" if residual_density == 0 else f"residual_density = {residual_density}"
         raise ValueError(f"{given} needs a rank or an energy")
-    new, old = named_tensors(tuned, "tuned"), named_tensors(base, "base")
+    old = all_tensors(base, "base")
+    new = with_tied_names(all_tensors(tuned, "tuned"), tied_names(old, "base"))
     chosen = _chosen_names(new, old, names)
     noisy = _noisy_names(chosen, old, denoise_names) if rule is not None else set()
     shapes = [old[n].shape for n in chosen]
@@ -356,9 +363,10 @@ def low_rank_mask(
     """
     rule = check_rule(rank, None, 0.0)
     tensors = dict(sorted(named_tensors(weights, "weights").items()))
-    names, shapes = list(tensors), [t.shape for t in tensors.values()]
-    CSRMask.check_layout(names, shapes)
+    names = list(tensors)
     dtype = functools.reduce(torch.promote_types, check_floats(list(tensors.values()), names, "weights"), torch.float32)
+    shapes = [t.shape for t in tensors.values()]
+    CSRMask.check_layout(names, shapes)
     check_devices(tensors, "weights")
     counts = selected_counts(names, shapes, k, density, scope)
     infos: dict[str, dict[str, Tensor] | None] = dict.fromkeys(names)
@@ -420,22 +428,105 @@ def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: I
                 raise ValueError(f"{argument} lacks tensor {name!r}")
         check_floats([mapping[n] for n in chosen], chosen, argument)
     for name in chosen:
+        check_readable(new[name], f"tuned[{name!r}]")
         if new[name].shape != old[name].shape:
             raise ValueError(f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base")
     check_devices({n: old[n] for n in chosen}, "base")
-    return chosen
+    wanted = set(chosen)
+    tied = tied_names({n: t for n, t in old.items() if n in wanted}, "base")
+    return [n for n in chosen if tied[n] == n]
 
 
 def named_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
-    """A module's named parameters (tied ones once), or a mapping's items, detached."""
+    """A module's named parameters, or a mapping's items; detached. Of several names of one tensor (tied weights) the first.
+
+    Raises:
+        ValueError: tensors that share part of their memory, a model that is sparsified.
+        TypeError: no module and no mapping of names to tensors.
+    """
+    tensors = all_tensors(model, argument)
+    tied = tied_names(tensors, argument)
+    return {n: t for n, t in tensors.items() if tied[n] == n}
+
+
+def all_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
+    """As `named_tensors`, tied tensors under each of their names."""
     if isinstance(model, nn.Module):
-        return {n: p.detach() for n, p in model.named_parameters()}
+        model = dict(model.named_parameters(remove_duplicate=False))
     if not isinstance(model, Mapping):
         raise TypeError(f"{argument} must be a module or a mapping of names to tensors, got {type(model).__name__}")
     for name, tensor in model.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{argument} must have names that are strings, got {name!r}")
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{argument}[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}")
+    for name, tensor in model.items():
+        stem = name.removesuffix("_values") if name.endswith("_values") else name.removesuffix("values") + "weight"
+        dense = model.get(stem) if name.rpartition(".")[2] == "values" or name.endswith("_values") else None
+        if dense is not None and tensor.dim() == 1 and tensor.numel() <= dense.numel() and tensor.is_floating_point():
+            raise ValueError(f"{argument} is sparsified ({name!r} beside {stem!r}): densify(model) first")
     return {n: t.detach() for n, t in model.items()}
+
+
+def tied_names(tensors: Mapping[str, Tensor], argument: str) -> dict[str, str]:
+    """Name → the first of the names of the same tensor: of the same memory, shape and strides.
+
+    Raises:
+        ValueError: tensors that share a part of their memory.
+    """
+    first: dict[Any, str] = {}
+    tied, spans = {}, []
+    for name, tensor in tensors.items():
+        tied[name] = name
+        if not has_memory(tensor) or torch._debug_has_internal_overlap(tensor) == 1:  # an expanded tensor is read, never written
+            continue
+        start = tensor.data_ptr()
+        tied[name] = first.setdefault((tensor.device, start, tensor.dtype, tensor.shape, tensor.stride()), name)
+        if tied[name] == name:
+            length = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
+            spans.append((str(tensor.device), start, start + length * tensor.element_size(), name))
+    spans.sort()
+    group: list[tuple[str, int, int, str]] = []
+    end = 0
+    for span in spans:
+        if group and span[0] == group[0][0] and span[1] < end:
+            group.append(span)
+            end = max(end, span[2])
+            continue
+        _check_apart(group, end, tensors, argument)
+        group, end = [span], span[2]
+    _check_apart(group, end, tensors, argument)
+    return tied
+
+
+def _check_apart(group: list[tuple[str, int, int, str]], end: int, tensors: Mapping[str, Tensor], argument: str) -> None:
+    """ValueError where tensors of overlapping spans of memory have a byte in common: columns of one matrix may be interleaved."""
+    if len(group) < 2:
+        return
+    origin = group[0][1]
+    taken = torch.zeros(end - origin, dtype=torch.bool, device="cpu")
+    for _, start, _, name in group:
+        tensor, size = tensors[name], tensors[name].element_size()
+        own = taken.as_strided((*tensor.shape, size), (*(size * step for step in tensor.stride()), 1), start - origin)
+        if bool(own.any()):
+            raise ValueError(f"{argument}[{name!r}] shares a part of its memory with another tensor")
+        own.fill_(True)
+
+
+def with_tied_names(tuned: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
+    """`tuned` with the first name of each tied tensor of the base, also where it has only another.
+
+    Raises:
+        ValueError: tensors that are tied in the base differ in `tuned`.
+    """
+    found = dict(tuned)
+    for name, first in tied.items():
+        if name != first and name in found:
+            other = found.setdefault(first, found[name])
+            one = found[name].to(other.device)
+            if one.data_ptr() != other.data_ptr() and (one.shape != other.shape or bool((one != other).any())):
+                raise ValueError(f"base has one tensor as {first!r} and {name!r}, which differ in tuned")
+    return found
 
 
 # ---- AdamW --------------------------------------------------------------------------------------------------------------
@@ -510,8 +601,18 @@ def check_targets(
     if check_floats(targets, mask.names, "params") != {dtype}:
         name, tensor = next((n, t) for n, t in zip(mask.names, targets) if t.dtype != dtype)
         raise ValueError(f"params[{name!r}] is {tensor.dtype}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed")
-    _check_state(exp_avg, exp_avg_sq, values, mask, dtype, torch.float64 if dtype == torch.float64 else torch.float32)
+    _check_state(_state(exp_avg, exp_avg_sq, values), mask, dtype)
+    if not all(t.is_contiguous() for t in targets):  # the kernel gets copies of those
+        check_writable(_labelled(targets, mask))
     return targets
+
+
+def _state(exp_avg: Tensor, exp_avg_sq: Tensor, values: Tensor | None) -> dict[str, Tensor]:
+    return {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq} | ({} if values is None else {"values": values})
+
+
+def _labelled(targets: list[Tensor], mask: CSRMask) -> dict[str, Tensor]:
+    return {f"params[{name!r}]": tensor for name, tensor in zip(mask.names, targets)}
 
 
 def step_targets(
@@ -540,30 +641,31 @@ def step_targets(
     ]
     with torch.no_grad():
         dense = [t.contiguous() for t in targets]
-        torch.ops.deftx.sparse_adamw_(
-            dense, gradients, is_compact, exp_avg, exp_avg_sq, values, mask.crow_indices, mask.col_indices, scalars[0], scalars[1],
-            beta1, beta2, float(eps), float(weight_decay), decay_to, float(l1), bool(maximize), scalars[2], scalars[3],
-            seed if stochastic_rounding else None,
-        )  # fmt: skip
+        try:
+            torch.ops.deftx.sparse_adamw_(
+                dense, gradients, is_compact, exp_avg, exp_avg_sq, values, mask.crow_indices, mask.col_indices, scalars[0],
+                scalars[1], beta1, beta2, float(eps), float(weight_decay), decay_to, float(l1), bool(maximize), scalars[2],
+                scalars[3], seed if stochastic_rounding else None,
+            )  # fmt: skip
+        except (RuntimeError, ValueError):
+            check_writable(_labelled(targets, mask) | _state(exp_avg, exp_avg_sq, values))  # names what shares memory
+            raise
         for tensor, copy in zip(targets, dense):
             if copy is not tensor:
                 tensor.copy_(copy)
     torch.autograd.graph.increment_version(targets)
 
 
-def _check_state(
-    exp_avg: Tensor, exp_avg_sq: Tensor, values: Tensor | None, mask: CSRMask, dtype: torch.dtype, compute: torch.dtype
-) -> None:
-    for argument, compact in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("values", values)):
-        if compact is None:
-            continue
+def _check_state(state: Mapping[str, Tensor], mask: CSRMask, dtype: torch.dtype) -> None:
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    for argument, compact in state.items():
         mask.check_compact(compact, argument)
         allowed = {compute} if argument == "values" or compute == torch.float64 else {compute, torch.bfloat16}
         if compact.dtype not in allowed or not compact.is_contiguous():
             kinds = " or ".join(sorted(map(str, allowed), reverse=True))
             raise ValueError(f"{argument} must be contiguous {kinds} for {dtype} params, got {compact.dtype}")
-    if exp_avg.dtype != exp_avg_sq.dtype:
-        raise ValueError(f"exp_avg and exp_avg_sq must have the same dtype, got {exp_avg.dtype} and {exp_avg_sq.dtype}")
+    if (first := state["exp_avg"].dtype) != (second := state["exp_avg_sq"].dtype):
+        raise ValueError(f"exp_avg and exp_avg_sq must have the same dtype, got {first} and {second}")
 
 
 def _gradients(grads: Mapping[str, Tensor] | Tensor, mask: CSRMask, dtype: torch.dtype) -> tuple[list[Tensor], bool]:
@@ -581,6 +683,27 @@ def _gradients(grads: Mapping[str, Tensor] | Tensor, mask: CSRMask, dtype: torch
 
 
 # ---- masked layers -----------------------------------------------------------------------------------------------------
+
+
+def _check_masked(source: Tensor, argument: str, weight: Tensor, values: Tensor, mask: CSRMask, bias: Tensor | None = None) -> None:
+    """`source`: x or ids."""
+    for label, tensor in (("weight", weight), ("values", values), ("bias", bias)):
+        if tensor is not None:
+            check_float(tensor, label)
+    if len(mask.names) != 1 or mask.shapes[0] != weight.shape or weight.dim() != 2:
+        raise ValueError(
+            f"mask must cover one tensor of weight's shape {list(weight.shape)}, it covers {[list(s) for s in mask.shapes]}"
+        )
+    mask.check_compact(values, "values")
+    if weight.device != mask.device:
+        raise ValueError(f"weight is on {weight.device}, the mask on {mask.device}: move one with .to()")
+    for label, tensor in ((argument, source), ("bias", bias)):
+        if tensor is not None and tensor.device != weight.device:
+            raise ValueError(f"{label} is on {tensor.device}, weight on {weight.device}: move one with .to()")
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # what backward needs must not be an inference tensor
+        for label, tensor, other in ((argument, source, values), ("weight", weight, source), ("values", values, source)):
+            if tensor.is_inference() and other.requires_grad:
+                raise ValueError(f"{label} was made in inference_mode, so that backward cannot use it: clone it outside of that")
 
 
 def masked_linear(
@@ -607,11 +730,13 @@ def masked_linear(
         [..., m], of the dtype that `torch.nn.functional.linear` gives.
 
     Raises:
-        ValueError: `mask` is not the mask of one tensor of `weight`'s shape, `values` is not compact [nnz], or the devices differ.
-        TypeError: `values` is no tensor.
+        ValueError: `mask` is not the mask of one tensor of `weight`'s shape, `values` is not compact [nnz], the devices differ, or
+            backward would need a tensor that was made in inference_mode.
+        TypeError: `x`, `weight`, `values` or `bias` is not a dense floating-point tensor.
         RuntimeError: of `torch.nn.functional.linear`: dtypes or shapes do not fit.
     """
-    check_masked(weight, values, mask)
+    check_plain(x, "x")
+    _check_masked(x, "x", weight, values, mask, bias)
     return masked_matmul(x, weight, values, mask, bias)
 
 
@@ -635,10 +760,13 @@ def masked_embedding(
         [..., d], of the weight's dtype, also under autocast.
 
     Raises:
-        ValueError, TypeError: as `masked_linear`; `padding_idx` outside the vocabulary.
-        IndexError, RuntimeError: of `torch.nn.functional.embedding`: ids out of range or not integer.
+        ValueError, TypeError: as `masked_linear`; `ids` that are not integer; `padding_idx` outside the vocabulary.
+        IndexError: of `torch.nn.functional.embedding`: ids out of range.
     """
-    check_masked(weight, values, mask)
+    check_plain(ids, "ids")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"ids must be int64 or int32, got {ids.dtype}")
+    _check_masked(ids, "ids", weight, values, mask)
     if padding_idx is not None:
         if not -weight.shape[0] <= padding_idx < weight.shape[0]:
             raise ValueError(f"padding_idx must be within the {weight.shape[0]} rows of weight, got {padding_idx}")

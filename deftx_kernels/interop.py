@@ -1,20 +1,22 @@
 """Files and matrices of other libraries: composable-sft, PEFT's SHiRA, and CSR matrices of torch, SciPy and CuPy."""
 
-import json
+import errno
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from deftx_kernels._checks import check_plain, check_readable
 from deftx_kernels._ops import column_dtype, rows_and_columns
 from deftx_kernels.delta import SparseDelta
-from deftx_kernels.functional import named_tensors
+from deftx_kernels.files import read_json, reading, replaced
+from deftx_kernels.functional import all_tensors
 from deftx_kernels.mask import CSRMask
 
 SFT_NAME = "pytorch_diff.bin"
@@ -23,63 +25,118 @@ SHIRA_WEIGHTS, SHIRA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # ---- composable-sft (Ansell et al. 2022) --------------------------------------------------------------------------------
 
+_MAX_ROWS = 1 << 25  # of a file's tensors, beside one for each of its bytes: 8 bytes each are taken
+
 
 def from_composable_sft(directory: str | os.PathLike) -> SparseDelta:
     """Read `pytorch_diff.bin` of the composable-sft library.
 
     Raises:
         FileNotFoundError: the folder holds no such file.
-        ValueError: it is damaged, or of the format before 2022 ('body' and 'head').
+        ValueError: it is damaged, or of the format before 2022 ('body' and 'head'); the message names it.
     """
     path = Path(directory) / SFT_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no {SFT_NAME}")
-    content = _load_sft(path)
-    if "body" in content or "head" in content:
-        raise ValueError(
-            f"{path} is of composable-sft's oldest format ('body', 'head'): load and save it with composable-sft 1.0 first"
-        )
-    if not content.keys() & {"diffs", "abs"}:
-        raise ValueError(f"{path} is no composable-sft file: neither 'diffs' nor 'abs' is in it")
-    diffs, dense = content.get("diffs", {}), content.get("abs", {})
-    differences = {n: _decode_sft(n, e, path) for n, e in diffs.items()}
-    if not differences:
-        raise ValueError(f"{path} holds no sparse differences, only full tensors")
-    mask, values = _from_coordinates(differences)
-    facts = {"method": "lt-sft", "source": "composable-sft", "k": mask.nnz}
-    return SparseDelta(mask, values, {n: t.detach() for n, t in dense.items()}, facts)
+    with reading(path, "composable-sft file"):
+        content = _load_sft(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        if "body" in content or "head" in content:
+            raise ValueError("it is of the oldest format ('body', 'head'): load and save it with composable-sft 1.0 first")
+        if not content.keys() & {"diffs", "abs"}:
+            raise ValueError("neither 'diffs' nor 'abs' is in it")
+        diffs, dense = content.get("diffs", {}), content.get("abs", {})
+        if not isinstance(diffs, dict) or not isinstance(dense, dict) or not all(isinstance(n, str) for n in (*diffs, *dense)):
+            raise ValueError("'diffs' and 'abs' must map names to tensors")
+        if not diffs:
+            raise ValueError("it holds no sparse differences, only full tensors")
+        _check_sizes(diffs, path.stat().st_size)
+        for name, tensor in dense.items():
+            _check_stored(tensor, f"the full tensor {name!r}")
+        mask, values = _from_coordinates({n: _decode_sft(n, e) for n, e in diffs.items()})
+        facts = {"method": "lt-sft", "source": "composable-sft", "k": mask.nnz}
+        return SparseDelta(mask, values, {n: t.detach() for n, t in dense.items()}, facts)
 
 
-def _load_sft(path: Path) -> dict[str, Any]:
-    # The first index is a NumPy scalar, whose pickle names NumPy's module as it was called then or is called now.
-    from numpy._core import multiarray
-
-    allowed: list[Any] = [
-        (multiarray.scalar, "numpy.core.multiarray.scalar"),
-        (multiarray.scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        np.dtypes.Int64DType,
-    ]
+def _load_sft(path: Path) -> Any:
+    """What torch.save wrote, of plain objects, tensors and the one kind of NumPy scalar that the library writes."""
+    size = path.stat().st_size
     try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no composable-sft file: it holds a {type(content).__name__}")
-    return content
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+                raise ValueError("its parts are larger than the file")
+            if damaged := archive.testzip():  # torch.load reads no checksum
+                raise ValueError(f"the checksum of its part {damaged!r} is wrong")
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # it points to places before its beginning
+            raise ValueError("its directory of parts is damaged") from error
+        raise
+    # The first index is a NumPy scalar, whose pickle names NumPy's module as it was called then or is called now.
+    allowed: list[Any] = [
+        (_int64_scalar, "numpy.core.multiarray.scalar"),
+        (_int64_scalar, "numpy._core.multiarray.scalar"),
+        (_Int64, "numpy.dtype"),
+    ]
+    with torch.serialization.safe_globals(allowed):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _decode_sft(name: str, encoded: Mapping[str, Any], path: Path) -> tuple[torch.Size, Tensor, Tensor]:
+class _Int64:
+    """Stands for numpy.dtype in a file: NumPy's own would make any dtype, also of pointers and of gigabytes."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if code != "i8":
+            raise ValueError(f"it holds a NumPy scalar of dtype {code!r}, where int64 is expected")
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] != "<":
+            raise ValueError(f"it holds a NumPy scalar of byte order {state[1]!r}, where '<' is expected")
+
+
+def _int64_scalar(dtype: object, data: object) -> int:
+    if not isinstance(dtype, _Int64) or not isinstance(data, bytes) or len(data) != 8:
+        raise ValueError("it holds a NumPy scalar that is no int64")
+    return int.from_bytes(data, "little", signed=True)
+
+
+def _check_sizes(diffs: Mapping[str, Any], file_size: int) -> None:
+    """ValueError before memory is taken for what the file only claims to hold."""
+    steps, rows = 0, 0
+    for name, encoded in diffs.items():
+        if not isinstance(encoded, dict) or not {"size", "index_steps", "values"} <= encoded.keys():
+            raise ValueError(f"tensor {name!r} lacks size, index_steps or values")
+        if not isinstance(encoded["index_steps"], list):
+            raise ValueError(f"the index_steps of tensor {name!r} are no list")
+        CSRMask.check_layout([name], [encoded["size"]])
+        steps += len(encoded["index_steps"])
+        rows += rows_and_columns(encoded["size"])[0]
+    if steps > file_size or rows > _MAX_ROWS + file_size:
+        raise ValueError(f"a file of {file_size} bytes does not hold {steps} entries of tensors with {rows} rows")
+
+
+def _check_stored(tensor: object, label: str) -> None:
+    check_plain(tensor, label)
+    assert isinstance(tensor, Tensor)
+    check_readable(tensor, label)
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        raise ValueError(f"{label} has {tensor.numel()} elements, the file holds fewer")
+
+
+def _decode_sft(name: str, encoded: Mapping[str, Any]) -> tuple[torch.Size, Tensor, Tensor]:
     """Shape, row-major flat indices and values of one tensor. The file counts with the first dimension running fastest."""
-    size, values = torch.Size(encoded["size"]), encoded["values"].detach().view(-1)
-    steps = np.asarray(encoded["index_steps"], np.int64)
-    flat = np.cumsum(steps)
-    if len(flat) != len(values) or (len(flat) and (flat[0] < 0 or steps[1:].min(initial=1) < 1 or flat[-1] >= size.numel())):
-        raise ValueError(f"{path}: the indices of tensor {name!r} do not fit its size {list(size)}")
+    size, values, listed = torch.Size(encoded["size"]), encoded["values"], encoded["index_steps"]
+    _check_stored(values, f"the values of tensor {name!r}")
+    if not values.is_floating_point() or any(type(step) is not int for step in listed):
+        raise ValueError(f"the values of tensor {name!r} must be floating point and its index_steps ints")
+    flat = np.cumsum(np.asarray(listed, np.int64))
+    fits = len(flat) == values.numel() and bool((flat[1:] > flat[:-1]).all())
+    if not fits or (len(flat) and (flat[0] < 0 or flat[-1] >= size.numel())):
+        raise ValueError(f"the indices of tensor {name!r} do not fit its size {list(size)}")
     coordinates = np.unravel_index(flat, tuple(size), order="F") if size else (flat,)
     rowmajor = np.ravel_multi_index(coordinates, tuple(size)) if size else flat
-    return size, torch.from_numpy(np.asarray(rowmajor, np.int64)), values
+    return size, torch.from_numpy(np.asarray(rowmajor, np.int64)), values.detach().reshape(-1)
 
 
 def to_composable_sft(delta: SparseDelta, directory: str | os.PathLike) -> None:
@@ -87,6 +144,7 @@ def to_composable_sft(delta: SparseDelta, directory: str | os.PathLike) -> None:
 
     Raises:
         ValueError: a tensor has more than two dimensions, which that library decodes wrongly.
+        OSError: the file cannot be written; the message names it.
     """
     diffs = {}
     values = delta.mask.split(delta.values)
@@ -107,12 +165,13 @@ def to_composable_sft(delta: SparseDelta, directory: str | os.PathLike) -> None:
         content["abs"] = {n: t.detach().cpu().clone() for n, t in delta.dense.items()}
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (SFT_NAME + ".partial")
-    try:
-        torch.save(content, partial)
-        os.replace(partial, folder / SFT_NAME)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(folder / SFT_NAME) as partial, open(partial, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # of what torch.save does after an error of the disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 # ---- PEFT SHiRA ---------------------------------------------------------------------------------------------------------
@@ -133,41 +192,57 @@ def from_peft_shira(directory: str | os.PathLike, base: nn.Module | Mapping[str,
     for name in (SHIRA_CONFIG, SHIRA_WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}")
-    try:
-        config = json.loads((folder / SHIRA_CONFIG).read_text())
-        tensors = load_file(folder / SHIRA_WEIGHTS)
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be read: {error}") from error
-    if config.get("peft_type") != "SHIRA":
-        raise ValueError(f"{folder} holds a PEFT adapter of type {config.get('peft_type')!r}, not SHIRA")
-    shapes = {} if base is None else {n: t.shape for n, t in named_tensors(base, "base").items()}
-    differences, dense = {}, {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix("base_model.model.")
-        if key.endswith(".shira_weight"):
+    config = read_json(folder / SHIRA_CONFIG)
+    if not isinstance(config, dict) or config.get("peft_type") != "SHIRA":
+        found = config.get("peft_type") if isinstance(config, dict) else config
+        raise ValueError(f"{folder / SHIRA_CONFIG} is of a PEFT adapter of type {found!r}, not SHIRA")
+    r, model = config.get("r"), config.get("base_model_name_or_path")
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1 or not isinstance(model, str | None):
+        raise ValueError(f"{folder / SHIRA_CONFIG}: r must be an int from 1 and base_model_name_or_path a string")
+    shapes = {} if base is None else {n: t.shape for n, t in all_tensors(base, "base").items()}
+    with reading(folder / SHIRA_WEIGHTS, "SHiRA adapter"):
+        with safe_open(folder / SHIRA_WEIGHTS, framework="pt") as file:
+            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
+        differences: dict[str, tuple[torch.Size, Tensor, Tensor]] = {}
+        dense: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            name = key.removeprefix("base_model.model.")
+            if name.endswith(".shira_indices"):
+                continue
             module = name.removesuffix(".shira_weight")
-            index = tensors.get(key.removesuffix("weight") + "indices")
-            if index is None or index.shape != (2, len(tensor)):
-                raise ValueError(f"{folder}: the indices of {module!r} are missing or do not fit its {len(tensor)} values")
-            rows, columns = index.to(torch.int64)
-            size = shapes.get(f"{module}.weight") or _shira_shape(module, rows, columns, config["r"])
-            if len(tensor) and (int(index.min()) < 0 or int(rows.max()) >= size[0] or int(columns.max()) >= size[1]):
-                raise ValueError(f"{folder}: the indices of {module!r} do not fit a weight of shape {list(size)}")
-            differences[f"{module}.weight"] = (size, rows * size[1] + columns, tensor)
-        elif not key.endswith(".shira_indices"):
-            dense[name] = tensor  # modules_to_save, such as a head
-    if not differences:
-        raise ValueError(f"{folder} holds no shira_weight")
-    mask, values = _from_coordinates(differences)
-    facts = {"method": "shira", "source": "peft", "k": mask.nnz, "base_model": config.get("base_model_name_or_path")}
-    return SparseDelta(mask, values, dense, facts)
+            target = name if module == name else f"{module}.weight"
+            if target in dense or target in differences:
+                raise ValueError(f"it holds {target!r} twice")
+            if module == name:
+                dense[name] = tensor  # modules_to_save, such as a head
+            else:
+                index = tensors.get(key.removesuffix("weight") + "indices")
+                differences[target] = _decode_shira(module, tensor, index, r, shapes.get(target))
+        if not differences:
+            raise ValueError("it holds no shira_weight")
+        mask, values = _from_coordinates(differences)
+        facts = {"method": "shira", "source": "peft", "k": mask.nnz, "base_model": model}
+        return SparseDelta(mask, values, dense, facts)
 
 
-def _shira_shape(module: str, rows: Tensor, columns: Tensor, r: int) -> torch.Size:
-    side, rest = divmod(len(rows), 2 * r)
-    if rest or int(rows.max()) >= side or int(columns.max()) >= side:
-        raise ValueError(f"the shape of {module!r} is not in a SHiRA adapter's files and is not square: give base=")
-    return torch.Size((side, side))
+def _decode_shira(
+    module: str, values: Tensor, index: Tensor | None, r: int, size: torch.Size | None
+) -> tuple[torch.Size, Tensor, Tensor]:
+    """Shape, row-major flat indices and values of one module's weight."""
+    whole = index is not None and not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
+    if index is None or not whole or values.dim() != 1 or index.shape != (2, len(values)) or not values.is_floating_point():
+        raise ValueError(f"the indices of {module!r} are missing or do not fit its values of shape {list(values.shape)}")
+    rows, columns = index.to(torch.int64)
+    if size is None:
+        side, rest = divmod(len(rows), 2 * r)
+        if rest or not side or int(rows.max()) >= side or int(columns.max()) >= side:
+            raise ValueError(f"the shape of {module!r} is not in a SHiRA adapter's files and is not square: give base=")
+        size = torch.Size((side, side))
+    if len(size) != 2:
+        raise ValueError(f"the weight of {module!r} has shape {list(size)}, a SHiRA adapter is for matrices")
+    if len(rows) and (min(int(rows.min()), int(columns.min())) < 0 or int(rows.max()) >= size[0] or int(columns.max()) >= size[1]):
+        raise ValueError(f"the indices of {module!r} do not fit a weight of shape {list(size)}")
+    return size, rows * size[1] + columns, values
 
 
 def _from_coordinates(differences: Mapping[str, tuple[torch.Size, Tensor, Tensor]]) -> tuple[CSRMask, Tensor]:
@@ -178,7 +253,7 @@ def _from_coordinates(differences: Mapping[str, tuple[torch.Size, Tensor, Tensor
         size, flat, value = differences[name]
         flat, place = torch.unique(flat, return_inverse=True)
         keys.append(flat + offset)
-        values.append(torch.zeros(len(flat), dtype=torch.float32).index_add_(0, place, value.to(torch.float32)))
+        values.append(torch.zeros(len(flat), dtype=torch.float32, device="cpu").index_add_(0, place, value.to(torch.float32)))
         offset += size.numel()
     shapes = [differences[n][0] for n in names]
     CSRMask.check_layout(names, shapes)
@@ -218,8 +293,9 @@ def _csr_parts(name: str, matrix: Any) -> tuple[Tensor, Tensor, Tensor, tuple[in
         return matrix.crow_indices().long(), matrix.col_indices().long(), matrix.values(), (matrix.shape[0], matrix.shape[1])
     if getattr(matrix, "format", None) != "csr":
         raise TypeError(f"matrices[{name!r}] must be a CSR matrix of torch, SciPy or CuPy, got {type(matrix).__name__}")
-    # torch.as_tensor takes NumPy arrays, and CuPy ones through their array interface, without a copy.
-    indptr, indices, data = (torch.as_tensor(a) for a in (matrix.indptr, matrix.indices, matrix.data))
+    arrays = (matrix.indptr, matrix.indices, matrix.data)
+    # Neither copies: torch.as_tensor takes CuPy arrays through their array interface.
+    indptr, indices, data = (torch.from_numpy(a) if isinstance(a, np.ndarray) else torch.as_tensor(a) for a in arrays)
     return indptr.long(), indices.long(), data, tuple(matrix.shape)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from deftx_kernels._checks import FLOATS, are_plain, check_floats, check_plain, check_readable, check_writable
 from deftx_kernels._ops import OPERATIONS, column_dtype, rows_and_columns
+from deftx_kernels.files import parse_json, reading, write_tensors
 
 FORMAT = "deftx_csr_mask"
 
@@ -43,8 +45,11 @@ class CSRMask:
         crow_indices: Tensor,  # int64 [rows + 1]
         col_indices: Tensor,  # [nnz]
     ) -> None:
+        self.check_layout(names, shapes)
+        for argument, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
+            check_plain(tensor, argument)
+            check_readable(tensor, argument)
         self._set(names, shapes, crow_indices, col_indices)
-        self.check_layout(self.names, self.shapes)
         self._check_entries()
 
     @classmethod
@@ -59,9 +64,12 @@ class CSRMask:
     crow_indices: Tensor
     col_indices: Tensor
 
-    def _set(self, names, shapes, crow_indices: Tensor | None = None, col_indices: Tensor | None = None) -> None:
+    def _set(self, names, shapes, crow_indices: Tensor, col_indices: Tensor) -> None:
         self.__dict__.update(
-            names=tuple(names), shapes=tuple(torch.Size(s) for s in shapes), crow_indices=crow_indices, col_indices=col_indices
+            names=tuple(names),
+            shapes=tuple(torch.Size(s) for s in shapes),
+            crow_indices=usable_in_backward(crow_indices),
+            col_indices=usable_in_backward(col_indices),
         )
 
     def __reduce__(self):  # torch cannot unpickle a uint16 tensor
@@ -72,17 +80,29 @@ class CSRMask:
 
     @staticmethod
     def check_layout(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
-        """ValueError unless tensors of these names and shapes can stand in one mask."""
+        """ValueError or TypeError unless tensors of these names and shapes can stand in one mask."""
+        for argument, given in (("names", names), ("shapes", shapes)):
+            if not isinstance(given, Sequence) or isinstance(given, str):
+                raise TypeError(f"{argument} must be a sequence, got {type(given).__name__}")
         if not names:
             raise ValueError("names: a CSRMask needs at least one tensor")
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"names must be strings, got {name!r}")
         if len(names) != len(shapes):
             raise ValueError(f"names and shapes differ in length: {len(names)} and {len(shapes)}")
         for before, after in zip(names, names[1:]):
             if before >= after:
                 raise ValueError(f"names must be unique and ascending, got {before!r} before {after!r}")
         for name, shape in zip(names, shapes):
+            if not isinstance(shape, Sequence) or any(isinstance(n, bool) or not hasattr(n, "__index__") for n in shape):
+                raise TypeError(f"tensor {name!r} must have a shape of ints, got {shape!r}")
+            if any(n < 0 for n in shape):
+                raise ValueError(f"tensor {name!r} of shape {tuple(shape)} has a negative size")
             if rows_and_columns(shape)[1] > torch.iinfo(torch.int32).max:
                 raise ValueError(f"tensor {name!r} of shape {tuple(shape)} has more than 2**31 - 1 columns")
+        if sum(math.prod(max(1, n) for n in shape) for shape in shapes) > torch.iinfo(torch.int64).max:
+            raise ValueError("shapes: the tensors have more than 2**63 - 1 elements")
 
     def _check_entries(self) -> None:
         crow, col = self.crow_indices, self.col_indices
@@ -95,7 +115,8 @@ class CSRMask:
             raise ValueError(f"col_indices must be {column_dtype(self.shapes)} [nnz], got {col.dtype} {list(col.shape)}")
         if crow.device != col.device:
             raise ValueError(f"crow_indices is on {crow.device} but col_indices on {col.device}")
-        if int(crow[0]) != 0 or int(crow[-1]) != col.numel() or bool((crow.diff() < 0).any()):
+        outside = (crow < 0) | (crow > col.numel())  # differences of such numbers could overflow to what looks right
+        if int(crow[0]) != 0 or int(crow[-1]) != col.numel() or bool(outside.any()) or bool((crow.diff() < 0).any()):
             raise ValueError(f"crow_indices must rise from 0 to nnz = {col.numel()}")
         for name, shape, start, end in zip(self.names, self.shapes, self._bounds, self._bounds[1:]):
             wide = col[start:end].to(torch.int64)
@@ -168,8 +189,7 @@ class CSRMask:
         _check_mapping(dense, "dense")
         names = sorted(dense)
         for name in names:
-            if not isinstance(dense[name], Tensor):
-                raise TypeError(f"dense[{name!r}] must be a bool tensor, got {type(dense[name]).__name__}")
+            check_plain(dense[name], f"dense[{name!r}]")
         shapes = [dense[n].shape for n in names]
         cls.check_layout(names, shapes)
         device = dense[names[0]].device
@@ -179,6 +199,7 @@ class CSRMask:
                 raise TypeError(f"dense[{name!r}] must be a bool tensor, got {tensor.dtype}")
             if tensor.device != device:
                 raise ValueError(f"dense[{name!r}] is on {tensor.device}, dense[{names[0]!r}] on {device}: one device is needed")
+            check_readable(tensor, f"dense[{name!r}]")
         return cls._trusted(names, shapes, *torch.ops.deftx.dense_to_csr([dense[n].contiguous() for n in names]))
 
     def to_dense(self) -> dict[str, Tensor]:
@@ -200,7 +221,7 @@ class CSRMask:
     def square_sum(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The sum of the squares of the tensors' entries: float64 [], the same for any number of threads; no entry is copied."""
         chosen = [t.detach().contiguous() for t in self.select(tensors, "tensors")]
-        if len({t.dtype for t in chosen}) == 1:
+        if len(check_floats(chosen, self.names, "tensors")) == 1:
             return torch.ops.deftx.csr_square_sum(chosen, self.crow_indices, self.col_indices)
         return torch.stack([_one(self[n], "csr_square_sum", t) for n, t in zip(self.names, chosen)]).sum()
 
@@ -211,8 +232,10 @@ class CSRMask:
     def add_(self, tensors: Mapping[str, Tensor], compact: Tensor, alpha: float = 1) -> dict[str, Tensor]:
         """Add alpha times the compact values to the entries, in float32 or better, rounded once. Returns the tensors."""
         for name, tensor in zip(self.names, self.select(tensors, "tensors")):
-            if not tensor.is_floating_point():
-                raise TypeError(f"tensors[{name!r}] must be floating point, got {tensor.dtype}")
+            if tensor.dtype not in FLOATS:
+                raise TypeError(
+                    f"tensors[{name!r}] must be floating point: float32, float64, float16 or bfloat16, got {tensor.dtype}"
+                )
         return self._write("csr_add_", tensors, compact, float(alpha))
 
     def _write(self, op: str, tensors: Mapping[str, Tensor], compact: Tensor, *alpha: float) -> dict[str, Tensor]:
@@ -220,9 +243,16 @@ class CSRMask:
         self.check_compact(compact, "compact")
         chosen = [t.detach() for t in targets]
         dense = [t.contiguous() for t in chosen]  # a copy only where the tensor is not contiguous
+        labels = [f"tensors[{name!r}]" for name in self.names]
+        if len({t.dtype for t in dense}) > 1 or any(copy is not t for t, copy in zip(chosen, dense)):
+            check_writable(dict(zip(labels, targets)))
         if len({t.dtype for t in dense}) == 1:
             values = _values_for(op, compact, dense[0].dtype)
-            getattr(torch.ops.deftx, op)(dense, self.crow_indices, self.col_indices, values, *alpha)
+            try:
+                getattr(torch.ops.deftx, op)(dense, self.crow_indices, self.col_indices, values, *alpha)
+            except (RuntimeError, ValueError):
+                check_writable(dict(zip(labels, targets)))  # names what shares memory
+                raise
         else:
             for name, tensor, part in zip(self.names, dense, self.split(compact).values()):
                 _one(self[name], op, tensor, _values_for(op, part, tensor.dtype), *alpha)
@@ -252,26 +282,31 @@ class CSRMask:
         """One tensor's entries with their values (from `compact` [nnz] of the whole mask) as a torch sparse CSR matrix."""
         one, values = self[name], self.part(name, compact)
         return torch.sparse_csr_tensor(
-            one.crow_indices, one.col_indices.to(torch.int64), values, size=rows_and_columns(one.shapes[0]), check_invariants=False
+            one.crow_indices,
+            one.col_indices.to(torch.int64),
+            values,
+            size=rows_and_columns(one.shapes[0]),
+            device=self.device,
+            check_invariants=False,
         )
 
     def select(self, tensors: Mapping[str, Tensor], argument: str) -> list[Tensor]:
         """The mask's tensors out of a mapping, checked: present, of the right shape, on the mask's device."""
         _check_mapping(tensors, argument)
-        chosen, device = [], self.device
-        for name, shape in zip(self.names, self.shapes):
-            tensor = tensors.get(name)
-            if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.device != device:
+        chosen: list[Any] = [tensors.get(name) for name in self.names]
+        if not are_plain(chosen):
+            for name, tensor in zip(self.names, chosen):
+                if tensor is None:
+                    raise ValueError(f"{argument} lacks tensor {name!r}, which the mask covers")
+                check_plain(tensor, f"{argument}[{name!r}]")
+        device = self.device
+        for name, shape, tensor in zip(self.names, self.shapes, chosen):
+            if tensor.shape != shape or tensor.device != device:
                 self._refuse(name, tensor, argument)
-            chosen.append(tensor)
         return chosen
 
-    def _refuse(self, name: str, tensor: object, argument: str) -> NoReturn:
+    def _refuse(self, name: str, tensor: Tensor, argument: str) -> NoReturn:
         """Says what is wrong with the tensor."""
-        if tensor is None:
-            raise ValueError(f"{argument} lacks tensor {name!r}, which the mask covers")
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{argument}[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}")
         shape = self.shapes[self.places[name]]
         if tensor.shape != shape:
             raise ValueError(f"{argument}[{name!r}] has shape {list(tensor.shape)}, the mask was made for {list(shape)}")
@@ -279,8 +314,7 @@ class CSRMask:
 
     def check_compact(self, compact: Tensor, argument: str) -> None:
         """ValueError or TypeError unless this is a tensor [nnz] on the mask's device."""
-        if not isinstance(compact, Tensor):
-            raise TypeError(f"{argument} must be a torch.Tensor [{self.nnz}], got {type(compact).__name__}")
+        check_plain(compact, argument)
         if compact.shape != (self.nnz,):
             raise ValueError(f"{argument} must be compact, [nnz] = [{self.nnz}], got shape {list(compact.shape)}")
         if compact.device != self.device:
@@ -312,7 +346,7 @@ class CSRMask:
             layout = dict(zip(self.names, accumulate((s.numel() for s in self.shapes), initial=0)))
         rows, columns = zip(*(rows_and_columns(s) for s in self.shapes))
         row_start = torch.cat(
-            [torch.arange(r, dtype=torch.int64) * c + layout[n] for n, r, c in zip(self.names, rows, columns)]
+            [torch.arange(r, dtype=torch.int64, device="cpu") * c + layout[n] for n, r, c in zip(self.names, rows, columns)]
         ).to(self.device)
         return torch.repeat_interleave(row_start, self.crow_indices.diff()) + self.col_indices.to(torch.int64)
 
@@ -422,29 +456,41 @@ class CSRMask:
         return json.dumps({"names": self.names, "shapes": [list(s) for s in self.shapes]})
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file (atomically: a crash leaves the old file or the new one)."""
+        """Write a safetensors file, with its checksum (atomically: a crash leaves the old file or the new one).
+
+        Raises:
+            OSError: it cannot be written; the message names the file.
+        """
         tensors = {"crow_indices": self.crow_indices.cpu().contiguous(), "col_indices": self.col_indices.cpu().contiguous()}
-        partial = Path(path).with_name(Path(path).name + ".partial")
-        try:
-            save_file(tensors, partial, metadata={"format": FORMAT, "layout": self._layout_json()})
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_tensors(path, tensors, {"format": FORMAT, "layout": self._layout_json(), "fingerprint": self.fingerprint()})
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> "CSRMask":
-        """Read what `save` wrote. ValueError where the file is not such a mask or is damaged."""
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not such a mask, or is damaged; the message names the file.
+        """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no mask file at {path}")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path} is not a CSRMask file (its metadata lacks format = {FORMAT})")
-                layout = json.loads(metadata["layout"])
-                return cls(layout["names"], layout["shapes"], file.get_tensor("crow_indices"), file.get_tensor("col_indices"))
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a readable CSRMask file: {error}") from error
+        with reading(path, "CSRMask file"), safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its metadata lacks format = {FORMAT}")
+            layout = parse_json(metadata["layout"])
+            mask = cls(layout["names"], layout["shapes"], file.get_tensor("crow_indices"), file.get_tensor("col_indices"))
+            if mask.fingerprint() != metadata["fingerprint"]:
+                raise ValueError("its content does not have the checksum that it was saved with")
+        return mask.to(device)
+
+
+def usable_in_backward(tensor: Tensor) -> Tensor:
+    """The tensor itself; one that was made in inference_mode, which autograd refuses, is copied."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def _check_mapping(tensors: object, argument: str) -> None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from deftx_kernels._buckets import Bucket
-from deftx_kernels._checks import check_hyperparameters, check_int, is_number
+from deftx_kernels._checks import check_hyperparameters, check_int, check_plain, is_number
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import Entry, entries_of
 
@@ -136,6 +136,7 @@ class SparseAdamW(Optimizer):
             if record := records.get(id(param)):
                 name, dense, own = record.mask.names[0], record.dense, param
             elif name in self.mask:
+                check_plain(param, f"named_params[{name!r}]")
                 if param.shape != (shape := self.mask.shapes[self.mask.places[name]]):
                     raise ValueError(f"{name!r} has shape {list(param.shape)}, the mask was made for {list(shape)}")
                 dense, own = param, None

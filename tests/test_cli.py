@@ -1,6 +1,7 @@
 """The `deftx` command: what it prints, its exit codes, and that errors are one line without a traceback."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -111,9 +112,9 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
     [
         (["bogus"], "bogus"),
         (["run", "nusax"], "--data-dir"),
-        (["run", "demo", "--task.selection.density", "2"], "density must be between 0 and 1, not 2.0"),
+        (["run", "demo", "--task.selection.density", "2"], "density must be above 0 and at most 1, not 2.0"),
         (["run", "demo", "--recipes", "bogus"], "bogus"),
-        (["run", "demo", "--language.dense.lr", "0"], "lr must be positive"),
+        (["run", "demo", "--language.dense.lr", "0"], "lr must be a finite number above 0"),
     ],
 )
 def test_bad_options_are_named(arguments, message, capsys):
@@ -121,6 +122,29 @@ def test_bad_options_are_named(arguments, message, capsys):
     assert code == 2
     assert "Traceback" not in out + err
     assert message in " ".join((out + err).replace("│", " ").split())
+
+
+def test_help_without_docstrings_into_a_closed_pipe():
+    """`python -OO -m deftx_kernels.cli --help | head`: neither a traceback nor a message."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-OO", "-m", "deftx_kernels.cli", "--help"]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert done.returncode == 141
+    assert not done.stderr
+
+
+def test_what_the_disk_refuses_is_one_line(vectors, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    code, _, err = run("compose", *vectors, "-o", str(tmp_path / "file/out"), capsys=capsys)
+    assert code == 2
+    assert err.startswith("deftx: ")
+    assert str(tmp_path / "file") in err
+    assert err.count("\n") == 1
+    monkeypatch.setitem(cli._HANDLERS, cli.Compose, lambda _: {}["a fault of ours"])
+    with pytest.raises(KeyError, match="a fault of ours"):  # keeps its traceback
+        cli.main(["compose", *vectors, "-o", "out"])
 
 
 def test_every_command_has_help(capsys):

@@ -1,22 +1,33 @@
 """SparseDelta: exact differences, files that are whole or absent, bases that fit or are refused, composition; interop."""
 
+import copy
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deftx_kernels import CSRMask, SparseDelta, compose, interop, sparsify, topk_mask
+from deftx_kernels import CSRMask, SparseDelta, compose, interop, select_mask, sparsify, topk_mask
 from deftx_kernels.delta import CONFIG_NAME, WEIGHTS_NAME, fingerprint
+from deftx_kernels.nn import masked_parameters
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 
 
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+
+
 def bits(tensor):
-    return tensor.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.detach().contiguous().view(BITS[tensor.element_size()])
+
+
+def clones(tensors):
+    return {n: t.clone() for n, t in tensors.items()}
 
 
 def tensors(seed=0, dtype=torch.float32):
@@ -39,19 +50,94 @@ def test_base_plus_delta_is_tuned_bit_for_bit(dtype, scale):
     base = {"w": torch.randn(200, 50, generator=torch.Generator().manual_seed(0)).to(dtype)}
     tuned = {"w": (base["w"].float() + scale * torch.randn(200, 50, generator=torch.Generator().manual_seed(1))).to(dtype)}
     delta = SparseDelta.from_models(tuned, base)
-    model = {"w": base["w"].clone()}
-    delta.apply_(model)
-    wrong = int((bits(model["w"]) != bits(tuned["w"])).sum())
-    assert wrong == delta.metadata["inexact_entries"]
-    assert wrong <= 5  # of 10,000: where tuned is much smaller than base
+    delta.apply_(base)
+    assert torch.equal(bits(base["w"]), bits(tuned["w"]))
+    assert delta.metadata["inexact_entries"] == 0
 
 
-def test_entries_that_float32_cannot_carry_are_counted():
-    base, tuned = {"w": torch.tensor([1.0, 1.0, 2.0])}, {"w": torch.tensor([1e-9, 1.5, 2.0])}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, *FP8])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_finite_bits_come_back(dtype, seed):
+    """Bit patterns at random: every exponent, subnormals, both zeros; a tenth within a few bits of the base."""
+    generator = torch.Generator().manual_seed(seed)
+    integer = BITS[dtype.itemsize]
+    least, most = torch.iinfo(integer).min, torch.iinfo(integer).max
+    base, tuned = (torch.randint(least, most, (20_000,), generator=generator, dtype=torch.int64).to(integer) for _ in range(2))
+    tuned = torch.where(torch.rand(len(base), generator=generator) < 0.1, base ^ (tuned & 3), tuned)
+    base[:4], tuned[:4] = torch.tensor([0, least, 0, 1]), torch.tensor([least, 0, 1, least])
+    base, tuned = base.view(dtype), tuned.view(dtype)
+    finite = base.float().isfinite() & tuned.float().isfinite()
+    base, tuned = {"w": base[finite]}, {"w": tuned[finite]}
     delta = SparseDelta.from_models(tuned, base)
-    assert delta.metadata["inexact_entries"] == 1
-    assert delta.metadata["k"] == 2
-    assert delta.mask.nnz == 2
+    delta.apply_(base)
+    assert torch.equal(bits(base["w"]), bits(tuned["w"]))
+    assert delta.metadata["inexact_entries"] == 0
+
+
+def test_what_no_sum_can_carry_is_counted():
+    nan = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32).item()
+    base, tuned = torch.tensor([1.0, torch.inf, torch.nan, torch.inf]), torch.tensor([nan, 1.0, 1.0, -torch.inf])
+    assert SparseDelta.from_models({"w": tuned}, {"w": base}).metadata["inexact_entries"] >= 3
+    for name, value in (("up", torch.inf), ("down", -torch.inf)):
+        base, tuned = {name: torch.ones(1)}, {name: torch.full((1,), value)}
+        delta = SparseDelta.from_models(tuned, base)
+        delta.apply_(base)
+        assert base[name].item() == value
+        assert delta.metadata["inexact_entries"] == 0
+    wide = {"w": torch.randn(1000, dtype=torch.float64)}
+    tuned = {"w": wide["w"] * 1.37}
+    delta = SparseDelta.from_models(tuned, wide)
+    delta.apply_(wide)
+    assert int((wide["w"] != tuned["w"]).sum()) == delta.metadata["inexact_entries"] <= 10
+    zero = {"w": torch.zeros(1, dtype=torch.float64)}
+    assert SparseDelta.from_models({"w": -zero["w"]}, zero).metadata["inexact_entries"] == 1  # nothing added to 0.0 gives -0.0
+
+
+def exact_pair():
+    """A base and a tuned tensor of which some entries need a second term, and a tensor before them that needs none."""
+    base = {"a": torch.ones(3), "b": torch.tensor([1.0, 1.0, 0.0, -3e38, 2.0])}
+    tuned = {"a": torch.full((3,), 1.5), "b": torch.tensor([1e-9, 1.5, -0.0, 3e38, 2.0])}
+    return tuned, base
+
+
+def test_second_terms_are_saved_composed_and_dropped_by_the_lossy_form(tmp_path):
+    tuned, base = exact_pair()
+    delta = SparseDelta.from_models(tuned, base)
+    assert delta.low[0].tolist() == [3, 5, 6]
+    assert delta.mask.nnz == 7
+    delta.save_pretrained(tmp_path / "exact")
+    loaded = SparseDelta.from_pretrained(tmp_path / "exact")
+    nothing = SparseDelta.from_models(base, base, delta.mask)
+    for one in (delta, loaded, compose(loaded), compose(nothing, delta), compose(delta, nothing)):
+        assert torch.equal(one.values, delta.values)
+        model = clones(base)
+        with one.applied(model):
+            assert all(torch.equal(bits(model[n]), bits(tuned[n])) for n in base)
+        assert all(torch.equal(bits(model[n]), bits(base[n])) for n in base)
+        mixed = clones(base) | {"a": base["a"].bfloat16()}  # two dtypes: applied by tensor
+        one.apply_(mixed, strict=False)
+        assert torch.equal(bits(mixed["b"]), bits(tuned["b"]))
+    small = SparseDelta.from_models({n: t[:3] for n, t in tuned.items()}, {n: t[:3] for n, t in base.items()})
+    assert len(small.low[0]) == 2
+    small.save_pretrained(tmp_path / "lossy", torch.bfloat16)
+    assert SparseDelta.from_pretrained(tmp_path / "lossy").low is None
+    assert nothing.low is None
+
+
+@pytest.mark.parametrize(
+    ("low", "message"),
+    [
+        (([0, 0], [1.0, 1.0]), "ascend"),
+        (([0, 9], [1.0, 1.0]), "ascend"),
+        (([-1], [1.0]), "ascend"),
+        (([0.0], [1.0]), "int32 or int64"),
+        (([0], [1.0, 2.0]), r"float64 \[1\]"),
+    ],
+)
+def test_second_terms_are_validated(low, message):
+    mask = CSRMask.from_dense({"a": torch.ones(3, dtype=torch.bool)})
+    with pytest.raises((ValueError, TypeError), match=message):
+        SparseDelta(mask, torch.zeros(3), low=(torch.tensor(low[0]), torch.tensor(low[1], dtype=torch.float64)))
 
 
 def test_dense_tensors_and_differences_outside_the_mask():
@@ -119,6 +205,9 @@ def test_a_base_that_does_not_fit_is_refused_by_name_and_left_alone():
         delta.apply_(other | {"cube": torch.zeros(3)})
     with pytest.raises(ValueError, match="lacks tensor 'cube'"):
         delta.apply_({n: t for n, t in other.items() if n != "cube"})
+    for alpha in (float("nan"), float("inf"), "1"):
+        with pytest.raises(ValueError, match="alpha must be a finite number"):
+            delta.apply_(base, alpha)
     with pytest.raises(ValueError, match="'cube' is torch.int64"):
         delta.apply_(other | {"cube": torch.zeros(2, 3, 2, dtype=torch.int64)})
     assert all(torch.equal(other[n], before[n]) for n in other)
@@ -144,12 +233,256 @@ def test_deltas_can_be_stacked_on_a_base_but_not_on_a_trained_one():
         b.apply_(model)
 
 
-def test_a_sparsified_model_is_refused():
-    model = nn.Sequential(nn.Linear(4, 4))
-    delta = SparseDelta.from_models({"0.weight": torch.ones(4, 4)}, {"0.weight": model[0].weight})
-    sparsify(model, delta.mask)
+def test_a_delta_is_added_once_unless_it_is_taken_off():
+    base = tensors()
+    a, b = (SparseDelta.from_models(tune(base, seed)[0], base) for seed in (1, 2))
+    again = SparseDelta(a.mask, a.values.clone(), metadata=a.metadata)
+    for start in (a, SparseDelta(a.mask, a.values)):  # with and without fingerprints of the base
+        model = clones(base)
+        start.apply_(model)
+        before = clones(model)
+        with pytest.raises(ValueError, match=r"is on model's tensor '.*' already, with alpha = 1.0: alpha = -1.0 takes it off"):
+            again.apply_(model)
+        with pytest.raises(ValueError, match="already"), start.applied(model, alpha=0.5):
+            pass
+        assert all(torch.equal(model[n], before[n]) for n in model)
+        start.apply_(model, strict=False)
+        assert not torch.equal(model["cube"], before["cube"])
+    model = clones(base)
+    a.apply_(model)
+    b.apply_(model)
+    a.apply_(model, alpha=-1.0)
+    a.apply_(model)  # off, and on again
+    with pytest.raises(ValueError, match="already"):
+        b.apply_(model)
+
+
+@pytest.mark.parametrize("write", [lambda p: p.data.mul_(2), lambda p: p.detach().numpy().fill(3)])
+def test_strict_sees_every_write(write):
+    """Weight loaders write through .data, NumPy through shared memory: no version counter moves."""
+    base = nn.Linear(8, 8)
+    delta = SparseDelta.from_models({n: p + 1 for n, p in base.named_parameters()}, base)
+    with delta.applied(base):
+        pass
+    other = copy.deepcopy(base)
+    write(other.weight)
+    delta.apply_(base)
+    write(base.weight)
+    for model, alpha in ((other, 1.0), (base, 1.0), (base, -1.0)):
+        with pytest.raises(ValueError, match="not the base"):
+            delta.apply_(model, alpha)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0), (0, 2, 1)])
+def test_applied_contexts_close_in_any_order(order):
+    base = tensors()
+    fixed, *deltas = (SparseDelta.from_models(tune(base, seed)[0], base) for seed in (1, 2, 3, 4))
+    other = nn.Linear(3, 3)
+    elsewhere = SparseDelta.from_models({"weight": torch.ones(3, 3)}, {"weight": other.weight})
+    model = clones(base)
+    fixed.apply_(model)
+    before = clones(model)
+    contexts = [d.applied(model) for d in deltas]
+    opened = [contexts[0].__enter__(), elsewhere.applied(other).__enter__, contexts[1].__enter__(), contexts[2].__enter__()]
+    assert len(opened) == 4
+    for i, at in enumerate(order):
+        contexts[at].__exit__(None, None, None)
+        expected = clones(base)
+        fixed.apply_(expected)
+        for still in sorted(order[i + 1 :]):
+            deltas[still].apply_(expected)
+        assert all(torch.equal(bits(model[n]), bits(expected[n])) for n in base)
+    assert all(torch.equal(bits(model[n]), bits(before[n])) for n in base)
+    for delta in deltas:  # and it counts as the base that it is
+        with delta.applied(model):
+            pass
+
+
+def test_what_else_is_written_meanwhile_is_not_lost_silently():
+    base = {"w": torch.zeros(2)}
+    delta = SparseDelta.from_models({"w": torch.ones(2)}, base)
+    with pytest.warns(RuntimeWarning, match="'w' or later tensors were changed while a delta was applied"), delta.applied(base):
+        base["w"].mul_(3)
+    assert base["w"].tolist() == [0, 0]
+
+
+def test_a_failed_write_changes_nothing(monkeypatch):
+    base = {"a": torch.zeros(3), "b": torch.zeros(3, dtype=torch.bfloat16), "head": torch.zeros(2)}
+    delta = SparseDelta.from_models({n: t + 1 for n, t in base.items()}, base, dense=["head"])
+    scatter = CSRMask.scatter_
+    calls = []
+
+    def fail_once(mask, tensors, compact):
+        calls.append(mask.names)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return scatter(mask, tensors, compact)
+
+    monkeypatch.setattr(CSRMask, "scatter_", fail_once)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        delta.apply_(base)
+    assert not any(t.any() for t in base.values())
+    delta.apply_(base)  # strict: it still is the base
+    assert all(bool((t == 1).all()) for t in base.values())
+
+
+def test_tensors_that_cannot_be_written_are_named_before_any_is():
+    base = {"a": torch.zeros(4), "b": torch.zeros(4)}
+    delta = SparseDelta.from_models({n: t + 1 for n, t in base.items()}, base)
+    shared = torch.zeros(6)
+    with torch.inference_mode():
+        inference = torch.zeros(4)
+    refused = {
+        "'b' is on meta": torch.zeros(4, device="meta"),
+        "'b' must be a dense": torch.zeros(4).to_sparse(),
+        "'b' was made in inference_mode": inference,
+        "elements of model's tensor 'b' share memory": torch.zeros(1).expand(4),
+        r"one tensor as 'a' and 'b'": base["a"],
+    }
+    for message, tensor in refused.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            delta.apply_({"a": base["a"], "b": tensor}, strict=False)
+    with pytest.raises(ValueError, match="'b'.* shares a part of its memory"):
+        delta.apply_({"a": shared[:4], "b": shared[2:]})
+    assert not base["a"].any()
+    assert not shared.any()
+    columns = torch.zeros(4, 2)
+    delta.apply_({"a": columns[:, 0], "b": columns[:, 1]})  # interleaved, and apart
+    assert bool((columns == 1).all())
+    for argument in (base | {"b": refused["'b' is on meta"]}, base | {"b": refused["'b' must be a dense"]}):
+        with pytest.raises((ValueError, TypeError), match=r"base\['b'\]"):
+            SparseDelta.from_models(base, argument)
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_float8_is_summed_in_float32(dtype):
+    base = {"a": torch.zeros(4), "q": torch.tensor([0.0, 1.0, 2.0, 3.0]).to(dtype)}
+    tuned = {"a": torch.ones(4), "q": torch.tensor([1.0, 1.0, 4.0, 0.5]).to(dtype)}
+    delta = SparseDelta.from_models(tuned, base)
+    with delta.applied(base):
+        assert all(torch.equal(bits(base[n]), bits(tuned[n])) for n in base)
+    delta.apply_(base)
+    assert all(torch.equal(bits(base[n]), bits(tuned[n])) for n in base)
+
+
+def test_what_can_be_saved_can_be_applied(tmp_path):
+    """Integer buffers, whole, to a mapping and to a module."""
+    base, tuned = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    tuned(torch.randn(5, 3))
+    with torch.no_grad():
+        tuned.weight.mul_(1.5)
+    names = ["running_mean", "running_var", "num_batches_tracked"]
+    SparseDelta.from_models(tuned.state_dict(), base.state_dict(), dense=names).save_pretrained(tmp_path)
+    delta = SparseDelta.from_pretrained(tmp_path)
+    for model in (copy.deepcopy(base), copy.deepcopy(base).state_dict()):
+        delta.apply_(model)
+        state = model.state_dict() if isinstance(model, nn.Module) else model
+        assert all(torch.equal(state[n], t) for n, t in tuned.state_dict().items())
+    with pytest.raises(ValueError, match="'num_batches_tracked' neither|1 entries of 'num_batches_tracked'"):
+        SparseDelta.from_models(tuned.state_dict(), base.state_dict(), dense=names[:2])
+    with pytest.raises(ValueError, match="'num_batches_tracked' is torch.int64, the delta has it as torch.float32"):
+        SparseDelta(delta.mask, delta.values, {"num_batches_tracked": torch.tensor(1.0)}).apply_(base, strict=False)
+    whole = CSRMask.from_dense({"num_batches_tracked": torch.tensor(True)})
+    with pytest.raises(TypeError, match="mask covers 'num_batches_tracked', which is torch.int64"):
+        SparseDelta.from_models(tuned.state_dict(), base.state_dict(), whole)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(10, 4)
+        self.head = nn.Linear(4, 10, bias=False)
+        self.head.weight = self.emb.weight
+
+
+def test_tied_tensors_count_once_in_every_form():
+    base = Tied()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.emb.weight.add_(1.0)
+    forms = [lambda m: m, lambda m: m.state_dict(), lambda m: dict(reversed(m.state_dict().items()))]
+    for made in forms:
+        assert select_mask(made(tuned), made(base), k=20).nnz == 20
+        assert len(select_mask(made(tuned), made(base), density=0.5)) == 1
+        delta = SparseDelta.from_models(made(tuned), made(base))
+        assert delta.mask.nnz == 40
+        for form in forms:
+            model = copy.deepcopy(base)
+            delta.apply_(form(model))
+            assert torch.equal(model.emb.weight, tuned.emb.weight)
+    assert len(topk_mask(base.state_dict(), density=1.0)) == 1
+    with pytest.raises(ValueError, match="mask covers 'head.weight', which is the tensor 'emb.weight' of base"):
+        SparseDelta.from_models(tuned, base, CSRMask.from_dense({"head.weight": torch.ones(10, 4, dtype=torch.bool)}))
+    assert list(
+        SparseDelta.from_models(
+            tuned.state_dict() | {"x": torch.ones(1)}, base.state_dict() | {"x": torch.zeros(1)}, dense=["head.weight"]
+        ).dense
+    ) == ["emb.weight"]
+    untied = {n: t.clone() for n, t in tuned.state_dict().items()}
+    assert len(SparseDelta.from_models(untied, base).mask) == 1
+    assert len(SparseDelta.from_models({"head.weight": untied["head.weight"]}, base).mask) == 1  # as some writers keep it
+    untied["head.weight"] += 1
+    for make in (SparseDelta.from_models, lambda t, b: select_mask(t, b, k=1)):
+        with pytest.raises(ValueError, match="one tensor as 'emb.weight' and 'head.weight', which differ in tuned"):
+            make(untied, base)
+    both = SparseDelta.from_models(untied, clones(base.state_dict()))
+    with pytest.raises(ValueError, match="one tensor as 'emb.weight' and 'head.weight', the delta changes both"):
+        both.apply_(base, strict=False)
+    whole = torch.zeros(12)
+    with pytest.raises(ValueError, match=r"base\['b'\] shares a part of its memory"):
+        select_mask({"a": torch.ones(8), "b": torch.ones(8)}, {"a": whole[:8], "b": whole[4:]}, k=1)
+
+
+def test_a_sparsified_model_is_read_and_never_written():
+    base = nn.Sequential(nn.Linear(4, 4))
+    mask = CSRMask.from_dense({"0.weight": torch.eye(4, dtype=torch.bool)})
+    model = sparsify(copy.deepcopy(base), mask)
+    with torch.no_grad():
+        masked_parameters(model)["0.weight"].values.add_(1)
+    delta = SparseDelta.from_models(model, base, mask)
+    assert delta.mask == mask
+    before = base[0].weight.detach().clone()
+    with delta.applied(base):
+        assert torch.equal(base[0].weight, before + torch.eye(4))
     with pytest.raises(ValueError, match="densify"):
         delta.apply_(model)
+    for make in (lambda: SparseDelta.from_models(model.state_dict(), base), lambda: select_mask(model, base, k=1)):
+        with pytest.raises(ValueError, match="tuned is sparsified .*'0.values' beside '0.weight'"):
+            make()
+
+
+def test_inference_mode():
+    base, tuned = nn.Linear(8, 8), nn.Linear(8, 8)
+    delta = SparseDelta.from_models(tuned, base)
+    with torch.inference_mode():
+        mask = select_mask(tuned, base, density=0.5)
+        with delta.applied(base):
+            assert torch.equal(base.weight, tuned.weight)
+        loaded = {n: p.clone() for n, p in base.named_parameters()}
+        delta.apply_(loaded)
+        again = SparseDelta.from_models(loaded, base, dense=["bias"])
+    assert torch.equal(loaded["weight"], tuned.weight)
+    assert not again.values.is_inference()
+    assert not again.dense["bias"].is_inference()
+    sparsify(base, mask)(torch.ones(2, 8)).sum().backward()
+
+
+def test_a_default_device_changes_nothing(tmp_path):
+    tuned, base = exact_pair()
+    with torch.device("meta"):
+        mask = select_mask(tuned, base, k=2, names=["a"])
+        delta = SparseDelta.from_models(tuned, base)
+        delta.save_pretrained(tmp_path)
+        interop.to_composable_sft(delta, tmp_path)
+        total = compose(SparseDelta.from_pretrained(tmp_path), SparseDelta.from_models(base, base))
+        with total.applied(base | {"a": base["a"].double()}, strict=False):
+            pass
+        total.apply_(base)
+        assert interop.from_composable_sft(tmp_path).mask == delta.mask
+        assert interop.from_csr({"a": mask.sparse_csr("a", mask.gather(tuned))})[0] == CSRMask(
+            ["a"], [(1, 3)], mask.crow_indices, mask.col_indices
+        )
+    assert all(torch.equal(bits(base[n]), bits(tuned[n])) for n in base)
 
 
 def test_compose_is_the_sum():
@@ -222,30 +555,59 @@ def test_a_failed_save_leaves_the_old_delta(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("deftx_kernels.delta.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("deftx_kernels.files.save_file", fail)
+    with pytest.raises(OSError, match="sparse_delta.safetensors cannot be written: disk full"):
         delta.save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_files_that_do_not_belong_together_or_are_damaged(tmp_path):
+def test_the_weights_file_is_the_delta(tmp_path):
+    """A kill between the two files leaves the configuration of another save beside it."""
     base = tensors()
-    for seed in (1, 2):
-        SparseDelta.from_models(tune(base, seed)[0], base).save_pretrained(tmp_path / str(seed))
+    deltas = [SparseDelta.from_models(tune(base, seed)[0], base) for seed in (1, 2)]
+    for name, delta in zip("ab", deltas):
+        delta.save_pretrained(tmp_path / name)
+    config, weights = tmp_path / "a" / CONFIG_NAME, tmp_path / "a" / WEIGHTS_NAME
+    text = config.read_text()
+    config.write_text((tmp_path / "b" / CONFIG_NAME).read_text())
+    with pytest.warns(RuntimeWarning, match="is of another save"):
+        loaded = SparseDelta.from_pretrained(tmp_path / "a")
+    assert loaded.mask == deltas[0].mask
+    assert torch.equal(loaded.values, deltas[0].values)
+    for damaged in (text.replace('"nnz"', '"nNz"'), "[" * 100_000, "{}", "5", text[:-20]):
+        config.write_text(damaged)
+        with pytest.raises(ValueError, match=f"{CONFIG_NAME} is no readable"):
+            SparseDelta.from_pretrained(tmp_path / "a")
+    config.write_text(text)
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1  # of a value
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{WEIGHTS_NAME} is no readable sparse delta: .*checksum"):
+        SparseDelta.from_pretrained(tmp_path / "a")
+    save_file({"values": torch.ones(1)}, weights, {"format": "deftx_sparse_delta", "content": "0"})
+    with pytest.raises(ValueError, match="header lacks"):  # version 1
+        SparseDelta.from_pretrained(tmp_path / "a")
+    weights.write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match=f"{WEIGHTS_NAME} is no readable sparse delta"):
+        SparseDelta.from_pretrained(tmp_path / "a")
+    for path in (config, weights):
+        path.unlink()
+        with pytest.raises(FileNotFoundError, match=path.name):
+            SparseDelta.from_pretrained(tmp_path / "a")
+        path.write_text("")
     with pytest.raises(FileNotFoundError, match="neither a folder nor a repository|holds no"):
         SparseDelta.from_pretrained(tmp_path / "nowhere")
-    (tmp_path / "1" / CONFIG_NAME).write_text((tmp_path / "2" / CONFIG_NAME).read_text())
-    with pytest.raises(ValueError, match="do not belong together"):
-        SparseDelta.from_pretrained(tmp_path / "1")
-    (tmp_path / "2" / WEIGHTS_NAME).write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match="no readable sparse delta"):
-        SparseDelta.from_pretrained(tmp_path / "2")
-    (tmp_path / "2" / CONFIG_NAME).write_text("{}")
-    with pytest.raises(ValueError, match="is not a deftx_sparse_delta"):
-        SparseDelta.from_pretrained(tmp_path / "2")
-    (tmp_path / "2" / CONFIG_NAME).unlink()
-    with pytest.raises(FileNotFoundError, match=CONFIG_NAME):
-        SparseDelta.from_pretrained(tmp_path / "2")
+
+
+def test_metadata_comes_back_whatever_json_makes_of_it(tmp_path):
+    mask = CSRMask.from_dense({"a": torch.ones(1, dtype=torch.bool)})
+    metadata = {"lr": float("nan"), "max": float("inf"), "steps": {10: 1, 9: 2}, "pair": (1, 2), "text": "é\u2028"}
+    SparseDelta(mask, torch.ones(1), metadata=metadata).save_pretrained(tmp_path)
+    again = SparseDelta.from_pretrained(tmp_path).metadata
+    assert json.dumps(again) == json.dumps(json.loads(json.dumps(metadata)), sort_keys=True)
+    for bad in (5, {"a": 1}, {1: "a"}):
+        with pytest.raises(TypeError, match="base_fingerprint"):
+            SparseDelta(mask, torch.ones(1), metadata={"base_fingerprint": bad})
 
 
 def test_overflow_in_float16_is_refused(tmp_path):
@@ -285,6 +647,13 @@ def test_fingerprints_see_every_bit():
         assert fingerprint({"a": other}) != same
     assert fingerprint({"a": t.view(10, 100)}) != same
     assert fingerprint({"a": t.double()}) != same
+    w = torch.tensor([1.0, 0, 2, 0, 2, 0, 1])
+    assert fingerprint({"a": w}) != fingerprint({"a": w[[2, 1, 0, 3, 4, 5, 6]].index_copy(0, torch.tensor([4, 6]), w[[6, 4]])})
+    t.numpy()[0] = 7
+    assert fingerprint({"a": t}) != same
+    large = {n: torch.arange(float(n), 9e6, dtype=torch.float64)[::2] for n in "12"}  # by threads
+    assert fingerprint(large) == {n: fingerprint({n: t.contiguous()})[n] for n, t in large.items()}
+    assert len(same["a"]) == 64
 
 
 # ---- interop ----
@@ -373,9 +742,50 @@ def test_malicious_pickles_do_not_run(tmp_path):
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"diffs": {"w": Evil()}}, tmp_path / "pytorch_diff.bin")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="pytorch_diff.bin is no readable composable-sft file"):
         interop.from_composable_sft(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("encoded", "message"),
+    [
+        ({"size": torch.Size((2, 2)), "index_steps": [0]}, "lacks size, index_steps or values"),
+        ({"size": (2, 2), "index_steps": 0, "values": torch.ones(1)}, "index_steps of tensor 'w' are no list"),
+        ({"size": (2, -2), "index_steps": [0], "values": torch.ones(1)}, "negative size"),
+        (
+            {"size": (1 << 40, 1), "index_steps": [0], "values": torch.ones(1)},
+            "does not hold 1 entries of tensors with 1099511627776 rows",
+        ),
+        ({"size": (2, 2), "index_steps": [True], "values": torch.ones(1)}, "index_steps ints"),
+        ({"size": (2, 2), "index_steps": [0.0], "values": torch.ones(1)}, "index_steps ints"),
+        ({"size": (2, 2), "index_steps": [1 << 70], "values": torch.ones(1)}, "OverflowError"),
+        ({"size": (2, 2), "index_steps": [1, (1 << 63) - 1, (1 << 63) - 1, 3], "values": torch.ones(4)}, "do not fit its size"),
+        ({"size": (2, 2), "index_steps": [0], "values": torch.ones(1, dtype=torch.int64)}, "must be floating point"),
+        ({"size": (2, 2), "index_steps": [0], "values": torch.ones(1, device="meta")}, "values of tensor 'w' is on meta"),
+        ({"size": (2, 2), "index_steps": [0], "values": 1.0}, "must be a torch.Tensor"),
+        ({"size": (2, 2), "index_steps": [np.int64(1)] * 3, "values": torch.ones(1).expand(3)}, "the file holds fewer"),
+        ({"size": (2, 2), "index_steps": [np.float64(1)], "values": torch.ones(1)}, "dtype 'f8', where int64 is expected"),
+    ],
+)
+def test_composable_sft_files_that_claim_what_they_do_not_hold(tmp_path, encoded, message):
+    torch.save({"diffs": {"w": encoded}}, tmp_path / "pytorch_diff.bin")
+    with pytest.raises(ValueError, match=f"pytorch_diff.bin is no readable composable-sft file: (?s:.*){message}"):
+        interop.from_composable_sft(tmp_path)
+
+
+def test_composable_sft_parts_are_checked_before_they_are_read(tmp_path):
+    path = tmp_path / "pytorch_diff.bin"
+    torch.save({"diffs": {"w": {"size": torch.Size((2,)), "index_steps": [0], "values": torch.ones(1)}}}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\x00\x00\x80\x3f")] ^= 1  # of the value, 1.0
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="checksum of its part '.*data/0' is wrong"):
+        interop.from_composable_sft(tmp_path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\0" * 10_000_000)
+    with pytest.raises(ValueError, match="larger than the file"):
+        interop.from_composable_sft(tmp_path)
 
 
 def test_csr_matrices_in_and_out():
@@ -397,8 +807,6 @@ def test_csr_matrices_in_and_out():
 
 
 def test_shira_shapes_need_the_base_where_they_are_not_square(tmp_path):
-    from safetensors.torch import save_file
-
     index = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 5, 2, 3, 1, 4]], dtype=torch.int32)
     save_file(
         {"base_model.model.fc.shira_indices": index, "base_model.model.fc.shira_weight": torch.ones(6)},
@@ -411,6 +819,16 @@ def test_shira_shapes_need_the_base_where_they_are_not_square(tmp_path):
     assert delta.mask.shapes == (torch.Size((4, 6)),)
     with pytest.raises(ValueError, match="do not fit a weight of shape"):
         interop.from_peft_shira(tmp_path, base={"fc.weight": torch.zeros(4, 5)})
+    with pytest.raises(ValueError, match="for matrices"):
+        interop.from_peft_shira(tmp_path, base={"fc.weight": torch.zeros(4, 6, 1)})
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1}))
     with pytest.raises(ValueError, match="type 'LORA', not SHIRA"):
         interop.from_peft_shira(tmp_path)
+    for r in ("1", 0, True, None, 1.5):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "SHIRA", "r": r}))
+        with pytest.raises(ValueError, match="adapter_config.json: r must be an int from 1"):
+            interop.from_peft_shira(tmp_path)
+    for text, message in (("[" * 100_000, "not readable JSON"), ("[]", r"type \[\], not"), ("{", "not readable JSON")):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"adapter_config.json.*{message}"):
+            interop.from_peft_shira(tmp_path)

@@ -62,6 +62,13 @@ def _selection(rank, folder):
     mesh = init_device_mesh("cpu", (WORLD,))
     sharded = {n: distribute_tensor(t, mesh, [Shard(0)]) for n, t in full.items()}
     assert distributed.topk_mask(sharded, k=20) == mask
+    with pytest.raises(TypeError, match=r"scores\['b'\] must be a plain tensor, got a DTensor"):
+        dk.topk_mask(sharded, k=20)
+    alone = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("across", "alone"))["alone"]
+    with pytest.raises(ValueError, match=rf"scores\['b'\] lies on the ranks \[\d\], the group consists of \[0, {WORLD - 1}\]"):
+        distributed.topk_mask({n: distribute_tensor(t, alone, [Shard(0)]) for n, t in full.items()}, k=20)
+    with pytest.raises(TypeError, match=r"params\['b'\] must be a torch.Tensor, got list"):
+        distributed.local_mask(mask, sharded | {"b": []})
     mine = distributed.local_mask(mask, sharded)
     for name, dense in mask.to_dense().items():
         chunks = torch.chunk(dense, WORLD)
@@ -79,6 +86,10 @@ def _agreement(rank, folder):
         distributed.topk_mask({"a": torch.tensor([1.0, float("nan") if rank else 1.0])}, k=1)
     with pytest.raises(ValueError, match="rank 0: scores must be a mapping"):
         distributed.topk_mask({} if rank == 0 else {"a": torch.ones(2)}, k=1)
+    with pytest.raises(ValueError, match=r"rank 1: scores\['a'\] is on meta"):
+        distributed.topk_mask({"a": torch.ones(2, device="meta" if rank else "cpu")}, k=1)
+    with pytest.raises(ValueError, match="k and density must be the same on all ranks"):
+        distributed.topk_mask({"a": torch.ones(2)}, k=rank)
     with pytest.raises(ValueError, match="same names"):
         distributed.topk_mask({f"a{rank}": torch.ones(2)}, k=1)
     with pytest.raises(ValueError, match="rank 0 has none"):

@@ -139,6 +139,15 @@ def test_writes_into_leaf_parameters_and_bumps_their_version():
     assert parameter._version > version
 
 
+def test_masks_made_in_inference_mode_can_be_trained_with():
+    with torch.inference_mode():
+        mask = CSRMask.from_dense({"p": torch.eye(3, dtype=torch.bool), "q": torch.ones(2, dtype=torch.bool)})
+        parts = [mask, mask["p"], mask | mask, mask.restrict(["q"]), topk_mask({"p": torch.ones(3)}, k=1)]
+    for part in parts:
+        assert not part.crow_indices.is_inference()
+        assert not part.col_indices.is_inference()
+
+
 def test_sub_masks_split_and_csr():
     dense = random_dense([(3, 4), (5,), (2, 3, 4)], 3)
     mask = CSRMask.from_dense(dense)
@@ -174,12 +183,12 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     mask.save(path)
     before = path.read_bytes()
 
-    def fail(*args, **kwargs):
-        path.with_name(path.name + ".partial").write_bytes(b"half")
+    def fail(tensors, partial, metadata):
+        partial.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("deftx_kernels.mask.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("deftx_kernels.files.save_file", fail)
+    with pytest.raises(OSError, match="mask.safetensors cannot be written: disk full"):
         (mask - mask).save(path)
     assert path.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
@@ -190,10 +199,10 @@ def test_load_refuses_what_is_no_mask(tmp_path):
     with pytest.raises(FileNotFoundError):
         CSRMask.load(path)
     path.write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="not a readable"):
+    with pytest.raises(ValueError, match="x.safetensors is no readable CSRMask file"):
         CSRMask.load(path)
     save_file({"a": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="not a CSRMask file"):
+    with pytest.raises(ValueError, match="metadata lacks format"):
         CSRMask.load(path)
     good = CSRMask.from_dense({"a": torch.ones(2, 3, dtype=torch.bool)})
     metadata = {"format": "deftx_csr_mask", "layout": json.dumps({"names": ["a"], "shapes": [[2, 3]]})}
@@ -201,6 +210,39 @@ def test_load_refuses_what_is_no_mask(tmp_path):
     col[1] = 9
     save_file({"crow_indices": good.crow_indices, "col_indices": col}, path, metadata=metadata)
     with pytest.raises(ValueError, match="'a' has 3 columns"):
+        CSRMask.load(path)
+    other = CSRMask.from_dense({"a": torch.tensor([[True, True, False], [True, True, True]])})
+    metadata |= {"fingerprint": good.fingerprint()}
+    save_file({"crow_indices": other.crow_indices, "col_indices": other.col_indices}, path, metadata=metadata)
+    with pytest.raises(ValueError, match="checksum"):  # a valid mask, and not the one that was saved
+        CSRMask.load(path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"names": [1], "shapes": [[2, 3]]}, "names must be strings, got 1"),
+        ({"names": "a", "shapes": [[2, 3]]}, "names must be a sequence"),
+        ({"names": ["a"], "shapes": {"a": 1}}, "shapes must be a sequence"),
+        ({"names": ["a"], "shapes": [[-2, -3]]}, "negative size"),
+        ({"names": ["a"], "shapes": [[True, 3]]}, "shape of ints"),
+        ({"names": ["a"], "shapes": [["2", 3]]}, "shape of ints"),
+        ({"names": ["a"], "shapes": [[2.0, 3]]}, "shape of ints"),
+        ({"names": ["a"], "shapes": [5]}, "shape of ints"),
+        ({"names": ["a"], "shapes": [[10**30, 0]]}, r"2\*\*63"),
+        ({"names": ["a"], "shapes": [[10**30, 3]]}, r"2\*\*63"),
+        ({"names": ["a"]}, "KeyError: 'shapes'"),
+        (["a"], "TypeError"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_layouts_that_no_mask_has(tmp_path, layout, message):
+    good = CSRMask.from_dense({"a": torch.ones(2, 3, dtype=torch.bool)})
+    text = layout if isinstance(layout, str) else json.dumps(layout)
+    path = tmp_path / "mask.safetensors"
+    metadata = {"format": "deftx_csr_mask", "layout": text, "fingerprint": good.fingerprint()}
+    save_file({"crow_indices": good.crow_indices, "col_indices": good.col_indices}, path, metadata=metadata)
+    with pytest.raises(ValueError, match=f"mask.safetensors is no readable CSRMask file: .*{message}"):
         CSRMask.load(path)
 
 
@@ -213,6 +255,7 @@ def test_load_refuses_what_is_no_mask(tmp_path):
         ([0, 2, 2], [1, 0], "strictly ascending"),
         ([0, 2, 2], [1, 1], "strictly ascending"),
         ([0, 1, 2], [0, 3], "outside"),
+        ([0, 2**63 - 1, 2], [0, 1], "rise from 0"),
     ],
 )
 def test_construction_is_validated(crow, col, message):

@@ -130,20 +130,51 @@ def test_jsonl_of_tokens(tmp_path):
         ("a.jsonl", "{not json}\n", "line 1: not JSON"),
         ("a.jsonl", "[1]\n", "line 1: one JSON object"),
         ("a.csv", "text,label\n", "no rows"),
-        ("a.csv", "", "a.csv: "),
+        ("a.csv", "", "a.csv: the file is empty"),
         ("a.csv", "text,label\ngood,\n", "row 1: column 'label' is empty"),
+        ("a.csv", "text,label\ngood,a\n \n,b\n", "line 3: 1 fields, but 2 columns"),
+        ("a.csv", "text,label\n  ,b\n", "row 1: column 'text' is empty"),
+        ("a.csv", "text,label\ngood,a\nhello, world,a\n", "line 3: 3 fields, but 2 columns"),
+        ("a.tsv", "text\tlabel\ngood\n", "line 2: 1 fields, but 2 columns"),
+        ("a.csv", 'text,label\n"good,a\n', "a.csv, line 2: unexpected end of data"),
+        ("a.csv", "text,label,text\ngood,a,b\n", "line 1: two columns are named 'text'"),
+        ("a.csv", "text,label\ngo\0od,a\n", "line 2: a NUL character"),
+        ("a.csv", "text,label\nh\xe9,a\n".encode("latin-1"), "a.csv, line 2: not UTF-8"),
+        ("a.jsonl", "\n{}\xe9".encode("latin-1"), "a.jsonl, line 2: not UTF-8"),
+        ("a.jsonl", "text".encode("utf-16"), "a.jsonl, line 1: not UTF-8"),
+        ("a.jsonl", '{"text": "\\ud83d", "label": "a"}\n', "line 1: NUL or half of a surrogate pair"),
+        ("a.jsonl", '{"text": [["\\u0000"]], "label": "a"}\n', "line 1: NUL or half"),
+        ("a.jsonl", "[" * 100_000 + "\n", "line 1: not JSON"),
+        ("a.jsonl", '{"text": {"a": 1}, "label": "a"}\n', "row 1: column 'text' is no text"),
+        ("a.jsonl", '{"text": "good", "label": NaN}\n', "row 1: column 'label' is empty"),
         ("a.xlsx", "", "ending must be"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         data.read_task(tmp_path / name)
+
+
+def test_only_line_ends_end_lines(tmp_path):
+    rows = [{"text": "one\u2028two\x85three\x0bfour", "label": "a"}, {"text": "\ud83d\ude00", "label": "\\u0000"}]
+    lines = [json.dumps(row, ensure_ascii=i == 1) for i, row in enumerate(rows)]
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert data.read_task(tmp_path / "a.jsonl").to_list() == [rows[0], {"text": "\U0001f600", "label": "\\u0000"}]
+    (tmp_path / "a.TSV").write_bytes('\ufefftext\tlabel\r\none\u2028two\t"a\r\rlast\tb'.encode())
+    assert data.read_task(tmp_path / "a.TSV").to_list() == [{"text": "one\u2028two", "label": '"a'}, {"text": "last", "label": "b"}]
+    (tmp_path / "a.csv").write_text(f'text,label\n"one\n\n{"x" * 200_000}",a\n')
+    assert data.read_task(tmp_path / "a.csv")[0]["text"] == f"one\n\n{'x' * 200_000}"
+    (tmp_path / "a.txt").write_bytes("\ufeffone\u2028two\rthree\r\n".encode())
+    assert data.read_text(tmp_path / "a.txt")["text"] == ["one\u2028two", "three"]
 
 
 def test_text_files(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\n two \n")
     assert data.read_text(tmp_path / "a.txt")["text"] == ["one", "two"]
+    (tmp_path / "c.txt").write_bytes("one\nh\xe9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="c.txt, line 2: not UTF-8"):
+        data.read_text(tmp_path / "c.txt")
     (tmp_path / "b.txt").write_text("\n\n")
     with pytest.raises(ValueError, match="b.txt: no text"):
         data.read_text(tmp_path / "b.txt")
@@ -163,6 +194,26 @@ def test_files_corpus(tmp_path):
         data.load_corpus(FilesData([train], [f"x={test}"], []))
 
 
+def test_one_label_only_is_refused(tmp_path, nusax_folder):  # noqa: F811
+    train = write_csv(tmp_path / "train.csv", [(1, "good room", "a"), (2, "bad room", "a")])
+    (tmp_path / "x.txt").write_text("the room\n")
+    with pytest.raises(ValueError, match="one label only, 'a'"):
+        data.load_corpus(FilesData([train], [f"x={train}"], [f"x={tmp_path / 'x.txt'}"]))
+    write_csv(nusax_folder / "source/train.csv", [(1, "good", "positive")])
+    with pytest.raises(ValueError, match="one label only, 'positive'"):
+        data.load_corpus(NusaxData(nusax_folder, sources=["source"]))
+
+
+def test_the_hash_of_the_content_sees_every_row():
+    from datasets import Dataset
+
+    rows = {"text": ["a", "b"], "label": ["x", "y"]}
+    first = data.content_hash(Dataset.from_dict(rows))
+    assert first == data.content_hash(Dataset.from_dict({"label": ["x", "y"], "text": ["a", "b"]}))
+    assert first != data.content_hash(Dataset.from_dict({**rows, "text": ["a", "c"]}))
+    assert first != data.content_hash(Dataset.from_dict({**rows, "text": ["b", "a"]}))
+
+
 def test_hub_data_set_with_class_labels(monkeypatch):
     from datasets import ClassLabel, Dataset, Features, Value
 
@@ -171,7 +222,8 @@ def test_hub_data_set_with_class_labels(monkeypatch):
     def fake(name, configuration, split):
         if configuration == "xx":
             raise FileNotFoundError("no such configuration")
-        return Dataset.from_dict({"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [1, 0]}, features=features)
+        labels = [1, -1] if configuration == "unlabelled" else [1, 0]
+        return Dataset.from_dict({"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": labels}, features=features)
 
     monkeypatch.setattr(data, "load_dataset", fake)
     settings = {"dataset": "some/nli", "sources": ["en"], "text_column": "premise", "pair_column": "hypothesis"}
@@ -181,3 +233,5 @@ def test_hub_data_set_with_class_labels(monkeypatch):
     assert corpus.text["qu"]["text"] == ["a", "b", "c", "d"]
     with pytest.raises(ValueError, match=r"'some/nli', configuration 'xx', split 'train'.*no such configuration"):
         data.load_corpus(HubData(targets=["xx"], **settings))
+    with pytest.raises(ValueError, match=r"configuration 'unlabelled', split 'train', row 2: no label"):
+        data.load_corpus(HubData(targets=["unlabelled"], **settings))

@@ -69,6 +69,30 @@ def test_a_run_folder(tiny_bert, nusax_folder, tmp_path, monkeypatch):  # noqa: 
     other = settings(tiny_bert, nusax_folder, folder, seeds=[1])
     with pytest.raises(ValueError, match=r"other settings \(seeds: \[0\] → \[1\]\)"):
         pipeline.run(other, quiet())
+    (nusax_folder / "first/test.csv").write_text("id,text,label\n1,the room was good,negative\n")
+    with pytest.raises(ValueError, match=r"other content of its inputs \(test of first\)"):
+        pipeline.run(config, quiet())
+    (folder / "phases/evaluation/phase.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"evaluation/phase.json is damaged"):
+        recipes.finished(folder / "phases/evaluation")
+
+
+def test_settings_that_do_not_fit_the_model_fail_before_anything_is_written(tiny_bert, nusax_folder, tmp_path):  # noqa: F811
+    def refused(message: str, **changes):
+        config = settings(tiny_bert, nusax_folder, tmp_path / "run", **changes)
+        with pytest.raises(ValueError, match=message):
+            pipeline.run(config, quiet())
+        assert not (tmp_path / "run").exists()
+
+    refused("max_length must be at most 64", task=TaskConfig(max_length=65))
+    refused("max_length must be at most 64", language=LanguageConfig(max_length=65))
+    fits = {"language": LanguageConfig(max_length=64)}
+    refused("k = 900000 is more than the", task=TaskConfig(SelectionConfig(k=900_000), max_length=24), **fits)
+    refused("less than one entry", task=TaskConfig(SelectionConfig(density=1e-9), max_length=24), **fits)
+    refused("lift on model.*k = 17000 is more", task=TaskConfig(SelectionConfig(k=17_000), max_length=24), recipes=["lift"], **fits)
+    with pytest.raises(ValueError, match="is, holds or lies in the input"):
+        pipeline.run(settings(tiny_bert, nusax_folder, nusax_folder / "run"), quiet())
+    assert not (nusax_folder / "run").exists()
 
 
 def test_source_vector_lift_and_two_seeds(tiny_bert, nusax_folder, tmp_path):  # noqa: F811
@@ -88,29 +112,6 @@ def test_source_vector_lift_and_two_seeds(tiny_bert, nusax_folder, tmp_path):  #
 
     full = dataclasses.replace(lift, run_dir=tmp_path / "full", recipes=["full"])
     assert {(s["method"], s["kind"]) for s in pipeline.run(full, quiet())["scores"]} == {("full", "task")}
-
-
-def test_several_processes_are_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE is above 1"):
-        pipeline.open_run(PhaseConfig(lr=1e-3), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_overwrite_and_foreign_folders(tmp_path):
-    config = PhaseConfig(lr=1e-3)
-    pipeline.open_run(config, tmp_path / "run")
-    (tmp_path / "run/phases").mkdir()
-    pipeline.open_run(config, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"lr: 0.001 → 0.002"):
-        pipeline.open_run(PhaseConfig(lr=2e-3), tmp_path / "run")
-    pipeline.open_run(PhaseConfig(lr=2e-3), tmp_path / "run", overwrite=True)
-    assert not (tmp_path / "run/phases").exists()
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/file").touch()
-    with pytest.raises(ValueError, match="holds no run"):
-        pipeline.open_run(config, tmp_path / "mine", overwrite=True)
-    assert (tmp_path / "mine/file").exists()
 
 
 def test_score_tables():
@@ -144,6 +145,7 @@ def test_densities_add_up(tmp_path):
     assert figures.mask_densities(mask) == {("word embeddings", -1): 1.0, ("query", 0): 0.25, ("biases", 0): 0.5}
 
 
-def test_a_failing_measurement_says_why(tmp_path):
+def test_a_failing_measurement_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs.sys, "executable", "false")
     with pytest.raises(RuntimeError, match="measuring the dense step failed"):
         costs.compare(tmp_path / "nothing", tmp_path / "mask", [], 1, "cpu")

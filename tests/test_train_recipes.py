@@ -1,20 +1,23 @@
 """Recipes on a tiny BERT: what is selected, what moves, what is reset, what a resumed run gives."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from train_tiny import BAD, GOOD, sentence, tiny_bert  # noqa: F401
 from transformers import TrainerCallback
 
 from deftx_kernels import CSRMask, SparseDelta, compose
 from deftx_kernels.train import models, recipes, starts, trainer
+from deftx_kernels.train.checkpoints import newest_checkpoint
 from deftx_kernels.train.config import LanguageConfig, PhaseConfig, SelectionConfig, TaskConfig
 from deftx_kernels.train.recipes import dense_phase, learn, select
+from deftx_kernels.train.tensors import saving
 from deftx_kernels.train.trainer import Runtime
 
 LABELS = ["negative", "positive"]
@@ -212,11 +215,171 @@ def test_a_saved_vector_rebuilds_the_trained_model(learned):
     assert 8 * facts["trained_entries"] <= facts["optimizer_state_bytes"] < 8.1 * facts["trained_entries"] + 1000
 
 
-class Crash(TrainerCallback):
+class Spoil(TrainerCallback):
+    """Makes one weight infinite at a step."""
+
     def __init__(self, step: int):
         self.step = step
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args, state, control, model=None, **_):
+        if state.global_step == self.step:
+            next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = torch.inf
+
+
+@pytest.mark.parametrize("which", ["dense", "deft-x", "lift"])
+def test_a_phase_that_diverges_is_not_finished(tiny_bert, tmp_path, which):  # noqa: F811
+    hot, fine = phase(lr=1e38), phase()
+    phases = (hot, fine) if which == "dense" else (fine, hot)
+    selection = SelectionConfig(k=K, rank=4, refresh_every=2)
+    settings = TaskConfig(selection, *phases, batch_size=8, accumulation=1, max_length=24)
+    vector = task_vector(tiny_bert, tmp_path, settings)
+    name = "dense phase" if which == "dense" else f"sparse phase of {which}"
+    message = rf"vector 'task', {name}: training diverged at step \d with learning rate 1e\+38 \("
+    for _ in range(2):  # the second time, nothing of the first counts as finished
+        with pytest.raises(ValueError, match=message):
+            learn(vector, "lift" if which == "lift" else "deft-x", RUNTIME)
+        assert not (vector.folder / which / "phase.json").exists()
+        assert not vector.deltas.exists()
+
+
+def test_the_head_s_phase_diverges_by_name(tiny_bert, tmp_path):  # noqa: F811
+    settings = LanguageConfig(batch_size=8, max_length=24, head_steps=3, head_lr=1e38)
+    with pytest.raises(ValueError, match=r"^MLM head: training diverged at step 3 with learning rate 1e\+38"):
+        language_vector(tiny_bert, tmp_path, settings)
+    assert not (tmp_path / "phases/mlm-head/phase.json").exists()
+
+
+def test_a_checkpoint_of_diverged_weights_is_not_written(tiny_bert, tmp_path):  # noqa: F811
+    every = phase(max_steps=8, eval_every=2)
+    settings = TaskConfig(SelectionConfig(k=K), every, every, batch_size=8, accumulation=1, max_length=24)
+    vector = task_vector(tiny_bert, tmp_path, settings)
+    vector.examples.validation = None  # whose loss would be noticed first
+    with pytest.raises(ValueError, match="diverged at step 6 .*holds NaN or infinite"):
+        dense_phase(vector, dataclasses.replace(RUNTIME, callbacks=(Spoil(6),)))
+    assert newest_checkpoint(vector.folder / "dense/checkpoints").name == "checkpoint-4"
+    assert not (vector.folder / "dense/checkpoints/checkpoint-6").exists()
+    assert dense_phase(vector, RUNTIME)["resumed_from"] == "checkpoint-4"
+
+
+def test_what_torch_says_of_a_full_disk_names_the_file(tmp_path):
+    for words in (
+        "inline_container.cc:862] . PytorchStreamWriter failed",
+        "unexpected pos 64 vs 0",
+        "basic_ios::clear: iostream error",
+    ):
+        with pytest.raises(OSError, match="checkpoint-2 cannot be written: the disk is full"), saving(tmp_path / "checkpoint-2"):
+            raise RuntimeError(words)
+    with pytest.raises(RuntimeError, match="a fault of ours"), saving(tmp_path):
+        raise RuntimeError("a fault of ours")
+
+
+def test_outputs_that_are_not_finite_are_not_scored(tiny_bert, tmp_path):  # noqa: F811
+    from deftx_kernels.train.evaluate import evaluate
+
+    vector = task_vector(tiny_bert, tmp_path)
+    model = vector.load(vector.start)
+    model.classifier.bias.data[1] = torch.nan
+    with pytest.raises(ValueError, match="evaluation: outputs of the model are NaN or infinite"):
+        evaluate(model, vector.examples.validation, vector.examples.collator, RUNTIME)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny_bert, tmp_path_factory):  # noqa: F811
+    """A task vector whose dense phase stopped behind its last checkpoint, and what it would have been."""
+    best = phase(max_steps=6, eval_every=2, keep_best=True)
+    settings = TaskConfig(SelectionConfig(k=K), best, best, batch_size=8, accumulation=1, max_length=24)
+    whole = dense_phase(task_vector(tiny_bert, tmp_path_factory.mktemp("whole"), settings), RUNTIME)
+    vector = task_vector(tiny_bert, tmp_path_factory.mktemp("interrupted"), settings)
+    with pytest.raises(RuntimeError, match="power"):
+        dense_phase(vector, dataclasses.replace(RUNTIME, callbacks=(Crash(6, "on_save"),)))
+    return vector, whole
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        (None, 0), ("", 0), ("trainer_state.json", 0.5), ("trainer_state.json", 0), ("model.safetensors", 0.9),
+        ("optimizer.pt", 0.9), ("optimizer.pt", -1), ("scheduler.pt", 0), ("rng_state.pth", None),
+    ],
+)  # fmt: skip
+def test_an_unfinished_checkpoint_blocks_nothing(interrupted, tmp_path, name, size):
+    """Cut off at a share of its size, with a byte turned (-1), or missing (None); "" is an empty folder."""
+    vector, _ = interrupted
+    folder = Path(shutil.copytree(vector.folder / "dense/checkpoints", tmp_path / "checkpoints"))
+    expected = "checkpoint-6"
+    if name == "":
+        (folder / "checkpoint-999").mkdir()
+        (folder / "checkpoint-1000").touch()
+    elif name is not None:
+        expected = "checkpoint-4"
+        path = folder / "checkpoint-6" / name
+        content = path.read_bytes()
+        path.unlink()
+        if size == -1:
+            middle = len(content) // 2
+            path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        elif size is not None:
+            path.write_bytes(content[: int(size * len(content))])
+    assert newest_checkpoint(folder).name == expected
+    assert {path.name for path in folder.iterdir()} <= {"checkpoint-2", "checkpoint-4", expected}
+
+
+def test_a_phase_resumed_behind_its_last_step_has_the_same_facts(interrupted):
+    vector, whole = interrupted
+    again = dense_phase(vector, RUNTIME)
+    assert again.pop("resumed_from") == "checkpoint-6"
+    times = ("seconds", "median_step_seconds")
+    assert {k: v for k, v in again.items() if k not in times} == {k: whole[k] for k in again if k not in times}
+
+
+def test_a_model_folder_without_its_phase_json_is_made_again(tiny_bert, tmp_path):  # noqa: F811
+    vector = task_vector(tiny_bert, tmp_path)
+    before = load_file(vector.start / "model.safetensors")
+    (vector.start / "phase.json").unlink()
+    (vector.start / "model.safetensors").write_bytes(b"half")
+    after = load_file(task_vector(tiny_bert, tmp_path).start / "model.safetensors")
+    assert all(np.array_equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", None, "weights cannot be loaded from .*model.safetensors"),
+        ("config.json", b"{", "weights cannot be loaded from .*config.json"),
+        ("tokenizer.json", b"{}", "a tokenizer cannot be loaded from .*tokenizer.json"),
+        ("tokenizer.json", b"{", "a tokenizer cannot be loaded from .*tokenizer.json"),
+    ],
+)
+def test_a_damaged_file_of_a_model_is_named(tiny_bert, tmp_path, name, content, message):  # noqa: F811
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    first = models.model_hash(folder)
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-10] if content is None else content)
+    assert models.model_hash(folder) != first
+    with pytest.raises(ValueError, match=message):
+        models.load_tokenizer(folder) if name == "tokenizer.json" else models.load_classifier(folder, LABELS)
+
+
+def test_weights_that_are_missing_or_not_finite_are_refused(tiny_bert, tmp_path):  # noqa: F811
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "encoder.layer.1.attention.self.query.weight"
+    kept = tensors.pop(name)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lack 1 tensors of the base model, such as 'bert.{name}'"):
+        models.load_classifier(folder, LABELS)
+    kept[3, 4] = np.nan
+    save_file({**tensors, name: kept}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"'bert.{name}' holds NaN"):
+        models.load_masked_lm(folder)
+
+
+class Crash(TrainerCallback):
+    def __init__(self, step: int, event: str = "on_step_end"):
+        self.step = step
+        setattr(self, event, self.crash)
+
+    def crash(self, args, state, control, **_):
         if state.global_step == self.step:
             raise RuntimeError("the power went out")
 

@@ -86,3 +86,11 @@ def test_a_tokenizer_without_mask_token_is_refused(tokenizer):
     other.mask_token = None
     with pytest.raises(ValueError, match="no mask token"):
         MaskedLanguageCollator(other)
+
+
+def test_texts_without_a_known_token_are_left_out(tokenizer):
+    texts = Dataset.from_dict({"text": ["\u200b", "the room", "语言"]})
+    assert [len(tokenize_text(texts, tokenizer, 16, pack)) for pack in (False, True)] == [1, 1]
+    for pack in (False, True):
+        with pytest.raises(ValueError, match="no token of its vocabulary"):
+            tokenize_text(texts.select([0, 2]), tokenizer, 16, pack)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from deftx_kernels._checks import FLOATS, check_writable
 from deftx_kernels._masked import masked_lookup, masked_matmul, masked_tensor, scattered, without_gradient
-from deftx_kernels.mask import CSRMask
+from deftx_kernels.mask import CSRMask, usable_in_backward
 from deftx_kernels.nn.entries import Entry, Flat, LiveWeight, MaskedParameter, live_weight, values_name
 
 
@@ -239,8 +240,11 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
         raise ValueError("model is sparsified already: densify(model) first")
     tensors = dict(zip(mask.names, mask.select(dict(model.named_parameters()), "model")))
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"model's tensor {name!r} must be floating point, got {tensor.dtype}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"model[{name!r}] must be floating point: float32, float64, float16 or bfloat16, got {tensor.dtype}")
+        if tensor.is_inference():
+            raise ValueError(f"model[{name!r}] was made in inference_mode, so that backward cannot use it: load it outside of that")
+    check_writable({f"model[{name!r}]": tensor for name, tensor in tensors.items()})
     name_of = {id(t): n for n, t in tensors.items()}
     plan: list[tuple[Any, type, dict[str, str]]] = []  # module, its new class, its masked parameters' names in the model
     slow: set[str] = set()
@@ -294,7 +298,7 @@ def _entries(mask: CSRMask, tensors: dict[str, Any]) -> dict[str, Entry]:
     for dtype in (torch.float32, torch.float64):
         if names := [n for n, t in tensors.items() if _values_dtype(t) == dtype]:
             part = mask if len(names) == len(mask) else mask.restrict(names)
-            flat, start = Flat(part.gather(tensors).to(dtype)), 0
+            flat, start = Flat(usable_in_backward(part.gather(tensors).to(dtype))), 0
             for name in part.names:
                 entries[name] = Entry(part[name], tensors[name], flat, start)
                 start += entries[name].mask.nnz

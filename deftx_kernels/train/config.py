@@ -6,9 +6,11 @@ small. Nothing here imports transformers.
 
 import dataclasses
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -17,6 +19,68 @@ MINILM = "minilm"
 Recipe = Literal["deft-x", "lt-sft", "lift", "full"]
 TaskKind = Literal["classification", "token-classification"]
 Device = Literal["auto", "cpu"]
+Scope = Literal["global", "tensor", "row"]
+
+
+def _check_int(name: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, not {value!r}")
+
+
+def _check_number(name: str, value: Any, positive: bool = False) -> None:
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} must be a finite number {'above' if positive else 'of at least'} 0, not {value!r}")
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {value!r}")
+
+
+def _check_list(name: str, values: Sequence) -> None:
+    """Not empty, and nothing twice."""
+    if not values:
+        raise ValueError(f"{name}: at least one is needed")
+    if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+        raise ValueError(f"{name}: {str(twice[0])!r} is given twice")
+
+
+def _check_seed(name: str, seed: Any) -> None:
+    _check_int(name, seed, 0)
+    if seed >= 1 << 32:
+        raise ValueError(f"{name} must be below 2**32, not {seed}")
+
+
+def _check_languages(name: str, values: Sequence[str]) -> None:
+    """Each names a folder."""
+    _check_list(name, values)
+    for value in values:
+        if not value.strip() or value.strip(".") == "" or any(character in value for character in "/\\\0"):
+            raise ValueError(f"{name}: {value!r} cannot name a language: it names a folder, so it has neither / nor \\")
+
+
+def _check_transfer(sources: Sequence[str], targets: Sequence[str]) -> None:
+    _check_languages("sources", sources)
+    _check_languages("targets", targets)
+    if both := [name for name in targets if name in sources]:
+        raise ValueError(f"targets: {both[0]!r} is a source as well, so it has labels and is no target")
+
+
+def _check_columns(text: str, pair: str | None, label: str, kind: TaskKind) -> None:
+    _check_choice("kind", kind, TaskKind)
+    _check_list("text_column, pair_column and label_column", [name for name in (text, pair, label) if name is not None])
+    if pair is not None and kind == "token-classification":
+        raise ValueError("pair_column: token classification has no pairs of texts")
+
+
+def parse_pairs(pairs: list[str], argument: str) -> dict[str, Path]:
+    """{"id": Path("x.csv")} from ["id=x.csv"]. Raises ValueError naming the argument."""
+    split = [pair.partition("=") for pair in pairs]
+    for pair, (name, equals, path) in zip(pairs, split):
+        if not (name and equals and path):
+            raise ValueError(f"{argument}: {pair!r} should be written as language=path")
+    _check_languages(argument, [name for name, _, _ in split])
+    return {name: Path(path) for name, _, path in split}
 
 
 @dataclass
@@ -33,7 +97,7 @@ class SelectionConfig:
     """deft-x: keep, per matrix, the smallest rank that holds this share of the squared singular values."""
     residual_density: float = 0.0
     """deft-x: fraction of the residual's entries added back, per matrix. 1 gives LT-SFT."""
-    scope: Literal["global", "tensor", "row"] = "global"
+    scope: Scope = "global"
     """Where entries compete for their place in the mask."""
     denoise_embeddings: bool = True
     """deft-x: apply the SVD to embedding matrices too."""
@@ -43,18 +107,20 @@ class SelectionConfig:
     def __post_init__(self):
         if self.k is None and self.density is None:
             raise ValueError("selection: one of k and density must be given")
-        if self.k is not None and self.k < 0:
-            raise ValueError(f"selection.k must be at least 0, not {self.k}")
-        if self.density is not None and not 0 <= self.density <= 1:
-            raise ValueError(f"selection.density must be between 0 and 1, not {self.density}")
+        if self.k is not None:
+            _check_int("selection.k", self.k, 1)
+        for name in ("density", "energy"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"selection.{name} must be above 0 and at most 1, not {value}")
         if self.rank is not None:  # a rank given on the command line replaces the default energy
             self.energy = None
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise ValueError(f"selection.energy must be above 0 and at most 1, not {self.energy}")
+            if self.rank != "gavish-donoho":
+                _check_int("selection.rank", self.rank, 1)
         if not 0 <= self.residual_density <= 1:
             raise ValueError(f"selection.residual_density must be between 0 and 1, not {self.residual_density}")
-        if self.refresh_every < 1:
-            raise ValueError(f"selection.refresh_every must be at least 1, not {self.refresh_every}")
+        _check_choice("selection.scope", self.scope, Scope)
+        _check_int("selection.refresh_every", self.refresh_every, 1)
 
 
 @dataclass
@@ -81,14 +147,16 @@ class PhaseConfig:
     """End with the checkpoint that is best on validation, where there is validation data."""
 
     def __post_init__(self):
-        if self.lr <= 0:
-            raise ValueError(f"lr must be positive, not {self.lr}")
-        if self.epochs <= 0:
-            raise ValueError(f"epochs must be positive, not {self.epochs}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, not {self.max_steps}")
-        if self.eval_every is not None and self.eval_every < 1:
-            raise ValueError(f"eval_every must be at least 1, not {self.eval_every}")
+        for name in ("lr", "epochs"):
+            _check_number(name, getattr(self, name), positive=True)
+        for name in ("weight_decay", "l1", "max_grad_norm"):
+            _check_number(name, getattr(self, name))
+        for name in ("max_steps", "eval_every"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 1)
+        _check_int("warmup_steps", self.warmup_steps, 0)
+        if self.max_steps is not None and self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps must be at most max_steps = {self.max_steps}, not {self.warmup_steps}")
 
 
 @dataclass
@@ -110,11 +178,8 @@ class VectorConfig:
     """Put texts of similar length into one batch: less padding."""
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_length < 4:
-            raise ValueError(f"max_length must be at least 4, not {self.max_length}")
+        for name, minimum in (("batch_size", 1), ("accumulation", 1), ("max_length", 4)):
+            _check_int(name, getattr(self, name), minimum)
 
 
 @dataclass
@@ -154,8 +219,8 @@ class LanguageConfig(VectorConfig):
         super().__post_init__()
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"mlm_probability must be between 0 and 1, not {self.mlm_probability}")
-        if self.head_steps < 0:
-            raise ValueError(f"head_steps must be at least 0, not {self.head_steps}")
+        _check_int("head_steps", self.head_steps, 0)
+        _check_number("head_lr", self.head_lr, positive=True)
 
 
 @dataclass
@@ -166,6 +231,9 @@ class CldrData:
     """Labelled languages."""
     targets: list[str] = field(default_factory=lambda: ["id", "eu", "sw"])
     """Languages to transfer to."""
+
+    def __post_init__(self):
+        _check_transfer(self.sources, self.targets)
 
 
 @dataclass
@@ -178,6 +246,11 @@ class NusaxData:
     """Labelled languages."""
     targets: list[str] | None = None
     """Languages to transfer to; by default all other folders."""
+
+    def __post_init__(self):
+        _check_languages("sources", self.sources)
+        if self.targets is not None:
+            _check_transfer(self.sources, self.targets)
 
 
 @dataclass
@@ -200,6 +273,15 @@ class FilesData:
     """Column of the label (or of the tags, separated by spaces)."""
     kind: TaskKind = "classification"
 
+    def __post_init__(self):
+        _check_list("train", self.train)
+        tests = parse_pairs(self.test, "test")
+        texts = parse_pairs(self.text, "text") if self.text else {}
+        for name in tests:
+            if name not in texts:
+                raise ValueError(f"text: no unlabelled text for the test language {name!r}; give text {name}=path")
+        _check_columns(self.text_column, self.pair_column, self.label_column, self.kind)
+
 
 @dataclass
 class HubData:
@@ -218,6 +300,16 @@ class HubData:
     label_column: str = "label"
     """Column of the label (or of the list of tags)."""
     kind: TaskKind = "classification"
+
+    def __post_init__(self):
+        _check_transfer(self.sources, self.targets)
+        _check_columns(self.text_column, self.pair_column, self.label_column, self.kind)
+
+
+def _check_recipe(recipe: Recipe, settings: VectorConfig) -> None:
+    _check_choice("recipe", recipe, Recipe)
+    if recipe == "deft-x" and settings.selection.rank is None and settings.selection.energy is None:
+        raise ValueError("selection: deft-x needs one of rank and energy")
 
 
 @dataclass
@@ -244,16 +336,23 @@ class RunConfig:
     report_to: list[str] = field(default_factory=list)
     """Trackers for transformers.Trainer, such as wandb or tensorboard."""
     overwrite: bool = False
-    """Delete what run_dir holds of a run with other settings."""
+    """Delete what run_dir holds of a run with other settings or data."""
 
     def __post_init__(self):
-        if not self.recipes:
-            raise ValueError("recipes: at least one of deft-x, lt-sft, lift and full is needed")
-        if not self.seeds:
-            raise ValueError("seeds: at least one is needed")
+        _check_list("recipes", self.recipes)
+        for recipe in self.recipes:
+            _check_recipe(recipe, self.task)
+            _check_recipe(recipe, self.language)
+        _check_list("seeds", self.seeds)
+        for seed in self.seeds:
+            _check_seed("seeds", seed)
+        _check_int("cost_steps", self.cost_steps, 0)
+        _check_choice("device", self.device, Device)
         sources = getattr(self.data, "sources", ["source"])
         if self.source_vector and len(sources) != 1:
             raise ValueError(f"source_vector needs exactly one source language, not {sources}")
+        if self.source_vector and isinstance(self.data, FilesData) and "source" not in parse_pairs(self.data.text, "text"):
+            raise ValueError("source_vector: give the source language's unlabelled text as text source=path")
 
 
 @dataclass
@@ -277,7 +376,13 @@ class TrainLanguageConfig:
     seed: int = 0
     device: Device = "auto"
     overwrite: bool = False
-    """Delete what run_dir holds of a run with other settings."""
+    """Delete what run_dir holds of a run with other settings or data."""
+
+    def __post_init__(self):
+        _check_languages("language", [self.language])
+        _check_recipe(self.recipe, self.settings)
+        _check_seed("seed", self.seed)
+        _check_choice("device", self.device, Device)
 
 
 @dataclass
@@ -303,7 +408,14 @@ class TrainTaskConfig:
     seed: int = 0
     device: Device = "auto"
     overwrite: bool = False
-    """Delete what run_dir holds of a run with other settings."""
+    """Delete what run_dir holds of a run with other settings or data."""
+
+    def __post_init__(self):
+        _check_list("train", self.train)
+        _check_recipe(self.recipe, self.settings)
+        _check_columns(self.text_column, self.pair_column, self.label_column, self.kind)
+        _check_seed("seed", self.seed)
+        _check_choice("device", self.device, Device)
 
 
 @dataclass
@@ -321,6 +433,11 @@ class EvalConfig:
     label_column: str = "label"
     batch_size: int = 64
     device: Device = "auto"
+
+    def __post_init__(self):
+        _check_list("vectors", self.vectors)
+        _check_int("batch_size", self.batch_size, 1)
+        _check_choice("device", self.device, Device)
 
 
 def to_dict(config: Any) -> dict:

@@ -15,6 +15,10 @@ from pathlib import Path
 
 import torch
 
+from deftx_kernels.files import reading
+from deftx_kernels.train.tensors import gradient_bytes, saving, state_bytes
+
+BAD_INPUT = 2  # exit code where a file cannot be read
 WARM_UP = 2  # steps before the clock starts: the optimizer allocates its state in the first
 
 
@@ -23,9 +27,14 @@ def compare(start: Path, mask: Path, batches: list[dict], steps: int, device: st
 
     Facts: step_seconds (p20, p50, p80), peak_bytes (see `peak_bytes_are`), gradient_bytes, optimizer_state_bytes,
     trained_entries, threads, device. `batches` are used in turn.
+
+    Raises:
+        ValueError: the model or the mask cannot be read.
+        RuntimeError: a process failed otherwise.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(batches, Path(folder) / "batches.pt")
+        with saving(Path(folder)):
+            torch.save(batches, Path(folder) / "batches.pt")
         result = {}
         for kind in ("dense", "sparse"):
             request = {
@@ -36,7 +45,8 @@ def compare(start: Path, mask: Path, batches: list[dict], steps: int, device: st
             command = [sys.executable, "-m", "deftx_kernels.train.costs", str(Path(folder) / "request.json")]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode != 0:
-                raise RuntimeError(f"measuring the {kind} step failed: {run.stderr.strip().splitlines()[-1:]}")
+                fault = ValueError if run.returncode == BAD_INPUT else RuntimeError
+                raise fault(f"measuring the {kind} step failed: {' '.join(run.stderr.strip().splitlines()[-1:])}")
             result[kind] = json.loads(run.stdout.splitlines()[-1])
     return result
 
@@ -49,7 +59,6 @@ def measure(start: str, mask: str | None, batches: str, steps: int, device: str,
     from deftx_kernels.nn import sparsify
     from deftx_kernels.optim import SparseAdamW
     from deftx_kernels.train.models import freeze_for_vector
-    from deftx_kernels.train.tensors import gradient_bytes, state_bytes
 
     cuda = device != "cpu" and torch.cuda.is_available()
     where = torch.device("cuda" if cuda else "cpu")
@@ -57,7 +66,8 @@ def measure(start: str, mask: str | None, batches: str, steps: int, device: str,
     _load_libraries(where)
     before = _resident_bytes()
     auto = AutoModelForTokenClassification if task == "token-classification" else AutoModelForSequenceClassification
-    model = auto.from_pretrained(start, dtype=torch.float32).to(where).train()
+    with reading(start, "model folder"):
+        model = auto.from_pretrained(start, dtype=torch.float32).to(where).train()
     freeze_for_vector(model)
     optimizer: torch.optim.Optimizer
     if mask is None:
@@ -152,4 +162,8 @@ def _peak_resident_bytes(reset: bool) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(**json.loads(Path(sys.argv[1]).read_text()))))
+    try:
+        print(json.dumps(measure(**json.loads(Path(sys.argv[1]).read_text()))))
+    except (ValueError, OSError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(BAD_INPUT)

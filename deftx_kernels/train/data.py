@@ -1,23 +1,28 @@
 """Labelled and unlabelled text from files, NusaX folders, CLDR and the hub, as datasets.Dataset.
 
 Task rows have `text` (and `text_pair`) and `label`, or `tokens` and `tags`, with labels as strings; unlabelled rows
-have `text`. Whatever is wrong with a file is a ValueError that names the file and the column.
+have `text`. Whatever is wrong with a file is a ValueError that names the file and the line or column.
 """
 
 import csv
+import hashlib
+import io
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas
 from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
 from datasets import Sequence as SequenceFeature
 
+from deftx_kernels.files import parse_json
 from deftx_kernels.train.cldr import load_cldr
-from deftx_kernels.train.config import CldrData, FilesData, HubData, NusaxData
+from deftx_kernels.train.config import CldrData, FilesData, HubData, NusaxData, parse_pairs
 
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 SPLIT_FILES = {"train": "train.csv", "validation": "valid.csv", "test": "test.csv"}
 
 
@@ -51,56 +56,116 @@ class Columns:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a .csv, .tsv, .jsonl or .json (one object a line) file.
+    """The rows of a .csv, .tsv, .jsonl or .json (one object a line) file in UTF-8.
 
     Raises:
-        ValueError: the file is missing, unreadable, or of another kind.
+        ValueError: the file is missing, unreadable, or of another kind; a row has too many or too few fields.
     """
     path = Path(path)
+    ending = path.suffix.lower()
+    if ending not in TABLES:
+        raise ValueError(f"{path}: the ending must be .csv, .tsv, .jsonl or .json")
+    text = _read(path)
+    return list(_jsonl_rows(text, path) if ending in (".jsonl", ".json") else _table_rows(text, path, tabs=ending == ".tsv"))
+
+
+def _read(path: Path) -> str:
+    """The text of a file, without a byte order mark."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    if path.suffix in (".jsonl", ".json"):
-        return list(_read_jsonl(path))
-    if path.suffix not in (".csv", ".tsv"):
-        raise ValueError(f"{path}: the ending must be .csv, .tsv, .jsonl or .json")
-    options = {"sep": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     try:
-        return pandas.read_csv(path, dtype=str, keep_default_na=False, **options).to_dict("records")
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {str(error).strip()}") from None
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = len(_lines(error.object[: error.start].decode("utf-8")))
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    if "\0" in text:
+        raise ValueError(f"{path}, line {len(_lines(text.partition(chr(0))[0]))}: a NUL character; this is no text in UTF-8")
+    return text
 
 
-def _read_jsonl(path: Path) -> Iterable[dict]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+def _lines(text: str) -> list[str]:
+    """`str.splitlines`, but at line ends only: that also splits at U+2028, U+0085 and others, which stand inside texts."""
+    return re.split(r"\r\n|\n|\r", text)
+
+
+def _table_rows(text: str, path: Path, tabs: bool) -> Iterable[dict]:
+    """Rows of a CSV, or of a TSV, where quotes are characters like others."""
+    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **options)
+    limit = csv.field_size_limit(max(len(text), 1))
+    try:
+        header = next(filter(None, reader), None)
+        if header is None:
+            raise ValueError(f"{path}: the file is empty; its first line should name the columns")
+        if twice := [name for i, name in enumerate(header) if name in header[:i]]:
+            raise ValueError(f"{path}, line {reader.line_num}: two columns are named {twice[0]!r}")
+        for fields in filter(None, reader):  # an empty line is no row
+            if len(fields) != len(header):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(fields)} fields, but {len(header)} columns"
+                    + ("" if tabs else "; a text with a comma stands in double quotes")
+                )
+            yield dict(zip(header, fields))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _jsonl_rows(text: str, path: Path) -> Iterable[dict]:
+    for number, line in enumerate(_lines(text), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); one object a line is expected") from None
+            row = parse_json(line)
+        except ValueError as error:
+            fault = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f"{path}, line {number}: not JSON ({fault}); one object a line is expected") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: one JSON object a line is expected, not {type(row).__name__}")
+        # A valid file can stand for what is no text, by an escape.
+        if wrong := [text for text in _strings(row) if _NO_TEXT.search(text)] if "\\u" in line else []:
+            raise ValueError(f"{path}, line {number}: NUL or half of a surrogate pair, which is no text, in {wrong[0]!r:.50}")
         yield row
 
 
-def _column(rows: list[dict], name: str, where: str) -> list:
+def _strings(value: Any) -> Iterable[str]:
+    """All strings in a JSON value, keys included; a loop, as it may be nested deeper than calls may be."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            left += [*item, *item.values()]
+        elif isinstance(item, list):
+            left += item
+
+
+def _column(rows: list[dict], name: str, where: str, lists: bool = False) -> list:
+    """One column's strings, or with `lists` strings or lists of strings. Numbers and booleans count as strings."""
     if not rows:
         raise ValueError(f"{where}: no rows")
     values = [row.get(name) for row in rows]
     if all(value is None for value in values):
         raise ValueError(f"{where}: no column {name!r}; its columns are {', '.join(map(repr, rows[0]))}")
     for number, value in enumerate(values, start=1):
-        if value is None or value == "":
+        items = value if lists and isinstance(value, list) else [value]
+        if not items or any(item is None or item != item or (isinstance(item, str) and not item.strip()) for item in items):
             raise ValueError(f"{where}, row {number}: column {name!r} is empty")
+        if any(isinstance(item, (dict, list)) for item in items):
+            raise ValueError(f"{where}, row {number}: column {name!r} is no text but {value!r:.50}")
     return values
 
 
 def make_task_dataset(rows: list[dict], columns: Columns, where: str) -> Dataset:
     """Rows with the columns that the task needs, under their standard names. `where` names the source in errors."""
-    texts, labels = _column(rows, columns.text, where), _column(rows, columns.label, where)
-    if columns.task == "token-classification":
-        tokens = [text.split() if isinstance(text, str) else list(text) for text in texts]
-        tags = [label.split() if isinstance(label, str) else [str(tag) for tag in label] for label in labels]
+    lists = columns.task == "token-classification"
+    texts, labels = (_column(rows, name, where, lists) for name in (columns.text, columns.label))
+    if lists:
+        tokens, tags = (
+            [value.split() if isinstance(value, str) else list(map(str, value)) for value in values] for values in (texts, labels)
+        )
         for number, (a, b) in enumerate(zip(tokens, tags), start=1):
             if len(a) != len(b):
                 raise ValueError(f"{where}, row {number}: {len(a)} tokens in {columns.text!r} but {len(b)} in {columns.label!r}")
@@ -117,16 +182,22 @@ def read_task(path: Path, columns: Columns = Columns()) -> Dataset:
 
 
 def read_text(path: Path, column: str = "text") -> Dataset:
-    """Unlabelled text: the non-empty lines of a text file, or one column of a CSV, TSV or JSONL file."""
+    """Unlabelled text: the non-empty lines of a text file in UTF-8, or one column of a CSV, TSV or JSONL file."""
     path = Path(path)
-    if path.suffix in (".csv", ".tsv", ".jsonl", ".json"):
+    if path.suffix.lower() in TABLES:
         return Dataset.from_dict({"text": [str(text) for text in _column(read_rows(path), column, str(path))]})
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in _lines(_read(path)) if line.strip()]
     if not lines:
         raise ValueError(f"{path}: no text")
     return Dataset.from_dict({"text": lines})
+
+
+def content_hash(dataset: Dataset) -> str:
+    """SHA-256 (hex) of all rows."""
+    digest = hashlib.sha256()
+    for batch in dataset.iter(1000):
+        digest.update(json.dumps(batch, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def label_names(datasets: Iterable[Dataset]) -> list[str]:
@@ -138,6 +209,14 @@ def label_names(datasets: Iterable[Dataset]) -> list[str]:
         else:
             found.update(dataset["label"])
     return sorted(found)
+
+
+def training_labels(train: Dataset) -> list[str]:
+    """The labels of the training data. Raises ValueError where they are fewer than two."""
+    labels = label_names([train])
+    if len(labels) < 2:
+        raise ValueError(f"the training data has one label only, {labels[0]!r}: at least two are needed")
+    return labels
 
 
 def check_labels(dataset: Dataset, labels: list[str], where: str) -> None:
@@ -174,10 +253,8 @@ def _load_nusax(data: NusaxData) -> Corpus:
 
 
 def _from_splits(rows: dict[str, dict[str, Dataset]], sources: list[str], targets: list[str], task: str) -> Corpus:
-    if not sources or not targets:
-        raise ValueError("at least one source and one target language are needed")
     train = concatenate_datasets([rows[name]["train"] for name in sources])
-    labels = label_names([train])
+    labels = training_labels(train)
     for name, parts in rows.items():
         for split, part in parts.items():
             check_labels(part, labels, f"{name}, {split}")
@@ -202,25 +279,11 @@ def _as_text(dataset: Dataset) -> Dataset:
     return Dataset.from_dict({"text": texts + list(dataset["text_pair"]) if "text_pair" in dataset.column_names else texts})
 
 
-def parse_pairs(pairs: list[str], argument: str) -> dict[str, Path]:
-    """{"id": Path("x.csv")} from ["id=x.csv"]. Raises ValueError naming the argument."""
-    result = {}
-    for pair in pairs:
-        name, equals, path = pair.partition("=")
-        if not (name and equals and path):
-            raise ValueError(f"{argument}: {pair!r} should be written as language=path")
-        result[name] = Path(path)
-    return result
-
-
 def _load_files(data: FilesData) -> Corpus:
     columns = Columns(data.text_column, data.pair_column, data.label_column, data.kind)
     tests, texts = parse_pairs(data.test, "test"), parse_pairs(data.text, "text")
-    for name in tests:
-        if name not in texts:
-            raise ValueError(f"text: no unlabelled text for the test language {name!r}; give text {name}=path")
     train = concatenate_datasets([read_task(path, columns) for path in data.train])
-    labels = label_names([train])
+    labels = training_labels(train)
     validation = concatenate_datasets([read_task(path, columns) for path in data.validation]) if data.validation else None
     if validation is not None:
         check_labels(validation, labels, "validation")
@@ -245,9 +308,11 @@ def _load_hub_split(data: HubData, language: str, split: str) -> Dataset:
     inner = feature.feature if isinstance(feature, SequenceFeature) else feature
     rows = dataset.select_columns(names).to_list()
     if isinstance(inner, ClassLabel):
-        for row in rows:
-            label = row[data.label_column]
-            row[data.label_column] = inner.int2str(label)
+        for number, row in enumerate(rows, start=1):
+            try:
+                row[data.label_column] = inner.int2str(row[data.label_column])
+            except (ValueError, TypeError) as error:  # -1 or None: the split has no labels
+                raise ValueError(f"{where}, row {number}: no label ({error})") from None
     return make_task_dataset(rows, Columns(data.text_column, data.pair_column, data.label_column, data.kind), where)
 
 

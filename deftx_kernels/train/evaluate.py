@@ -4,6 +4,7 @@ import contextlib
 import tempfile
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -13,7 +14,11 @@ from deftx_kernels.train.trainer import Runtime, score
 
 
 def evaluate(model: PreTrainedModel, dataset: Dataset, collator, runtime: Runtime, batch_size: int = 64) -> dict[str, float]:
-    """{"macro_f1", "accuracy", "n"} of a classifier on a tokenized data set."""
+    """{"macro_f1", "accuracy", "n"} of a classifier on a tokenized data set.
+
+    Raises:
+        ValueError: an output of the model is NaN or infinite.
+    """
     lengths = [len(ids) for ids in dataset["input_ids"]]
     by_length = dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__))  # less padding
     with tempfile.TemporaryDirectory() as folder:
@@ -27,6 +32,8 @@ def evaluate(model: PreTrainedModel, dataset: Dataset, collator, runtime: Runtim
             report_to="none",
         )
         prediction = Trainer(model=model, args=args, data_collator=collator).predict(by_length)
+    if not np.isfinite(prediction.predictions).all():
+        raise ValueError("evaluation: outputs of the model are NaN or infinite, so it is not scored")
     return score(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from deftx_kernels.files import replaced
 from deftx_kernels.functional import svd_denoise
 from deftx_kernels.mask import CSRMask
 
@@ -39,8 +40,8 @@ def draw_all(run_dir: Path, config: dict, metrics: dict) -> dict[str, str]:
         for name, draw in {"scores": scores, "costs": costs, "spectra": spectra, "density": density}.items():
             figure = draw(run_dir, config, metrics)
             if figure is not None:
-                figure.savefig(folder / f"{name}.tmp.png", bbox_inches="tight", facecolor="white")
-                (folder / f"{name}.tmp.png").replace(folder / f"{name}.png")
+                with replaced(folder / f"{name}.png") as partial:
+                    figure.savefig(partial, format="png", bbox_inches="tight", facecolor="white")
                 plt.close(figure)
                 drawn[name] = f"figures/{name}.png"
     return drawn

@@ -1,11 +1,15 @@
 """Loading models and naming their parts: what is maskable, what is the head, what stays frozen."""
 
+import hashlib
 import importlib.util
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -13,6 +17,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from deftx_kernels.files import read_json
+
+CLASSIFIERS = {"classification": AutoModelForSequenceClassification, "token-classification": AutoModelForTokenClassification}
 
 
 def resolve_model(model: str | Path) -> str:
@@ -35,9 +43,47 @@ def _load(load, model: str | Path, what: str, **options):
     path = resolve_model(model)
     try:
         return load(path, **options)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ValueError(f"model {str(model)!r}: {what} cannot be loaded from this folder or hub id: {first_line}") from error
+    except Exception as error:  # of a damaged file: from RuntimeError and KeyError to the bare Exception of tokenizers
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"model {str(model)!r}: {what} cannot be loaded from {_damaged_file(Path(path)) or 'this folder or hub id'}: {lines[0]}"
+        ) from error
+
+
+def _damaged_file(folder: Path) -> Path | None:
+    """A file in a model folder that cannot be read at all."""
+    for path in model_files(folder):
+        try:
+            if path.name == "tokenizer.json":
+                Tokenizer.from_file(str(path))
+            elif path.suffix == ".json":
+                read_json(path)
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+        except Exception:  # SafetensorError is one of its own, the errors of tokenizers are bare
+            return path
+    return None
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model folder that `from_pretrained` may read; none where it is no folder but a hub id."""
+    endings = (".json", ".txt", ".model", ".safetensors", ".bin")
+    return sorted(path for path in folder.glob("*") if path.suffix in endings and path.name != "phase.json" and path.is_file())
+
+
+def model_hash(model: str | Path) -> str:
+    """SHA-256 (hex) of a model folder's files, or the commit of a hub id."""
+    path = resolve_model(model)
+    if not (files := model_files(Path(path))):
+        return str(getattr(_load(AutoConfig.from_pretrained, model, "a configuration"), "_commit_hash", None))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        with open(file, "rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
@@ -50,11 +96,52 @@ def load_classifier(model: str | Path, labels: list[str], task: str = "classific
 
     Args:
         task: "classification" (of a text or a pair of texts) or "token-classification".
+
+    Raises:
+        ValueError: files that are missing or damaged, by name; weights that are missing, NaN or infinite.
     """
-    auto = {"classification": AutoModelForSequenceClassification, "token-classification": AutoModelForTokenClassification}[task]
     names = dict(enumerate(labels))
     ids = {label: i for i, label in names.items()}
-    return _load(auto.from_pretrained, model, "weights", num_labels=len(labels), id2label=names, label2id=ids, dtype=torch.float32)
+    return _load_weights(CLASSIFIERS[task], model, num_labels=len(labels), id2label=names, label2id=ids)[0]
+
+
+def _load_weights(auto, model: str | Path, **options) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the names of the tensors that its files lack."""
+    loaded, info = _load(auto.from_pretrained, model, "weights", output_loading_info=True, dtype=torch.float32, **options)
+    missing = set(info["missing_keys"])
+    # transformers draws what is missing at random. A head may be new, and a pooler, which checkpoints with an MLM head lack.
+    if lacking := sorted(name for name in missing if name.startswith(base_prefix(loaded)) and ".pooler." not in name):
+        raise ValueError(f"model {str(model)!r}: its files lack {len(lacking)} tensors of the base model, such as {lacking[0]!r}")
+    check_finite(loaded, f"model {str(model)!r}")
+    return loaded, missing
+
+
+def check_finite(model: nn.Module, what: str) -> None:
+    """Raises ValueError naming a tensor that holds NaN or an infinite value."""
+    for name, tensor in model.named_parameters():
+        if not bool(torch.isfinite(tensor.detach()).all()):
+            raise ValueError(f"{what}: {name!r} holds NaN or infinite values")
+
+
+def outline(model: str | Path, task: str) -> PreTrainedModel:
+    """The model without weights (on the meta device), from its configuration alone.
+
+    Args:
+        task: as in `load_classifier`, or "masked-lm".
+    """
+    config = _load(AutoConfig.from_pretrained, model, "a configuration")
+    auto = AutoModelForMaskedLM if task == "masked-lm" else CLASSIFIERS[task]
+    with torch.device("meta"):
+        return _load(lambda _: auto.from_config(config), model, f"an architecture for {task}")
+
+
+def position_count(model: nn.Module) -> int | None:
+    """How many tokens a text may have: the rows of learned position embeddings, None where there are none."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts positions from the one behind the padding's.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
 
 
 def load_masked_lm(model: str | Path, tie_decoder: bool = False) -> tuple[PreTrainedModel, bool]:
@@ -63,10 +150,10 @@ def load_masked_lm(model: str | Path, tie_decoder: bool = False) -> tuple[PreTra
     The output layer starts from the word embeddings. With `tie_decoder` it shares them; otherwise it is a copy, which
     `freeze_for_vector` keeps frozen (LT-SFT's setting), so that no dense gradient of vocabulary size comes from it.
     """
-    loaded, info = _load(AutoModelForMaskedLM.from_pretrained, model, "weights", output_loading_info=True, dtype=torch.float32)
+    loaded, missing = _load_weights(AutoModelForMaskedLM, model)
     head = set(head_names(loaded))
     # A tied decoder bias is reported as missing by some checkpoints that have it under its other name.
-    new_head = any(name in head and name.endswith("weight") for name in info["missing_keys"])
+    new_head = any(name in head and name.endswith("weight") for name in missing)
     if not tie_decoder:
         untie_decoder(loaded)
     return loaded, new_head

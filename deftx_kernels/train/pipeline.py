@@ -1,9 +1,6 @@
 """The whole run: language vectors, task vectors, their sums, zero-shot evaluation, costs, report."""
 
 import itertools
-import json
-import os
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -15,11 +12,13 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from deftx_kernels.delta import SparseDelta
+from deftx_kernels.files import write_json
 from deftx_kernels.train import costs, models, report, starts
-from deftx_kernels.train.config import Recipe, RunConfig, differences, to_dict
-from deftx_kernels.train.data import Corpus, load_corpus
+from deftx_kernels.train.config import FilesData, NusaxData, Recipe, RunConfig, parse_pairs, to_dict
+from deftx_kernels.train.data import Corpus, content_hash, load_corpus
 from deftx_kernels.train.evaluate import evaluate, with_vectors
-from deftx_kernels.train.recipes import Vector, dense_phase, finish, finished, learn, write_json
+from deftx_kernels.train.recipes import Vector, dense_phase, finish, finished, learn
+from deftx_kernels.train.runs import open_run
 from deftx_kernels.train.tokens import task_collator, tokenize_task
 from deftx_kernels.train.trainer import Runtime
 
@@ -30,53 +29,54 @@ def run(config: RunConfig, console: Console | None = None) -> dict:
     An interrupted run continues where it stopped. Returns the metrics.
 
     Raises:
-        ValueError: bad settings or data, or a run folder that holds a run with other settings.
+        ValueError: bad settings, data or model files, by name; a phase that diverged; a run folder that holds a run with other
+            settings or data, or in which another process works.
+        OSError: a file of the run cannot be written.
     """
     console = console or Console()
     began = time.perf_counter()
     corpus = load_corpus(config.data)
     tokenizer = models.load_tokenizer(config.model)
+    starts.check_fit(config.model, tokenizer, corpus.task, config.task, config.recipes)
+    if set(config.recipes) != {"full"}:
+        starts.check_fit(config.model, tokenizer, "masked-lm", config.language, config.recipes)
     run_dir = Path(config.run_dir)
-    open_run(config, run_dir, config.overwrite)
-    scores: list[dict] = []
-    phases: list[dict] = []
-    for number, seed in enumerate(config.seeds):
-        one = SeedRun(config, corpus, tokenizer, seed, run_dir if number == 0 else run_dir / f"seed-{seed}", console)
-        one.learn_all()
-        scores += one.evaluate_all()
-        phases += one.phases
-    metrics: dict[str, Any] = {"data": describe(corpus), "scores": scores, "phases": phases, "costs": None}
-    if config.cost_steps:
-        metrics["costs"] = measure_costs(config, corpus, tokenizer, run_dir, console)
-    metrics["seconds"] = time.perf_counter() - began
-    write_json(run_dir / "metrics.json", metrics)
-    report.write(run_dir, to_dict(config), metrics)
+    fingerprints = {"model": models.model_hash(config.model), **corpus_hashes(corpus)}
+    with open_run(config, run_dir, fingerprints, [models.resolve_model(config.model), *data_paths(config.data)]):
+        scores: list[dict] = []
+        phases: list[dict] = []
+        for number, seed in enumerate(config.seeds):
+            one = SeedRun(config, corpus, tokenizer, seed, run_dir if number == 0 else run_dir / f"seed-{seed}", console)
+            one.learn_all()
+            scores += one.evaluate_all()
+            phases += one.phases
+        metrics: dict[str, Any] = {"data": describe(corpus), "scores": scores, "phases": phases, "costs": None}
+        if config.cost_steps:
+            metrics["costs"] = measure_costs(config, corpus, tokenizer, run_dir, console)
+        metrics["seconds"] = time.perf_counter() - began
+        write_json(run_dir / "metrics.json", metrics)
+        report.write(run_dir, to_dict(config), metrics)
     report.print_tables(metrics, console)
     console.print(f"Report: {run_dir / 'report.md'}   ({metrics['seconds']:.0f} s)")
     return metrics
 
 
-def open_run(config, run_dir: Path, overwrite: bool = False) -> None:
-    """Write config.json, or check that the one in the folder has the same settings.
+def data_paths(data: Any) -> list[Path]:
+    """The files and folders that a data configuration names."""
+    if isinstance(data, NusaxData):
+        return [Path(data.data_dir)]
+    if isinstance(data, FilesData):
+        pairs = [*parse_pairs(data.test, "test").values(), *parse_pairs(data.text, "text").values()]
+        return [Path(path) for path in [*data.train, *data.validation, *pairs]]
+    return []
 
-    Raises:
-        ValueError: the folder holds a run with other settings (and not `overwrite`), or files that are no run's; or several
-            processes run this, each of which would write the folder.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("WORLD_SIZE is above 1: deftx runs in one process; start it without torchrun")
-    settings = {name: value for name, value in to_dict(config).items() if name not in ("overwrite", "run_dir")}
-    path = run_dir / "config.json"
-    if path.is_file():
-        changed = differences(json.loads(path.read_text()), settings)
-        if changed and not overwrite:
-            what = "; ".join(changed[:3])
-            raise ValueError(f"run_dir {run_dir} holds a run with other settings ({what}): choose another run_dir, or overwrite it")
-        if changed:
-            shutil.rmtree(run_dir)
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
-        raise ValueError(f"run_dir {run_dir} is not empty and holds no run (no config.json)")
-    write_json(path, settings)
+
+def corpus_hashes(corpus: Corpus) -> dict[str, str]:
+    """Name of a part of the data → hash of its rows."""
+    parts = {"training data": corpus.train, "validation data": corpus.validation}
+    for name, by_language in {"test": corpus.test, "text": corpus.text, "validation text": corpus.text_validation}.items():
+        parts |= {f"{name} of {language}": rows for language, rows in by_language.items()}
+    return {name: content_hash(rows) for name, rows in parts.items() if rows is not None}
 
 
 class SeedRun:

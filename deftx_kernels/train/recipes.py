@@ -5,7 +5,6 @@ phase whose result is in the run folder is not run again.
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import time
@@ -19,13 +18,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from deftx_kernels.delta import SparseDelta, fingerprint
+from deftx_kernels.files import read_json, write_json
 from deftx_kernels.functional import low_rank_mask, select_mask
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import densify, sparsify
 from deftx_kernels.optim import SparseAdamW
 from deftx_kernels.train import models
+from deftx_kernels.train.checkpoints import remove_checkpoints
 from deftx_kernels.train.config import PhaseConfig, Recipe, SelectionConfig, VectorConfig, to_dict
-from deftx_kernels.train.trainer import Examples, L1Toward, Runtime, remove_checkpoints, train_phase
+from deftx_kernels.train.tensors import saving
+from deftx_kernels.train.trainer import DivergenceGuard, Examples, L1Toward, Runtime, train_phase
 
 LIFT_RANK = 128
 
@@ -67,7 +69,7 @@ def learn(vector: Vector, recipe: Recipe, runtime: Runtime) -> tuple[SparseDelta
     else:
         dense_phase(vector, runtime)
         mask, selection = _select(vector, recipe, runtime)
-        save_mask(mask, folder / "mask.safetensors")
+        mask.save(folder / "mask.safetensors")
         trained, facts = sparse_phase(vector, mask, vector.config.sparse, folder, runtime)
         facts["selection"] = selection
     delta = difference(vector, trained, mask, recipe)
@@ -85,7 +87,8 @@ def dense_phase(vector: Vector, runtime: Runtime) -> dict:
     callbacks: tuple[TrainerCallback, ...] = ()
     if vector.config.dense.l1:
         callbacks = (L1Toward(model, vector.config.dense.l1 / count_parameters(model)),)
-    facts = train_phase(model, vector.examples, vector.config, vector.config.dense, folder, runtime, callbacks=callbacks)
+    guard = DivergenceGuard(f"vector {vector.name!r}, dense phase", vector.config.dense.lr)
+    facts = train_phase(model, vector.examples, vector.config, vector.config.dense, folder, runtime, guard, callbacks=callbacks)
     save_model(model, folder / "model")
     finish(folder, facts)
     return facts
@@ -101,7 +104,8 @@ def sparse_phase(vector: Vector, mask: CSRMask, phase: PhaseConfig, folder: Path
         model.named_parameters(), mask, lr=phase.lr, weight_decay=phase.weight_decay, l1=l1,
         decay_to=start if l1 or phase.weight_decay else None,
     )  # fmt: skip
-    facts = train_phase(model, vector.examples, vector.config, phase, folder, runtime, optimizer=optimizer)
+    guard = DivergenceGuard(f"vector {vector.name!r}, sparse phase of {folder.name}", phase.lr)
+    facts = train_phase(model, vector.examples, vector.config, phase, folder, runtime, guard, optimizer=optimizer)
     return densify(model), facts
 
 
@@ -152,13 +156,22 @@ def lift_mask(weights: Mapping[str, Tensor], selection: SelectionConfig) -> tupl
 class RefreshMask(TrainerCallback):
     """LIFT: selects anew every few steps; moments of entries that stay are kept. `union` holds every entry ever trained."""
 
-    def __init__(self, optimizer: SparseAdamW, weights: Mapping[str, Tensor], selection: SelectionConfig, mask: CSRMask):
+    def __init__(
+        self,
+        optimizer: SparseAdamW,
+        weights: Mapping[str, Tensor],
+        selection: SelectionConfig,
+        mask: CSRMask,
+        guard: DivergenceGuard,
+    ):
         self.optimizer, self.weights, self.selection, self.union = optimizer, weights, selection, mask
+        self.guard = guard
         self.seconds: list[float] = []
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args, state, control, model=None, **_):
         if state.global_step % self.selection.refresh_every or state.global_step >= state.max_steps:
             return
+        self.guard.check_weights(model, state.global_step)
         synchronize()
         began = time.perf_counter()
         mask, _ = lift_mask(self.weights, self.selection)
@@ -181,8 +194,11 @@ def _lift(vector: Vector, folder: Path, runtime: Runtime) -> tuple[CSRMask, dict
     mask, denoising = lift_mask(weights, selection)
     seconds = time.perf_counter() - began
     optimizer = SparseAdamW(model.named_parameters(), mask, lr=phase.lr, weight_decay=phase.weight_decay)
-    refresh = RefreshMask(optimizer, weights, selection, mask)
-    facts = train_phase(model, vector.examples, vector.config, phase, folder, runtime, optimizer=optimizer, callbacks=(refresh,))
+    guard = DivergenceGuard(f"vector {vector.name!r}, sparse phase of lift", phase.lr)
+    refresh = RefreshMask(optimizer, weights, selection, mask, guard)
+    facts = train_phase(
+        model, vector.examples, vector.config, phase, folder, runtime, guard, optimizer=optimizer, callbacks=(refresh,)
+    )
     facts["selection"] = {
         "seconds": seconds, "refreshes": len(refresh.seconds), "nnz": mask.nnz, "numel": mask.numel, "density": mask.density,
         "trained_in_all": refresh.union.nnz, "denoising": denoising,
@@ -201,6 +217,8 @@ def difference(vector: Vector, trained: PreTrainedModel, mask: CSRMask, recipe: 
     tuned_tensors = {name: trained.get_parameter(name).detach() for name in names}
     base_tensors = {name: start.get_parameter(name).detach() for name in names}
     delta = SparseDelta.from_models(tuned_tensors, base_tensors, mask=mask.to("cpu"), dense=head)
+    if not bool(torch.isfinite(delta.values).all()):
+        raise ValueError(f"vector {vector.name!r}: a difference of the trained weights and the start overflows float32")
     if vector.base is not None:
         base = vector.load(vector.base)
         delta.metadata["base_fingerprint"] = fingerprint({name: base.get_parameter(name).detach() for name in mask.names})
@@ -239,36 +257,37 @@ def count_parameters(model: PreTrainedModel) -> int:
 
 
 def finished(folder: Path) -> dict | None:
-    """The facts of a finished phase, or None."""
+    """The facts of a finished phase, or None: its phase.json is written last, and what is there without it counts for nothing.
+
+    Raises:
+        ValueError: phase.json is damaged.
+    """
     path = folder / "phase.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    facts = read_json(path)
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} is damaged: an object is expected, not {type(facts).__name__}")
+    return facts
 
 
 def finish(folder: Path, facts: dict) -> None:
     """Mark a phase as finished, and drop its checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "phase.json", facts)
     remove_checkpoints(folder)
 
 
-def write_json(path: Path, value) -> None:
-    """Write atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
-
-
-def save_mask(mask: CSRMask, path: Path) -> None:
-    """Write a mask atomically."""
-    part = path.with_name(f"part-{path.name}")
-    mask.save(part)
-    os.replace(part, path)
-
-
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Write a transformers model folder atomically, replacing what is there."""
-    part = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    """Write a transformers model folder in the place of what an unfinished phase may have left.
+
+    Raises:
+        OSError: it cannot be written; its name is in the message.
+    """
+    with saving(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        model.save_pretrained(folder)
+        for path in folder.iterdir():  # on the disk before phase.json says so
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())

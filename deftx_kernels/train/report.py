@@ -1,12 +1,12 @@
 """The run's report: report.md with its figures, and the tables on the terminal."""
 
-import os
 import statistics
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from deftx_kernels.files import write_text
 from deftx_kernels.train import figures
 
 METHODS = {"full": "full fine-tuning", "deft-x": "DeFT-X", "lt-sft": "LT-SFT", "lift": "LIFT"}
@@ -160,11 +160,9 @@ def markdown(table: list[list[str]]) -> str:
 
 
 def write(run_dir: Path, config: dict, metrics: dict) -> None:
-    """Write figures/ and report.md (atomically)."""
+    """Write figures/ and report.md."""
     pictures = figures.draw_all(run_dir, config, metrics)
-    part = run_dir / "report.md.tmp"
-    part.write_text(text(config, metrics, pictures), encoding="utf-8")
-    os.replace(part, run_dir / "report.md")
+    write_text(run_dir / "report.md", text(config, metrics, pictures))
 
 
 def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:

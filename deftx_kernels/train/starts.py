@@ -1,5 +1,6 @@
 """What a vector starts from (theta0, as a model folder) and what it is trained on (tokenized examples)."""
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -8,13 +9,46 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
 from deftx_kernels.delta import SparseDelta
+from deftx_kernels.functional import selected_counts
 from deftx_kernels.train import models
-from deftx_kernels.train.config import LanguageConfig, PhaseConfig, TaskConfig
+from deftx_kernels.train.config import LanguageConfig, PhaseConfig, Recipe, TaskConfig, VectorConfig
 from deftx_kernels.train.recipes import Vector, finish, finished, save_model
 from deftx_kernels.train.tokens import MaskedLanguageCollator, mask_once, task_collator, tokenize_task, tokenize_text
-from deftx_kernels.train.trainer import Examples, Runtime, train_phase
+from deftx_kernels.train.trainer import DivergenceGuard, Examples, Runtime, train_phase
 
 VALIDATION_SHARE = 0.05  # of unlabelled text, where there is no validation text
+
+
+def check_fit(model: str, tokenizer: PreTrainedTokenizerBase, task: str, settings: VectorConfig, recipes: Iterable[Recipe]) -> None:
+    """Whether settings fit a model, from its configuration alone: before any training, without its weights.
+
+    Args:
+        task: "classification", "token-classification" or "masked-lm".
+
+    Raises:
+        ValueError: a tokenizer with more tokens than the model has embeddings; max_length above the model's positions; a
+            selection of more entries than it has, or of none.
+    """
+    outline = models.outline(model, task)
+    if len(tokenizer) > (rows := len(outline.get_input_embeddings().weight)):
+        raise ValueError(f"model {model!r}: its tokenizer has {len(tokenizer)} tokens, but the model embeddings for {rows}")
+    positions = models.position_count(outline)
+    if positions is not None and settings.max_length > positions:
+        raise ValueError(f"max_length must be at most {positions}, the positions of model {model!r}, not {settings.max_length}")
+    selection = settings.selection
+    density = selection.density if selection.k is None else None
+    for recipe in recipes:
+        if recipe == "full":
+            continue
+        names, scope = models.maskable_names(outline), str(selection.scope)
+        if recipe == "lift":  # its density holds for each matrix, its k for all together
+            names, scope = models.linear_names(outline), "tensor" if selection.k is None else "global"
+        try:
+            counts = selected_counts(names, [outline.get_parameter(name).shape for name in names], selection.k, density, scope)
+        except ValueError as error:
+            raise ValueError(f"selection, {recipe} on model {model!r}: {error}") from None
+        if not any(counts):
+            raise ValueError(f"selection.density = {density} is less than one entry of model {model!r}")
 
 
 def masked_lm_start(
@@ -30,7 +64,7 @@ def masked_lm_start(
         models.freeze_for_head(masked_lm)
         phase = PhaseConfig(lr=settings.head_lr, max_steps=settings.head_steps, keep_best=False)
         examples = language_examples(text, None, tokenizer, settings, runtime.seed)
-        facts |= train_phase(masked_lm, examples, settings, phase, folder, runtime)
+        facts |= train_phase(masked_lm, examples, settings, phase, folder, runtime, DivergenceGuard("MLM head", settings.head_lr))
     save_model(masked_lm.to("cpu"), folder / "model")
     finish(folder, facts)
     return folder / "model"
@@ -40,13 +74,13 @@ def classifier_start(
     model: str, labels: list[str], task: str, folder: Path, seed: int, vectors: tuple[SparseDelta, ...] = ()
 ) -> Path:
     """The folder of theta0 for a task vector: the model with a new head drawn from `seed`, plus `vectors`."""
-    if not folder.is_dir():
+    if finished(folder) is None:
         set_seed(seed)
         classifier = models.load_classifier(model, labels, task)
         for vector in vectors:
             vector.apply_(classifier)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         save_model(classifier, folder)
+        finish(folder, {"vectors": len(vectors)})
     return folder
 
 

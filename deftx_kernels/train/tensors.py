@@ -1,7 +1,27 @@
-"""Bytes of the tensors that training keeps: counted, not estimated."""
+"""The tensors that training keeps: their bytes, counted, not estimated; and what stops them from being written."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+
+_WRITER_ERRORS = ("inline_container", "unexpected pos", "iostream error")  # the RuntimeErrors of torch's file writer
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """`with saving(path):` what torch.save and safetensors make of a full or read-only disk is an OSError that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _WRITER_ERRORS):
+            raise
+        raise OSError(f"{path} cannot be written: the disk is full or fails") from error
 
 
 def gradient_bytes(model: nn.Module) -> int:

@@ -47,15 +47,24 @@ def task_collator(tokenizer: PreTrainedTokenizerBase, task: str):
 def tokenize_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, pack: bool) -> Dataset:
     """Unlabelled rows as input_ids, for `MaskedLanguageCollator`.
 
-    With `pack`, all texts are joined and cut into blocks of max_length tokens (the last, shorter one included).
+    With `pack`, all texts are joined and cut into blocks of max_length tokens (the last, shorter one included). Rows of
+    special tokens alone (nothing that the vocabulary knows) are left out: no token of them can be asked for.
+
+    Raises:
+        ValueError: nothing is left.
     """
     texts = list(dataset["text"])
-    if not pack:
-        return Dataset.from_dict({"input_ids": tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]})
-    before, after = special_tokens_around(tokenizer)
-    joined = [token for text in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in text]
-    size = max_length - len(before) - len(after)
-    rows = [before + joined[start : start + size] + after for start in range(0, len(joined), size)]
+    if pack:
+        before, after = special_tokens_around(tokenizer)
+        joined = [token for text in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in text]
+        size = max_length - len(before) - len(after)
+        rows = [before + joined[start : start + size] + after for start in range(0, len(joined), size)]
+    else:
+        rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    rows = [row for row in rows if not special.issuperset(row)]
+    if not rows:
+        raise ValueError("text: the tokenizer finds no token of its vocabulary in it")
     return Dataset.from_dict({"input_ids": rows})
 
 

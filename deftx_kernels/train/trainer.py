@@ -4,6 +4,7 @@ A phase has a folder. `phase.json`, written last, says that it is finished; unti
 folder let it continue after a crash.
 """
 
+import math
 import shutil
 import statistics
 import sys
@@ -18,11 +19,15 @@ from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalPrediction
 
+from deftx_kernels.files import read_json
 from deftx_kernels.nn import masked_parameters
+from deftx_kernels.train.checkpoints import newest_checkpoint
 from deftx_kernels.train.config import PhaseConfig, VectorConfig
-from deftx_kernels.train.tensors import gradient_bytes, state_bytes
+from deftx_kernels.train.models import check_finite
+from deftx_kernels.train.tensors import gradient_bytes, saving, state_bytes
 from deftx_kernels.train.tokens import IGNORED, MaskedLanguageCollator
 
 
@@ -56,7 +61,22 @@ class Examples:
 
 
 class VectorTrainer(Trainer):
-    """A Trainer whose checkpoints of sparsified models hold tied values once, which `save_pretrained` refuses to write."""
+    """A Trainer whose checkpoints are sound.
+
+    Those of sparsified models hold tied values once, which `save_pretrained` refuses to write. None is made of weights that
+    diverged, and of one that a full disk cut off nothing stays.
+    """
+
+    def _save_checkpoint(self, model, trial):
+        guard = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, DivergenceGuard))
+        guard.check_weights(self.model, self.state.global_step)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with saving(folder):
+                super()._save_checkpoint(model, trial)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def save_model(self, output_dir=None, _internal_call=False):
         if not masked_parameters(self.model) or self.is_fsdp_enabled:
@@ -103,7 +123,44 @@ def mlm_head(model: PreTrainedModel) -> nn.Module:
     raise ValueError(f"{type(model).__name__}: its MLM head is not beside its base model")
 
 
-class CostMeter(TrainerCallback):
+class DivergenceGuard(TrainerCallback):
+    """Stops a phase whose loss, gradients or weights are NaN or infinite, before a checkpoint is made of it.
+
+    Args:
+        phase: what the phase is called in errors.
+        lr: its learning rate.
+    """
+
+    def __init__(self, phase: str, lr: float):
+        self.phase, self.lr = phase, lr
+
+    def on_step_end(self, args, state, control, **_):
+        # A loss for each checkpoint: it is checked before, and a resumed run logs the means that an undisturbed one logs.
+        control.should_log |= control.should_save
+
+    on_epoch_end = on_step_end
+
+    def on_log(self, args, state, control, logs=None, **_):
+        for name, value in (logs or {}).items():
+            if name.endswith(("loss", "grad_norm")) and not math.isfinite(value):
+                raise self.error(f"{name} is {value}", state.global_step)
+
+    def check_weights(self, model: nn.Module, step: int) -> None:
+        """Raises ValueError naming a tensor that is not finite."""
+        try:
+            check_finite(model, "the model")
+        except ValueError as error:
+            raise self.error(str(error), step) from None
+
+    def error(self, what: str, step: int) -> ValueError:
+        """The error to raise."""
+        return ValueError(
+            f"{self.phase}: training diverged at step {step} with learning rate {self.lr:g} ({what}); nothing of it counts as "
+            "finished: choose a smaller learning rate"
+        )
+
+
+class CostMeter(TrainerCallback, ExportableState):
     """Measures a phase: seconds of each optimizer step, bytes of gradients and of optimizer state (of the real tensors)."""
 
     def __init__(self):
@@ -126,6 +183,16 @@ class CostMeter(TrainerCallback):
         if torch.cuda.is_available() and not args.use_cpu:
             torch.cuda.synchronize()
         self.step_seconds.append(time.perf_counter() - self._began)
+
+    def state(self) -> dict:
+        """What Trainer keeps in a checkpoint: a phase may be resumed when no step is left to measure."""
+        names = ("gradient_bytes", "state_bytes", "trained_entries")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
+
+    def restore(self, attributes: dict) -> None:
+        """Go on from the attributes in a checkpoint's state."""
+        for name, value in attributes.items():
+            setattr(self, name, value)
 
     def facts(self) -> dict:
         """The measurements as JSON values."""
@@ -194,7 +261,7 @@ def training_arguments(
     saving = "steps" if every is not None else "epoch" if phase.keep_best else "no"
     best = phase.keep_best and validated
     return TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
+        output_dir=str(folder.absolute() / "checkpoints"),  # which Trainer remembers: a run may go on from elsewhere
         per_device_train_batch_size=vector.batch_size,
         per_device_eval_batch_size=max(32, vector.batch_size),
         gradient_accumulation_steps=vector.accumulation,
@@ -220,6 +287,7 @@ def training_arguments(
         greater_is_better=(not masked_lm) if best else None,
         prediction_loss_only=masked_lm,
         logging_steps=10,
+        logging_nan_inf_filter=False,
         disable_tqdm=not (sys.stderr.isatty() if runtime.progress is None else runtime.progress),
         report_to=list(runtime.report_to) or "none",
         **({"train_sampling_strategy": "group_by_length"} if vector.group_by_length else {}),
@@ -233,6 +301,7 @@ def train_phase(
     phase: PhaseConfig,
     folder: Path,
     runtime: Runtime,
+    guard: DivergenceGuard,
     optimizer: torch.optim.Optimizer | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
 ) -> dict:
@@ -243,6 +312,10 @@ def train_phase(
 
     Returns:
         Facts as JSON values: costs, losses by step, the best validation score.
+
+    Raises:
+        ValueError: the loss or the weights became NaN or infinite; checkpoints from before stay.
+        OSError: a checkpoint cannot be written.
     """
     validated = examples.validation is not None and len(examples.validation) > 0
     args = training_arguments(folder, vector, phase, runtime, validated, examples.masked_lm)
@@ -257,26 +330,28 @@ def train_phase(
         eval_dataset=examples.validation if validated else None,
         compute_metrics=None if examples.masked_lm else classification_metrics,
         optimizers=(optimizer, None),
-        callbacks=[meter, *callbacks, *runtime.callbacks],
+        callbacks=[guard, meter, *callbacks, *runtime.callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(QuietProgress())
     if isinstance(examples.collator, MaskedLanguageCollator):
         trainer.add_callback(EpochToCollator(examples.collator))
-    checkpoints = folder / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = newest_checkpoint(folder / "checkpoints")
+    if last is not None:
+        meter.restore(read_json(last / "trainer_state.json")["stateful_callbacks"]["CostMeter"]["attributes"])
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    guard.check_weights(model, trainer.state.global_step)
+    with torch.no_grad(), trainer.compute_loss_context_manager():  # finite weights can be so large that no output is
+        batch = {name: value.to(args.device) for name, value in next(iter(trainer.get_train_dataloader())).items()}
+        loss = trainer.compute_loss(model.eval(), batch).item()
+    if not math.isfinite(loss):
+        raise guard.error(f"the loss after it is {loss}", trainer.state.global_step)
     facts = meter.facts()
     facts["seconds"] = time.perf_counter() - began
     facts["steps"] = trainer.state.global_step
     facts["loss"] = [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log]
     facts["best_validation"] = trainer.state.best_metric
-    facts["resumed_from"] = None if last is None else Path(last).name
+    facts["resumed_from"] = None if last is None else last.name
     return facts
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Delete a finished phase's Trainer checkpoints."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)

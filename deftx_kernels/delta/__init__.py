@@ -1,0 +1,7 @@
+"""SparseDelta: the sparse difference of two models; saved, loaded, added to a model and to one another."""
+
+from deftx_kernels.delta.fingerprints import fingerprint
+from deftx_kernels.delta.sparse_delta import SparseDelta, compose
+from deftx_kernels.delta.storage import CONFIG_NAME, FORMAT, WEIGHTS_NAME
+
+__all__ = ["CONFIG_NAME", "FORMAT", "WEIGHTS_NAME", "SparseDelta", "compose", "fingerprint"]

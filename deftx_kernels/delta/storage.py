@@ -1,0 +1,86 @@
+"""The files of a SparseDelta.
+
+`sparse_delta.safetensors` is the delta: its header holds the configuration, with a checksum over it and all tensors.
+`sparse_delta_config.json` is a copy of the configuration for those who look into the folder, and for the hub. It is written first,
+so that a kill between the two leaves the old delta.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from deftx_kernels.delta.fingerprints import update
+from deftx_kernels.files import parse_json, reading, write_tensors, write_text
+
+WEIGHTS_NAME = "sparse_delta.safetensors"
+CONFIG_NAME = "sparse_delta_config.json"
+FORMAT, VERSION = "deftx_sparse_delta", 2
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write both files; a failure, a kill or other savers leave one whole delta.
+
+    Raises:
+        TypeError, ValueError: the configuration is no JSON. Nothing has been written then.
+        OSError: a file cannot be written; the message names it.
+    """
+    whole = json.loads(json.dumps({"format": FORMAT, "format_version": VERSION, **config}))  # keys as they will be read
+    whole["content"] = checksum(whole, tensors)
+    text = json.dumps(whole, indent=2, sort_keys=True) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONFIG_NAME, text)
+    write_tensors(folder / WEIGHTS_NAME, tensors, {"format": FORMAT, "config": text})
+
+
+def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors, on the CPU, that `save` wrote; what they mean is for the caller to check.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or of another format; the message names it.
+    """
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}")
+    with reading(folder / WEIGHTS_NAME, "sparse delta"), safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+        header = file.metadata() or {}
+        if header.get("format") != FORMAT or "config" not in header:
+            raise ValueError(f"its header lacks format = {FORMAT} or a configuration")
+        config = parse_json(header["config"])
+        if not isinstance(config, dict) or config.get("format_version") != VERSION:
+            raise ValueError(f"its header is not of format version {VERSION}")
+        tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
+        content = config.pop("content", None)
+        if content != checksum(config, tensors):
+            raise ValueError("its content does not have the checksum that it was saved with")
+    _check_copy(folder / CONFIG_NAME, header["config"], content)
+    return config, tensors
+
+
+def _check_copy(path: Path, text: str, content: str) -> None:
+    """ValueError unless the configuration file is the header's, or that of another save."""
+    with reading(path, "configuration of a sparse delta"):
+        copy = path.read_text(encoding="utf-8")
+        if copy == text:
+            return
+        found = parse_json(copy)
+        if not isinstance(found, dict) or not isinstance(found.get("content"), str):
+            raise ValueError("it names no content")
+        if found["content"] == content:
+            raise ValueError(f"it was changed after it was saved; {WEIGHTS_NAME} holds another text")
+    warnings.warn(f"{path} is of another save than {WEIGHTS_NAME} beside it, which counts", RuntimeWarning, stacklevel=4)
+
+
+def checksum(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of a configuration without its checksum, and of the tensors."""
+    sha = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name in sorted(tensors):
+        sha.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        update(sha, tensors[name])
+    return sha.hexdigest()

@@ -1,0 +1,115 @@
+"""A run's folder: the marker that says whose it is and what it was made from, and the lock of the process that works in it."""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from deftx_kernels.files import read_json, write_json
+from deftx_kernels.train.config import differences, to_dict
+
+MARKER = "deftx_run.json"
+FORMAT = "deftx_run"
+LOCK = ".lock"
+# All that a run writes in its folder. Nothing else there is ever deleted.
+CONTENTS = ("config.json", "metrics.json", "report.md", "figures", "deltas", "phases", "seed-*")
+
+
+@contextmanager
+def open_run(config: Any, run_dir: Path, fingerprints: dict[str, str], inputs: Iterable[str | Path] = ()) -> Iterator[None]:
+    """`with open_run(...):` the folder is this run's alone. Writes its marker and config.json, or checks those that are there.
+
+    Args:
+        config: the settings; with `config.overwrite`, what the folder holds of a run with other settings or inputs is deleted.
+        fingerprints: name → hash of each input (the model, the training data); a run continues only with the same ones.
+        inputs: paths that the run reads, none of which may lie in run_dir or hold it; names that are no paths are ignored.
+
+    Raises:
+        ValueError: the folder holds a run with other settings or inputs (and not `overwrite`), another process works in it, it
+            holds files that are no run's, or it is a place where nothing may be deleted; or several processes run this, each of
+            which would write the folder.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("WORLD_SIZE is above 1: deftx runs in one process; start it without torchrun")
+    _check_place(run_dir, inputs)
+    marker = run_dir / MARKER
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir {run_dir} is a file")
+    if run_dir.is_dir() and not marker.is_file() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
+        raise ValueError(f"run_dir {run_dir} is not empty and holds no run (no {MARKER})")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in to_dict(config).items() if name not in ("overwrite", "run_dir")}
+    made_from = {"settings": settings, "fingerprints": fingerprints}
+    with _locked(run_dir):
+        old = _read_marker(marker) if marker.is_file() else made_from
+        changed = [] if old is None else _changes(old, made_from)
+        if changed and not config.overwrite:
+            raise ValueError(
+                f"run_dir {run_dir} holds a run with other {'; '.join(changed[:3])}: choose another run_dir, or overwrite it"
+            )
+        if changed or old is None:
+            _write_marker(marker, None)  # from here on the folder is no run's, also where deleting is cut off
+            _delete_contents(run_dir)
+        _write_marker(marker, made_from)
+        write_json(run_dir / "config.json", settings)
+        yield
+
+
+def _check_place(run_dir: Path, inputs: Iterable[str | Path]) -> None:
+    """run_dir may not be or hold the current, the home or the root directory, nor meet an input or lie in another run."""
+    place = run_dir.resolve()
+    for what, path in {"current": Path.cwd(), "home": Path(os.path.expanduser("~"))}.items():
+        if path.resolve().is_relative_to(place):
+            raise ValueError(f"run_dir {run_dir} is or holds the {what} directory: choose a folder of its own")
+    for name in inputs:
+        path = Path(name).resolve()
+        if path.exists() and (path.is_relative_to(place) or place.is_relative_to(path)):
+            raise ValueError(f"run_dir {run_dir} is, holds or lies in the input {name}: choose a folder of its own")
+    for folder in place.parents:
+        if (folder / MARKER).is_file():
+            raise ValueError(f"run_dir {run_dir} lies in the folder of another run, {folder}")
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """The system's lock of a file, which ends with the process, however that ends."""
+    lock = filelock.FileLock(run_dir / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise ValueError(f"run_dir {run_dir}: another process works in it; wait for its end, or choose another run_dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read_marker(path: Path) -> dict | None:
+    """What the run was made from, or None where its folder was being emptied."""
+    marker = read_json(path)
+    if not isinstance(marker, dict) or marker.get("format") != FORMAT or not isinstance(marker.get("made_from"), dict | None):
+        raise ValueError(f"{path} is damaged: it does not say what the run was made from; choose another run_dir")
+    return marker["made_from"]
+
+
+def _write_marker(path: Path, made_from: dict | None) -> None:
+    write_json(path, {"format": FORMAT, "format_version": 1, "made_from": made_from})
+
+
+def _changes(old: dict, new: dict) -> list[str]:
+    """What differs, for a message: the settings with both values, the inputs by name."""
+    settings = differences(old.get("settings"), new["settings"])
+    before, now = old.get("fingerprints", {}), new["fingerprints"]
+    inputs = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    found = [f"settings ({'; '.join(settings[:3])})"] if settings else []
+    return found + ([f"content of its inputs ({', '.join(inputs[:3])})"] if inputs else [])
+
+
+def _delete_contents(run_dir: Path) -> None:
+    for pattern in CONTENTS:
+        for path in run_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
