@@ -27,7 +27,7 @@ def half(model, seed=1):
 
 def mlp(dtype=torch.float32):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3)).to(dtype)
+    return nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).to(dtype)
 
 
 def sparsified(dtype=torch.float32):
@@ -70,7 +70,35 @@ def by_averages(model):
         p.data.mul_(2.0)
 
 
+def by_a_buffer(model):
+    """Values become views of somebody's buffer, which is then trained."""
+    buffer = flattened(model, values_of(model))
+    output(model)
+    with torch.no_grad():
+        buffer.mul_(2.0)
+
+
+def by_state_dict(model):
+    output(model)
+    for tensor in model.state_dict().values():
+        tensor.mul_(2.0)
+
+
+def by_permutation(model):
+    for p in values_of(model):
+        p.data = p.data.flip(0)
+
+
+def by_numpy(model):
+    for p in values_of(model):
+        p.data.numpy()[...] *= 2
+
+
 WAYS = {
+    "buffer": by_a_buffer,
+    "state dict": by_state_dict,
+    "permutation": by_permutation,
+    "NumPy": by_numpy,
     "data": lambda m: [p.data.mul_(2.0) for p in values_of(m)],
     "part of data": lambda m: [p.data.view(-1)[::2].mul_(2.0) for p in values_of(m)],
     "held alias": held_alias,
@@ -135,12 +163,13 @@ def test_what_is_added_to_a_weight_stays(merge, then):
     """As when a LoRA adapter is merged: into masked entries, too."""
     model, plain = sparsified(torch.bfloat16), mlp(torch.bfloat16)
     change = torch.randn(8, 8, generator=torch.Generator().manual_seed(3)).bfloat16()
-    merge(model[0], change)
-    plain[0].weight.data += change
+    for layer in (0, 2, 4):
+        merge(model[layer], change)
+        plain[layer].weight.data += change
     if then == "forward":
         assert torch.equal(output(model), output(plain))
     if then == "state_dict":
-        assert torch.equal(model.state_dict()["0.weight"], plain[0].weight)
+        assert all(torch.equal(model.state_dict()[f"{i}.weight"], plain[i].weight) for i in (0, 2, 4))
     if then == "copy":
         model = copy.deepcopy(model)
     if then == "cast":
@@ -148,13 +177,123 @@ def test_what_is_added_to_a_weight_stays(merge, then):
     if then == "step":
         model(X.bfloat16()).sum().backward()
         torch.optim.SGD(values_of(model), lr=0.0).step()
-    assert torch.equal(densify(model)[0].weight, plain[0].weight)
+    for p, q in zip(densify(model).parameters(), plain.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_an_edit_stays_where_a_step_trains_other_tensors():
+    model = sparsified()
+    model[0](X).sum().backward()
+    with torch.no_grad():
+        model[4].weight.add_(1.0)
+    expected = model[4].weight.detach().clone()
+    torch.optim.SGD(values_of(model), lr=0.1).step()
+    assert torch.equal(densify(model)[4].weight, expected)
+
+
+def test_optimizers_in_backward():
+    """One for each parameter, stepped by a hook and so before the backward of earlier layers."""
+    models = [sparsified(), sparsified()]
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in values_of(models[0])}
+
+    def step(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for p in optimizers:
+        p.register_post_accumulate_grad_hook(step)
+    whole = torch.optim.SGD(values_of(models[1]), lr=0.1)
+    for _ in range(2):
+        for model in models:
+            model(X).square().sum().backward()
+        whole.step()
+        whole.zero_grad()
+    assert torch.equal(output(models[0]), output(models[1]))
+
+
+def cast(parameters, dtype):
+    for p in parameters:
+        p.data = p.data.to(dtype)
+
+
+def test_casts_tensor_by_tensor():
+    """Values keep their digits when their dense tensors are cast; they are not cast themselves."""
+    model = sparsified(torch.bfloat16)
+    with torch.no_grad():
+        for p in values_of(model):
+            p.add_(1e-5)
+    output(model)
+    digits = [p.detach().clone() for p in values_of(model)]
+    cast([r.dense for r in masked_parameters(model).values()], torch.float32)
+    output(model)
+    assert all(torch.equal(p, d) for p, d in zip(values_of(model), digits))
+    assert torch.equal(masked_parameters(model)["0.weight"].mask.gather({"0.weight": model[0].weight}), model[0].values)
+    with pytest.raises(TypeError, match=r"the values of '0\.bias' are torch.float32, got torch.bfloat16: cast the model with"):
+        cast(values_of(model)[::-1][-2:], torch.bfloat16)
+
+
+def test_gradient_hooks_are_refused():
+    model = mlp()
+    model[0].weight.register_hook(lambda grad: grad * 0)
+    with pytest.raises(ValueError, match=r"model\['0\.weight'\] has gradient hooks"):
+        sparsify(model, half(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_that_are_averaged_or_cast(dtype):
+    one, two = sparsified(dtype), sparsified(dtype)
+    WAYS["data"](two)
+    states = one.state_dict(), two.state_dict()
+    soup = {n: (t + states[1][n]) / 2 for n, t in states[0].items()}
+    one.load_state_dict(soup)
+    assert torch.equal(one[0].values, soup["0.values"])
+    one.load_state_dict({n: t.half() for n, t in soup.items()})
+    assert output(one).isfinite().all()
+    one.load_state_dict(soup)
+    soup["0.values"] = soup["0.values"].flip(0)
+    with pytest.raises(RuntimeError, match="saved with another mask"):
+        one.load_state_dict(soup)
+
+
+def test_an_optimizer_of_a_densified_model_is_refused():
+    model = sparsified()
+    optimizer = SparseAdamW(model.named_parameters(), half(mlp()), lr=0.1)
+    model(X).sum().backward()
+    optimizer.step()
+    weights = parameters_to_vector(densify(model).parameters()).detach().clone()
+    with pytest.raises(ValueError, match="not among the trainable named_params"):
+        optimizer.step()
+    assert torch.equal(parameters_to_vector(model.parameters()), weights)
+
+
+def test_functional_call_with_a_plain_state():
+    model, other = sparsified(), mlp()
+    with torch.no_grad():
+        vector_to_parameters(torch.arange(216.0) / 216, other.parameters())
+    state = dict(other.named_parameters())
+    torch.testing.assert_close(torch.func.functional_call(model, state, X), other(X))
+
+
+def test_a_model_on_meta_comes_back():
+    model = sparsified()
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    expected = output(model)
+    model.to("meta").to_empty(device="cpu").load_state_dict(state)
+    assert torch.equal(output(model), expected)
+
+
+def test_parts_that_are_sparsified_one_by_one():
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    for part in model:
+        sparsify(part, half(part))
+    with pytest.raises(ValueError, match="two masked tensors are named 'weight'"):
+        masked_parameters(model)
 
 
 def test_peft_merges_into_a_sparsified_model():
     peft = pytest.importorskip("peft")
     model = sparsified()
-    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0", "2", "4"], init_lora_weights=False))
     expected = output(lora)
     merged = lora.merge_and_unload()
     torch.testing.assert_close(output(merged), expected)
@@ -306,9 +445,9 @@ def train(model, mask, steps=3):
     return losses
 
 
-def flattened(model):
+def flattened(model, parameters=None):
     """Each parameter a view of a buffer, in another order, as engines of sharded training have them."""
-    parameters = list(model.parameters())[::-1]
+    parameters = parameters or list(model.parameters())[::-1]
     buffer = torch.cat([p.detach().flatten() for p in parameters])
     for p, part in zip(parameters, buffer.split([p.numel() for p in parameters])):
         p.data = part.view_as(p)
@@ -398,7 +537,7 @@ def test_mask_of_everything():
         optimizer = torch.optim.SGD(parameters, lr=0.1)
         for _ in range(3):
             optimizer.zero_grad()
-            nn.functional.linear(each[0](X), each[2].weight, each[2].bias).square().sum().backward()
+            nn.functional.linear(each[0](X), each[2].weight, each[2].bias).square().mean().backward()
             optimizer.step()
     for (name, a), b in zip(densify(model).named_parameters(), plain.parameters()):
         torch.testing.assert_close(a, b, msg=name)

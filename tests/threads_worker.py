@@ -475,7 +475,7 @@ def _() -> Results:
     model = copies(base)
     delta.apply_(model, alpha=0.5)
     added = {n: t.clone() for n, t in model.items()}
-    with delta.applied(model):
+    with delta.applied(model, strict=False):  # half of it is on the model already
         pass
     return csr_of(delta.mask) | {"values": delta.values} | added | {f"restored {n}": t for n, t in model.items()}
 

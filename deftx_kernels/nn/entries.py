@@ -37,31 +37,36 @@ def values_name(leaf: str) -> str:
 
 
 class WatchedParameter(nn.Parameter):
-    """A parameter whose entry learns when someone asks for its `data`: what is written there moves no version counter."""
+    """A parameter that tells its watch when someone asks for its `data`: what is written there moves no version of its own."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     watch: Optional["Watch"] = None
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        if self.watch is not None:
-            self.watch.before_change()
         alias = Tensor.data.__get__(self)  # type: ignore[attr-defined]
-        if self.watch is not None:
-            self.watch.aliases.append(TensorWeakRef(alias))
+        if self.watch is not None and not torch.compiler.is_compiling():
+            self.watch.hand_out(alias)
         return alias
 
     @data.setter
     def data(self, tensor: Tensor) -> None:
         if self.watch is not None:
-            self.watch.before_change()
+            self.watch.check_dtype(self, tensor)
         Tensor.data.__set__(self, tensor)  # type: ignore[attr-defined]
+        if self.watch is not None:
+            self.watch.replace(tensor)
 
     def __deepcopy__(self, memo):
         """Values that are views of one buffer are so in a copy, too. The copy's entry will watch it."""
-        if self.watch is not None and self.watch.is_values and not self.is_meta:
-            storage = copy.deepcopy(self.untyped_storage(), memo)
+        entry = _entry_of(self)
+        if entry is not None and entry.values is self and not self.is_meta:
+            storage = self.untyped_storage()
+            if storage._cdata not in memo.get("torch", {}):  # all of the buffer is copied now
+                for other in list(entry.flat.entries):
+                    other.update_before_a_copy()
             data = torch.empty(0, dtype=self.dtype, device=self.device)
+            storage = copy.deepcopy(storage, memo)
             data.set_(storage, self.storage_offset(), self.shape, self.stride())  # type: ignore[arg-type]
         else:
             data = self.detach().clone(memory_format=torch.preserve_format)
@@ -73,39 +78,54 @@ class WatchedParameter(nn.Parameter):
 
 
 class Watch:
-    """Whether one of an entry's two tensors may have been changed since they were alike."""
+    """Whether one of an entry's two tensors was changed since they were alike: by itself, or as another tensor over its memory."""
 
     def __init__(self, entry: "Entry", is_values: bool) -> None:
         self.entry, self.is_values = weakref.ref(entry), is_values
-        self.version = -1
-        self.touched = False  # someone has had its `data`
-        self.aliases: list[TensorWeakRef] = []  # and may still have
-        self.bits: Tensor | None = None  # of the values, before
+        self.forget(-1)
 
-    def before_change(self) -> None:
-        if torch.compiler.is_compiling():
-            return
+    def forget(self, version: int) -> None:
+        """Nothing is known of it but this version."""
+        self.version = version
+        self.changed = False
+        self.handed_out = False  # `data`, whose memory NumPy may write, too
+        self.aliases: list[tuple[Tensor, int]] = []  # with their versions
+        self.assigned: Tensor | None = None  # as `data`; perhaps a view of someone's buffer
+
+    def hand_out(self, alias: Tensor) -> None:
+        if len(self.aliases) > 16:
+            self._drop_the_unused()
+        self.aliases.append((alias, _version(alias)))
+        self.handed_out = True
+
+    def check_dtype(self, tensor: Tensor, data: Tensor) -> None:
         entry = self.entry()
-        if self.is_values and not self.touched and entry is not None:
-            self.bits = _sum_of_bits(entry.values)
-        self.touched = True
+        if self.is_values and entry is not None and data.dtype != tensor.dtype and not entry.is_moving:
+            raise TypeError(f"the values of {entry.name!r} are {tensor.dtype}, got {data.dtype}: cast the model with .to(dtype)")
 
-    def may_have_changed(self, tensor: Tensor) -> bool:
-        return self.touched or _version(tensor) != self.version
+    def replace(self, data: Tensor) -> None:
+        self.changed, self.assigned = True, data
+        self.aliases.append((data, _version(data)))
 
     def has_changed(self, tensor: Tensor) -> bool:
-        """The same, certainly."""
-        if _version(tensor) != self.version or self.bits is None:
+        if self.changed or _version(tensor) != self.version:
             return True
-        return self.bits.device != tensor.device or not torch.equal(_sum_of_bits(tensor), self.bits)
+        return bool(self.aliases) and any(_version(alias) != version for alias, version in self.aliases)
 
     def settle(self, tensor: Tensor) -> None:
         """What the tensor holds now is known."""
-        self.version = _version(tensor)
-        if self.touched:
-            self.aliases = [a for a in self.aliases if a() is not None]
-            self.touched = bool(self.aliases)
-            self.bits = _sum_of_bits(tensor) if self.touched and self.is_values else None
+        if self.aliases:
+            self._drop_the_unused()
+            self.aliases = [(alias, _version(alias)) for alias, _ in self.aliases]
+        self.version, self.changed, self.handed_out = _version(tensor), False, False
+
+    def _drop_the_unused(self) -> None:
+        """Forget the aliases that nobody else holds, but not that they were written to."""
+        aliases, self.aliases = self.aliases, []
+        self.changed |= any(_version(alias) != version for alias, version in aliases)
+        weak = [(TensorWeakRef(alias), version) for alias, version in aliases]
+        del aliases
+        self.aliases += [(alias, version) for ref, version in weak if (alias := ref()) is not None]
 
 
 def _version(tensor: Tensor) -> int:
@@ -115,18 +135,15 @@ def _version(tensor: Tensor) -> int:
         return 0
 
 
-def _sum_of_bits(values: Tensor) -> Tensor:
-    """int64 []: another for nearly every other content."""
-    bits = values.detach().contiguous().view(torch.int32 if values.element_size() == 4 else torch.int64)
-    return bits.sum(dtype=torch.int64)
-
-
 class Entry:
     """What the modules that own one masked tensor share."""
 
     def __init__(self, mask: CSRMask, dense: nn.Parameter, flat: "Flat", start: int) -> None:
         self.mask, self.flat, self.start = mask, flat, start  # of its values in the flat buffer
         self.required_grad = dense.requires_grad  # before
+        self.held = dense.dtype  # of what the dense tensor held when the two were alike
+        self.is_moving = False
+        flat.entries.add(self)
         self.owners: weakref.WeakSet[Masked] = weakref.WeakSet()
         dense.requires_grad_(False)
         self._watch(dense, WatchedParameter(flat.part(self, mask.device)))
@@ -148,14 +165,16 @@ class Entry:
 
     def adopt(self, dense: nn.Parameter, values: nn.Parameter) -> None:
         """These are its tensors from now on."""
-        for tensor in (self.dense, self.values):
-            if isinstance(tensor, WatchedParameter):
-                tensor.watch = None
+        for old, new in ((self.dense, dense), (self.values, values)):
+            if old is not new and isinstance(old, WatchedParameter):
+                old.watch = None
         self._dense, self.values = weakref.ref(dense), values
         for tensor, watch in zip((dense, values), self.watches):
             if type(tensor) is nn.Parameter:
                 tensor.__class__ = WatchedParameter  # type: ignore[assignment]
             if isinstance(tensor, WatchedParameter):
+                if tensor.watch is not watch:
+                    watch.forget(-1)
                 tensor.watch = watch
 
     def release(self) -> None:
@@ -174,6 +193,7 @@ class Entry:
     def __setstate__(self, state: dict[str, Any]) -> None:
         dense = state.pop("dense")
         vars(self).update(state, owners=weakref.WeakSet())
+        self.flat.entries.add(self)
         self._watch(dense, self.values)
 
     # ---- keeping the two alike ----
@@ -181,26 +201,34 @@ class Entry:
     def update(self) -> None:
         """Make the two alike: the dense tensor takes the values; where it alone was changed, these take what it holds."""
         dense, values = self.watches
-        dense_may, values_may = dense.may_have_changed(self.dense), values.may_have_changed(self.values)
-        if values_may and values.has_changed(self.values):
+        if values.has_changed(self.values):
             self.write()
-        elif dense_may:
+        elif dense.has_changed(self.dense):
             self.read()
-        elif values_may:
+        elif values.handed_out or dense.handed_out:
+            if self.values.device.type == "cpu" and not self.are_alike():  # NumPy, which counts no versions, has written
+                (self.write if values.handed_out else self.read)()
             self.settle()
 
     def update_before_a_copy(self) -> None:
-        """The same, of an entry that may be in pieces (resized, sharded)."""
-        if self.dense is not None and self.dense.shape == self.mask.shapes[0]:
+        """The same, of an entry that may be in pieces (resized, sharded) or without memory."""
+        if self.dense is not None and self.dense.shape == self.mask.shapes[0] and not self.dense.is_meta:
             self.update()
 
     def settle(self) -> None:
         """The two are alike now."""
         self.watches[0].settle(self.dense)
         self.watches[1].settle(self.values)
+        self.held = self.dense.dtype
+
+    def replaced(self) -> str:
+        """The message where the dense tensor is another one."""
+        return f"{self.name!r} is sparsified and has been replaced or resized since: densify the model first"
 
     def write(self) -> None:
         """The values into the dense tensor."""
+        if self.dense is None or self.dense.shape != self.mask.shapes[0]:
+            raise RuntimeError(self.replaced())
         if self.dense.is_contiguous():  # mask.scatter_ without its checks: the hook calls this for every tensor
             values = self.values.detach().to(self.dense.dtype).contiguous()
             torch.ops.deftx.csr_scatter_([self.dense.detach()], self.mask.crow_indices, self.mask.col_indices, values)
@@ -214,22 +242,34 @@ class Entry:
         """The values from the dense tensor; where they are what was rounded to it, they keep their precision."""
         with torch.no_grad():
             found = self.mask.gather({self.name: self.dense})
-            kept = self.values.to(found.dtype) == found
+            kept = self.values.to(self.held).to(found.dtype) == found
             if not bool(kept.all()):
                 self.values.copy_(torch.where(kept, self.values, found.to(self.values.dtype)))
+        if self.held != self.dense.dtype:  # cast tensor by tensor: it can hold more of the values now, or less
+            self.write()
         self.settle()
 
     def fits(self, dense: Tensor, values: Tensor) -> bool:
-        """Whether a state's dense tensor has its values at the mask's entries; other shapes are for torch to refuse."""
+        """Whether a dense tensor has these values at the mask's entries; other shapes are for torch to refuse.
+
+        Exactly, or in 16 bits as nearly as one rounding allows: states that are averaged or cast round the two for themselves.
+        """
         if dense.shape != self.mask.shapes[0] or values.shape != self.values.shape:
             return True
         found = self.mask.to(dense.device).gather({self.name: dense})
-        return torch.allclose(found, values.to(found), rtol=0.0, atol=0.0, equal_nan=True)
+        kinds = [torch.finfo(dtype) for dtype in (found.dtype, values.dtype, self.held)]
+        rtol, atol = max(((i.eps, i.tiny) for i in kinds if i.bits == 16), default=(0.0, 0.0))
+        wanted = values.to(found).to(torch.float64)
+        return torch.allclose(found.to(torch.float64), wanted, rtol=rtol, atol=atol, equal_nan=True)
+
+    def are_alike(self) -> bool:
+        """Whether the dense tensor holds the values."""
+        found, wanted = self.mask.gather({self.name: self.dense}), self.values.detach().to(self.dense.dtype)
+        return bool(((found == wanted) | ((found != found) & (wanted != wanted))).all())
 
     def write_resized(self) -> None:
         """The values into a dense tensor that has got or lost rows (`resize_token_embeddings`) and holds the others of the old."""
-        watch = self.watches[1]
-        if not (watch.may_have_changed(self.values) and watch.has_changed(self.values)):
+        if not self.watches[1].has_changed(self.values):
             return
         places = self.mask._keys()
         inside = places < self.dense.numel()
@@ -246,15 +286,21 @@ class Flat:
     def __init__(self, buffer: Tensor) -> None:
         self.buffer: Tensor | None = buffer  # [nnz]; None in a copy, whose values know their memory
         self.nnz, self.dtype = buffer.numel(), buffer.dtype
+        self.entries: weakref.WeakSet[Entry] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "buffer": None}
+        return {"nnz": self.nnz, "dtype": self.dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, buffer=None, entries=weakref.WeakSet())
 
     def part(self, entry: Entry, device: torch.device) -> Tensor:
         """The memory of an entry's values on a device."""
         if self.buffer is None or self.buffer.device != device:
             self.buffer = torch.empty(self.nnz, dtype=self.dtype, device=device)
-        return self.buffer[entry.start : entry.start + entry.mask.nnz]
+        # No slice, which would have one version counter with all others.
+        part = torch.empty(0, dtype=self.dtype, device=device)
+        return part.set_(self.buffer.untyped_storage(), entry.start, (entry.mask.nnz,), (1,))  # type: ignore[arg-type]
 
 
 # ---- the weight as an attribute -----------------------------------------------------------------------------------------
@@ -274,6 +320,9 @@ class LiveWeight(Tensor):
     @data.setter
     def data(self, tensor: Tensor) -> None:
         self.entry.dense.data = tensor
+
+    def __deepcopy__(self, memo):
+        return copy.deepcopy(self.entry.dense, memo)
 
     def __reduce_ex__(self, protocol):
         return self.entry.dense.__reduce_ex__(protocol)
@@ -312,7 +361,10 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if (entry := _entry_of(parameter)) is not None:
                 (ours if entry.values is parameter else frozen).append(entry)
     for entry in ours:
-        entry.write()
+        if entry.values.grad is None:
+            entry.update()
+        else:  # whatever wrote the values: not every optimizer moves their version
+            entry.write()
     if frozen and not ours:
         warnings.warn(
             f"this {type(optimizer).__name__} was made before sparsify: it trains nothing of {min(e.name for e in frozen)!r} and "

@@ -1,6 +1,8 @@
 """The masked modules, and the two functions that put them into a model and take them out again."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -32,10 +34,10 @@ class Masked(nn.Module):
         if dense is None or values is None:  # FSDP1 puts views of its own in their place
             dense, values = self.__dict__.get(leaf), self.__dict__.get(name)
         if dense is None or values is None or dense.shape != entry.mask.shapes[0]:
-            raise RuntimeError(_replaced(entry))
-        if values is not entry.values or dense is not entry.dense:  # torch.func.functional_call, FSDP
+            raise RuntimeError(entry.replaced())
+        if values is not entry.values:  # torch.func.functional_call, FSDP
             return scattered(dense, values, entry.mask), values, entry.mask
-        if not torch.compiler.is_compiling():
+        if dense is entry.dense and not torch.compiler.is_compiling():
             entry.update()
         return dense, values, entry.mask
 
@@ -43,14 +45,15 @@ class Masked(nn.Module):
         for leaf, entry in self.__dict__.get("_masked_entries", {}).items():
             if name == leaf and isinstance(param, LiveWeight) and param.entry is entry:
                 return  # `tie_weights`, of weights that are tied
-            if name in (leaf, values_name(leaf)) and param is not entry.dense and param is not entry.values:
+            if name in (leaf, values_name(leaf)) and param is not entry.dense and param is not entry.values and not entry.is_moving:
                 raise ValueError(f"{entry.name!r} is sparsified: densify the model before its {name} is replaced")
         super().register_parameter(name, param)
 
     def _apply(self, fn, recurse=True):
         self._update_before_a_copy()
         before = {leaf: (self._parameters[leaf], entry.values.detach()) for leaf, entry in self._masked_entries.items()}
-        super()._apply(fn, recurse)
+        with self._moving():
+            super()._apply(fn, recurse)
         for leaf, entry in self._masked_entries.items():
             old_dense, old_values = before[leaf]
             dense, values = self._parameters[leaf], self._parameters[values_name(leaf)]
@@ -59,15 +62,26 @@ class Masked(nn.Module):
                     self._parameters[leaf], self._parameters[values_name(leaf)] = entry.dense, entry.values
                 continue
             if values.dtype != (dtype := _values_dtype(dense)):  # a model cast to 16 bits keeps its values in 32
-                values.data = old_values.to(dense.device, dtype)
+                Tensor.data.__set__(values, old_values.to(dense.device, dtype))  # type: ignore[attr-defined]
                 values.grad = None if values.grad is None else values.grad.to(dtype)
             if values.device != old_values.device and not values.is_meta and values.dtype == entry.flat.dtype:
                 values.data = entry.flat.part(entry, values.device).copy_(values.detach())
-            entry.mask = entry.mask.to(dense.device)
             entry.adopt(dense, values)
             if not dense.is_meta:
+                entry.mask = entry.mask.to(dense.device)
                 entry.write()
         return self
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """The parameters are cast or replaced by torch, all together."""
+        for entry in self._masked_entries.values():
+            entry.is_moving = True
+        try:
+            yield
+        finally:
+            for entry in self._masked_entries.values():
+                entry.is_moving = False
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for leaf, entry in self._masked_entries.items():
@@ -82,6 +96,7 @@ class Masked(nn.Module):
             name = prefix + values_name(leaf)
             if not keep_vars:
                 destination[name] = _with_storage_of_its_own(destination[name])
+                entry.watches[1].hand_out(destination[name])
             if len(entry.owners) > 1:  # once, under the first of the names: safetensors refuses shared tensors
                 mine = destination[name]
                 others = (t for n, t in destination.items() if n != name and n.endswith("values") and t.device == mine.device)
@@ -98,14 +113,13 @@ class Masked(nn.Module):
         tied = {leaf for leaf, entry in self._masked_entries.items() if len(entry.owners) > 1}
         if tied:  # load_state_dict(assign=True) would untie
             metadata = {**metadata, "assign_to_params_buffers": False}
-        entries = self.__dict__.pop("_masked_entries")  # load_state_dict(assign=True) replaces parameters
-        try:
+        with self._moving():  # load_state_dict(assign=True) replaces parameters
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        finally:
-            self._masked_entries = entries
-        for leaf, entry in entries.items():
+        for leaf, entry in self._masked_entries.items():
             name = prefix + values_name(leaf)
             entry.adopt(self._parameters[leaf], self._parameters[values_name(leaf)])
+            if entry.dense.is_meta:
+                continue
             if name in state_dict and state_dict[name].shape == entry.values.shape:
                 entry.write()
             else:
@@ -138,10 +152,6 @@ class _Direct(Masked):
         return {leaf: entry.mask for leaf, entry in self._masked_entries.items()}
 
 
-def _replaced(entry: Entry) -> str:
-    return f"{entry.name!r} is sparsified and has been replaced or resized since: densify the model first"
-
-
 def _attribute(leaf: str) -> property:
     """A masked parameter as an attribute of its module. FSDP1 puts a view of its own in its place for the time of a forward."""
 
@@ -152,7 +162,7 @@ def _attribute(leaf: str) -> property:
         if present is not None and is_traceable_wrapper_subclass(present):  # a DTensor, which FSDP2 looks for
             return present
         if entry.dense is not None and entry.dense.shape != entry.mask.shapes[0]:  # `resize_token_embeddings` reads it again
-            return live_weight(without_gradient(entry.dense, entry.values, _replaced(entry)), entry)
+            return live_weight(without_gradient(entry.dense, entry.values, entry.replaced()), entry)
         dense, values, mask = module._masked(leaf)
         if not (torch.is_grad_enabled() and values.requires_grad):
             return dense
@@ -217,12 +227,14 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
     outside the mask keep their `requires_grad`.
 
     The values are what is trained. The step of any torch optimizer over them and `load_state_dict` bring the dense tensors up to
-    date, and so does the next forward (not a compiled one) where they were changed otherwise, through `.data`, too. What is written
+    date, and so does the next forward (not a compiled one) where they were changed otherwise, through `.data`, too (on the CPU also
+    by NumPy through that). What is written
     into masked entries of a dense tensor (a LoRA adapter that is merged) becomes their values at the next forward; where values
     were changed as well, these win. A state dict holds values and dense tensors; that of a plain model can be loaded, too.
 
     Whoever reads a masked `weight` as an attribute (a fused loss over `lm_head.weight`, a decoder that borrows an embedding) gets a
-    tensor whose gradient reaches the values; that of a Linear or an Embedding is then dense, for as long as backward takes.
+    tensor whose gradient reaches the values; that of a Linear or an Embedding is then dense, for as long as backward takes. The
+    parameter itself, taken before or from `named_parameters`, is frozen.
 
     Args:
         model: the plain model, on the mask's device; all of it: modules elsewhere that share its tensors are not seen.
@@ -242,6 +254,10 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise TypeError(f"model[{name!r}] must be floating point: float32, float64, float16 or bfloat16, got {tensor.dtype}")
+        if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"model[{name!r}] has gradient hooks, which nothing would call: register them on its values after sparsify"
+            )
         if tensor.is_inference():
             raise ValueError(f"model[{name!r}] was made in inference_mode, so that backward cannot use it: load it outside of that")
     check_writable({f"model[{name!r}]": tensor for name, tensor in tensors.items()})
@@ -347,7 +363,11 @@ def densify(model: nn.Module) -> nn.Module:
 
 def masked_parameters(model: nn.Module) -> dict[str, MaskedParameter]:
     """Name in the plain model → masked parameter, tied ones once; empty for a model that is not sparsified."""
-    entries = {e.name: e for m in model.modules() if isinstance(m, Masked) for e in m._masked_entries.values()}
+    entries: dict[str, Entry] = {}
+    for module in model.modules():
+        for entry in module._masked_entries.values() if isinstance(module, Masked) else ():
+            if entries.setdefault(entry.name, entry) is not entry:
+                raise ValueError(f"two masked tensors are named {entry.name!r}: parts of the model were sparsified one by one")
     return {name: MaskedParameter(e.dense, e.values, e.mask) for name, e in sorted(entries.items())}
 
 
