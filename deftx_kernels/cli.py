@@ -17,7 +17,7 @@ from deftx_kernels.train.config import EvalConfig, RunConfig, TrainLanguageConfi
 from deftx_kernels.train.presets import DemoRun, FilesRun, HubRun, NusaxRun
 
 # Packages of the extra `train`, by the name under which they are imported.
-TRAIN_PACKAGES = {"transformers", "accelerate", "datasets", "sklearn", "matplotlib", "babel", "pandas"}
+TRAIN_PACKAGES = {"transformers", "accelerate", "datasets", "sklearn", "matplotlib", "babel", "pandas", "filelock"}
 DESCRIPTION = "The `deftx` command."  # not the docstring, which python -OO removes
 
 
@@ -64,7 +64,7 @@ class Convert:
     """Folder to write."""
     to: Literal["deftx", "composable-sft"] = "deftx"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the values in a deftx folder; the 16-bit ones are smaller and lossy."""
+    """Of the values in a deftx folder; the 16-bit ones are smaller and lossy. composable-sft takes float32 alone."""
 
 
 @dataclass
@@ -171,14 +171,24 @@ def _eval(command: EvalConfig) -> int:
 
 
 def _compose(command: Compose) -> int:
-    from deftx_kernels.delta import SparseDelta, compose
+    from deftx_kernels.delta import compose
+    from deftx_kernels.train.vectors import load_vector
 
     if not command.vectors:
         raise ValueError("vectors: at least one is needed")
-    total = compose(*(SparseDelta.from_pretrained(path) for path in command.vectors))
+    for path in command.vectors:
+        _check_apart(command.output, path)
+    total = compose(*(load_vector(path) for path in command.vectors))
     total.save_pretrained(command.output)
     print(command.output)
     return 0
+
+
+def _check_apart(output: Path, source: str) -> None:
+    """ValueError where what is written would take the place of what is read."""
+    folder = Path(source).resolve()
+    if folder.exists() and output.resolve() == (folder.parent if folder.is_file() else folder):
+        raise ValueError(f"output {output} is the folder of {source}, which it would replace: choose another")
 
 
 def _load(path: str) -> Any:
@@ -230,6 +240,9 @@ def _convert(command: Convert) -> int:
     from deftx_kernels import interop
     from deftx_kernels.mask import CSRMask
 
+    _check_apart(command.output, str(command.source))
+    if command.to == "composable-sft" and command.dtype != "float32":
+        raise ValueError(f"dtype must be float32 for composable-sft, not {command.dtype}")
     delta = _load(str(command.source))
     if isinstance(delta, CSRMask):
         raise ValueError(f"{command.source} is a mask, not a vector")

@@ -1,12 +1,16 @@
 """Files that are written whole or not at all, and read with errors that name them."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -16,21 +20,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _ENDING = ".partial"
+_DAY = 86_400  # seconds
 
 
 @contextmanager
 def replaced(path: str | os.PathLike) -> Iterator[Path]:
     """`with replaced(path) as partial:` what is written to `partial` becomes `path` at the end, in one step and on the disk.
 
-    A crash, a kill or a full disk leaves the old file; several writers do not disturb one another, the last one wins.
+    A crash, a kill or a full disk leaves the old file; several writers do not disturb one another, the last one wins. Of a symbolic
+    link the target is written.
 
     Raises:
         OSError: the file cannot be written; its name is in the message.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     _remove_abandoned(path)
     # A folder, since a writer may make temporary files of its own beside the file: safetensors does.
-    folder = path.with_name(f".{path.name}.{_owner()}-{uuid.uuid4().hex[:8]}{_ENDING}")
+    folder = path.with_name(f".{path.name}.{machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{_ENDING}")
     try:
         folder.mkdir()
         partial = folder / path.name
@@ -49,21 +55,39 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _owner() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}"
+@cache
+def machine() -> str:
+    """Where a process has this id: a hash of the host, its last start, and the namespace of its processes (of a container)."""
+    facts = [socket.gethostname()]
+    with suppress(OSError):  # of Linux only
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Delete what writers of `path` left that were killed on this machine."""
+    """Delete what writers of `path` left that were killed: here, or more than a day ago elsewhere."""
     with suppress(OSError):
-        for partial in path.parent.glob(f".{escape(path.name)}.{socket.gethostname()}-*{_ENDING}"):
-            process = partial.name.removesuffix(_ENDING).split("-")[-2]
-            try:
-                os.kill(int(process), 0)
-            except ProcessLookupError:
+        for partial in path.parent.glob(f".{escape(path.name)}.*{_ENDING}"):
+            owner = re.fullmatch(rf"([0-9a-f]{{12}})-(\d+)-[0-9a-f]{{8}}{re.escape(_ENDING)}", partial.name[len(path.name) + 2 :])
+            if owner and (_is_gone(int(owner[2])) if owner[1] == machine() else time.time() - partial.stat().st_mtime > _DAY):
                 shutil.rmtree(partial, ignore_errors=True)
-            except (OSError, ValueError):  # of another user; no name of ours
-                continue
+
+
+def _is_gone(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # of another user
+        return False
+    return False
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, with those above it; OSError naming the path where that cannot be."""
+    if path.is_file():
+        raise NotADirectoryError(f"{path} is a file, where a folder is needed")
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -123,6 +147,8 @@ def reading(path: str | os.PathLike, kind: str) -> Iterator[None]:
 
     What the system says of the file itself (an OSError: it is missing, its disk fails) passes.
     """
+    with open(path, "rb"):  # safetensors calls every error of the system a missing file
+        pass
     try:
         yield
     except OSError:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from deftx_kernels._checks import (
     check_devices,
@@ -261,7 +262,8 @@ def select_mask(
 
     Args:
         tuned, base: θ1 and θ0: modules (their named parameters) or mappings of names to tensors, of any floating dtypes. Tensors
-            may lie on different devices; the mask lies where `base` does. Tied tensors count once, under the first name in `base`.
+            may lie on different devices; the mask lies where `base` does. Tied tensors count once, under the first name in `base`;
+            they are tied in `base`, or in `tuned` where `base` has equal copies.
         k, density, scope: as in `topk_mask`.
         rank, energy, residual_density: as in `svd_denoise`; neither rank nor energy: no denoising.
         names: the tensors to choose from; by default all floating-point ones of `base`.
@@ -433,7 +435,7 @@ def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: I
             raise ValueError(f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base")
     check_devices({n: old[n] for n in chosen}, "base")
     wanted = set(chosen)
-    tied = tied_names({n: t for n, t in old.items() if n in wanted}, "base")
+    tied = tied_in_either({n: t for n, t in old.items() if n in wanted}, {n: new[n] for n in chosen})
     return [n for n in chosen if tied[n] == n]
 
 
@@ -452,7 +454,7 @@ def named_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dic
 def all_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
     """As `named_tensors`, tied tensors under each of their names."""
     if isinstance(model, nn.Module):
-        model = dict(model.named_parameters(remove_duplicate=False))
+        model = {plain_name(n): p for n, p in unwrapped(model).named_parameters(remove_duplicate=False)}
     if not isinstance(model, Mapping):
         raise TypeError(f"{argument} must be a module or a mapping of names to tensors, got {type(model).__name__}")
     for name, tensor in model.items():
@@ -466,6 +468,22 @@ def all_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[
         if dense is not None and tensor.dim() == 1 and tensor.numel() <= dense.numel() and tensor.is_floating_point():
             raise ValueError(f"{argument} is sparsified ({name!r} beside {stem!r}): densify(model) first")
     return {n: t.detach() for n, t in model.items()}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within DataParallel and DistributedDataParallel, and within what torch.compile makes of those."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and isinstance(model, (DataParallel, DistributedDataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile and activation checkpointing put into it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def tied_names(tensors: Mapping[str, Tensor], argument: str) -> dict[str, str]:
@@ -511,6 +529,22 @@ def _check_apart(group: list[tuple[str, int, int, str]], end: int, tensors: Mapp
         if bool(own.any()):
             raise ValueError(f"{argument}[{name!r}] shares a part of its memory with another tensor")
         own.fill_(True)
+
+
+def tied_in_either(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, str]:
+    """`tied_names` of the base, and of what is tied in `tuned` and has the same bits in the base: copies of a tied model."""
+    tied = tied_names(base, "base")
+    for name, first in tied_names({n: tuned[n] for n in base if n in tuned}, "tuned").items():
+        if name != first and tied[name] == name and _same_bits(base[name], base[first]):
+            tied[name] = tied[first]
+    return {n: tied[first] for n, first in tied.items()}
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    pair = [t.contiguous().view(-1).view(torch.uint8) for t in (one, other.to(one.device))]
+    return torch.equal(pair[0], pair[1])
 
 
 def with_tied_names(tuned: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:

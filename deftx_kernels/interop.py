@@ -2,6 +2,7 @@
 
 import errno
 import os
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from deftx_kernels._checks import check_plain, check_readable
 from deftx_kernels._ops import column_dtype, rows_and_columns
 from deftx_kernels.delta import SparseDelta
-from deftx_kernels.files import read_json, reading, replaced
+from deftx_kernels.files import make_folder, read_json, reading, replaced
 from deftx_kernels.functional import all_tensors
 from deftx_kernels.mask import CSRMask
 
@@ -142,9 +143,11 @@ def _decode_sft(name: str, encoded: Mapping[str, Any]) -> tuple[torch.Size, Tens
 def to_composable_sft(delta: SparseDelta, directory: str | os.PathLike) -> None:
     """Write `pytorch_diff.bin` so that the composable-sft library reads it (atomically).
 
+    The format has no second terms (`delta.low`): they are left out, with a UserWarning.
+
     Raises:
         ValueError: a tensor has more than two dimensions, which that library decodes wrongly.
-        OSError: the file cannot be written; the message names it.
+        OSError: `directory` is a file, or the file cannot be written; the message names it.
     """
     diffs = {}
     values = delta.mask.split(delta.values)
@@ -163,8 +166,15 @@ def to_composable_sft(delta: SparseDelta, directory: str | os.PathLike) -> None:
     content: dict[str, Any] = {"diffs": diffs}
     if delta.dense:
         content["abs"] = {n: t.detach().cpu().clone() for n, t in delta.dense.items()}
+    if delta.low is not None:
+        warnings.warn(
+            f"composable-sft's format has no second terms: those of {len(delta.low[0])} of {delta.mask.nnz} entries are left out, "
+            "so base + delta is not the tuned tensor bit for bit there",
+            UserWarning,
+            stacklevel=2,
+        )
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with replaced(folder / SFT_NAME) as partial, open(partial, "wb") as file:
         try:
             torch.save(content, file)

@@ -480,6 +480,8 @@ class CSRMask:
                 raise ValueError(f"its metadata lacks format = {FORMAT}")
             layout = parse_json(metadata["layout"])
             mask = cls(layout["names"], layout["shapes"], file.get_tensor("crow_indices"), file.get_tensor("col_indices"))
+            if "fingerprint" not in metadata:
+                raise ValueError("it was written by an older version of deftx-kernels, without a checksum: make the mask again")
             if mask.fingerprint() != metadata["fingerprint"]:
                 raise ValueError("its content does not have the checksum that it was saved with")
         return mask.to(device)

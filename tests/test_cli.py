@@ -75,6 +75,24 @@ def test_convert_there_and_back(vectors, tmp_path, capsys):
     assert torch.equal(first.values, back.values)
 
 
+def test_what_would_replace_its_source_or_is_of_another_library(vectors, tmp_path, capsys):
+    def refused(message: str, *arguments: str) -> None:
+        code, _, err = run(*arguments, capsys=capsys)
+        assert code == 2
+        assert message in err
+
+    first, sft = vectors[0], str(tmp_path / "sft")
+    for source in (first, f"{first}/sparse_delta.safetensors"):
+        refused("which it would replace", "convert", source, f"{first}/../vector0", "--dtype", "bfloat16")
+    refused("which it would replace", "compose", *vectors, "-o", first)
+    refused(
+        "dtype must be float32 for composable-sft, not bfloat16", "convert", first, sft, "--to=composable-sft", "--dtype=bfloat16"
+    )
+    assert run("convert", first, sft, "--to", "composable-sft", capsys=capsys)[0] == 0
+    refused(f"is of composable-sft: run `deftx convert {sft} FOLDER` first", "compose", first, sft, "-o", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no fixtures beside the repository")
 @pytest.mark.parametrize("name", ["composable_sft", "peft_shira"])
 def test_inspect_other_libraries_files(name, capsys):
@@ -124,11 +142,12 @@ def test_bad_options_are_named(arguments, message, capsys):
     assert message in " ".join((out + err).replace("│", " ").split())
 
 
-def test_help_without_docstrings_into_a_closed_pipe():
+@pytest.mark.parametrize("options", [[], pytest.param(["-OO"], marks=pytest.mark.slow)])  # which compiles all of torch
+def test_help_into_a_closed_pipe(options):
     """`python -OO -m deftx_kernels.cli --help | head`: neither a traceback nor a message."""
     reads, writes = os.pipe()
     os.close(reads)
-    command = [sys.executable, "-OO", "-m", "deftx_kernels.cli", "--help"]
+    command = [sys.executable, *options, "-m", "deftx_kernels.cli", "--help"]
     done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True)
     os.close(writes)
     assert done.returncode == 141

@@ -283,8 +283,15 @@ def dpo(model, optimizer, tokenizer, options):
     )
 
 
-@TIED
-@pytest.mark.parametrize("trainer", [sft, dpo])
+@pytest.mark.parametrize(
+    ("trainer", "tied"),
+    [
+        pytest.param(sft, False, id="sft-untied"),
+        pytest.param(dpo, True, id="dpo-tied"),
+        pytest.param(sft, True, id="sft-tied", marks=pytest.mark.slow),
+        pytest.param(dpo, False, id="dpo-untied", marks=pytest.mark.slow),
+    ],
+)
 def test_trl(trainer, tied, tokenizer, tmp_path):
     """Default losses, which read `lm_head.weight` instead of calling the head."""
     pytest.importorskip("trl")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deftx_kernels import CSRMask, SparseDelta, compose, interop, select_mask, sparsify, topk_mask
-from deftx_kernels.delta import CONFIG_NAME, WEIGHTS_NAME, fingerprint
+from deftx_kernels.delta import CONFIG_NAME, WEIGHTS_NAME, fingerprint, fingerprints
 from deftx_kernels.nn import masked_parameters
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
@@ -292,18 +293,106 @@ def test_applied_contexts_close_in_any_order(order):
         for still in sorted(order[i + 1 :]):
             deltas[still].apply_(expected)
         assert all(torch.equal(bits(model[n]), bits(expected[n])) for n in base)
+        with deltas[at].applied(model):  # those that stay open are known
+            pass
     assert all(torch.equal(bits(model[n]), bits(before[n])) for n in base)
     for delta in deltas:  # and it counts as the base that it is
         with delta.applied(model):
             pass
 
 
+def fail_after(_):
+    raise TypeError("own")
+
+
 def test_what_else_is_written_meanwhile_is_not_lost_silently():
     base = {"w": torch.zeros(2)}
     delta = SparseDelta.from_models({"w": torch.ones(2)}, base)
-    with pytest.warns(RuntimeWarning, match="'w' or later tensors were changed while a delta was applied"), delta.applied(base):
+    with pytest.warns(RuntimeWarning, match="entries of 'w' .* were changed while a delta was applied"), delta.applied(base):
         base["w"].mul_(3)
     assert base["w"].tolist() == [0, 0]
+    whole = SparseDelta.from_models({"w": torch.ones(2), "head": torch.ones(2)}, base)
+    model = base | {"head": torch.zeros(2)}
+    with pytest.warns(RuntimeWarning, match="entries of 'head' "), whole.applied(model):
+        model["head"].mul_(3)
+    assert not model["head"].any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="'w'"), delta.applied(base):
+            base["w"].mul_(3)
+        with pytest.raises(TypeError, match="own"), delta.applied(base):
+            fail_after(base["w"].mul_(3))
+        with delta.applied(base):  # nothing was left open
+            pass
+        delta.apply_(base)
+    assert base["w"].tolist() == [1, 1]
+
+
+def test_tensors_that_are_resized_or_replaced_meanwhile():
+    base = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    delta = SparseDelta.from_models({n: p + 1 for n, p in base.named_parameters()}, base)
+    before = clones(base.state_dict())
+    with pytest.raises(RuntimeError, match=r"tensors \['1.weight'\] have another shape"), delta.applied(base):
+        base[1].weight = nn.Parameter(torch.zeros(5, 3))
+    assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items() if n != "1.weight")
+    base[1].weight = nn.Parameter(before["1.weight"].clone())
+    with pytest.warns(RuntimeWarning, match="another shape"), pytest.raises(TypeError, match="own"), delta.applied(base):
+        fail_after(setattr(base[1].weight, "data", torch.zeros(5, 3)))
+    base[1].weight = nn.Parameter(before["1.weight"].clone())
+    with delta.applied(base) as model:
+        old = base[0].weight
+        model.load_state_dict(clones(model.state_dict()), assign=True)
+        assert model[0].weight is not old
+        with SparseDelta(delta.mask, 2 * delta.values).applied(model.state_dict(), strict=False):  # a state dict is the model
+            model.double()
+    assert all(torch.equal(t, before[n].double()) for n, t in base.state_dict().items())
+    assert torch.equal(old, before["0.weight"])
+
+
+def test_an_open_delta_is_seen_through_every_form_of_the_model():
+    model = nn.Linear(3, 3)
+    one, two = (SparseDelta.from_models({n: p + i for n, p in model.named_parameters()}, model) for i in (1, 2))
+    before = clones(model.state_dict())
+    first, second = one.applied(model), two.applied(model.state_dict())
+    with first:
+        for form in (model, model.state_dict()):
+            with pytest.raises(ValueError, match="model's tensor 'bias' is in an open `applied` block"):
+                two.apply_(form, strict=False)
+            with pytest.raises(ValueError, match="already"), one.applied(form):
+                pass
+        second.__enter__()
+    assert all(torch.equal(t, before[n] + 2) for n, t in model.state_dict().items())
+    second.__exit__(None, None, None)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    with one.applied(model):
+        model.bias.data[0] += 1
+        with pytest.raises(ValueError, match="not the base .* 'bias'"), two.applied(model):
+            pass
+        model.bias.data[0] -= 1
+
+
+def test_applied_reads_the_model_once(monkeypatch):
+    model = {"w": torch.zeros(3)}
+    delta = SparseDelta.from_models({"w": torch.ones(3)}, model)
+    digest, calls = fingerprints.digest, []
+    monkeypatch.setattr(fingerprints, "digest", lambda t: calls.append(1) or digest(t))
+    with delta.applied(model):
+        pass
+    assert len(calls) == 1
+
+
+def test_copies_of_a_model_have_its_history(tmp_path):
+    base = nn.Linear(4, 4)
+    one, two = (SparseDelta.from_models({n: p + i for n, p in base.named_parameters()}, base) for i in (1, 2))
+    one.apply_(base)
+    save_file(base.state_dict(), tmp_path / "model")
+    for form in (base.state_dict(), copy.deepcopy(base), load_file(tmp_path / "model"), clones(base.state_dict())):
+        with pytest.raises(ValueError, match="already"):
+            one.apply_(form)
+        with two.applied(form):
+            pass
+    two.apply_(base.state_dict())
+    one.apply_(copy.deepcopy(base), alpha=-1)
 
 
 def test_a_failed_write_changes_nothing(monkeypatch):
@@ -428,9 +517,97 @@ def test_tied_tensors_count_once_in_every_form():
     both = SparseDelta.from_models(untied, clones(base.state_dict()))
     with pytest.raises(ValueError, match="one tensor as 'emb.weight' and 'head.weight', the delta changes both"):
         both.apply_(base, strict=False)
+    for copied in (clones(base.state_dict()), dict(reversed(clones(base.state_dict()).items()))):
+        assert len(SparseDelta.from_models(tuned, copied).mask) == len(select_mask(tuned, copied, density=1.0)) == 1
+    every = CSRMask.from_dense({n: torch.ones(10, 4, dtype=torch.bool) for n in copied})
+    assert SparseDelta.from_models(tuned, copied, every).mask == every  # a mask of both: two tensors
+    assert list(SparseDelta.from_models(tuned, copied, every["emb.weight"], dense=["head.weight"]).dense) == ["head.weight"]
     whole = torch.zeros(12)
     with pytest.raises(ValueError, match=r"base\['b'\] shares a part of its memory"):
         select_mask({"a": torch.ones(8), "b": torch.ones(8)}, {"a": whole[:8], "b": whole[4:]}, k=1)
+
+
+@pytest.mark.parametrize("dense", [(), ("emb.weight",)])
+def test_copies_of_tied_tensors_are_written_too(tmp_path, dense):
+    base = Tied()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.emb.weight[:2] = exact_pair()[0]["b"][1:]  # with second terms
+    more = [m.state_dict() | {"more": torch.full((1,), i)} for i, m in ((1.0, tuned), (0.0, base))]
+    delta = SparseDelta.from_models(*more, dense=dense)
+    delta.save_pretrained(tmp_path)
+    delta = compose(SparseDelta.from_pretrained(tmp_path))
+    assert delta.metadata["tied"] == {"head.weight": "emb.weight"}
+    model = clones(base.state_dict()) | {"more": torch.zeros(1)}
+    before = clones(model)
+    with delta.applied(model):
+        assert torch.equal(bits(model["head.weight"]), bits(tuned.emb.weight))
+    assert all(torch.equal(model[n], before[n]) for n in model)
+    delta.apply_(model)
+    assert all(torch.equal(bits(model[n]), bits(tuned.emb.weight)) for n in ("emb.weight", "head.weight"))
+    other = clones(before) | {"head.weight": before["head.weight"] + 1}
+    with pytest.raises(ValueError, match="'head.weight' was tied to 'emb.weight'"):
+        delta.apply_(other)
+    delta.apply_(other, strict=False)
+    assert torch.equal(other["head.weight"], before["head.weight"] + 1)
+    assert torch.equal(bits(other["emb.weight"]), bits(tuned.emb.weight))
+    with pytest.raises(TypeError, match="tied must be a mapping"):
+        SparseDelta(delta.mask, delta.values, metadata={"tied": ["a"]})
+
+
+def test_buffers_of_modules_are_kept_whole_where_they_differ():
+    base = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    base.register_buffer("scratch", torch.zeros(1), persistent=False)
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned[0].weight.add_(1)
+        tuned.scratch.add_(1)
+    assert not SparseDelta.from_models(tuned, base).dense
+    tuned[1](torch.randn(5, 3))
+    names = ["1.num_batches_tracked", "1.running_mean", "1.running_var"]
+    for new, old in ((tuned, base), (tuned.state_dict(), base), (tuned, base.state_dict())):
+        delta = SparseDelta.from_models(new, old)
+        assert list(delta.dense) == names
+        assert delta.mask.names == ("0.weight",)
+        model = copy.deepcopy(base)
+        delta.apply_(model)
+        assert all(torch.equal(t, tuned.state_dict()[n]) for n, t in model.state_dict().items())
+    parameters = {n: p.detach().clone() for n, p in base.named_parameters()}
+    assert not SparseDelta.from_models(tuned, parameters).dense
+    assert not SparseDelta.from_models(dict(tuned.named_parameters()), base).dense
+    mask = CSRMask.from_dense({n: torch.ones(s, dtype=torch.bool) for n, s in {"0.weight": (3, 3), "1.running_mean": (3,)}.items()})
+    assert list(SparseDelta.from_models(tuned, base, mask).dense) == [names[0], names[2]]
+
+
+class Compiled(nn.Module):
+    """As torch.compile wraps a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._orig_mod = model
+
+
+def test_wrapped_models_go_by_the_names_inside():
+    base = nn.Sequential(nn.Linear(3, 3))
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned[0].weight.add_(1)
+    for wrap in (
+        Compiled,
+        nn.DataParallel,
+        lambda m: Compiled(nn.DataParallel(m)),
+        lambda m: nn.Sequential(Compiled(m[0])),
+    ):
+        model = wrap(copy.deepcopy(base))
+        assert select_mask(wrap(copy.deepcopy(tuned)), base, k=3).names == ("0.bias", "0.weight")
+        delta = SparseDelta.from_models(wrap(copy.deepcopy(tuned)), model)
+        assert delta.mask.names == ("0.weight",)
+        delta.apply_(model)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tuned.parameters()))
+    with pytest.raises(ValueError, match="lacks tensor '0.weight' of the delta, but has '_orig_mod.0.weight'"):
+        delta.apply_(Compiled(base).state_dict())
+    with pytest.raises(ValueError, match="'0.weight' is bfloat16, the delta was made for a base in float32"):
+        delta.apply_(copy.deepcopy(base).bfloat16())
 
 
 def test_a_sparsified_model_is_read_and_never_written():
@@ -473,7 +650,8 @@ def test_a_default_device_changes_nothing(tmp_path):
         mask = select_mask(tuned, base, k=2, names=["a"])
         delta = SparseDelta.from_models(tuned, base)
         delta.save_pretrained(tmp_path)
-        interop.to_composable_sft(delta, tmp_path)
+        with pytest.warns(UserWarning, match="those of 3 of 7 entries are left out"):
+            interop.to_composable_sft(delta, tmp_path)
         total = compose(SparseDelta.from_pretrained(tmp_path), SparseDelta.from_models(base, base))
         with total.applied(base | {"a": base["a"].double()}, strict=False):
             pass
@@ -540,7 +718,14 @@ def test_save_and_load(tmp_path, dtype):
     assert again.mask == mask
     assert torch.equal(again.values, delta.values.to(dtype or torch.float32).float())
     assert torch.equal(again.dense["head"], torch.ones(2))
-    assert again.metadata == json.loads(json.dumps(delta.metadata))
+    metadata = json.loads(json.dumps(delta.metadata))
+    if dtype is not None:
+        del metadata["inexact_entries"]
+        metadata["lossy"] = str(dtype).removeprefix("torch.")
+        again.save_pretrained(tmp_path / "again")
+        assert json.loads((tmp_path / "again" / CONFIG_NAME).read_text())["lossy"]
+        assert compose(delta, again).metadata["lossy"] == metadata["lossy"]
+    assert again.metadata == metadata
 
 
 def test_a_failed_save_leaves_the_old_delta(tmp_path, monkeypatch):
@@ -548,8 +733,15 @@ def test_a_failed_save_leaves_the_old_delta(tmp_path, monkeypatch):
     delta = SparseDelta.from_models(tune(base)[0], base)
     delta.save_pretrained(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(TypeError, match="JSON"):
+    with pytest.raises(TypeError, match=r"metadata\['x'\] cannot be written as JSON"):
         SparseDelta(delta.mask, delta.values, metadata={"x": object()}).save_pretrained(tmp_path)
+    file = tmp_path / WEIGHTS_NAME
+    flat = SparseDelta(delta.mask["enc.bias"], delta.mask.part("enc.bias", delta.values))
+    for write in (flat.save_pretrained, lambda path: interop.to_composable_sft(flat, path)):
+        with pytest.raises(NotADirectoryError, match=f"{WEIGHTS_NAME} is a file"):
+            write(file)
+    with pytest.raises(FileNotFoundError, match=f"{WEIGHTS_NAME} is a file"):
+        SparseDelta.from_pretrained(file)
 
     def fail(tensors, path, metadata):
         Path(path).write_bytes(b"half")
@@ -578,6 +770,8 @@ def test_the_weights_file_is_the_delta(tmp_path):
         config.write_text(damaged)
         with pytest.raises(ValueError, match=f"{CONFIG_NAME} is no readable"):
             SparseDelta.from_pretrained(tmp_path / "a")
+    config.write_text(json.dumps(json.loads(text)))  # another layout
+    assert SparseDelta.from_pretrained(tmp_path / "a").mask == deltas[0].mask
     config.write_text(text)
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1  # of a value
@@ -585,7 +779,7 @@ def test_the_weights_file_is_the_delta(tmp_path):
     with pytest.raises(ValueError, match=f"{WEIGHTS_NAME} is no readable sparse delta: .*checksum"):
         SparseDelta.from_pretrained(tmp_path / "a")
     save_file({"values": torch.ones(1)}, weights, {"format": "deftx_sparse_delta", "content": "0"})
-    with pytest.raises(ValueError, match="header lacks"):  # version 1
+    with pytest.raises(ValueError, match="written by an older version"):
         SparseDelta.from_pretrained(tmp_path / "a")
     weights.write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match=f"{WEIGHTS_NAME} is no readable sparse delta"):

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -43,16 +42,20 @@ def test_what_is_written_and_what_is_left_behind(tmp_path):
     assert files.read_json(path) == {"a": float("inf")}
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    host = socket.gethostname()
-    abandoned = tmp_path / f".{path.name}.{host}-{gone.pid}-00000000.partial"
+    host = files.machine()
+    abandoned = [
+        tmp_path / f".{path.name}.{host}-{gone.pid}-00000000.partial",
+        tmp_path / f".{path.name}.{'e' * 12}-{os.getpid()}-00000000.partial",  # of another machine, a day ago
+    ]
     kept = [
         tmp_path / f".{path.name}.{host}-{os.getpid()}-00000000.partial",  # of a writer that lives
-        tmp_path / f".{path.name}.elsewhere-{gone.pid}-00000000.partial",  # of another machine
+        tmp_path / f".{path.name}.{'f' * 12}-{gone.pid}-00000000.partial",  # of another machine
         tmp_path / f".other.{host}-{gone.pid}-00000000.partial",  # of another file
     ]
-    for folder in (abandoned, *kept):
+    for folder in (*abandoned, *kept):
         folder.mkdir()
         (folder / "file").write_text("half")
+    os.utime(abandoned[1], (0, 0))
     with pytest.raises(TypeError, match="JSON"):
         files.write_json(path, {"a": object()})
     files.write_text(path, "1")
@@ -62,6 +65,11 @@ def test_what_is_written_and_what_is_left_behind(tmp_path):
         partial.write_text(str(1 / 0))
     assert path.read_text() == "1"
     assert sorted(tmp_path.iterdir()) == sorted([path, *kept])
+    link = tmp_path / "link"
+    link.symlink_to(path.name)
+    files.write_text(link, "2")
+    assert link.is_symlink()
+    assert path.read_text() == "2"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 10_000])

@@ -212,6 +212,9 @@ def test_load_refuses_what_is_no_mask(tmp_path):
     with pytest.raises(ValueError, match="'a' has 3 columns"):
         CSRMask.load(path)
     other = CSRMask.from_dense({"a": torch.tensor([[True, True, False], [True, True, True]])})
+    save_file({"crow_indices": other.crow_indices, "col_indices": other.col_indices}, path, metadata=metadata)
+    with pytest.raises(ValueError, match="written by an older version"):
+        CSRMask.load(path)
     metadata |= {"fingerprint": good.fingerprint()}
     save_file({"crow_indices": other.crow_indices, "col_indices": other.col_indices}, path, metadata=metadata)
     with pytest.raises(ValueError, match="checksum"):  # a valid mask, and not the one that was saved

@@ -107,9 +107,10 @@ def test_a_label_that_training_lacks_is_refused(nusax_folder):  # noqa: F811
 
 def test_tsv_of_pairs_keeps_quotes(tmp_path):
     path = tmp_path / "aym.tsv"
-    path.write_text('language\tpremise\thypothesis\tlabel\naym\tHe said "yes\tHe agreed\tentailment\naym\ta\tb\tneutral\n')
+    path.write_text('language\tpremise\thypothesis\tlabel\naym\tHe said "yes\tHe agreed\tentailment\naym\t"a" "b"\t"b"\tneutral\n')
     rows = data.read_task(path, data.Columns("premise", "hypothesis", "label"))
     assert rows[0] == {"text": 'He said "yes', "text_pair": "He agreed", "label": "entailment"}
+    assert rows[1] == {"text": '"a" "b"', "text_pair": '"b"', "label": "neutral"}
     with pytest.raises(ValueError, match=r"aym.tsv: no column 'sentence2'"):
         data.read_task(path, data.Columns("premise", "sentence2", "label"))
 
@@ -119,6 +120,9 @@ def test_jsonl_of_tokens(tmp_path):
     path.write_text(json.dumps({"tokens": ["the", "room"], "tags": ["DET", "NOUN"]}) + "\n")
     columns = data.Columns("tokens", None, "tags", "token-classification")
     assert data.read_task(path, columns)[0] == {"tokens": ["the", "room"], "tags": ["DET", "NOUN"]}
+    path.write_text(json.dumps({"tokens": ["the", "room"], "tags": ["DET", "NOUN "]}) + "\n")
+    with pytest.raises(ValueError, match="row 1: 'NOUN ' in column 'tags' begins or ends with white space"):
+        data.read_task(path, columns)
     path.write_text(json.dumps({"tokens": ["the", "room"], "tags": ["DET"]}) + "\n")
     with pytest.raises(ValueError, match=r"row 1: 2 tokens in 'tokens' but 1 in 'tags'"):
         data.read_task(path, columns)
@@ -135,7 +139,11 @@ def test_jsonl_of_tokens(tmp_path):
         ("a.csv", "text,label\ngood,a\n \n,b\n", "line 3: 1 fields, but 2 columns"),
         ("a.csv", "text,label\n  ,b\n", "row 1: column 'text' is empty"),
         ("a.csv", "text,label\ngood,a\nhello, world,a\n", "line 3: 3 fields, but 2 columns"),
-        ("a.tsv", "text\tlabel\ngood\n", "line 2: 1 fields, but 2 columns"),
+        ("a.tsv", "text\tlabel\ngood\n", "line 2: 1 fields, but 2 columns; TSV knows no quotes: save the file as CSV"),
+        ("a.tsv", 'text\tlabel\n"a ""b"""\ta\n', 'line 2: the field \'"a ""b"""\' is quoted as in CSV; TSV'),
+        ("a.csv", "text,label\ngood,a\nbad, b\n", "a.csv, row 2: ' b' in column 'label' begins or ends with white space"),
+        ("a.csv", 'text,label\ngood, "a"\n', "row 1: ' \"a\"' in column 'label'"),
+        ("a.jsonl", '{"text": "good", "label": "a\\u00a0"}\n', "row 1: 'a.*' in column 'label'"),
         ("a.csv", 'text,label\n"good,a\n', "a.csv, line 2: unexpected end of data"),
         ("a.csv", "text,label,text\ngood,a,b\n", "line 1: two columns are named 'text'"),
         ("a.csv", "text,label\ngo\0od,a\n", "line 2: a NUL character"),

@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from rich.console import Console
 from train_tiny import nusax_folder, tiny_bert  # noqa: F401
 
 from deftx_kernels import CSRMask, SparseDelta
-from deftx_kernels.train import costs, figures, pipeline, recipes, report
+from deftx_kernels.train import costs, figures, models, pipeline, recipes, report, runs
 from deftx_kernels.train.config import LanguageConfig, NusaxData, PhaseConfig, SelectionConfig, TaskConfig
+from deftx_kernels.train.data import load_corpus
 from deftx_kernels.train.presets import NusaxRun
 
 
@@ -33,7 +36,7 @@ def quiet() -> Console:
 
 
 def test_a_run_folder(tiny_bert, nusax_folder, tmp_path, monkeypatch):  # noqa: F811
-    folder, console = tmp_path / "run", quiet()
+    folder, console = nusax_folder / "runs/run", quiet()  # the default beside `--data-dir .`
     config = settings(tiny_bert, nusax_folder, folder)
     metrics = pipeline.run(config, console)
 
@@ -58,13 +61,20 @@ def test_a_run_folder(tiny_bert, nusax_folder, tmp_path, monkeypatch):  # noqa: 
         assert (folder / f"figures/{name}.png").stat().st_size > 5000
     assert "Zero-shot macro-F1" in console.file.getvalue()
     assert "full fine-tuning" in console.file.getvalue()
+    assert {path.name for path in (folder / "figures").iterdir()} == set(runs.FIGURES)
     assert not list(folder.rglob("*.tmp*"))
     assert not list(folder.rglob("checkpoints"))
 
     monkeypatch.setattr(recipes, "train_phase", lambda *_, **__: pytest.fail("trained again"))
-    again = pipeline.run(settings(tiny_bert, nusax_folder, folder), quiet())
+    again = pipeline.run(settings(os.path.relpath(tiny_bert), nusax_folder, folder), quiet())
     assert again["scores"] == metrics["scores"]
     assert again["costs"] == metrics["costs"]
+    measured = []
+    monkeypatch.setattr(costs, "compare", lambda *arguments: measured.append(arguments[3]) or metrics["costs"])
+    for steps in (2, 3):
+        changed = settings(tiny_bert, nusax_folder, folder, cost_steps=steps)
+        pipeline.measure_costs(changed, load_corpus(config.data), models.load_tokenizer(tiny_bert), folder, quiet())
+    assert measured == [3]
 
     other = settings(tiny_bert, nusax_folder, folder, seeds=[1])
     with pytest.raises(ValueError, match=r"other settings \(seeds: \[0\] → \[1\]\)"):
@@ -90,9 +100,10 @@ def test_settings_that_do_not_fit_the_model_fail_before_anything_is_written(tiny
     refused("k = 900000 is more than the", task=TaskConfig(SelectionConfig(k=900_000), max_length=24), **fits)
     refused("less than one entry", task=TaskConfig(SelectionConfig(density=1e-9), max_length=24), **fits)
     refused("lift on model.*k = 17000 is more", task=TaskConfig(SelectionConfig(k=17_000), max_length=24), recipes=["lift"], **fits)
-    with pytest.raises(ValueError, match="is, holds or lies in the input"):
-        pipeline.run(settings(tiny_bert, nusax_folder, nusax_folder / "run"), quiet())
-    assert not (nusax_folder / "run").exists()
+    for place in (nusax_folder, nusax_folder / "first", Path(tiny_bert) / "run"):
+        with pytest.raises(ValueError, match="is, holds or lies in the input"):
+            pipeline.run(settings(tiny_bert, nusax_folder, place), quiet())
+    assert not (Path(tiny_bert) / "run").exists()
 
 
 def test_source_vector_lift_and_two_seeds(tiny_bert, nusax_folder, tmp_path):  # noqa: F811

@@ -1,7 +1,11 @@
 """Recipes on a tiny BERT: what is selected, what moves, what is reset, what a resumed run gives."""
 
+import builtins
 import dataclasses
+import errno
+import io
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ from train_tiny import BAD, GOOD, sentence, tiny_bert  # noqa: F401
 from transformers import TrainerCallback
 
 from deftx_kernels import CSRMask, SparseDelta, compose
+from deftx_kernels.files import read_json
 from deftx_kernels.train import models, recipes, starts, trainer
 from deftx_kernels.train.checkpoints import newest_checkpoint
 from deftx_kernels.train.config import LanguageConfig, PhaseConfig, SelectionConfig, TaskConfig
@@ -320,12 +325,38 @@ def test_an_unfinished_checkpoint_blocks_nothing(interrupted, tmp_path, name, si
             path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
         elif size is not None:
             path.write_bytes(content[: int(size * len(content))])
-    assert newest_checkpoint(folder).name == expected
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert newest_checkpoint(folder).name == expected
+    assert any("is deleted" in str(one.message) for one in said) == (name is not None)
     assert {path.name for path in folder.iterdir()} <= {"checkpoint-2", "checkpoint-4", expected}
 
 
-def test_a_phase_resumed_behind_its_last_step_has_the_same_facts(interrupted):
+@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "optimizer.pt"])
+def test_an_error_that_passes_costs_no_checkpoint(interrupted, tmp_path, monkeypatch, name):
+    vector, _ = interrupted
+    folder = Path(shutil.copytree(vector.folder / "dense/checkpoints", tmp_path / "checkpoints"))
+    before = sorted(folder.rglob("*"))
+
+    def failing(path, *arguments, open=open, **options):
+        if str(path).endswith(name):
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return open(path, *arguments, **options)
+
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", failing)
+    with pytest.raises(OSError, match="Too many open files"):
+        newest_checkpoint(folder)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_phase_resumed_behind_its_last_step_has_the_same_facts(interrupted, tmp_path):
+    """Also where the run folder was moved."""
     vector, whole = interrupted
+    vector = dataclasses.replace(vector, folder=Path(shutil.copytree(vector.folder, tmp_path / "moved")))
+    last = newest_checkpoint(vector.folder / "dense/checkpoints")
+    best = Path(read_json(last / "trainer_state.json")["best_model_checkpoint"])
+    assert best.parent == last.parent
     again = dense_phase(vector, RUNTIME)
     assert again.pop("resumed_from") == "checkpoint-6"
     times = ("seconds", "median_step_seconds")
@@ -358,6 +389,11 @@ def test_a_damaged_file_of_a_model_is_named(tiny_bert, tmp_path, name, content, 
     assert models.model_hash(folder) != first
     with pytest.raises(ValueError, match=message):
         models.load_tokenizer(folder) if name == "tokenizer.json" else models.load_classifier(folder, LABELS)
+
+
+def test_a_folder_that_is_missing_is_no_hub_id(tmp_path):
+    with pytest.raises(ValueError, match="model folder .*gone is missing"):
+        models.load_classifier(tmp_path / "gone", LABELS)
 
 
 def test_weights_that_are_missing_or_not_finite_are_refused(tiny_bert, tmp_path):  # noqa: F811
@@ -413,6 +449,32 @@ def test_resume_gives_the_same_vector(tiny_bert, tmp_path, kind, crash_in):  # n
     assert torch.equal(resumed.values, whole.values)
     assert all(torch.equal(resumed.dense[name], whole.dense[name]) for name in whole.dense)
     assert not (broken.folder / "deft-x/checkpoints").exists()
+
+
+@pytest.mark.parametrize("lost", ["deltas/lt-sft/task", "task/lt-sft/mask.safetensors", "task/dense/model"])
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_a_finished_phase_without_its_result_is_run_again(learned, tmp_path, monkeypatch, lost, how):
+    _folder, task, _, deltas = learned
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    shutil.copytree(task.deltas, tmp_path / "deltas")
+    shutil.copytree(task.folder, tmp_path / "task")
+    path = tmp_path / lost
+    for file in path.rglob("*.safetensors") if path.is_dir() else [path]:
+        file.write_bytes(file.read_bytes()[:-9])
+    if how == "gone":
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    vector = dataclasses.replace(task, folder=tmp_path / "task", deltas=tmp_path / "deltas")
+
+    def learn_again() -> SparseDelta:
+        dense_phase(vector, RUNTIME)
+        return learn(vector, "lt-sft", RUNTIME)[0]
+
+    with pytest.warns(RuntimeWarning, match="is made again, as what it gave is missing or damaged"):
+        again = learn_again()
+    assert torch.equal(again.values, deltas["task", "lt-sft"][0].values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        learn_again()
 
 
 def test_a_finished_phase_is_not_run_again(learned, monkeypatch):

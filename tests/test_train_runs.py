@@ -1,5 +1,7 @@
 """The run folder: whose it is, what is deleted in it, who may work in it, and what it was made from."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deftx_kernels.train import runs
-from deftx_kernels.train.config import TrainLanguageConfig
+from deftx_kernels.train.config import FilesData, RunConfig, TrainLanguageConfig, to_dict
 from deftx_kernels.train.runs import open_run
 
 HASHES = {"model": "1", "text": "2"}
@@ -25,8 +27,10 @@ def opened(run_dir: Path, hashes: dict = HASHES, inputs=(), **changes) -> None:
 def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
     run_dir = tmp_path / "run"
     opened(run_dir)
-    (run_dir / "phases").mkdir()
-    (run_dir / "notes.txt").touch()
+    for name in ("phases", "figures", "seed-1", "seed-old"):
+        (run_dir / name).mkdir()
+    for name in ("notes.txt", "figures/scores.png", "figures/mine.png"):
+        (run_dir / name).touch()
     (tmp_path / "elsewhere").mkdir()
     (run_dir / "deltas").symlink_to(tmp_path / "elsewhere")
     opened(run_dir, overwrite=True)
@@ -39,15 +43,36 @@ def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
     assert not (run_dir / "phases").exists()
     assert not (run_dir / "deltas").is_symlink()
     assert (tmp_path / "elsewhere").exists()
-    assert (run_dir / "notes.txt").exists()
+    assert {"notes.txt", "figures", "seed-old"} == {path.name for path in run_dir.iterdir()} & {
+        "notes.txt", "figures", "seed-old", "seed-1"
+    }  # fmt: skip
+    assert os.listdir(run_dir / "figures") == ["mine.png"]
     assert json.loads((run_dir / "config.json").read_text())["seed"] == 1
+
+
+def test_what_changes_no_result_is_not_compared(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    opened(tmp_path / "run", model="./model", device="cpu")
+    opened(tmp_path / "run", model=str(tmp_path / "model"), text=tmp_path / "a.txt")
+    with pytest.raises(ValueError, match="model: a folder → other"):
+        opened(tmp_path / "run", model="other")
+
+    def made_from(tests: list[str], **changes) -> dict:
+        files = FilesData(["train.csv"], tests, [test.replace("csv", "txt") for test in tests])
+        return runs.compared(to_dict(RunConfig(files, **changes)))
+
+    first = made_from(["x=a.csv", "y=b.csv"])
+    assert first == made_from(["x=../here/a.csv", "y=b.csv"], cost_steps=0, report_to=["wandb"])
+    assert first != made_from(["y=b.csv", "x=a.csv"])
+    assert first != made_from(["x=a.csv", "y=b.csv"], seeds=[1])
 
 
 @pytest.mark.parametrize("name", ["config.json", "phases"])
 def test_a_folder_without_the_marker_is_nobody_s_run(tmp_path, name):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("{}")
-    with pytest.raises(ValueError, match="holds no run"):
+    with pytest.raises(ValueError, match="holds no run of this version .*choose another"):
         opened(tmp_path / "mine", overwrite=True)
     assert os.listdir(tmp_path / "mine") == [name]
 
@@ -96,12 +121,27 @@ def test_places_where_no_run_may_be(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": "deftx_run", "made_from": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "{}", "[1]", '{"format": "deftx_run", "made_from": 3}', '{"format": "deftx_run", "made_from": {}}',
+        '{"format": "deftx_run", "made_from": {"settings": {}, "fingerprints": []}}',
+    ],
+)  # fmt: skip
 def test_a_damaged_marker_is_named(tmp_path, content):
     opened(tmp_path / "run")
     (tmp_path / "run" / runs.MARKER).write_text(content)
     with pytest.raises(ValueError, match=f"{runs.MARKER}"):
         opened(tmp_path / "run", overwrite=True)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match=r"run/.lock cannot be locked \(No locks available\): its file system has no locks"):
+        opened(tmp_path / "run")
 
 
 def test_the_lock_of_a_folder_ends_with_its_process(tmp_path):

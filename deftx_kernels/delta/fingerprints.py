@@ -2,13 +2,13 @@
 
 import hashlib
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 _CHUNK = 1 << 26  # bytes
 _THREADS = min(8, os.cpu_count() or 1)
@@ -43,35 +43,34 @@ def update(sha: Any, tensor: Tensor) -> None:
 class History(NamedTuple):
     """How a tensor came to its content."""
 
-    now: str  # fingerprint of the content
-    base: str  # that of the content before any delta was added
+    base: str  # fingerprint of the content before any delta was added
     deltas: dict[str, float]  # content hash of each delta on it → alpha
 
-    def after(self, now: str, delta: str, alpha: float) -> "History":
+    def after(self, delta: str, alpha: float) -> "History":
         deltas = {**self.deltas, delta: self.deltas.get(delta, 0.0) + alpha}
-        return History(now, self.base, {d: a for d, a in deltas.items() if a != 0})
+        return History(self.base, {d: a for d, a in deltas.items() if a != 0})
 
 
-# Of the tensors that deltas were added to, so that deltas can be stacked. Only a history whose `now` is the content counts.
-_HISTORIES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Fingerprint → history of what deltas were added to, so that deltas can be stacked: on that tensor, a copy of it, or when it was
+# saved and loaded. The newest are kept: several models of 10,000 tensors.
+_HISTORIES: OrderedDict[str, History] = OrderedDict()
+_MOST = 1 << 16
 
 
-def history(tensor: Tensor, now: str, base: str | None) -> History:
-    """The history of a tensor with fingerprint `now`, for a delta that was made for `base` (None: for any)."""
-    known = _HISTORIES.get(tensor)
-    if known is None or known.now != now or now in (known.base, base):
-        return History(now, now, {})
-    return known
+def known(now: str) -> bool:
+    """Whether content with fingerprint `now` has a history."""
+    return now in _HISTORIES
 
 
-def remembered(tensor: Tensor) -> History | None:
-    """What is remembered of a tensor, to be given back to `remember`."""
-    return _HISTORIES.get(tensor)
+def history(now: str, base: str | None) -> History:
+    """The history of content with fingerprint `now`, for a delta that was made for `base` (None: for any)."""
+    found = _HISTORIES.get(now)
+    return History(now, {}) if found is None or now in (found.base, base) else found
 
 
-def remember(tensor: Tensor, known: History | None) -> None:
-    """Replace what is remembered of a tensor; None: nothing."""
-    if known is None:
-        _HISTORIES.pop(tensor, None)
-    else:
-        _HISTORIES[tensor] = known
+def remember(now: str, found: History) -> None:
+    """Replace the history of content with fingerprint `now`."""
+    _HISTORIES.pop(now, None)
+    _HISTORIES[now] = found
+    while len(_HISTORIES) > _MOST:
+        _HISTORIES.popitem(last=False)

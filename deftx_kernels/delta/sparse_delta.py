@@ -1,8 +1,11 @@
 """SparseDelta: made from two models, added to a model, composed, saved and loaded."""
 
 import contextlib
+import functools
 import hashlib
+import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,9 +18,9 @@ from deftx_kernels._checks import check_plain, check_readable, check_writable, i
 from deftx_kernels.delta import storage
 from deftx_kernels.delta.change import Change
 from deftx_kernels.delta.exact import SUMMABLE, Low, differs, exact_difference
-from deftx_kernels.delta.fingerprints import History, fingerprint, update
+from deftx_kernels.delta.fingerprints import fingerprint, update
 from deftx_kernels.files import reading
-from deftx_kernels.functional import all_tensors, tied_names, with_tied_names
+from deftx_kernels.functional import all_tensors, plain_name, tied_in_either, tied_names, unwrapped, with_tied_names
 from deftx_kernels.mask import CSRMask, usable_in_backward
 from deftx_kernels.nn import masked_parameters, plain_tensors
 
@@ -33,14 +36,16 @@ class SparseDelta:
         mask: the entries.
         values: compact [mask.nnz], the differences (float32).
         dense: name → tensor that replaces the model's (a head, an integer buffer). Not scaled, not added.
-        metadata: JSON-serialisable facts: method, base_model, base_fingerprint (name → that of the base's tensor), k, settings.
+        metadata: JSON-serialisable facts: method, base_model, base_fingerprint (name → that of the base's tensor), base_dtype
+            (where the mask's tensors had one), tied (further name → name here of a tensor that the base had twice), lossy (the
+            dtype that the values were rounded to), k, settings.
         low: second terms, for the entries where no float32 gives the tuned tensor back bit for bit: their places in the compact
             order, integer [m], ascending, and what is to be added to base + value there, float64 [m]. `values` alone is the
             float32 nearest to the difference. None, also as the attribute, where there are none.
 
     Raises:
         ValueError, TypeError: values that are not compact or not floating point; a tensor both in mask and dense, or no plain
-            tensor in dense (a DTensor, on meta); low terms or a base_fingerprint of another form.
+            tensor in dense (a DTensor, on meta); low terms, a base_fingerprint or a tied of another form.
     """
 
     def __init__(
@@ -64,9 +69,10 @@ class SparseDelta:
         self.low = _checked_low(low, mask)
         if both := [n for n in self.dense if n in mask]:
             raise ValueError(f"dense: {both[0]!r} is covered by the mask as well")
-        base = self.metadata.get("base_fingerprint", {})
-        if not isinstance(base, Mapping) or not all(isinstance(text, str) for item in base.items() for text in item):
-            raise TypeError("metadata: base_fingerprint must be a mapping of names to fingerprints")
+        for key, what in (("base_fingerprint", "fingerprints"), ("tied", "names")):
+            found = self.metadata.get(key, {})
+            if not isinstance(found, Mapping) or not all(isinstance(text, str) for item in found.items() for text in item):
+                raise TypeError(f"metadata: {key} must be a mapping of names to {what}")
 
     def __repr__(self) -> str:
         method = self.metadata.get("method", "unknown")
@@ -93,8 +99,10 @@ class SparseDelta:
         """tuned - base, chosen so that base + delta gives `tuned` back bit for bit.
 
         Args:
-            tuned, base: modules (their named parameters; of a sparsified model those of the plain one) or mappings. Tied tensors
-                count once, under their first name in `base`.
+            tuned, base: modules (their named parameters and persistent buffers; of a sparsified model those of the plain one; names
+                as without torch.compile and DistributedDataParallel) or mappings. Tensors that are tied in `base`, or in `tuned`
+                and equal in `base`, count once, under their first name in `base`; `tied` in the metadata has the others. Buffers
+                of a module count where both have them: those that differ and are not in the mask are kept whole.
             mask: the entries that may differ; by default those that do. A difference is one of bits: 0.0 and -0.0 differ.
             dense: names of tensors to keep whole. Tensors that only `tuned` has are kept whole, too.
             metadata: goes into the delta's. `inexact_entries` is added: how many entries no difference can carry exactly (some of
@@ -105,11 +113,18 @@ class SparseDelta:
                 tensors of `base` share a part of their memory, or are tied and differ in `tuned`.
             TypeError: the mask covers a tensor that is not floating point; something is no plain tensor (a DTensor).
         """
-        old = _model_tensors(base, "base")
-        tied = tied_names(old, "base")
-        new = with_tied_names(_model_tensors(tuned, "tuned"), tied)
-        tied_in_tuned = tied_names({n: new[n] for n in sorted(new, key=lambda n: n not in old)}, "tuned")
+        old, old_buffers = _model_tensors(base, "base")
+        new, new_buffers = _model_tensors(tuned, "tuned")
         wanted = set(dense)
+        buffers = (old_buffers | new_buffers) & old.keys() & new.keys()
+        old = {n: t for n, t in old.items() if n in new or n not in old_buffers}
+        tied = tied_names(old, "base")
+        new = with_tied_names({n: t for n, t in new.items() if n in old or n in wanted or n not in new_buffers}, tied)
+        tied_in_tuned = tied_names({n: new[n] for n in sorted(new, key=lambda n: n not in old)}, "tuned")
+        covered = () if mask is None else mask.names
+        for name, first in tied_in_either(old, new).items():
+            if name not in covered and not (name in wanted and first in covered):  # else they are meant to be two
+                tied[name] = first
         for name in sorted(wanted - new.keys()):
             raise ValueError(f"dense names {name!r}, which tuned lacks")
         whole = {tied.get(n, n) for n in wanted} | {n for n in new.keys() - old.keys() if tied_in_tuned[n] == n}
@@ -120,8 +135,11 @@ class SparseDelta:
             if new[name].shape != old[name].shape:
                 raise ValueError(f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base")
         differing = {n: differs(new[n], old[n]) for n in shared}
+        for name in [n for n in shared if n in buffers and n not in covered]:
+            if bool(differing.pop(name).any()):
+                whole.add(name)
         if mask is None:
-            names = [n for n in shared if old[n].dtype in SUMMABLE]
+            names = [n for n in differing if old[n].dtype in SUMMABLE]
             changed = [n for n in names if bool(differing[n].any())] or names
             mask = CSRMask.from_dense({n: differing[n] for n in changed})
         for name, tensor in zip(mask.names, mask.select(old, "base")):
@@ -144,6 +162,10 @@ class SparseDelta:
             "inexact_entries": inexact,
             "base_fingerprint": fingerprint({n: old[n] for n in mask.names}),
         }
+        if len(dtypes := {old[n].dtype for n in mask.names}) == 1:
+            facts["base_dtype"] = str(dtypes.pop()).removeprefix("torch.")
+        if aliases := {n: first for n, first in tied.items() if n != first and (first in mask or first in whole)}:
+            facts["tied"] = aliases
         return cls(mask, values, {n: new[n].clone() for n in sorted(whole)}, facts, low)
 
     # ---- on models ----
@@ -151,30 +173,48 @@ class SparseDelta:
     def apply_(self, model: Model, alpha: float = 1.0, dense: bool = True, *, strict: bool = True) -> None:
         """model += alpha * delta at the mask's entries, in float32 or better; with `dense`, copy the whole tensors, too.
 
+        Where the base had a tensor under several names, each of them that `model` has is written, also where they are copies.
+
         Raises:
-            ValueError: the model lacks a tensor, has it in another shape or where it cannot be written, or has two of the delta's
-                tensors in the same memory; with `strict` also where its tensors are not the base's (by fingerprint; tensors to
-                which this library added deltas before count as the base that they were) or this delta is on them already, unless
-                `alpha` takes it off. The tensors are named. Nothing has changed then, nor after any other error.
+            ValueError: the model lacks a tensor, has it in another shape or where it cannot be written, has two of the delta's
+                tensors in the same memory, or has one in an open `applied` block; with `strict` also where its tensors are not the
+                base's (by fingerprint; content that this library made by adding deltas counts as the base that it was), copies of
+                a tied tensor differ (without `strict` they stay as they are) or this delta is on them already, unless `alpha`
+                takes it off. The tensors are named. Nothing has changed then, nor after any other error.
             TypeError: a tensor is not floating point or no plain tensor (a DTensor).
         """
         change = self._change(model, alpha, dense, strict)
-        change.write(self._checked(change))
+        change.check_free()
+        self._check_base(change)
+        change.write(remember=strict)
 
     @contextlib.contextmanager
     def applied(self, model: Model, alpha: float = 1.0, dense: bool = True, *, strict: bool = True) -> Iterator[Model]:
         """`with delta.applied(model):` the delta is on the model, and afterwards every touched entry is restored bit for bit.
 
         Several may be open on one model, and be closed in any order: those that stay open are then on the base as if the closed one
-        had never been. Errors as `apply_`. Entries of the delta that are changed in another way meanwhile are restored, too, with a
-        RuntimeWarning.
+        had never been. Errors as `apply_`. Entries and whole tensors of the delta that are changed in another way meanwhile are
+        restored, too, with a RuntimeWarning. Of tensors that are replaced meanwhile the new ones are restored.
+
+        Raises:
+            RuntimeError: at the end, naming the tensors that have another shape now; all others are restored. After an exception in
+                the block it is a RuntimeWarning.
         """
         change = self._change(model, alpha, dense, strict)
-        change.open(self._checked(change))
+        self._check_base(change)
+        change.open()
         try:
             yield model
-        finally:
-            change.close()
+        except BaseException:
+            with contextlib.suppress(RuntimeWarning):  # where warnings are errors; that of the block counts
+                if found := " ".join(filter(None, change.close())):
+                    warnings.warn(found, RuntimeWarning, stacklevel=3)
+            raise
+        lost, changed = change.close()
+        if lost:
+            raise RuntimeError(f"{lost} {changed}".rstrip())
+        if changed:
+            warnings.warn(changed, RuntimeWarning, stacklevel=3)
 
     def _change(self, model: Model, alpha: float, dense: bool, strict: bool) -> Change:
         """The addition to the model's tensors, after every check but those of their content."""
@@ -183,22 +223,26 @@ class SparseDelta:
         if isinstance(model, nn.Module):
             if masked_parameters(model):
                 raise ValueError("model is sparsified: densify(model) before a delta is applied")
-            live = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         else:
             all_tensors(model, "model")
-            live = dict(model)
+        live = _live(model)
         whole = self.dense if dense else {}
         shapes = dict(zip(self.mask.names, self.mask.shapes)) | {n: t.shape for n, t in whole.items()}
+        tied = self.metadata.get("tied", {}).items()
+        aliases = {n: first for n, first in tied if first in shapes and n not in shapes and n in live}
+        shapes |= {n: shapes[first] for n, first in aliases.items()}
         labels = {n: f"model's tensor {n!r}" for n in shapes}
         for name, shape in shapes.items():
             if name not in live:
-                raise ValueError(f"model lacks tensor {name!r} of the delta")
+                wrapped = [w + name for w in ("_orig_mod.", "module.") if w + name in live]
+                has = f", but has {wrapped[0]!r}: give the tensors of the model inside its wrapper" if wrapped else ""
+                raise ValueError(f"model lacks tensor {name!r} of the delta{has}")
             tensor = live[name]
             check_plain(tensor, labels[name])
             check_readable(tensor, labels[name])
             if tensor.shape != shape:
                 raise ValueError(f"{labels[name]} has shape {list(tensor.shape)}, the delta was made for {list(shape)}")
-            if name in self.mask and tensor.dtype not in SUMMABLE:
+            if (name in self.mask or aliases.get(name) in self.mask.places) and tensor.dtype not in SUMMABLE:
                 raise ValueError(f"{labels[name]} is {tensor.dtype}, a difference needs floating point")
             if name in whole and not torch.can_cast(whole[name].dtype, tensor.dtype):
                 raise ValueError(f"{labels[name]} is {tensor.dtype}, the delta has it as {whole[name].dtype}")
@@ -207,16 +251,33 @@ class SparseDelta:
         targets = {n: live[n] for n in shapes}
         for name, first in tied_names(targets, "model").items():
             if name != first:
-                raise ValueError(f"model has one tensor as {first!r} and {name!r}, the delta changes both")
+                if aliases.get(name) != aliases.get(first, first):
+                    raise ValueError(f"model has one tensor as {first!r} and {name!r}, the delta changes both")
+                del targets[name], aliases[name]
+        for name, first in list(aliases.items()):
+            if not _same(targets[name], targets[first]):
+                if strict:
+                    raise ValueError(
+                        f"{labels[name]} was tied to {first!r} in the base of this delta, here it has other values (strict=False "
+                        "leaves it as it is)"
+                    )
+                del targets[name], aliases[name]
         check_writable({labels[n]: t for n, t in targets.items()})
-        base = self.metadata.get("base_fingerprint", {})
-        return Change(self.mask, self.values, self.low, whole, targets, alpha, self._identity() if strict else None, base)
+        identity, base = self._identity() if strict else None, self.metadata.get("base_fingerprint", {})
+        follow = functools.partial(_live, model)
+        return Change(self.mask, self.values, self.low, whole, targets, aliases, follow, alpha, identity, base)
 
-    def _checked(self, change: Change) -> dict[str, History]:
-        """The histories of the tensors, which are those of the delta's base and do not have it on them."""
+    def _check_base(self, change: Change) -> None:
+        """ValueError unless the tensors are those of the delta's base and do not have it on them, where histories count."""
         found = change.histories()
         if wrong := [n for n, known in found.items() if change.base.get(n, known.base) != known.base]:
-            model = self.metadata.get("base_model")
+            model, dtype = self.metadata.get("base_model"), self.metadata.get("base_dtype")
+            now = str(change.tensors[wrong[0]].dtype).removeprefix("torch.")
+            if dtype is not None and dtype != now:
+                raise ValueError(
+                    f"model's tensor {wrong[0]!r} is {now}, the delta was made for a base in {dtype} (strict=False applies it all "
+                    "the same)"
+                )
             raise ValueError(
                 f"model is not the base of this delta{f' ({model})' if model else ''}: {len(wrong)} of {len(self.mask)} tensors "
                 f"have other values, the first is {wrong[0]!r} (strict=False applies it all the same)"
@@ -228,7 +289,6 @@ class SparseDelta:
                     f"this delta is on model's tensor {name!r} already, with alpha = {there}: alpha = {-there} takes it off "
                     "(strict=False adds it again)"
                 )
-        return found
 
     def _identity(self) -> str:
         """The content hash by which a model remembers the delta."""
@@ -256,6 +316,7 @@ class SparseDelta:
         mask = deltas[0].mask
         dense: dict[str, Tensor] = {}
         base: dict[str, str] = {}
+        tied: dict[str, str] = {}
         for i, delta in enumerate(deltas):
             mask = mask if i == 0 else mask | delta.mask.to(mask.device)
             for name, tensor in delta.dense.items():
@@ -264,17 +325,23 @@ class SparseDelta:
             for name, value in delta.metadata.get("base_fingerprint", {}).items():
                 if base.setdefault(name, value) != value:
                     raise ValueError(f"deltas[{i}] was made for another base: tensor {name!r} has another fingerprint")
+            tied |= delta.metadata.get("tied", {})
         if both := [n for n in dense if n in mask]:
             raise ValueError(f"tensor {both[0]!r} is sparse in one delta and whole in another")
         values, low = _sum(deltas, mask)
         facts = {"method": "compose", "k": mask.nnz, "base_fingerprint": base, "composed_of": [d._facts() for d in deltas]}
-        model = deltas[0].metadata.get("base_model")
-        if model is not None and all(d.metadata.get("base_model") == model for d in deltas):
-            facts["base_model"] = model
+        for key in ("base_model", "base_dtype"):
+            first = deltas[0].metadata.get(key)
+            if first is not None and all(d.metadata.get(key) == first for d in deltas):
+                facts[key] = first
+        if tied:
+            facts["tied"] = tied
+        if lossy := [d.metadata["lossy"] for d in deltas if d.metadata.get("lossy")]:
+            facts["lossy"] = lossy[0]
         return SparseDelta(mask, values, dense, facts, low)
 
     def _facts(self) -> dict[str, Any]:
-        return {k: v for k, v in self.metadata.items() if k != "base_fingerprint"}
+        return {k: v for k, v in self.metadata.items() if k not in ("base_fingerprint", "tied")}
 
     # ---- files ----
 
@@ -284,12 +351,13 @@ class SparseDelta:
         A crash, a kill or a full disk leave the old delta or the new one, whole; of several savers the last one counts.
 
         Args:
-            dtype: float32 by default; float16 or bfloat16 give the smaller, lossy form (without second terms), and the config
-                says so.
+            dtype: float32 by default; float16 or bfloat16 give the smaller, lossy form (without second terms). The config says so,
+                and the metadata: `lossy` is the dtype, also when the delta is loaded and saved again, and `inexact_entries` goes.
 
         Raises:
-            TypeError, ValueError: metadata that JSON cannot hold; a dtype that the values overflow. Nothing has been written.
-            OSError: a file cannot be written; the message names it.
+            TypeError, ValueError: metadata that JSON cannot hold, by its key; a dtype that the values overflow. Nothing has been
+                written.
+            OSError: `directory` is a file, or a file cannot be written; the message names it.
         """
         dtype = dtype or torch.float32
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -302,15 +370,24 @@ class SparseDelta:
             places = self.low[0].to(torch.int32) if self.mask.nnz < 2**31 else self.low[0]
             tensors |= {"low_indices": places, "low_values": self.low[1]}
         tensors |= {_DENSE + n: t for n, t in self.dense.items()}
+        metadata = dict(self.metadata)
+        if dtype != torch.float32:
+            metadata["lossy"] = str(dtype).removeprefix("torch.")
+            metadata.pop("inexact_entries", None)
+        for key, value in metadata.items():
+            try:
+                json.dumps({key: value})
+            except (TypeError, ValueError, RecursionError) as error:
+                raise TypeError(f"metadata[{key!r}] cannot be written as JSON: {error}") from error
         config = {
             "names": self.mask.names,
             "shapes": [list(s) for s in self.mask.shapes],
             "nnz": self.mask.nnz,
             "density": self.mask.density,
             "values_dtype": str(dtype).removeprefix("torch."),
-            "lossy": dtype != torch.float32,
+            "lossy": bool(metadata.get("lossy")),
             "dense": sorted(self.dense),
-            "metadata": self.metadata,
+            "metadata": metadata,
         }
         storage.save(Path(directory), {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, config)
 
@@ -325,6 +402,8 @@ class SparseDelta:
             ValueError: a file is damaged (its checksum is computed again) or of another format; the message names it.
         """
         folder = Path(path)
+        if folder.is_file():
+            raise FileNotFoundError(f"{path} is a file: a sparse delta is the folder that holds it")
         if not folder.is_dir():
             folder = _download(str(path), revision)
         config, tensors = storage.load(folder)
@@ -376,14 +455,35 @@ def _checked_low(low: Low | None, mask: CSRMask) -> Low | None:
     return places, usable_in_backward(values.detach()).to(mask.device)
 
 
-def _model_tensors(model: Model, argument: str) -> dict[str, Tensor]:
-    """Name → tensor, tied ones under each name; of a sparsified model those of the plain one."""
+def _live(model: Model) -> dict[str, Any]:
+    """Name → parameter or buffer as the model has it now, tied ones under each name."""
+    if not isinstance(model, nn.Module):
+        return dict(model)
+    inner = unwrapped(model)
+    found = (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False))
+    return {plain_name(n): t for n, t in found}
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for prefix, module in unwrapped(model).named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in module._non_persistent_buffers_set:
+                found[plain_name(f"{prefix}.{name}" if prefix else name)] = buffer.detach()
+    return found
+
+
+def _model_tensors(model: Model, argument: str) -> tuple[dict[str, Tensor], set[str]]:
+    """Name → tensor, tied ones under each name, of a sparsified model those of the plain one; the names of a module's buffers."""
     sparsified = isinstance(model, nn.Module) and masked_parameters(model)
-    tensors = all_tensors(plain_tensors(model) if sparsified else model, argument)  # type: ignore[arg-type]
+    tensors = all_tensors(plain_tensors(unwrapped(model)) if sparsified else model, argument)  # type: ignore[arg-type]
+    tensors = {plain_name(n): t for n, t in tensors.items()} if sparsified else tensors
+    buffers = _persistent_buffers(model) if isinstance(model, nn.Module) else {}
+    tensors |= buffers
     for name, tensor in tensors.items():
         check_plain(tensor, f"{argument}[{name!r}]")
         check_readable(tensor, f"{argument}[{name!r}]")
-    return tensors
+    return tensors, set(buffers)
 
 
 def _exact_differences(mask: CSRMask, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> tuple[Tensor, Low, int]:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from deftx_kernels.delta.fingerprints import update
-from deftx_kernels.files import parse_json, reading, write_tensors, write_text
+from deftx_kernels.files import make_folder, parse_json, reading, write_tensors, write_text
 
 WEIGHTS_NAME = "sparse_delta.safetensors"
 CONFIG_NAME = "sparse_delta_config.json"
@@ -28,12 +28,12 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any])
 
     Raises:
         TypeError, ValueError: the configuration is no JSON. Nothing has been written then.
-        OSError: a file cannot be written; the message names it.
+        OSError: `folder` is a file, or a file cannot be written; the message names it.
     """
     whole = json.loads(json.dumps({"format": FORMAT, "format_version": VERSION, **config}))  # keys as they will be read
     whole["content"] = checksum(whole, tensors)
     text = json.dumps(whole, indent=2, sort_keys=True) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_text(folder / CONFIG_NAME, text)
     write_tensors(folder / WEIGHTS_NAME, tensors, {"format": FORMAT, "config": text})
 
@@ -50,11 +50,16 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise FileNotFoundError(f"{folder} holds no {name}")
     with reading(folder / WEIGHTS_NAME, "sparse delta"), safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
         header = file.metadata() or {}
-        if header.get("format") != FORMAT or "config" not in header:
-            raise ValueError(f"its header lacks format = {FORMAT} or a configuration")
-        config = parse_json(header["config"])
-        if not isinstance(config, dict) or config.get("format_version") != VERSION:
-            raise ValueError(f"its header is not of format version {VERSION}")
+        if header.get("format") != FORMAT:
+            raise ValueError(f"its header lacks format = {FORMAT}")
+        config = parse_json(header["config"]) if "config" in header else {"format_version": 1}
+        if not isinstance(config, dict) or type(version := config.get("format_version")) is not int:
+            raise ValueError("its header has no format_version")
+        if version != VERSION:
+            age = "an older" if version < VERSION else "a newer"
+            raise ValueError(
+                f"it was written by {age} version of deftx-kernels, as format version {version}; this one reads {VERSION}"
+            )
         tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
         content = config.pop("content", None)
         if content != checksum(config, tensors):
@@ -70,6 +75,8 @@ def _check_copy(path: Path, text: str, content: str) -> None:
         if copy == text:
             return
         found = parse_json(copy)
+        if json.dumps(found, sort_keys=True) == json.dumps(parse_json(text), sort_keys=True):  # NaN equals NaN so
+            return
         if not isinstance(found, dict) or not isinstance(found.get("content"), str):
             raise ValueError("it names no content")
         if found["content"] == content:

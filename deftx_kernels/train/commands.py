@@ -15,6 +15,7 @@ from deftx_kernels.train.recipes import Vector, dense_phase, learn
 from deftx_kernels.train.runs import open_run
 from deftx_kernels.train.tokens import task_collator, tokenize_task
 from deftx_kernels.train.trainer import Runtime
+from deftx_kernels.train.vectors import load_vector
 
 
 def train_language(config: TrainLanguageConfig) -> Path:
@@ -53,7 +54,7 @@ def train_task(config: TrainTaskConfig) -> Path:
     fingerprints = {"model": models.model_hash(config.model), "training data": content_hash(train)}
     if validation is not None:
         fingerprints["validation data"] = content_hash(validation)
-    fingerprints |= {f"vector {path}": vector_hash(vector) for path, vector in zip(config.start_from, vectors)}
+    fingerprints |= {f"vector {number}": vector_hash(vector) for number, vector in enumerate(vectors, start=1)}
     inputs: list[str | Path] = [models.resolve_model(config.model), *config.train, *config.validation, *config.start_from]
     run_dir, runtime = Path(config.run_dir), Runtime(config.seed, config.device)
     with open_run(config, run_dir, fingerprints, inputs):
@@ -85,14 +86,6 @@ def _learn(vector: Vector, recipe: Recipe, runtime: Runtime) -> Path:
         return vector.folder / "dense/model"
     learn(vector, recipe, runtime)
     return vector.deltas / recipe / vector.name
-
-
-def load_vector(path: str) -> SparseDelta:
-    """A vector from a folder or the hub, with ValueError where there is none."""
-    try:
-        return SparseDelta.from_pretrained(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"vector {path!r}: {error}") from error
 
 
 def evaluate_vectors(config: EvalConfig) -> dict[str, float]:

@@ -23,6 +23,8 @@ from deftx_kernels.train.config import CldrData, FilesData, HubData, NusaxData, 
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_CSV_QUOTED = re.compile(r'"(?:[^"]*"")+[^"]*"')  # with quotes inside, all doubled: "He said so" alone may be meant
+_TSV_HINT = "TSV knows no quotes: save the file as CSV"
 SPLIT_FILES = {"train": "train.csv", "validation": "valid.csv", "test": "test.csv"}
 
 
@@ -102,9 +104,11 @@ def _table_rows(text: str, path: Path, tabs: bool) -> Iterable[dict]:
         for fields in filter(None, reader):  # an empty line is no row
             if len(fields) != len(header):
                 raise ValueError(
-                    f"{path}, line {reader.line_num}: {len(fields)} fields, but {len(header)} columns"
-                    + ("" if tabs else "; a text with a comma stands in double quotes")
+                    f"{path}, line {reader.line_num}: {len(fields)} fields, but {len(header)} columns; "
+                    + (_TSV_HINT if tabs else "a text with a comma stands in double quotes")
                 )
+            if tabs and (quoted := [field for field in fields if _CSV_QUOTED.fullmatch(field)]):
+                raise ValueError(f"{path}, line {reader.line_num}: the field {quoted[0]!r:.50} is quoted as in CSV; {_TSV_HINT}")
             yield dict(zip(header, fields))
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
@@ -158,6 +162,13 @@ def _column(rows: list[dict], name: str, where: str, lists: bool = False) -> lis
     return values
 
 
+def _check_stripped(labels: list[str], column: str, where: str) -> None:
+    """ValueError for white space around a label, which would make another class of it."""
+    for label in labels:
+        if label != label.strip():
+            raise ValueError(f"{where}: {label!r} in column {column!r} begins or ends with white space; remove it")
+
+
 def make_task_dataset(rows: list[dict], columns: Columns, where: str) -> Dataset:
     """Rows with the columns that the task needs, under their standard names. `where` names the source in errors."""
     lists = columns.task == "token-classification"
@@ -169,7 +180,11 @@ def make_task_dataset(rows: list[dict], columns: Columns, where: str) -> Dataset
         for number, (a, b) in enumerate(zip(tokens, tags), start=1):
             if len(a) != len(b):
                 raise ValueError(f"{where}, row {number}: {len(a)} tokens in {columns.text!r} but {len(b)} in {columns.label!r}")
+        for number, line in enumerate(tags, start=1):
+            _check_stripped(line, columns.label, f"{where}, row {number}")
         return Dataset.from_dict({"tokens": tokens, "tags": tags})
+    for number, label in enumerate(labels, start=1):
+        _check_stripped([str(label)], columns.label, f"{where}, row {number}")
     data = {"text": [str(text) for text in texts], "label": [str(label) for label in labels]}
     if columns.pair is not None:
         data["text_pair"] = [str(text) for text in _column(rows, columns.pair, where)]

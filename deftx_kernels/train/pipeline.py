@@ -62,9 +62,9 @@ def run(config: RunConfig, console: Console | None = None) -> dict:
 
 
 def data_paths(data: Any) -> list[Path]:
-    """The files and folders that a data configuration names."""
+    """The files that a data configuration names. A run may lie beside them in their folder, where it deletes none of them."""
     if isinstance(data, NusaxData):
-        return [Path(data.data_dir)]
+        return sorted(Path(data.data_dir).glob("*/*.csv"))
     if isinstance(data, FilesData):
         pairs = [*parse_pairs(data.test, "test").values(), *parse_pairs(data.text, "text").values()]
         return [Path(path) for path in [*data.train, *data.validation, *pairs]]
@@ -208,7 +208,7 @@ def measure_costs(config: RunConfig, corpus: Corpus, tokenizer, run_dir: Path, c
     if recipe is None:
         return None
     folder = run_dir / "phases/costs"
-    if (facts := finished(folder)) is not None:
+    if (facts := finished(folder)) is not None and facts.get("cost_steps") == config.cost_steps:
         return facts
     console.print("[bold]memory and step time[/], dense and sparse, each in a fresh process")
     vector = run_dir / "phases" / (f"task-{recipe}" if config.source_vector else "task")
@@ -219,6 +219,10 @@ def measure_costs(config: RunConfig, corpus: Corpus, tokenizer, run_dir: Path, c
     batches = [dict(collator([rows[j] for j in range(i * size, min((i + 1) * size, len(rows)))])) for i in range(count)]
     batches = [{name: torch.as_tensor(value) for name, value in batch.items()} for batch in batches]
     mask = vector / recipe / "mask.safetensors"
-    facts = {"recipe": recipe, **costs.compare(start, mask, batches, config.cost_steps, config.device, corpus.task)}
+    facts = {
+        "recipe": recipe,
+        "cost_steps": config.cost_steps,
+        **costs.compare(start, mask, batches, config.cost_steps, config.device, corpus.task),
+    }
     finish(folder, facts)
     return facts

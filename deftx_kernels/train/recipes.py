@@ -8,8 +8,10 @@ import dataclasses
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import densify, sparsify
 from deftx_kernels.optim import SparseAdamW
 from deftx_kernels.train import models
-from deftx_kernels.train.checkpoints import remove_checkpoints
+from deftx_kernels.train.checkpoints import check_weights, fault_of, remove_checkpoints
 from deftx_kernels.train.config import PhaseConfig, Recipe, SelectionConfig, VectorConfig, to_dict
 from deftx_kernels.train.tensors import saving
 from deftx_kernels.train.trainer import DivergenceGuard, Examples, L1Toward, Runtime, train_phase
@@ -61,7 +63,7 @@ def learn(vector: Vector, recipe: Recipe, runtime: Runtime) -> tuple[SparseDelta
     <recipe>/mask.safetensors, with a phase.json of facts in each folder.
     """
     folder, output = vector.folder / recipe, vector.deltas / recipe / vector.name
-    if (facts := finished(folder)) is not None:
+    if (facts := finished(folder, partial(_read_vector, folder, output, recipe))) is not None:
         return SparseDelta.from_pretrained(output), facts
     folder.mkdir(parents=True, exist_ok=True)
     if recipe == "lift":
@@ -78,10 +80,18 @@ def learn(vector: Vector, recipe: Recipe, runtime: Runtime) -> tuple[SparseDelta
     return delta, facts
 
 
+def _read_vector(folder: Path, output: Path, recipe: Recipe) -> None:
+    if recipe != "lift":  # which has no single mask
+        CSRMask.load(folder / "mask.safetensors")
+    if not output.is_dir():  # from_pretrained would ask the hub for it
+        raise FileNotFoundError(f"no folder {output}")
+    SparseDelta.from_pretrained(output)
+
+
 def dense_phase(vector: Vector, runtime: Runtime) -> dict:
     """Full fine-tuning theta0 -> theta1, kept as the model folder dense/model. Returns its facts."""
     folder = vector.folder / "dense"
-    if (facts := finished(folder)) is not None:
+    if (facts := finished_model(folder, folder / "model")) is not None:
         return facts
     model = load_start(vector, runtime)
     callbacks: tuple[TrainerCallback, ...] = ()
@@ -256,8 +266,11 @@ def count_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def finished(folder: Path) -> dict | None:
+def finished(folder: Path, read: Callable[[], object] | None = None) -> dict | None:
     """The facts of a finished phase, or None: its phase.json is written last, and what is there without it counts for nothing.
+
+    Args:
+        read: reads the phase's results; where they are missing or damaged, the phase is not finished.
 
     Raises:
         ValueError: phase.json is damaged.
@@ -268,7 +281,20 @@ def finished(folder: Path) -> dict | None:
     facts = read_json(path)
     if not isinstance(facts, dict):
         raise ValueError(f"{path} is damaged: an object is expected, not {type(facts).__name__}")
+    if read is not None and (fault := fault_of(read)) is not None:
+        warnings.warn(f"{folder} is made again, as what it gave is missing or damaged: {fault}", RuntimeWarning, stacklevel=2)
+        return None
     return facts
+
+
+def finished_model(folder: Path, model: Path) -> dict | None:
+    """`finished`, of a phase that gave the model folder `model`."""
+
+    def read() -> None:
+        read_json(model / "config.json")
+        check_weights(model)
+
+    return finished(folder, read)
 
 
 def finish(folder: Path, facts: dict) -> None:

@@ -1,9 +1,10 @@
 """A run's folder: the marker that says whose it is and what it was made from, and the lock of the process that works in it."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,14 @@ from deftx_kernels.train.config import differences, to_dict
 MARKER = "deftx_run.json"
 FORMAT = "deftx_run"
 LOCK = ".lock"
-# All that a run writes in its folder. Nothing else there is ever deleted.
-CONTENTS = ("config.json", "metrics.json", "report.md", "figures", "deltas", "phases", "seed-*")
+# All that a run writes in its folder, beside seed-<number>. Nothing else there is ever deleted.
+CONTENTS = ("config.json", "metrics.json", "report.md", "deltas", "phases")
+FIGURES = ("scores.png", "costs.png", "spectra.png", "density.png")
+# Settings that change no result (a device changes rounding, which "auto" does as well).
+FREE = ("overwrite", "run_dir", "report_to", "device", "cost_steps")
+# Settings that are paths, of which the fingerprints compare the content; of language=path, the language is a setting.
+PATHS = ("data_dir", "train", "validation", "start_from")
+PAIRS = ("test", "text")
 
 
 @contextmanager
@@ -25,6 +32,7 @@ def open_run(config: Any, run_dir: Path, fingerprints: dict[str, str], inputs: I
 
     Args:
         config: the settings; with `config.overwrite`, what the folder holds of a run with other settings or inputs is deleted.
+            Those that change no result, and the names of local files and folders, are not compared.
         fingerprints: name → hash of each input (the model, the training data); a run continues only with the same ones.
         inputs: paths that the run reads, none of which may lie in run_dir or hold it; names that are no paths are ignored.
 
@@ -32,6 +40,7 @@ def open_run(config: Any, run_dir: Path, fingerprints: dict[str, str], inputs: I
         ValueError: the folder holds a run with other settings or inputs (and not `overwrite`), another process works in it, it
             holds files that are no run's, or it is a place where nothing may be deleted; or several processes run this, each of
             which would write the folder.
+        OSError: a file cannot be written; the file system has no locks.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE is above 1: deftx runs in one process; start it without torchrun")
@@ -40,10 +49,10 @@ def open_run(config: Any, run_dir: Path, fingerprints: dict[str, str], inputs: I
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run_dir {run_dir} is a file")
     if run_dir.is_dir() and not marker.is_file() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
-        raise ValueError(f"run_dir {run_dir} is not empty and holds no run (no {MARKER})")
+        raise ValueError(f"run_dir {run_dir} is not empty and holds no run of this version (no {MARKER}): choose another")
     run_dir.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in to_dict(config).items() if name not in ("overwrite", "run_dir")}
-    made_from = {"settings": settings, "fingerprints": fingerprints}
+    settings = to_dict(config)
+    made_from = {"settings": compared(settings), "fingerprints": fingerprints}
     with _locked(run_dir):
         old = _read_marker(marker) if marker.is_file() else made_from
         changed = [] if old is None else _changes(old, made_from)
@@ -55,8 +64,23 @@ def open_run(config: Any, run_dir: Path, fingerprints: dict[str, str], inputs: I
             _write_marker(marker, None)  # from here on the folder is no run's, also where deleting is cut off
             _delete_contents(run_dir)
         _write_marker(marker, made_from)
-        write_json(run_dir / "config.json", settings)
+        written = {name: value for name, value in settings.items() if name not in ("overwrite", "run_dir")}
+        write_json(run_dir / "config.json", written)
         yield
+
+
+def compared(settings: dict) -> dict:
+    """The settings (of `to_dict`) that a run must share with the one that it continues."""
+    kept = {name: value for name, value in settings.items() if name not in (*FREE, *PATHS)}
+    for name in PAIRS:
+        if isinstance(kept.get(name), list):
+            kept[name] = [pair.partition("=")[0] for pair in kept[name]]
+        else:
+            kept.pop(name, None)
+    kept |= {name: "a folder" for name in ("model", "dataset") if name in kept and Path(kept[name]).is_dir()}
+    if isinstance(kept.get("data"), dict):
+        kept["data"] = compared(kept["data"])
+    return kept
 
 
 def _check_place(run_dir: Path, inputs: Iterable[str | Path]) -> None:
@@ -82,6 +106,12 @@ def _locked(run_dir: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise ValueError(f"run_dir {run_dir}: another process works in it; wait for its end, or choose another run_dir") from None
+    except OSError as error:
+        if error.filename is not None:  # it cannot be opened
+            raise
+        raise OSError(
+            f"{run_dir / LOCK} cannot be locked ({error.strerror}): its file system has no locks; choose a run_dir on another"
+        ) from error
     try:
         yield
     finally:
@@ -91,9 +121,12 @@ def _locked(run_dir: Path) -> Iterator[None]:
 def _read_marker(path: Path) -> dict | None:
     """What the run was made from, or None where its folder was being emptied."""
     marker = read_json(path)
-    if not isinstance(marker, dict) or marker.get("format") != FORMAT or not isinstance(marker.get("made_from"), dict | None):
-        raise ValueError(f"{path} is damaged: it does not say what the run was made from; choose another run_dir")
-    return marker["made_from"]
+    if isinstance(marker, dict) and marker.get("format") == FORMAT and "made_from" in marker:
+        made_from = marker["made_from"]
+        parts = made_from if isinstance(made_from, dict) else {}
+        if made_from is None or all(isinstance(parts.get(name), dict) for name in ("settings", "fingerprints")):
+            return made_from
+    raise ValueError(f"{path} is damaged: it does not say what the run was made from; choose another run_dir")
 
 
 def _write_marker(path: Path, made_from: dict | None) -> None:
@@ -102,14 +135,20 @@ def _write_marker(path: Path, made_from: dict | None) -> None:
 
 def _changes(old: dict, new: dict) -> list[str]:
     """What differs, for a message: the settings with both values, the inputs by name."""
-    settings = differences(old.get("settings"), new["settings"])
-    before, now = old.get("fingerprints", {}), new["fingerprints"]
+    settings = differences(old["settings"], new["settings"])
+    before, now = old["fingerprints"], new["fingerprints"]
     inputs = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     found = [f"settings ({'; '.join(settings[:3])})"] if settings else []
     return found + ([f"content of its inputs ({', '.join(inputs[:3])})"] if inputs else [])
 
 
 def _delete_contents(run_dir: Path) -> None:
-    for pattern in CONTENTS:
-        for path in run_dir.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    seeds = [path.name for path in run_dir.iterdir() if re.fullmatch(r"seed-\d+", path.name) and path.is_dir()]
+    for path in (run_dir / name for name in (*CONTENTS, *seeds)):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    figures = run_dir / "figures"
+    if not figures.is_symlink():
+        for name in FIGURES:
+            (figures / name).unlink(missing_ok=True)
+        with suppress(OSError):  # it holds other files, or is not there
+            figures.rmdir()

@@ -12,7 +12,7 @@ from deftx_kernels.delta import SparseDelta
 from deftx_kernels.functional import selected_counts
 from deftx_kernels.train import models
 from deftx_kernels.train.config import LanguageConfig, PhaseConfig, Recipe, TaskConfig, VectorConfig
-from deftx_kernels.train.recipes import Vector, finish, finished, save_model
+from deftx_kernels.train.recipes import Vector, finish, finished_model, save_model
 from deftx_kernels.train.tokens import MaskedLanguageCollator, mask_once, task_collator, tokenize_task, tokenize_text
 from deftx_kernels.train.trainer import DivergenceGuard, Examples, Runtime, train_phase
 
@@ -55,7 +55,7 @@ def masked_lm_start(
     model: str, settings: LanguageConfig, text: Dataset, tokenizer: PreTrainedTokenizerBase, folder: Path, runtime: Runtime
 ) -> Path:
     """The folder of theta0 for language vectors: the model with its MLM head. A new head is trained with the body frozen."""
-    if finished(folder) is not None:
+    if finished_model(folder, folder / "model") is not None:
         return folder / "model"
     set_seed(runtime.seed)
     masked_lm, new_head = models.load_masked_lm(model, settings.tie_decoder)
@@ -74,7 +74,7 @@ def classifier_start(
     model: str, labels: list[str], task: str, folder: Path, seed: int, vectors: tuple[SparseDelta, ...] = ()
 ) -> Path:
     """The folder of theta0 for a task vector: the model with a new head drawn from `seed`, plus `vectors`."""
-    if finished(folder) is None:
+    if finished_model(folder, folder) is None:
         set_seed(seed)
         classifier = models.load_classifier(model, labels, task)
         for vector in vectors:
