@@ -83,11 +83,15 @@ def test_what_is_no_json_is_named(tmp_path, content):
 
 
 def test_reading_turns_every_fault_of_content_into_a_value_error(tmp_path):
+    path = tmp_path / "a.bin"
+    with pytest.raises(FileNotFoundError), files.reading(path, "thing"):
+        pass
+    path.touch()
     for error in (ValueError("x"), KeyError("x"), RecursionError("x"), MemoryError("x"), ZeroDivisionError("x"), EOFError("x")):
-        with pytest.raises(ValueError, match="a.bin is no readable thing: .*x"), files.reading("a.bin", "thing"):
+        with pytest.raises(ValueError, match="a.bin is no readable thing: .*x"), files.reading(path, "thing"):
             raise error
     for passes in (PermissionError("x"), KeyboardInterrupt()):
-        with pytest.raises(type(passes)), files.reading("a.bin", "thing"):
+        with pytest.raises(type(passes)), files.reading(path, "thing"):
             raise passes
 
 
