@@ -147,8 +147,9 @@ def reading(path: str | os.PathLike, kind: str) -> Iterator[None]:
 
     What the system says of the file itself (an OSError: it is missing, its disk fails) passes.
     """
-    with open(path, "rb"):  # safetensors calls every error of the system a missing file
-        pass
+    if not Path(path).is_dir():
+        with open(path, "rb"):  # safetensors calls every error of the system a missing file
+            pass
     try:
         yield
     except OSError:

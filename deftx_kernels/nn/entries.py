@@ -299,8 +299,9 @@ class Flat:
         if self.buffer is None or self.buffer.device != device:
             self.buffer = torch.empty(self.nnz, dtype=self.dtype, device=device)
         # No slice, which would have one version counter with all others.
-        part = torch.empty(0, dtype=self.dtype, device=device)
-        return part.set_(self.buffer.untyped_storage(), entry.start, (entry.mask.nnz,), (1,))  # type: ignore[arg-type]
+        with torch.inference_mode(False):
+            part = torch.empty(0, dtype=self.dtype, device=device)
+            return part.set_(self.buffer.untyped_storage(), entry.start, (entry.mask.nnz,), (1,))  # type: ignore[arg-type]
 
 
 # ---- the weight as an attribute -----------------------------------------------------------------------------------------
