@@ -133,7 +133,7 @@ class Bucket:
             self.mask, self.dense, grads, self.flat, self.values, self.decay_to, self.steps, step, grad_scale, found_inf
         )  # fmt: skip
         if self.apart and self.values is not None:
-            # Whoever owns this memory (shared memory, FSDP, a copied model) sees the step there.
+            # The owners of this memory (other processes, FSDP) see the step there.
             parts = self.values.split([p.numel() for p in self.params])
             torch._foreach_copy_([p.detach() for p in self.params], list(parts))
 

@@ -157,7 +157,7 @@ class _GatherGradient(torch.autograd.Function):
 
 
 class _RefusedGradient(torch.autograd.Function):
-    """The dense tensor as it is; whoever wants a gradient of it is told why there is none."""
+    """The dense tensor as it is; a backward through it raises an error that says why there is no gradient."""
 
     @staticmethod
     def forward(dense, values, reason):

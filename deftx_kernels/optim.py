@@ -14,11 +14,9 @@ from torch.optim.adamw import adamw
 
 from deftx_kernels._buckets import Bucket
 from deftx_kernels._checks import check_hyperparameters, check_int, check_plain, is_number
+from deftx_kernels.functional import plain_name
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import Entry, entries_of
-
-# What wrappers put before or into the names of a module's parameters.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 class SparseAdamW(Optimizer):
@@ -424,7 +422,6 @@ def _plain_name(name: str, mask: CSRMask) -> str:
     """The parameter's name as the mask has it, or that in the model itself."""
     if name in mask:
         return name
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
+    name = plain_name(name)
     inner = name.removeprefix("module.")  # of DistributedDataParallel; a model may have a module of that name, too
     return inner if inner in mask else name

@@ -250,7 +250,7 @@ def test_topk_heavy_ties(provider, run, request, distinct, dtype, share):
         check_topk(run, scores, [torch.zeros_like(s) for s in scores], [round(m * share) for m in sizes], "tensor")
 
 
-@pytest.mark.parametrize("scope", ["global", pytest.param("tensor", marks=pytest.mark.slow), "row"])
+@pytest.mark.parametrize("scope", ["global", "tensor", "row"])
 def test_topk_when_the_sample_misleads(provider, run, request, scope):
     """The scores that the CUDA kernel samples are all smaller than the others: its bracket holds none of what it should. With scope
     "tensor" they are in the second batch of tensors that share counters."""

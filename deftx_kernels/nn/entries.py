@@ -72,7 +72,7 @@ class WatchedParameter(nn.Parameter):
             data = self.detach().clone(memory_format=torch.preserve_format)
         return type(self)(data, self.requires_grad)
 
-    def __reduce_ex__(self, protocol):  # a plain parameter for whoever reads the file
+    def __reduce_ex__(self, protocol):  # files hold plain parameters
         plain = self.detach()
         return torch._utils._rebuild_parameter, (plain, self.requires_grad, OrderedDict())
 

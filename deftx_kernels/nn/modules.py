@@ -232,7 +232,7 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
     into masked entries of a dense tensor (a LoRA adapter that is merged) becomes their values at the next forward; where values
     were changed as well, these win. A state dict holds values and dense tensors; that of a plain model can be loaded, too.
 
-    Whoever reads a masked `weight` as an attribute (a fused loss over `lm_head.weight`, a decoder that borrows an embedding) gets a
+    A masked `weight` that is read as an attribute (a fused loss over `lm_head.weight`, a decoder that borrows an embedding) is a
     tensor whose gradient reaches the values; that of a Linear or an Embedding is then dense, for as long as backward takes. The
     parameter itself, taken before or from `named_parameters`, is frozen.
 
