@@ -1,12 +1,13 @@
-"""Builds the compiled libraries (CMakeLists.txt) into the package; everything else about the package is in pyproject.toml.
+"""Builds the compiled libraries (CMakeLists.txt) into the package; everything else about the package is in
+pyproject.toml.
 
 DEFTX_BUILD says what to build:
     auto   (default) the CPU library where there is a C++ compiler, the CUDA library too where there is nvcc
     cpu    the CPU library; fails without a C++ compiler
     cuda   both; fails without nvcc
     none   neither: a pure Python package, whose ops run on plain torch and Triton
-What was built, with what, and why something was not, goes to deftx_kernels/_build_info.json. CMake's own variable CUDAARCHS
-("90-real") builds for other GPUs than ARCHITECTURES.
+What was built, with what, and why something was not, goes to deftx_kernels/_build_info.json. CMake's own variable
+CUDAARCHS ("90-real") builds for other GPUs than ARCHITECTURES.
 """
 
 import hashlib
@@ -40,7 +41,9 @@ class Missing(Exception):
 
 
 def output(*command):
-    return subprocess.run([str(c) for c in command], check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    return subprocess.run(
+        [str(c) for c in command], check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ).stdout
 
 
 def find_program(name):
@@ -53,7 +56,9 @@ def find_torch():
     """(folder, version) of the torch to build against, without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        raise Missing("torch was not found where the package was built (pip install --no-build-isolation needs it installed)")
+        raise Missing(
+            "torch was not found where the package was built (pip install --no-build-isolation needs it installed)"
+        )
     folder = Path(spec.submodule_search_locations[0])
     if not (folder / "include/torch/csrc/stable/library.h").exists():
         raise Missing(f"the torch in {folder} is older than 2.10, or has no headers")
@@ -62,7 +67,9 @@ def find_torch():
 
 
 def find_cmake():
-    """pip's cmake or the system's. pip's command may be a script of an environment that is gone: its binary is asked for first."""
+    """pip's cmake or the system's. pip's command may be a script of an environment that is gone: its binary is asked
+    for first.
+    """
     if importlib.util.find_spec("cmake"):
         import cmake
 
@@ -116,7 +123,9 @@ def version_line(command):
 
 
 def digest():
-    """Of everything that the libraries are made from: says whether they are those of this tree, wherever they were built."""
+    """Of everything that the libraries are made from: says whether they are those of this tree, wherever they were
+    built.
+    """
     found = hashlib.sha256()
     for path in [ROOT / "CMakeLists.txt", *sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]:
         found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
@@ -171,11 +180,18 @@ class Plan:
 
     def settings(self):
         """CMake's cache entries. A build folder made with others is begun afresh."""
-        settings = {"CMAKE_BUILD_TYPE": "Release", "TORCH_DIR": self.torch, "DEFTX_CUDA": "ON" if CUDA in self.wanted else "OFF"}
+        settings = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "TORCH_DIR": self.torch,
+            "DEFTX_CUDA": "ON" if CUDA in self.wanted else "OFF",
+        }
         if self.cxx:
             settings["CMAKE_CXX_COMPILER"] = self.cxx
         if CUDA in self.wanted:
-            settings |= {"CMAKE_CUDA_COMPILER": self.nvcc, "CMAKE_CUDA_ARCHITECTURES": ";".join(self.cuda_architectures)}
+            settings |= {
+                "CMAKE_CUDA_COMPILER": self.nvcc,
+                "CMAKE_CUDA_ARCHITECTURES": ";".join(self.cuda_architectures),
+            }
             if os.environ.get("CXX"):
                 settings["CMAKE_CUDA_HOST_COMPILER"] = self.cxx
         ninja = find_program("ninja")
@@ -188,12 +204,18 @@ PLAN = Plan()
 
 
 class BuildNative(Command):
-    """`build_native`: the libraries and _build_info.json, into build_lib, or beside the sources (--inplace, editable installs)."""
+    """`build_native`: the libraries and _build_info.json, into build_lib, or beside the sources (--inplace, editable
+    installs).
+    """
 
     description = "build the compiled libraries with CMake"
     user_options = [  # noqa: RUF012
         ("inplace", "i", "put the libraries beside the Python sources"),
-        ("if-changed", None, "only where what is there is not made of these sources, or lacks a library or an architecture"),
+        (
+            "if-changed",
+            None,
+            "only where what is there is not made of these sources, or lacks a library or an architecture",
+        ),
     ]
     boolean_options = ["inplace", "if-changed"]  # noqa: RUF012
     editable_mode = False
@@ -221,14 +243,19 @@ class BuildNative(Command):
         (target / "_build_info.json").write_text(json.dumps(PLAN.info, indent=2) + "\n")
         for library in (CPU, CUDA):
             state = PLAN.info[library]
-            print(f"{PACKAGE}: the {library} library was " + ("built" if state["built"] else f"not built: {state['reason']}"))
+            print(
+                f"{PACKAGE}: the {library} library was "
+                + ("built" if state["built"] else f"not built: {state['reason']}")
+            )
 
     def up_to_date(self, target):
         try:
             found = json.loads((target / "_build_info.json").read_text())
         except (OSError, ValueError):
             return False
-        there = all((target / f"libdeftx_{library}{SUFFIX}").exists() and found[library]["built"] for library in PLAN.wanted)
+        there = all(
+            (target / f"libdeftx_{library}{SUFFIX}").exists() and found[library]["built"] for library in PLAN.wanted
+        )
         lacking = set(PLAN.info[CUDA].get("architectures", ())) - set(found[CUDA].get("architectures", ()))
         return there and not lacking and found.get("sources") == PLAN.info["sources"]
 
@@ -239,14 +266,21 @@ class BuildNative(Command):
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         generator = ["-G", "Ninja"] if "CMAKE_MAKE_PROGRAM" in settings else []
-        subprocess.run([PLAN.cmake, "-S", ROOT, "-B", folder, *generator, *(f"-D{k}={v}" for k, v in settings.items())], check=True)
+        subprocess.run(
+            [PLAN.cmake, "-S", ROOT, "-B", folder, *generator, *(f"-D{k}={v}" for k, v in settings.items())], check=True
+        )
         stamp.write_text(json.dumps(settings, indent=2))
-        subprocess.run([PLAN.cmake, "--build", folder, "--config", "Release", "--parallel", str(os.cpu_count() or 1)], check=True)
+        subprocess.run(
+            [PLAN.cmake, "--build", folder, "--config", "Release", "--parallel", str(os.cpu_count() or 1)], check=True
+        )
         return folder / "lib" if (folder / f"lib/libdeftx_cpu{SUFFIX}").exists() else folder / "lib/Release"
 
     def get_source_files(self):
         """For the sdist."""
-        return ["CMakeLists.txt", *(p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "csrc").rglob("*")) if p.is_file())]
+        return [
+            "CMakeLists.txt",
+            *(p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "csrc").rglob("*")) if p.is_file()),
+        ]
 
     def get_outputs(self):
         names = ["_build_info.json", *(f"libdeftx_{library}{SUFFIX}" for library in PLAN.wanted)]
@@ -257,7 +291,9 @@ class BuildNative(Command):
 
 
 class Build(build):
-    """`build`, from an empty build_lib: files of an earlier build that are gone from the sources must not reach the wheel."""
+    """`build`, from an empty build_lib: files of an earlier build that are gone from the sources must not reach the
+    wheel.
+    """
 
     sub_commands = (*build.sub_commands, ("build_native", None))
 

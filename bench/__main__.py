@@ -1,8 +1,9 @@
 """Every operator and every way of training against its peers, each in the same run.
 
-`python -m bench` times what you choose, prints it and appends rows to bench/results; `python -m bench table` writes the tables of
-README.md and bench/results/README.md, `python -m bench plot` the figures, both from the rows alone. `python -m bench machine`
-measures the machine itself, `python -m bench counters` what our kernels move on a GPU (bench/machine.py).
+`python -m bench` times what you choose, prints it and appends rows to bench/results; `python -m bench table` writes the
+tables of README.md and bench/results/README.md, `python -m bench plot` the figures, both from the rows alone. `python
+-m bench machine` measures the machine itself, `python -m bench counters` what our kernels move on a GPU
+(bench/machine.py).
 """
 
 import argparse
@@ -35,17 +36,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    new = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    new = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     new.add_argument("command", nargs="?", choices=COMMANDS, default="run", help="default: run")
-    new.add_argument("--quick", action="store_true", help="one small size, few rounds, peaks in this process: under three minutes")
-    new.add_argument("--targets", action="store_true", help="those works, of any size, that the targets in README.md are about")
+    new.add_argument(
+        "--quick", action="store_true", help="one small size, few rounds, peaks in this process: under three minutes"
+    )
+    new.add_argument(
+        "--targets", action="store_true", help="those works, of any size, that the targets in README.md are about"
+    )
     new.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
     sizes = f"of those that a family has; default: {', '.join(FULL)}; {', '.join(QUICK)} with --quick"
     new.add_argument("--size", nargs="+", choices=SIZES, help=sizes)
     new.add_argument("--dtype", nargs="+", choices=DTYPES, default=[], help="default: each family's usual ones")
-    new.add_argument("--density", nargs="+", type=share, default=[], help="shares of the entries, 0 to 1; default: the usual ones")
+    new.add_argument(
+        "--density", nargs="+", type=share, default=[], help="shares of the entries, 0 to 1; default: the usual ones"
+    )
     new.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    new.add_argument("--provider", nargs="+", default=[], help=f"these beside {OURS} (default: all), as the output names them")
+    new.add_argument(
+        "--provider", nargs="+", default=[], help=f"these beside {OURS} (default: all), as the output names them"
+    )
     new.add_argument("--target-peers", action="store_true", help="of the peers those that a target names")
     new.add_argument("--rounds", type=int, help="timed calls of each provider")
     new.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows (default: bench/results)")
@@ -81,7 +92,9 @@ def run(options: argparse.Namespace) -> int:
     device = device_of(options)
     facts = provenance(device)
     print(", ".join(f"{k} {v}" for k, v in facts.items() if v))
-    print("Medians of interleaved calls, caches emptied before each; every result is checked first. Peak: beside the inputs.")
+    print(
+        "Medians of interleaved calls, caches emptied before each; every result is checked first. Peak: beside the inputs."
+    )
     tally = Tally()
     for family in options.family:
         for work in chosen(options, family, device):
@@ -99,7 +112,10 @@ def run(options: argparse.Namespace) -> int:
 def measured(work: Work, facts: dict[str, Any], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of a work; one that says what is wrong where it cannot be made or measured. The other works go on."""
     rounds = options.rounds or (5 if options.quick else None)
-    providers = [*options.provider, *(n for t in TARGETS if options.target_peers and t.is_about(work) for n in (t.peer, t.ours))]
+    providers = [
+        *options.provider,
+        *(n for t in TARGETS if options.target_peers and t.is_about(work) for n in (t.peer, t.ours)),
+    ]
     if options.target_peers:
         providers.append(OURS)  # a work whose targets name no peer is timed without any
     try:
@@ -137,9 +153,14 @@ class Tally:
     def verdict(self, out: Path) -> str:
         compared = {work: peers for work, peers in self.works.items() if peers}
         behind = {work: min(peers) for work, peers in compared.items() if min(peers)[0] < 1}
-        lines = ["", f"{OURS} took the least time in {len(compared) - len(behind)} of {len(compared)} works with peers."]
+        lines = [
+            "",
+            f"{OURS} took the least time in {len(compared) - len(behind)} of {len(compared)} works with peers.",
+        ]
         for work, (ratio, provider) in behind.items():
-            lines.append(f"  behind in {', '.join(filter(None, map(str, work)))}: {provider} takes {ratio:.2f} times as long")
+            lines.append(
+                f"  behind in {', '.join(filter(None, map(str, work)))}: {provider} takes {ratio:.2f} times as long"
+            )
         lines.append(f"Rows: {out}. {len(self.wrong)} results were wrong.")
         return "\n".join(lines + self.wrong)
 

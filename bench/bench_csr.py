@@ -1,4 +1,6 @@
-"""csr_gather, csr_scatter_, csr_add_ against indexing in torch, NumPy and CuPy, and SciPy's sum of a dense and a sparse matrix."""
+"""csr_gather, csr_scatter_, csr_add_ against indexing in torch, NumPy and CuPy, and SciPy's sum of a dense and a sparse
+matrix.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -152,7 +154,10 @@ def add_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case
     if problem.on_cpu and dtype == torch.float32:
         import scipy.sparse
 
-        sparse = {n: scipy.sparse.csr_array(_csr(problem, n), shape=mask.sparse_csr(n, problem.values).shape) for n in mask.names}
+        sparse = {
+            n: scipy.sparse.csr_array(_csr(problem, n), shape=mask.sparse_csr(n, problem.values).shape)
+            for n in mask.names
+        }
         arrays_2d = {n: tensors[n].numpy().reshape(sparse[n].shape) for n in tensors}
         providers["scipy dense + csr"] = lambda: (
             lambda: {n: torch.from_numpy(arrays_2d[n] + sparse[n]).view(tensors[n].shape) for n in tensors}

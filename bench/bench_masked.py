@@ -1,7 +1,9 @@
-"""masked_linear_grad and masked_embedding_grad against the dense weight gradients of torch, and its product at a mask's entries.
+"""masked_linear_grad and masked_embedding_grad against the dense weight gradients of torch, and its product at a mask's
+entries.
 
-The dense product is laid out as autograd has it: for `y = x @ W.T` it computes grad_y.T @ x. A peer that picks the masked entries
-takes flat positions that were made beforehand, the quickest form of `grad[mask]`. Ours writes float32, as compact values are.
+The dense product is laid out as autograd has it: for `y = x @ W.T` it computes grad_y.T @ x. A peer that picks the
+masked entries takes flat positions that were made beforehand, the quickest form of `grad[mask]`. Ours writes float32,
+as compact values are.
 """
 
 from collections.abc import Iterator
@@ -24,7 +26,8 @@ LINEARS = {
     "minilm": ((384, 384), (1536, 384)),
     "xlmr": ((768, 768), (3072, 768), (768, 3072), (4096, 4096)),  # the last is Llama 7B's
 }
-EMBEDDINGS = {"tiny": (200, 96, 0), "minilm": (30522, 384, 0), "xlmr": (250002, 768, 1)}  # vocabulary, width, padding id
+# vocabulary, width, padding id
+EMBEDDINGS = {"tiny": (200, 96, 0), "minilm": (30522, 384, 0), "xlmr": (250002, 768, 1)}
 SIZES = tuple(LINEARS)
 TOKENS = 2048
 SAMPLED = "torch.sparse.sampled_addmm"
@@ -48,7 +51,9 @@ def title(shape: tuple[int, ...]) -> str:
 
 
 def random_mask(shape: tuple[int, int], density: float, device: str) -> CSRMask:
-    return topk_mask(torch.randn(shape, generator=torch.Generator(device).manual_seed(2), device=device), density=density)
+    return topk_mask(
+        torch.randn(shape, generator=torch.Generator(device).manual_seed(2), device=device), density=density
+    )
 
 
 def flat_positions(mask: CSRMask) -> Tensor:  # int64 [nnz]
@@ -88,7 +93,9 @@ def linear_case(shape: tuple[int, int], dtype: torch.dtype, density: float, devi
         return lambda: torch.sparse.sampled_addmm(matrix, gradient.mT, x, beta=0.0, out=matrix).values()
 
     providers = {
-        OURS: lambda: lambda: torch.ops.deftx.masked_linear_grad(gradient, x, mask.crow_indices, mask.col_indices, torch.float32),
+        OURS: lambda: (
+            lambda: torch.ops.deftx.masked_linear_grad(gradient, x, mask.crow_indices, mask.col_indices, torch.float32)
+        ),
         "dense product": lambda: lambda: gradient.mT @ x,
         "dense product + grad[mask]": lambda: lambda: torch.take(gradient.mT @ x, positions),
     }
@@ -117,7 +124,9 @@ def embedding_case(size: str, dtype: torch.dtype, density: float, device: str) -
 
     def exact() -> Tensor:
         kept = ids != padding
-        return torch.zeros(vocabulary, width, dtype=torch.float64, device=device).index_add_(0, ids[kept], gradient[kept].double())
+        return torch.zeros(vocabulary, width, dtype=torch.float64, device=device).index_add_(
+            0, ids[kept], gradient[kept].double()
+        )
 
     providers = {
         OURS: lambda: (

@@ -1,30 +1,35 @@
-"""training_step: a whole step of fine-tuning (forward, loss, backward, optimizer, gradients freed), ours against the usual ways.
+"""training_step: a whole step of fine-tuning (forward, loss, backward, optimizer, gradients freed), ours against the
+usual ways.
 
-Works: classifiers of MiniLM's, BERT base's and XLM-R base's shape, a language model of Llama 3.2 1B's shape, and a plain stack of
-linear layers, all with random weights. Every provider starts from the same weights and trains on one batch, without dropout. As in
-`deftx run` the head of a classifier is trained densely, norms are frozen and the mask covers all the rest (of Llama: the linear
-layers and the embedding, which the output layer shares); so the dense providers train just the tensors that the mask and the head
-are of.
+Works: classifiers of MiniLM's, BERT base's and XLM-R base's shape, a language model of Llama 3.2 1B's shape, and a
+plain stack of linear layers, all with random weights. Every provider starts from the same weights and trains on one
+batch, without dropout. As in `deftx run` the head of a classifier is trained densely, norms are frozen and the mask
+covers all the rest (of Llama: the linear layers and the embedding, which the output layer shares); so the dense
+providers train just the tensors that the mask and the head are of.
 
 - "dense": `torch.optim.AdamW(fused=True)`.
-- "dense + mask", LT-SFT's way: the same, with the gradients outside the mask set to zero before the step (`masked_fill_` with the
+- "dense + mask", LT-SFT's way: the same, with the gradients outside the mask set to zero before the step
+(`masked_fill_` with the
   mask's complement as bool tensors: on the CPU a third of the time of a product, and no float copy of the mask).
 - "PEFT SHiRA": all linear layers, random masks, of the rank that trains as many values as our mask has; it cannot train
   embeddings, so these values lie closer together there.
 - "PEFT LoRA": rank 16 at all linear layers. It trains fewer values: a point of reference, not the same work.
 
-On the CPU the dtype is that of the weights: float32, of Llama bfloat16, as language models are fine-tuned. Dense gradients and both
-moments of torch's AdamW are then bfloat16, too; our values, their gradients and moments stay float32, and so do PEFT's adapters.
+On the CPU the dtype is that of the weights: float32, of Llama bfloat16, as language models are fine-tuned. Dense
+gradients and both moments of torch's AdamW are then bfloat16, too; our values, their gradients and moments stay
+float32, and so do PEFT's adapters.
 
-On a GPU, all have float32 weights and autocast, as most who fine-tune encoders of this size: bfloat16 weights alone lose small
-updates of dense AdamW. Frozen weights lose nothing in bfloat16, so ours and LoRA, whose trained values stay float32, run so as well
-("bfloat16 weights"). Of Llama all weights are bfloat16. All run eagerly; where the host is the slower one, its time is what such a
-step takes, so ours, the dense ways and SHiRA run as a CUDA graph of the whole step, too, which is replayed ("CUDA graph").
+On a GPU, all have float32 weights and autocast, as most who fine-tune encoders of this size: bfloat16 weights alone
+lose small updates of dense AdamW. Frozen weights lose nothing in bfloat16, so ours and LoRA, whose trained values stay
+float32, run so as well ("bfloat16 weights"). Of Llama all weights are bfloat16. All run eagerly; where the host is the
+slower one, its time is what such a step takes, so ours, the dense ways and SHiRA run as a CUDA graph of the whole step,
+too, which is replayed ("CUDA graph").
 
-Peak memory is that of a whole training run (`Case.whole`). Masks are loaded from files, as users load them: holding them counts,
-making them does not. A footprint counts the model's parameters and buffers (ours: the dense tensors and the compact values; PEFT:
-the adapters, too), the gradients just before the optimizer's step, the optimizer's state, and the tensors by which the entries to
-be trained are known (ours: the CSR indices; "dense + mask": the bool tensors; SHiRA: its indices).
+Peak memory is that of a whole training run (`Case.whole`). Masks are loaded from files, as users load them: holding
+them counts, making them does not. A footprint counts the model's parameters and buffers (ours: the dense tensors and
+the compact values; PEFT: the adapters, too), the gradients just before the optimizer's step, the optimizer's state, and
+the tensors by which the entries to be trained are known (ours: the CSR indices; "dense + mask": the bool tensors;
+SHiRA: its indices).
 """
 
 import atexit
@@ -85,7 +90,9 @@ class Shape:
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the start weights: BERT's and Llama's own; of a stack, such that activations keep their size."""
+        """Standard deviation of the start weights: BERT's and Llama's own; of a stack, such that activations keep their
+        size.
+        """
         return self.width**-0.5 if self.family == "linears" else 0.02
 
 
@@ -99,7 +106,17 @@ WORKS = {
     "bert": Shape("bert", 12, 768, batch=8, tokens=128, vocabulary=30522, heads=12, inner=3072),
     "xlmr": Shape("xlmr", 12, 768, batch=8, tokens=256, vocabulary=250002, heads=12, inner=3072, rounds=3),
     "llama1b": Shape(
-        "llama", 16, 2048, batch=2, tokens=128, vocabulary=128256, heads=32, key_value_heads=8, inner=8192, rounds=3, apart=True
+        "llama",
+        16,
+        2048,
+        batch=2,
+        tokens=128,
+        vocabulary=128256,
+        heads=32,
+        key_value_heads=8,
+        inner=8192,
+        rounds=3,
+        apart=True,
     ),
 }
 TINY = {"linears": "tiny linears", "bert": "tiny", "xlmr": "tiny", "llama": "tiny llama"}
@@ -135,15 +152,24 @@ def mask_folder() -> str:
 def skeleton(shape: Shape, dtype: torch.dtype) -> nn.Module:
     """The model on torch's current device, with weights of no account. What masked training never moves is frozen."""
     if shape.family == "linears":
-        return nn.Sequential(*(nn.Linear(shape.width, shape.width, bias=False, dtype=dtype) for _ in range(shape.layers)))
+        return nn.Sequential(
+            *(nn.Linear(shape.width, shape.width, bias=False, dtype=dtype) for _ in range(shape.layers))
+        )
     import transformers
 
     from deftx_kernels.train.models import freeze_for_vector
 
-    options = {"vocab_size": shape.vocabulary, "hidden_size": shape.width, "num_hidden_layers": shape.layers, "use_cache": False}
+    options = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "use_cache": False,
+    }
     options |= {"num_attention_heads": shape.heads, "intermediate_size": shape.inner}
     if shape.family == "llama":
-        config = transformers.LlamaConfig(num_key_value_heads=shape.key_value_heads, tie_word_embeddings=True, **options)
+        config = transformers.LlamaConfig(
+            num_key_value_heads=shape.key_value_heads, tie_word_embeddings=True, **options
+        )
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         options |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
@@ -212,7 +238,10 @@ def make_batch(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tenso
         x, y = torch.randn(2, shape.batch, shape.width, generator=generator).to(device)
         return {"x": x.to(dtype), "y": y}
     ids = token_ids(shape.batch * shape.tokens, shape.vocabulary, generator).view(shape.batch, shape.tokens).to(device)
-    return {"input_ids": ids, "labels": ids if shape.family == "llama" else torch.arange(shape.batch, device=device) % 3}
+    return {
+        "input_ids": ids,
+        "labels": ids if shape.family == "llama" else torch.arange(shape.batch, device=device) % 3,
+    }
 
 
 # ---- providers ----
@@ -257,7 +286,9 @@ class Run:
 
 @dataclass
 class Captured:
-    """A run whose steps are replays of a CUDA graph. The first call takes three steps eagerly, captures one and replays it."""
+    """A run whose steps are replays of a CUDA graph. The first call takes three steps eagerly, captures one and replays
+    it.
+    """
 
     run: Run
     first_loss: float = 0.0
@@ -272,7 +303,8 @@ class Captured:
     def capture(self) -> None:
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
-        with torch.cuda.stream(side):  # as torch's documentation has it: what a first step makes must not be the graph's
+        # as torch's documentation has it: what a first step makes must not be the graph's
+        with torch.cuda.stream(side):
             self.first_loss = float(self.run().loss)
             for _ in range(2):
                 self.run()
@@ -337,7 +369,9 @@ class Trainers:
         settings = SETTINGS | ({"lr": torch.tensor(SETTINGS["lr"], device=self.device)} if capturable else {})
         optimizer = SparseAdamW(model.named_parameters(), mask, **settings)
         masks = [mask, *(record.mask for record in masked_parameters(model).values())]
-        return Run(self, model, optimizer, [t for m in masks for t in (m.crow_indices, m.col_indices)], kind=kind, dtype=dtype)
+        return Run(
+            self, model, optimizer, [t for m in masks for t in (m.crow_indices, m.col_indices)], kind=kind, dtype=dtype
+        )
 
     def dense(self, **options: bool) -> Run:
         model = self.model()
@@ -345,7 +379,9 @@ class Trainers:
 
     def dense_mask(self, **options: bool) -> Run:
         run = self.dense(**options)
-        dropped = {n: keep.logical_not_() for n, keep in CSRMask.load(self.mask_path, device=self.device).to_dense().items()}
+        dropped = {
+            n: keep.logical_not_() for n, keep in CSRMask.load(self.mask_path, device=self.device).to_dense().items()
+        }
         parameters = [run.model.get_parameter(n) for n in dropped]
 
         def drop() -> None:
@@ -382,7 +418,9 @@ def fused_adamw(model: nn.Module, **options: bool) -> torch.optim.AdamW:
 
 
 def peft_options(model: nn.Module) -> dict[str, Any]:
-    """All linear layers but the head: that of a classifier is trained densely, that of a language model is the embedding."""
+    """All linear layers but the head: that of a classifier is trained densely, that of a language model is the
+    embedding.
+    """
     if isinstance(model, nn.Sequential):
         return {"target_modules": [n for n, _ in model.named_children()]}
     return {"target_modules": "all-linear", "task_type": "CAUSAL_LM" if hasattr(model, "lm_head") else "SEQ_CLS"}
@@ -395,7 +433,9 @@ def shira_config(values: int, model: nn.Module):
 
 
 def shira_rank(values: int, model: nn.Module) -> int:
-    """SHiRA trains r * (m + n) values of a linear layer [m, n]: the r that comes nearest to this many in all, at most all."""
+    """SHiRA trains r * (m + n) values of a linear layer [m, n]: the r that comes nearest to this many in all, at most
+    all.
+    """
     layers = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(HEADS)]
     shapes = [(m.out_features, m.in_features) for m in layers]
     return max(1, min(round(values / sum(map(sum, shapes))), *(m * n // (m + n) for m, n in shapes)))
@@ -410,7 +450,9 @@ def lora_config(model: nn.Module):
 # ---- the case ----
 
 
-def step_case(name: str, device: str, folder: str, dtype: torch.dtype | None = None, density: float | None = None) -> Case:
+def step_case(
+    name: str, device: str, folder: str, dtype: torch.dtype | None = None, density: float | None = None
+) -> Case:
     shape = WORKS[name]
     if shape.family != "linears" and not has("transformers"):
         return Case(0, {}, lambda run: None, absent={OURS: "transformers is not installed"})
@@ -426,10 +468,15 @@ def step_case(name: str, device: str, folder: str, dtype: torch.dtype | None = N
         LORA: lora,
     }
     if trainers.autocast and trainers.dtype != trainers.autocast:
-        # Not from the same weights, which are rounded: of the first step the loss is known, that of a dense model so rounded.
+        # Not from the same weights, which are rounded: of the first step the loss is known, that of a dense model so
+        # rounded.
         makers[f"{OURS}, bfloat16 weights"] = partial(trainers.ours, torch.bfloat16, kind="other")
         makers[f"{LORA}, bfloat16 weights"] = partial(lora, torch.bfloat16)
-    graphs = {f"{n}{GRAPH}": makers[n] for n in (OURS, DENSE, DENSE_MASK, SHIRA)} if device == "cuda" and not shape.apart else {}
+    graphs = (
+        {f"{n}{GRAPH}": makers[n] for n in (OURS, DENSE, DENSE_MASK, SHIRA)}
+        if device == "cuda" and not shape.apart
+        else {}
+    )
     absent = {} if has("peft") else {n: "peft is not installed" for n in [*makers, *graphs] if n.startswith("PEFT")}
     absent = too_large(trainers, makers, mask.nnz) | absent
     positions = shape.batch * shape.tokens
@@ -455,7 +502,8 @@ def too_large(trainers: Trainers, names: Iterable[str], nnz: int) -> dict[str, s
         return {}
     weights, free, found = trainers.numel * trainers.dtype.itemsize, available_bytes(), {}
     training = dict.fromkeys(names, weights) | {DENSE: 4 * weights, DENSE_MASK: 4 * weights + trainers.numel}
-    training |= {OURS: weights + 18 * nnz, SHIRA: 2 * weights + 24 * nnz}  # SHiRA keeps each layer's sum for the backward pass
+    # SHiRA keeps each layer's sum for the backward pass
+    training |= {OURS: weights + 18 * nnz, SHIRA: 2 * weights + 24 * nnz}
     for name in names:
         needed = training[name] + 1.5 * weights  # of the check: the dense model, one gradient at a time
         if needed > free:
@@ -471,7 +519,8 @@ class Truth:
     """The dense model's first loss and gradients."""
 
     loss: float
-    gradients: dict[str, Tensor]  # float32: at the mask's entries [nnz of the tensor]; whole, of a trained tensor outside the mask
+    # float32: at the mask's entries [nnz of the tensor]; whole, of a trained tensor outside the mask
+    gradients: dict[str, Tensor]
     elsewhere: dict[str, float]  # the largest gradient outside the mask
 
 
@@ -531,7 +580,9 @@ def moved_wrongly(run: Run, mask: CSRMask, found: Truth, tolerance: float) -> st
 
 
 def distance(after: Tensor, before: Tensor, gradient: Tensor) -> float:
-    """From where AdamW's first step leads, relative to that step; one of less than 1% of the learning rate counts as such."""
+    """From where AdamW's first step leads, relative to that step; one of less than 1% of the learning rate counts as
+    such.
+    """
     lr = SETTINGS["lr"]
     step = gradient / (gradient.abs() + SETTINGS["eps"]) * -lr
     error = after.float() - (before.float() + step).to(after.dtype).float()

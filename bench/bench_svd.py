@@ -1,7 +1,7 @@
 """svd_denoise, truncated_svd, select_mask with denoising and LIFT's selection, against PyTorch, NumPy, SciPy and CuPy.
 
-The decompositions are timed in float32 (LAPACK and cuSOLVER have none in 16 bits): where other dtypes alone are chosen, only
-select_mask is left.
+The decompositions are timed in float32 (LAPACK and cuSOLVER have none in 16 bits): where other dtypes alone are chosen,
+only select_mask is left.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,8 @@ OPS = {
 }
 SIZES = ("tiny", "minilm", "bert", "xlmr", "llama1b", "llama7b")
 LAYERS = {"tiny": 1, "minilm": 6, "xlmr": 12}
-# How many and how large: the short sides of the linear layers; columns of the subspace, for rank 64 and, of Llama 7B, 128.
+# How many and how large: the short sides of the linear layers; columns of the subspace, for rank 64 and, of Llama 7B,
+# 128.
 SYMMETRIC = {
     "tiny": {"eigvalsh": (6, 96), "eigh": (6, 24)},
     "minilm": {"eigvalsh": (36, 384), "eigh": (36, 80)},
@@ -61,7 +62,12 @@ def works(choice: Choice) -> Iterator[Work]:
 
 def _decompositions(size: str, choice: Choice) -> Iterator[Work]:
     def work(
-        op: str, title: str, case: Callable[..., Case], *rest: Any, density: float | None = None, dtype: torch.dtype = torch.float32
+        op: str,
+        title: str,
+        case: Callable[..., Case],
+        *rest: Any,
+        density: float | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Work:
         made = (partial(case, s, *rest, choice.device) for s in (size, "tiny"))
         return Work(op, size, title, dtype, density, choice.device, *made)
@@ -79,7 +85,9 @@ def _decompositions(size: str, choice: Choice) -> Iterator[Work]:
         yield work("svd_denoise", f"{size} linears x{layers}, {label(rule)}", linears_case, layers, rule)
     if size != "xlmr":
         squares = [shape for shape in linears(size, layers).values() if shape[0] == shape[1]]
-        yield work("truncated_svd", f"{len(squares)}x{squares[0][0]}x{squares[0][1]}, rank 64", truncated_case, layers, 64)
+        yield work(
+            "truncated_svd", f"{len(squares)}x{squares[0][0]}x{squares[0][1]}, rank 64", truncated_case, layers, 64
+        )
     for density in choice.densities or (0.05,):
         title = f"{size} linears x{layers}, rank {LIFT_RANK}"
         yield work("lift_mask", title, lift_case, layers, density, density=density)
@@ -92,12 +100,15 @@ def label(rule: Rule) -> str:
     return ", ".join(f"{k} {v}" for k, v in rule.items())
 
 
-# ---- matrices ------------------------------------------------------------------------------------------------------------
+# ---- matrices
+# ------------------------------------------------------------------------------------------------------------
 
 
 def linears(size: str, layers: int) -> Shapes:
     """The linear layers' matrices."""
-    return {n: s for n, s in SHAPES[size]().items() if len(s) == 2 and n[0].isdigit() and int(n.partition(".")[0]) < layers}
+    return {
+        n: s for n, s in SHAPES[size]().items() if len(s) == 2 and n[0].isdigit() and int(n.partition(".")[0]) < layers
+    }
 
 
 def noisy(shapes: Shapes, device: str, rank: int = 32, strength: float = 2.0) -> dict[str, Tensor]:
@@ -119,7 +130,8 @@ def flops(shape: Sequence[int], rule: Rule) -> float:
     return 4.0 * m * n * min(m, n)
 
 
-# ---- the peers -----------------------------------------------------------------------------------------------------------
+# ---- the peers
+# -----------------------------------------------------------------------------------------------------------
 
 
 def kept(squared: Tensor, rule: Rule) -> int:  # [k], descending
@@ -150,7 +162,9 @@ def by_lowrank(matrices: dict[str, Tensor], rule: Rule) -> dict[str, Tensor]:
 
 
 def by_gram(matrices: dict[str, Tensor], rule: Rule, eigh: Eigh) -> dict[str, Tensor]:
-    """All matrices of one shape in one batch: projected on the leading eigenvectors of the Gram matrix of their short side."""
+    """All matrices of one shape in one batch: projected on the leading eigenvectors of the Gram matrix of their short
+    side.
+    """
     found, groups = {}, {}
     for name, m in matrices.items():
         groups.setdefault(m.shape, []).append(name)
@@ -220,7 +234,10 @@ def peers(matrices: dict[str, Tensor], rule: Rule, device: str) -> tuple[dict[st
     eighs: dict[str, Eigh] = {"torch.linalg.eigh of the Gram matrix": torch.linalg.eigh}
     if device == "cuda":  # without a driver torch tries gesvdj, and gesvd where that does not converge
         svds |= DRIVERS | {"cupy.linalg.svd": cupy_svd}
-        eighs |= {"cupy.linalg.eigh of the Gram matrix": cupy_eigh, "cupy.linalg.eigh of each Gram matrix": cupy_eigh_each}
+        eighs |= {
+            "cupy.linalg.eigh of the Gram matrix": cupy_eigh,
+            "cupy.linalg.eigh of each Gram matrix": cupy_eigh_each,
+        }
     else:
         svds |= {"numpy.linalg.svd": numpy_svd, "scipy.linalg.svd": scipy_svd}
     calls = {n: partial(by_svd, matrices, rule, svd) for n, svd in svds.items()}
@@ -232,7 +249,8 @@ def peers(matrices: dict[str, Tensor], rule: Rule, device: str) -> tuple[dict[st
     return {n: lambda call=call: call for n, call in calls.items() if n not in absent}, absent
 
 
-# ---- svd_denoise ---------------------------------------------------------------------------------------------------------
+# ---- svd_denoise
+# ---------------------------------------------------------------------------------------------------------
 
 
 def denoised(matrices: dict[str, Tensor], rule: Rule) -> dict[str, Tensor]:
@@ -301,7 +319,11 @@ def whole_case(size: str, rule: Rule, device: str) -> Case:
         """Of the embedding: the residual is orthogonal to the low-rank part, as that of a truncated SVD is."""
         low, whole = result["embedding"], delta["embedding"]
         inner = float((low.double() * (whole - low).double()).sum() / whole.double().square().sum())
-        return None if abs(inner) < 1e-4 else f"the embedding's residual is not orthogonal to its low-rank part: {inner:.1e}"
+        return (
+            None
+            if abs(inner) < 1e-4
+            else f"the embedding's residual is not orthogonal to its low-rank part: {inner:.1e}"
+        )
 
     return Case(
         bytes=8 * sum(m.numel() for m in delta.values()),
@@ -315,7 +337,8 @@ def whole_case(size: str, rule: Rule, device: str) -> Case:
     )
 
 
-# ---- truncated_svd -------------------------------------------------------------------------------------------------------
+# ---- truncated_svd
+# -------------------------------------------------------------------------------------------------------
 
 
 def truncated_case(size: str, layers: int, rank: int, device: str) -> Case:
@@ -338,7 +361,11 @@ def truncated_case(size: str, layers: int, rank: int, device: str) -> Case:
     def check(result: tuple[Tensor, Tensor, Tensor]) -> str | None:
         u, s, vh = (x.double() for x in result)
         residual = float(((batch.double() - (u * s[..., None, :]) @ vh).norm(dim=(1, 2)) / best()).max())
-        return None if residual <= 1.02 else f"residual {residual:.3f} times that of the best rank {rank}, at most 1.02 is right"
+        return (
+            None
+            if residual <= 1.02
+            else f"residual {residual:.3f} times that of the best rank {rank}, at most 1.02 is right"
+        )
 
     providers = {
         OURS: lambda: lambda: truncated_svd(batch, rank, oversample=OVERSAMPLE, n_iter=POWER_STEPS),
@@ -349,12 +376,15 @@ def truncated_case(size: str, layers: int, rank: int, device: str) -> Case:
     return Case(moved, providers, check, flops=len(batch) * flops(batch.shape[1:], {"rank": rank}), rounds=5)
 
 
-# ---- eigvalsh, eigh ------------------------------------------------------------------------------------------------------
+# ---- eigvalsh, eigh
+# ------------------------------------------------------------------------------------------------------
 
 
 def symmetric_case(size: str, op: str, dtype: torch.dtype, device: str) -> Case:
     count, n = SYMMETRIC[size][op]
-    w = torch.randn(count, 2 * n, n, generator=torch.Generator(device).manual_seed(0), device=device, dtype=torch.float64)
+    w = torch.randn(
+        count, 2 * n, n, generator=torch.Generator(device).manual_seed(0), device=device, dtype=torch.float64
+    )
     matrices = (w.mT @ w).to(dtype)
 
     def cupy_call() -> Any:
@@ -373,7 +403,12 @@ def symmetric_case(size: str, op: str, dtype: torch.dtype, device: str) -> Case:
             errors["the product of what was found"] = (vectors * values[:, None]) @ vectors.mT - matrices.double()
         worst = {what: float(error.abs().max()) / one for what, error in errors.items()}
         return next(
-            (f"{what}: {x:.0f} units of rounding wrong, at most {n} are right" for what, x in worst.items() if not x <= n), None
+            (
+                f"{what}: {x:.0f} units of rounding wrong, at most {n} are right"
+                for what, x in worst.items()
+                if not x <= n
+            ),
+            None,
         )
 
     providers = {
@@ -393,19 +428,25 @@ def symmetric_case(size: str, op: str, dtype: torch.dtype, device: str) -> Case:
     return Case(moved, providers, check, flops=work, rounds=5, absent=absent)
 
 
-# ---- select_mask, with denoising -----------------------------------------------------------------------------------------
+# ---- select_mask, with denoising
+# -----------------------------------------------------------------------------------------
 
 
 def selection_case(size: str, rule: Rule, dtype: torch.dtype, density: float, device: str) -> Case:
     """DeFT-X's whole selection: differences, denoising, global top-k."""
     base = random_tensors(SHAPES[size](), dtype, device)
-    tuned = {n: (t + 0.01 * random_tensors({n: t.shape}, torch.float32, device, seed=1)[n]).to(dtype) for n, t in base.items()}
+    tuned = {
+        n: (t + 0.01 * random_tensors({n: t.shape}, torch.float32, device, seed=1)[n]).to(dtype)
+        for n, t in base.items()
+    }
     numel = sum(t.numel() for t in base.values())
     k = round(density * numel)
 
     @cache  # not before a result is to be checked
     def expected() -> CSRMask:
-        """Of differences that were denoised one tensor at a time, by the operator whose rows are checked against exact SVDs."""
+        """Of differences that were denoised one tensor at a time, by the operator whose rows are checked against exact
+        SVDs.
+        """
         differences = {n: tuned[n].float() - t.float() for n, t in base.items()}
         return topk_mask({n: svd_denoise(t, **rule) if t.dim() == 2 else t for n, t in differences.items()}, k=k)
 
@@ -413,7 +454,11 @@ def selection_case(size: str, rule: Rule, dtype: torch.dtype, density: float, de
         if mask.nnz != k:
             return f"{mask.nnz} entries in place of {k}"
         agreement = (mask & expected()).nnz / k
-        return None if agreement >= AGREEMENT else f"{agreement:.2%} of the entries are right, at least {AGREEMENT:.0%} should be"
+        return (
+            None
+            if agreement >= AGREEMENT
+            else f"{agreement:.2%} of the entries are right, at least {AGREEMENT:.0%} should be"
+        )
 
     absent = {}
     if size == "llama1b":
@@ -430,13 +475,14 @@ def selection_case(size: str, rule: Rule, dtype: torch.dtype, density: float, de
     )
 
 
-# ---- LIFT's selection ----------------------------------------------------------------------------------------------------
+# ---- LIFT's selection
+# ----------------------------------------------------------------------------------------------------
 
 LIFT, LIFT_LOWRANK = "LIFT's way", "LIFT's way, svd_lowrank"
-# The share of the selected entries that must be those of float64. Of weights that are rank 128 and noise, 1.5 to 1.9 times as large
-# in the 128th singular value as in the next, the full SVD in float32 selects all of them, the randomised methods 99.7 % and more.
-# (The flatter the spectrum is there, the more of them swap, of ours and of torch.svd_lowrank alike: of 3072 x 768 with rank 32 and
-# noise, where nothing but noise is at the cut, a half and a third.)
+# The share of the selected entries that must be those of float64. Of weights that are rank 128 and noise, 1.5 to 1.9
+# times as large in the 128th singular value as in the next, the full SVD in float32 selects all of them, the randomised
+# methods 99.7 % and more. (The flatter the spectrum is there, the more of them swap, of ours and of torch.svd_lowrank
+# alike: of 3072 x 768 with rank 32 and noise, where nothing but noise is at the cut, a half and a third.)
 AGREEMENT = 0.99
 
 
@@ -467,7 +513,11 @@ def lift_case(size: str, layers: int, density: float, device: str) -> Case:
 
     return Case(
         bytes=4 * numel + 4 * sum(counts.values()),
-        providers={OURS: lambda: ours, LIFT: lambda: partial(lift, full_svd), LIFT_LOWRANK: lambda: partial(lift, lowrank_svd)},
+        providers={
+            OURS: lambda: ours,
+            LIFT: lambda: partial(lift, full_svd),
+            LIFT_LOWRANK: lambda: partial(lift, lowrank_svd),
+        },
         check=check,
         flops=sum(flops(w.shape, {"rank": LIFT_RANK}) for w in weights.values()),
         rounds=3,

@@ -41,21 +41,34 @@ def works(choice: Choice) -> Iterator[Work]:
     device = choice.device
     for size in choice.sizes:
         for dtype, density in choice.settings(SETTINGS.get(size, USUAL)):
-            yield Work("topk_mask", size, size, dtype, density, device, *_makers(topk_case, size, dtype, density, device))
+            yield Work(
+                "topk_mask", size, size, dtype, density, device, *_makers(topk_case, size, dtype, density, device)
+            )
         if size in MODELS:
             for dtype, density in choice.settings(SETTINGS[size] if size == "llama1b" else USUAL):
-                yield Work("select_mask", size, size, dtype, density, device, *_makers(select_case, size, dtype, density, device))
+                yield Work(
+                    "select_mask",
+                    size,
+                    size,
+                    dtype,
+                    density,
+                    device,
+                    *_makers(select_case, size, dtype, density, device),
+                )
         if size in PAIRS:
             for density in choice.densities or (0.05,):
                 for op in ("mask_or", "mask_and", "mask_sub"):
-                    yield Work(op, size, size, torch.bool, density, device, *_makers(set_case, size, op, density, device))
+                    yield Work(
+                        op, size, size, torch.bool, density, device, *_makers(set_case, size, op, density, device)
+                    )
 
 
 def _makers(case: Callable[..., Case], size: str, *rest: Any) -> tuple[Callable[[], Case], Callable[[], Case]]:
     return partial(case, size, *rest), partial(case, "tiny", *rest)
 
 
-# ---- topk_mask ----------------------------------------------------------------------------------------------------------
+# ---- topk_mask
+# ----------------------------------------------------------------------------------------------------------
 
 
 def topk_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
@@ -84,7 +97,8 @@ def topk_case(size: str, dtype: torch.dtype, density: float, device: str) -> Cas
     )
 
 
-# Bytes of main memory for each element, beside the inputs: the most that was measured, of float32 and bfloat16, rounded up.
+# Bytes of main memory for each element, beside the inputs: the most that was measured, of float32 and bfloat16, rounded
+# up.
 NEEDS = {"torch.topk + sort": 22, "torch.topk + mask": 22, "torch.kthvalue": 17, "numpy partition": 10}
 LARGE = 5 * 10**8  # elements above which only one peer can be waited for on a CPU
 
@@ -168,11 +182,13 @@ def largest(library: Any, values: Any, k: int) -> Any:
     return chosen
 
 
-def fault(result: Any, shapes: dict[str, torch.Size], magnitude: Callable[[str], Tensor], k: int, ties: bool = False) -> str | None:
+def fault(
+    result: Any, shapes: dict[str, torch.Size], magnitude: Callable[[str], Tensor], k: int, ties: bool = False
+) -> str | None:
     """What is wrong with a selection, where `ties` more than k if all beyond k equal the smallest.
 
-    The k chosen are the largest if and only if none that is left out is larger than the smallest chosen. That needs no truth
-    computed beforehand, and no more memory than one tensor takes.
+    The k chosen are the largest if and only if none that is left out is larger than the smallest chosen. That needs no
+    truth computed beforehand, and no more memory than one tensor takes.
     """
     if isinstance(result, Tensor) and result.dtype != torch.bool and not bool((result[1:] > result[:-1]).all()):
         return "the positions do not ascend"
@@ -198,7 +214,9 @@ def fault(result: Any, shapes: dict[str, torch.Size], magnitude: Callable[[str],
 
 
 def positions(result: Any, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """Name → flat positions within the tensor, of a mask, of boolean tensors by name, or of one flat tensor for all, by name."""
+    """Name → flat positions within the tensor, of a mask, of boolean tensors by name, or of one flat tensor for all, by
+    name.
+    """
     if isinstance(result, CSRMask):
         for name in shapes:
             one = result[name]
@@ -217,7 +235,8 @@ def positions(result: Any, shapes: dict[str, torch.Size]) -> Iterator[tuple[str,
             yield name, flat[bounds[i] : bounds[i + 1]] - (ends[i] - shape.numel())
 
 
-# ---- select_mask, without denoising --------------------------------------------------------------------------------------
+# ---- select_mask, without denoising
+# --------------------------------------------------------------------------------------
 
 
 LT_SFT = "LT-SFT's way"
@@ -279,7 +298,8 @@ def lt_sft(difference: Callable[[str], Tensor], names: list[str], k: int) -> dic
     return {n: difference(n).abs() >= float(threshold) for n in names}
 
 
-# ---- set operations ------------------------------------------------------------------------------------------------------
+# ---- set operations
+# ------------------------------------------------------------------------------------------------------
 
 
 def set_case(size: str, op: str, density: float, device: str) -> Case:
@@ -292,7 +312,9 @@ def set_case(size: str, op: str, density: float, device: str) -> Case:
     def unique() -> Tensor:
         if op == "mask_or":
             return torch.unique(torch.cat([keys, other]))
-        found, counts = torch.unique(torch.cat([keys, other] if op == "mask_and" else [keys, other, other]), return_counts=True)
+        found, counts = torch.unique(
+            torch.cat([keys, other] if op == "mask_and" else [keys, other, other]), return_counts=True
+        )
         return found[counts == (2 if op == "mask_and" else 1)]
 
     def check(result: Any) -> str | None:
@@ -304,7 +326,9 @@ def set_case(size: str, op: str, density: float, device: str) -> Case:
     ours = {"mask_or": lambda: a | b, "mask_and": lambda: a & b, "mask_sub": lambda: a - b}[op]
     providers: dict[str, Callable] = {OURS: lambda: ours, "torch.unique": lambda: unique}
     absent = {"scipy csr": "SciPy works in host memory"} if device == "cuda" else {}
-    name, module, make = ("cupy csr", "cupy", cupy_csr) if device == "cuda" else ("scipy csr", "scipy.sparse", scipy_csr)
+    name, module, make = (
+        ("cupy csr", "cupy", cupy_csr) if device == "cuda" else ("scipy csr", "scipy.sparse", scipy_csr)
+    )
     library, reason = imported(module)
     if library:
         providers[name] = partial(make, a, b, op)
@@ -379,7 +403,9 @@ def membership(keys: Tensor, other: Tensor, numel: int, op: str) -> Tensor:
 
 
 def stacked(mask: CSRMask) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """(row pointers, columns, shape) of all tensors as one matrix, one above the other, with 32-bit indices: the fastest form."""
+    """(row pointers, columns, shape) of all tensors as one matrix, one above the other, with 32-bit indices: the
+    fastest form.
+    """
     columns = max(math.prod(s[1:]) if len(s) > 1 else s.numel() for s in mask.shapes)
     crow, col = (t.to(torch.int32) for t in (mask.crow_indices, mask.col_indices))
     return crow, col, (len(crow) - 1, columns)

@@ -23,10 +23,17 @@ OPS = {
 }
 SIZES = ("tiny", "10M", "minilm", "50M", "bert", "xlmr", "llama1b")
 GROWTH = ("10M", "bert", "llama1b")  # further points of curves over the number of parameters, at one density
-OPTIMIZER_SIZES = ("tiny", "minilm")  # nine optimizers side by side fit, and 8-bit ones quantise tensors of these shapes
-# A step that bfloat16 shows, and an eps that float16 does. No decay: SparseAdam has none, and training under a mask uses none.
+# nine optimizers side by side fit, and 8-bit ones quantise tensors of these shapes
+OPTIMIZER_SIZES = ("tiny", "minilm")
+# A step that bfloat16 shows, and an eps that float16 does. No decay: SparseAdam has none, and training under a mask
+# uses none.
 SETTINGS = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-7, "weight_decay": 0.0}
-FUSED, FOREACH, MASK_FOREACH, LIFT = "torch AdamW fused", "torch AdamW foreach", "mask + torch AdamW foreach", "LIFT's step"
+FUSED, FOREACH, MASK_FOREACH, LIFT = (
+    "torch AdamW fused",
+    "torch AdamW foreach",
+    "mask + torch AdamW foreach",
+    "LIFT's step",
+)
 SPARSE_ADAM, MASK_SPARSE_ADAM = "torch SparseAdam", "sparse_mask + torch SparseAdam"
 
 Parameters = dict[str, torch.nn.Parameter]
@@ -61,8 +68,9 @@ class Problem:
         shapes = SHAPES[size]()
         self.mask = topk_mask(random_tensors(shapes, torch.float32, device, seed=2), density=density)
         self.params, self.grads = random_tensors(shapes, dtype, device), random_tensors(shapes, dtype, device, seed=1)
-        # None is tiny: AdamW adds eps to the root of the corrected second moment, SparseAdam and LIFT to that of the moment as it
-        # is, at the first step 1/32 of it. Where |gradient| >= 0.1, eps is less than the tolerance in either place.
+        # None is tiny: AdamW adds eps to the root of the corrected second moment, SparseAdam and LIFT to that of the
+        # moment as it is, at the first step 1/32 of it. Where |gradient| >= 0.1, eps is less than the tolerance in
+        # either place.
         for gradient in self.grads.values():
             gradient.add_(torch.where(gradient < 0, -0.1, 0.1))
         self.compact = self.mask.gather(self.grads)
@@ -76,7 +84,8 @@ class Problem:
 
     def check(self, result: dict[str, Tensor]) -> str | None:
         fault = self.deviation(self.mask.gather(result).double() - self.expected, "at the masked entries")
-        # No gradient is so small that a step would not show: a masked optimizer moves the masked entries, a dense one all of them.
+        # No gradient is so small that a step would not show: a masked optimizer moves the masked entries, a dense one
+        # all of them.
         moved = sum(int(torch.count_nonzero(result[n] != t)) for n, t in self.params.items())
         if fault or moved == self.mask.nnz:
             return fault
@@ -91,8 +100,8 @@ class Problem:
         return None if worst <= self.tolerance else f"{worst:.1e} from AdamW in float64 {where}"
 
     def bytes_moved(self, compact: bool) -> int:
-        """By a sparse step: float32 moments read and written, the index, and parameters (read and written) and dense gradients,
-        whole sectors (on the CPU cache lines) at a time."""
+        """By a sparse step: float32 moments read and written, the index, and parameters (read and written) and dense
+        gradients, whole sectors (on the CPU cache lines) at a time."""
         mask, itemsize = self.mask, next(iter(self.params.values())).element_size()
         sector = 32 if mask.device.type == "cuda" else 64
         touched = (1 - (1 - mask.density) ** (sector / itemsize)) * mask.numel * itemsize
@@ -115,7 +124,9 @@ class Problem:
         }
 
     def stepper(self, peer: "Peer", note: Callable[[Parameters, Any], None] = lambda parameters, optimizer: None):
-        """A provider: a step of an optimizer, and what goes before it. `note` is told of parameters and optimizer thereafter."""
+        """A provider: a step of an optimizer, and what goes before it. `note` is told of parameters and optimizer
+        thereafter.
+        """
 
         def make():
             mine = {n: torch.nn.Parameter(t.clone()) for n, t in self.params.items()}
@@ -159,9 +170,10 @@ class Peer:
 class LiftStep:
     """The step of LIFT (Liu et al. 2025) as its authors' optimizer takes it, written anew.
 
-    A bool mask of each tensor lies in main memory and is brought to the parameter's device in each step. The gradient picked by it
-    updates compact moments; the compact update is written over the gradient, the rest of which is set to 0, and all of it is added
-    to the parameter. A second call finds that update in place of a gradient from backward: other numbers, the same work.
+    A bool mask of each tensor lies in main memory and is brought to the parameter's device in each step. The gradient
+    picked by it updates compact moments; the compact update is written over the gradient, the rest of which is set to
+    0, and all of it is added to the parameter. A second call finds that update in place of a gradient from backward:
+    other numbers, the same work.
     """
 
     def __init__(self, parameters: Parameters, masks: dict[str, Tensor]) -> None:
@@ -208,8 +220,8 @@ def dense_peers(problem: Problem) -> dict[str, Peer]:
     def lift(parameters: Parameters) -> LiftStep:
         return LiftStep(parameters, problem.keep if mask.device.type == "cpu" else mask.to("cpu").to_dense())
 
-    # Parameters and two moments. Of the second: gradients, the roots of its moments and a bool mask, too. Of the third: parameters,
-    # gradients and mask, compact moments and the positions of the mask's entries.
+    # Parameters and two moments. Of the second: gradients, the roots of its moments and a bool mask, too. Of the third:
+    # parameters, gradients and mask, compact moments and the positions of the mask's entries.
     fused = Peer(torch_adamw(fused=True), lambda: problem.grads, needs=3 * size)
     foreach = Peer(torch_adamw(foreach=True), own, zero_the_others, needs=5 * size + mask.numel, mask_bytes=mask.numel)
     lifts = Peer(lift, own, needs=2 * size + mask.numel + 32 * mask.nnz, mask_bytes=mask.numel)
@@ -217,8 +229,8 @@ def dense_peers(problem: Problem) -> dict[str, Peer]:
 
 
 def sparse_adam(problem: Problem, compact: bool) -> Peer:
-    """SparseAdam takes gradients that are sparse tensors. Where ours is handed compact gradients, these are made beforehand; where
-    ours picks them out of dense ones, so does this peer: by torch's `sparse_mask`, in each step."""
+    """SparseAdam takes gradients that are sparse tensors. Where ours is handed compact gradients, these are made
+    beforehand; where ours picks them out of dense ones, so does this peer: by torch's `sparse_mask`, in each step."""
 
     def pick(parameters: Parameters) -> None:
         for name, parameter in parameters.items():
@@ -232,13 +244,17 @@ def sparse_adam(problem: Problem, compact: bool) -> Peer:
 
 
 def that_fit(peers: dict[str, Peer], room: int) -> tuple[dict[str, Peer], dict[str, str]]:
-    """(those for which there is memory beside those before them, why the others are absent): all are held while they are timed."""
+    """(those for which there is memory beside those before them, why the others are absent): all are held while they
+    are timed.
+    """
     fitting, absent = {}, {}
     for name, peer in peers.items():
         if peer.needs <= room:
             fitting[name], room = peer, room - peer.needs
         else:
-            absent[name] = f"needs {peer.needs / 1e9:.1f} GB of memory, {max(0, room) / 1e9:.1f} GB are free beside the others"
+            absent[name] = (
+                f"needs {peer.needs / 1e9:.1f} GB of memory, {max(0, room) / 1e9:.1f} GB are free beside the others"
+            )
     return fitting, absent
 
 
@@ -324,14 +340,18 @@ def optimizer_case(size: str, dtype: torch.dtype, density: float, device: str) -
     for package in ("bitsandbytes", "torchao"):
         module, reason = imported(f"{package}.optim")
         if module:
-            ways[f"{package} AdamW8bit"] = Peer(lambda p, module=module: module.AdamW8bit(p.values(), **SETTINGS), shared)
+            ways[f"{package} AdamW8bit"] = Peer(
+                lambda p, module=module: module.AdamW8bit(p.values(), **SETTINGS), shared
+            )
         else:
             absent[f"{package} AdamW8bit"] = reason
 
     def notes(name: str, mask_bytes: int) -> Callable[[Parameters, Any], None]:
         def note(parameters: Parameters, optimizer: Any) -> None:
             if name not in footprints:
-                weights, gradients = (sum(t.nbytes for t in ts) for ts in zip(*((p, p.grad) for p in parameters.values())))
+                weights, gradients = (
+                    sum(t.nbytes for t in ts) for ts in zip(*((p, p.grad) for p in parameters.values()))
+                )
                 footprints[name] = Footprint(weights, gradients, state_bytes(optimizer), mask_bytes)
 
         return note

@@ -1,4 +1,6 @@
-"""pytest bench/ --benchmark-only: the same works and providers as `python -m bench`, one test each, under pytest-benchmark."""
+"""pytest bench/ --benchmark-only: the same works and providers as `python -m bench`, one test each, under
+pytest-benchmark.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from bench.harness import Choice
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench", "what is timed")
-    group.addoption("--family", nargs="+", choices=tuple(FAMILIES), default=list(FAMILIES), help="families of operators")
+    group.addoption(
+        "--family", nargs="+", choices=tuple(FAMILIES), default=list(FAMILIES), help="families of operators"
+    )
     group.addoption("--size", nargs="+", choices=SIZES, default=["minilm"], help="sizes of work (default: minilm)")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
 

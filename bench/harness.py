@@ -1,20 +1,22 @@
 """Timing and checking, for every family of operators.
 
-A `Work` says what is to be timed and costs nothing until it is made; the `Case` that it makes holds the inputs and the providers.
-A provider is a function that makes a fresh `call` (its own copies of what it writes), and `call()` does the work once and returns
-what `check` compares with the truth: a provider that is wrong is told, and not timed. The others are timed interleaved, in an order
-that changes from round to round, so that a machine that slows down slows all of them; the ratio to ours is the median over rounds.
-Before each timed call a buffer as large as the last cache is read, so that every call finds its inputs in main memory.
+A `Work` says what is to be timed and costs nothing until it is made; the `Case` that it makes holds the inputs and the
+providers. A provider is a function that makes a fresh `call` (its own copies of what it writes), and `call()` does the
+work once and returns what `check` compares with the truth: a provider that is wrong is told, and not timed. The others
+are timed interleaved, in an order that changes from round to round, so that a machine that slows down slows all of
+them; the ratio to ours is the median over rounds. Before each timed call a buffer as large as the last cache is read,
+so that every call finds its inputs in main memory.
 
-On a GPU a call is timed by events before and after its work, while the device is still busy with a pause that was enqueued before:
-the host runs ahead, as in a training loop, and its own time does not count as the kernels' (of a call that waits for the device,
-what follows the wait does). That time stands in a column of its own (`host_ms`): until the call returns on an idle device, so of a
-call that waits all of it; a whole training step takes the longer of the two.
+On a GPU a call is timed by events before and after its work, while the device is still busy with a pause that was
+enqueued before: the host runs ahead, as in a training loop, and its own time does not count as the kernels' (of a call
+that waits for the device, what follows the wait does). That time stands in a column of its own (`host_ms`): until the
+call returns on an idle device, so of a call that waits all of it; a whole training step takes the longer of the two.
 
-Peak memory (`peak_extra_mb`) is taken in this process, or, on the CPU, in a fresh process of each provider: there no arena that an
-earlier provider left behind hides what it takes. It is the most that lay in memory at once during one call, less what lay there
-before: the inputs do not count. For a `whole` case it counts from before the provider was made until after its second call, so of
-training everything counts: weights, masks, optimizer state, gradients, activations.
+Peak memory (`peak_extra_mb`) is taken in this process, or, on the CPU, in a fresh process of each provider: there no
+arena that an earlier provider left behind hides what it takes. It is the most that lay in memory at once during one
+call, less what lay there
+before: the inputs do not count. For a `whole` case it counts from before the provider was made until after its second
+call, so of training everything counts: weights, masks, optimizer state, gradients, activations.
 """
 
 import contextlib
@@ -40,7 +42,8 @@ from torch import Tensor
 from bench.rows import OURS, package_of
 
 Setting = tuple[torch.dtype, float]
-# Milliseconds by which the host is ahead of a GPU at least and at most, else twice what it needs; calls that tell what it needs.
+# Milliseconds by which the host is ahead of a GPU at least and at most, else twice what it needs; calls that tell what
+# it needs.
 LEAD, LONGEST_LEAD, HOST_CALLS = 1.0, 20.0, 3
 
 
@@ -204,7 +207,8 @@ def _flushing(device: str) -> Tensor:
 def flush_cache(device: str) -> None:
     """Fill the caches with other data, read only: nothing waits to be written back while the next call is timed.
 
-    With as many bytes as the last cache has, sums of 2 to 100 MB came from memory; twice as many changed nothing (Xeon, 480 MiB).
+    With as many bytes as the last cache has, sums of 2 to 100 MB came from memory; twice as many changed nothing (Xeon,
+    480 MiB).
     """
     _flushing(device).sum()
 
@@ -323,8 +327,8 @@ def _alone_here(work: Work, provider: str, rounds: int, threads: int) -> Alone:
 def measure(
     work: Work, facts: dict[str, Any], rounds: int | None, providers: tuple[str, ...], fresh: bool
 ) -> Iterator[dict[str, Any]]:
-    """Check every provider, time the right ones, and give one row for each. A wrong one gives {"wrong": what}, an absent one
-    {"absent": why}. `providers`: these alone and ours; none: all. `fresh`: peaks from fresh processes."""
+    """Check every provider, time the right ones, and give one row for each. A wrong one gives {"wrong": what}, an
+    absent one {"absent": why}. `providers`: these alone and ours; none: all. `fresh`: peaks from fresh processes."""
     from deftx_kernels import backends
 
     case, device = work.make(), work.device
@@ -364,9 +368,16 @@ def measure(
         p20, p50, p80 = quantiles(taken)
         row = same | {"provider": name, "package": package_of(name), "rounds": len(taken)}
         row["backend"] = backends()[case.served_by or work.op][device].name if name.startswith(OURS) else ""
-        row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}", "share_of_floor": f"{floor / p50:.4f}"}
+        row |= {
+            "p20_ms": f"{p20:.4f}",
+            "p50_ms": f"{p50:.4f}",
+            "p80_ms": f"{p80:.4f}",
+            "share_of_floor": f"{floor / p50:.4f}",
+        }
         row["host_ms"] = f"{host[name]:.4f}" if name in host else ""
-        row["times_ours"] = f"{statistics.median(t / o for t, o in zip(taken, times[OURS])):.3f}" if OURS in times else ""
+        row["times_ours"] = (
+            f"{statistics.median(t / o for t, o in zip(taken, times[OURS])):.3f}" if OURS in times else ""
+        )
         peak = peaks.get(name)
         row["peak_extra_mb"] = "" if peak is None else f"{peak:.1f}"
         yield row | (footprint.columns(case.parameters) if (footprint := case.footprints.get(name)) else {})
@@ -396,9 +407,13 @@ def checked(case: Case) -> tuple[dict[str, str], dict[str, Callable[[], Any]]]:
 def timed(
     calls: dict[str, Callable[[], Any]], device: str, rounds: int, once: tuple[str, ...], whole: bool
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """The milliseconds of each round, of all providers in turn, and on a GPU those that the host needs for a call of each."""
+    """The milliseconds of each round, of all providers in turn, and on a GPU those that the host needs for a call of
+    each.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    host = {name: host_time(call, whole) for name, call in calls.items() if name not in once} if device == "cuda" else {}
+    host = (
+        {name: host_time(call, whole) for name, call in calls.items() if name not in once} if device == "cuda" else {}
+    )
     order = list(calls)
     for i in range(rounds):
         order = order[1:] + order[:1]
@@ -418,7 +433,8 @@ def timed(
 
 
 def host_time(call: Callable[[], Any], whole: bool = False) -> float:
-    """The median of a few calls, each on an idle device: where the host waits for the device, it does so for its own call alone.
+    """The median of a few calls, each on an idle device: where the host waits for the device, it does so for its own
+    call alone.
 
     Of training (`whole`) the first does not count: it makes the optimizer's state, or captures a graph.
     """

@@ -1,13 +1,14 @@
 """The host's time of the GPU paths, without a GPU: python -m bench.host_time [--only WORD]
 
-Training steps of encoders are bound by the host on a fast GPU, so what Python does before each launch is what users wait for. Here
-the device's work is taken away: our operators run the real launchers of the Triton kernels on CPU tensors of a few elements, and
-Triton runs its own Python up to the C function that would launch. Not paid: that function, CUDA's own calls, and the launches of
-torch's own kernels, in place of which tiny ones run on the CPU. So the figures say what a change of ours does, run before it and
-after it, alternately, on one machine; none is a time of a GPU. bench/NOTES.md has some.
+Training steps of encoders are bound by the host on a fast GPU, so what Python does before each launch is what users
+wait for. Here the device's work is taken away: our operators run the real launchers of the Triton kernels on CPU
+tensors of a few elements, and Triton runs its own Python up to the C function that would launch. Not paid: that
+function, CUDA's own calls, and the launches of torch's own kernels, in place of which tiny ones run on the CPU. So the
+figures say what a change of ours does, run before it and after it, alternately, on one machine; none is a time of a
+GPU. bench/NOTES.md has some.
 
-Printed: microseconds of the process's CPU time per call, the best of several repetitions; the calls in a training step of XLM-R
-base; their product. Operators are part of the functions, layers and steps above and below them.
+Printed: microseconds of the process's CPU time per call, the best of several repetitions; the calls in a training step
+of XLM-R base; their product. Operators are part of the functions, layers and steps above and below them.
 """
 
 import argparse
@@ -42,14 +43,17 @@ class Launcher(CudaLauncher):
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.num_ctas, self.launch_cooperative_grid, self.launch_pdl = 1, False, False
-        self.global_scratch_size = self.global_scratch_align = self.profile_scratch_size = self.profile_scratch_align = 0
+        self.global_scratch_size = self.global_scratch_align = self.profile_scratch_size = (
+            self.profile_scratch_align
+        ) = 0
         self.launch = lambda *arguments: None
 
 
 def driver() -> Any:
     """What Triton asks its active driver for."""
     utils = SimpleNamespace(
-        get_device_properties=lambda device: {"max_shared_mem": 1 << 18}, load_binary=lambda *arguments: (object(), 1, 0, 0, 1024)
+        get_device_properties=lambda device: {"max_shared_mem": 1 << 18},
+        load_binary=lambda *arguments: (object(), 1, 0, 0, 1024),
     )
     return SimpleNamespace(
         get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -68,7 +72,9 @@ def without_device() -> None:
     _ops.LIBRARY.impl("topk_mask", nothing_selected, "CPU", allow_override=True)
 
 
-def nothing_selected(scores: list[Tensor], base: list[Tensor], k: list[int], scope: int) -> tuple[Tensor, Tensor, Tensor]:
+def nothing_selected(
+    scores: list[Tensor], base: list[Tensor], k: list[int], scope: int
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.uint16), torch.tensor([-1, -1])
 
 
@@ -158,7 +164,10 @@ def layers() -> Iterator[tuple[str, Callable[[], Case]]]:
         for sparse in (False, True):
             name = ("masked " if sparse else "nn.") + kind.__name__
             for what, make in (("forward", forward), ("forward and backward", both)):
-                yield f"{name}, {what}", lambda make=make, kind=kind, sparse=sparse, calls=calls: make(kind, sparse, calls)
+                yield (
+                    f"{name}, {what}",
+                    lambda make=make, kind=kind, sparse=sparse, calls=calls: make(kind, sparse, calls),
+                )
 
 
 def gradients() -> Iterator[tuple[str, Callable[[], Case]]]:

@@ -1,12 +1,16 @@
-"""What a machine gives at the most, and what of it our kernels take: `python -m bench machine` and `python -m bench counters`.
+"""What a machine gives at the most, and what of it our kernels take: `python -m bench machine` and `python -m bench
+counters`.
 
-- Bytes per second of a large copy (read and written), of reading and of writing alone; operations per second of square products.
-- Reads and writes at scattered, ascending positions, as those of a mask are. The model: memory moves in sectors of 32 bytes (on a
-  CPU in lines of 64), so of a dense tensor the share 1 - (1 - density)^(32 / bytes of an element) moves; beside it the positions
-  and the compact values.
-  `gb_s` are the model's bytes by the time taken; `implied_share` is the share of the tensor that would explain the time at the rate
-  of the copy. Where it is twice the model's for writes, sectors that are partly written are read first.
-- `counters`, on a GPU with Nsight Compute (`ncu`): the time, the bytes from and to memory and the sectors for each request of every
+- Bytes per second of a large copy (read and written), of reading and of writing alone; operations per second of square
+products.
+- Reads and writes at scattered, ascending positions, as those of a mask are. The model: memory moves in sectors of 32
+bytes (on a
+  CPU in lines of 64), so of a dense tensor the share 1 - (1 - density)^(32 / bytes of an element) moves; beside it the
+  positions and the compact values.
+  `gb_s` are the model's bytes by the time taken; `implied_share` is the share of the tensor that would explain the time
+  at the rate of the copy. Where it is twice the model's for writes, sectors that are partly written are read first.
+- `counters`, on a GPU with Nsight Compute (`ncu`): the time, the bytes from and to memory and the sectors for each
+request of every
   kernel that a call of our operators launches (`python -m bench.machine` makes those calls).
 
 The results go to bench/results/machine.json, the newest of each device in place of the one before.
@@ -61,7 +65,10 @@ def measure(device: str, out: Path = RESULTS) -> dict[str, Any]:
     found["memory"] = memory(device)
     print("memory, GB/s:", *(f"{k} {v:.0f}" for k, v in found["memory"].items()))
     found["products"] = products(device)
-    print(f"products of {SIDE[device]} x {SIDE[device]}, TFLOP/s:", *(f"{k} {v:.2f}" for k, v in found["products"].items()))
+    print(
+        f"products of {SIDE[device]} x {SIDE[device]}, TFLOP/s:",
+        *(f"{k} {v:.2f}" for k, v in found["products"].items()),
+    )
     print(f"{'':8}{'bytes':>6}{'density':>8}{'ms':>9}{'GB/s':>7}{'share of sectors':>18}{'implied':>9}")
     found["scattered"] = []
     for row in scattered(device, 1e9 * found["memory"]["copy"]):
@@ -95,8 +102,14 @@ def memory(device: str) -> dict[str, float]:
     """GB/s."""
     source = torch.ones(DENSE_BYTES[device] // 4, device=device)
     target = torch.empty_like(source)
-    calls: dict[str, Call] = {"copy": lambda: target.copy_(source), "read": source.sum, "write": lambda: target.fill_(1.0)}
-    return {n: round((2 if n == "copy" else 1) * source.nbytes / ms / 1e6, 1) for n, ms in medians(calls, device).items()}
+    calls: dict[str, Call] = {
+        "copy": lambda: target.copy_(source),
+        "read": source.sum,
+        "write": lambda: target.fill_(1.0),
+    }
+    return {
+        n: round((2 if n == "copy" else 1) * source.nbytes / ms / 1e6, 1) for n, ms in medians(calls, device).items()
+    }
 
 
 @contextmanager
@@ -147,7 +160,13 @@ def scattered(device: str, copy_rate: float) -> Iterator[dict[str, Any]]:
             for access, ms in medians(calls, device).items():
                 rate = (share * dense.nbytes + beside) / ms / 1e6
                 implied = (copy_rate * ms / 1e3 - beside) / dense.nbytes
-                row = {"access": access, "bytes": itemsize, "density": density, "ms": round(ms, 5), "gb_s": round(rate, 1)}
+                row = {
+                    "access": access,
+                    "bytes": itemsize,
+                    "density": density,
+                    "ms": round(ms, 5),
+                    "gb_s": round(rate, 1),
+                }
                 yield row | {"sector_share": round(share, 4), "implied_share": round(implied, 4)}
 
 
@@ -173,7 +192,9 @@ def accesses(device: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def our_calls(device: str, size: str = "xlmr", side: int = 4096, density: float = 0.05) -> dict[str, Call]:
-    """One call of each operator whose kernels are our own, on a model's tensors, on one large weight and on an embedding."""
+    """One call of each operator whose kernels are our own, on a model's tensors, on one large weight and on an
+    embedding.
+    """
     float32 = random_tensors(SIZES[size](), torch.float32, device)
     params, grads = ({n: t.bfloat16() for n, t in float32.items()} for _ in range(2))
     mask = topk_mask(float32, density=density)
@@ -199,7 +220,9 @@ def our_calls(device: str, size: str = "xlmr", side: int = 4096, density: float 
         "sparse_adamw_, dense": lambda: adamw(grads),
         "sparse_adamw_, compact": lambda: adamw(values),
         "csr_square_sum": lambda: ops.csr_square_sum(list(params.values()), mask.crow_indices, mask.col_indices),
-        "masked_linear_grad": lambda: ops.masked_linear_grad(gradient, x, weight.crow_indices, weight.col_indices, torch.float32),
+        "masked_linear_grad": lambda: ops.masked_linear_grad(
+            gradient, x, weight.crow_indices, weight.col_indices, torch.float32
+        ),
         "masked_embedding_grad": lambda: ops.masked_embedding_grad(
             rows, ids, embedding.crow_indices, embedding.col_indices, 1, torch.float32
         ),
@@ -227,10 +250,23 @@ def counters(out: Path = RESULTS) -> int:
         print("not counted: " + ("there is no CUDA device" if ncu else "ncu is not on the PATH"))
         return 0
     # The clocks stay as they are: locking them changes the card for everybody.
-    command = [ncu, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw", "--print-units", "base"]
+    command = [
+        ncu,
+        "--clock-control",
+        "none",
+        "--profile-from-start",
+        "off",
+        "--csv",
+        "--page",
+        "raw",
+        "--print-units",
+        "base",
+    ]
     command += ["--launch-count", "100", "--metrics", ",".join(METRICS), sys.executable, "-m", "bench.machine"]
     pipe, told = subprocess.PIPE, subprocess.STDOUT
-    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=told, text=True, errors="replace", start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=pipe, stderr=told, text=True, errors="replace", start_new_session=True
+    )
     try:
         output, _ = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -240,7 +276,9 @@ def counters(out: Path = RESULTS) -> int:
     if status or not kernels:
         print(f"ncu: exit status {status}", *output.splitlines()[-15:], sep="\n")
         return status or 1
-    print(f"{'kernel':44}{'launches':>9}{'ms':>9}{'read MB':>9}{'written MB':>11}{'GB/s':>7}{'sectors a load, a store':>25}")
+    print(
+        f"{'kernel':44}{'launches':>9}{'ms':>9}{'read MB':>9}{'written MB':>11}{'GB/s':>7}{'sectors a load, a store':>25}"
+    )
     for k in kernels:
         rate = (k["read"] + k["written"]) / max(k["ns"], 1)
         line = f"{k['kernel'][:43]:44}{k['launches']:9}{k['ns'] / 1e6:9.4f}{k['read'] / 1e6:9.1f}{k['written'] / 1e6:11.1f}"
@@ -250,7 +288,9 @@ def counters(out: Path = RESULTS) -> int:
 
 
 def counted(output: str) -> list[dict[str, Any]]:
-    """Of each kernel in Nsight Compute's table: launches, sums of nanoseconds and bytes, means of the ratios; the longest first."""
+    """Of each kernel in Nsight Compute's table: launches, sums of nanoseconds and bytes, means of the ratios; the
+    longest first.
+    """
     lines = output.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     launches: dict[str, list[dict[str, float]]] = {}
@@ -262,7 +302,9 @@ def counted(output: str) -> list[dict[str, Any]]:
     found = []
     for name, each in launches.items():
         sums = {k: sum(one[k] for one in each) for k in ("ns", "read", "written")}
-        means = {k: round(statistics.mean(one[k] for one in each), 2) for k in ("sectors_per_load", "sectors_per_store")}
+        means = {
+            k: round(statistics.mean(one[k] for one in each), 2) for k in ("sectors_per_load", "sectors_per_store")
+        }
         found.append({"kernel": name, "launches": len(each)} | sums | means)
     return sorted(found, key=lambda kernel: -kernel["ns"])
 

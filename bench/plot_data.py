@@ -46,7 +46,9 @@ def unusual(key: Key) -> float:
 
 
 def pick(works: Works, op: str, size: str, density: str | None) -> Key | None:
-    """Of the works of this title, and of this density if one is asked for: float32 before other dtypes, the usual density first."""
+    """Of the works of this title, and of this density if one is asked for: float32 before other dtypes, the usual
+    density first.
+    """
     found = [key for key in works if (key.op, key.size) == (op, size) and density in (None, key.density)]
     return min(found, key=lambda key: (key.dtype != "float32", unusual(key)), default=None)
 
@@ -86,15 +88,21 @@ def races(works: Works) -> dict[str, Race]:
     for title, *work in HEADLINES:
         key = pick(works, *work)
         rows = works[key] if key else {}
-        times = {name: t for name, row in rows.items() if not name.startswith(OURS) and (t := number(row, "times_ours"))}
+        times = {
+            name: t for name, row in rows.items() if not name.startswith(OURS) and (t := number(row, "times_ours"))
+        }
         if key and times and OURS in rows:
             peers = dict(sorted(times.items(), key=lambda item: item[1]))
-            found[title] = Race(float(rows[OURS]["p50_ms"]), key.dtype, peers, [rows[OURS], *(rows[name] for name in peers)])
+            found[title] = Race(
+                float(rows[OURS]["p50_ms"]), key.dtype, peers, [rows[OURS], *(rows[name] for name in peers)]
+            )
     return found
 
 
 def speed_lines(machines: list[dict[str, Race]]) -> dict[tuple[str, str], int]:
-    """(headline, peer) → its line from the top, the same for all machines; headlines themselves, peer "", have a line as well."""
+    """(headline, peer) → its line from the top, the same for all machines; headlines themselves, peer "", have a line
+    as well.
+    """
     lines: dict[tuple[str, str], int] = {}
     for title, *_ in HEADLINES:
         names = dict.fromkeys(name for found in machines if title in found for name in found[title].peers)
@@ -147,7 +155,8 @@ SIZES = {name: float(shapes.numel(name)) for name in shapes.SIZES if name != "ti
 @dataclass(frozen=True)
 class Series:
     label: str
-    works: tuple[tuple[str, str | None, str], ...]  # op, what follows the size's name in the title (None: anything), provider
+    # op, what follows the size's name in the title (None: anything), provider
+    works: tuple[tuple[str, str | None, str], ...]
     density: str | None = USUAL  # None: any, for a cost that hardly depends on it
 
 
@@ -158,14 +167,22 @@ LABELS = ("ours, 5 %", "dense AdamW")
 SELECTION = (
     Series("ours", (("select_mask", "", OURS),)),
     Series("ours, denoised with rank 64", (("select_mask", "rank 64", OURS),), None),
-    Series("NumPy's or CuPy's partition", (("select_mask", "", "numpy partition"), ("select_mask", "", "cupy partition"))),
+    Series(
+        "NumPy's or CuPy's partition", (("select_mask", "", "numpy partition"), ("select_mask", "", "cupy partition"))
+    ),
     Series("LT-SFT's way", (("select_mask", "", "LT-SFT's way"),)),
 )
 GROWTH = {  # → column, series
     "time to select the mask": ("p50_ms", SELECTION),
     "time of an optimizer step": ("p50_ms", tuple(Series(label, (step,)) for label, step in zip(LABELS, STEP))),
-    "optimizer state": ("state_bytes_per_param", tuple(Series(label, works) for label, *works in zip(LABELS, TRAINING, OPTIMIZER))),
-    "peak memory of training": ("peak_extra_mb", tuple(Series(label, (training,)) for label, training in zip(LABELS, TRAINING))),
+    "optimizer state": (
+        "state_bytes_per_param",
+        tuple(Series(label, works) for label, *works in zip(LABELS, TRAINING, OPTIMIZER)),
+    ),
+    "peak memory of training": (
+        "peak_extra_mb",
+        tuple(Series(label, (training,)) for label, training in zip(LABELS, TRAINING)),
+    ),
 }
 
 
@@ -186,7 +203,9 @@ class Curve:
 
 
 def growth_panels(works: Works) -> dict[str, list[Curve]]:
-    panels = {title: [c for series in each for c in curves(works, series, column)] for title, (column, each) in GROWTH.items()}
+    panels = {
+        title: [c for series in each for c in curves(works, series, column)] for title, (column, each) in GROWTH.items()
+    }
     return {title: found for title, found in panels.items() if found}
 
 
@@ -214,7 +233,9 @@ def curves(works: Works, series: Series, column: str) -> list[Curve]:
 
 def cost_of(row: Row, column: str, parameters: float) -> float | None:
     value = number(row, column)
-    return None if value is None else value * {"state_bytes_per_param": parameters, "peak_extra_mb": 1e6}.get(column, 1.0)
+    return (
+        None if value is None else value * {"state_bytes_per_param": parameters, "peak_extra_mb": 1e6}.get(column, 1.0)
+    )
 
 
 # ---- roofline ----

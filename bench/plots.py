@@ -1,4 +1,6 @@
-"""The figures of `python -m bench plot`, made from rows alone: speed, memory, growth with the number of parameters, roofline."""
+"""The figures of `python -m bench plot`, made from rows alone: speed, memory, growth with the number of parameters,
+roofline.
+"""
 
 import math
 import textwrap
@@ -24,7 +26,8 @@ WIDTH = 8.4  # inches: a README shows some 840 pixels, so that the smallest lett
 KINDS = {"cpu": "CPU", "cuda": "GPU"}
 PART_COLORS = dict(zip((*PARTS, REST), ("#94a3b8", AMBER, BLUE, GREEN, GRID)))
 MODELS = {"minilm": "MiniLM", "bert": "BERT base", "xlmr": "XLM-R base", "llama1b": "Llama 3.2 1B"}
-SERIES_COLORS = {"ours": BLUE, "ours, 5 %": BLUE, "ours, denoised with rank 64": SKY, "LT-SFT's way": AMBER}  # others grey
+# others grey
+SERIES_COLORS = {"ours": BLUE, "ours, 5 %": BLUE, "ours, denoised with rank 64": SKY, "LT-SFT's way": AMBER}
 
 
 def plot(rows: list[Row], folder: Path) -> list[Path]:
@@ -59,7 +62,8 @@ def speed(machines: dict[str, Works]) -> Any:
         return None
     widths = [1.0 if each else 0.4 for each in found.values()]
     height = 0.155 * len(lines) + 0.8
-    edges = {"left": 0.25, "right": 0.995, "top": 1 - 0.3 / height, "bottom": 0.4 / height}  # names need room at the left
+    # names need room at the left
+    edges = {"left": 0.25, "right": 0.995, "top": 1 - 0.3 / height, "bottom": 0.4 / height}
     new, cells = figure(height, 1, 2, None, width_ratios=widths, wspace=0.05, **edges)
     times = [t for each in found.values() for race in each.values() for t in race.peers.values()]
     for (kind, each), cell in zip(found.items(), cells):
@@ -68,7 +72,9 @@ def speed(machines: dict[str, Works]) -> Any:
         if not each:
             not_measured(axis, KINDS[kind])
             continue
-        axis.set(xscale="log", xlim=(0.75 * min(1, *times), 2 * max(1, *times)), ylim=(len(lines) - 0.3, -0.7), yticks=[])
+        axis.set(
+            xscale="log", xlim=(0.75 * min(1, *times), 2 * max(1, *times)), ylim=(len(lines) - 0.3, -0.7), yticks=[]
+        )
         axis.set_xlabel("times as long as ours, the blue line" + ("; orange: less" if min(times) < 1 else ""))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axis.xaxis.set_minor_formatter("")
@@ -86,11 +92,18 @@ def draw_races(axis: Any, found: dict[str, Race], lines: dict[tuple[str, str], i
         race = found.get(title)
         if race and not name:
             label = f"ours: {duration(race.ms)}" + ("" if race.dtype == "float32" else f", {race.dtype}")
-            axis.text(1, y, label, transform=axis.get_yaxis_transform(), ha="right", va="center", fontsize=6.5, color=BLUE)
+            axis.text(
+                1, y, label, transform=axis.get_yaxis_transform(), ha="right", va="center", fontsize=6.5, color=BLUE
+            )
         elif race and name in race.peers:
             times = race.peers[name]
             axis.barh(y, times - 1, 0.62, left=1, color=GREY if times >= 1 else AMBER)
-            beside(axis, f"{times:.2f}" if times < 2 else f"{times:.1f}" if times < 10 else f"{times:.0f}", max(times, 1), y)
+            beside(
+                axis,
+                f"{times:.2f}" if times < 2 else f"{times:.1f}" if times < 10 else f"{times:.0f}",
+                max(times, 1),
+                y,
+            )
 
 
 def name_lines(new: Any, axis: Any, lines: dict[tuple[str, str], int]) -> None:
@@ -122,11 +135,15 @@ def memory(machines: dict[str, Works]) -> Any:
             if title not in bars:
                 not_measured(axis, KINDS[kind])
                 continue
-            axis.set_title(f"{KINDS[kind]}: {MODELS.get(model, model)}{comma}{batch}, {bars[title][0].row['dtype']}", fontsize=8)
+            axis.set_title(
+                f"{KINDS[kind]}: {MODELS.get(model, model)}{comma}{batch}, {bars[title][0].row['dtype']}", fontsize=8
+            )
             draw_bars(axis, bars[title], names[title])
             if any(title in before for before in list(found.values())[:j]):
                 axis.set_yticklabels([])
-    legend(new, [mark(name, marker="s", color=color, linestyle="", markersize=6) for name, color in PART_COLORS.items()])
+    legend(
+        new, [mark(name, marker="s", color=color, linestyle="", markersize=6) for name, color in PART_COLORS.items()]
+    )
     return small_print(new, [[bar.row for bar in each] for bars in found.values() for each in bars.values()])
 
 
@@ -141,7 +158,9 @@ def draw_bars(axis: Any, bars: list[Bar], names: list[str]) -> None:
             axis.barh(y, size * scale, 0.7, left=left, color=PART_COLORS[part])
             left += size * scale
         beside(axis, f"{bar.peak * scale:.3g} {unit}", left, y)
-    axis.set(xlim=(0, 1.15 * scale * max(sum(bar.parts.values()) for bar in bars)), ylim=(len(names) - 0.4, -0.6), xticks=[])
+    axis.set(
+        xlim=(0, 1.15 * scale * max(sum(bar.parts.values()) for bar in bars)), ylim=(len(names) - 0.4, -0.6), xticks=[]
+    )
     axis.set_yticks(range(len(names)), map(words, names), color=INK)
     axis.spines["bottom"].set_visible(False)
     axis.tick_params(length=0)
@@ -168,8 +187,13 @@ def growth(machines: dict[str, Works]) -> Any:
         axis.yaxis.set_major_formatter(lambda y, _, units=units: quantity(y, units))
         axis.grid()
         axis.tick_params(which="both", length=0)
-    model = "modelled: in proportion to the parameters, from the largest measured point; peak memory without activations"
-    marks = [mark("measured", marker="o"), mark(model, marker="o", linestyle="--", linewidth=1, markerfacecolor="white")]
+    model = (
+        "modelled: in proportion to the parameters, from the largest measured point; peak memory without activations"
+    )
+    marks = [
+        mark("measured", marker="o"),
+        mark(model, marker="o", linestyle="--", linewidth=1, markerfacecolor="white"),
+    ]
     if others := {curve.dtype for _, _, curves in found for curve in curves} - {"float32"}:
         marks.append(mark(", ".join(sorted(others)), marker="s", linestyle=""))
     legend(new, marks)
@@ -177,7 +201,11 @@ def growth(machines: dict[str, Works]) -> Any:
 
 
 def draw_curve(axis: Any, curve: Curve) -> None:
-    style = {"color": SERIES_COLORS.get(curve.label, GREY), "marker": "o" if curve.dtype == "float32" else "s", "markersize": 4}
+    style = {
+        "color": SERIES_COLORS.get(curve.label, GREY),
+        "marker": "o" if curve.dtype == "float32" else "s",
+        "markersize": 4,
+    }
     named_already = curve.label in axis.get_legend_handles_labels()[1]
     axis.plot(*zip(*curve.measured), label=None if named_already else curve.label, **style)
     if beyond := curve.modelled():
@@ -193,7 +221,9 @@ def quantity(value: float, units: dict[str, float]) -> str:
 
 
 def roofline(machines: dict[str, Works]) -> Any:
-    """Of each operator's largest work: Gflop/s under the machine's roofs, or the share of the floor where only bytes move."""
+    """Of each operator's largest work: Gflop/s under the machine's roofs, or the share of the floor where only bytes
+    move.
+    """
     found = {kind: plot_data.spots(works) for kind, works in machines.items()}
     if not any(found.values()):
         return None
@@ -214,7 +244,13 @@ def roofline(machines: dict[str, Works]) -> Any:
 
 
 def draw_roofs(axis: Any, found: list[Spot], kind: str) -> None:
-    axis.set(xscale="log", yscale="log", title=f"{kind}: rate of arithmetic", xlabel="operations for each byte", ylabel="Gflop/s")
+    axis.set(
+        xscale="log",
+        yscale="log",
+        title=f"{kind}: rate of arithmetic",
+        xlabel="operations for each byte",
+        ylabel="Gflop/s",
+    )
     low, high = min(s.intensity for s in found) / 3, max(s.intensity for s in found) * 3
     roofs = plot_data.roofs(found)
     tops = [product for _, product in roofs.values()]
@@ -229,12 +265,19 @@ def draw_roofs(axis: Any, found: list[Spot], kind: str) -> None:
             axis.annotate("copy", (middle, copy * middle), (-4, 0), ha="right", **style)
     colors = dict(zip(dict.fromkeys(spot.op for spot in found), (BLUE, AMBER, GREEN, VIOLET, RED, SKY)))
     for spot in found:
-        style = {"color": colors[spot.op], "marker": "o" if spot.dtype == "float32" else "s", "markersize": 5, "linewidth": 0.8}
+        style = {
+            "color": colors[spot.op],
+            "marker": "o" if spot.dtype == "float32" else "s",
+            "markersize": 5,
+            "linewidth": 0.8,
+        }
         if spot.peer:
             axis.plot([spot.intensity] * 2, [spot.ours, spot.peer], markerfacecolor="white", **style)
         axis.plot(spot.intensity, spot.ours, **style | {"linestyle": ""}, label=named(spot))
     rates = [spot.ours for spot in found] + [spot.peer for spot in found if spot.peer] + tops
-    axis.set(xlim=(low, high), ylim=(10 ** math.floor(math.log10(min(rates))), 10 ** math.ceil(math.log10(1.2 * max(rates)))))
+    axis.set(
+        xlim=(low, high), ylim=(10 ** math.floor(math.log10(min(rates))), 10 ** math.ceil(math.log10(1.2 * max(rates))))
+    )
     for ticks in (axis.xaxis, axis.yaxis):
         ticks.set_major_formatter(lambda value, _: f"{value:g}")
         ticks.set_minor_formatter("")
@@ -250,7 +293,11 @@ def draw_shares(axis: Any, found: list[Spot], kind: str) -> None:
         beside(axis, f"{spot.ours:.2f}", max(spot.ours, spot.peer or 0), y)
     axis.axvline(1, color=INK, linewidth=1)
     axis.set_yticks(range(len(found)), map(named, found), color=INK)
-    axis.set(title=f"{kind}: share of the floor", xlabel="least time to move the bytes / time taken", ylim=(len(found) - 0.4, -0.6))
+    axis.set(
+        title=f"{kind}: share of the floor",
+        xlabel="least time to move the bytes / time taken",
+        ylim=(len(found) - 0.4, -0.6),
+    )
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x")
 
@@ -300,7 +347,10 @@ def not_measured(axis: Any, what: str) -> None:
 def small_print(new: Any, shown: Iterable[list[Row]]) -> Any:
     """Beneath, where the rows come from."""
     rows = [row for each in shown for row in each]
-    sources = [origin([row for row in rows if row["device"] == device]) for device in dict.fromkeys(row["device"] for row in rows)]
+    sources = [
+        origin([row for row in rows if row["device"] == device])
+        for device in dict.fromkeys(row["device"] for row in rows)
+    ]
     text = "\n".join(line for source in sources for line in textwrap.wrap(source, 170))
     new.text(0, -0.1 / new.get_figheight(), text, va="top", fontsize=6, color=MUTED)
     return new

@@ -49,7 +49,10 @@ def package_of(provider: str) -> str:
 def provenance(device: str) -> dict[str, Any]:
     """The columns that every row of a run shares."""
     facts: dict[str, Any] = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")}
-    facts |= {"device": torch.cuda.get_device_name() if device == "cuda" else processor(), "threads": torch.get_num_threads()}
+    facts |= {
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+    }
     return facts | {
         "driver": driver() if device == "cuda" else "",
         "torch": torch.__version__,
@@ -67,8 +70,8 @@ def driver() -> str:
 
 
 def commit() -> str:
-    """The checked-out commit; "-dirty" where anything but the rows themselves has changed since. $DEFTX_COMMIT tells it of a tree
-    that was copied without its history."""
+    """The checked-out commit; "-dirty" where anything but the rows themselves has changed since. $DEFTX_COMMIT tells it
+    of a tree that was copied without its history."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -89,7 +92,9 @@ def processor() -> str:
 
 
 def append(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Rows are only ever added, by this function. Those of a file that lacks a column of today have it empty from then on."""
+    """Rows are only ever added, by this function. Those of a file that lacks a column of today have it empty from then
+    on.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     old: list[dict[str, Any]] = []
     header: list[str] | None = None
@@ -110,7 +115,9 @@ def append(rows: Iterable[dict[str, Any]], path: Path) -> None:
 
 
 def newest(folder: Path) -> list[Row]:
-    """The last row of each provider for each work and device, with its file; a work may have moved from one file to another."""
+    """The last row of each provider for each work and device, with its file; a work may have moved from one file to
+    another.
+    """
     works: dict[tuple, dict[str, Row]] = {}
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:

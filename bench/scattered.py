@@ -1,7 +1,7 @@
 """Reads and writes at scattered positions, by kernels that do nothing else: what sparse kernels take at the least.
 
-For bench/machine.py. As many positions as are a multiple of BLOCK: no load is masked, so those of positions and compact values are
-16 bytes a thread.
+For bench/machine.py. As many positions as are a multiple of BLOCK: no load is masked, so those of positions and compact
+values are 16 bytes a thread.
 """
 
 import torch

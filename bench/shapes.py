@@ -49,7 +49,9 @@ def llama1b() -> Shapes:
     """Llama 3.2 1B, 1.24 thousand million elements: linear layers with grouped keys and values, and the tied embedding."""
     shapes: Shapes = {"embedding": (128256, 2048)}
     for i in range(16):
-        shapes |= {f"{i}.{n}": (2048, 2048) for n in ("query", "output")} | {f"{i}.{n}": (512, 2048) for n in ("key", "value")}
+        shapes |= {f"{i}.{n}": (2048, 2048) for n in ("query", "output")} | {
+            f"{i}.{n}": (512, 2048) for n in ("key", "value")
+        }
         shapes |= {f"{i}.{n}": (8192, 2048) for n in ("gate", "up")} | {f"{i}.down": (2048, 8192)}
     return shapes
 
@@ -59,7 +61,14 @@ def llama7b() -> Shapes:
     return _layers(32, 4096, 11008) | {f"{i}.gate": (11008, 4096) for i in range(32)}
 
 
-SIZES = {"tiny": tiny, "10M": partial(squares, 10), "minilm": minilm, "50M": partial(squares, 50), "bert": bert, "xlmr": xlmr}
+SIZES = {
+    "tiny": tiny,
+    "10M": partial(squares, 10),
+    "minilm": minilm,
+    "50M": partial(squares, 50),
+    "bert": bert,
+    "xlmr": xlmr,
+}
 SIZES |= {"llama1b": llama1b, "llama7b": llama7b}
 
 
@@ -67,12 +76,16 @@ def numel(size: str) -> int:
     return sum(math.prod(shape) for shape in SIZES[size]().values())
 
 
-def random_tensors(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Tensor]:
+def random_tensors(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str, seed: int = 0
+) -> dict[str, Tensor]:
     """Normally distributed, ascending by name; equal arguments give equal tensors."""
     generator = torch.Generator(device).manual_seed(seed)
     return {n: torch.randn(s, generator=generator, device=device).to(dtype) for n, s in sorted(shapes.items())}
 
 
 def token_ids(count: int, vocabulary: int, generator: torch.Generator) -> Tensor:  # int64 [count]
-    """Ids with Zipf's frequencies, the n-th about 1/n as often as the first, as of words; those of special tokens left out."""
+    """Ids with Zipf's frequencies, the n-th about 1/n as often as the first, as of words; those of special tokens left
+    out.
+    """
     return (vocabulary ** torch.rand(count, generator=generator, dtype=torch.float64)).long().clamp(5, vocabulary - 1)

@@ -85,9 +85,11 @@ def of_targets(rows: list[Row]) -> str:
 def against(target: Target) -> str:
     if target.peer:
         return f"{target.peer}: peak memory" if target.quantity.startswith("peak") else target.peer
-    return {"ms": "its time", "share of the floor": "the floor", "peak of the input's": "the input's bytes: peak memory"}[
-        target.quantity
-    ]
+    return {
+        "ms": "its time",
+        "share of the floor": "the floor",
+        "peak of the input's": "the input's bytes: peak memory",
+    }[target.quantity]
 
 
 def quantity(target: Target, value: float) -> str:
@@ -136,7 +138,14 @@ def work_line(ours: Row, rows: list[Row]) -> list[str]:
     p20, p50, p80 = (float(ours[f"p{q}_ms"]) for q in (20, 50, 80))
     against = ", ".join(f"{row['provider']} {row['times_ours']}{beside(row, peak=True)}" for row in peers)
     spread = f"{duration(p20)} to {duration(p80)}"
-    return [", ".join(work), duration(p50) + beside(ours), spread, percent(float(ours["share_of_floor"])), megabytes(ours), against]
+    return [
+        ", ".join(work),
+        duration(p50) + beside(ours),
+        spread,
+        percent(float(ours["share_of_floor"])),
+        megabytes(ours),
+        against,
+    ]
 
 
 def megabytes(row: Row) -> str:
@@ -144,7 +153,9 @@ def megabytes(row: Row) -> str:
 
 
 def beside(row: Row, peak: bool = False) -> str:
-    """In brackets: of training steps the steps per second and the peak, of optimizers the bytes of state for each parameter."""
+    """In brackets: of training steps the steps per second and the peak, of optimizers the bytes of state for each
+    parameter.
+    """
     facts = []
     if row["op"] == "training_step":
         facts.append(f"{1e3 / float(row['p50_ms']):.3g} steps/s")

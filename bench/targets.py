@@ -1,4 +1,5 @@
-"""What this library set out to reach, each as a question to the rows: the ratio to a peer in the same run, a time, a share, a peak.
+"""What this library set out to reach, each as a question to the rows: the ratio to a peer in the same run, a time, a
+share, a peak.
 
 Targets of the CPU are for any machine with a compiler; those of the GPU for an H200.
 """
@@ -23,7 +24,8 @@ class Target:
     dtype: str
     density: str
     bound: float
-    quantity: str = RATIO  # at least; "ms", "peak of the peer's", "peak of the input's": at most; "share of the floor": at least
+    # at least; "ms", "peak of the peer's", "peak of the input's": at most; "share of the floor": at least
+    quantity: str = RATIO
     peer: str = ""
     ours: str = OURS
 
@@ -74,7 +76,9 @@ def _targets() -> Iterator[Target]:
         for density, dtype in (("0.05", f32), ("0.3", f32), ("0.05", bf16)):
             what = f"gradient of {100 * float(density):.0f} % of a weight of {shape.replace('x', ' x ')}, {dtype}"
             if shape == "768x768" or (dtype, density) != (f32, "0.05"):
-                yield from _ratios("cpu", what, "masked_linear_grad", f"2048 tokens, {shape}", dtype, density, product=1 / 1.15)
+                yield from _ratios(
+                    "cpu", what, "masked_linear_grad", f"2048 tokens, {shape}", dtype, density, product=1 / 1.15
+                )
     what = "choose 2.8 % of XLM-R base, denoised, 90 % of the energy"
     yield Target("cpu", what, "select_mask", "xlmr, energy 0.9", f32, "0.0276", 10_000, "ms")
 
@@ -82,7 +86,10 @@ def _targets() -> Iterator[Target]:
     work = ("svd_denoise", "xlmr with embedding, energy 0.9", f32, "")
     yield Target("cuda", what, *work, 20, "ms")
     yield from _ratios("cuda", what, *work, gesvd=100, eigh=5)
-    what, work = "denoise Llama 7B's 224 linear layers, rank 128", ("svd_denoise", "llama7b linears x32, rank 128", f32, "")
+    what, work = (
+        "denoise Llama 7B's 224 linear layers, rank 128",
+        ("svd_denoise", "llama7b linears x32, rank 128", f32, ""),
+    )
     yield Target("cuda", what, *work, 80, "ms")
     yield from _ratios("cuda", what, *work, lowrank=30)
     what, work = "select 5 % of XLM-R base's scores", ("topk_mask", "xlmr", f32, "0.05")
@@ -100,7 +107,10 @@ def _targets() -> Iterator[Target]:
         yield from _ratios("cuda", what, *work, fused=ratio)
         yield Target("cuda", what, *work, 0.70, "share of the floor")
         yield Target("cuda", what, *work, 1 / 1.05, peer=f"{OURS}, CUDA graph")
-    what, work = "gradient of 5 % of a weight of 4096 x 4096", ("masked_linear_grad", "2048 tokens, 4096x4096", bf16, "0.05")
+    what, work = (
+        "gradient of 5 % of a weight of 4096 x 4096",
+        ("masked_linear_grad", "2048 tokens, 4096x4096", bf16, "0.05"),
+    )
     yield from _ratios("cuda", what, *work, product=1 / 1.08, product_mask=1.15)
     work = ("training_step", "xlmr, 8x256 tokens", bf16, "0.05")
     yield from _ratios("cuda", XLMR_STEP, *work, dense=1.5, dense_mask=1.3, shira=1.3)
@@ -154,7 +164,11 @@ def measured(target: Target, rows: list[Row]) -> float | None:
     if target.quantity == "share of the floor":
         return float(ours["share_of_floor"])
     if target.quantity == RATIO:
-        return float(peer["times_ours"]) / float(ours["times_ours"]) if peer and peer["times_ours"] and ours["times_ours"] else None
+        return (
+            float(peer["times_ours"]) / float(ours["times_ours"])
+            if peer and peer["times_ours"] and ours["times_ours"]
+            else None
+        )
     if not ours["peak_extra_mb"]:
         return None
     if target.quantity == "peak of the input's":

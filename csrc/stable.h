@@ -1,4 +1,5 @@
-// Shared by every source file: LibTorch's stable ABI (target 2.10), argument checks, and where device ops are registered.
+// Shared by every source file: LibTorch's stable ABI (target 2.10), argument checks, and where device ops are
+// registered.
 //
 // A file defines its ops in an anonymous namespace and registers them at its foot:
 //     STABLE_TORCH_LIBRARY_IMPL(deftx, CPU, m)  { m.impl("op", TORCH_BOX(&op)); }     csrc/cpu/*.cpp
@@ -29,14 +30,15 @@
 #define DEFTX_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(deftx, CUDA, m)
 #endif
 
-// As STD_TORCH_CHECK, without this file's path in the message. Never throw inside parallel_for: at target 2.10 the text is lost.
+// As STD_TORCH_CHECK, without this file's path in the message. Never throw inside parallel_for: at target 2.10 the text
+// is lost.
 #define DEFTX_CHECK(condition, ...)                                                    \
   do {                                                                                 \
     if (!(condition)) throw std::runtime_error(::deftx::detail::message(__VA_ARGS__)); \
   } while (0)
 
-// For plain loops over small arrays: compiled for AVX2 too, chosen when the library is loaded, so that the binary stays portable.
-// (Lambdas and callees are compiled for AVX2 only where they are inlined.)
+// For plain loops over small arrays: compiled for AVX2 too, chosen when the library is loaded, so that the binary stays
+// portable. (Lambdas and callees are compiled for AVX2 only where they are inlined.)
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #define DEFTX_CLONES __attribute__((target_clones("avx2", "default")))
 #else
@@ -63,8 +65,9 @@ std::string message(const Parts&... parts) {
 }
 }  // namespace detail
 
-// Choices that operators take as integers: SCOPES and OPERATIONS of deftx_kernels/_ops.py. They are no strings, since at ABI 2.10
-// each call with a string leaks a copy of it, and what is never freed keeps the heap around it from shrinking.
+// Choices that operators take as integers: SCOPES and OPERATIONS of deftx_kernels/_ops.py. They are no strings, since
+// at ABI 2.10 each call with a string leaks a copy of it, and what is never freed keeps the heap around it from
+// shrinking.
 enum class Scope : int64_t { kGlobal, kTensor, kRow };
 enum class Operation : int64_t { kAnd, kOr, kSub };
 
@@ -100,7 +103,8 @@ inline bool is_strided(const Tensor& t) {
   return layout == aoti_torch_layout_strided();
 }
 
-// The matrix that a tensor stands for in a CSRMask: fewer than two dimensions are one row, more are (shape[0], the rest).
+// The matrix that a tensor stands for in a CSRMask: fewer than two dimensions are one row, more are (shape[0], the
+// rest).
 inline int64_t rows_of(const Tensor& t) { return t.dim() < 2 ? 1 : t.size(0); }
 inline int64_t columns_of(const Tensor& t) {
   constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
@@ -151,11 +155,12 @@ inline void check_tensor(const Tensor& t, Device device, const char* name) {
 inline void check_compact(const Tensor& t, Device device, const Tensor& mask, int64_t nnz, const char* name) {
   check_tensor(t, device, name);
   DEFTX_CHECK(t.get_device_index() == mask.get_device_index(), name, " is on another device than the mask");
-  DEFTX_CHECK(t.dim() == 1 && t.numel() == nnz, name, " must have shape [", nnz, "], one element per entry of the mask");
+  DEFTX_CHECK(t.dim() == 1 && t.numel() == nnz, name, " must have shape [", nnz,
+              "], one element per entry of the mask");
 }
 
-// What memory safety needs and the host knows without reading the arrays. Contents: check_contents of csrc/cpu/rows.h; a CUDA
-// kernel guards each access itself, since the host may not wait for it.
+// What memory safety needs and the host knows without reading the arrays. Contents: check_contents of csrc/cpu/rows.h;
+// a CUDA kernel guards each access itself, since the host may not wait for it.
 inline Csr check_mask(const Tensor& crow_indices,  // int64 [rows + 1]
                       const Tensor& col_indices,   // uint16 or int32 [nnz]
                       Device device, const std::string& prefix = "") {
@@ -165,8 +170,9 @@ inline Csr check_mask(const Tensor& crow_indices,  // int64 [rows + 1]
   DEFTX_CHECK(crow_indices.dim() == 1 && dtype_of(crow_indices) == aoti_torch_dtype_int64(), crow_name,
               " must be int64 [rows + 1]");
   const int32_t col_dtype = dtype_of(col_indices);
-  DEFTX_CHECK(col_indices.dim() == 1 && (col_dtype == aoti_torch_dtype_uint16() || col_dtype == aoti_torch_dtype_int32()), col_name,
-              " must be uint16 or int32 [nnz]");
+  DEFTX_CHECK(
+      col_indices.dim() == 1 && (col_dtype == aoti_torch_dtype_uint16() || col_dtype == aoti_torch_dtype_int32()),
+      col_name, " must be uint16 or int32 [nnz]");
   DEFTX_CHECK(crow_indices.get_device_index() == col_indices.get_device_index(), crow_name, " and ", col_name,
               " are on different devices");
   Csr csr;
@@ -206,52 +212,59 @@ inline Csr check_csr(const std::vector<Tensor>& tensors, Access access,
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& t = tensors[i];
     check_tensor(t, device, "every tensor");
-    DEFTX_CHECK(t.get_device_index() == col_indices.get_device_index(), "tensor ", i, " is on another device than the mask");
+    DEFTX_CHECK(t.get_device_index() == col_indices.get_device_index(), "tensor ", i,
+                " is on another device than the mask");
     DEFTX_CHECK(dtype_of(t) == csr.dtype, "tensor ", i, " has another dtype than tensor 0");
     void* data = access == Access::kWrite ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
     csr.slices.push_back({data, csr.rows, columns_of(t)});
     csr.rows = add_rows(csr.rows, rows_of(t));
   }
   if (access == Access::kWrite) check_apart(tensors, "tensors");
-  DEFTX_CHECK(crow_indices.numel() == csr.rows + 1, "crow_indices has ", crow_indices.numel(), " elements; the tensors have ",
-              csr.rows, " rows, which need ", csr.rows + 1);
+  DEFTX_CHECK(crow_indices.numel() == csr.rows + 1, "crow_indices has ", crow_indices.numel(),
+              " elements; the tensors have ", csr.rows, " rows, which need ", csr.rows + 1);
   DEFTX_CHECK(csr.rows > 0 || csr.nnz == 0, "col_indices has ", csr.nnz, " entries, but the tensors have no rows");
   return csr;
 }
 
-// The arguments of magnitude_histogram: the 16 bits from `shift` on are counted, of the scores whose earlier ones are `prefix`.
+// The arguments of magnitude_histogram: the 16 bits from `shift` on are counted, of the scores whose earlier ones are
+// `prefix`.
 inline void check_digit(int64_t prefix, int64_t shift, int64_t element_size) {
   const int64_t bits = 8 * element_size;
-  DEFTX_CHECK(shift >= 0 && shift % 16 == 0 && shift < bits, "shift must be a multiple of 16 in [0, ", bits, "), got ", shift);
+  DEFTX_CHECK(shift >= 0 && shift % 16 == 0 && shift < bits, "shift must be a multiple of 16 in [0, ", bits, "), got ",
+              shift);
   DEFTX_CHECK(prefix >= 0 && prefix < int64_t{1} << (bits - 16 - shift), "prefix must be the first ", bits - 16 - shift,
               " bits of a score, got ", prefix);
 }
 
-// The arguments of threshold_mask: the mask cannot have more ties than entries, and no magnitude has its highest bit set.
+// The arguments of threshold_mask: the mask cannot have more ties than entries, and no magnitude has its highest bit
+// set.
 inline void check_ties(const std::vector<int64_t>& ties, const std::vector<Tensor>& scores) {
-  DEFTX_CHECK(ties.size() == scores.size(), "ties must have one number for each tensor, got ", ties.size(), " for ", scores.size());
+  DEFTX_CHECK(ties.size() == scores.size(), "ties must have one number for each tensor, got ", ties.size(), " for ",
+              scores.size());
   for (size_t i = 0; i < ties.size(); ++i)
     DEFTX_CHECK(ties[i] >= 0 && ties[i] <= scores[i].numel(), "ties must be from 0 to the ", scores[i].numel(),
                 " entries of tensor ", i, ", got ", ties[i]);
 }
 inline void check_threshold(int64_t threshold, int64_t element_size) {
   const int64_t most = std::numeric_limits<int64_t>::max() >> (64 - 8 * element_size);
-  DEFTX_CHECK(threshold >= 0 && threshold <= most, "threshold must be the bits of a magnitude, from 0 to ", most, ", got ",
-              threshold);
+  DEFTX_CHECK(threshold >= 0 && threshold <= most, "threshold must be the bits of a magnitude, from 0 to ", most,
+              ", got ", threshold);
 }
 
 // Two masks over the same rows.
-inline std::pair<Csr, Csr> check_combine(const Tensor& crow_indices, const Tensor& col_indices,              // of the one mask
-                                         const Tensor& other_crow_indices, const Tensor& other_col_indices,  // of the other
+inline std::pair<Csr, Csr> check_combine(const Tensor& crow_indices, const Tensor& col_indices,  // of the one mask
+                                         const Tensor& other_crow_indices,
+                                         const Tensor& other_col_indices,  // of the other
                                          Device device) {
   const Csr mine = check_mask(crow_indices, col_indices, device);
   const Csr theirs = check_mask(other_crow_indices, other_col_indices, device, "other_");
-  DEFTX_CHECK(crow_indices.get_device_index() == other_crow_indices.get_device_index(), "the masks are on different devices");
+  DEFTX_CHECK(crow_indices.get_device_index() == other_crow_indices.get_device_index(),
+              "the masks are on different devices");
   DEFTX_CHECK(mine.rows >= 0 && mine.rows == theirs.rows, "crow_indices has ", mine.rows + 1,
               " elements and other_crow_indices has ", theirs.rows + 1, "; both must have one per row and one more");
   DEFTX_CHECK(mine.wide == theirs.wide, "col_indices and other_col_indices must have the same dtype");
-  DEFTX_CHECK(mine.rows > 0 || mine.nnz + theirs.nnz == 0, "a mask without rows must have no entries, col_indices has ", mine.nnz,
-              " and other_col_indices has ", theirs.nnz);
+  DEFTX_CHECK(mine.rows > 0 || mine.nnz + theirs.nnz == 0, "a mask without rows must have no entries, col_indices has ",
+              mine.nnz, " and other_col_indices has ", theirs.nnz);
   return {mine, theirs};
 }
 
@@ -263,10 +276,11 @@ inline std::pair<Csr, Csr> check_combine(const Tensor& crow_indices, const Tenso
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 
-#define DEFTX_CUDA_CHECK(call)                                                                                               \
-  do {                                                                                                                       \
-    const cudaError_t deftx_error = (call);                                                                                  \
-    DEFTX_CHECK(deftx_error == cudaSuccess, "CUDA error in deftx_kernels: ", cudaGetErrorString(deftx_error), " in " #call); \
+#define DEFTX_CUDA_CHECK(call)                                                                                \
+  do {                                                                                                        \
+    const cudaError_t deftx_error = (call);                                                                   \
+    DEFTX_CHECK(deftx_error == cudaSuccess, "CUDA error in deftx_kernels: ", cudaGetErrorString(deftx_error), \
+                " in " #call);                                                                                \
   } while (0)
 #define DEFTX_LAUNCH_CHECK() DEFTX_CUDA_CHECK(cudaGetLastError())
 

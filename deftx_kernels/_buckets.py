@@ -17,21 +17,27 @@ class Bucket:
 
     def __init__(self, group: dict[str, Any], state: dict[Tensor, Any], compact: bool) -> None:
         self.group, self.state, self.compact = group, state, compact
-        self.members: dict[str, tuple[Tensor, Tensor]] = {}  # name in the mask → (dense tensor, the optimizer's parameter)
-        self.watches: dict[str, Any] = {}  # name in the mask → what tells changes of its dense tensor, of a sparsified model
+        # name in the mask → (dense tensor, the optimizer's parameter)
+        self.members: dict[str, tuple[Tensor, Tensor]] = {}
+        # name in the mask → what tells changes of its dense tensor, of a sparsified model
+        self.watches: dict[str, Any] = {}
 
     def build(self, mask: CSRMask, decay_to: dict[str, Tensor] | None) -> None:
         self.members = dict(sorted(self.members.items()))
         for name, (tensor, _) in self.members.items():
             if tensor.is_meta:
-                raise ValueError(f"named_params[{name!r}] is on meta: the model needs its weights before the first step")
+                raise ValueError(
+                    f"named_params[{name!r}] is on meta: the model needs its weights before the first step"
+                )
         self.positions = {name: mask.places[name] for name in self.members}
         self.mask = mask if len(self.members) == len(mask) else mask.restrict(list(self.members))
         dense, _ = next(iter(self.members.values()))
         self.mask = self.mask.to(dense.device)
         self.parts: dict[str, CSRMask] = {}  # of members that were stepped on their own
         compute = torch.float64 if dense.dtype == torch.float64 else torch.float32
-        self.decay_to = None if decay_to is None else torch.cat([decay_to[n] for n in self.members]).to(dense.device, compute)
+        self.decay_to = (
+            None if decay_to is None else torch.cat([decay_to[n] for n in self.members]).to(dense.device, compute)
+        )
         state_dtype = compute if compute == torch.float64 else self.group["state_dtype"] or compute
         self.dense, self.params = [d for d, _ in self.members.values()], [p for _, p in self.members.values()]
         self.entries = [self.state[p] for p in self.params]
@@ -89,7 +95,9 @@ class Bucket:
         grads = {name: p.grad for name, p in zip(self.members, self.params) if p.grad is not None}
         if self.compact:
             norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads.values()]
-            return torch.stack(norms).square() if norms else torch.zeros(0, dtype=torch.float64, device=self.mask.device)
+            return (
+                torch.stack(norms).square() if norms else torch.zeros(0, dtype=torch.float64, device=self.mask.device)
+            )
         if len(grads) == len(self.members):
             return self.mask.square_sum(grads)[None]
         sums = [self.part(name).square_sum({name: grad}) for name, grad in grads.items()]
@@ -169,7 +177,9 @@ def _places(tensors: list[Tensor]) -> list[tuple]:
 
 
 def _adjacent(parts: Sequence[Tensor]) -> Tensor | None:
-    """The one tensor of which the parts are successive views, as `sparsify` makes them; None where something moved them apart."""
+    """The one tensor of which the parts are successive views, as `sparsify` makes them; None where something moved them
+    apart.
+    """
     filled = [p for p in parts if p.numel()]
     if not filled:
         return parts[0]

@@ -61,8 +61,8 @@ def check_int(value: object, name: str, least: int) -> None:
 
 
 def check_plain(tensor: object, label: str) -> None:
-    """TypeError unless this is a tensor of one dense array: not nested, sparse, quantized or of a class that holds other tensors,
-    such as DTensor."""
+    """TypeError unless this is a tensor of one dense array: not nested, sparse, quantized or of a class that holds
+    other tensors, such as DTensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{label} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.is_nested:
@@ -99,7 +99,12 @@ def check_readable(tensor: Tensor, label: str) -> None:
 
 def has_memory(tensor: Tensor) -> bool:
     """Whether the tensor's elements lie at its `data_ptr()`."""
-    if _holds_others(tensor) or tensor.is_nested or tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if (
+        _holds_others(tensor)
+        or tensor.is_nested
+        or tensor.is_meta
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    ):
         return False
     return tensor.layout == torch.strided and tensor.numel() > 0
 
@@ -114,7 +119,9 @@ def check_writable(tensors: Mapping[str, Tensor]) -> None:
     spans = []
     for label, tensor in tensors.items():
         if tensor.is_neg() or tensor.is_conj():
-            raise ValueError(f"{label} is a view that negates or conjugates other memory: it cannot be written in place")
+            raise ValueError(
+                f"{label} is a view that negates or conjugates other memory: it cannot be written in place"
+            )
         if not has_memory(tensor):
             continue
         if torch._debug_has_internal_overlap(tensor) == 1:
@@ -159,7 +166,9 @@ def check_finite(tensor: Tensor, label: str) -> None:
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
         index = int((~finite).reshape(-1).to(torch.uint8).argmax())
-        raise ValueError(f"{label} holds {float(tensor.reshape(-1)[index])} at flat index {index}: every entry must be finite")
+        raise ValueError(
+            f"{label} holds {float(tensor.reshape(-1)[index])} at flat index {index}: every entry must be finite"
+        )
 
 
 def check_matrix(tensor: object, label: str) -> None:

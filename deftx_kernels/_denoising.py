@@ -74,14 +74,16 @@ def denoise(
     rule: Rule,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[Any, dict[str, Tensor]]:
-    """outs[name] [..., m, n] becomes L + prune(H) of the matrices of sources[name]; it is contiguous, and may be sources[name].
+    """outs[name] [..., m, n] becomes L + prune(H) of the matrices of sources[name]; it is contiguous, and may be
+    sources[name].
 
-    Returns of each tensor {"rank": int64 [...], "energy": float64 [...], "residual": float64 [...]}. `progress` is called with
-    (matrices done, matrices in all). Where all of H is kept, nothing is written. A NaN or an infinite entry is an error, raised
-    before anything is written, that names the tensor by labels[name].
+    Returns of each tensor {"rank": int64 [...], "energy": float64 [...], "residual": float64 [...]}. `progress` is
+    called with (matrices done, matrices in all). Where all of H is kept, nothing is written. A NaN or an infinite entry
+    is an error, raised before anything is written, that names the tensor by labels[name].
     """
     totals = _totals(sources, labels)
-    found: dict[Any, list[Sequence[Tensor]]] = {n: [] for n in sources}  # rank, energy, residual of a tensor's next matrices
+    # rank, energy, residual of a tensor's next matrices
+    found: dict[Any, list[Sequence[Tensor]]] = {n: [] for n in sources}
     small = {name: t for name, t in sources.items() if t.numel() and _is_small(t.shape)}
     done, total = 0, sum(math.prod(t.shape[:-2]) for t in sources.values() if t.numel())
     for count in _denoise_small(small, outs, rule, found):
@@ -103,7 +105,9 @@ def denoise(
         rank, energy, median = _arguments(rule, shape)
         # In float64 a Gram matrix would lose what is below 1e-8 of the largest singular value.
         sketch = rank and not (compute == torch.float32 and _is_large(rank, shape))
-        test_matrix = random_test_matrix(shape, rank, rule.oversample, rule.generator, compute, device) if sketch else None
+        test_matrix = (
+            random_test_matrix(shape, rank, rule.oversample, rule.generator, compute, device) if sketch else None
+        )
         count = _batch(shape, compute, device, test_matrix, rule.batch_bytes)
         # Matrices in another dtype, and results that nobody keeps, take memory of their own.
         many = count if dtype != compute or rule.residual_density == 1 else max(1, _AT_A_TIME // count) * count
@@ -152,10 +156,14 @@ def _denoise_small(
             yield count
             matrices = [w.to(compute_dtype(dtype)) for _, w, _ in batch]
             all_kept = rule.residual_density == 1  # then the information alone is wanted
-            results = [torch.empty_like(w) if all_kept or o.dtype != w.dtype else o for w, (_, _, o) in zip(matrices, batch)]
+            results = [
+                torch.empty_like(w) if all_kept or o.dtype != w.dtype else o for w, (_, _, o) in zip(matrices, batch)
+            ]
             totals = torch.zeros(count, dtype=torch.float64, device=device)
             density = 0.0 if all_kept else rule.residual_density
-            numbers = torch.ops.deftx.svd_denoise_(matrices, results, totals, rank, energy, median, density, rule.n_iter, None, 1)
+            numbers = torch.ops.deftx.svd_denoise_(
+                matrices, results, totals, rank, energy, median, density, rule.n_iter, None, 1
+            )
             counts = [len(w) for w in matrices]
             for (name, _, out), result, *parts in zip(batch, results, *(x.split(counts) for x in numbers)):
                 if result is not out and not all_kept:
@@ -192,7 +200,9 @@ def _denoise_batch(
         totals.append(total)
     sums = torch.tensor(totals, dtype=torch.float64, device=sources[0].device)
     density = 0.0 if all_kept else rule.residual_density
-    found = torch.ops.deftx.svd_denoise_(sources, outs, sums, rank, energy, median, density, rule.n_iter, test_matrix, count)
+    found = torch.ops.deftx.svd_denoise_(
+        sources, outs, sums, rank, energy, median, density, rule.n_iter, test_matrix, count
+    )
     for w, out, scale in zip(batch, outs, scales):
         if scale != 1:
             out /= scale
@@ -202,13 +212,19 @@ def _denoise_batch(
 
 
 def factors(delta: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-    """left [1, m, r], right [1, n, r] and cut [1, 2] of the operators low_rank_* for delta [m, n], by a rule with an int rank."""
+    """left [1, m, r], right [1, n, r] and cut [1, 2] of the operators low_rank_* for delta [m, n], by a rule with an
+    int rank.
+    """
     assert isinstance(rule.rank, int)
     rank = min(rule.rank, *delta.shape)
     test_matrix = random_test_matrix(delta.shape, rank, rule.oversample, rule.generator, delta.dtype, delta.device)
     U, S, Vh = torch.ops.deftx.truncated_svd(delta[None], rank, rule.n_iter, test_matrix)
     left, right = U * S[:, None], Vh.mT.contiguous()
-    return left, right, torch.ops.deftx.residual_cut(delta[None], left, right, round(rule.residual_density * delta.numel()))
+    return (
+        left,
+        right,
+        torch.ops.deftx.residual_cut(delta[None], left, right, round(rule.residual_density * delta.numel())),
+    )
 
 
 def _totals(sources: Mapping[Any, Tensor], labels: Mapping[Any, str]) -> dict[Any, list[float]]:
@@ -249,7 +265,11 @@ def _information(tensor: Tensor, found: list[Sequence[Tensor]], rule: Rule) -> d
     else:  # empty matrices
         rank = torch.zeros(batch, dtype=torch.int64, device=device)
         energy, residual = (torch.full(batch, x, dtype=torch.float64, device=device) for x in (1.0, 0.0))
-    return {"rank": rank, "energy": energy, "residual": torch.zeros_like(residual) if rule.residual_density == 1 else residual}
+    return {
+        "rank": rank,
+        "energy": energy,
+        "residual": torch.zeros_like(residual) if rule.residual_density == 1 else residual,
+    }
 
 
 def _arguments(rule: Rule, shape: torch.Size) -> tuple[int, float, float]:
@@ -259,12 +279,15 @@ def _arguments(rule: Rule, shape: torch.Size) -> tuple[int, float, float]:
     return (0, float(rule.energy or 0), 0.0) if rule.rank is None else (min(int(rule.rank), *shape), 0.0, 0.0)
 
 
-def _batch(shape: torch.Size, dtype: torch.dtype, device: torch.device, test_matrix: Tensor | None, limit: int | None) -> int:
+def _batch(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, test_matrix: Tensor | None, limit: int | None
+) -> int:
     """How many matrices are worked on at a time."""
     m, n = max(shape), min(shape)
     # Of each matrix: its products with the test matrix; or its Gram matrix, eigenvectors and LAPACK's workspace.
-    # On CUDA: two bfloat16 parts, as large as itself, and copies of those that take more iterations than the rest; or two copies of
-    # its Gram matrix, what becomes its projector, a power of that, and three operands of products, 1.5 times as large each.
+    # On CUDA: two bfloat16 parts, as large as itself, and copies of those that take more iterations than the rest; or
+    # two copies of its Gram matrix, what becomes its projector, a power of that, and three operands of products, 1.5
+    # times as large each.
     cuda = device.type == "cuda"
     if test_matrix is None:
         elements = (9 if cuda else 6) * n * n
@@ -272,7 +295,9 @@ def _batch(shape: torch.Size, dtype: torch.dtype, device: torch.device, test_mat
         elements = (2 * m * n if cuda else 0) + 4 * (m + n) * test_matrix.shape[1]
     if limit is None and cuda:
         limit = torch.cuda.mem_get_info(device)[0] // 4
-    elif limit is None:  # 8 or 16 MiB a thread: larger batches take longer to page in than they save (measured, 2 threads)
+    elif (
+        limit is None
+    ):  # 8 or 16 MiB a thread: larger batches take longer to page in than they save (measured, 2 threads)
         threads = torch.get_num_threads()
         count = (threads << (24 if test_matrix is None else 23)) // (elements * dtype.itemsize)
         return max(1, count // threads * threads if count > threads else count)  # as many matrices for each of them
@@ -280,14 +305,19 @@ def _batch(shape: torch.Size, dtype: torch.dtype, device: torch.device, test_mat
 
 
 def _is_large(rank: int, shape: Sequence[int]) -> bool:
-    """Whether the exact truncation takes no longer than subspace iteration (measured: noise and power laws, 384 to 1024 columns,
-    square and four times as tall, one and two cores of an AMD EPYC)."""
+    """Whether the exact truncation takes no longer than subspace iteration (measured: noise and power laws, 384 to 1024
+    columns, square and four times as tall, one and two cores of an AMD EPYC)."""
     short = min(shape)
     return rank * (6 if short <= 512 or max(shape) >= 4 * short else 4) >= short
 
 
 def random_test_matrix(
-    shape: Sequence[int], rank: int, oversample: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    shape: Sequence[int],
+    rank: int,
+    oversample: int,
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor | None:
     """Gaussian [min(m, n), rank + oversample], or None where the decomposition of the whole is the better way."""
     short, columns = min(shape[-2:]), rank + oversample
@@ -298,15 +328,19 @@ def random_test_matrix(
     return torch.randn(short, columns, dtype=dtype, device=generator.device, generator=generator).to(device)
 
 
-# ---- Gavish and Donoho's rank -------------------------------------------------------------------------------------------
+# ---- Gavish and Donoho's rank
+# -------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def gavish_donoho_multiple(m: int, n: int) -> float:
-    """The optimal hard threshold for singular values of noise of unknown level, in units of their median (2014, eqs. 11 and 4)."""
+    """The optimal hard threshold for singular values of noise of unknown level, in units of their median (2014, eqs. 11
+    and 4).
+    """
     beta = min(m, n) / max(m, n)
     threshold = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
-    # Their mu_beta is the median of the law of squared singular values, so its root stands beside a median of singular values.
+    # Their mu_beta is the median of the law of squared singular values, so its root stands beside a median of singular
+    # values.
     return threshold / math.sqrt(_marchenko_pastur_median(beta))
 
 

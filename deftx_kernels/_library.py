@@ -1,8 +1,9 @@
-"""Loads the compiled libraries once, remembers why one is missing, and says which implementation serves each op on each device.
+"""Loads the compiled libraries once, remembers why one is missing, and says which implementation serves each op on each
+device.
 
-Five implementations can serve an op: "c++" (csrc/cpu) and "cuda" (csrc/cuda), which register themselves when their library is
-loaded; "triton" and "blas" (torch's own products and decompositions), registered from Python, which say so here with `register`;
-and "reference", plain torch, wherever none of these does.
+Five implementations can serve an op: "c++" (csrc/cpu) and "cuda" (csrc/cuda), which register themselves when their
+library is loaded; "triton" and "blas" (torch's own products and decompositions), registered from Python, which say so
+here with `register`; and "reference", plain torch, wherever none of these does.
 """
 
 import json
@@ -37,7 +38,9 @@ class Backend(NamedTuple):
 def register(op: str, device: str, name: str) -> None:
     """Record that a Python backend has registered its kernel of `op` with the dispatcher for `device`."""
     if op not in _ops.SCHEMAS or device not in DEVICES:
-        raise ValueError(f"no op {op!r} on device {device!r}: ops are {', '.join(_ops.SCHEMAS)}; devices are {', '.join(DEVICES)}")
+        raise ValueError(
+            f"no op {op!r} on device {device!r}: ops are {', '.join(_ops.SCHEMAS)}; devices are {', '.join(DEVICES)}"
+        )
     _registered[op, device] = name
 
 
@@ -47,7 +50,9 @@ def absent(name: str, reason: str) -> None:
 
 
 def build_info() -> dict:
-    """What the build wrote: `built`, `reason`, `compiler` for each of "cpu" and "cuda"; `torch`. Empty if nothing was built."""
+    """What the build wrote: `built`, `reason`, `compiler` for each of "cpu" and "cuda"; `torch`. Empty if nothing was
+    built.
+    """
     try:
         return json.loads((_FOLDER / "_build_info.json").read_text())
     except (OSError, ValueError):
@@ -55,7 +60,9 @@ def build_info() -> dict:
 
 
 def _served_here(device: str) -> bool:
-    """Whether this machine has the device. Counting GPUs through NVML leaves CUDA uninitialised, so that forks still work."""
+    """Whether this machine has the device. Counting GPUs through NVML leaves CUDA uninitialised, so that forks still
+    work.
+    """
     return device == "cpu" or torch.cuda.device_count() > 0
 
 
@@ -68,7 +75,9 @@ def _load(device: str) -> str | None:
     if not path.exists():
         if not info:
             return "not built: the package runs from a source tree that was never installed"
-        return f"not built: {info.get(device, {}).get('reason') or f'{path.name} is missing from the installed package'}"
+        return (
+            f"not built: {info.get(device, {}).get('reason') or f'{path.name} is missing from the installed package'}"
+        )
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
@@ -80,7 +89,9 @@ def _load(device: str) -> str | None:
 
 
 def load() -> None:
-    """Load the compiled libraries; warn about each one that is missing although its device is here. Later calls do nothing."""
+    """Load the compiled libraries; warn about each one that is missing although its device is here. Later calls do
+    nothing.
+    """
     global _loaded
     if _loaded:
         return
@@ -125,7 +136,8 @@ def _why_not(op: str, device: str, name: str, serving: str) -> str:
 
 
 def backends() -> dict[str, dict[str, Backend]]:
-    """Which implementation serves each op on each device: `backends()["csr_gather"]["cpu"].name`, and `.others`, why not another.
+    """Which implementation serves each op on each device: `backends()["csr_gather"]["cpu"].name`, and `.others`, why
+    not another.
 
     Read from the dispatcher, so it is what a call would run. Devices are listed whether or not this machine has them.
     """

@@ -1,4 +1,5 @@
-"""The autograd functions of masked parameters: forward reads the dense tensor, backward gives its compact values their gradient.
+"""The autograd functions of masked parameters: forward reads the dense tensor, backward gives its compact values their
+gradient.
 
 Arguments have been checked: by `functional`, or by `nn` when a model was sparsified.
 """
@@ -53,7 +54,8 @@ def _first_derivative(name: str):
                 grads = backward(ctx, grad_output)
             if not again:
                 return grads
-            # Also where grad_output needs no gradient (that of a sum): the gradient of x depends on the values, theirs on x.
+            # Also where grad_output needs no gradient (that of a sum): the gradient of x depends on the values, theirs
+            # on x.
             sources = [grad_output, *(t for t in ctx.saved_tensors if t is not None and t.is_floating_point())]
             return _NoSecondDerivative.apply(name, len(sources), *sources, *grads)
 
@@ -67,19 +69,23 @@ def _autocast_dtype(kind: str) -> torch.dtype | None:
 
 
 def _own(out: Tensor) -> Tensor:
-    """What F.linear and F.embedding make of more than two dimensions is a view, and a view that a Function returns could not be
-    modified in place afterwards (`nn.ReLU(inplace=True)`)."""
+    """What F.linear and F.embedding make of more than two dimensions is a view, and a view that a Function returns
+    could not be modified in place afterwards (`nn.ReLU(inplace=True)`)."""
     if out.dim() == 2:
         return out
     return torch.ops.aten._unsafe_view(out, out.shape) if _is_traced() else out.data  # for half of the time
 
 
 class _MaskedMatmul(torch.autograd.Function):
-    """x @ weight.T + bias (x @ weight + bias where `transposed`, as in transformers' Conv1D) with compact gradients: that of the
-    weight, and that of the bias where it has values of its own. `dtype` is autocast's, of which x and bias are already."""
+    """x @ weight.T + bias (x @ weight + bias where `transposed`, as in transformers' Conv1D) with compact gradients:
+    that of the weight, and that of the bias where it has values of its own. `dtype` is autocast's, of which x and bias
+    are already.
+    """
 
     @staticmethod
-    def forward(x, weight, values, crow_indices, col_indices, bias, bias_values, bias_crow, bias_col, transposed, dtype):
+    def forward(
+        x, weight, values, crow_indices, col_indices, bias, bias_values, bias_crow, bias_col, transposed, dtype
+    ):
         weight = weight if dtype is None else weight.to(dtype)
         return _own(F.linear(x, weight.mT if transposed else weight, bias))
 
@@ -103,7 +109,9 @@ class _MaskedMatmul(torch.autograd.Function):
             rows, columns = flat, x.flatten(0, -2) if x.dim() > 1 else x[None]
             if ctx.transposed:
                 rows, columns = columns, rows
-            d_values = torch.ops.deftx.masked_linear_grad(rows.contiguous(), columns.contiguous(), crow, col, ctx.dtypes[0])
+            d_values = torch.ops.deftx.masked_linear_grad(
+                rows.contiguous(), columns.contiguous(), crow, col, ctx.dtypes[0]
+            )
         if ctx.needs_input_grad[5]:
             d_bias = flat.sum(0)
         if ctx.needs_input_grad[6]:
@@ -205,7 +213,8 @@ def masked_matmul(
     if not torch.is_grad_enabled():
         return F.linear(x, weight.mT if transposed else weight, bias)
     dtype = _autocast_dtype(x.device.type)
-    if dtype and x.is_floating_point() and x.dtype != torch.float64 and weight.dtype != torch.float64:  # autocast's own rule
+    # autocast's own rule
+    if dtype and x.is_floating_point() and x.dtype != torch.float64 and weight.dtype != torch.float64:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     else:
         dtype = None

@@ -1,8 +1,9 @@
 """What an operator's arguments must be, for the implementations that Python registers: one function for each operator.
 
-`functional` and the classes above it have checked what users gave. A direct call of `torch.ops.deftx.*` reaches an implementation
-as it is, and a size or an index that does not fit would let a kernel read or write other memory. The compiled libraries check the
-same in C++. Nothing here reads a tensor's elements: a GPU would have to be waited for. `contents` does, for the reference.
+`functional` and the classes above it have checked what users gave. A direct call of `torch.ops.deftx.*` reaches an
+implementation as it is, and a size or an index that does not fit would let a kernel read or write other memory. The
+compiled libraries check the same in C++. Nothing here reads a tensor's elements: a GPU would have to be waited for.
+`contents` does, for the reference.
 """
 
 import functools
@@ -22,7 +23,8 @@ _SCALARS = frozenset((torch.float32, torch.float64, torch.int32, torch.int64))
 def checked(op: str, function: Callable, *, reads_contents: bool = False, looks_at_tensors: bool = False) -> Callable:
     """`function`, an implementation of the operator, behind the operator's checks.
 
-    reads_contents: also check the elements of crow_indices, col_indices and indices, for a function that waits for the device.
+    reads_contents: also check the elements of crow_indices, col_indices and indices, for a function that waits for the
+        device.
     looks_at_tensors: the function itself checks the tensors of the mask.
     """
     check = (_WITHOUT_TENSORS if looks_at_tensors else CHECKS).get(op)
@@ -43,14 +45,17 @@ def checked(op: str, function: Callable, *, reads_contents: bool = False, looks_
 _STRIDED = torch.strided
 
 
-# ---- tensors and numbers ------------------------------------------------------------------------------------------------
+# ---- tensors and numbers
+# ------------------------------------------------------------------------------------------------
 
 
 def _tensor(t: Tensor, name: str, device: torch.device, dtypes: frozenset[torch.dtype]) -> None:
     if t.dtype in dtypes and t.device == device and t.layout is _STRIDED:
         return
     if t.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}, got {t.dtype}")
+        raise TypeError(
+            f"{name} must be {' or '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}, got {t.dtype}"
+        )
     if t.device != device:
         raise ValueError(f"{name} is on {t.device}, the other arguments are on {device}")
     raise TypeError(f"{name} must be a dense (strided) tensor, got layout {t.layout}")
@@ -83,7 +88,8 @@ def _scalar(t: Tensor, name: str, device: torch.device) -> None:
         raise ValueError(f"{name} must have one element, got shape {list(t.shape)}")
 
 
-# ---- masks --------------------------------------------------------------------------------------------------------------
+# ---- masks
+# --------------------------------------------------------------------------------------------------------------
 
 
 _INT64 = frozenset((torch.int64,))
@@ -113,7 +119,9 @@ def _rows_and_columns(t: Tensor) -> tuple[int, int]:
     return (t.shape[0], math.prod(t.shape[1:])) if t.dim() > 1 else (1, t.numel())
 
 
-def _dense(tensors: Sequence[Tensor], name: str, device: torch.device, dtypes: frozenset[torch.dtype] | None = None) -> None:
+def _dense(
+    tensors: Sequence[Tensor], name: str, device: torch.device, dtypes: frozenset[torch.dtype] | None = None
+) -> None:
     """Tensors of a mask: contiguous, of one dtype."""
     for i, t in enumerate(tensors):
         _contiguous(t, f"{name}[{i}]", device, frozenset((tensors[0].dtype,)) if i or dtypes is None else dtypes)
@@ -145,10 +153,14 @@ def csr_scatter_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: T
     _apart(tensors, "tensors")
 
 
-def csr_add_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, alpha: float) -> None:
+def csr_add_(
+    tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, alpha: float
+) -> None:
     _csr(tensors, crow_indices, col_indices, _FLOATS)
     if tensors:
-        _compact(values, "values", col_indices.device, frozenset((torch.float32, tensors[0].dtype)), col_indices.shape[0])
+        _compact(
+            values, "values", col_indices.device, frozenset((torch.float32, tensors[0].dtype)), col_indices.shape[0]
+        )
     _apart(tensors, "tensors")
 
 
@@ -160,7 +172,8 @@ def csr_square_sum(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices:
     _csr(tensors, crow_indices, col_indices, _FLOATS)
 
 
-# ---- AdamW --------------------------------------------------------------------------------------------------------------
+# ---- AdamW
+# --------------------------------------------------------------------------------------------------------------
 
 
 def sparse_adamw_(
@@ -176,7 +189,9 @@ def sparse_adamw_(
 ) -> None:
     _csr(params, crow_indices, col_indices, _FLOATS)
     if params:
-        sparse_adamw_compact(params, grads, compact_grads, exp_avg, exp_avg_sq, values, crow_indices, col_indices, *rest)
+        sparse_adamw_compact(
+            params, grads, compact_grads, exp_avg, exp_avg_sq, values, crow_indices, col_indices, *rest
+        )
         if not compact_grads:
             _dense(grads, "grads", col_indices.device, _gradient_dtypes(params[0].dtype))
             for i, (p, g) in enumerate(zip(params, grads)):
@@ -243,10 +258,13 @@ def sparse_adamw_compact(
         raise ValueError(f"seed must be at least 0, got {seed}")
 
 
-# ---- masked weight gradients --------------------------------------------------------------------------------------------
+# ---- masked weight gradients
+# --------------------------------------------------------------------------------------------
 
 
-def masked_linear_grad(grad_output: Tensor, input: Tensor, crow_indices: Tensor, col_indices: Tensor, dtype: torch.dtype) -> None:
+def masked_linear_grad(
+    grad_output: Tensor, input: Tensor, crow_indices: Tensor, col_indices: Tensor, dtype: torch.dtype
+) -> None:
     device = col_indices.device
     _tensor(grad_output, "grad_output", device, _FLOATS)
     _tensor(input, "input", device, _FLOATS)
@@ -257,7 +275,9 @@ def masked_linear_grad(grad_output: Tensor, input: Tensor, crow_indices: Tensor,
         )
     _mask(crow_indices, col_indices, device, grad_output.shape[1])
     if input.shape[1] == 0 and col_indices.shape[0]:
-        raise ValueError(f"input has no columns, so that the mask must have no entries; col_indices has {col_indices.shape[0]}")
+        raise ValueError(
+            f"input has no columns, so that the mask must have no entries; col_indices has {col_indices.shape[0]}"
+        )
     if dtype not in _FLOATS:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
 
@@ -266,7 +286,12 @@ _INDICES = frozenset((torch.int32, torch.int64))
 
 
 def masked_embedding_grad(
-    grad_output: Tensor, indices: Tensor, crow_indices: Tensor, col_indices: Tensor, padding_idx: int, dtype: torch.dtype
+    grad_output: Tensor,
+    indices: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    padding_idx: int,
+    dtype: torch.dtype,
 ) -> None:
     device = col_indices.device
     _tensor(grad_output, "grad_output", device, _FLOATS)
@@ -281,10 +306,13 @@ def masked_embedding_grad(
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
-# ---- truncated SVD ------------------------------------------------------------------------------------------------------
+# ---- truncated SVD
+# ------------------------------------------------------------------------------------------------------
 
 
-def _test_matrix(test_matrix: Tensor | None, like: Tensor, rank: int, n_iter: int, dtypes: frozenset[torch.dtype]) -> None:
+def _test_matrix(
+    test_matrix: Tensor | None, like: Tensor, rank: int, n_iter: int, dtypes: frozenset[torch.dtype]
+) -> None:
     if n_iter < 0:
         raise ValueError(f"n_iter must be at least 0, got {n_iter}")
     if test_matrix is None:
@@ -336,7 +364,9 @@ def svd_denoise_(
             )
         if w.dim() == 3:
             continue
-        if (w.shape if test_matrix is not None else min(w.shape)) != (first.shape if test_matrix is not None else min(first.shape)):
+        if (w.shape if test_matrix is not None else min(w.shape)) != (
+            first.shape if test_matrix is not None else min(first.shape)
+        ):
             raise ValueError(
                 f"matrices[{i}] has shape {list(w.shape)}, matrices[0] {list(first.shape)}: they must have one shape or, without a"
                 " test_matrix, one min(m, n)"
@@ -371,7 +401,8 @@ def eigh(matrices: Tensor, rank: int = 0, energy: float = 0.0, median: float = 0
         raise ValueError(f"at most one of rank, energy and median may be above 0, got {rank}, {energy} and {median}")
 
 
-# ---- L + prune(H) from factors ------------------------------------------------------------------------------------------
+# ---- L + prune(H) from factors
+# ------------------------------------------------------------------------------------------
 
 
 def _factors(
@@ -386,7 +417,9 @@ def _factors(
     _contiguous(left, "left", device, same)
     _contiguous(right, "right", device, same)
     if delta.dim() != 3 or left.dim() != 3:
-        raise ValueError(f"delta must have shape [b, m, n] and left [b, m, r], got {list(delta.shape)} and {list(left.shape)}")
+        raise ValueError(
+            f"delta must have shape [b, m, n] and left [b, m, r], got {list(delta.shape)} and {list(left.shape)}"
+        )
     b, m, n = delta.shape
     r = left.shape[2]
     _shape(left, "left", (b, m, r), "[b, m, r]")
@@ -422,7 +455,9 @@ def low_rank_mask(delta: Tensor, left: Tensor, right: Tensor, cut: Tensor, thres
     _factors(delta, left, right, cut)
     _number(threshold, "threshold", 0, _magnitudes(delta.dtype))
     if len(ties) != delta.shape[0] or any(t < 0 for t in ties):
-        raise ValueError(f"ties must be one number for each of the {delta.shape[0]} matrices, none below 0, got {list(ties)}")
+        raise ValueError(
+            f"ties must be one number for each of the {delta.shape[0]} matrices, none below 0, got {list(ties)}"
+        )
 
 
 _WITHOUT_TENSORS: dict[str, Callable[..., None]] = {
@@ -448,7 +483,8 @@ CHECKS: dict[str, Callable[..., None]] = {
 }
 
 
-# ---- what the arrays hold, for the reference ----------------------------------------------------------------------------
+# ---- what the arrays hold, for the reference
+# ----------------------------------------------------------------------------
 
 
 def _ascends(
@@ -464,7 +500,9 @@ def _ascends(
     right = (col >= 0) & (col < columns[row])
     right[1:] &= (row[1:] > row[:-1]) | (col[1:] > col[:-1])
     if not bool(right.all()):
-        raise ValueError("col_indices must ascend strictly within each row and be less than the row's number of columns")
+        raise ValueError(
+            "col_indices must ascend strictly within each row and be less than the row's number of columns"
+        )
 
 
 def _csr_contents(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, *rest: Any) -> None:
@@ -476,12 +514,19 @@ def _adamw_contents(params: Sequence[Tensor], *rest: Any) -> None:
     _csr_contents(params, rest[5], rest[6])
 
 
-def _linear_contents(grad_output: Tensor, input: Tensor, crow_indices: Tensor, col_indices: Tensor, dtype: torch.dtype) -> None:
+def _linear_contents(
+    grad_output: Tensor, input: Tensor, crow_indices: Tensor, col_indices: Tensor, dtype: torch.dtype
+) -> None:
     _ascends(crow_indices, col_indices, torch.full_like(crow_indices[1:], input.shape[1]))
 
 
 def _embedding_contents(
-    grad_output: Tensor, indices: Tensor, crow_indices: Tensor, col_indices: Tensor, padding_idx: int, dtype: torch.dtype
+    grad_output: Tensor,
+    indices: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    padding_idx: int,
+    dtype: torch.dtype,
 ) -> None:
     rows = crow_indices.shape[0] - 1
     _ascends(crow_indices, col_indices, torch.full_like(crow_indices[1:], grad_output.shape[1]))

@@ -2,7 +2,8 @@
 
 Conventions shared by all operators
     tensors, params, scores   the tensors of a mask in the mask's order, contiguous. Tensor i stands for the rows
-                              [rows_i, columns_i] = (shape[0], prod(shape[1:])); a tensor of fewer than two dimensions is one row
+                              [rows_i, columns_i] = (shape[0], prod(shape[1:])); a tensor of fewer than two dimensions
+                              is one row
     crow_indices              int64 [rows + 1], rows = sum of rows_i: where each row's entries begin
     col_indices               uint16 or int32 [nnz], strictly ascending within each row
     compact tensors           [nnz], in that order
@@ -21,8 +22,9 @@ NAMESPACE = "deftx"
 # Lives as long as the process: a Library that is collected takes its operators with it.
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
-# Choices that operators take as integers; csrc/stable.h has the same codes. They are no strings, since each string that a compiled
-# operator is given leaks (LibTorch's stable ABI, 2.10), and what is never freed keeps the heap around it from shrinking.
+# Choices that operators take as integers; csrc/stable.h has the same codes. They are no strings, since each string that
+# a compiled operator is given leaks (LibTorch's stable ABI, 2.10), and what is never freed keeps the heap around it
+# from shrinking.
 SCOPES = {"global": 0, "tensor": 1, "row": 2}
 OPERATIONS = {"and": 0, "or": 1, "sub": 2}
 
@@ -34,51 +36,55 @@ SCHEMAS = {
     # entry i of the tensors += alpha * values[i], computed in float32 (float64 for float64 tensors) and rounded once.
     # `values` has the tensors' dtype or float32.
     "csr_add_": "(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor values, float alpha) -> ()",
-    # The entries of two masks over the same rows: OPERATIONS "and", "or" or "sub" (in the first, not in the second). The result's
-    # col_indices have the dtype of col_indices.
+    # The entries of two masks over the same rows: OPERATIONS "and", "or" or "sub" (in the first, not in the second).
+    # The result's col_indices have the dtype of col_indices.
     "csr_combine": (
         "(Tensor crow_indices, Tensor col_indices, Tensor other_crow_indices, Tensor other_col_indices, int operation)"
         " -> (Tensor crow_indices, Tensor col_indices)"
     ),
     # The mask of the True entries of bool tensors.
     "dense_to_csr": "(Tensor[] dense) -> (Tensor crow_indices, Tensor col_indices)",
-    # The score of an entry is |scores[i]|, or |scores[i] - base[i]| where base is not empty: a difference in float32, in float64
-    # where any tensor of the call is float64. The tensors may have several floating dtypes; scores are compared exactly.
-    # SCOPES "global": k = [k]; "tensor": k[i] entries of tensor i; "row": k[i] entries of each row of tensor i.
-    # `bad` int64 [2], on the CPU, is (tensor, flat index) of the first NaN or infinite score, or (-1, -1); then the rest is
-    # meaningless.
+    # The score of an entry is |scores[i]|, or |scores[i] - base[i]| where base is not empty: a difference in float32,
+    # in float64 where any tensor of the call is float64. The tensors may have several floating dtypes; scores are
+    # compared exactly. SCOPES "global": k = [k]; "tensor": k[i] entries of tensor i; "row": k[i] entries of each row of
+    # tensor i. `bad` int64 [2], on the CPU, is (tensor, flat index) of the first NaN or infinite score, or (-1, -1);
+    # then the rest is meaningless.
     "topk_mask": "(Tensor[] scores, Tensor[] base, int[] k, int scope) -> (Tensor crow_indices, Tensor col_indices, Tensor bad)",
-    # The two steps of a radix select, for callers that add histograms up over ranks or over tensors that are not all in memory.
-    # Magnitude bits: the bits of |score| as an integer, which has the order of the magnitudes. All scores have one dtype.
-    # Counts the scores whose bits >> (shift + 16) are `prefix` by the next 16 bits, (bits >> shift) & 0xFFFF: int64 [65536].
+    # The two steps of a radix select, for callers that add histograms up over ranks or over tensors that are not all in
+    # memory. Magnitude bits: the bits of |score| as an integer, which has the order of the magnitudes. All scores have
+    # one dtype. Counts the scores whose bits >> (shift + 16) are `prefix` by the next 16 bits, (bits >> shift) &
+    # 0xFFFF: int64 [65536].
     # shift: a multiple of 16.
     "magnitude_histogram": "(Tensor[] scores, int prefix, int shift) -> Tensor",
-    # The mask of the scores whose bits are above `threshold` and of each tensor's first ties[i] whose bits equal it (all of them
-    # where they are fewer); ties[i] is at most the number of the tensor's elements.
+    # The mask of the scores whose bits are above `threshold` and of each tensor's first ties[i] whose bits equal it
+    # (all of them where they are fewer); ties[i] is at most the number of the tensor's elements.
     "threshold_mask": "(Tensor[] scores, int threshold, int[] ties) -> (Tensor crow_indices, Tensor col_indices)",
     # a [..., m, n], test_matrix [min(m, n), l] with rank <= l <= min(m, n), or None for the exact decomposition.
     "truncated_svd": "(Tensor a, int rank, int n_iter, Tensor? test_matrix) -> (Tensor U, Tensor S, Tensor Vh)",
-    # out[i] = L + prune(H) of matrices[i] [m, n]: all float32 or all float64, of one shape, or, with an energy, of one min(m, n).
-    # out may be the matrices themselves. Or of batches of small matrices, all matrices[i] [b_i, m, n] of one m and n, without a
-    # test_matrix; then the results are those of all of them one after the other.
-    # The rank of L is `rank`, or the smallest that holds the share `energy` of the sum of squares, or the number of singular values
-    # above `median` times their median: two of the three are 0. test_matrix [min(m, n), l] as above, with `rank` only.
-    # totals float64: the matrices' sums of squares, finite. `batch` matrices are worked on at a time.
+    # out[i] = L + prune(H) of matrices[i] [m, n]: all float32 or all float64, of one shape, or, with an energy, of one
+    # min(m, n). out may be the matrices themselves. Or of batches of small matrices, all matrices[i] [b_i, m, n] of one
+    # m and n, without a test_matrix; then the results are those of all of them one after the other.
+    # The rank of L is `rank`, or the smallest that holds the share `energy` of the sum of squares, or the number of
+    # singular values above `median` times their median: two of the three are 0. test_matrix [min(m, n), l] as above,
+    # with `rank` only. totals float64: the matrices' sums of squares, finite. `batch` matrices are worked on at a time.
     # Returns of each matrix: rank int64, captured energy float64, |matrix - out| / |matrix| float64.
     "svd_denoise_": (
         "(Tensor[] matrices, Tensor(a!)[] out, Tensor totals, int rank, float energy, float median, float residual_density,"
         " int n_iter, Tensor? test_matrix, int batch) -> (Tensor rank, Tensor energy, Tensor residual)"
     ),
-    # Eigenvalues, ascending, and eigenvectors (columns) of symmetric matrices [b, n, n]. With a rank, an energy or a median, as
-    # above, of matrices whose singular values' squares these are, vectors may be zero that the truncation does not need: it needs
-    # those of the values that are kept or of the others, whichever are fewer, and the 16 next to them.
-    "eigh": ("(Tensor matrices, int rank=0, float energy=0., float median=0.) -> (Tensor eigenvalues, Tensor eigenvectors)"),
+    # Eigenvalues, ascending, and eigenvectors (columns) of symmetric matrices [b, n, n]. With a rank, an energy or a
+    # median, as above, of matrices whose singular values' squares these are, vectors may be zero that the truncation
+    # does not need: it needs those of the values that are kept or of the others, whichever are fewer, and the 16 next
+    # to them.
+    "eigh": (
+        "(Tensor matrices, int rank=0, float energy=0., float median=0.) -> (Tensor eigenvalues, Tensor eigenvectors)"
+    ),
     # The eigenvalues alone.
     "eigvalsh": "(Tensor matrices) -> Tensor",
-    # The last step of denoising, of matrices delta [b, m, n] whose low-rank parts L = left @ right.mT are given as factors
-    # left [b, m, r] and right [b, n, r], all float32 or all float64; H = delta - L. An entry of H is kept where its magnitude bits
-    # are above cut[i, 0], or equal to it at a flat index (within the matrix) below cut[i, 1]; there the denoised entry is delta's
-    # own, elsewhere L's. Nothing but the results is written to memory.
+    # The last step of denoising, of matrices delta [b, m, n] whose low-rank parts L = left @ right.mT are given as
+    # factors left [b, m, r] and right [b, n, r], all float32 or all float64; H = delta - L. An entry of H is kept where
+    # its magnitude bits are above cut[i, 0], or equal to it at a flat index (within the matrix) below cut[i, 1]; there
+    # the denoised entry is delta's own, elsewhere L's. Nothing but the results is written to memory.
     # The cut that keeps the `keep` largest entries of each H, of equal ones the first: int64 [b, 2].
     "residual_cut": "(Tensor delta, Tensor left, Tensor right, int keep) -> Tensor",
     # L + prune(H) [b, m, n].
@@ -90,20 +96,23 @@ SCHEMAS = {
         " -> (Tensor crow_indices, Tensor col_indices)"
     ),
     # One AdamW step at the masked entries. grads: the dense gradients, or one compact tensor where compact_grads.
-    # Computed in float32 (float64 for float64 params). values, decay_to: compact, of that dtype; decay_to may have the params'.
-    # exp_avg, exp_avg_sq: compact, of that dtype or, both, bfloat16 (float64 params: float64).
+    # Computed in float32 (float64 for float64 params). values, decay_to: compact, of that dtype; decay_to may have the
+    # params'. exp_avg, exp_avg_sq: compact, of that dtype or, both, bfloat16 (float64 params: float64).
     # step, lr, grad_scale, found_inf: one-element tensors on the params' device, float32, float64, int32 or int64.
-    # seed, in [0, 2**63): bfloat16 state, and bfloat16 params without values, are rounded stochastically: the words 1, 2 and 0 of
-    # Philox4x32-10 with the key seed and the counter (entry, step), both as (low 32 bits, high 32 bits), are of exp_avg, exp_avg_sq
-    # and the parameter; a word's low 16 bits are added to the float32 bits, whose upper 16 are kept (NaN: rounded to nearest).
+    # seed, in [0, 2**63): bfloat16 state, and bfloat16 params without values, are rounded stochastically: the words 1,
+    # 2 and 0 of Philox4x32-10 with the key seed and the counter (entry, step), both as (low 32 bits, high 32 bits), are
+    # of exp_avg, exp_avg_sq and the parameter; a word's low 16 bits are added to the float32 bits, whose upper 16 are
+    # kept (NaN: rounded to nearest).
     "sparse_adamw_": (
         "(Tensor(a!)[] params, Tensor[] grads, bool compact_grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? values,"
         " Tensor crow_indices, Tensor col_indices, Tensor step, Tensor lr, float beta1, float beta2, float eps, float weight_decay,"
         " Tensor? decay_to, float l1, bool maximize, Tensor? grad_scale, Tensor? found_inf, int? seed) -> ()"
     ),
-    # The sum of the masked entries' squares, in float64 and in an order that depends on nothing but their number: float64 [].
+    # The sum of the masked entries' squares, in float64 and in an order that depends on nothing but their number:
+    # float64 [].
     "csr_square_sum": "(Tensor[] tensors, Tensor crow_indices, Tensor col_indices) -> Tensor",
-    # The masked entries of grad_output.T @ input: grad_output [N, m], input [N, n], mask of one [m, n] tensor -> dtype [nnz].
+    # The masked entries of grad_output.T @ input: grad_output [N, m], input [N, n], mask of one [m, n] tensor -> dtype
+    # [nnz].
     "masked_linear_grad": (
         "(Tensor grad_output, Tensor input, Tensor crow_indices, Tensor col_indices, ScalarType dtype) -> Tensor"
     ),
@@ -134,13 +143,18 @@ for _name, _schema in SCHEMAS.items():
 
 
 def _fake(name):
-    """Registers a fake kernel, behind a check that no other one has: with some tensors on "meta" and some with data, torch calls
-    the fake kernel, which would return memory that nobody has filled."""
+    """Registers a fake kernel, behind a check that no other one has: with some tensors on "meta" and some with data,
+    torch calls the fake kernel, which would return memory that nobody has filled."""
 
     def register(function):
         @functools.wraps(function)
         def run(*arguments):
-            flat = [t for a in arguments for t in (a if isinstance(a, list | tuple) else (a,)) if isinstance(t, torch.Tensor)]
+            flat = [
+                t
+                for a in arguments
+                for t in (a if isinstance(a, list | tuple) else (a,))
+                if isinstance(t, torch.Tensor)
+            ]
             devices = {t.device for t in flat}
             if len(devices) > 1:
                 raise ValueError(
@@ -180,7 +194,9 @@ def _(crow_indices, col_indices, other_crow_indices, other_col_indices, operatio
 
 @_fake("dense_to_csr")
 def _(dense):
-    return _data_dependent(dense[0], sum(rows_and_columns(t.shape)[0] for t in dense), column_dtype([t.shape for t in dense]))
+    return _data_dependent(
+        dense[0], sum(rows_and_columns(t.shape)[0] for t in dense), column_dtype([t.shape for t in dense])
+    )
 
 
 @_fake("magnitude_histogram")
@@ -190,7 +206,9 @@ def _(scores, prefix, shift):
 
 @_fake("threshold_mask")
 def _(scores, threshold, ties):
-    return _data_dependent(scores[0], sum(rows_and_columns(s.shape)[0] for s in scores), column_dtype([s.shape for s in scores]))
+    return _data_dependent(
+        scores[0], sum(rows_and_columns(s.shape)[0] for s in scores), column_dtype([s.shape for s in scores])
+    )
 
 
 @_fake("topk_mask")

@@ -1,7 +1,8 @@
-"""Exact top-k over scores that are not all in one place: tensors that come one group after the other, pieces on several ranks.
+"""Exact top-k over scores that are not all in one place: tensors that come one group after the other, pieces on several
+ranks.
 
-Everything here is made of two operators: magnitude_histogram, whose counts can be added up over whatever holds the scores, and
-threshold_mask.
+Everything here is made of two operators: magnitude_histogram, whose counts can be added up over whatever holds the
+scores, and threshold_mask.
 """
 
 import functools
@@ -20,7 +21,8 @@ def find_threshold(
     element_size: int,  # bytes of a score
     k: int,
 ) -> tuple[int, int]:
-    """(threshold, ties): the k largest scores are those with magnitude bits above the threshold and the first `ties` equal to it.
+    """(threshold, ties): the k largest scores are those with magnitude bits above the threshold and the first `ties`
+    equal to it.
 
     A radix select, 16 bits a round. Where every score equal to the k-th largest is wanted, there are no ties to count.
     """
@@ -62,7 +64,9 @@ def count_equal(scores: Scores, threshold: int) -> Tensor:
 
 
 def take(scores: Scores, threshold: int, ties: int) -> tuple[Tensor, Tensor, int]:
-    """crow_indices and col_indices of the scores above the threshold and of the first `ties` equal to it; the ties left."""
+    """crow_indices and col_indices of the scores above the threshold and of the first `ties` equal to it; the ties
+    left.
+    """
     if isinstance(scores, Denoised):
         quota = min(ties, int(count_equal(scores, threshold))) if ties else 0
         return *torch.ops.deftx.low_rank_mask(*scores, threshold, [quota]), ties - quota
@@ -91,17 +95,22 @@ def _tie_quotas(scores: Sequence[Tensor], threshold: int, ties: int) -> tuple[li
 
 
 class Columns:
-    """col_indices [capacity] that are filled one group of tensors after the other, and the crow_indices that belong to them."""
+    """col_indices [capacity] that are filled one group of tensors after the other, and the crow_indices that belong to
+    them.
+    """
 
     def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.col = torch.empty(capacity, dtype=_SIGNED[dtype], device=device)
-        self.crows = [torch.zeros(1, dtype=torch.int64, device=device)]  # one after the other: crow_indices of all groups
+        # one after the other: crow_indices of all groups
+        self.crows = [torch.zeros(1, dtype=torch.int64, device=device)]
         self.filled = 0
 
     def append(self, crow: Tensor, col: Tensor) -> None:
         start, self.filled = self.filled, self.filled + len(col)
-        self.col[start : self.filled] = col.view(_SIGNED[col.dtype]) if col.dtype == self.dtype else col.to(self.col.dtype)
+        self.col[start : self.filled] = (
+            col.view(_SIGNED[col.dtype]) if col.dtype == self.dtype else col.to(self.col.dtype)
+        )
         self.crows.append(crow[1:] + start)
 
     def csr(self) -> tuple[Tensor, Tensor]:
@@ -113,18 +122,20 @@ _SIGNED = {torch.uint16: torch.int16, torch.int32: torch.int32}  # torch indexes
 
 
 class StreamingTopK(Columns):
-    """The k largest of groups of tensors that come one after the other: what is not among the k largest so far can never be.
+    """The k largest of groups of tensors that come one after the other: what is not among the k largest so far can
+    never be.
 
-    A buffer holds the column and the score, together 6 to 12 bytes, of each entry that may still be one of them, and has room for a
-    quarter more than k. Where the next ones do not fit it is cut to the k largest so far: about 4 log(n / k) times for n entries in
-    no particular order.
+    A buffer holds the column and the score, together 6 to 12 bytes, of each entry that may still be one of them, and
+    has room for a quarter more than k. Where the next ones do not fit it is cut to the k largest so far: about 4 log(n
+    / k) times for n entries in no particular order.
     """
 
     def __init__(self, k: int, dtype: torch.dtype, score_dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(self.capacity(k), dtype, device)
         self.k = k
         self.scores = torch.empty(len(self.col), dtype=score_dtype, device=device)
-        # Magnitude bits that k earlier scores have at least: a later one that is not above them cannot be selected. None: all can.
+        # Magnitude bits that k earlier scores have at least: a later one that is not above them cannot be selected.
+        # None: all can.
         self.bound = _largest_bits(score_dtype.itemsize) if k == 0 else None
 
     @staticmethod
@@ -149,7 +160,9 @@ class StreamingTopK(Columns):
         self.scores[start : self.filled] = torch.ops.deftx.csr_gather(tensors, crow, col)
 
     def _cut(self, more: Sequence[Sequence[Tensor]]) -> tuple[int, int]:
-        """Leaves in the buffer what is among the k largest of it and of `more`: threshold and ties for those that come after it."""
+        """Leaves in the buffer what is among the k largest of it and of `more`: threshold and ties for those that come
+        after it.
+        """
         lists = [[self.scores[: self.filled]], *more] if self.filled else more
         threshold, ties = find_threshold(
             lambda prefix, shift: functools.reduce(Tensor.add_, (histogram(x, prefix, shift) for x in lists)),
@@ -162,7 +175,8 @@ class StreamingTopK(Columns):
         starts = range(0, self.filled, _PIECE)
         firsts = torch.searchsorted(crow, torch.tensor(starts, device=crow.device)).tolist()
         to = 0
-        for start, first, last in zip(starts, firsts, [*firsts[1:], len(crow)]):  # a piece at a time: to the front, in place
+        # a piece at a time: to the front, in place
+        for start, first, last in zip(starts, firsts, [*firsts[1:], len(crow)]):
             scores, columns = (x[start : min(start + _PIECE, self.filled)] for x in (self.scores, self.col))
             _, stay, ties = take([scores], threshold, ties)
             stay = stay.to(torch.int32)
@@ -194,7 +208,9 @@ def _largest_bits(element_size: int) -> int:
 def by_rounds(
     groups: Callable[[], Iterable[Scores]], k: int, dtype: torch.dtype, score_dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """As `StreamingTopK`, of groups that can be made again: no score is kept, and each group is made 1 + itemsize / 2 times."""
+    """As `StreamingTopK`, of groups that can be made again: no score is kept, and each group is made 1 + itemsize / 2
+    times.
+    """
     threshold, ties = find_threshold(
         lambda prefix, shift: functools.reduce(Tensor.add_, (histogram(x, prefix, shift) for x in groups())),
         score_dtype.itemsize,
@@ -220,7 +236,8 @@ def select_by_groups(
 ) -> tuple[Tensor, Tensor]:
     """crow_indices and col_indices of the largest scores, of which those of one group of tensors exist at a time.
 
-    `scores(names)` makes those of a group, finite and contiguous, of `dtype`; it may be called several times for a group.
+    `scores(names)` makes those of a group, finite and contiguous, of `dtype`; it may be called several times for a
+    group.
     """
     groups = _groups(names, shapes, device)
 
@@ -268,5 +285,6 @@ def _groups(names: list[str], shapes: list[torch.Size], device: torch.device) ->
     return groups
 
 
-# Elements, on the CPU and on a GPU: a group costs some calls, and a GPU works on many small matrices in the time of one.
+# Elements, on the CPU and on a GPU: a group costs some calls, and a GPU works on many small matrices in the time of
+# one.
 _LEAST_GROUP = (1 << 20, 1 << 25)

@@ -1,4 +1,6 @@
-"""The `deftx` command. Its options are made by tyro from the dataclasses of `train`; transformers is imported only to train."""
+"""The `deftx` command. Its options are made by tyro from the dataclasses of `train`; transformers is imported only to
+train.
+"""
 
 import json
 import os
@@ -91,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0; 1 where `doctor` found a fault; 2 for bad input, a file that cannot be read or written, or a missing
-        extra; 130 where it was interrupted; 141 where what reads its output was closed.
+        The exit code: 0; 1 where `doctor` found a fault; 2 for bad input, a file that cannot be read or written, or a
+        missing extra; 130 where it was interrupted; 141 where what reads its output was closed.
     """
     try:
         try:
@@ -198,7 +200,11 @@ def _load(path: str) -> Any:
     from deftx_kernels.mask import CSRMask
 
     folder = Path(path)
-    if folder.is_file() and folder.suffix == ".safetensors" and not (folder.parent / "sparse_delta_config.json").is_file():
+    if (
+        folder.is_file()
+        and folder.suffix == ".safetensors"
+        and not (folder.parent / "sparse_delta_config.json").is_file()
+    ):
         return CSRMask.load(folder)
     if folder.is_file():
         folder = folder.parent

@@ -1,8 +1,9 @@
 """One mask for a whole process group.
 
-DDP needs nothing of this module beyond a common mask: a sparsified model's trainable parameters are ordinary (compact) ones. Where
-parameters are sharded by rows (FSDP2's `Shard(0)`), `topk_mask` selects over all ranks' shards and `local_mask` gives the rows of
-this rank, on which `deftx_kernels.sparse_adamw` works with local tensors. Ranks exchange histograms and the mask, never scores.
+DDP needs nothing of this module beyond a common mask: a sparsified model's trainable parameters are ordinary (compact)
+ones. Where parameters are sharded by rows (FSDP2's `Shard(0)`), `topk_mask` selects over all ranks' shards and
+`local_mask` gives the rows of this rank, on which `deftx_kernels.sparse_adamw` works with local tensors. Ranks exchange
+histograms and the mask, never scores.
 """
 
 from collections.abc import Mapping
@@ -29,8 +30,9 @@ def topk_mask(
     """`deftx_kernels.topk_mask` with scope "global" over tensors whose rows are spread over a process group.
 
     Args:
-        scores: on every rank the same names, each with this rank's rows: a DTensor placed `Shard(0)`, or a plain tensor, of which
-            the pieces follow each other along dimension 0 in the order of the ranks (a rank may have none). One floating dtype.
+        scores: on every rank the same names, each with this rank's rows: a DTensor placed `Shard(0)`, or a plain
+            tensor, of which the pieces follow each other along dimension 0 in the order of the ranks (a rank may have
+            none). One floating dtype.
         k, density: as in `deftx_kernels.topk_mask`, of the whole tensors.
         group: by default all ranks.
 
@@ -48,13 +50,17 @@ def topk_mask(
     shapes = [_whole_shape(name, [p[name][0] for p in pieces]) for name in names]
     CSRMask.check_layout(names, shapes)
     if len({p[n][1] for p in pieces for n in names}) > 1:
-        raise ValueError(f"scores must have one dtype on all ranks, got {sorted({str(p[n][1]) for p in pieces for n in names})}")
+        raise ValueError(
+            f"scores must have one dtype on all ranks, got {sorted({str(p[n][1]) for p in pieces for n in names})}"
+        )
     [count] = selected_counts(names, shapes, k, density, "global")
     tensors = [local[n] for n in names]
     _exchange(_not_finite(local), None, group)
     threshold, ties = _threshold(tensors, count, group)
     quotas = _tie_quotas(tensors, threshold, ties, group)
-    mine = CSRMask._trusted(names, [t.shape for t in tensors], *torch.ops.deftx.threshold_mask(tensors, threshold, quotas))
+    mine = CSRMask._trusted(
+        names, [t.shape for t in tensors], *torch.ops.deftx.threshold_mask(tensors, threshold, quotas)
+    )
     rank, layout, tensor_start = dist.get_rank(group), {}, 0
     for name, shape in zip(names, shapes):  # where this rank's rows begin in the whole tensors, one after the other
         layout[name] = tensor_start + sum(p[name][0].numel() for p in pieces[:rank])
@@ -66,8 +72,8 @@ def local_mask(mask: CSRMask, params: Mapping[str, Tensor]) -> CSRMask:
     """The entries in this rank's rows of DTensor parameters placed `Shard(0)`: the mask for their `to_local()` tensors.
 
     Raises:
-        ValueError, TypeError: a parameter is missing, no tensor, has another shape, or is placed otherwise than `Shard(0)` or
-            `Replicate()`.
+        ValueError, TypeError: a parameter is missing, no tensor, has another shape, or is placed otherwise than
+            `Shard(0)` or `Replicate()`.
     """
     dense = {}
     for name, shape in zip(mask.names, mask.shapes):
@@ -82,7 +88,9 @@ def local_mask(mask: CSRMask, params: Mapping[str, Tensor]) -> CSRMask:
         if isinstance(param, DTensor):
             _check_placement(name, param)
             selected = (
-                DTensor.from_local(selected, param.device_mesh, [Replicate()]).redistribute(placements=param.placements).to_local()
+                DTensor.from_local(selected, param.device_mesh, [Replicate()])
+                .redistribute(placements=param.placements)
+                .to_local()
             )
         dense[name] = selected
     return CSRMask.from_dense(dense)
@@ -91,7 +99,8 @@ def local_mask(mask: CSRMask, params: Mapping[str, Tensor]) -> CSRMask:
 def broadcast_mask(mask: CSRMask | None, src: int = 0, group: dist.ProcessGroup | None = None) -> CSRMask:
     """The mask of rank `src` (of the default group) on every rank; the others may pass None.
 
-    It arrives on the device that the group's backend communicates from. ValueError on every rank where `src` passed no mask.
+    It arrives on the device that the group's backend communicates from. ValueError on every rank where `src` passed no
+    mask.
     """
     layout = [None if mask is None else (mask.names, [list(s) for s in mask.shapes], mask.nnz)]
     dist.broadcast_object_list(layout, src=src, group=group)
@@ -101,7 +110,10 @@ def broadcast_mask(mask: CSRMask | None, src: int = 0, group: dist.ProcessGroup 
     if dist.get_rank() != src or mask is None:
         device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
         rows = sum(rows_and_columns(s)[0] for s in shapes)
-        empty = torch.empty(rows + 1, dtype=torch.int64, device=device), torch.empty(nnz, dtype=column_dtype(shapes), device=device)
+        empty = (
+            torch.empty(rows + 1, dtype=torch.int64, device=device),
+            torch.empty(nnz, dtype=column_dtype(shapes), device=device),
+        )
         mask = CSRMask._trusted(names, shapes, *empty)
     dist.broadcast(mask.crow_indices, src=src, group=group)
     dist.broadcast(mask.col_indices.view(torch.uint8), src=src, group=group)
@@ -109,10 +121,14 @@ def broadcast_mask(mask: CSRMask | None, src: int = 0, group: dist.ProcessGroup 
 
 
 def check_same_mask(mask: CSRMask, group: dist.ProcessGroup | None = None) -> None:
-    """ValueError, naming the ranks, unless every rank has this mask: a mask made from local gradients differs from rank to rank."""
+    """ValueError, naming the ranks, unless every rank has this mask: a mask made from local gradients differs from rank
+    to rank.
+    """
     fingerprints = _exchange(None, mask.fingerprint(), group)
     if others := [rank for rank, f in enumerate(fingerprints) if f != fingerprints[0]]:
-        raise ValueError(f"the mask of rank 0 differs from that of ranks {others}: select it from common scores, or broadcast_mask")
+        raise ValueError(
+            f"the mask of rank 0 differs from that of ranks {others}: select it from common scores, or broadcast_mask"
+        )
 
 
 def _try_local(scores: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> tuple[str | None, dict[str, Tensor]]:
@@ -140,7 +156,9 @@ def _try_local(scores: Mapping[str, Tensor], group: dist.ProcessGroup | None) ->
 
 def _check_placement(name: str, tensor: DTensor) -> None:
     if len(tensor.placements) != 1 or not (tensor.placements[0] == Shard(0) or tensor.placements[0].is_replicate()):
-        raise ValueError(f"tensor {name!r} must be placed Shard(0) or Replicate() on a 1-D mesh, got {tensor.placements}")
+        raise ValueError(
+            f"tensor {name!r} must be placed Shard(0) or Replicate() on a 1-D mesh, got {tensor.placements}"
+        )
 
 
 def _exchange(problem: str | None, content, group) -> list:
@@ -181,7 +199,9 @@ def _threshold(tensors: list[Tensor], k: int, group) -> tuple[int, int]:
 
 
 def _tie_quotas(tensors: list[Tensor], threshold: int, ties: int, group) -> list[int]:
-    """How many entries equal to the threshold this rank keeps of each tensor: earlier tensors first, then earlier ranks."""
+    """How many entries equal to the threshold this rank keeps of each tensor: earlier tensors first, then earlier
+    ranks.
+    """
     if ties == 0:
         return [0] * len(tensors)
     mine = torch.stack([count_equal([t], threshold) for t in tensors])

@@ -56,7 +56,8 @@ def run(device: str | None = None, *, repeats: int = 5, width: int = WIDTH) -> l
         raise ValueError(f"device {device!r}: {absent().get('cuda', 'there is no CUDA device')}")
     # All calls come before the first oracle: nothing has been run, or set, that could hide a fault.
     called = [
-        (op, [c for d in devices for c in _called(op, d, served[d], repeats, width)]) for op, served in _library.backends().items()
+        (op, [c for d in devices for c in _called(op, d, served[d], repeats, width)])
+        for op, served in _library.backends().items()
     ]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -119,7 +120,11 @@ def _shape(arguments: list[Any]) -> str:
         for tensor in tensors:
             if tensor.numel() > largest:
                 largest, shape = tensor.numel(), list(tensor.shape)
-                shape = [len(tensors), *shape] if len(tensors) > 1 and all(t.shape == tensor.shape for t in tensors) else shape
+                shape = (
+                    [len(tensors), *shape]
+                    if len(tensors) > 1 and all(t.shape == tensor.shape for t in tensors)
+                    else shape
+                )
                 label = "×".join(map(str, shape))
     return label
 
@@ -127,7 +132,8 @@ def _shape(arguments: list[Any]) -> str:
 # ---- running and comparing ----
 
 _TOLERANCE = 1e-5
-_DECOMPOSITION_TOLERANCE = 5e-5  # what svd_denoise promises of a truncation; eigenvectors of 768 rows, by LAPACK in float32: 1e-5
+# what svd_denoise promises of a truncation; eigenvectors of 768 rows, by LAPACK in float32: 1e-5
+_DECOMPOSITION_TOLERANCE = 5e-5
 
 
 def _moved(argument: Any, device: str, dtype: torch.dtype | None = None) -> Any:
@@ -137,7 +143,9 @@ def _moved(argument: Any, device: str, dtype: torch.dtype | None = None) -> Any:
     if isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
         return [_moved(a, device, dtype) for a in argument]
     if isinstance(argument, Tensor):
-        return argument.to(device, dtype if dtype is not None and argument.is_floating_point() else argument.dtype, copy=True)
+        return argument.to(
+            device, dtype if dtype is not None and argument.is_floating_point() else argument.dtype, copy=True
+        )
     return dtype if isinstance(argument, torch.dtype) and dtype is not None else argument
 
 
@@ -171,7 +179,8 @@ def _error(outputs: list[Tensor], expected: list[Tensor]) -> float:
         elif want.numel():
             difference = (got.cpu().to(torch.float64) - want).abs().max()
             worst = max(
-                worst, float(difference / want.abs().max().clamp(min=1e-30)) if torch.isfinite(difference) else float("inf")
+                worst,
+                float(difference / want.abs().max().clamp(min=1e-30)) if torch.isfinite(difference) else float("inf"),
             )
     return worst
 
@@ -182,7 +191,9 @@ _SECONDS = 0.5  # for the calls of one implementation, after those that it needs
 def _calls(
     op: str, function: Callable, arguments: list[Any], device: str, repeats: int, serves: bool
 ) -> tuple[list[list[Tensor]], float]:
-    """What the first call and the last one gave, and the median duration in seconds, without the first if there are others."""
+    """What the first call and the last one gave, and the median duration in seconds, without the first if there are
+    others.
+    """
     times: list[float] = []
     results = []
     while not times or (len(times) == 1 and serves) or (len(times) <= repeats and sum(times) < _SECONDS):
@@ -237,7 +248,9 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:  # float64 [..., n, n]
 
 
 def _svd(a: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # float64 [..., m, n]
-    """By the eigenvectors of the Gram matrix of the short side: a third of the time, and exact enough for large singular values."""
+    """By the eigenvectors of the Gram matrix of the short side: a third of the time, and exact enough for large
+    singular values.
+    """
     wide = a.shape[-2] < a.shape[-1]
     tall = a.mT if wide else a
     squares, vectors = _eigh(tall.mT @ tall)
@@ -357,7 +370,9 @@ def _cut(width: int) -> Callable[[torch.dtype], Tensor]:
 
 
 def _factors(width: int, *more: Any) -> list[Any]:
-    """Factors of -1, 0 and 1, and their product with a few multiples of 1/4 added: exact in every dtype and order of summation."""
+    """Factors of -1, 0 and 1, and their product with a few multiples of 1/4 added: exact in every dtype and order of
+    summation.
+    """
     generator = torch.Generator().manual_seed(5)
     left, right = (torch.randint(-1, 2, (2, s, 6), generator=generator).float() for s in (width, 3 * width))
     noise = torch.tensor([0, 0.25, -0.25, 1, 4])[torch.randint(0, 5, (2, width, 3 * width), generator=generator)]
@@ -447,6 +462,9 @@ def print_table(rows: list[Row]) -> None:
             row.shape,
             "[green]correct" if row.correct else "[red]WRONG",
         ]
-        cells += ["" if row.error is None else f"{row.error:.1e}", "" if row.milliseconds is None else f"{row.milliseconds:.2f} ms"]
+        cells += [
+            "" if row.error is None else f"{row.error:.1e}",
+            "" if row.milliseconds is None else f"{row.milliseconds:.2f} ms",
+        ]
         table.add_row(*cells, *([row.note] if noted else []))
     console.print(table)

@@ -25,10 +25,11 @@ _DAY = 86_400  # seconds
 
 @contextmanager
 def replaced(path: str | os.PathLike) -> Iterator[Path]:
-    """`with replaced(path) as partial:` what is written to `partial` becomes `path` at the end, in one step and on the disk.
+    """`with replaced(path) as partial:` what is written to `partial` becomes `path` at the end, in one step and on the
+    disk.
 
-    A crash, a kill or a full disk leaves the old file; several writers do not disturb one another, the last one wins. Of a symbolic
-    link the target is written.
+    A crash, a kill or a full disk leaves the old file; several writers do not disturb one another, the last one wins.
+    Of a symbolic link the target is written.
 
     Raises:
         OSError: the file cannot be written; its name is in the message.
@@ -57,7 +58,9 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
 
 @cache
 def machine() -> str:
-    """Where a process has this id: a hash of the host, its last start, and the namespace of its processes (of a container)."""
+    """Where a process has this id: a hash of the host, its last start, and the namespace of its processes (of a
+    container).
+    """
     facts = [socket.gethostname()]
     with suppress(OSError):  # of Linux only
         facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
@@ -68,8 +71,12 @@ def _remove_abandoned(path: Path) -> None:
     """Delete what writers of `path` left that were killed: here, or more than a day ago elsewhere."""
     with suppress(OSError):
         for partial in path.parent.glob(f".{escape(path.name)}.*{_ENDING}"):
-            owner = re.fullmatch(rf"([0-9a-f]{{12}})-(\d+)-[0-9a-f]{{8}}{re.escape(_ENDING)}", partial.name[len(path.name) + 2 :])
-            if owner and (_is_gone(int(owner[2])) if owner[1] == machine() else time.time() - partial.stat().st_mtime > _DAY):
+            owner = re.fullmatch(
+                rf"([0-9a-f]{{12}})-(\d+)-[0-9a-f]{{8}}{re.escape(_ENDING)}", partial.name[len(path.name) + 2 :]
+            )
+            if owner and (
+                _is_gone(int(owner[2])) if owner[1] == machine() else time.time() - partial.stat().st_mtime > _DAY
+            ):
                 shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -143,7 +150,8 @@ def parse_json(text: str) -> Any:
 
 @contextmanager
 def reading(path: str | os.PathLike, kind: str) -> Iterator[None]:
-    """`with reading(path, "mask file"):` whatever damaged or hostile content raises there becomes a ValueError that names the file.
+    """`with reading(path, "mask file"):` whatever damaged or hostile content raises there becomes a ValueError that
+    names the file.
 
     What the system says of the file itself (an OSError: it is missing, its disk fails) passes.
     """

@@ -31,7 +31,8 @@ from deftx_kernels._ops import SCOPES, column_dtype
 from deftx_kernels._selection import Denoised, Scores, by_rounds, select_by_groups
 from deftx_kernels.mask import CSRMask
 
-# ---- truncated SVD ------------------------------------------------------------------------------------------------------
+# ---- truncated SVD
+# ------------------------------------------------------------------------------------------------------
 
 
 def truncated_svd(
@@ -44,15 +45,16 @@ def truncated_svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triplets of a batch of matrices.
 
-    Randomised block subspace iteration (Halko, Martinsson & Tropp 2011), as long as its convergence tells that the residual is
-    within 1.02 times that of the best rank-r matrix; or the exact decomposition where `rank + oversample` is half of min(m, n) or
-    more. float16 and bfloat16 are computed in float32.
+    Randomised block subspace iteration (Halko, Martinsson & Tropp 2011), as long as its convergence tells that the
+    residual is within 1.02 times that of the best rank-r matrix; or the exact decomposition where `rank + oversample`
+    is half of min(m, n) or more. float16 and bfloat16 are computed in float32.
 
     Args:
         a: floating point [..., m, n].
         rank: how many triplets, at least 1; no more than min(m, n) are returned.
         oversample: extra columns of the random test matrix.
-        n_iter: power iterations, products with a.mT a, at least. Two are always made, more where the residual asks for them.
+        n_iter: power iterations, products with a.mT a, at least. Two are always made, more where the residual asks for
+            them.
         generator: source of the test matrix; by default one with a fixed seed, so that equal calls give equal results.
 
     Returns:
@@ -67,7 +69,9 @@ def truncated_svd(
     check_int(oversample, "oversample", 0)
     check_int(n_iter, "n_iter", 0)
     r = min(rank, *a.shape[-2:])
-    test_matrix = random_test_matrix(a.shape, r, oversample, generator, compute_dtype(a.dtype), a.device) if a.numel() else None
+    test_matrix = (
+        random_test_matrix(a.shape, r, oversample, generator, compute_dtype(a.dtype), a.device) if a.numel() else None
+    )
     return torch.ops.deftx.truncated_svd(a.detach().contiguous(), r, n_iter, test_matrix)
 
 
@@ -86,39 +90,43 @@ def svd_denoise(
 ) -> Any:
     """L + prune(H) for each matrix: L its truncated SVD, H = delta - L (DeFT-X, Simon & Jyothi, arXiv 2505.15090).
 
-    Matrices of one shape are worked on together. An energy or a threshold is applied exactly: L comes from the eigenvectors of the
-    Gram matrix of the short side (of small matrices, from their singular value decomposition), within a relative error of 5e-5 of
-    the exact truncation, and the rank is that of exact arithmetic: where float32 cannot promise this, a matrix is done in float64.
-    float16 and bfloat16 are computed in float32. Each decomposition is checked against its matrix; one that is wrong is computed
-    again by another solver, with a RuntimeWarning.
+    Matrices of one shape are worked on together. An energy or a threshold is applied exactly: L comes from the
+    eigenvectors of the Gram matrix of the short side (of small matrices, from their singular value decomposition),
+    within a relative error of 5e-5 of the exact truncation, and the rank is that of exact arithmetic: where float32
+    cannot promise this, a matrix is done in float64. float16 and bfloat16 are computed in float32. Each decomposition
+    is checked against its matrix; one that is wrong is computed again by another solver, with a RuntimeWarning.
 
-    An int rank that is at least a sixth of the short side (a quarter, where that has more than 512 entries and the matrix is not
-    four times as long) is exact too, since that takes no longer (float64: from half of it on). A smaller one is that of
-    `truncated_svd`: its residual is within 1.02 times the best, but L is another matrix. The largest 5 % of its entries share with
-    those of the exact L, for 384 to 1024 columns: 97 to 100 % where directions stand out from noise, 88 to 97 % where singular
-    values fall as i**-0.5, and 20 to 70 % of pure noise, where nothing sets the first r directions apart. More iterations come
+    An int rank that is at least a sixth of the short side (a quarter, where that has more than 512 entries and the
+    matrix is not four times as long) is exact too, since that takes no longer (float64: from half of it on). A smaller
+    one is that of `truncated_svd`: its residual is within 1.02 times the best, but L is another matrix. The largest 5 %
+    of its entries share with those of the exact L, for 384 to 1024 columns: 97 to 100 % where directions stand out from
+    noise, 88 to 97 % where singular values fall as i**-0.5, and 20 to 70 % of pure noise, where nothing sets the first
+    r directions apart. More iterations come
     closer: with n_iter = 8, 99 % of the second kind and 75 to 90 % of the third; with 32, 99 %.
 
     Args:
-        delta: a tensor [..., m, n] (a batch of matrices), a mapping or a sequence of such tensors. Tensors of fewer than two
-            dimensions pass through.
+        delta: a tensor [..., m, n] (a batch of matrices), a mapping or a sequence of such tensors. Tensors of fewer
+            than two dimensions pass through.
         rank: the rank of L, or "gavish-donoho" for the optimal hard threshold of unknown noise (Gavish & Donoho 2014).
         energy: or: the smallest rank whose singular values hold this share of the sum of squares, 0 < energy <= 1.
-        residual_density: the fraction of H's entries kept, the largest of each matrix. 1 gives `delta` back bit for bit.
-        return_info: also return, per tensor, {"rank": int64 [...], "energy": float64 [...], "residual": float64 [...]}: the rank of
-            L, the share of the sum of squares that L holds, and |delta - result| / |delta| (Frobenius norms; 0 where delta is 0).
+        residual_density: the fraction of H's entries kept, the largest of each matrix. 1 gives `delta` back bit for
+            bit.
+        return_info: also return, per tensor, {"rank": int64 [...], "energy": float64 [...], "residual": float64 [...]}:
+            the rank of L, the share of the sum of squares that L holds, and |delta - result| / |delta| (Frobenius
+            norms; 0 where delta is 0).
         oversample, n_iter, generator: as in `truncated_svd`; used with an int `rank`.
-        batch_bytes: memory for the matrices that are worked on together, beside arguments and result; one matrix at a time where
-            that is not enough for two. By default 8 MiB (16 MiB without a test matrix) for
+        batch_bytes: memory for the matrices that are worked on together, beside arguments and result; one matrix at a
+            time where that is not enough for two. By default 8 MiB (16 MiB without a test matrix) for
             each thread on the CPU, and a quarter of the free memory of a GPU.
         progress: called with (matrices done, matrices in all).
 
     Returns:
-        The same structure, shapes and dtypes as `delta`; with `return_info` a pair (result, info) of that structure, where info
-        of a tensor that passed through is None.
+        The same structure, shapes and dtypes as `delta`; with `return_info` a pair (result, info) of that structure,
+        where info of a tensor that passed through is None.
 
     Raises:
-        ValueError: not exactly one of rank and energy, a value out of range, a NaN or infinite entry (the tensor is named).
+        ValueError: not exactly one of rank and energy, a value out of range, a NaN or infinite entry (the tensor is
+            named).
         TypeError: something is not a floating-point tensor.
     """
     rule = check_rule(rank, energy, residual_density, oversample, n_iter, generator, batch_bytes)
@@ -157,7 +165,8 @@ def svd_denoise(
     return (result, info) if return_info else result
 
 
-# ---- selection ----------------------------------------------------------------------------------------------------------
+# ---- selection
+# ----------------------------------------------------------------------------------------------------------
 
 
 def topk_mask(
@@ -169,22 +178,23 @@ def topk_mask(
 ) -> CSRMask:
     """The mask of exactly the k entries of largest |score|.
 
-    Ties go to the tensor whose name comes first, then to the smaller flat index: the same on every device and in every run.
-    The scores are read once; those that are not contiguous are copied first. Beside the mask the compiled kernels need, for each
-    score, a quarter of a byte and 1/32 of its size on the CPU, and about 0.45 bytes (float32) on a GPU, where the host waits once,
-    at the end. Each tensor adds about 400 bytes, on a GPU 0.9 KB and, with scope "tensor", up to 12 KB more (float32; 12 bytes for
-    each of its first 1024 entries); each thread of the CPU adds 1 MB at most, a GPU 13 MB.
+    Ties go to the tensor whose name comes first, then to the smaller flat index: the same on every device and in every
+    run. The scores are read once; those that are not contiguous are copied first. Beside the mask the compiled kernels
+    need, for each score, a quarter of a byte and 1/32 of its size on the CPU, and about 0.45 bytes (float32) on a GPU,
+    where the host waits once, at the end. Each tensor adds about 400 bytes, on a GPU 0.9 KB and, with scope "tensor",
+    up to 12 KB more (float32; 12 bytes for each of its first 1024 entries); each thread of the CPU adds 1 MB at most, a
+    GPU 13 MB.
 
     Args:
-        scores: name → floating-point tensor on one device; a single tensor counts as {"tensor": scores}. Of several names of one
-            tensor (the tied weights of a state dict) the first is in the mask.
+        scores: name → floating-point tensor on one device; a single tensor counts as {"tensor": scores}. Of several
+            names of one tensor (the tied weights of a state dict) the first is in the mask.
         k: how many entries; with scope "tensor" or "row": of each tensor or row.
         density: or: their share, 0 <= density <= 1; round(density * numel) entries are selected.
         scope: "global" selects over all tensors together, "tensor" within each tensor, "row" within each row.
 
     Raises:
-        ValueError: not exactly one of k and density, one out of range, an unknown scope, tensors on several devices, a score that
-            is NaN or infinite (the tensor and the flat index are named).
+        ValueError: not exactly one of k and density, one out of range, an unknown scope, tensors on several devices, a
+            score that is NaN or infinite (the tensor and the flat index are named).
         TypeError: a score is not a floating-point tensor.
     """
     if isinstance(scores, Tensor):
@@ -251,32 +261,34 @@ def select_mask(
     keep_factors: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
-    """The entries in which `tuned` differs most from `base`: DeFT-X with a rank or an energy, LT-SFT (Ansell et al. 2022) without.
+    """The entries in which `tuned` differs most from `base`: DeFT-X with a rank or an energy, LT-SFT (Ansell et al.
+    2022) without.
 
-    The differences are taken in float32 (float64 where one tensor is), denoised by `svd_denoise` and selected by `topk_mask`.
-    Without denoising both models are read once, where they lie, and no difference is stored. With it, one group of tensors is
-    denoised after the other: beside the models there exist the differences of one group and 7.5 to 10 bytes (float64: to 15) for
-    each selected entry. A group has as many elements as the largest tensor, but at least 2**20 (2**25 on a GPU): many small tensors
-    are worked on together. Where the selected entries would take more than a quarter of the model (from a density of about 0.13),
-    no score is kept and every group is denoised three times.
+    The differences are taken in float32 (float64 where one tensor is), denoised by `svd_denoise` and selected by
+    `topk_mask`. Without denoising both models are read once, where they lie, and no difference is stored. With it, one
+    group of tensors is denoised after the other: beside the models there exist the differences of one group and 7.5 to
+    10 bytes (float64: to 15) for each selected entry. A group has as many elements as the largest tensor, but at least
+    2**20 (2**25 on a GPU): many small tensors are worked on together. Where the selected entries would take more than a
+    quarter of the model (from a density of about 0.13), no score is kept and every group is denoised three times.
 
     Args:
-        tuned, base: θ1 and θ0: modules (their named parameters) or mappings of names to tensors, of any floating dtypes. Tensors
-            may lie on different devices; the mask lies where `base` does. Tied tensors count once, under the first name in `base`;
-            they are tied in `base`, or in `tuned` where `base` has equal copies.
+        tuned, base: θ1 and θ0: modules (their named parameters) or mappings of names to tensors, of any floating
+            dtypes. Tensors may lie on different devices; the mask lies where `base` does. Tied tensors count once,
+            under the first name in `base`; they are tied in `base`, or in `tuned` where `base` has equal copies.
         k, density, scope: as in `topk_mask`.
         rank, energy, residual_density: as in `svd_denoise`; neither rank nor energy: no denoising.
         names: the tensors to choose from; by default all floating-point ones of `base`.
         denoise_names: those of them to denoise; by default all of two or more dimensions.
         return_info: also return what denoising found, as `svd_denoise` does: a pair (mask, {name: info, or None}).
-        keep_factors: with an int rank and scope "global": write no denoised difference, but keep the factors of L, r (m + n)
-            numbers for each matrix, and make L + prune(H) anew, tile by tile, wherever the selection reads it (three times). On a
-            GPU a Triton kernel does that; elsewhere plain torch, a matrix at a time.
+        keep_factors: with an int rank and scope "global": write no denoised difference, but keep the factors of L, r (m
+            + n) numbers for each matrix, and make L + prune(H) anew, tile by tile, wherever the selection reads it
+            (three times). On a GPU a Triton kernel does that; elsewhere plain torch, a matrix at a time.
         progress: called with (tensors done, tensors in all).
 
     Raises:
-        ValueError: as `topk_mask` and `svd_denoise`; also a tensor that is missing in `tuned` or has another shape there, tensors
-            of `base` that share part of their memory or are tied and differ in `tuned`, a model that is sparsified.
+        ValueError: as `topk_mask` and `svd_denoise`; also a tensor that is missing in `tuned` or has another shape
+            there, tensors of `base` that share part of their memory or are tied and differ in `tuned`, a model that is
+            sparsified.
     """
     rule = check_rule(rank, energy, residual_density) if rank is not None or energy is not None else None
     if rule is None and (residual_density != 0 or denoise_names is not None):
@@ -351,13 +363,13 @@ def low_rank_mask(
 ) -> Any:
     """The largest entries of the weights' approximations of low rank: LIFT (Liu et al. 2025, arXiv 2506.00772).
 
-    The mask of `topk_mask(svd_denoise(weights, rank=rank), ...)`, in the memory that `select_mask` needs: one group of weights is
-    approximated after the other. Approximations of 16-bit weights are compared in float32.
+    The mask of `topk_mask(svd_denoise(weights, rank=rank), ...)`, in the memory that `select_mask` needs: one group of
+    weights is approximated after the other. Approximations of 16-bit weights are compared in float32.
 
     Args:
         weights: a module (its named parameters) or a mapping of names to floating-point tensors, on one device.
-        rank: of the approximation of each matrix, as in `svd_denoise`; tensors of fewer than two dimensions are taken as they are.
-        k, density, scope: as in `topk_mask`.
+        rank: of the approximation of each matrix, as in `svd_denoise`; tensors of fewer than two dimensions are taken
+        as they are. k, density, scope: as in `topk_mask`.
         return_info, progress: as in `select_mask`.
 
     Raises:
@@ -390,7 +402,9 @@ def _denoised(
     rule: Rule | None,
     infos: dict[str, dict[str, Tensor] | None],
 ) -> Callable[[Sequence[str]], list[Tensor]]:
-    """What `select_by_groups` takes: a group's tensors by `make`, those that `noisy` has denoised in place; `infos` is updated."""
+    """What `select_by_groups` takes: a group's tensors by `make`, those that `noisy` has denoised in place; `infos` is
+    updated.
+    """
 
     def scores(group: Sequence[str]) -> list[Tensor]:
         found = {n: make(n) for n in group}
@@ -432,7 +446,9 @@ def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: I
     for name in chosen:
         check_readable(new[name], f"tuned[{name!r}]")
         if new[name].shape != old[name].shape:
-            raise ValueError(f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base")
+            raise ValueError(
+                f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base"
+            )
     check_devices({n: old[n] for n in chosen}, "base")
     wanted = set(chosen)
     tied = tied_in_either({n: t for n, t in old.items() if n in wanted}, {n: new[n] for n in chosen})
@@ -440,7 +456,8 @@ def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: I
 
 
 def named_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
-    """A module's named parameters, or a mapping's items; detached. Of several names of one tensor (tied weights) the first.
+    """A module's named parameters, or a mapping's items; detached. Of several names of one tensor (tied weights) the
+    first.
 
     Raises:
         ValueError: tensors that share part of their memory, a model that is sparsified.
@@ -496,7 +513,8 @@ def tied_names(tensors: Mapping[str, Tensor], argument: str) -> dict[str, str]:
     tied, spans = {}, []
     for name, tensor in tensors.items():
         tied[name] = name
-        if not has_memory(tensor) or torch._debug_has_internal_overlap(tensor) == 1:  # an expanded tensor is read, never written
+        # an expanded tensor is read, never written
+        if not has_memory(tensor) or torch._debug_has_internal_overlap(tensor) == 1:
             continue
         start = tensor.data_ptr()
         tied[name] = first.setdefault((tensor.device, start, tensor.dtype, tensor.shape, tensor.stride()), name)
@@ -517,8 +535,12 @@ def tied_names(tensors: Mapping[str, Tensor], argument: str) -> dict[str, str]:
     return tied
 
 
-def _check_apart(group: list[tuple[str, int, int, str]], end: int, tensors: Mapping[str, Tensor], argument: str) -> None:
-    """ValueError where tensors of overlapping spans of memory have a byte in common: columns of one matrix may be interleaved."""
+def _check_apart(
+    group: list[tuple[str, int, int, str]], end: int, tensors: Mapping[str, Tensor], argument: str
+) -> None:
+    """ValueError where tensors of overlapping spans of memory have a byte in common: columns of one matrix may be
+    interleaved.
+    """
     if len(group) < 2:
         return
     origin = group[0][1]
@@ -532,7 +554,9 @@ def _check_apart(group: list[tuple[str, int, int, str]], end: int, tensors: Mapp
 
 
 def tied_in_either(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, str]:
-    """`tied_names` of the base, and of what is tied in `tuned` and has the same bits in the base: copies of a tied model."""
+    """`tied_names` of the base, and of what is tied in `tuned` and has the same bits in the base: copies of a tied
+    model.
+    """
     tied = tied_names(base, "base")
     for name, first in tied_names({n: tuned[n] for n in base if n in tuned}, "tuned").items():
         if name != first and tied[name] == name and _same_bits(base[name], base[first]):
@@ -563,7 +587,8 @@ def with_tied_names(tuned: Mapping[str, Tensor], tied: Mapping[str, str]) -> dic
     return found
 
 
-# ---- AdamW --------------------------------------------------------------------------------------------------------------
+# ---- AdamW
+# --------------------------------------------------------------------------------------------------------------
 
 
 def sparse_adamw(
@@ -589,8 +614,8 @@ def sparse_adamw(
 ) -> None:
     """One step of `torch.optim.AdamW` (Loshchilov & Hutter 2019) at the mask's entries, in place.
 
-    Everything outside the mask stays bit-identical. There is no host synchronisation; with `step` and `lr` as tensors on the
-    device, a CUDA graph may hold it.
+    Everything outside the mask stays bit-identical. There is no host synchronisation; with `step` and `lr` as tensors
+    on the device, a CUDA graph may hold it.
 
     Args:
         params: name → dense tensor, of one floating dtype.
@@ -605,15 +630,16 @@ def sparse_adamw(
         values: compact float32 master copy of the entries; it is then what is updated, and params receive its rounding.
         grad_scale: gradients are divided by this 0-d tensor.
         found_inf: a 0-d tensor; where it is not zero, nothing changes.
-        stochastic_rounding: what is kept in bfloat16 (moments; params without `values`) is rounded up or down by chance, each
-            neighbour as likely as the result is near to it, so that steps below half a unit in the last place count in the mean
-            (nearest rounding drops them: with beta2 = 0.999, bfloat16 moments then never decay).
-        seed: of that chance, 0 <= seed < 2**63. The result is a function of the arguments alone: Philox4x32-10 (Salmon et al.
-            2011) with the key `seed`, at (entry, step).
+        stochastic_rounding: what is kept in bfloat16 (moments; params without `values`) is rounded up or down by
+            chance, each neighbour as likely as the result is near to it, so that steps below half a unit in the last
+            place count in the mean (nearest rounding drops them: with beta2 = 0.999, bfloat16 moments then never
+            decay).
+        seed: of that chance, 0 <= seed < 2**63. The result is a function of the arguments alone: Philox4x32-10 (Salmon
+            et al. 2011) with the key `seed`, at (entry, step).
 
     Raises:
-        ValueError, TypeError: an argument is out of range, or of another shape, dtype or device than the mask and the params ask
-            for. Nothing has changed then.
+        ValueError, TypeError: an argument is out of range, or of another shape, dtype or device than the mask and the
+            params ask for. Nothing has changed then.
     """
     targets = check_targets(params, exp_avg, exp_avg_sq, values, mask)
     if decay_to is not None:
@@ -634,7 +660,9 @@ def check_targets(
     dtype = targets[0].dtype
     if check_floats(targets, mask.names, "params") != {dtype}:
         name, tensor = next((n, t) for n, t in zip(mask.names, targets) if t.dtype != dtype)
-        raise ValueError(f"params[{name!r}] is {tensor.dtype}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed")
+        raise ValueError(
+            f"params[{name!r}] is {tensor.dtype}, params[{mask.names[0]!r}] {dtype}: one dtype a call is needed"
+        )
     _check_state(_state(exp_avg, exp_avg_sq, values), mask, dtype)
     if not all(t.is_contiguous() for t in targets):  # the kernel gets copies of those
         check_writable(_labelled(targets, mask))
@@ -716,10 +744,13 @@ def _gradients(grads: Mapping[str, Tensor] | Tensor, mask: CSRMask, dtype: torch
         return [g.contiguous() for g in chosen], False
 
 
-# ---- masked layers -----------------------------------------------------------------------------------------------------
+# ---- masked layers
+# -----------------------------------------------------------------------------------------------------
 
 
-def _check_masked(source: Tensor, argument: str, weight: Tensor, values: Tensor, mask: CSRMask, bias: Tensor | None = None) -> None:
+def _check_masked(
+    source: Tensor, argument: str, weight: Tensor, values: Tensor, mask: CSRMask, bias: Tensor | None = None
+) -> None:
     """`source`: x or ids."""
     for label, tensor in (("weight", weight), ("values", values), ("bias", bias)):
         if tensor is not None:
@@ -734,10 +765,17 @@ def _check_masked(source: Tensor, argument: str, weight: Tensor, values: Tensor,
     for label, tensor in ((argument, source), ("bias", bias)):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{label} is on {tensor.device}, weight on {weight.device}: move one with .to()")
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # what backward needs must not be an inference tensor
-        for label, tensor, other in ((argument, source, values), ("weight", weight, source), ("values", values, source)):
+    # what backward needs must not be an inference tensor
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        for label, tensor, other in (
+            (argument, source, values),
+            ("weight", weight, source),
+            ("values", values, source),
+        ):
             if tensor.is_inference() and other.requires_grad:
-                raise ValueError(f"{label} was made in inference_mode, so that backward cannot use it: clone it outside of that")
+                raise ValueError(
+                    f"{label} was made in inference_mode, so that backward cannot use it: clone it outside of that"
+                )
 
 
 def masked_linear(
@@ -749,9 +787,10 @@ def masked_linear(
 ) -> Tensor:
     """`torch.nn.functional.linear` whose weight is trained at the mask's entries only.
 
-    Forward reads the dense `weight`, which already holds `values` at its entries, and makes no copy of it. Backward gives the
-    gradient of `values` (compact, in their dtype), of `x` and of `bias`; no dense weight gradient exists. Autocast is honoured, as
-    forward found it, in backward too. First derivatives only: differentiating a gradient again is a RuntimeError.
+    Forward reads the dense `weight`, which already holds `values` at its entries, and makes no copy of it. Backward
+    gives the gradient of `values` (compact, in their dtype), of `x` and of `bias`; no dense weight gradient exists.
+    Autocast is honoured, as forward found it, in backward too. First derivatives only: differentiating a gradient again
+    is a RuntimeError.
 
     Args:
         x: floating point [..., n], of the weight's dtype (any float but float64, under autocast).
@@ -764,8 +803,8 @@ def masked_linear(
         [..., m], of the dtype that `torch.nn.functional.linear` gives.
 
     Raises:
-        ValueError: `mask` is not the mask of one tensor of `weight`'s shape, `values` is not compact [nnz], the devices differ, or
-            backward would need a tensor that was made in inference_mode.
+        ValueError: `mask` is not the mask of one tensor of `weight`'s shape, `values` is not compact [nnz], the devices
+            differ, or backward would need a tensor that was made in inference_mode.
         TypeError: `x`, `weight`, `values` or `bias` is not a dense floating-point tensor.
         RuntimeError: of `torch.nn.functional.linear`: dtypes or shapes do not fit.
     """

@@ -24,7 +24,8 @@ SFT_NAME = "pytorch_diff.bin"
 SHIRA_WEIGHTS, SHIRA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-# ---- composable-sft (Ansell et al. 2022) --------------------------------------------------------------------------------
+# ---- composable-sft (Ansell et al. 2022)
+# --------------------------------------------------------------------------------
 
 _MAX_ROWS = 1 << 25  # of a file's tensors, beside one for each of its bytes: 8 bytes each are taken
 
@@ -44,11 +45,17 @@ def from_composable_sft(directory: str | os.PathLike) -> SparseDelta:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
         if "body" in content or "head" in content:
-            raise ValueError("it is of the oldest format ('body', 'head'): load and save it with composable-sft 1.0 first")
+            raise ValueError(
+                "it is of the oldest format ('body', 'head'): load and save it with composable-sft 1.0 first"
+            )
         if not content.keys() & {"diffs", "abs"}:
             raise ValueError("neither 'diffs' nor 'abs' is in it")
         diffs, dense = content.get("diffs", {}), content.get("abs", {})
-        if not isinstance(diffs, dict) or not isinstance(dense, dict) or not all(isinstance(n, str) for n in (*diffs, *dense)):
+        if (
+            not isinstance(diffs, dict)
+            or not isinstance(dense, dict)
+            or not all(isinstance(n, str) for n in (*diffs, *dense))
+        ):
             raise ValueError("'diffs' and 'abs' must map names to tensors")
         if not diffs:
             raise ValueError("it holds no sparse differences, only full tensors")
@@ -184,15 +191,16 @@ def to_composable_sft(delta: SparseDelta, directory: str | os.PathLike) -> None:
             raise
 
 
-# ---- PEFT SHiRA ---------------------------------------------------------------------------------------------------------
+# ---- PEFT SHiRA
+# ---------------------------------------------------------------------------------------------------------
 
 
 def from_peft_shira(directory: str | os.PathLike, base: nn.Module | Mapping[str, Tensor] | None = None) -> SparseDelta:
     """Read a SHiRA adapter that PEFT saved, as the differences of its modules' weights (PEFT's scaling is 1).
 
     Args:
-        base: the base model or its tensors, for the shapes of the weights. The file holds only r * (in + out) = nnz; without `base`
-            a weight is taken to be square where that agrees with r and with the largest indices.
+        base: the base model or its tensors, for the shapes of the weights. The file holds only r * (in + out) = nnz;
+            without `base` a weight is taken to be square where that agrees with r and with the largest indices.
 
     Raises:
         FileNotFoundError: a file of the adapter is missing.
@@ -240,8 +248,16 @@ def _decode_shira(
 ) -> tuple[torch.Size, Tensor, Tensor]:
     """Shape, row-major flat indices and values of one module's weight."""
     whole = index is not None and not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
-    if index is None or not whole or values.dim() != 1 or index.shape != (2, len(values)) or not values.is_floating_point():
-        raise ValueError(f"the indices of {module!r} are missing or do not fit its values of shape {list(values.shape)}")
+    if (
+        index is None
+        or not whole
+        or values.dim() != 1
+        or index.shape != (2, len(values))
+        or not values.is_floating_point()
+    ):
+        raise ValueError(
+            f"the indices of {module!r} are missing or do not fit its values of shape {list(values.shape)}"
+        )
     rows, columns = index.to(torch.int64)
     if size is None:
         side, rest = divmod(len(rows), 2 * r)
@@ -250,27 +266,34 @@ def _decode_shira(
         size = torch.Size((side, side))
     if len(size) != 2:
         raise ValueError(f"the weight of {module!r} has shape {list(size)}, a SHiRA adapter is for matrices")
-    if len(rows) and (min(int(rows.min()), int(columns.min())) < 0 or int(rows.max()) >= size[0] or int(columns.max()) >= size[1]):
+    if len(rows) and (
+        min(int(rows.min()), int(columns.min())) < 0 or int(rows.max()) >= size[0] or int(columns.max()) >= size[1]
+    ):
         raise ValueError(f"the indices of {module!r} do not fit a weight of shape {list(size)}")
     return size, rows * size[1] + columns, values
 
 
 def _from_coordinates(differences: Mapping[str, tuple[torch.Size, Tensor, Tensor]]) -> tuple[CSRMask, Tensor]:
-    """Mask and compact float32 values of name → (shape, row-major flat indices int64 [n], values [n]); duplicates add up."""
+    """Mask and compact float32 values of name → (shape, row-major flat indices int64 [n], values [n]); duplicates add
+    up.
+    """
     names = sorted(differences)
     keys, values, offset = [], [], 0
     for name in names:
         size, flat, value = differences[name]
         flat, place = torch.unique(flat, return_inverse=True)
         keys.append(flat + offset)
-        values.append(torch.zeros(len(flat), dtype=torch.float32, device="cpu").index_add_(0, place, value.to(torch.float32)))
+        values.append(
+            torch.zeros(len(flat), dtype=torch.float32, device="cpu").index_add_(0, place, value.to(torch.float32))
+        )
         offset += size.numel()
     shapes = [differences[n][0] for n in names]
     CSRMask.check_layout(names, shapes)
     return CSRMask._from_keys(names, shapes, torch.cat(keys)), torch.cat(values)
 
 
-# ---- CSR matrices -------------------------------------------------------------------------------------------------------
+# ---- CSR matrices
+# -------------------------------------------------------------------------------------------------------
 
 
 def from_csr(matrices: Mapping[str, Any]) -> tuple[CSRMask, Tensor]:
@@ -300,7 +323,12 @@ def _csr_parts(name: str, matrix: Any) -> tuple[Tensor, Tensor, Tensor, tuple[in
     if isinstance(matrix, Tensor):
         if matrix.layout != torch.sparse_csr or matrix.dim() != 2:
             raise TypeError(f"matrices[{name!r}] must be a 2-D sparse CSR tensor, got layout {matrix.layout}")
-        return matrix.crow_indices().long(), matrix.col_indices().long(), matrix.values(), (matrix.shape[0], matrix.shape[1])
+        return (
+            matrix.crow_indices().long(),
+            matrix.col_indices().long(),
+            matrix.values(),
+            (matrix.shape[0], matrix.shape[1]),
+        )
     if getattr(matrix, "format", None) != "csr":
         raise TypeError(f"matrices[{name!r}] must be a CSR matrix of torch, SciPy or CuPy, got {type(matrix).__name__}")
     arrays = (matrix.indptr, matrix.indices, matrix.data)
@@ -314,7 +342,11 @@ def to_scipy_csr(mask: CSRMask, name: str, compact: Tensor) -> Any:
     from scipy.sparse import csr_matrix
 
     one, values = mask[name], mask.part(name, compact)
-    arrays = (values.detach().cpu().numpy(), one.col_indices.cpu().to(torch.int64).numpy(), one.crow_indices.cpu().numpy())
+    arrays = (
+        values.detach().cpu().numpy(),
+        one.col_indices.cpu().to(torch.int64).numpy(),
+        one.crow_indices.cpu().numpy(),
+    )
     return csr_matrix(arrays, shape=rows_and_columns(one.shapes[0]))
 
 

@@ -24,9 +24,9 @@ FORMAT = "deftx_csr_mask"
 class CSRMask:
     """An immutable set of entries of named tensors, as one CSR matrix.
 
-    The tensors stand one above the other, ordered by name (lexicographically, whatever the order of the mapping they came in).
-    An N-D tensor is the matrix (shape[0], prod(shape[1:])), a tensor of fewer than two dimensions one row. A *compact* tensor is
-    1-D [nnz]: one value per entry, in this order.
+    The tensors stand one above the other, ordered by name (lexicographically, whatever the order of the mapping they
+    came in). An N-D tensor is the matrix (shape[0], prod(shape[1:])), a tensor of fewer than two dimensions one row. A
+    *compact* tensor is 1-D [nnz]: one value per entry, in this order.
 
     Args:
         names: the tensors' names, ascending.
@@ -95,7 +95,9 @@ class CSRMask:
             if before >= after:
                 raise ValueError(f"names must be unique and ascending, got {before!r} before {after!r}")
         for name, shape in zip(names, shapes):
-            if not isinstance(shape, Sequence) or any(isinstance(n, bool) or not hasattr(n, "__index__") for n in shape):
+            if not isinstance(shape, Sequence) or any(
+                isinstance(n, bool) or not hasattr(n, "__index__") for n in shape
+            ):
                 raise TypeError(f"tensor {name!r} must have a shape of ints, got {shape!r}")
             if any(n < 0 for n in shape):
                 raise ValueError(f"tensor {name!r} of shape {tuple(shape)} has a negative size")
@@ -112,7 +114,9 @@ class CSRMask:
                 f"got {crow.dtype} {list(crow.shape)}"
             )
         if col.dtype != column_dtype(self.shapes) or col.dim() != 1:
-            raise ValueError(f"col_indices must be {column_dtype(self.shapes)} [nnz], got {col.dtype} {list(col.shape)}")
+            raise ValueError(
+                f"col_indices must be {column_dtype(self.shapes)} [nnz], got {col.dtype} {list(col.shape)}"
+            )
         if crow.device != col.device:
             raise ValueError(f"crow_indices is on {crow.device} but col_indices on {col.device}")
         outside = (crow < 0) | (crow > col.numel())  # differences of such numbers could overflow to what looks right
@@ -122,7 +126,9 @@ class CSRMask:
             wide = col[start:end].to(torch.int64)
             columns = rows_and_columns(shape)[1]
             if bool(((wide < 0) | (wide >= columns)).any()):
-                raise ValueError(f"col_indices: tensor {name!r} has {columns} columns, got a column outside [0, {columns})")
+                raise ValueError(
+                    f"col_indices: tensor {name!r} has {columns} columns, got a column outside [0, {columns})"
+                )
         key = self._keys()
         if bool((key.diff() <= 0).any()):
             raise ValueError("col_indices must be strictly ascending within each row (sorted, without duplicates)")
@@ -198,7 +204,9 @@ class CSRMask:
             if tensor.dtype != torch.bool:
                 raise TypeError(f"dense[{name!r}] must be a bool tensor, got {tensor.dtype}")
             if tensor.device != device:
-                raise ValueError(f"dense[{name!r}] is on {tensor.device}, dense[{names[0]!r}] on {device}: one device is needed")
+                raise ValueError(
+                    f"dense[{name!r}] is on {tensor.device}, dense[{names[0]!r}] on {device}: one device is needed"
+                )
             check_readable(tensor, f"dense[{name!r}]")
         return cls._trusted(names, shapes, *torch.ops.deftx.dense_to_csr([dense[n].contiguous() for n in names]))
 
@@ -219,14 +227,18 @@ class CSRMask:
         return torch.cat([p.to(dtype) for p in parts])
 
     def square_sum(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The sum of the squares of the tensors' entries: float64 [], the same for any number of threads; no entry is copied."""
+        """The sum of the squares of the tensors' entries: float64 [], the same for any number of threads; no entry is
+        copied.
+        """
         chosen = [t.detach().contiguous() for t in self.select(tensors, "tensors")]
         if len(check_floats(chosen, self.names, "tensors")) == 1:
             return torch.ops.deftx.csr_square_sum(chosen, self.crow_indices, self.col_indices)
         return torch.stack([_one(self[n], "csr_square_sum", t) for n, t in zip(self.names, chosen)]).sum()
 
     def scatter_(self, tensors: Mapping[str, Tensor], compact: Tensor) -> dict[str, Tensor]:
-        """Overwrite the entries of the tensors with the compact values (cast to each tensor's dtype). Returns the tensors."""
+        """Overwrite the entries of the tensors with the compact values (cast to each tensor's dtype). Returns the
+        tensors.
+        """
         return self._write("csr_scatter_", tensors, compact)
 
     def add_(self, tensors: Mapping[str, Tensor], compact: Tensor, alpha: float = 1) -> dict[str, Tensor]:
@@ -309,7 +321,9 @@ class CSRMask:
         """Says what is wrong with the tensor."""
         shape = self.shapes[self.places[name]]
         if tensor.shape != shape:
-            raise ValueError(f"{argument}[{name!r}] has shape {list(tensor.shape)}, the mask was made for {list(shape)}")
+            raise ValueError(
+                f"{argument}[{name!r}] has shape {list(tensor.shape)}, the mask was made for {list(shape)}"
+            )
         raise ValueError(f"{argument}[{name!r}] is on {tensor.device}, the mask on {self.device}: move one with .to()")
 
     def check_compact(self, compact: Tensor, argument: str) -> None:
@@ -341,12 +355,17 @@ class CSRMask:
         return CSRMask._trusted(sorted(names), shapes, _crow(counts), torch.cat(cols))
 
     def _keys(self, layout: Mapping[str, int] | None = None) -> Tensor:
-        """int64 [nnz]: each entry's flat position when tensor `name` begins at layout[name] (by default: one after the other)."""
+        """int64 [nnz]: each entry's flat position when tensor `name` begins at layout[name] (by default: one after the
+        other).
+        """
         if layout is None:
             layout = dict(zip(self.names, accumulate((s.numel() for s in self.shapes), initial=0)))
         rows, columns = zip(*(rows_and_columns(s) for s in self.shapes))
         row_start = torch.cat(
-            [torch.arange(r, dtype=torch.int64, device="cpu") * c + layout[n] for n, r, c in zip(self.names, rows, columns)]
+            [
+                torch.arange(r, dtype=torch.int64, device="cpu") * c + layout[n]
+                for n, r, c in zip(self.names, rows, columns)
+            ]
         ).to(self.device)
         return torch.repeat_interleave(row_start, self.crow_indices.diff()) + self.col_indices.to(torch.int64)
 
@@ -410,12 +429,16 @@ class CSRMask:
         shapes = dict(zip(self.names, self.shapes))
         for name, shape in zip(other.names, other.shapes):
             if shapes.setdefault(name, shape) != shape:
-                raise ValueError(f"tensor {name!r} has shape {list(shapes[name])} in one mask and {list(shape)} in the other")
+                raise ValueError(
+                    f"tensor {name!r} has shape {list(shapes[name])} in one mask and {list(shape)} in the other"
+                )
         names = sorted(shapes)
         return dict(zip(names, accumulate((shapes[n].numel() for n in names), initial=0)))
 
     def __and__(self, other: "CSRMask") -> "CSRMask":
-        """Entries of both. A mask has no entries in a tensor that it does not cover; the result covers the tensors of both."""
+        """Entries of both. A mask has no entries in a tensor that it does not cover; the result covers the tensors of
+        both.
+        """
         return self._combine(other, "and")
 
     def __or__(self, other: "CSRMask") -> "CSRMask":
@@ -461,8 +484,13 @@ class CSRMask:
         Raises:
             OSError: it cannot be written; the message names the file.
         """
-        tensors = {"crow_indices": self.crow_indices.cpu().contiguous(), "col_indices": self.col_indices.cpu().contiguous()}
-        write_tensors(path, tensors, {"format": FORMAT, "layout": self._layout_json(), "fingerprint": self.fingerprint()})
+        tensors = {
+            "crow_indices": self.crow_indices.cpu().contiguous(),
+            "col_indices": self.col_indices.cpu().contiguous(),
+        }
+        write_tensors(
+            path, tensors, {"format": FORMAT, "layout": self._layout_json(), "fingerprint": self.fingerprint()}
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> "CSRMask":
@@ -479,9 +507,13 @@ class CSRMask:
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its metadata lacks format = {FORMAT}")
             layout = parse_json(metadata["layout"])
-            mask = cls(layout["names"], layout["shapes"], file.get_tensor("crow_indices"), file.get_tensor("col_indices"))
+            mask = cls(
+                layout["names"], layout["shapes"], file.get_tensor("crow_indices"), file.get_tensor("col_indices")
+            )
             if "fingerprint" not in metadata:
-                raise ValueError("it was written by an older version of deftx-kernels, without a checksum: make the mask again")
+                raise ValueError(
+                    "it was written by an older version of deftx-kernels, without a checksum: make the mask again"
+                )
             if mask.fingerprint() != metadata["fingerprint"]:
                 raise ValueError("its content does not have the checksum that it was saved with")
         return mask.to(device)
@@ -513,7 +545,9 @@ def _signed(col_indices: Tensor) -> Tensor:
 
 
 def _unpickled(names, shapes, crow_indices: Tensor, signed: Tensor) -> CSRMask:
-    return CSRMask._trusted(names, shapes, crow_indices, signed.view(torch.uint16) if signed.dtype == torch.int16 else signed)
+    return CSRMask._trusted(
+        names, shapes, crow_indices, signed.view(torch.uint16) if signed.dtype == torch.int16 else signed
+    )
 
 
 def _one(mask: CSRMask, op: str, tensor: Tensor, *arguments):
@@ -521,7 +555,9 @@ def _one(mask: CSRMask, op: str, tensor: Tensor, *arguments):
 
 
 def _values_for(op: str, compact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compact values as the op takes them: csr_add_ takes float32 beside 16-bit tensors, csr_scatter_ the tensors' dtype."""
+    """Compact values as the op takes them: csr_add_ takes float32 beside 16-bit tensors, csr_scatter_ the tensors'
+    dtype.
+    """
     compact = compact.detach().contiguous()
     if op == "csr_add_" and dtype != torch.float64:
         return compact if compact.dtype == dtype else compact.to(torch.float32)

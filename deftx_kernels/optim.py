@@ -22,31 +22,35 @@ from deftx_kernels.nn import Entry, entries_of
 class SparseAdamW(Optimizer):
     """`torch.optim.AdamW` (Loshchilov & Hutter 2019) at the entries of a mask.
 
-    Parameters that the mask covers, and the compact `values` of a model that `sparsify` changed with it, get compact moments (8
-    bytes for each entry in float32) and steps of one kernel launch; entries outside the mask stay bit-identical. The other
-    trainable parameters get ordinary fused AdamW. At density 1 it equals `torch.optim.AdamW`.
+    Parameters that the mask covers, and the compact `values` of a model that `sparsify` changed with it, get compact
+    moments (8 bytes for each entry in float32) and steps of one kernel launch; entries outside the mask stay
+    bit-identical. The other trainable parameters get ordinary fused AdamW. At density 1 it equals `torch.optim.AdamW`.
 
-    It takes dense gradients (`param.grad`) or compact ones, and works with LR schedulers, `torch.amp.GradScaler`, closures, CUDA
-    graphs (with `lr` as a tensor on the device) and compiled models. `torch.nn.utils.clip_grad_norm_` counts every entry of a dense
-    gradient, also those outside the mask; the method `clip_grad_norm_` counts what is trained.
+    It takes dense gradients (`param.grad`) or compact ones, and works with LR schedulers, `torch.amp.GradScaler`,
+    closures, CUDA graphs (with `lr` as a tensor on the device) and compiled models. `torch.nn.utils.clip_grad_norm_`
+    counts every entry of a dense gradient, also those outside the mask; the method `clip_grad_norm_` counts what is
+    trained.
 
     Args:
-        named_params: `model.named_parameters()`, or parameter groups whose "params" are (name, parameter) pairs. Parameters that
-            need no gradient are left out. Prefixes of `torch.compile`, activation checkpointing and DistributedDataParallel do not
-            matter.
+        named_params: `model.named_parameters()`, or parameter groups whose "params" are (name, parameter) pairs.
+            Parameters that need no gradient are left out. Prefixes of `torch.compile`, activation checkpointing and
+            DistributedDataParallel do not matter.
         mask: the entries to train.
         lr: learning rate, a float or a 0-d tensor.
-        betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`. Groups may set these and the options below themselves.
+        betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`. Groups may set these and the options below
+            themselves.
         l1: adds the subgradient of l1 * |w - decay_to| at masked entries.
         decay_to: compact [mask.nnz]: where decay and l1 pull masked entries to; by default 0. For all groups.
-        master: keep a float32 copy of the masked entries of 16-bit parameters (the values of sparsified models are one already).
-        state_dtype: of the masked entries' moments: torch.float32 (default; float64 for float64 parameters) or torch.bfloat16.
+        master: keep a float32 copy of the masked entries of 16-bit parameters (the values of sparsified models are one
+            already).
+        state_dtype: of the masked entries' moments: torch.float32 (default; float64 for float64 parameters) or
+            torch.bfloat16.
         stochastic_rounding: of masked entries kept in bfloat16 (moments; parameters without a float32 copy).
         seed: of the stochastic rounding, 0 <= seed < 2**31; with it, runs can be repeated bit by bit, and resumed.
 
     Raises:
-        ValueError, TypeError: no names, a value out of range, a mask that does not fit the parameters, or that covers a tensor
-            which is not among them.
+        ValueError, TypeError: no names, a value out of range, a mask that does not fit the parameters, or that covers a
+            tensor which is not among them.
     """
 
     # Read by torch.amp.GradScaler: it hands grad_scale and found_inf over instead of unscaling and synchronising.
@@ -112,7 +116,9 @@ class SparseAdamW(Optimizer):
             if self._taken.get(name, dense) is not dense:
                 raise ValueError(f"a parameter named {name!r} is in another group already")
             if group["stochastic_rounding"] and dense.dtype == torch.float16 and values is None and not group["master"]:
-                raise ValueError(f"stochastic_rounding is not defined for float16 parameters such as {name!r}: set master=True")
+                raise ValueError(
+                    f"stochastic_rounding is not defined for float16 parameters such as {name!r}: set master=True"
+                )
         super().add_param_group(group)
         self._taken |= {name: dense for name, (dense, _) in covered.items()}
         self._describe_mask(group, covered)
@@ -146,7 +152,9 @@ class SparseAdamW(Optimizer):
         return found
 
     def _divide(self) -> tuple[list[Bucket], list[list[Tensor]]]:
-        """One bucket, and so one launch, for each group, dtype, device and kind of gradient; the other parameters of each group."""
+        """One bucket, and so one launch, for each group, dtype, device and kind of gradient; the other parameters of
+        each group.
+        """
         buckets: dict[tuple, Bucket] = {}
         masked: set[int] = set()
         missing = {n for n, start, end in zip(self.mask.names, self.mask._bounds, self.mask._bounds[1:]) if end > start}
@@ -159,11 +167,13 @@ class SparseAdamW(Optimizer):
                 missing.discard(name)
         if missing:
             raise ValueError(f"mask covers {min(missing)!r}, which is not among the trainable named_params")
-        return list(buckets.values()), [[p for p in group["params"] if id(p) not in masked] for group in self.param_groups]
+        return list(buckets.values()), [
+            [p for p in group["params"] if id(p) not in masked] for group in self.param_groups
+        ]
 
     def _prepare(self) -> list[Bucket]:
-        """The buckets, made at the first step: until then the model may be moved or loaded, and state takes no memory. Made anew
-        where someone has changed `state`."""
+        """The buckets, made at the first step: until then the model may be moved or loaded, and state takes no memory.
+        Made anew where someone has changed `state`."""
         if self._buckets is not None and any(bucket.is_stale() for bucket in self._buckets):
             self._buckets = None
         if self._buckets is None:
@@ -206,7 +216,9 @@ class SparseAdamW(Optimizer):
         self._clip = None
         return loss
 
-    def _step_dense(self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_dense(
+        self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
         by_kind: dict[tuple, list[Tensor]] = {}
         for p in params:
             if not self.state[p]:
@@ -234,16 +246,17 @@ class SparseAdamW(Optimizer):
     def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the norm of the gradients that the next `step` uses; one read of the masked gradients, none is written.
 
-        Unlike `torch.nn.utils.clip_grad_norm_` it counts of a dense gradient only the masked entries, which alone are trained. The
-        gradients are left as they are: `step` scales them as it reads them. `zero_grad` takes the clipping back. After
-        `GradScaler.unscale_`, as with torch's.
+        Unlike `torch.nn.utils.clip_grad_norm_` it counts of a dense gradient only the masked entries, which alone are
+        trained. The gradients are left as they are: `step` scales them as it reads them. `zero_grad` takes the clipping
+        back. After `GradScaler.unscale_`, as with torch's.
 
         Args:
             max_norm: at least 0; infinity clips nothing.
             error_if_nonfinite: RuntimeError where the norm is NaN or infinite (waits for the device).
 
         Returns:
-            The Euclidean norm of all masked gradients and those of the other parameters together, before clipping: float32 [].
+            The Euclidean norm of all masked gradients and those of the other parameters together, before clipping:
+                float32 [].
         """
         if not (max_norm == math.inf or (is_number(max_norm) and max_norm >= 0)):
             raise ValueError(f"max_norm must be a number, at least 0, got {max_norm!r}")
@@ -268,7 +281,9 @@ class SparseAdamW(Optimizer):
     # ---- state ----
 
     def _describe_mask(self, group: dict[str, Any], covered: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
-        """Into the group, and so into a state dict: for each parameter the number of its masked entries and their fingerprint."""
+        """Into the group, and so into a state dict: for each parameter the number of its masked entries and their
+        fingerprint.
+        """
         name_of = {id(dense if values is None else values): name for name, (dense, values) in covered.items()}
         parts = [self.mask[name_of[id(p)]] if id(p) in name_of else None for p in group["params"]]
         group["mask_fingerprints"] = ["" if m is None else f"{m.nnz}:{m.fingerprint()[:32]}" for m in parts]
@@ -281,7 +296,8 @@ class SparseAdamW(Optimizer):
             self._check_same_mask(adapted["param_groups"])
             loaded.update(adapted)
 
-        def first_of_the_last(_) -> None:  # torch has cast the state to the parameters' dtype, which rounds float32 moments
+        # torch has cast the state to the parameters' dtype, which rounds float32 moments
+        def first_of_the_last(_) -> None:
             saved_ids = chain.from_iterable(g["params"] for g in loaded["param_groups"])
             params = chain.from_iterable(g["params"] for g in self.param_groups)
             for saved_id, param in zip(saved_ids, params):
@@ -305,7 +321,9 @@ class SparseAdamW(Optimizer):
         for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups)):
             theirs, ours = saved.get("mask_fingerprints"), group["mask_fingerprints"]
             if theirs is None:
-                raise ValueError(f"param_groups[{i}] of the state has no mask_fingerprints: it is not a state of this SparseAdamW")
+                raise ValueError(
+                    f"param_groups[{i}] of the state has no mask_fingerprints: it is not a state of this SparseAdamW"
+                )
             names = group["param_names"]
             saved_names = saved.get("param_names", names)
             for name, saved_name, one, other in zip(names, saved_names, theirs, ours):
@@ -318,7 +336,9 @@ class SparseAdamW(Optimizer):
                     differences.append(f"{name!r} {_difference(one.partition(':')[0], other.partition(':')[0])}")
         if differences:
             more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-            raise ValueError(f"the state was saved with another mask than this optimizer's: {'; '.join(differences[:3])}{more}")
+            raise ValueError(
+                f"the state was saved with another mask than this optimizer's: {'; '.join(differences[:3])}{more}"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "mask": self.mask, "_decay_to": self._decay_to}
@@ -338,12 +358,12 @@ class SparseAdamW(Optimizer):
     def update_mask(self, mask: CSRMask) -> None:
         """Train another set of entries of the same tensors from now on (LIFT).
 
-        Entries that stay keep their moments, master copy and the point that they decay to; those that join start with moments 0
-        and, where there is such a point, with their present weight as that.
+        Entries that stay keep their moments, master copy and the point that they decay to; those that join start with
+        moments 0 and, where there is such a point, with their present weight as that.
 
         Raises:
-            ValueError: the mask covers other tensors, or a covered model is sparsified (densify it and sparsify it again). Nothing
-                has changed then.
+            ValueError: the mask covers other tensors, or a covered model is sparsified (densify it and sparsify it
+                again). Nothing has changed then.
         """
         if not isinstance(mask, CSRMask):
             raise TypeError(f"mask must be a CSRMask, got {type(mask).__name__}")
@@ -407,7 +427,9 @@ def _trainable(named_params: Any) -> list[tuple[str, Tensor]]:
     """The pairs of parameters that need a gradient."""
     pairs = [named_params] if isinstance(named_params, Tensor) else list(named_params)
     for pair in pairs:
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)):
+        if not (
+            isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
+        ):
             raise TypeError("named_params must be (name, parameter) pairs, such as model.named_parameters()")
     return [(name, param) for name, param in pairs if param.requires_grad]
 

@@ -52,7 +52,8 @@ def _entries(
         yield matrix.view(-1), row * columns + col_indices[place].to(torch.int64), place
 
 
-# ---- CSR ----------------------------------------------------------------------------------------------------------------
+# ---- CSR
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def csr_gather(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor) -> Tensor:
@@ -67,7 +68,9 @@ def csr_scatter_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: T
         flat[index] = values[place]
 
 
-def csr_add_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, alpha: float) -> None:
+def csr_add_(
+    tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, alpha: float
+) -> None:
     for flat, index, place in _entries(tensors, crow_indices, col_indices):
         compute = _compute_dtype(flat.dtype)
         total = torch.add(flat[index].to(compute), values[place].to(compute), alpha=alpha)
@@ -146,7 +149,8 @@ def _csr(index: Sequence[Tensor], matrices: Sequence[Tensor]) -> tuple[Tensor, T
     return crow_indices, torch.cat(columns_found).to(torch.uint16 if narrow else torch.int32)
 
 
-# ---- exact top-k --------------------------------------------------------------------------------------------------------
+# ---- exact top-k
+# --------------------------------------------------------------------------------------------------------
 
 
 def magnitude_bits(x: Tensor) -> Tensor:
@@ -165,14 +169,19 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def _check_scores(scores: Sequence[Tensor], name: str = "scores") -> None:
     _require(len(scores) > 0, f"{name} must hold at least one tensor")
     for i, tensor in enumerate(scores):
-        _require(tensor.dtype in _FLOATS, f"{name}: tensor {i} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+        _require(
+            tensor.dtype in _FLOATS,
+            f"{name}: tensor {i} must be float32, float64, bfloat16 or float16, got {tensor.dtype}",
+        )
         _require(tensor.is_contiguous(), f"{name}: tensor {i} must be contiguous")
 
 
 def _check_one_dtype(scores: Sequence[Tensor]) -> int:
     """Returns the bits of a score."""
     _check_scores(scores)
-    _require(all(s.dtype == scores[0].dtype for s in scores), f"scores must have one dtype, got {[s.dtype for s in scores]}")
+    _require(
+        all(s.dtype == scores[0].dtype for s in scores), f"scores must have one dtype, got {[s.dtype for s in scores]}"
+    )
     return 8 * scores[0].element_size()
 
 
@@ -195,7 +204,8 @@ def magnitude_histogram(scores: Sequence[Tensor], prefix: int, shift: int) -> Te
 
 
 def kth_magnitude(parts: Callable[[], Iterable[Tensor]], k: int) -> tuple[int, int]:
-    """The bits of the k-th largest |x| over all parts, and how many entries equal to it belong to the first k (radix select).
+    """The bits of the k-th largest |x| over all parts, and how many entries equal to it belong to the first k (radix
+    select).
 
     `parts()` gives the contiguous parts once more for each pass, so that they need not all be in memory.
     """
@@ -229,7 +239,9 @@ def threshold_mask(scores: Sequence[Tensor], threshold: int, ties: Sequence[int]
     _require(0 <= threshold <= most, f"threshold must be the bits of a magnitude, from 0 to {most}, got {threshold}")
     _require(len(ties) == len(scores), f"ties must have one number for each tensor, got {len(ties)} for {len(scores)}")
     for i, (n, tensor) in enumerate(zip(ties, scores)):
-        _require(0 <= n <= tensor.numel(), f"ties must be from 0 to the {tensor.numel()} entries of tensor {i}, got {n}")
+        _require(
+            0 <= n <= tensor.numel(), f"ties must be from 0 to the {tensor.numel()} entries of tensor {i}, got {n}"
+        )
     return _csr([take(s, threshold, n)[0] for s, n in zip(scores, ties)], [_matrix(s) for s in scores])
 
 
@@ -258,7 +270,9 @@ def _check_topk(scores: Sequence[Tensor], base: Sequence[Tensor], k: Sequence[in
         _require(0 <= n <= limit, f"k must be from 0 to {limit}, got {n}")
 
 
-def topk_mask(scores: Sequence[Tensor], base: Sequence[Tensor], k: Sequence[int], scope: int) -> tuple[Tensor, Tensor, Tensor]:
+def topk_mask(
+    scores: Sequence[Tensor], base: Sequence[Tensor], k: Sequence[int], scope: int
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_topk(scores, base, k, scope)
     dtype = torch.float32 if base else scores[0].dtype
     for tensor in (*scores, *base):
@@ -296,7 +310,8 @@ def topk_mask(scores: Sequence[Tensor], base: Sequence[Tensor], k: Sequence[int]
     return *_csr(found, [_matrix(s) for s in scores]), torch.tensor(bad)
 
 
-# ---- truncated SVD ------------------------------------------------------------------------------------------------------
+# ---- truncated SVD
+# ------------------------------------------------------------------------------------------------------
 
 
 def truncated_svd(
@@ -366,7 +381,8 @@ def svd_denoise_(
     )
 
 
-# ---- L + prune(H) from factors ------------------------------------------------------------------------------------------
+# ---- L + prune(H) from factors
+# ------------------------------------------------------------------------------------------
 
 
 def _residual(delta: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -411,7 +427,8 @@ def low_rank_mask(
     return threshold_mask(list(low_rank_denoised(delta, left, right, cut)), threshold, ties)
 
 
-# ---- AdamW --------------------------------------------------------------------------------------------------------------
+# ---- AdamW
+# --------------------------------------------------------------------------------------------------------------
 
 
 def csr_square_sum(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor) -> Tensor:
@@ -419,8 +436,8 @@ def csr_square_sum(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices:
 
 
 def philox(seed: int, step: Tensor, n: int) -> Tensor:
-    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the key `seed` and the counters
-    (0 ... n - 1, step), two 32-bit words each, the lower first: int64 [4, n]."""
+    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the key `seed` and the
+    counters (0 ... n - 1, step), two 32-bit words each, the lower first: int64 [4, n]."""
     entry, step = torch.arange(n, device=step.device), step.to(torch.int64).view(()).expand(n)
     low = 0xFFFFFFFF
     counter = [entry & low, entry >> 32, step & low, step >> 32]
@@ -441,7 +458,9 @@ def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_stochastically(x: Tensor, words: Tensor) -> Tensor:
-    """float32 to one of the two bfloat16 numbers beside it, each as likely as x is near to it. words: int64, 16 random bits."""
+    """float32 to one of the two bfloat16 numbers beside it, each as likely as x is near to it. words: int64, 16 random
+    bits.
+    """
     bits = (x.view(torch.int32).to(torch.int64) + (words & 0xFFFF)) >> 16
     return torch.where(x.isnan(), x.to(torch.bfloat16), bits.to(torch.int16).view(torch.bfloat16))
 
@@ -504,7 +523,8 @@ def sparse_adamw_(
     csr_scatter_(params, crow_indices, col_indices, new_param)
 
 
-# ---- masked weight gradients --------------------------------------------------------------------------------------------
+# ---- masked weight gradients
+# --------------------------------------------------------------------------------------------
 
 
 def masked_linear_grad(

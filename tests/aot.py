@@ -1,13 +1,14 @@
 """Compiles every GPU kernel ahead of time, without a GPU, and shows what ptxas says: python tests/aot.py
 
-Triton kernels go through Triton's own compiler, csrc/cuda/*.cu through nvcc, each for sm_80, sm_90 and sm_100. Fails on a spilled
-register, on a compile error and on an instruction that a variant must have and has not. Without nvcc only the Triton part runs.
+Triton kernels go through Triton's own compiler, csrc/cuda/*.cu through nvcc, each for sm_80, sm_90 and sm_100. Fails on
+a spilled register, on a compile error and on an instruction that a variant must have and has not. Without nvcc only the
+Triton part runs.
 
-What the PTX of sparse_adamw shows (Triton 3.6): exp_avg, exp_avg_sq and the master are read and written 16 bytes a thread
-(ld.global.v4.b32, st.global.v4.b32; v2.b64 for float64), exp_avg and exp_avg_sq in bfloat16 8 bytes (v2.b32), four uint16 columns
-in one ld.global.v2.b32, four int32 columns in one ld.global.v4.b32, in the body for full blocks. The body for the last block reads
-element by element, because its mask is not constant over a vector. Parameters and dense gradients are gathered, neighbouring
-entries by neighbouring threads.
+What the PTX of sparse_adamw shows (Triton 3.6): exp_avg, exp_avg_sq and the master are read and written 16 bytes a
+thread (ld.global.v4.b32, st.global.v4.b32; v2.b64 for float64), exp_avg and exp_avg_sq in bfloat16 8 bytes (v2.b32),
+four uint16 columns in one ld.global.v2.b32, four int32 columns in one ld.global.v4.b32, in the body for full blocks.
+The body for the last block reads element by element, because its mask is not constant over a vector. Parameters and
+dense gradients are gathered, neighbouring entries by neighbouring threads.
 """
 
 import argparse
@@ -47,15 +48,16 @@ class Variant(NamedTuple):
     module: str
     kernel: str
     name: str
-    # Parameter -> a Triton type ("*fp32": a pointer divisible by 16; "i64"; "i32:16": a multiple of 16) or a compile-time constant
-    # (anything that is no str, and whatever a tl.constexpr parameter has).
+    # Parameter -> a Triton type ("*fp32": a pointer divisible by 16; "i64"; "i32:16": a multiple of 16) or a
+    # compile-time constant (anything that is no str, and whatever a tl.constexpr parameter has).
     arguments: dict
     options: dict
     must_have: tuple[str, ...] = ()  # of the PTX
     tensor_cores: bool = False  # whether it must have the architecture's instruction in TENSOR_CORES too
 
 
-# ---- the variants of the Triton kernels -----------------------------------------------------------------------------------
+# ---- the variants of the Triton kernels
+# -----------------------------------------------------------------------------------
 
 
 def sparse_adamw_variants() -> Iterator[Variant]:
@@ -67,7 +69,12 @@ def sparse_adamw_variants() -> Iterator[Variant]:
 
     def variant(param, grad, *, state=None, compact=False, master=False, everything=False, seed=False, columns="u16"):
         compute = "fp64" if param == "fp64" else "fp32"
-        words = [param, f"{grad} {'compact' if compact else 'dense'} gradient", columns, *([f"{state} state"] if state else [])]
+        words = [
+            param,
+            f"{grad} {'compact' if compact else 'dense'} gradient",
+            columns,
+            *([f"{state} state"] if state else []),
+        ]
         words += ["master"] * master + ["all options"] * everything + ["seed"] * seed
         state = state or compute
         vector = {"fp64": "v2.b64", "fp32": "v4.b32", "bf16": "v2.b32"}[state]
@@ -94,7 +101,11 @@ def sparse_adamw_variants() -> Iterator[Variant]:
             "BLOCK": module.BLOCK,
             "WAYS": module.WAYS,
         }
-        must_have = (f"ld.global.{vector}", f"st.global.{vector}", "ld.global.v2.b32" if columns == "u16" else "ld.global.v4.b32")
+        must_have = (
+            f"ld.global.{vector}",
+            f"st.global.{vector}",
+            "ld.global.v2.b32" if columns == "u16" else "ld.global.v4.b32",
+        )
         options = {"num_warps": module.NUM_WARPS}
         return Variant(module.__name__, "_sparse_adamw_kernel", ", ".join(words), arguments, options, must_have)
 
@@ -160,7 +171,9 @@ def low_rank_variants() -> Iterator[Variant]:
                 "BLOCK_K": module.BLOCK_K,
             }
             options = {"num_warps": module.NUM_WARPS, "num_stages": module.NUM_STAGES}
-            yield Variant(module.__name__, "_low_rank_kernel", f"{name}, {epilogue}{', any size' * any_size}", arguments, options)
+            yield Variant(
+                module.__name__, "_low_rank_kernel", f"{name}, {epilogue}{', any size' * any_size}", arguments, options
+            )
 
 
 def split_variants() -> Iterator[Variant]:
@@ -223,7 +236,13 @@ def masked_linear_grad_variants() -> Iterator[Variant]:
             {"num_warps": module.NUM_WARPS, "num_stages": module.NUM_STAGES}, tensor_cores=size[dtype] == 2 or precision == "tf32",
         )  # fmt: skip
     for acc, out in (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("fp64", "fp64")):
-        arguments = {"partial_sums": f"*{acc}", "out": f"*{out}", "splits": "i32", "nnz": "i64", "BLOCK": module.SUM_BLOCK}
+        arguments = {
+            "partial_sums": f"*{acc}",
+            "out": f"*{out}",
+            "splits": "i32",
+            "nnz": "i64",
+            "BLOCK": module.SUM_BLOCK,
+        }
         yield Variant(module.__name__, "_sum_kernel", f"{acc}, {out} out", arguments, {"num_warps": 4})
 
 
@@ -267,7 +286,8 @@ def triton_variants() -> list[Variant]:
     ]
 
 
-# ---- compiling --------------------------------------------------------------------------------------------------------------
+# ---- compiling
+# --------------------------------------------------------------------------------------------------------------
 
 # Without a stack frame, ptxas leaves out the line of the spills.
 _USAGE = re.compile(
@@ -279,7 +299,9 @@ _USAGE = re.compile(
 
 
 def usage(log: str) -> Iterator[tuple[str, str, int, int, int, int]]:
-    """Of each kernel in ptxas -v's output: mangled name, architecture, registers, spill stores and loads, static shared memory."""
+    """Of each kernel in ptxas -v's output: mangled name, architecture, registers, spill stores and loads, static shared
+    memory.
+    """
     for found in _USAGE.finditer(log):
         shared = re.search(r"(\d+) bytes smem", found["rest"])
         counts = (int(found[x] or 0) for x in ("registers", "stores", "loads"))
@@ -302,10 +324,14 @@ def compile_triton(variant: Variant, arch: int) -> list[Row]:
     kernel = getattr(importlib.import_module(variant.module), variant.kernel)
     place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     constants = {p.name: p.is_constexpr or not isinstance(variant.arguments[p.name], str) for p in kernel.params}
-    signature = {n: "constexpr" if constant else variant.arguments[n].removesuffix(":16") for n, constant in constants.items()}
+    signature = {
+        n: "constexpr" if constant else variant.arguments[n].removesuffix(":16") for n, constant in constants.items()
+    }
     constants = {place[n]: variant.arguments[n] for n, constant in constants.items() if constant}
     typed = {n: variant.arguments[n] for n, kind in signature.items() if kind != "constexpr"}
-    aligned = {place[n]: [["tt.divisibility", 16]] for n, kind in typed.items() if kind.startswith("*") or kind.endswith(":16")}
+    aligned = {
+        place[n]: [["tt.divisibility", 16]] for n, kind in typed.items() if kind.startswith("*") or kind.endswith(":16")
+    }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
     ptx = compiled.asm["ptx"]
@@ -365,7 +391,9 @@ def table(rows: list[Row]) -> str:
     head = ("kernel", "variant", "arch", "registers", "spill stores", "spill loads", "shared memory")
     cells = [head, *([str(x) for x in row[:7]] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(7)]
-    return "\n".join("  ".join(c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells)
+    return "\n".join(
+        "  ".join(c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells
+    )
 
 
 def main() -> int:
@@ -380,11 +408,15 @@ def main() -> int:
     jobs = {}
     if shutil.which("nvcc"):
         for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
-            jobs |= {f"{source.name}, sm_{arch}": functools.partial(compile_cuda, source, arch) for arch in options.arch}
+            jobs |= {
+                f"{source.name}, sm_{arch}": functools.partial(compile_cuda, source, arch) for arch in options.arch
+            }
     else:
         print("nvcc is not on the PATH: csrc/cuda is left out, only the Triton kernels are compiled\n", file=sys.stderr)
     for v in triton_variants():
-        jobs |= {f"{v.kernel}, {v.name}, sm_{arch}": functools.partial(compile_triton, v, arch) for arch in options.arch}
+        jobs |= {
+            f"{v.kernel}, {v.name}, sm_{arch}": functools.partial(compile_triton, v, arch) for arch in options.arch
+        }
 
     with ProcessPoolExecutor(options.jobs) as pool:
         results = dict(zip(jobs, pool.map(attempt, jobs.values())))

@@ -1,4 +1,6 @@
-"""Fixtures shared by all tests: who runs an operator (`provider`), and the compiled GPU code executed on the CPU (`emulated`)."""
+"""Fixtures shared by all tests: who runs an operator (`provider`), and the compiled GPU code executed on the CPU
+(`emulated`).
+"""
 
 import importlib
 import os
@@ -39,7 +41,9 @@ PROVIDERS = [
 
 
 def find_cuda_on_cpu() -> Path | None:
-    """The folder of the tool: $CUDA_ON_CPU (itself, or the folder that holds it), or shared/tools beside the repository."""
+    """The folder of the tool: $CUDA_ON_CPU (itself, or the folder that holds it), or shared/tools beside the
+    repository.
+    """
     folder = Path(os.environ.get("CUDA_ON_CPU") or ROOT.parent / "shared" / "tools")
     return next((f for f in (folder, folder / "cuda_on_cpu") if (f / "cudart_shim.cpp").exists()), None)
 
@@ -56,7 +60,9 @@ def cuda_on_cpu():
 
 @pytest.fixture(scope="session")
 def emulated(cuda_on_cpu):
-    """csrc/cuda/*.cu as nvcc compiles it (kept in build/emulated), executed on CPU tensors: `emulated.ops.csr_gather(...)`."""
+    """csrc/cuda/*.cu as nvcc compiles it (kept in build/emulated), executed on CPU tensors:
+    `emulated.ops.csr_gather(...)`.
+    """
     if torch.version.cuda:
         pytest.skip("cuda_on_cpu needs a CPU build of torch: the real CUDA runtime must not be in the process")
     try:
@@ -78,7 +84,9 @@ def emulated(cuda_on_cpu):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For thousands of operations on a few hundred numbers: on a busy machine, waiting for threads took most of the time."""
+    """For thousands of operations on a few hundred numbers: on a busy machine, waiting for threads took most of the
+    time.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

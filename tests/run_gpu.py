@@ -1,17 +1,20 @@
 """`make gpu`: builds, checks and measures on a machine with a GPU: python3 tests/run_gpu.py [check] [measure] [cpu]
 
-    check    builds (or finds the libraries built from these sources), then the doctor, every test marked `gpu` and the sanitizers,
+    check    builds (or finds the libraries built from these sources), then the doctor, every test marked `gpu` and the
+    sanitizers,
              all at the same time: three minutes and a half at the most
-    measure  what the machine gives, the works that the targets are about, the most important first, and what our kernels move:
+    measure  what the machine gives, the works that the targets are about, the most important first, and what our
+    kernels move:
              under five minutes
     cpu      the CPU tests, the least new: that the rest works with this torch and this Python
 
-Without an argument: check and measure. Needs no network, no virtual environment and no installation: the torch, nvcc and pytest of
-the python3 that runs it. The libraries are built inside the source tree, unless they came along (deftx_kernels/libdeftx_*.so and
-_build_info.json). A step that fails or outlasts its limit does not keep the next ones from running; the last lines say what each
-step came to, and the exit status is 0 only if all is well. Whole output: gpu.log, in $OUT if that is set, else in build/. Benchmark
-rows go to $OUT as well, else to bench/results/; $DEFTX_COMMIT names the commit where the tree came without its history. Of each
-phase about 12,000 characters are printed.
+Without an argument: check and measure. Needs no network, no virtual environment and no installation: the torch, nvcc
+and pytest of the python3 that runs it. The libraries are built inside the source tree, unless they came along
+(deftx_kernels/libdeftx_*.so and _build_info.json). A step that fails or outlasts its limit does not keep the next ones
+from running; the last lines say what each step came to, and the exit status is 0 only if all is well. Whole output:
+gpu.log, in $OUT if that is set, else in build/. Benchmark rows go to $OUT as well, else to bench/results/;
+$DEFTX_COMMIT names the commit where the tree came without its history. Of each phase about 12,000 characters are
+printed.
 """
 
 import argparse
@@ -144,7 +147,9 @@ def build_by_cmake() -> None:
     }
     generator = ["-G", "Ninja"] if tool("ninja") else []
     cmake = tool("cmake") or "cmake"
-    subprocess.run([cmake, "-S", ROOT, "-B", folder, *generator, *(f"-D{k}={v}" for k, v in settings.items())], check=True)
+    subprocess.run(
+        [cmake, "-S", ROOT, "-B", folder, *generator, *(f"-D{k}={v}" for k, v in settings.items())], check=True
+    )
     subprocess.run([cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)], check=True)
     for library in ("cpu", "cuda"):
         shutil.copy2(folder / f"lib/libdeftx_{library}.so", ROOT / "deftx_kernels")
@@ -184,7 +189,9 @@ sys.exit(bool(wrong or slow or "cuda" not in devices))
 
 
 def tiny() -> None:
-    """A few launches of each kernel on small, odd shapes, for compute-sanitizer; results compared with the oracle on the CPU."""
+    """A few launches of each kernel on small, odd shapes, for compute-sanitizer; results compared with the oracle on
+    the CPU.
+    """
     import torch
 
     from deftx_kernels import CSRMask, masked_embedding, masked_linear, reference, sparse_adamw, svd_denoise, topk_mask
@@ -206,7 +213,10 @@ def tiny() -> None:
         other = topk_mask(grads, density=0.2)
         for scope in ("global", "tensor", "row"):
             assert topk_mask(there, density=0.13, scope=scope).to("cpu") == topk_mask(host, density=0.13, scope=scope)
-        for got, want in ((device_mask & other.to("cuda"), mask & other), (device_mask - other.to("cuda"), mask - other)):
+        for got, want in (
+            (device_mask & other.to("cuda"), mask & other),
+            (device_mask - other.to("cuda"), mask - other),
+        ):
             assert got.to("cpu") == want
         assert CSRMask.from_dense(device_mask.to_dense()).to("cpu") == mask
         indices = (mask.crow_indices, mask.col_indices)
@@ -271,7 +281,20 @@ def sanitize(name: str) -> list[list[str]]:
         return []
     # One allocation per tensor, not torch's pool: else accesses beyond a tensor stay inside the pool, and unseen.
     program = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer]
-    return [[*program, "--tool", name, "--error-exitcode", "9", "--report-api-errors", "no", sys.executable, __file__, "tiny"]]
+    return [
+        [
+            *program,
+            "--tool",
+            name,
+            "--error-exitcode",
+            "9",
+            "--report-api-errors",
+            "no",
+            sys.executable,
+            __file__,
+            "tiny",
+        ]
+    ]
 
 
 def absent(source: Path, seen: set[Path] | None = None) -> set[str]:
@@ -316,7 +339,17 @@ def pytest(marks: str, limit: int, processes: int) -> list[list[str]]:
     options = [f"--timeout={limit}"] if here("pytest_timeout") else []
     if processes > 1 and here("xdist"):
         options += [f"--numprocesses={processes}", "--dist=worksteal"]
-    command = [sys.executable, "-m", "pytest", "-v", "-m", marks, "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-m",
+        marks,
+        "--continue-on-collection-errors",
+        "-p",
+        "no:cacheprovider",
+    ]
     threads = ["env", "OMP_NUM_THREADS=1"] if processes > 1 else []
     # Only to save the time that collecting takes in each process: `provider` has a GPU among its parameters.
     files = [f for f in test_files() if marks != "gpu" or re.search(r"mark\.gpu|\bprovider\b", (ROOT / f).read_text())]
@@ -341,7 +374,8 @@ FAILED = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] )?(?:FAILED|ERROR) (tests/.+?)(?:
 
 
 def failures(output: str, most: int = 14) -> list[str]:
-    """Of pytest's output each error once: the tests that met it, two of them by name, where, and how its lines marked E begin.
+    """Of pytest's output each error once: the tests that met it, two of them by name, where, and how its lines marked E
+    begin.
 
     Where pytest was stopped, there are no errors yet: the names of the tests that had failed.
     """
@@ -400,7 +434,8 @@ def attempt(step: Step, deadline: float, log: Path) -> tuple[str, str, str]:
         note, state = note_of(output, code, allowed), "passed" if code == 0 else "FAILED"
         if code == 0 and step.name.endswith("tests") and " passed" not in note:
             state, note = "FAILED", f"no test passed: {note}"
-        if "--error-exitcode" in command and code != 0 and "Device not supported" in output:  # the sanitizer's limit, not a fault
+        # the sanitizer's limit, not a fault
+        if "--error-exitcode" in command and code != 0 and "Device not supported" in output:
             state = "not run"
         if state == "passed":
             break
@@ -462,7 +497,8 @@ def phases() -> dict[str, list[list[Step]]]:
             *here_first,
             [Step("machine", lambda: [[*bench, "machine"]], 60, 19)],
             [Step("targets", lambda: [most], 130, 60, 4000)],
-            # Rows are added work by work, so a limit costs only what is not yet timed: ours, before peers that take seconds a call.
+            # Rows are added work by work, so a limit costs only what is not yet timed: ours, before peers that take
+            # seconds a call.
             [Step("denoising", lambda: [[*targets, "--family", "svd", "--provider", "deftx"]], 60, 14)],
             [Step("counters", lambda: [[*bench, "counters"]], 90, 20)],
             [Step("denoising, peers", lambda: [[*targets, "--target-peers", "--family", "svd"]], 120, 16)],

@@ -1,4 +1,6 @@
-"""The benchmark at its smallest size: every family runs, a wrong provider is told, calls take turns, peaks are of new processes."""
+"""The benchmark at its smallest size: every family runs, a wrong provider is told, calls take turns, peaks are of new
+processes.
+"""
 
 import csv
 import json
@@ -25,7 +27,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     """Runs the program on the tiny size: (exit status, rows by file)."""
-    monkeypatch.setattr(harness, "alone", lambda work, provider, rounds: harness.Alone())  # a process a provider: too long for here
+    # a process a provider: too long for here
+    monkeypatch.setattr(harness, "alone", lambda work, provider, rounds: harness.Alone())
     monkeypatch.setattr(harness, "ceilings", lambda device, dtype: (1e10, 1e10))
     monkeypatch.setattr(harness, "last_cache_bytes", lambda device: 1 << 20)
 
@@ -55,7 +58,8 @@ def test_every_family_runs(bench, capsys, family, device):
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda scores, density: topk_mask({n: -1 / t.abs() for n, t in scores.items()}, density=density),  # the smallest
+        # the smallest
+        lambda scores, density: topk_mask({n: -1 / t.abs() for n, t in scores.items()}, density=density),
         lambda scores, density: topk_mask(scores, density=density / 2),
     ],
 )
@@ -89,7 +93,9 @@ def test_absent_provider_is_named(bench, monkeypatch, capsys):
 
 def test_of_the_peers_those_that_a_target_names(bench, monkeypatch):
     target = Target("cpu", "", "topk_mask", "tiny", "float32", "0.05", 1.0, peer="numpy partition")
-    monkeypatch.setattr(program, "TARGETS", (target, replace(target, op="mask_or", dtype="bool", quantity="ms", peer="")))
+    monkeypatch.setattr(
+        program, "TARGETS", (target, replace(target, op="mask_or", dtype="bool", quantity="ms", peer=""))
+    )
     status, rows = bench("--family", "topk", "--device", "cpu", "--targets", "--target-peers")
     assert status == 0
     assert [(r["op"], r["provider"]) for r in rows["topk"]] == [
@@ -175,7 +181,14 @@ def told(log, name):
 
 
 def work_of(case, **fields):
-    usual = {"op": "topk_mask", "size": "tiny", "title": "tiny", "dtype": torch.float32, "density": 0.05, "device": "cpu"}
+    usual = {
+        "op": "topk_mask",
+        "size": "tiny",
+        "title": "tiny",
+        "dtype": torch.float32,
+        "density": 0.05,
+        "device": "cpu",
+    }
     return Work(**usual | fields, make=lambda: case, tiny=lambda: case)
 
 
@@ -197,14 +210,17 @@ def test_calls_take_turns_with_empty_caches(quiet):
         *("flush", "a", "flush", "b", "flush", OURS), *("flush", OURS, "flush", "a"), *("flush", OURS, "flush", "a"),
     ]  # fmt: skip
     assert [rows[n]["rounds"] for n in names] == [3, 3, 1]
-    assert {float(r["floor_ms"]) for r in rows.values()} == {3.0}  # 3e9 operations at 1e12 a second outweigh 1 MB at 1 GB/s
+    # 3e9 operations at 1e12 a second outweigh 1 MB at 1 GB/s
+    assert {float(r["floor_ms"]) for r in rows.values()} == {3.0}
     assert rows[OURS]["backend"]
     assert not rows["a"]["backend"]
     assert rows["a"]["peak_extra_mb"] == "1.0"
 
 
 def test_chosen_providers_and_absent_ones(quiet):
-    case = Case(1, {n: told(quiet, n) for n in (OURS, "a", "b")}, lambda result: None, absent={"c": "no c", "d": "no d"})
+    case = Case(
+        1, {n: told(quiet, n) for n in (OURS, "a", "b")}, lambda result: None, absent={"c": "no c", "d": "no d"}
+    )
     rows = list(measure(work_of(case), {}, 1, ("b", "c"), fresh=False))
     assert [(r["provider"], r.get("absent")) for r in rows] == [("c", "no c"), (OURS, None), ("b", None)]
     assert "make a" not in quiet
@@ -300,7 +316,18 @@ def test_sizes(size, elements):
 
 
 def pytest_bench(tmp_path, *arguments):
-    command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-p", "no:cacheprovider", "-p", "no:xdist", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench/",
+        "--benchmark-only",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-q",
+    ]
     command += [f"--benchmark-storage={tmp_path}", *arguments, "--family", "csr", "--size", "tiny", "--device", "cpu"]
     # Benchmarks are switched off in the processes of pytest-xdist, of which this one may be.
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}

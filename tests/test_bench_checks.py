@@ -25,7 +25,12 @@ def test_right_selections(form):
     for chosen in ([0, 3, 4], [0, 3, 5], [0, 4, 5]):  # whichever of the tied
         flat = torch.zeros(7, dtype=torch.bool).index_fill_(0, torch.tensor(chosen), True)
         named = {"a": flat[:4].view(2, 2), "b": flat[4:]}
-        forms = {"positions": torch.tensor(chosen), "flat bool": flat, "bool by name": named, "mask": CSRMask.from_dense(named)}
+        forms = {
+            "positions": torch.tensor(chosen),
+            "flat bool": flat,
+            "bool by name": named,
+            "mask": CSRMask.from_dense(named),
+        }
         assert told(forms[form], 3) is None
 
 
@@ -118,10 +123,30 @@ def other_start(model, mask):
     ("name", "replaced", "by", "part"),
     [
         (OURS, "sparsify", other_start, "first loss"),
-        (OURS, "SparseAdamW", lambda named, mask, lr, **options: SparseAdamW(named, mask, lr=2 * lr, **options), "of a step away"),
-        (OURS, "SparseAdamW", lambda named, mask, **options: torch.optim.SGD([p for _, p in named], lr=0.0), "of a step away"),
-        (bench_steps.DENSE, "fused_adamw", lambda model: torch.optim.Adam(list(model.parameters())[1:]), "0.weight has not moved"),
-        (bench_steps.DENSE_MASK, "SETTINGS", bench_steps.SETTINGS | {"weight_decay": 0.01}, "outside the mask have moved"),
+        (
+            OURS,
+            "SparseAdamW",
+            lambda named, mask, lr, **options: SparseAdamW(named, mask, lr=2 * lr, **options),
+            "of a step away",
+        ),
+        (
+            OURS,
+            "SparseAdamW",
+            lambda named, mask, **options: torch.optim.SGD([p for _, p in named], lr=0.0),
+            "of a step away",
+        ),
+        (
+            bench_steps.DENSE,
+            "fused_adamw",
+            lambda model: torch.optim.Adam(list(model.parameters())[1:]),
+            "0.weight has not moved",
+        ),
+        (
+            bench_steps.DENSE_MASK,
+            "SETTINGS",
+            bench_steps.SETTINGS | {"weight_decay": 0.01},
+            "outside the mask have moved",
+        ),
     ],
 )
 def test_wrong_steps(first_step, monkeypatch, name, replaced, by, part):
@@ -129,7 +154,9 @@ def test_wrong_steps(first_step, monkeypatch, name, replaced, by, part):
     assert part in first_step(name)
 
 
-@pytest.mark.parametrize(("package", "absent"), [("peft", {bench_steps.SHIRA, bench_steps.LORA}), ("transformers", {OURS})])
+@pytest.mark.parametrize(
+    ("package", "absent"), [("peft", {bench_steps.SHIRA, bench_steps.LORA}), ("transformers", {OURS})]
+)
 def test_absent_packages_are_named(tmp_path, monkeypatch, package, absent):
     monkeypatch.setattr(bench_steps, "has", lambda name: name != package)
     case = bench_steps.step_case("tiny", "cpu", str(tmp_path))
@@ -156,7 +183,9 @@ def adamw(request):
 
 
 def test_every_step_does_its_work_each_time(adamw):
-    """Three steps of the peers on one gradient are three steps of AdamW, none skips any work (LIFT's writes over its gradient)."""
+    """Three steps of the peers on one gradient are three steps of AdamW, none skips any work (LIFT's writes over its
+    gradient).
+    """
     problem = bench_train.Problem("tiny", torch.float32, 0.05, "cpu")
     exact = torch.nn.Parameter(problem.mask.gather(problem.params).double())
     exact.grad = problem.compact.double()

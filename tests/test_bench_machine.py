@@ -83,7 +83,10 @@ def test_a_whole_step_takes_the_longer_of_the_two(clock):
 
 def test_the_first_step_of_a_training_does_not_count(clock):
     times = iter([2000.0])  # it captures a graph
-    assert times_of(lambda: clock.launch(5.0, host=next(times, 2.0)), whole=True) == (pytest.approx([5.0] * 3), pytest.approx(2.0))
+    assert times_of(lambda: clock.launch(5.0, host=next(times, 2.0)), whole=True) == (
+        pytest.approx([5.0] * 3),
+        pytest.approx(2.0),
+    )
 
 
 def test_what_is_timed_once_is_called_once(clock):
@@ -96,7 +99,8 @@ def test_what_is_timed_once_is_called_once(clock):
 
     times, own = times_of(call, once=("a",))
     assert len(calls) == 1
-    assert times == pytest.approx([998.8])  # the first 1.2 of the 100 ms passed while the device was busy with cache and pause
+    # the first 1.2 of the 100 ms passed while the device was busy with cache and pause
+    assert times == pytest.approx([998.8])
     assert own == pytest.approx(999.0)
 
 
@@ -122,7 +126,9 @@ def test_the_machine_is_measured(tmp_path, monkeypatch, capsys):
     assert set(found["memory"]) == {"copy", "read", "write"}
     assert all(rate > 0 for rate in (*found["memory"].values(), *found["products"].values()))
     settings = {(row["access"], row["bytes"], row["density"]) for row in found["scattered"]}
-    assert settings == {(access, size, d) for access in ("gather", "scatter") for size in (2, 4) for d in machine.DENSITIES}
+    assert settings == {
+        (access, size, d) for access in ("gather", "scatter") for size in (2, 4) for d in machine.DENSITIES
+    }
     assert all(0 < row["sector_share"] <= 1 and row["gb_s"] > 0 for row in found["scattered"])
     assert "share of sectors" in capsys.readouterr().out
 
@@ -139,7 +145,9 @@ def test_share_of_sectors():
     for device, itemsize in itertools.product(("cpu", "cuda"), (2, 4)):
         position, sector = machine.random_positions(1 << 18, 0.05, "cpu"), machine.SECTOR[device]
         sectors = len(position.mul(itemsize).div(sector, rounding_mode="floor").unique())
-        assert sectors / ((1 << 18) * itemsize / sector) == pytest.approx(machine.sector_share(0.05, itemsize, device), rel=0.02)
+        assert sectors / ((1 << 18) * itemsize / sector) == pytest.approx(
+            machine.sector_share(0.05, itemsize, device), rel=0.02
+        )
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -15,8 +15,19 @@ DENSE = "dense, torch AdamW fused"
 
 def row(op, size, provider=OURS, ms=10.0, times=1.0, **columns):
     """A row as bench/results has it: every column there, as text."""
-    usual = {"dtype": "float32", "density": "0.05", "date": "2026-11-22T00:00:00Z", "torch": "2.13.0", "commit": "abc1234", **CPU}
-    new = dict.fromkeys(COLUMNS, "") | usual | {"op": op, "size": size, "provider": provider, "p50_ms": f"{ms}", "rounds": "5"}
+    usual = {
+        "dtype": "float32",
+        "density": "0.05",
+        "date": "2026-11-22T00:00:00Z",
+        "torch": "2.13.0",
+        "commit": "abc1234",
+        **CPU,
+    }
+    new = (
+        dict.fromkeys(COLUMNS, "")
+        | usual
+        | {"op": op, "size": size, "provider": provider, "p50_ms": f"{ms}", "rounds": "5"}
+    )
     return new | {"times_ours": f"{times}"} | {k: str(v) for k, v in columns.items()}
 
 
@@ -26,7 +37,15 @@ def work(op, size, ms=10.0, peers=None, **columns):
 
 
 def training(size, parameters, peak, parts, provider=OURS, **columns):
-    return row("training_step", size, provider, parameters=parameters, peak_extra_mb=peak, **dict(zip(PER_PARAM, parts)), **columns)
+    return row(
+        "training_step",
+        size,
+        provider,
+        parameters=parameters,
+        peak_extra_mb=peak,
+        **dict(zip(PER_PARAM, parts)),
+        **columns,
+    )
 
 
 def curves_of(rows, panel):
@@ -36,7 +55,12 @@ def curves_of(rows, panel):
 def everything(**machine):
     """Rows for every figure."""
     topk = {"torch.topk + sort": 33, "torch.topk + mask": 31, "torch.kthvalue": 25, "numpy partition": 21}
-    adamw = {"torch AdamW fused": 2.1, "LIFT's step": 9, "mask + torch AdamW foreach": 18, "sparse_mask + torch SparseAdam": 40}
+    adamw = {
+        "torch AdamW fused": 2.1,
+        "LIFT's step": 9,
+        "mask + torch AdamW foreach": 18,
+        "sparse_mask + torch SparseAdam": 40,
+    }
     columns = FLOOR | machine
     rows = work("topk_mask", "50M", 28, topk, **columns)
     rows += work("topk_mask", "llama7b", 900, **columns, dtype="bfloat16")
@@ -64,13 +88,20 @@ def everything(**machine):
     for op in ("csr_gather", "csr_scatter_", "csr_add_", "mask_or", "mask_and", "mask_sub", "masked_embedding_grad"):
         rows += work(op, "minilm", 3, {"torch": 1.8}, **columns)
     dense = {DENSE: 1.6, "dense + mask, torch AdamW fused": 1.7}
-    for size, n in {"minilm, 8x128": 22.7e6, "bert, 8x128": 109e6, "xlmr, 8x256": 278e6, "llama1b, 2x128": 1.24e9}.items():
+    for size, n in {
+        "minilm, 8x128": 22.7e6,
+        "bert, 8x128": 109e6,
+        "xlmr, 8x256": 278e6,
+        "llama1b, 2x128": 1.24e9,
+    }.items():
         each, dtype = (2, "bfloat16") if "llama" in size else (4, "float32")
         computed = columns | {"flops": 800 * n, "bytes": 3 * n, "dtype": dtype}
         for provider, times in {OURS: 1, **dense, "PEFT SHiRA": 1.5, "PEFT LoRA": 0.9}.items():
             parts = (each, each, 2 * each, 0) if provider in dense else (each, 0.2, 0.4, 0.1)
             peak = 1.2 * n * sum(parts) / 1e6 + 200
-            rows.append(training(f"{size} tokens", n, peak, parts, provider, **computed, ms=n / 1e5 * times, times=times))
+            rows.append(
+                training(f"{size} tokens", n, peak, parts, provider, **computed, ms=n / 1e5 * times, times=times)
+            )
     return rows
 
 
@@ -88,7 +119,9 @@ def test_rows_of_several_runs_do_not_stand_side_by_side():
 @pytest.mark.parametrize("missing", ["empty", "no column"])
 def test_older_rows_lack_columns(missing, tmp_path, capsys):
     rows = work("topk_mask", "50M", 30, {"numpy partition": 21.0})
-    rows += work("training_step", "xlmr, 8x256 tokens", 3000, {DENSE: 1.6}, peak_extra_mb=1000, state_bytes_per_param=0.4)
+    rows += work(
+        "training_step", "xlmr, 8x256 tokens", 3000, {DENSE: 1.6}, peak_extra_mb=1000, state_bytes_per_param=0.4
+    )
     if missing == "no column":
         rows = [{k: v for k, v in r.items() if v} for r in rows]
     works = works_of(rows)
@@ -128,7 +161,8 @@ def test_float32_is_a_headline_before_other_dtypes():
 def test_lines_are_those_of_all_machines():
     title = "Choose the top 5 % of 50 M scores"
     machines = [
-        plot_data.races(works_of(work("topk_mask", "50M", peers=peers))) for peers in ({"b": 9.0, "a": 3.0}, {"c": 2.0, "a": 1.0})
+        plot_data.races(works_of(work("topk_mask", "50M", peers=peers)))
+        for peers in ({"b": 9.0, "a": 3.0}, {"c": 2.0, "a": 1.0})
     ]
     assert plot_data.speed_lines(machines) == {(title, ""): 0, (title, "a"): 1, (title, "b"): 2, (title, "c"): 3}
 
@@ -155,7 +189,12 @@ def test_ours_come_first_and_small_models_too():
     rows += [training("minilm, 8x128 tokens", 23e6, 100, (1, 1, 1, 1))]
     found = plot_data.memory_bars(works_of(rows))
     assert list(found) == ["minilm, 8x128 tokens", "xlmr, 8x256 tokens"]
-    assert [bar.provider for bar in found["xlmr, 8x256 tokens"]] == ["deftx, bfloat16 weights", OURS, "dense", "PEFT LoRA"]
+    assert [bar.provider for bar in found["xlmr, 8x256 tokens"]] == [
+        "deftx, bfloat16 weights",
+        OURS,
+        "dense",
+        "PEFT LoRA",
+    ]
 
 
 # ---- growth ----
@@ -170,18 +209,24 @@ def test_beyond_the_largest_measured_point_time_is_in_proportion():
 
 
 def test_dtypes_are_not_joined():
-    rows = work("select_mask", "xlmr", 300, {"numpy partition": 10.0}) + work("select_mask", "llama1b", 700, dtype="bfloat16")
+    rows = work("select_mask", "xlmr", 300, {"numpy partition": 10.0}) + work(
+        "select_mask", "llama1b", 700, dtype="bfloat16"
+    )
     found = curves_of(rows, "time to select the mask")
     assert found["ours", "float32"].measured == [(SIZES["xlmr"], 300)]
     assert found["ours", "bfloat16"].measured == [(SIZES["llama1b"], 700)]
-    assert found["ours", "bfloat16"].modelled() == [(SIZES["llama7b"], pytest.approx(700 * SIZES["llama7b"] / SIZES["llama1b"]))]
+    assert found["ours", "bfloat16"].modelled() == [
+        (SIZES["llama7b"], pytest.approx(700 * SIZES["llama7b"] / SIZES["llama1b"]))
+    ]
     assert found["NumPy's or CuPy's partition", "float32"].measured == [(SIZES["xlmr"], 3000)]
     assert list(found)[:2] == [("ours", "float32"), ("ours", "bfloat16")]
 
 
 def test_only_the_works_of_a_series_are_on_its_curve():
     rows = work("sparse_adamw", "50M, dense gradient", 15) + work("sparse_adamw", "xlmr, compact gradient", 9)
-    rows += work("sparse_adamw", "bert, dense gradient", 3, density=0.01) + work("sparse_adamw", "tiny, dense gradient", 1)
+    rows += work("sparse_adamw", "bert, dense gradient", 3, density=0.01) + work(
+        "sparse_adamw", "tiny, dense gradient", 1
+    )
     rows += work("select_mask", "xlmr, rank 64", 2400, density=0.0276) + work(
         "select_mask", "xlmr, energy 0.9", 5800, density=0.0276
     )
@@ -199,7 +244,10 @@ def test_state_is_of_optimizers_and_training():
     rows += work("optimizer_step", "minilm", peers={"torch AdamW fused": 2.0}, state_bytes_per_param=0.4)
     found = curves_of(rows, "optimizer state")
     ours = found["ours, 5 %", "float32"]
-    assert ours.measured == [(SIZES["minilm"], pytest.approx(0.4 * SIZES["minilm"])), (1.1e8, pytest.approx(0.5 * 1.1e8))]
+    assert ours.measured == [
+        (SIZES["minilm"], pytest.approx(0.4 * SIZES["minilm"])),
+        (1.1e8, pytest.approx(0.5 * 1.1e8)),
+    ]
     assert ours.modelled()[-1] == (SIZES["llama7b"], pytest.approx(0.5 * SIZES["llama7b"]))
     assert found["dense AdamW", "float32"].measured[-1] == (1.1e8, pytest.approx(8 * 1.1e8))
 
@@ -221,7 +269,11 @@ def test_spot_is_the_largest_work_of_the_usual_density():
     computed = FLOOR | {"flops": 4e9, "bytes": 2e8}
     rows = work("masked_linear_grad", "small", 10, {"a": 3.0}, **computed | {"bytes": 1e8})
     rows += work(
-        "masked_linear_grad", "large", 20, {"dense product": 3.0, "slow": 4.0, "PEFT LoRA": 0.5, "deftx, again": 0.5}, **computed
+        "masked_linear_grad",
+        "large",
+        20,
+        {"dense product": 3.0, "slow": 4.0, "PEFT LoRA": 0.5, "deftx, again": 0.5},
+        **computed,
     )
     rows += work("masked_linear_grad", "large", 20, {"a": 3.0}, **computed | {"bytes": 3e8}, density=0.3)
     (spot,) = plot_data.spots(works_of(rows))
@@ -241,7 +293,9 @@ def test_where_only_bytes_move_the_share_of_the_floor_counts():
 
 def test_roofs_are_medians_by_dtype():
     rows = [
-        r for i, rate in enumerate((90, 100, 400)) for r in work(f"op{i}", "a", **FLOOR | {"flops": 1e9, "product_gflop_s": rate})
+        r
+        for i, rate in enumerate((90, 100, 400))
+        for r in work(f"op{i}", "a", **FLOOR | {"flops": 1e9, "product_gflop_s": rate})
     ]
     rows += work("op", "a", **FLOOR | {"flops": 1e9, "product_gflop_s": 210, "copy_gb_s": 12}, dtype="bfloat16")
     assert plot_data.roofs(plot_data.spots(works_of(rows))) == {"float32": (10.0, 100.0), "bfloat16": (12.0, 210.0)}
@@ -303,10 +357,13 @@ def test_gpu_is_measured_or_said_not_to_be(figures):
 
 def test_small_print_names_where_the_rows_shown_come_from(figures):
     rows = work("topk_mask", "50M", peers={"a": 2.0}, commit="1111111", date="2026-10-01T00:00:00Z")
-    rows += work("select_mask", "xlmr", peers={"a": 2.0}, commit="2222222") + work("csr_add_", "minilm", commit="3333333")
+    rows += work("select_mask", "xlmr", peers={"a": 2.0}, commit="2222222") + work(
+        "csr_add_", "minilm", commit="3333333"
+    )
     small = texts(figures(rows)["speed"])[-1]
     assert all(
-        part in small for part in ("Some Processor", "2 threads", "torch 2.13.0", "2026-10-01", "2026-11-22", "1111111", "2222222")
+        part in small
+        for part in ("Some Processor", "2 threads", "torch 2.13.0", "2026-10-01", "2026-11-22", "1111111", "2222222")
     )
     assert "3333333" not in small
 
@@ -318,7 +375,9 @@ def test_bars_are_as_long_as_the_numbers_say(figures):
 
     rows = work("topk_mask", "50M", 28, {"slower": 21.4, "faster": 0.5})
     axis = figures(rows)["speed"].axes[0]
-    bars = sorted((patch.get_x() + patch.get_width(), patch.get_facecolor() == to_rgba(AMBER)) for patch in axis.patches)
+    bars = sorted(
+        (patch.get_x() + patch.get_width(), patch.get_facecolor() == to_rgba(AMBER)) for patch in axis.patches
+    )
     assert bars == [(pytest.approx(0.5), True), (pytest.approx(21.4), False)]
     assert {"21", "0.50", "ours: 28.0 ms"} <= set(texts(axis))
 

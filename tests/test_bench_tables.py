@@ -1,4 +1,6 @@
-"""Rows and the tables made of them: rows are only added, runs do not mix, a target tells what was measured and what was not."""
+"""Rows and the tables made of them: rows are only added, runs do not mix, a target tells what was measured and what was
+not.
+"""
 
 import csv
 
@@ -16,8 +18,17 @@ OLD, NEW = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
 
 def row(**fields):
     usual = {"date": NEW, "op": "topk_mask", "provider": OURS, "backend": "c++", "size": "minilm", "dtype": "float32"}
-    usual |= {"density": "0.05", "p20_ms": "0.9", "p50_ms": "1.0", "p80_ms": "1.2", "times_ours": "1.0", "share_of_floor": "0.5"}
-    return dict.fromkeys(COLUMNS, "") | usual | {"device": "here", "threads": "2", "torch": "2", "commit": "abc"} | fields
+    usual |= {
+        "density": "0.05",
+        "p20_ms": "0.9",
+        "p50_ms": "1.0",
+        "p80_ms": "1.2",
+        "times_ours": "1.0",
+        "share_of_floor": "0.5",
+    }
+    return (
+        dict.fromkeys(COLUMNS, "") | usual | {"device": "here", "threads": "2", "torch": "2", "commit": "abc"} | fields
+    )
 
 
 # ---- rows ----
@@ -64,7 +75,14 @@ def test_rows_of_an_older_header_stay(tmp_path):
 
 @pytest.mark.parametrize(
     ("provider", "package"),
-    [("numpy.take", "numpy"), ("PEFT LoRA", "peft"), ("scipy csr", "scipy"), ("torch index", ""), (OURS, ""), ("mask + torch", "")],
+    [
+        ("numpy.take", "numpy"),
+        ("PEFT LoRA", "peft"),
+        ("scipy csr", "scipy"),
+        ("torch index", ""),
+        (OURS, ""),
+        ("mask + torch", ""),
+    ],
 )
 def test_package_of_a_provider(monkeypatch, provider, package):
     monkeypatch.setattr(bench_rows, "version", lambda name: "7.1")
@@ -109,7 +127,9 @@ def test_training_steps_in_several_dtypes_do_not_mix():
 RATIO = Target("cpu", "the work", "topk_mask", "minilm", "float32", "0.05", 2.0, peer="peer")
 
 
-@pytest.mark.parametrize(("times", "verdict"), [("2.000", "2.00 x"), ("1.990", "**1.99 x, missed**"), ("31.4", "31.4 x")])
+@pytest.mark.parametrize(
+    ("times", "verdict"), [("2.000", "2.00 x"), ("1.990", "**1.99 x, missed**"), ("31.4", "31.4 x")]
+)
 def test_ratio_target(times, verdict):
     rows = [row(), row(provider="peer", times_ours=times), row(provider="other", times_ours="9")]
     assert tables.verdict(RATIO, measured(RATIO, rows)) == verdict
@@ -145,7 +165,9 @@ def test_what_was_not_measured_is_said_to_be_so(fields, rows):
     ],
 )
 def test_other_targets(quantity, bound, ours, value, met):
-    target = Target("cpu", "the work", "topk_mask", ours.get("size", "minilm"), "float32", "0.05", bound, quantity, "peer")
+    target = Target(
+        "cpu", "the work", "topk_mask", ours.get("size", "minilm"), "float32", "0.05", bound, quantity, "peer"
+    )
     found = measured(target, [row(**ours), row(**ours | {"provider": "peer", "peak_extra_mb": "100"})])
     assert found == pytest.approx(value)
     assert target.met(found) == met

@@ -32,14 +32,28 @@ def tree(tmp_path_factory):
 def run(tree, command, mode, **environment):
     keep = {k: v for k, v in os.environ.items() if k not in ("DEFTX_BUILD", "CUDA_HOME", "CUDA_PATH", "CXX")}
     environment = {**keep, "DEFTX_BUILD": mode, **environment}
-    return subprocess.run(command, cwd=tree, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run(
+        command, cwd=tree, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def wheel(tree, mode, **environment):
     """Builds a wheel. Returns (its tag, its files, its _build_info.json, its path)."""
     out = tree.parent / "wheels"
     shutil.rmtree(out, ignore_errors=True)
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(out), "."]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "-w",
+        str(out),
+        ".",
+    ]
     done = run(tree, pip, mode, **environment)
     assert done.returncode == 0, done.stdout[-5000:]
     (path,) = out.glob("*.whl")
@@ -81,7 +95,11 @@ def test_cpu_then_none(tree):
         assert not re.search(r"\bPy[A-Z_]|\b_Py", symbols)
     script = "import deftx_kernels as d; print(d.__file__, d.backends()['csr_add_']['cpu'].name)"
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, text=True, capture_output=True
+        [sys.executable, "-c", script],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        text=True,
+        capture_output=True,
     )
     assert done.stdout.split() == [str(folder / "deftx_kernels/__init__.py"), "c++"], done.stderr
 
@@ -122,7 +140,9 @@ def test_missing_tools(tree):
 
     def probe(mode):
         return run(
-            tree, [sys.executable, "-c", f"import sys; sys.argv = ['setup.py', '-q', 'build_native', '--inplace']\n{script}"], mode
+            tree,
+            [sys.executable, "-c", f"import sys; sys.argv = ['setup.py', '-q', 'build_native', '--inplace']\n{script}"],
+            mode,
         )
 
     info = tree / "deftx_kernels/_build_info.json"

@@ -86,10 +86,22 @@ def test_what_would_replace_its_source_or_is_of_another_library(vectors, tmp_pat
         refused("which it would replace", "convert", source, f"{first}/../vector0", "--dtype", "bfloat16")
     refused("which it would replace", "compose", *vectors, "-o", first)
     refused(
-        "dtype must be float32 for composable-sft, not bfloat16", "convert", first, sft, "--to=composable-sft", "--dtype=bfloat16"
+        "dtype must be float32 for composable-sft, not bfloat16",
+        "convert",
+        first,
+        sft,
+        "--to=composable-sft",
+        "--dtype=bfloat16",
     )
     assert run("convert", first, sft, "--to", "composable-sft", capsys=capsys)[0] == 0
-    refused(f"is of composable-sft: run `deftx convert {sft} FOLDER` first", "compose", first, sft, "-o", str(tmp_path / "out"))
+    refused(
+        f"is of composable-sft: run `deftx convert {sft} FOLDER` first",
+        "compose",
+        first,
+        sft,
+        "-o",
+        str(tmp_path / "out"),
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -179,12 +191,16 @@ def test_doctor_says_what_is_wrong_and_exits_with_1(wrong, capsys, monkeypatch):
         right = doctor.reference.csr_gather
         monkeypatch.setattr(doctor.reference, "csr_gather", lambda *a: right(*a) + 1)
     asked = []
-    monkeypatch.setattr(doctor, "run", lambda device, run=doctor.run: asked.append(device) or run(device, repeats=1, width=64))
+    monkeypatch.setattr(
+        doctor, "run", lambda device, run=doctor.run: asked.append(device) or run(device, repeats=1, width=64)
+    )
     code, out, _ = run("doctor", "--device", "cpu", capsys=capsys)
     assert code == (1 if wrong else 0)
     assert ("WRONG" in out) == wrong
     assert asked == ["cpu"]
-    assert re.search(rf"^threads +{torch.get_num_threads()} \((torch default|OMP_NUM_THREADS=\d+)\)$", out, re.MULTILINE)
+    assert re.search(
+        rf"^threads +{torch.get_num_threads()} \((torch default|OMP_NUM_THREADS=\d+)\)$", out, re.MULTILINE
+    )
     assert "256×64" in out  # the shape, and beside it the time
     assert re.search(r"\d ms", out)
 
@@ -219,7 +235,15 @@ def test_train_task_language_and_eval(tmp_path, capsys, tiny_bert):  # noqa: F81
         for option in (f"--{phase}.max-steps", "3", f"--{phase}.lr", "0.01", f"--{phase}.no-keep-best")
     ]
     shared = ["--model", tiny_bert, "--device", "cpu", "--batch-size", "8", "--max-length", "24", *phases]
-    language = ["train-language", "--text", str(tmp_path / "text.txt"), "--language", "xx", "--run-dir", str(tmp_path / "language")]
+    language = [
+        "train-language",
+        "--text",
+        str(tmp_path / "text.txt"),
+        "--language",
+        "xx",
+        "--run-dir",
+        str(tmp_path / "language"),
+    ]
     code, out, err = run(*language, *shared, "--head-steps", "2", capsys=capsys)
     assert code == 0, err
     phi_language = out.strip().splitlines()[-1]
@@ -227,7 +251,9 @@ def test_train_task_language_and_eval(tmp_path, capsys, tiny_bert):  # noqa: F81
     code, out, err = run(*task, *shared, "--start-from", phi_language, capsys=capsys)
     assert code == 0, err
     phi_task = out.strip().splitlines()[-1]
-    code, out, err = run("eval", "--test", str(test), "--vectors", phi_task, phi_language, "--device", "cpu", capsys=capsys)
+    code, out, err = run(
+        "eval", "--test", str(test), "--vectors", phi_task, phi_language, "--device", "cpu", capsys=capsys
+    )
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["n"] == 16
     code, _, err = run("eval", "--test", str(test), "--vectors", phi_language, capsys=capsys)

@@ -1,6 +1,8 @@
-"""Programs that train, save and load models they know nothing of: TRL, accelerate, safetensors, hub mixins, averaged weights.
+"""Programs that train, save and load models they know nothing of: TRL, accelerate, safetensors, hub mixins, averaged
+weights.
 
-Trained entries of a sparsified model are those of the plain model with the same mask; what a saver writes comes back whole.
+Trained entries of a sparsified model are those of the plain model with the same mask; what a saver writes comes back
+whole.
 """
 
 import copy
@@ -46,7 +48,8 @@ def choose(model, density=0.3):
     """A mask over all matrices, the head and the embedding included."""
     generator = torch.Generator().manual_seed(1)
     return topk_mask(
-        {n: torch.rand(p.shape, generator=generator) for n, p in model.named_parameters() if p.dim() == 2}, density=density
+        {n: torch.rand(p.shape, generator=generator) for n, p in model.named_parameters() if p.dim() == 2},
+        density=density,
     )
 
 
@@ -92,7 +95,8 @@ def fresh(tied, dtype, mask):
     return sparsify(llama(tied, dtype, seed=9), mask)
 
 
-# ---- savers -------------------------------------------------------------------------------------------------------------
+# ---- savers
+# -------------------------------------------------------------------------------------------------------------
 
 
 @TIED
@@ -187,7 +191,8 @@ def test_a_hub_mixin(tied, dtype, tmp_path):
     assert_same(loaded, expected)
 
 
-# ---- weights that are averaged, copied and flattened ---------------------------------------------------------------------
+# ---- weights that are averaged, copied and flattened
+# ---------------------------------------------------------------------
 
 
 def averaged(average, model, decay=0.9):
@@ -244,7 +249,8 @@ def test_vector_to_parameters(tied):
         assert torch.equal(mine, theirs)
 
 
-# ---- TRL ----------------------------------------------------------------------------------------------------------------
+# ---- TRL
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +273,9 @@ def sft(model, optimizer, tokenizer, options):
     from trl import SFTConfig, SFTTrainer
 
     data = Dataset.from_dict({"text": [sentence(i) for i in range(8)]})
-    return SFTTrainer(model, SFTConfig(**options), train_dataset=data, processing_class=tokenizer, optimizers=(optimizer, None))
+    return SFTTrainer(
+        model, SFTConfig(**options), train_dataset=data, processing_class=tokenizer, optimizers=(optimizer, None)
+    )
 
 
 def dpo(model, optimizer, tokenizer, options):
@@ -279,7 +287,12 @@ def dpo(model, optimizer, tokenizer, options):
     data = Dataset.from_dict(data | {"rejected": [" " + sentence(i + 2) for i in rows]})
     reference = densify(copy.deepcopy(model)) if masked_parameters(model) else copy.deepcopy(model)
     return DPOTrainer(
-        model, reference, DPOConfig(**options), train_dataset=data, processing_class=tokenizer, optimizers=(optimizer, None)
+        model,
+        reference,
+        DPOConfig(**options),
+        train_dataset=data,
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
     )
 
 

@@ -1,7 +1,7 @@
 """csr_gather, csr_scatter_, csr_add_ against NumPy, the same tests for every implementation.
 
-The oracle never looks at crow_indices or col_indices: it takes the entries of the boolean arrays that the mask was made from, moves
-bytes, and adds in float64.
+The oracle never looks at crow_indices or col_indices: it takes the entries of the boolean arrays that the mask was made
+from, moves bytes, and adds in float64.
 """
 
 import numpy as np
@@ -40,7 +40,9 @@ class Case:
         self.masks = masks or [self.rng.random(m) < density for m in matrices]
         self.nnz = int(sum(m.sum() for m in self.masks))
         self.tensors = [self.random(s) for s in shapes]
-        self.crow = torch.from_numpy(np.cumsum([0, *np.concatenate([m.sum(1) for m in self.masks])], dtype=np.int64)).to(device)
+        self.crow = torch.from_numpy(
+            np.cumsum([0, *np.concatenate([m.sum(1) for m in self.masks])], dtype=np.int64)
+        ).to(device)
         columns = np.concatenate([np.nonzero(m)[1] for m in self.masks])
         wide = wide or any(c > 65_536 for _, c in matrices)
         self.col = torch.from_numpy(columns.astype(np.int32 if wide else np.uint16)).to(device)
@@ -89,7 +91,9 @@ def check_moves(provider, case: Case):
 
 
 def check_add(provider, case: Case, values_dtype, alpha: float):
-    """csr_add_ computes in float32 (float64) and rounds once; outside the mask stay random bits, NaN and infinities among them."""
+    """csr_add_ computes in float32 (float64) and rounds once; outside the mask stay random bits, NaN and infinities
+    among them.
+    """
     for t, m in zip(case.tensors, case.masks):
         inside = torch.from_numpy(m.reshape(-1)).to(case.device)
         t.view(-1)[inside] = case.normal(int(m.sum()), case.dtype)
@@ -126,7 +130,12 @@ def cases(dtypes):
         return lambda device: Case(shapes, dtype, density, seed, wide, device)
 
     return st.builds(
-        make, st.one_of(few, few, few, many), st.sampled_from(dtypes), densities, st.integers(0, 2**32 - 1), st.booleans()
+        make,
+        st.one_of(few, few, few, many),
+        st.sampled_from(dtypes),
+        densities,
+        st.integers(0, 2**32 - 1),
+        st.booleans(),
     )
 
 
@@ -145,7 +154,8 @@ def test_add(provider):
     explore(provider, st.tuples(cases(FLOATS), st.booleans(), alphas), check)
 
 
-# Around the sizes at which the CUDA kernel changes its ways: a tile of 2048 entries, 512 rows to a tile, several tiles to a block.
+# Around the sizes at which the CUDA kernel changes its ways: a tile of 2048 entries, 512 rows to a tile, several tiles
+# to a block.
 @pytest.mark.parametrize(
     ("shapes", "density"),
     [
@@ -187,7 +197,10 @@ def test_uneven_rows(provider):
 def test_no_tensors(provider):
     if provider.name == "reference":
         pytest.skip("the reference takes the dtype of its result from the first tensor")
-    crow, col = torch.zeros(1, dtype=torch.int64, device=provider.device), torch.zeros(0, dtype=torch.int32, device=provider.device)
+    crow, col = (
+        torch.zeros(1, dtype=torch.int64, device=provider.device),
+        torch.zeros(0, dtype=torch.int32, device=provider.device),
+    )
     assert provider.ops.csr_gather([], crow, col).shape == (0,)
     provider.ops.csr_scatter_([], crow, col, torch.zeros(0, device=provider.device))
     provider.ops.csr_add_([], crow, col, torch.zeros(0, device=provider.device), 1.0)
@@ -294,7 +307,9 @@ def _wrong_case(provider, wrong):
 @pytest.mark.parametrize("wrong", [*WRONG_STRUCTURE, *WRONG_CONTENT])
 def test_bad_arguments_raise_and_change_nothing(provider, wrong):
     if provider.name == "reference" or (wrong in WRONG_CONTENT and provider.name != "c++"):
-        pytest.skip("the reference relies on `functional`, and a GPU's host code cannot see the contents: see the next test")
+        pytest.skip(
+            "the reference relies on `functional`, and a GPU's host code cannot see the contents: see the next test"
+        )
     case, tensors, crow, col, values = _wrong_case(provider, (WRONG_STRUCTURE | WRONG_CONTENT)[wrong])
     before = [bits(t) for t in [*case.tensors, *tensors]]
     with pytest.raises(RuntimeError, match=r"must|has|dtype"):

@@ -76,7 +76,9 @@ def random_pair(rows, columns, densities, seed, relation="any", empty=0.0):
 
 def test_random(provider):
     """Empty rows, no rows, empty and full masks, equal and disjoint ones."""
-    shapes = st.sampled_from([(0, 0), (1, 0), (1, 1), (1, 7), (3, 5), (5, 1), (40, 3), (2, 300), (1, 900), (700, 2), (1500, 1)])
+    shapes = st.sampled_from(
+        [(0, 0), (1, 0), (1, 1), (1, 7), (3, 5), (5, 1), (40, 3), (2, 300), (1, 900), (700, 2), (1500, 1)]
+    )
     densities = st.sampled_from([0.0, 0.02, 0.3, 0.9, 1.0])
     relations = st.sampled_from(["any", "any", "equal", "disjoint", "subset"])
 
@@ -85,16 +87,21 @@ def test_random(provider):
 
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run = settings(
-        max_examples=20 if provider.name == "emulated" else 150, deadline=None, suppress_health_check=quiet, database=None
+        max_examples=20 if provider.name == "emulated" else 150,
+        deadline=None,
+        suppress_health_check=quiet,
+        database=None,
     )
     seeds = st.integers(0, 2**32 - 1)
     run(
-        given(shapes, densities, densities, relations, st.sampled_from([0.0, 0.5, 0.95]), seeds, st.sampled_from(WIDTHS))(example)
+        given(
+            shapes, densities, densities, relations, st.sampled_from([0.0, 0.5, 0.95]), seeds, st.sampled_from(WIDTHS)
+        )(example)
     )()
 
 
-# Around the sizes at which the kernels change their ways: words of 32 entries, tiles of 2048, 1024 rows to a tile, several tiles to
-# a block.
+# Around the sizes at which the kernels change their ways: words of 32 entries, tiles of 2048, 1024 rows to a tile,
+# several tiles to a block.
 @pytest.mark.parametrize("dtype", WIDTHS, ids=str)
 @pytest.mark.parametrize(
     ("rows", "columns", "densities"),
@@ -216,7 +223,11 @@ WRONG_CROW = {
 
 def _arguments(provider, operation="or"):
     mine, theirs = random_pair(20, 30, (0.5, 0.5), 0)
-    return [*mask_of(mine, 20, torch.int32, provider.device), *mask_of(theirs, 20, torch.int32, provider.device), CODES[operation]]
+    return [
+        *mask_of(mine, 20, torch.int32, provider.device),
+        *mask_of(theirs, 20, torch.int32, provider.device),
+        CODES[operation],
+    ]
 
 
 @pytest.mark.parametrize("wrong", WRONG_STRUCTURE)
@@ -235,7 +246,8 @@ def test_bad_crow(provider, wrong, place):
         arguments[place] = WRONG_CROW[wrong](arguments[place])
         if provider.name in ("c++", "reference"):
             with pytest.raises(
-                (RuntimeError, ValueError), match="other_crow_indices must" if place else r"(?<!other_)crow_indices must"
+                (RuntimeError, ValueError),
+                match="other_crow_indices must" if place else r"(?<!other_)crow_indices must",
             ):
                 provider.ops.csr_combine(*arguments)
         else:

@@ -1,6 +1,7 @@
 """Damaged and hostile files: the right content, or a ValueError or FileNotFoundError, in bounded time and memory.
 
-`python tests/test_damaged_files.py FORMAT COUNT SEED` damages one format's files COUNT times, with little memory to take.
+`python tests/test_damaged_files.py FORMAT COUNT SEED` damages one format's files COUNT times, with little memory to
+take.
 """
 
 import hashlib
@@ -55,10 +56,17 @@ def content(found: CSRMask | SparseDelta) -> tuple:
     assert found.values.dtype == torch.float32
     low = [] if found.low is None else [t.tolist() for t in found.low]
     dense = {n: (t.dtype, t.shape, t.tolist()) for n, t in found.dense.items()}
-    return mask.fingerprint(), found.values.tolist(), low, repr(sorted(dense.items())), json.dumps(found.metadata, sort_keys=True)
+    return (
+        mask.fingerprint(),
+        found.values.tolist(),
+        low,
+        repr(sorted(dense.items())),
+        json.dumps(found.metadata, sort_keys=True),
+    )
 
 
-# ---- damage -------------------------------------------------------------------------------------------------------------
+# ---- damage
+# -------------------------------------------------------------------------------------------------------------
 
 
 def damage_bytes(data: bytes, chance: random.Random) -> bytes:
@@ -89,7 +97,9 @@ def damage_value(value: Any, chance: random.Random) -> Any:
         if kind == 0:
             return rest
         if kind == 1:
-            return rest | {chance.choice(["", "x", "names", "w", key + "x" if isinstance(key, str) else "y"]): value[key]}
+            return rest | {
+                chance.choice(["", "x", "names", "w", key + "x" if isinstance(key, str) else "y"]): value[key]
+            }
         return {k: damage_value(v, chance) if k == key else v for k, v in value.items()}
     if isinstance(value, list | tuple) and value and chance.random() < 0.8:
         at, kind = chance.randrange(len(value)), chance.randrange(8)
@@ -128,7 +138,15 @@ def damage_tensor(tensor: torch.Tensor, chance: random.Random) -> torch.Tensor:
     if kind == 2:
         return torch.cat([tensor.view(-1), tensor.view(-1)])
     if kind == 3:
-        dtypes = [torch.int32, torch.int64, torch.uint16, torch.float16, torch.bool, torch.complex64, torch.float8_e4m3fn]
+        dtypes = [
+            torch.int32,
+            torch.int64,
+            torch.uint16,
+            torch.float16,
+            torch.bool,
+            torch.complex64,
+            torch.float8_e4m3fn,
+        ]
         return tensor.to(torch.float32).to(chance.choice(dtypes))
     return tensor.view(1, -1)
 
@@ -151,7 +169,9 @@ def damage_safetensors(data: bytes, chance: random.Random, sign: Callable[[dict,
         metadata[key] = chance.choice(["", "x", "5", "[]", "{}", "null"])
     elif target == "names":
         name = chance.choice(sorted(tensors))
-        tensors[chance.choice(["x", "", "dense.x", name + "2"])] = tensors[name] if chance.random() < 0.5 else tensors.pop(name)
+        tensors[chance.choice(["x", "", "dense.x", name + "2"])] = (
+            tensors[name] if chance.random() < 0.5 else tensors.pop(name)
+        )
     else:
         name = chance.choice(sorted(tensors))
         tensors[name] = damage_tensor(tensors[name], chance)
@@ -239,7 +259,8 @@ def sign_delta(tensors: dict, metadata: dict) -> None:
     metadata["config"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-# ---- formats ------------------------------------------------------------------------------------------------------------
+# ---- formats
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Format(NamedTuple):
@@ -313,7 +334,9 @@ FORMATS = {
 
 
 def fuzz(name: str, folder: Path, count: int, seed: int) -> Counter:
-    """Damage the format's files `count` times: how often what came out. An AssertionError holds the file that went wrong."""
+    """Damage the format's files `count` times: how often what came out. An AssertionError holds the file that went
+    wrong.
+    """
     form = FORMATS[name]
     form.write(folder)
     whole = {path: path.read_bytes() for path in folder.iterdir()}

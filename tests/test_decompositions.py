@@ -133,7 +133,9 @@ def test_a_wrong_singular_value_decomposition_is_made_again(monkeypatch, fault):
 
     a = noise(torch.empty(2, 40, 30))
     monkeypatch.setattr(torch.linalg, "svd", wrong)
-    with pytest.warns(RuntimeWarning, match="singular value decomposition of . of 2 matrices of 40 x 30.*failed the check"):
+    with pytest.warns(
+        RuntimeWarning, match="singular value decomposition of . of 2 matrices of 40 x 30.*failed the check"
+    ):
         U, S, Vh = svd(a)
     assert float(((U * S[:, None]) @ Vh - a).abs().max()) < 1e-5
     with pytest.warns(RuntimeWarning, match="failed the check"):
@@ -211,8 +213,12 @@ def body(source, begin):
 
 
 def test_no_library_call_inside_a_parallel_region():
-    """BLAS and LAPACK, and whatever else goes through the dispatcher, are called by the thread that called the operator."""
-    calls = re.compile(r"torch_call_dispatcher|aoti_torch_cpu|torch::stable::(?!parallel_for|get_num_threads)\w+\(|dlsym")
+    """BLAS and LAPACK, and whatever else goes through the dispatcher, are called by the thread that called the
+    operator.
+    """
+    calls = re.compile(
+        r"torch_call_dispatcher|aoti_torch_cpu|torch::stable::(?!parallel_for|get_num_threads)\w+\(|dlsym"
+    )
     regions = 0
     for path in sorted((ROOT / "csrc" / "cpu").iterdir()):
         source = re.sub(r"//[^\n]*", "", path.read_text())

@@ -49,7 +49,9 @@ def tune(base, seed=1, density=0.3, scale=0.1):
 @pytest.mark.parametrize("scale", [1e-4, 0.1, 30.0])
 def test_base_plus_delta_is_tuned_bit_for_bit(dtype, scale):
     base = {"w": torch.randn(200, 50, generator=torch.Generator().manual_seed(0)).to(dtype)}
-    tuned = {"w": (base["w"].float() + scale * torch.randn(200, 50, generator=torch.Generator().manual_seed(1))).to(dtype)}
+    tuned = {
+        "w": (base["w"].float() + scale * torch.randn(200, 50, generator=torch.Generator().manual_seed(1))).to(dtype)
+    }
     delta = SparseDelta.from_models(tuned, base)
     delta.apply_(base)
     assert torch.equal(bits(base["w"]), bits(tuned["w"]))
@@ -63,7 +65,9 @@ def test_any_finite_bits_come_back(dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     integer = BITS[dtype.itemsize]
     least, most = torch.iinfo(integer).min, torch.iinfo(integer).max
-    base, tuned = (torch.randint(least, most, (20_000,), generator=generator, dtype=torch.int64).to(integer) for _ in range(2))
+    base, tuned = (
+        torch.randint(least, most, (20_000,), generator=generator, dtype=torch.int64).to(integer) for _ in range(2)
+    )
     tuned = torch.where(torch.rand(len(base), generator=generator) < 0.1, base ^ (tuned & 3), tuned)
     base[:4], tuned[:4] = torch.tensor([0, least, 0, 1]), torch.tensor([least, 0, 1, least])
     base, tuned = base.view(dtype), tuned.view(dtype)
@@ -91,7 +95,8 @@ def test_what_no_sum_can_carry_is_counted():
     delta.apply_(wide)
     assert int((wide["w"] != tuned["w"]).sum()) == delta.metadata["inexact_entries"] <= 10
     zero = {"w": torch.zeros(1, dtype=torch.float64)}
-    assert SparseDelta.from_models({"w": -zero["w"]}, zero).metadata["inexact_entries"] == 1  # nothing added to 0.0 gives -0.0
+    # nothing added to 0.0 gives -0.0
+    assert SparseDelta.from_models({"w": -zero["w"]}, zero).metadata["inexact_entries"] == 1
 
 
 def exact_pair():
@@ -242,7 +247,9 @@ def test_a_delta_is_added_once_unless_it_is_taken_off():
         model = clones(base)
         start.apply_(model)
         before = clones(model)
-        with pytest.raises(ValueError, match=r"is on model's tensor '.*' already, with alpha = 1.0: alpha = -1.0 takes it off"):
+        with pytest.raises(
+            ValueError, match=r"is on model's tensor '.*' already, with alpha = 1.0: alpha = -1.0 takes it off"
+        ):
             again.apply_(model)
         with pytest.raises(ValueError, match="already"), start.applied(model, alpha=0.5):
             pass
@@ -284,7 +291,12 @@ def test_applied_contexts_close_in_any_order(order):
     fixed.apply_(model)
     before = clones(model)
     contexts = [d.applied(model) for d in deltas]
-    opened = [contexts[0].__enter__(), elsewhere.applied(other).__enter__, contexts[1].__enter__(), contexts[2].__enter__()]
+    opened = [
+        contexts[0].__enter__(),
+        elsewhere.applied(other).__enter__,
+        contexts[1].__enter__(),
+        contexts[2].__enter__(),
+    ]
     assert len(opened) == 4
     for i, at in enumerate(order):
         contexts[at].__exit__(None, None, None)
@@ -308,7 +320,10 @@ def fail_after(_):
 def test_what_else_is_written_meanwhile_is_not_lost_silently():
     base = {"w": torch.zeros(2)}
     delta = SparseDelta.from_models({"w": torch.ones(2)}, base)
-    with pytest.warns(RuntimeWarning, match="entries of 'w' .* were changed while a delta was applied"), delta.applied(base):
+    with (
+        pytest.warns(RuntimeWarning, match="entries of 'w' .* were changed while a delta was applied"),
+        delta.applied(base),
+    ):
         base["w"].mul_(3)
     assert base["w"].tolist() == [0, 0]
     whole = SparseDelta.from_models({"w": torch.ones(2), "head": torch.ones(2)}, base)
@@ -336,14 +351,19 @@ def test_tensors_that_are_resized_or_replaced_meanwhile():
         base[1].weight = nn.Parameter(torch.zeros(5, 3))
     assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items() if n != "1.weight")
     base[1].weight = nn.Parameter(before["1.weight"].clone())
-    with pytest.warns(RuntimeWarning, match="another shape"), pytest.raises(TypeError, match="own"), delta.applied(base):
+    with (
+        pytest.warns(RuntimeWarning, match="another shape"),
+        pytest.raises(TypeError, match="own"),
+        delta.applied(base),
+    ):
         fail_after(setattr(base[1].weight, "data", torch.zeros(5, 3)))
     base[1].weight = nn.Parameter(before["1.weight"].clone())
     with delta.applied(base) as model:
         old = base[0].weight
         model.load_state_dict(clones(model.state_dict()), assign=True)
         assert model[0].weight is not old
-        with SparseDelta(delta.mask, 2 * delta.values).applied(model.state_dict(), strict=False):  # a state dict is the model
+        # a state dict is the model
+        with SparseDelta(delta.mask, 2 * delta.values).applied(model.state_dict(), strict=False):
             model.double()
     assert all(torch.equal(t, before[n].double()) for n, t in base.state_dict().items())
     assert torch.equal(old, before["0.weight"])
@@ -509,7 +529,8 @@ def test_tied_tensors_count_once_in_every_form():
     ) == ["emb.weight"]
     untied = {n: t.clone() for n, t in tuned.state_dict().items()}
     assert len(SparseDelta.from_models(untied, base).mask) == 1
-    assert len(SparseDelta.from_models({"head.weight": untied["head.weight"]}, base).mask) == 1  # as some writers keep it
+    # as some writers keep it
+    assert len(SparseDelta.from_models({"head.weight": untied["head.weight"]}, base).mask) == 1
     untied["head.weight"] += 1
     for make in (SparseDelta.from_models, lambda t, b: select_mask(t, b, k=1)):
         with pytest.raises(ValueError, match="one tensor as 'emb.weight' and 'head.weight', which differ in tuned"):
@@ -521,7 +542,9 @@ def test_tied_tensors_count_once_in_every_form():
         assert len(SparseDelta.from_models(tuned, copied).mask) == len(select_mask(tuned, copied, density=1.0)) == 1
     every = CSRMask.from_dense({n: torch.ones(10, 4, dtype=torch.bool) for n in copied})
     assert SparseDelta.from_models(tuned, copied, every).mask == every  # a mask of both: two tensors
-    assert list(SparseDelta.from_models(tuned, copied, every["emb.weight"], dense=["head.weight"]).dense) == ["head.weight"]
+    assert list(SparseDelta.from_models(tuned, copied, every["emb.weight"], dense=["head.weight"]).dense) == [
+        "head.weight"
+    ]
     whole = torch.zeros(12)
     with pytest.raises(ValueError, match=r"base\['b'\] shares a part of its memory"):
         select_mask({"a": torch.ones(8), "b": torch.ones(8)}, {"a": whole[:8], "b": whole[4:]}, k=1)
@@ -575,7 +598,9 @@ def test_buffers_of_modules_are_kept_whole_where_they_differ():
     parameters = {n: p.detach().clone() for n, p in base.named_parameters()}
     assert not SparseDelta.from_models(tuned, parameters).dense
     assert not SparseDelta.from_models(dict(tuned.named_parameters()), base).dense
-    mask = CSRMask.from_dense({n: torch.ones(s, dtype=torch.bool) for n, s in {"0.weight": (3, 3), "1.running_mean": (3,)}.items()})
+    mask = CSRMask.from_dense(
+        {n: torch.ones(s, dtype=torch.bool) for n, s in {"0.weight": (3, 3), "1.running_mean": (3,)}.items()}
+    )
     assert list(SparseDelta.from_models(tuned, base, mask).dense) == [names[0], names[2]]
 
 
@@ -665,11 +690,16 @@ def test_a_default_device_changes_nothing(tmp_path):
 
 def test_compose_is_the_sum():
     base = tensors()
-    deltas = [SparseDelta.from_models(tune(base, seed)[0], base, metadata={"base_model": "m", "seed": seed}) for seed in (1, 2, 3)]
+    deltas = [
+        SparseDelta.from_models(tune(base, seed)[0], base, metadata={"base_model": "m", "seed": seed})
+        for seed in (1, 2, 3)
+    ]
     total = compose(*deltas)
     expected = {
         n: sum(
-            d.mask.scatter_({m: torch.zeros(s, dtype=torch.float64) for m, s in zip(d.mask.names, d.mask.shapes)}, d.values)[n]
+            d.mask.scatter_(
+                {m: torch.zeros(s, dtype=torch.float64) for m, s in zip(d.mask.names, d.mask.shapes)}, d.values
+            )[n]
             for d in deltas
         )
         for n in base
@@ -698,7 +728,9 @@ def test_compose_refuses_conflicts():
         compose()
     with pytest.raises(TypeError, match=r"deltas\[1\]"):
         compose(one, {})
-    whole = SparseDelta.from_models({"cube": torch.zeros(2, 3, 2), "enc.bias": base["enc.bias"]}, {"enc.bias": base["enc.bias"]})
+    whole = SparseDelta.from_models(
+        {"cube": torch.zeros(2, 3, 2), "enc.bias": base["enc.bias"]}, {"enc.bias": base["enc.bias"]}
+    )
     with pytest.raises(ValueError, match="'cube' is sparse in one delta and whole in another"):
         compose(one, whole)
 
@@ -842,7 +874,9 @@ def test_fingerprints_see_every_bit():
     assert fingerprint({"a": t.view(10, 100)}) != same
     assert fingerprint({"a": t.double()}) != same
     w = torch.tensor([1.0, 0, 2, 0, 2, 0, 1])
-    assert fingerprint({"a": w}) != fingerprint({"a": w[[2, 1, 0, 3, 4, 5, 6]].index_copy(0, torch.tensor([4, 6]), w[[6, 4]])})
+    assert fingerprint({"a": w}) != fingerprint(
+        {"a": w[[2, 1, 0, 3, 4, 5, 6]].index_copy(0, torch.tensor([4, 6]), w[[6, 4]])}
+    )
     t.numpy()[0] = 7
     assert fingerprint({"a": t}) != same
     large = {n: torch.arange(float(n), 9e6, dtype=torch.float64)[::2] for n in "12"}  # by threads
@@ -853,7 +887,9 @@ def test_fingerprints_see_every_bit():
 # ---- interop ----
 
 
-@pytest.mark.skipif(not FIXTURES.is_dir(), reason="the files that composable-sft and PEFT wrote are not at ../shared/fixtures")
+@pytest.mark.skipif(
+    not FIXTURES.is_dir(), reason="the files that composable-sft and PEFT wrote are not at ../shared/fixtures"
+)
 class TestFixtures:
     def dense(self, delta):
         zeros = {n: torch.zeros(s) for n, s in zip(delta.mask.names, delta.mask.shapes)}
@@ -906,7 +942,9 @@ def test_composable_sft_reads_three_dimensions_empty_tensors_and_parameters(tmp_
         "values": dense.permute(2, 1, 0).reshape(-1)[flat],
     }
     empty = {"size": torch.Size((3,)), "index_steps": [], "values": torch.empty(0)}
-    torch.save({"diffs": {"c": encoded, "e": empty}, "abs": {"h": nn.Parameter(torch.ones(2))}}, tmp_path / "pytorch_diff.bin")
+    torch.save(
+        {"diffs": {"c": encoded, "e": empty}, "abs": {"h": nn.Parameter(torch.ones(2))}}, tmp_path / "pytorch_diff.bin"
+    )
     delta = interop.from_composable_sft(tmp_path)
     got = delta.mask.add_({"c": torch.zeros(2, 3, 4), "e": torch.zeros(3)}, delta.values)
     assert torch.equal(got["c"], dense)
@@ -920,8 +958,14 @@ def test_composable_sft_reads_three_dimensions_empty_tensors_and_parameters(tmp_
         ({"body": {}, "head": {}}, "oldest format"),
         ({"x": 1}, "neither 'diffs' nor 'abs'"),
         ([1], "holds a list"),
-        ({"diffs": {"w": {"size": torch.Size((2, 2)), "index_steps": [0, 9], "values": torch.ones(2)}}}, "indices of tensor 'w'"),
-        ({"diffs": {"w": {"size": torch.Size((2, 2)), "index_steps": [0], "values": torch.ones(2)}}}, "indices of tensor 'w'"),
+        (
+            {"diffs": {"w": {"size": torch.Size((2, 2)), "index_steps": [0, 9], "values": torch.ones(2)}}},
+            "indices of tensor 'w'",
+        ),
+        (
+            {"diffs": {"w": {"size": torch.Size((2, 2)), "index_steps": [0], "values": torch.ones(2)}}},
+            "indices of tensor 'w'",
+        ),
     ],
 )
 def test_composable_sft_refuses_bad_files(tmp_path, content, message):
@@ -954,12 +998,21 @@ def test_malicious_pickles_do_not_run(tmp_path):
         ({"size": (2, 2), "index_steps": [True], "values": torch.ones(1)}, "index_steps ints"),
         ({"size": (2, 2), "index_steps": [0.0], "values": torch.ones(1)}, "index_steps ints"),
         ({"size": (2, 2), "index_steps": [1 << 70], "values": torch.ones(1)}, "OverflowError"),
-        ({"size": (2, 2), "index_steps": [1, (1 << 63) - 1, (1 << 63) - 1, 3], "values": torch.ones(4)}, "do not fit its size"),
+        (
+            {"size": (2, 2), "index_steps": [1, (1 << 63) - 1, (1 << 63) - 1, 3], "values": torch.ones(4)},
+            "do not fit its size",
+        ),
         ({"size": (2, 2), "index_steps": [0], "values": torch.ones(1, dtype=torch.int64)}, "must be floating point"),
-        ({"size": (2, 2), "index_steps": [0], "values": torch.ones(1, device="meta")}, "values of tensor 'w' is on meta"),
+        (
+            {"size": (2, 2), "index_steps": [0], "values": torch.ones(1, device="meta")},
+            "values of tensor 'w' is on meta",
+        ),
         ({"size": (2, 2), "index_steps": [0], "values": 1.0}, "must be a torch.Tensor"),
         ({"size": (2, 2), "index_steps": [np.int64(1)] * 3, "values": torch.ones(1).expand(3)}, "the file holds fewer"),
-        ({"size": (2, 2), "index_steps": [np.float64(1)], "values": torch.ones(1)}, "dtype 'f8', where int64 is expected"),
+        (
+            {"size": (2, 2), "index_steps": [np.float64(1)], "values": torch.ones(1)},
+            "dtype 'f8', where int64 is expected",
+        ),
     ],
 )
 def test_composable_sft_files_that_claim_what_they_do_not_hold(tmp_path, encoded, message):

@@ -1,4 +1,6 @@
-"""The kernels behind svd_denoise: their accuracy promises on larger matrices, their ways out of float32, and whole models."""
+"""The kernels behind svd_denoise: their accuracy promises on larger matrices, their ways out of float32, and whole
+models.
+"""
 
 import math
 
@@ -52,7 +54,8 @@ def on_split_products(monkeypatch):
     monkeypatch.setattr(products, "splits", lambda x: x.dtype == torch.float32)
 
 
-# ---- a fixed rank -------------------------------------------------------------------------------------------------------
+# ---- a fixed rank
+# -------------------------------------------------------------------------------------------------------
 
 
 def assert_near_optimal(a, result, rank, rounding=3e-6):
@@ -74,7 +77,9 @@ def assert_near_optimal(a, result, rank, rounding=3e-6):
 @example((160, 160), "steep", 36, 0, torch.float64, 0, 4)
 @example((130, 390), "steep", 16, 0, torch.float64, 0, 0)
 @example((130, 390), "steep", 48, 0, torch.float64, 0, 4)
-def test_residual_of_a_fixed_rank_is_within_two_percent_of_the_best(shape, spectrum, rank, seed, dtype, n_iter, oversample):
+def test_residual_of_a_fixed_rank_is_within_two_percent_of_the_best(
+    shape, spectrum, rank, seed, dtype, n_iter, oversample
+):
     a = matrix(shape, spectrum, seed, dtype)
     result, info = svd_denoise(a, rank=rank, n_iter=n_iter, oversample=oversample, return_info=True)
     assert_near_optimal(a, result, rank, 3e-6 if dtype == torch.float32 else 1e-9)
@@ -105,7 +110,9 @@ def test_matrices_are_split_once_for_all_products(on_split_products, monkeypatch
 @pytest.mark.parametrize("rule", [{"rank": 20}, {"energy": 0.9}, {"energy": 0.999}])
 @pytest.mark.parametrize("shape", [(400, 150), (130, 390), (300, 300)])
 def test_cublas_takes_operands_and_results_as_they_are(on_split_products, monkeypatch, shape, rule):
-    """Rows or columns one after the other, no overlap: torch copies others before, and a result after, a product on CUDA."""
+    """Rows or columns one after the other, no overlap: torch copies others before, and a result after, a product on
+    CUDA.
+    """
     product, seen = products.product_, []
 
     def watched(out, a, b, *rest, **options):
@@ -179,7 +186,8 @@ def test_more_iterations_where_the_residual_is_not_yet_near(monkeypatch):
         assert_near_optimal(a[i], result[i], 45)
 
 
-# ---- an energy ----------------------------------------------------------------------------------------------------------
+# ---- an energy
+# ----------------------------------------------------------------------------------------------------------
 
 
 def assert_exact_truncation(a, result, info, energy, tolerance=5e-5):
@@ -314,7 +322,9 @@ def test_a_default_batch_is_within_its_memory_limit(threads, monkeypatch):
 
 
 def with_gap(relative, rank, seed):
-    """Noise [260, 260] whose singular value after the first `rank` ones is smaller than the one before by this share of it."""
+    """Noise [260, 260] whose singular value after the first `rank` ones is smaller than the one before by this share of
+    it.
+    """
     u, s, vh = numpy_svd(matrix((260, 260), "noise", seed))
     s[rank] = s[rank - 1] * (1 - relative)
     share = np.cumsum(s**2) / (s**2).sum()
@@ -328,7 +338,9 @@ def test_a_small_gap_at_the_cut_is_settled_in_a_window(monkeypatch):
     def watched(w, squares, vectors, rank, given):
         u, s, vh = numpy_svd(w)
         exact = (u[:, :rank] * s[:rank]) @ vh[:rank]
-        errors.append(np.linalg.norm((w @ vectors[:, :rank] @ vectors[:, :rank].mT).numpy() - exact) / np.linalg.norm(exact))
+        errors.append(
+            np.linalg.norm((w @ vectors[:, :rank] @ vectors[:, :rank].mT).numpy() - exact) / np.linalg.norm(exact)
+        )
         return settled(w, squares, vectors, rank, given)
 
     monkeypatch.setattr(gram, "_settled_basis", watched)
@@ -378,7 +390,9 @@ def test_matrices_of_one_short_side_by_projectors(on_split_products, monkeypatch
     project = gram._project_all
     monkeypatch.setattr(gram, "_project_all", lambda *a: (taken.append(len(a[0])), project(*a))[1])
     monkeypatch.setattr(gram, "ROWS", 256)
-    result, info = svd_denoise(delta, energy=0.8, residual_density=residual_density, batch_bytes=batch_bytes, return_info=True)
+    result, info = svd_denoise(
+        delta, energy=0.8, residual_density=residual_density, batch_bytes=batch_bytes, return_info=True
+    )
     for name, a in delta.items():
         want, its = svd_denoise(a.double(), energy=0.8, residual_density=residual_density, return_info=True)
         assert torch.equal(info[name]["rank"], its["rank"])
@@ -398,12 +412,21 @@ def test_a_projector_that_failed_is_replaced(on_split_products, monkeypatch):
     assert_exact_truncation(a, *svd_denoise(a, energy=0.9, return_info=True), 0.9)
 
 
-# ---- whole models -------------------------------------------------------------------------------------------------------
+# ---- whole models
+# -------------------------------------------------------------------------------------------------------
 
 
 def model(dtype=torch.float32):
     generator = torch.Generator().manual_seed(6)
-    shapes = {"a": (90, 60), "b": (60, 90), "c": (90, 60), "bias": (60,), "conv": (4, 3, 40, 50), "d": (90, 60), "row": (1, 70)}
+    shapes = {
+        "a": (90, 60),
+        "b": (60, 90),
+        "c": (90, 60),
+        "bias": (60,),
+        "conv": (4, 3, 40, 50),
+        "d": (90, 60),
+        "row": (1, 70),
+    }
     return {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
 
 
@@ -428,7 +451,9 @@ def test_each_matrix_as_if_it_were_alone(rule, dtype):
         for key in ("rank", "energy", "residual"):
             assert info[name][key].shape == tensor.shape[:-2]
             torch.testing.assert_close(info[name][key], its_info[key])
-        lost = torch.linalg.matrix_norm(tensor.double() - result[name].double()) / torch.linalg.matrix_norm(tensor.double())
+        lost = torch.linalg.matrix_norm(tensor.double() - result[name].double()) / torch.linalg.matrix_norm(
+            tensor.double()
+        )
         torch.testing.assert_close(info[name]["residual"], lost, atol=5e-3 if dtype == torch.bfloat16 else 1e-5, rtol=0)
 
 
@@ -436,7 +461,9 @@ def test_views_and_transposed_tensors():
     a = torch.randn(2, 64, 130, generator=torch.Generator().manual_seed(7))
     for view in (a.mT, a[:, ::2, 1:100], a.expand(2, 64, 130)):
         for rule in ({"rank": 4}, {"energy": 0.7}):
-            torch.testing.assert_close(svd_denoise(view, **rule), svd_denoise(view.contiguous(), **rule), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                svd_denoise(view, **rule), svd_denoise(view.contiguous(), **rule), atol=1e-5, rtol=0
+            )
 
 
 @pytest.mark.parametrize("rule", [{"rank": 5}, {"energy": 0.8}])
@@ -451,7 +478,11 @@ def test_precision_flags_do_not_matter_and_are_left_as_found(rule):
             flag = torch.backends.mkldnn.matmul.fp32_precision
             assert torch.equal(svd_denoise(a, **rule), expected)
             assert all(torch.equal(x, y) for x, y in zip(truncated_svd(a, 5), vectors))
-            total, test_matrix, nowhere = a.double().square().sum()[None], torch.randn(300, 21), torch.zeros(1, 1).expand_as(a)
+            total, test_matrix, nowhere = (
+                a.double().square().sum()[None],
+                torch.randn(300, 21),
+                torch.zeros(1, 1).expand_as(a),
+            )
             with pytest.raises(RuntimeError, match="single memory location"):  # found when the products are made
                 torch.ops.deftx.svd_denoise_([a], [nowhere], total, 5, 0.0, 0.0, 0.0, 2, test_matrix, 1)
             assert torch.get_float32_matmul_precision() == precision
@@ -462,7 +493,8 @@ def test_precision_flags_do_not_matter_and_are_left_as_found(rule):
 
 @pytest.mark.parametrize(
     ("dtype", "scale"),
-    [(torch.float32, 2.0**e) for e in (-80, -30, 20, 30, 33, 80)] + [(torch.float64, 2.0**-110), (torch.float64, 2.0**600)],
+    [(torch.float32, 2.0**e) for e in (-80, -30, 20, 30, 33, 80)]
+    + [(torch.float64, 2.0**-110), (torch.float64, 2.0**600)],
 )
 def test_entries_whose_squares_leave_the_range_of_the_dtype(dtype, scale):
     a = torch.stack([matrix((130, 90), "low rank and noise", s, dtype) for s in range(2)])
@@ -564,7 +596,8 @@ def test_backends_name_the_library():
     assert served.others["reference"] == "blas comes first"
 
 
-# ---- many small matrices, and ranks that are a large share of the short side --------------------------------------------
+# ---- many small matrices, and ranks that are a large share of the short side
+# --------------------------------------------
 
 
 def small_tensors():
@@ -586,8 +619,12 @@ def small_tensors():
     return tensors
 
 
-@pytest.mark.parametrize(("batch_bytes", "residual_density"), [(None, 0.0), (None, 0.3), (1, 0.3), (20_000, 0.0), (20_000, 1.0)])
-@pytest.mark.parametrize("rule", [{"energy": 0.9}, {"energy": 1.0}, {"rank": 1}, {"rank": 100}, {"rank": "gavish-donoho"}], ids=str)
+@pytest.mark.parametrize(
+    ("batch_bytes", "residual_density"), [(None, 0.0), (None, 0.3), (1, 0.3), (20_000, 0.0), (20_000, 1.0)]
+)
+@pytest.mark.parametrize(
+    "rule", [{"energy": 0.9}, {"energy": 1.0}, {"rank": 1}, {"rank": 100}, {"rank": "gavish-donoho"}], ids=str
+)
 def test_small_matrices(rule, batch_bytes, residual_density):
     delta, calls = small_tensors(), []
     result, info = svd_denoise(
@@ -628,7 +665,9 @@ def test_small_matrices(rule, batch_bytes, residual_density):
 def test_many_small_matrices_take_few_calls(monkeypatch):
     calls, right = [], torch.ops.deftx.svd_denoise_
     monkeypatch.setattr(torch.ops.deftx, "svd_denoise_", lambda *a: calls.append(len(a[0])) or right(*a))
-    svd_denoise({"conv": torch.randn(128, 128, 3, 3)} | {f"expert {i}": torch.randn(4, 4) for i in range(2000)}, energy=0.9)
+    svd_denoise(
+        {"conv": torch.randn(128, 128, 3, 3)} | {f"expert {i}": torch.randn(4, 4) for i in range(2000)}, energy=0.9
+    )
     assert len(calls) == 2
 
 

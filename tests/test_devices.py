@@ -27,7 +27,9 @@ def scores(dtype=torch.float32, seed=0):
 def test_topk_mask_is_the_same_on_every_device(device, dtype, scope):
     for tied in (False, True):
         x = {n: (t * 2).round() if tied else t for n, t in scores(dtype).items()}
-        assert dk.topk_mask(on(x, device), density=0.07, scope=scope).to("cpu") == dk.topk_mask(x, density=0.07, scope=scope)
+        assert dk.topk_mask(on(x, device), density=0.07, scope=scope).to("cpu") == dk.topk_mask(
+            x, density=0.07, scope=scope
+        )
     bad = on(scores(dtype), device)
     bad["c"][1, 2, 3] = float("nan")
     with pytest.raises(ValueError, match=r"scores\['c'\] holds nan at flat index 213"):
@@ -51,7 +53,9 @@ def test_mask_operations(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rule", [{}, {"energy": 0.9}, {"rank": 3}, {"rank": "gavish-donoho", "residual_density": 0.01}])
+@pytest.mark.parametrize(
+    "rule", [{}, {"energy": 0.9}, {"rank": 3}, {"rank": "gavish-donoho", "residual_density": 0.01}]
+)
 def test_denoising_and_selection(device, rule):
     generator = torch.Generator().manual_seed(3)
     base = {"w": torch.randn(60, 40, generator=generator), "v": torch.randn(64, generator=generator)}
@@ -69,9 +73,9 @@ def test_denoising_and_selection(device, rule):
 
 def model_and_mask(dtype=torch.float32):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(50, 16, padding_idx=0), nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 5)).to(
-        dtype
-    )
+    model = nn.Sequential(
+        nn.Embedding(50, 16, padding_idx=0), nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 5)
+    ).to(dtype)
     covered = {n: p for n, p in model.named_parameters() if not n.startswith("3")}
     return model, dk.topk_mask({n: torch.randn(p.shape) for n, p in covered.items()}, density=0.2)
 
@@ -79,7 +83,10 @@ def model_and_mask(dtype=torch.float32):
 def train(model, optimizer, device, steps=10):
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
-        ids, labels = torch.randint(0, 50, (8, 6), generator=generator), torch.randint(0, 5, (8, 6), generator=generator)
+        ids, labels = (
+            torch.randint(0, 50, (8, 6), generator=generator),
+            torch.randint(0, 5, (8, 6), generator=generator),
+        )
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(ids.to(device)).flatten(0, 1).float(), labels.to(device).flatten()).backward()
         optimizer.step()
@@ -139,7 +146,9 @@ def test_an_optimizer_step_is_captured_in_a_cuda_graph():
     model, mask = model_and_mask()
     model, mask = model.cuda(), mask.to("cuda")
     eager = copy.deepcopy(model)
-    optimizers = [dk.SparseAdamW(m.named_parameters(), mask, lr=torch.tensor(1e-2, device="cuda")) for m in (model, eager)]
+    optimizers = [
+        dk.SparseAdamW(m.named_parameters(), mask, lr=torch.tensor(1e-2, device="cuda")) for m in (model, eager)
+    ]
     generator = torch.Generator().manual_seed(5)
     gradients = [[torch.randn(p.shape, generator=generator).cuda() for p in model.parameters()] for _ in range(4)]
     for p, q, g in zip(model.parameters(), eager.parameters(), gradients[0]):

@@ -65,7 +65,9 @@ def _selection(rank, folder):
     with pytest.raises(TypeError, match=r"scores\['b'\] must be a plain tensor, got a DTensor"):
         dk.topk_mask(sharded, k=20)
     alone = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("across", "alone"))["alone"]
-    with pytest.raises(ValueError, match=rf"scores\['b'\] lies on the ranks \[\d\], the group consists of \[0, {WORLD - 1}\]"):
+    with pytest.raises(
+        ValueError, match=rf"scores\['b'\] lies on the ranks \[\d\], the group consists of \[0, {WORLD - 1}\]"
+    ):
         distributed.topk_mask({n: distribute_tensor(t, alone, [Shard(0)]) for n, t in full.items()}, k=20)
     with pytest.raises(TypeError, match=r"params\['b'\] must be a torch.Tensor, got list"):
         distributed.local_mask(mask, sharded | {"b": []})

@@ -139,7 +139,9 @@ def test_spectra_of_many_rows_on_the_cpu(n, dtype):
         "low rank": (low @ low.mT).to(dtype)[None],
         "low rank and a multiple of the identity": (low @ low.mT + 1e-4 * torch.eye(n)).to(dtype)[None],
         "Wilkinson": (torch.diag((i - n // 2).abs()) + special(n, torch.float64)["tridiagonal"]).to(dtype)[None],
-        "equal blocks": torch.block_diag(*[torch.ones(10, 10, dtype=dtype)] * (n // 10), torch.eye(n % 10, dtype=dtype))[None],
+        "equal blocks": torch.block_diag(
+            *[torch.ones(10, 10, dtype=dtype)] * (n // 10), torch.eye(n % 10, dtype=dtype)
+        )[None],
     }
     for name, values in spectra(n).items():
         matrices[name] = with_eigenvalues(values, dtype)
@@ -170,13 +172,17 @@ def test_threads(threads, count, n):
     ids=str,
 )
 def test_the_vectors_that_a_truncation_needs(rule, dtype):
-    """Of the fewer eigenvalues, kept or others, and 16 beyond; of blocks and clusters, too. The values are those of all."""
+    """Of the fewer eigenvalues, kept or others, and 16 beyond; of blocks and clusters, too. The values are those of
+    all.
+    """
     n, beyond, generator = 300, 16, torch.Generator().manual_seed(6)
     i = torch.arange(n, dtype=torch.float64)
     matrices = [
         with_eigenvalues(torch.linspace(0, 1, n), dtype)[0],
         with_eigenvalues(1 + i // 60 + 1e-9 * i, dtype)[0],
-        torch.block_diag(*[with_eigenvalues(1 + torch.rand(20, generator=generator) + i[:20], dtype)[0] for _ in range(n // 20)]),
+        torch.block_diag(
+            *[with_eigenvalues(1 + torch.rand(20, generator=generator) + i[:20], dtype)[0] for _ in range(n // 20)]
+        ),
         torch.diag(1 + i).to(dtype),
         torch.zeros(n, n, dtype=dtype),
     ]
@@ -214,7 +220,9 @@ def test_an_impossible_rule_is_an_error(rule):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("count", "n", "dtype"), [(73, 768, torch.float32), (224, 144, torch.float64), (4, 1024, torch.float64)])
+@pytest.mark.parametrize(
+    ("count", "n", "dtype"), [(73, 768, torch.float32), (224, 144, torch.float64), (4, 1024, torch.float64)]
+)
 def test_sizes_of_models(count, n, dtype):
     w = torch.randn(count, n + 100, n, generator=torch.Generator().manual_seed(1), dtype=dtype).cuda()
     a = w.mT @ w
@@ -225,5 +233,7 @@ def test_sizes_of_models(count, n, dtype):
     values, vectors = decompositions.eigh(a)
     assert bool(((values - exact).abs() <= 60 * one).all())
     v = vectors.double()
-    assert float((v.mT @ v - torch.eye(n, device="cuda", dtype=torch.float64)).abs().max()) <= 200 * torch.finfo(dtype).eps
+    assert (
+        float((v.mT @ v - torch.eye(n, device="cuda", dtype=torch.float64)).abs().max()) <= 200 * torch.finfo(dtype).eps
+    )
     assert bool((((v * values.double()[:, None]) @ v.mT - a).abs() <= 200 * one[..., None]).all())

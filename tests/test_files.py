@@ -87,7 +87,14 @@ def test_reading_turns_every_fault_of_content_into_a_value_error(tmp_path):
     with pytest.raises(FileNotFoundError), files.reading(path, "thing"):
         pass
     path.touch()
-    for error in (ValueError("x"), KeyError("x"), RecursionError("x"), MemoryError("x"), ZeroDivisionError("x"), EOFError("x")):
+    for error in (
+        ValueError("x"),
+        KeyError("x"),
+        RecursionError("x"),
+        MemoryError("x"),
+        ZeroDivisionError("x"),
+        EOFError("x"),
+    ):
         with pytest.raises(ValueError, match="a.bin is no readable thing: .*x"), files.reading(path, "thing"):
             raise error
     for passes in (PermissionError("x"), KeyboardInterrupt()):
@@ -115,7 +122,9 @@ def test_a_full_and_a_read_only_disk_leave_the_old_files(small_disk):
     large.dense["large"] = torch.zeros(200_000)
     writes = {
         WEIGHTS_NAME: lambda d: d.save_pretrained(disk),
-        "mask": lambda d: (d.mask if d is old else topk_mask({"w": torch.rand(500, 500)}, density=1.0)).save(disk / "mask"),
+        "mask": lambda d: (d.mask if d is old else topk_mask({"w": torch.rand(500, 500)}, density=1.0)).save(
+            disk / "mask"
+        ),
         "pytorch_diff.bin": lambda d: interop.to_composable_sft(d, disk),
     }
 

@@ -1,4 +1,6 @@
-"""Imports run one way (CONTRIBUTING.md, the map of the house): read from the sources, wherever in a file an import stands."""
+"""Imports run one way (CONTRIBUTING.md, the map of the house): read from the sources, wherever in a file an import
+stands.
+"""
 
 import ast
 import sys
@@ -8,9 +10,12 @@ import pytest
 
 PACKAGE = "deftx_kernels"
 ROOT = Path(__file__).resolve().parents[1] / PACKAGE
-MODULES = {p.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init__"): p for p in sorted(ROOT.rglob("*.py"))}
+MODULES = {
+    p.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init__"): p for p in sorted(ROOT.rglob("*.py"))
+}
 
-# Layer -> the layers and modules that it may import, besides modules of its own folder. A layer is a module or a folder.
+# Layer -> the layers and modules that it may import, besides modules of its own folder. A layer is a module or a
+# folder.
 MIDDLE = {"delta", "nn", "optim", "interop", "doctor", "distributed"}
 BASE = {"functional", "_checks", "_denoising", "_masked", "_selection", "mask", "_ops"}
 ALLOWED = {
@@ -84,13 +89,17 @@ def faults(source: str, module: str) -> list[str]:
             if layer(name) not in ALLOWED[own] | {own}:
                 found.append(f"{module} imports {name}: {own} may import of the package only {sorted(ALLOWED[own])}")
         elif top not in sys.stdlib_module_names and own not in DRIVER and top not in THIRD_PARTY.get(own, CORE):
-            found.append(f"{module} imports {name}: {own} may import of others only {sorted(THIRD_PARTY.get(own, CORE))}")
+            found.append(
+                f"{module} imports {name}: {own} may import of others only {sorted(THIRD_PARTY.get(own, CORE))}"
+            )
     return found
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_run_one_way(module):
-    assert module.split("/")[0] in ALLOWED or module == "__init__", f"{module} has no place in the map: add it to ALLOWED"
+    assert module.split("/")[0] in ALLOWED or module == "__init__", (
+        f"{module} has no place in the map: add it to ALLOWED"
+    )
     assert not faults(MODULES[module].read_text(), module)
 
 

@@ -27,11 +27,16 @@ def test_every_op_is_served_and_every_other_implementation_has_a_reason():
 
 
 def test_the_table_is_what_the_dispatcher_runs():
-    tensors, crow, col = [torch.arange(6.0).view(2, 3)], torch.tensor([0, 1, 2]), torch.tensor([2, 0], dtype=torch.uint16)
+    tensors, crow, col = (
+        [torch.arange(6.0).view(2, 3)],
+        torch.tensor([0, 1, 2]),
+        torch.tensor([2, 0], dtype=torch.uint16),
+    )
     assert torch.ops.deftx.csr_gather(tensors, crow, col).tolist() == [2.0, 3.0]
     with torch.profiler.profile() as profile:
         torch.ops.deftx.csr_gather(tensors, crow, col)
-    plain = any(event.key == "aten::index" for event in profile.key_averages())  # only the reference is made of torch's own ops
+    # only the reference is made of torch's own ops
+    plain = any(event.key == "aten::index" for event in profile.key_averages())
     assert plain == (_library.backends()["csr_gather"]["cpu"].name == "reference")
 
 
@@ -39,7 +44,9 @@ def test_python_backends_are_listed(monkeypatch):
     monkeypatch.setattr(_library, "_registered", {})
     monkeypatch.setattr(_library, "_absent", {})
     monkeypatch.setattr(
-        _library, "_has_kernel", lambda op, key: (op, key) == ("topk_mask", "CUDA") or key == "CompositeExplicitAutograd"
+        _library,
+        "_has_kernel",
+        lambda op, key: (op, key) == ("topk_mask", "CUDA") or key == "CompositeExplicitAutograd",
     )
     _library.register("topk_mask", "cuda", "triton")
     _library.absent("triton", "triton was not found")
@@ -86,8 +93,12 @@ def test_a_missing_library_warns_once(monkeypatch, tmp_path, info, reason, recwa
 def test_a_library_that_cannot_be_loaded_says_why(monkeypatch, tmp_path):
     fresh(monkeypatch, tmp_path)
     (tmp_path / f"libdeftx_cpu{_library._SUFFIX}").write_bytes(b"not a library")
-    (tmp_path / "_build_info.json").write_text(json.dumps({"torch": "2.99", "cpu": {"built": True, "compiler": "g++ 99"}}))
-    with pytest.warns(RuntimeWarning, match=r"failed to load: .*built with g\+\+ 99 against torch 2\.99; this is torch 2\."):
+    (tmp_path / "_build_info.json").write_text(
+        json.dumps({"torch": "2.99", "cpu": {"built": True, "compiler": "g++ 99"}})
+    )
+    with pytest.warns(
+        RuntimeWarning, match=r"failed to load: .*built with g\+\+ 99 against torch 2\.99; this is torch 2\."
+    ):
         _library.load()
     assert "failed to load" in _library.errors["cpu"]
     assert str(tmp_path) not in _library.errors["cpu"]

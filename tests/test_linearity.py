@@ -77,7 +77,9 @@ class Case:
         for _, p in params:
             p.grad = torch.ones_like(p)
         each = len(params) // groups
-        return SparseAdamW([{"params": params[i : i + each]} for i in range(0, len(params), each)], self.mask, decay_to=self.values)
+        return SparseAdamW(
+            [{"params": params[i : i + each]} for i in range(0, len(params), each)], self.mask, decay_to=self.values
+        )
 
 
 def all_of(case, function):

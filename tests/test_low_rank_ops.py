@@ -1,7 +1,8 @@
 """residual_cut and the three operators of L + prune(H), the same tests for every implementation.
 
-Which entries are kept depends on the last bits of L, so an implementation is judged by its own: L is what low_rank_denoised returns
-for a cut that keeps nothing, and must be close to the float64 product; from there on everything is exact, against NumPy sorts.
+Which entries are kept depends on the last bits of L, so an implementation is judged by its own: L is what
+low_rank_denoised returns for a cut that keeps nothing, and must be close to the float64 product; from there on
+everything is exact, against NumPy sorts.
 """
 
 import importlib
@@ -57,7 +58,8 @@ def backend(request) -> Backend:
     return Backend(request.param, importlib.import_module(f"{tool.__name__}.triton_on_cpu"), [])
 
 
-# ---- problems and oracles -----------------------------------------------------------------------------------------------
+# ---- problems and oracles
+# -----------------------------------------------------------------------------------------------
 
 
 class Problem(NamedTuple):
@@ -144,7 +146,8 @@ def check_mask(backend: Backend, problem: Problem, cut: Tensor, denoised: Tensor
             assert len(col) == k
 
 
-# ---- tests --------------------------------------------------------------------------------------------------------------
+# ---- tests
+# --------------------------------------------------------------------------------------------------------------
 
 # (b, m, n, r); a tile is 64 x 128 with 16 columns of the factors at a time.
 SHAPES = [
@@ -232,7 +235,9 @@ def test_mask_of_equal_scores(backend, k):
 @pytest.mark.parametrize("ties", [[0, 5], [12, 0], [1, 12]])
 def test_ties_of_one_matrix_are_not_those_of_another(backend, ties):
     problem = Problem(torch.ones(2, 3, 4), torch.zeros(2, 3, 1), torch.zeros(2, 4, 1))
-    crow, col = backend.low_rank_mask(*problem, torch.zeros(2, 2, dtype=torch.int64), int(magnitudes(torch.tensor(1.0))), ties)
+    crow, col = backend.low_rank_mask(
+        *problem, torch.zeros(2, 2, dtype=torch.int64), int(magnitudes(torch.tensor(1.0))), ties
+    )
     mask = (np.arange(12) < np.array(ties)[:, None]).reshape(6, 4)
     assert crow.tolist() == [0, *mask.sum(1).cumsum()]
     assert col.tolist() == mask.nonzero()[1].tolist()

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from deftx_kernels import CSRMask, topk_mask
 
 SHAPES = st.lists(
-    st.sampled_from([(), (1,), (0,), (7,), (3, 5), (1, 9), (4, 0), (0, 4), (2, 3, 4), (2, 1, 2, 3)]), min_size=1, max_size=5
+    st.sampled_from([(), (1,), (0,), (7,), (3, 5), (1, 9), (4, 0), (0, 4), (2, 3, 4), (2, 1, 2, 3)]),
+    min_size=1,
+    max_size=5,
 )
 
 
@@ -29,7 +31,11 @@ def flat(dense):
 
 
 @settings(max_examples=60, deadline=None)
-@given(SHAPES, st.integers(0, 99), st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64]))
+@given(
+    SHAPES,
+    st.integers(0, 99),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64]),
+)
 def test_gather_scatter_add_against_numpy(shapes, seed, dtype):
     dense = random_dense(shapes, seed)
     mask = CSRMask.from_dense(dense)
@@ -69,7 +75,10 @@ def test_set_operations_against_bool_tensors(shapes, seed):
 
 
 def test_masks_of_different_tensors_are_united():
-    a, b = CSRMask.from_dense({"a": torch.tensor([True, False])}), CSRMask.from_dense({"b": torch.eye(2, dtype=torch.bool)})
+    a, b = (
+        CSRMask.from_dense({"a": torch.tensor([True, False])}),
+        CSRMask.from_dense({"b": torch.eye(2, dtype=torch.bool)}),
+    )
     assert (a | b).names == ("a", "b")
     assert (a | b).nnz == 3
     assert (a & b).nnz == 0
@@ -101,7 +110,9 @@ def test_wide_tensors_have_int32_columns():
 
 
 def test_positions_beyond_two_to_the_31():
-    """composable-sft decodes tensors of 2**31 elements and more wrongly. 2.8e9 elements here, of which a few are selected."""
+    """composable-sft decodes tensors of 2**31 elements and more wrongly. 2.8e9 elements here, of which a few are
+    selected.
+    """
     shapes = [(70_000, 40_000), (5,)]
 
     def at(*rows_and_columns):

@@ -1,9 +1,9 @@
 """masked_linear_grad and masked_embedding_grad against float64, the same tests for every implementation.
 
-The oracle is a dense float64 product (or sum of rows), of which plain indexing with the boolean mask takes the entries. Bounds on
-the error are derived, not chosen: a sum of N rounded terms in any order is off by at most (N + 2) u times the sum of their
-magnitudes, with u half the spacing of float32 (float64) numbers, and the result is rounded once more to its own dtype.
-Rows and columns without entries hold NaN and infinities, which must go nowhere.
+The oracle is a dense float64 product (or sum of rows), of which plain indexing with the boolean mask takes the entries.
+Bounds on the error are derived, not chosen: a sum of N rounded terms in any order is off by at most (N + 2) u times the
+sum of their magnitudes, with u half the spacing of float32 (float64) numbers, and the result is rounded once more to
+its own dtype. Rows and columns without entries hold NaN and infinities, which must go nowhere.
 """
 
 import importlib
@@ -31,7 +31,8 @@ BACKENDS = [
     pytest.param("triton-sm80", marks=pytest.mark.cuda_on_cpu),
     pytest.param("gpu", marks=pytest.mark.gpu),
 ]
-if INTERPRETED:  # the variable decides what `triton.jit` makes, so this backend has a process to itself: see the last test
+# the variable decides what `triton.jit` makes, so this backend has a process to itself: see the last test
+if INTERPRETED:
     from triton.runtime import interpreter
 
     BACKENDS = ["triton-interpreter"]
@@ -126,13 +127,16 @@ def assert_within(got: Tensor, want: Tensor, bound: Tensor) -> None:
     )
 
 
-# ---- masked_linear_grad -------------------------------------------------------------------------------------------------
+# ---- masked_linear_grad
+# -------------------------------------------------------------------------------------------------
 
 
 class Linear:
     """Random tokens, and a mask of [m, n]."""
 
-    def __init__(self, tokens: int, mask: Tensor, grad_dtype=BF16, input_dtype=None, *, wide=False, clean=False) -> None:
+    def __init__(
+        self, tokens: int, mask: Tensor, grad_dtype=BF16, input_dtype=None, *, wide=False, clean=False
+    ) -> None:
         generator = torch.Generator().manual_seed(tokens + 7 * mask.shape[0] + 31 * mask.shape[1])
         self.mask = mask
         self.grad_output = torch.randn(tokens, mask.shape[0], generator=generator, dtype=FP64).to(grad_dtype)
@@ -157,14 +161,18 @@ class Linear:
         assert got.dtype == dtype
         assert got.shape == self.col.shape
         want = self.entries()
-        # Of the compute dtype; 4 because tensor cores cut off where others round, and inputs of a wider dtype are rounded to it.
+        # Of the compute dtype; 4 because tensor cores cut off where others round, and inputs of a wider dtype are
+        # rounded to it.
         bound = self.entries(magnitudes=True) * (4 * (len(self.input) + 2) * half_spacing(dtype) + (product or 0))
         assert_within(got, want, bound + rounded_to(want.abs() + bound, dtype))
-        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, (self.grad_output, self.input)))
+        assert all(
+            torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, (self.grad_output, self.input))
+        )
         return got
 
 
-# (tokens, rows, columns, density). The Triton kernel's tile has 128 rows, 128 columns and 64 tokens, for float32 128, 64 and 32.
+# (tokens, rows, columns, density). The Triton kernel's tile has 128 rows, 128 columns and 64 tokens, for float32 128,
+# 64 and 32.
 SHAPES = {
     "one entry": (1, 1, 1, 1.0),
     "one row": (5, 1, 300, 0.3),
@@ -210,13 +218,17 @@ def test_every_dtype(backend, dtypes, density):
 def test_entries_at_the_borders(backend):
     """Of words of 32 columns, of tiles and of the matrix."""
     mask = torch.zeros(257, 290, dtype=torch.bool)
-    for row, column in itertools.product((0, 1, 127, 128, 255, 256), (0, 31, 32, 63, 64, 95, 96, 127, 128, 159, 255, 256, 289)):
+    for row, column in itertools.product(
+        (0, 1, 127, 128, 255, 256), (0, 31, 32, 63, 64, 95, 96, 127, 128, 159, 255, 256, 289)
+    ):
         mask[row, column] = True
     Linear(9, mask, FP32).check(backend)
 
 
 def test_rows_of_every_kind(backend):
-    """No entry, one, all, those of one tile; rows that end before a tile and rows that begin after it; the same columns twice."""
+    """No entry, one, all, those of one tile; rows that end before a tile and rows that begin after it; the same columns
+    twice.
+    """
     mask = torch.zeros(11, 300, dtype=torch.bool)
     mask[1, 299] = mask[3, 0] = True
     mask[4] = True
@@ -362,7 +374,9 @@ def test_bad_arguments_raise(backend, wrong, density):
 
 
 @only_triton
-@pytest.mark.parametrize(("tokens", "dtypes"), [(130, (BF16, FP32)), (190, (BF16, BF16)), (100, (FP32, FP32)), (50, (FP64, FP64))])
+@pytest.mark.parametrize(
+    ("tokens", "dtypes"), [(130, (BF16, FP32)), (190, (BF16, BF16)), (100, (FP32, FP32)), (50, (FP64, FP64))]
+)
 @pytest.mark.parametrize("parts", [2, 3])
 def test_tokens_in_parts(backend, monkeypatch, tokens, dtypes, parts):
     """Of 3 steps, 2 parts leave the last one shorter; of 4 steps, 3 parts come to 2."""
@@ -423,7 +437,9 @@ def test_tf32_where_torch_allows_it(backend):
 
 @only_triton
 def test_offsets_beyond_31_bits(backend):
-    """9 GB of address space, of which a few pages are touched: tokens of the first step and of the second begin beyond 2**31."""
+    """9 GB of address space, of which a few pages are touched: tokens of the first step and of the second begin beyond
+    2**31.
+    """
     if backend.name == "triton-interpreter":
         pytest.skip("reads what it is not shown")
     from deftx_kernels.kernels import masked_linear_grad as module
@@ -454,7 +470,8 @@ def test_too_large_a_matrix_is_refused():
         masked_linear_grad(torch.empty(1, 1), wide, torch.tensor([0, 1]), torch.tensor([5], dtype=torch.int32), FP32)
 
 
-# ---- masked_embedding_grad ----------------------------------------------------------------------------------------------
+# ---- masked_embedding_grad
+# ----------------------------------------------------------------------------------------------
 
 
 class Embedding:
@@ -469,12 +486,16 @@ class Embedding:
         self.crow, self.col = csr(mask, wide)
 
     def run(self, backend: Backend, dtype: torch.dtype) -> Tensor:
-        return backend.masked_embedding_grad(self.grad_output, self.indices, self.crow, self.col, self.padding_idx, dtype)
+        return backend.masked_embedding_grad(
+            self.grad_output, self.indices, self.crow, self.col, self.padding_idx, dtype
+        )
 
     def entries(self, magnitudes: bool = False) -> Tensor:
         """float64 [nnz]"""
         g = self.grad_output.double().nan_to_num(0, 0, 0)
-        return torch.zeros(self.mask.shape, dtype=FP64).index_add_(0, self.indices, g.abs() if magnitudes else g)[self.mask]
+        return torch.zeros(self.mask.shape, dtype=FP64).index_add_(0, self.indices, g.abs() if magnitudes else g)[
+            self.mask
+        ]
 
     def check(self, backend: Backend, dtype: torch.dtype = FP32) -> Tensor:
         before = self.grad_output.clone(), self.indices.clone()
@@ -614,7 +635,10 @@ WRONG_EMBEDDING = {
     "tokens differ": (lambda c: (c.grad_output[1:].contiguous(), c.indices, c.crow, c.col), "grad_output"),
     "column too large": (lambda c: (c.grad_output[:, :-1].contiguous(), c.indices, c.crow, c.col), "col_indices"),
     "negative column": (lambda c: (c.grad_output, c.indices, c.crow, c.col.to(torch.int32) - 1), "col_indices"),
-    "crow ends late": (lambda c: (c.grad_output, c.indices, torch.cat([c.crow[:-1], c.crow[-1:] + 1]), c.col), "crow_indices"),
+    "crow ends late": (
+        lambda c: (c.grad_output, c.indices, torch.cat([c.crow[:-1], c.crow[-1:] + 1]), c.col),
+        "crow_indices",
+    ),
     "crow too short": (lambda c: (c.grad_output, c.indices, c.crow[:-1], c.col), "indices"),
     "crow descends": (lambda c: (c.grad_output, c.indices, c.crow[[0, 3, 2, 1, 4, 5]], c.col), "crow_indices"),
     "floating indices": (lambda c: (c.grad_output, c.indices.float(), c.crow, c.col), "indices"),
@@ -646,7 +670,9 @@ def test_indices_outside_the_vocabulary_are_left_out(backend):
 
 @only_triton
 def test_offsets_of_embeddings_beyond_31_bits(backend):
-    """7 GB of address space, of which a few pages are touched: the last of 200 tokens begins at an element beyond 2**31."""
+    """7 GB of address space, of which a few pages are touched: the last of 200 tokens begins at an element beyond
+    2**31.
+    """
     tokens, d = 200, 2**24
     case = Embedding(torch.zeros(tokens, dtype=torch.int64), random_mask(1, 100, 0.3))
     gradients, case.grad_output = case.grad_output, torch.empty(tokens, d)
@@ -656,7 +682,8 @@ def test_offsets_of_embeddings_beyond_31_bits(backend):
     assert_within(got, case.entries(), case.entries(magnitudes=True) * 202 * 2.0**-24)
 
 
-# ---- on a GPU -----------------------------------------------------------------------------------------------------------
+# ---- on a GPU
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -689,7 +716,8 @@ def test_nothing_waits_for_the_device():
     linear = Linear(2000, random_mask(300, 200, 0.1), BF16)
     embedding = Embedding(tokens_of(50, 2000), random_mask(50, 200, 0.1), BF16)
     on_gpu = [
-        [t.cuda() for t in (x.grad_output, y, x.crow, x.col)] for x, y in ((linear, linear.input), (embedding, embedding.indices))
+        [t.cuda() for t in (x.grad_output, y, x.crow, x.col)]
+        for x, y in ((linear, linear.input), (embedding, embedding.indices))
     ]
 
     def both() -> list[Tensor]:

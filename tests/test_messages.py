@@ -1,4 +1,6 @@
-"""Tensors of unusual kinds, and modes of torch that are active during a call: the right result, or an error that names them."""
+"""Tensors of unusual kinds, and modes of torch that are active during a call: the right result, or an error that names
+them.
+"""
 
 import contextlib
 
@@ -64,7 +66,13 @@ NOT_FLOATING = {"complex": lambda t, _: t.to(torch.complex64), "float8": lambda 
 
 def adamw(**given):
     """One step in which the given arguments stand for the usual ones."""
-    usual = {"params": {"w": W.clone()}, "grads": {"w": W}, "exp_avg": ONES.clone(), "exp_avg_sq": ONES.clone(), "step": 1}
+    usual = {
+        "params": {"w": W.clone()},
+        "grads": {"w": W},
+        "exp_avg": ONES.clone(),
+        "exp_avg_sq": ONES.clone(),
+        "step": 1,
+    }
     arguments = usual | {"mask": MASK, "lr": 0.1} | given
     sparse_adamw(**arguments)
     return arguments["params"]["w"]
@@ -193,7 +201,8 @@ def test_tracers_and_transforms_are_named():
     with pytest.raises(ValueError, match=r"scores\['tensor'\] is batched by torch\.vmap"):
         torch.vmap(lambda x: topk_mask(x, k=2).nnz * x)(torch.randn(3, 6, 4))
     chosen = []
-    torch.func.grad(lambda x: (chosen.append(topk_mask(x, k=7)), x.sum())[1])(W)  # values are there: they can be chosen from
+    # values are there: they can be chosen from
+    torch.func.grad(lambda x: (chosen.append(topk_mask(x, k=7)), x.sum())[1])(W)
     assert chosen[0] == topk_mask(W, k=7)
 
 
@@ -207,7 +216,8 @@ def test_subclasses_that_hold_their_own_elements_are_taken():
     assert not MASK.gather({"w": named}).any()
 
 
-# ---- inference_mode -----------------------------------------------------------------------------------------------------
+# ---- inference_mode
+# -----------------------------------------------------------------------------------------------------
 
 
 def inference(function):
@@ -265,7 +275,8 @@ def test_inference_tensors_are_taken_where_torch_takes_them():
         assert torch.equal(masked_linear(inference(x.clone), made, values, MASK), nn.functional.linear(x, W))
 
 
-# ---- defaults of torch --------------------------------------------------------------------------------------------------
+# ---- defaults of torch
+# --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -346,7 +357,9 @@ RUNS = {
     "select_mask, factors": lambda: select_mask(TUNED, BASE, k=50, rank=2, residual_density=0.1, keep_factors=True),
     "select_mask, Gavish-Donoho": lambda: select_mask(TUNED, BASE, k=50, rank="gavish-donoho"),
     "low_rank_mask": lambda: low_rank_mask(TUNED, density=0.2, rank=2),
-    "svd_denoise": lambda: svd_denoise([*TUNED.values(), BIG.bfloat16()], energy=0.9, residual_density=0.1, return_info=True),
+    "svd_denoise": lambda: svd_denoise(
+        [*TUNED.values(), BIG.bfloat16()], energy=0.9, residual_density=0.1, return_info=True
+    ),
     "truncated_svd": lambda: truncated_svd(BIG, 2),
     "sparse_adamw": lambda: adamw(),
     "trained": trained,

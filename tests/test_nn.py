@@ -82,7 +82,9 @@ def test_gradcheck_of_modules(make):
     def function(x, *values):
         return torch.func.functional_call(model, dict(zip(names, values)), (x, *inputs[1:]))
 
-    assert torch.autograd.gradcheck(function, (x, *(model.get_parameter(n).detach().clone().requires_grad_() for n in names)))
+    assert torch.autograd.gradcheck(
+        function, (x, *(model.get_parameter(n).detach().clone().requires_grad_() for n in names))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -160,7 +162,10 @@ def test_backward_keeps_the_autocast_state_of_forward():
 def test_dtypes_are_refused_where_linear_refuses_them(dtype, weight_dtype, autocast):
     _, weight, values, mask = problem(dtype=weight_dtype)
     results = []
-    for function in (lambda x: masked_linear(x, weight, values, mask), lambda x: F.linear(x, weight.clone().requires_grad_())):
+    for function in (
+        lambda x: masked_linear(x, weight, values, mask),
+        lambda x: F.linear(x, weight.clone().requires_grad_()),
+    ):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             try:
                 results.append(function(torch.ones(2, 8, dtype=dtype)).dtype)
@@ -179,7 +184,11 @@ def test_inputs_of_any_shape(x):
     masked_linear(x, weight, values, mask).sum().backward()
     F.linear(x, dense).sum().backward()
     torch.testing.assert_close(values.grad, mask.gather({"tensor": dense.grad}))
-    ids = torch.zeros(x.shape[:-1], dtype=torch.int32).t() if x.dim() == 3 else torch.ones(x.shape[:-1], dtype=torch.int64)
+    ids = (
+        torch.zeros(x.shape[:-1], dtype=torch.int32).t()
+        if x.dim() == 3
+        else torch.ones(x.shape[:-1], dtype=torch.int64)
+    )
     values.grad = dense.grad = None
     (masked_embedding(ids.mT if x.dim() > 3 else ids, weight, values, mask) ** 2).sum().backward()
     (F.embedding(ids.mT if x.dim() > 3 else ids, dense) ** 2).sum().backward()
@@ -189,7 +198,8 @@ def test_inputs_of_any_shape(x):
 def test_second_and_forward_derivatives_are_refused():
     x, weight, values, mask = problem()
     x.requires_grad_()
-    for loss in (lambda out: out.square().sum(), torch.sum):  # the gradient of a sum needs no gradient, that of x still does
+    # the gradient of a sum needs no gradient, that of x still does
+    for loss in (lambda out: out.square().sum(), torch.sum):
         for of in (x, values):
             (gradient,) = torch.autograd.grad(loss(masked_linear(x, weight, values, mask)), of, create_graph=True)
             with pytest.raises(RuntimeError, match="masked_linear cannot be differentiated twice"):
@@ -267,7 +277,9 @@ def mlp():
 
 def mlp_mask(density=0.3, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return topk_mask({n: torch.randn(p.shape, generator=generator) for n, p in mlp().named_parameters()}, density=density)
+    return topk_mask(
+        {n: torch.randn(p.shape, generator=generator) for n, p in mlp().named_parameters()}, density=density
+    )
 
 
 IDS = torch.randint(0, 20, (5, 6), generator=torch.Generator().manual_seed(4))
@@ -275,7 +287,9 @@ IDS = torch.randint(0, 20, (5, 6), generator=torch.Generator().manual_seed(4))
 
 def quietly_sparsified(model, density=0.4, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    mask = topk_mask({n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}, density=density)
+    mask = topk_mask(
+        {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}, density=density
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return sparsify(model, mask), mask
@@ -319,7 +333,9 @@ class Odd(nn.Module):
 
     def forward(self, x):
         return (
-            self.values(x @ self.scale.sum(0).repeat(2, 2)) * self.parts[0] + self.named["shift"] * sum(self.parts) + self.masked()
+            self.values(x @ self.scale.sum(0).repeat(2, 2)) * self.parts[0]
+            + self.named["shift"] * sum(self.parts)
+            + self.masked()
         )
 
 
@@ -389,7 +405,9 @@ MODULES = {
 
 @pytest.mark.parametrize("kind", MODULES)
 def test_modules(kind):
-    """Gradients as the dense ones gathered, also in evaluation, in copies and in float64; training reaches the dense tensors."""
+    """Gradients as the dense ones gathered, also in evaluation, in copies and in float64; training reaches the dense
+    tensors.
+    """
     make, inputs = MODULES[kind]
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     torch.manual_seed(0)
@@ -408,7 +426,8 @@ def test_modules(kind):
     got = torch.cat([r.values.grad for r in masked_parameters(model).values()])
     torch.testing.assert_close(got, mask.gather(gradients))
     assert all(r.dense.grad is None for r in masked_parameters(model).values())
-    if kind not in ("own forward", "lstm", "pruned", "parametrized"):  # these cannot be copied even where they are plain
+    # these cannot be copied even where they are plain
+    if kind not in ("own forward", "lstm", "pruned", "parametrized"):
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)) if kind != "odd" else model):
             other.zero_grad()
             loss_of(other, *inputs).backward()
@@ -428,7 +447,8 @@ def test_modules(kind):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
-    "kind", ["linear", "conv1d", "tied", "layer norm", "conv2d", "attention", "encoder layer", "subclass", "odd", "used twice"]
+    "kind",
+    ["linear", "conv1d", "tied", "layer norm", "conv2d", "attention", "encoder layer", "subclass", "odd", "used twice"],
 )
 def test_compile_without_graph_breaks(kind, autocast):
     make, inputs = MODULES[kind]
@@ -515,11 +535,14 @@ def test_sparsify_structure():
 def test_fallbacks_are_named_by_one_warning():
     odd = Odd()
     del odd.values
-    with pytest.warns(UserWarning, match="4 masked tensors belong to no Linear.*: named.shift, parts.0, parts.1, scale$"):
+    with pytest.warns(
+        UserWarning, match="4 masked tensors belong to no Linear.*: named.shift, parts.0, parts.1, scale$"
+    ):
         sparsify(odd, topk_mask({n: torch.randn(p.shape) for n, p in odd.named_parameters()}, k=12))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for names in (["1.bias"], ["1.weight"], ["0.weight", "1.bias", "1.weight"]):  # the gradient of a bias is always dense
+        # the gradient of a bias is always dense
+        for names in (["1.bias"], ["1.weight"], ["0.weight", "1.bias", "1.weight"]):
             model = mlp()
             sparsify(model, mlp_mask().restrict(names))
             loss_of(model, IDS).backward()
@@ -539,7 +562,10 @@ class Taken(nn.Module):
         (lambda: nn.EmbeddingBag(4, 3, max_norm=1.0), "max_norm"),
         (lambda: torch.jit.script(nn.LayerNorm(3)), "script module"),
         (Taken, "has an attribute 'values'"),
-        (lambda: nn.ParameterDict({"w": nn.Parameter(torch.ones(3, dtype=torch.int32), requires_grad=False)}), "floating point"),
+        (
+            lambda: nn.ParameterDict({"w": nn.Parameter(torch.ones(3, dtype=torch.int32), requires_grad=False)}),
+            "floating point",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -567,7 +593,10 @@ def test_sparsify_refuses_masks_that_do_not_fit():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda linear: prune.l1_unstructured(linear, "weight", 0.5), "Cannot assign non-leaf Tensor to parameter 'weight_orig'"),
+        (
+            lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+            "Cannot assign non-leaf Tensor to parameter 'weight_orig'",
+        ),
         (
             lambda linear: setattr(linear, "weight", nn.Parameter(torch.randn(3, 4))),
             "densify the model before its weight is replaced",

@@ -44,7 +44,8 @@ def output(model):
         return model(X.to(next(model.parameters()).dtype))
 
 
-# ---- values and dense tensors -------------------------------------------------------------------------------------------
+# ---- values and dense tensors
+# -------------------------------------------------------------------------------------------
 
 
 def held_alias(model):
@@ -158,7 +159,9 @@ def merged_by_name(linear, change):
 
 
 @pytest.mark.parametrize("then", ["densify", "forward", "state_dict", "step", "copy", "cast"])
-@pytest.mark.parametrize("merge", [merged_by_data, merged_by_assignment, merged_in_place, merged_without_gradients, merged_by_name])
+@pytest.mark.parametrize(
+    "merge", [merged_by_data, merged_by_assignment, merged_in_place, merged_without_gradients, merged_by_name]
+)
 def test_what_is_added_to_a_weight_stays(merge, then):
     """As when a LoRA adapter is merged: into masked entries, too."""
     model, plain = sparsified(torch.bfloat16), mlp(torch.bfloat16)
@@ -228,7 +231,9 @@ def test_casts_tensor_by_tensor():
     output(model)
     assert all(torch.equal(p, d) for p, d in zip(values_of(model), digits))
     assert torch.equal(masked_parameters(model)["0.weight"].mask.gather({"0.weight": model[0].weight}), model[0].values)
-    with pytest.raises(TypeError, match=r"the values of '0\.bias' are torch.float32, got torch.bfloat16: cast the model with"):
+    with pytest.raises(
+        TypeError, match=r"the values of '0\.bias' are torch.float32, got torch.bfloat16: cast the model with"
+    ):
         cast(values_of(model)[::-1][-2:], torch.bfloat16)
 
 
@@ -316,7 +321,8 @@ def test_plain_tensors():
     assert 7.0 in plain_tensors(model)["0.weight"]
 
 
-# ---- weights that are read as attributes --------------------------------------------------------------------------------
+# ---- weights that are read as attributes
+# --------------------------------------------------------------------------------
 
 
 class Head(nn.Module):
@@ -397,7 +403,8 @@ def test_tied_weights_can_be_tied_again(no_grad):
         other.weight = model.embedding.weight
 
 
-# ---- other shapes -------------------------------------------------------------------------------------------------------
+# ---- other shapes
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -405,7 +412,12 @@ def test_tied_weights_can_be_tied_again(no_grad):
 def test_densify_after_resize_token_embeddings(rows, tie):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=12, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=tie
+        vocab_size=12,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=tie,
     )
     model = transformers.LlamaForCausalLM(config)
     sparsify(model, half(model))
@@ -431,7 +443,8 @@ def densified_copy(model):
     return densify(copy.deepcopy(model))
 
 
-# ---- memory that others own ---------------------------------------------------------------------------------------------
+# ---- memory that others own
+# ---------------------------------------------------------------------------------------------
 
 
 def train(model, mask, steps=3):

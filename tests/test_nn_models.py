@@ -20,7 +20,11 @@ transformers = pytest.importorskip("transformers")
 def mask_of(model, density=0.3, seed=1, only=lambda name, p: True):
     generator = torch.Generator().manual_seed(seed)
     scores = {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters() if only(n, p)}
-    return topk_mask(scores, density=density) if density < 1 else CSRMask.from_dense({n: t == t for n, t in scores.items()})
+    return (
+        topk_mask(scores, density=density)
+        if density < 1
+        else CSRMask.from_dense({n: t == t for n, t in scores.items()})
+    )
 
 
 def sparsified(model, mask):
@@ -111,7 +115,13 @@ def batch(model):
     padding = model.config.pad_token_id
     ids[1, 4:] = 0 if padding is None else padding
     kind = type(model).__name__
-    labels = torch.tensor([0, 1, 0]) if "Sequence" in kind else ids % 2 if "Token" in kind else ids.where(attention == 1, -100)
+    labels = (
+        torch.tensor([0, 1, 0])
+        if "Sequence" in kind
+        else ids % 2
+        if "Token" in kind
+        else ids.where(attention == 1, -100)
+    )
     return dict(input_ids=ids, attention_mask=attention, labels=labels)
 
 
@@ -124,14 +134,20 @@ def loss_of(model, part=slice(None)):
     [
         *((a, "matrices", torch.float32, 0.2) for a in ARCHITECTURES),
         *((a, "everything", torch.float64, 1.0) for a in ("bert, mlm", "xlm-r, tokens", "gpt2", "llama, tied")),
-        *((a, w, torch.float64, 0.3) for a in ("xlm-r, mlm", "gpt2") for w in ("linear", "embeddings", "biases and norms")),
+        *(
+            (a, w, torch.float64, 0.3)
+            for a in ("xlm-r, mlm", "gpt2")
+            for w in ("linear", "embeddings", "biases and norms")
+        ),
         *((a, "everything", torch.bfloat16, 0.3) for a in ("xlm-r, classes", "gpt2", "llama")),
         ("bert, classes", "everything", torch.float32, 1e-9),
     ],
 )
 def test_gradients_of_architectures(architecture, which, dtype, density):
     model, plain = make(architecture, dtype), make(architecture, dtype)
-    mask = mask_of(model, density, only=MASKS[which]) if density > 1e-6 else topk_mask(dict(model.named_parameters()), k=1)
+    mask = (
+        mask_of(model, density, only=MASKS[which]) if density > 1e-6 else topk_mask(dict(model.named_parameters()), k=1)
+    )
     keys, types = list(model.state_dict()), [type(m) for m in model.modules()]
     sparsified(model, mask)
     expected, got = loss_of(plain), loss_of(model)
@@ -154,7 +170,9 @@ def test_gradients_of_architectures(architecture, which, dtype, density):
         if name in mask:
             assert parameter.grad is None
         elif name in dense and parameter.requires_grad:
-            torch.testing.assert_close(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, dense[name])
+            torch.testing.assert_close(
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, dense[name]
+            )
     densify(model)
     assert list(model.state_dict()) == keys
     assert [type(m) for m in model.modules()] == types
@@ -165,7 +183,9 @@ def test_gradients_of_architectures(architecture, which, dtype, density):
 
 @pytest.mark.parametrize("architecture", ["bert, mlm", "gpt2", "llama"])
 def test_autocast_of_architectures(architecture):
-    """Activations bit for bit those of the dense model under autocast; gradients, which are not rounded to 16 bits, are closer."""
+    """Activations bit for bit those of the dense model under autocast; gradients, which are not rounded to 16 bits, are
+    closer.
+    """
     model, plain = make(architecture), make(architecture)
     exact = copy.deepcopy(plain).double()
     mask = mask_of(model, 0.3, only=MASKS["matrices"])
@@ -235,7 +255,9 @@ def test_saved_models_load_as_plain_ones(architecture, tmp_path):
     weights = dict(model.named_parameters())
     for folder in ("sparsified", "dense"):
         again = type(model).from_pretrained(tmp_path / folder).eval()
-        assert {n: tuple(p.shape) for n, p in again.named_parameters()} == {n: tuple(p.shape) for n, p in weights.items()}
+        assert {n: tuple(p.shape) for n, p in again.named_parameters()} == {
+            n: tuple(p.shape) for n, p in weights.items()
+        }
         assert all(torch.equal(p, weights[n]) for n, p in again.named_parameters())
         assert torch.equal(loss_of(again), expected)
 
@@ -264,7 +286,13 @@ IDS = torch.randint(0, 20, (6, 5), generator=torch.Generator().manual_seed(4))
 
 def mlp(dtype=torch.float32):
     torch.manual_seed(0)
-    layers = nn.Embedding(20, 8, padding_idx=0), nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4, bias=False)
+    layers = (
+        nn.Embedding(20, 8, padding_idx=0),
+        nn.Linear(8, 16),
+        nn.LayerNorm(16),
+        nn.GELU(),
+        nn.Linear(16, 4, bias=False),
+    )
     return nn.Sequential(*layers).to(dtype)
 
 
@@ -280,7 +308,9 @@ def square(model, ids=IDS):
 
 @pytest.mark.parametrize("name", ["SparseAdamW", "AdamW", "SGD", "LBFGS", "two", "part"])
 def test_any_optimizer_trains_a_sparsified_model(name):
-    """As it trains a dense model whose gradients are masked; after each step, and within a closure, weights are up to date."""
+    """As it trains a dense model whose gradients are masked; after each step, and within a closure, weights are up to
+    date.
+    """
     model, mask = small()
     plain, chosen = mlp(), mask.to_dense()
     for n, p in plain.named_parameters():
@@ -348,7 +378,8 @@ def test_accumulation_is_in_place_and_equals_one_batch():
 
 
 @pytest.mark.parametrize(
-    "make_optimizer", [lambda m: torch.optim.SGD(m.parameters()), lambda m: SparseAdamW(m.named_parameters(), mask_of(m))]
+    "make_optimizer",
+    [lambda m: torch.optim.SGD(m.parameters()), lambda m: SparseAdamW(m.named_parameters(), mask_of(m))],
 )
 def test_an_optimizer_made_before_sparsify_warns(make_optimizer):
     model = mlp()
@@ -505,7 +536,9 @@ def test_functional_calls_use_the_values_they_are_given():
         assert not torch.equal(out, model(IDS))
         assert torch.equal(out, moved(IDS))
         square(moved).backward()
-        gradients = torch.func.grad(lambda v, model=model: torch.func.functional_call(model, v, (IDS,)).square().mean())(values)
+        gradients = torch.func.grad(
+            lambda v, model=model: torch.func.functional_call(model, v, (IDS,)).square().mean()
+        )(values)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, moved.get_parameter(name).grad)
         check_in_step(model)

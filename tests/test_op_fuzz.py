@@ -1,9 +1,9 @@
 """Operators called directly with damaged arguments: a result, or an error that says what is wrong, and nothing else.
 
-Every call begins with valid arguments, small ones, of which some are then spoiled: sizes, dtypes, devices, layouts, what index
-arrays hold, the lengths of lists, numbers. Between hostile calls the valid ones must still give the reference's result.
-`python tests/test_op_fuzz.py LIBRARY CALLS SEED [OP...]` does the same in a process of its own, with another build of the CPU
-library, and prints each call before it is made.
+Every call begins with valid arguments, small ones, of which some are then spoiled: sizes, dtypes, devices, layouts,
+what index arrays hold, the lengths of lists, numbers. Between hostile calls the valid ones must still give the
+reference's result. `python tests/test_op_fuzz.py LIBRARY CALLS SEED [OP...]` does the same in a process of its own,
+with another build of the CPU library, and prints each call before it is made.
 """
 
 import importlib
@@ -33,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-# ---- valid arguments ----------------------------------------------------------------------------------------------------
+# ---- valid arguments
+# ----------------------------------------------------------------------------------------------------
 
 
 class Maker:
@@ -99,7 +100,11 @@ def _topk(make: Maker) -> list[Any]:
     base = [make.floats(*s.shape, dtype=make.dtype()) for s in scores] if make.rng.random() < 0.3 else []
     scope = make.rng.choice([*_ops.SCOPES])
     tables = [_ops.rows_and_columns(s.shape) for s in scores]
-    most = {"global": [sum(s.numel() for s in scores)], "tensor": [r * c for r, c in tables], "row": [c for _, c in tables]}
+    most = {
+        "global": [sum(s.numel() for s in scores)],
+        "tensor": [r * c for r, c in tables],
+        "row": [c for _, c in tables],
+    }
     return [scores, base, [make.rng.randint(0, n) for n in most[scope]], _ops.SCOPES[scope]]
 
 
@@ -121,14 +126,22 @@ def _svd(make: Maker) -> list[Any]:
     a = make.whole(*batch, m, rank) @ make.whole(rank, n) + 0.01 * make.floats(*batch, m, n)
     columns = make.rng.choice([rank, min(rank + 5, m, n), min(m, n)])
     test_matrix = make.floats(min(m, n), columns) if make.rng.random() < 0.5 else None
-    # Of a matrix that is not of the rank alone an iteration gives approximations, which the reference would not confirm.
-    return [a if test_matrix is None else (make.whole(*batch, m, rank) @ make.whole(rank, n)).float(), rank, 2, test_matrix]
+    # Of a matrix that is not of the rank alone an iteration gives approximations, which the reference would not
+    # confirm.
+    return [
+        a if test_matrix is None else (make.whole(*batch, m, rank) @ make.whole(rank, n)).float(),
+        rank,
+        2,
+        test_matrix,
+    ]
 
 
 def _denoise(make: Maker) -> list[Any]:
     m, n, count = make.size(2, 30), make.size(2, 30), make.size(1, 4)
     rank = make.rng.randint(1, min(m, n))
-    matrices = [make.floats(m, rank) @ torch.diag(2.0 ** -torch.arange(rank)) @ make.floats(rank, n) for _ in range(count)]
+    matrices = [
+        make.floats(m, rank) @ torch.diag(2.0 ** -torch.arange(rank)) @ make.floats(rank, n) for _ in range(count)
+    ]
     totals = torch.stack([w.double().square().sum() for w in matrices])
     rule = make.rng.choice([(rank, 0.0, 0.0), (0, 0.9, 0.0), (0, 0.0, 1.5)])
     test_matrix = make.floats(min(m, n), min(rank + 2, m, n)) if rule[0] and make.rng.random() < 0.5 else None
@@ -193,7 +206,13 @@ def _embedding(make: Maker) -> list[Any]:
     tokens, d, vocabulary = make.rng.choice([0, 3, 20, 200]), make.size(), make.size()
     indices = torch.randint(0, vocabulary, (tokens,), generator=make.generator)
     indices = indices.to(make.rng.choice([torch.int32, torch.int64]))
-    return [make.floats(tokens, d), indices, *make.mask([(vocabulary, d)], 0.6), make.rng.choice([-1, 0, 1]), torch.float32]
+    return [
+        make.floats(tokens, d),
+        indices,
+        *make.mask([(vocabulary, d)], 0.6),
+        make.rng.choice([-1, 0, 1]),
+        torch.float32,
+    ]
 
 
 def _bits(magnitude: float, dtype: torch.dtype) -> int:
@@ -223,12 +242,57 @@ VALID: dict[str, Callable[[Maker], list[Any]]] = {
     "masked_embedding_grad": _embedding,
 }
 
-# ---- damage -------------------------------------------------------------------------------------------------------------
+# ---- damage
+# -------------------------------------------------------------------------------------------------------------
 
-INTEGERS = [-1, 0, 1, 2, 15, 16, 17, 31, 32, 48, 64, 65_535, 2**20, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -(2**31), -(2**63)]
+INTEGERS = [
+    -1,
+    0,
+    1,
+    2,
+    15,
+    16,
+    17,
+    31,
+    32,
+    48,
+    64,
+    65_535,
+    2**20,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**62,
+    2**63 - 1,
+    -(2**31),
+    -(2**63),
+]
 NUMBERS = [float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1.0, 2.0, 1e308, 1e-320]
-DTYPES = [*FLOATS, torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.bool, torch.complex64]
-HOSTILE_SHAPES = [(), (0,), (1,), (3,), (0, 3), (3, 0), (2, 2), (1, 2, 3), (0, 2**62), (2**62, 0), (3, 2**40, 0), (2, 0, 0)]
+DTYPES = [
+    *FLOATS,
+    torch.int8,
+    torch.uint8,
+    torch.int16,
+    torch.uint16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+]
+HOSTILE_SHAPES = [
+    (),
+    (0,),
+    (1,),
+    (3,),
+    (0, 3),
+    (3, 0),
+    (2, 2),
+    (1, 2, 3),
+    (0, 2**62),
+    (2**62, 0),
+    (3, 2**40, 0),
+    (2, 0, 0),
+]
 
 
 def hostile_tensor(t: Tensor, rng: random.Random) -> Tensor:
@@ -319,7 +383,8 @@ def damaged(op: str, arguments: list[Any], rng: random.Random) -> list[Any]:
     return [7 if n == "seed" and isinstance(a, Tensor) else a for n, a in zip(names, arguments)]
 
 
-# ---- calls --------------------------------------------------------------------------------------------------------------
+# ---- calls
+# --------------------------------------------------------------------------------------------------------------
 
 
 class Implementation(NamedTuple):
@@ -363,7 +428,12 @@ def hostile_call(implementation: Implementation, op: str, arguments: list[Any]) 
             implementation.call(op, arguments)
     except Exception as error:
         emulator = type(error).__module__.startswith("cuda_on_cpu") or type(error).__module__.startswith("shared")
-        good = isinstance(error, ERRORS) and not emulator and not any(i in str(error) for i in INTERNAL) and str(error).strip()
+        good = (
+            isinstance(error, ERRORS)
+            and not emulator
+            and not any(i in str(error) for i in INTERNAL)
+            and str(error).strip()
+        )
         if not good:
             raise AssertionError(f"{text}\nraised {type(error).__name__}: {error}") from error
     else:
@@ -433,7 +503,8 @@ def triton_kernels(tool: Any) -> Implementation:
     return Implementation(call, list(functions))
 
 
-# ---- tests --------------------------------------------------------------------------------------------------------------
+# ---- tests
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_every_operator_has_valid_arguments():
@@ -493,14 +564,17 @@ def test_an_emptied_storage_is_refused():
         torch.ops.deftx.csr_gather([t], torch.tensor([0, 1, 1]), torch.tensor([0], dtype=torch.uint16))
 
 
-# ---- under sanitizers ---------------------------------------------------------------------------------------------------
+# ---- under sanitizers
+# ---------------------------------------------------------------------------------------------------
 
 
 def runtime_library(name: str) -> str:
     """A library of the compiler's."""
     compiler = os.environ.get("CXX", "g++")
     try:
-        path = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        path = subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         pytest.skip(f"{compiler} is not there or is not like GCC")
     if not Path(path).is_absolute():

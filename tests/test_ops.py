@@ -37,7 +37,9 @@ def test_doctor_finds_every_op_correct_and_a_wrong_one_wrong(monkeypatch):
 
 @pytest.fixture
 def serving(monkeypatch):
-    """serving("eigh", ...): the doctor sees these operators alone. Whether each row of the serving implementation is correct."""
+    """serving("eigh", ...): the doctor sees these operators alone. Whether each row of the serving implementation is
+    correct.
+    """
     every = _library.backends()
     before = torch.get_num_threads()
 
@@ -54,7 +56,9 @@ def serving(monkeypatch):
 
 @pytest.mark.multithreaded
 def test_doctor_works_on_real_layers_with_the_callers_threads(serving, monkeypatch):
-    """An eigensolver that is wrong for several matrices of 640 rows and more on several threads: so MKL's was on some CPUs."""
+    """An eigensolver that is wrong for several matrices of 640 rows and more on several threads: so MKL's was on some
+    CPUs.
+    """
     right = torch.ops.deftx.eigh
     seen = set()
 

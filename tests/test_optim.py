@@ -1,4 +1,6 @@
-"""SparseAdamW against torch.optim.AdamW; state, groups, scalers, resume. The kernel itself is tested in test_sparse_adamw.py."""
+"""SparseAdamW against torch.optim.AdamW; state, groups, scalers, resume. The kernel itself is tested in
+test_sparse_adamw.py.
+"""
 
 import copy
 import io
@@ -12,7 +14,9 @@ from deftx_kernels import CSRMask, SparseAdamW, densify, sparse_adamw, sparsify,
 
 def make_model(dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3)).to(dtype)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3)).to(
+        dtype
+    )
     for p in model[3].parameters():
         p.requires_grad_(False)
     return model
@@ -21,13 +25,17 @@ def make_model(dtype=torch.float32, seed=0):
 def make_mask(model, density=0.3, names=("0.weight", "1.weight", "1.bias")):
     generator = torch.Generator().manual_seed(1)
     return topk_mask(
-        {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters() if n in names}, density=density
+        {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters() if n in names},
+        density=density,
     )
 
 
 def batches(n, seed=2):
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randint(0, 20, (6, 4), generator=generator), torch.randint(0, 3, (6, 4), generator=generator)) for _ in range(n)]
+    return [
+        (torch.randint(0, 20, (6, 4), generator=generator), torch.randint(0, 3, (6, 4), generator=generator))
+        for _ in range(n)
+    ]
 
 
 def train(model, optimizer, data, scheduler=None):
@@ -52,7 +60,9 @@ def test_density_one_equals_adamw(sparsified, options):
     if sparsified:
         sparsify(model, mask)
     data = batches(50)
-    expected = train(reference, torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=1e-2, **options), data)
+    expected = train(
+        reference, torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=1e-2, **options), data
+    )
     train(model, SparseAdamW(model.named_parameters(), mask, lr=1e-2, **options), data)
     got = dict((densify(model) if sparsified else model).named_parameters())
     for name, tensor in expected.items():
@@ -92,7 +102,9 @@ def test_state_dict_resumes_bit_identically(dtype, sparsified):
     model, optimizer, scheduler = fresh()
     train(model, optimizer, data[:6], scheduler)
     file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, file)
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, file
+    )
     file.seek(0)
     expected = train(model, optimizer, data[6:], scheduler)
     saved = torch.load(file, weights_only=True)
@@ -121,7 +133,9 @@ def test_a_state_of_another_mask_is_refused():
     model = make_model()
     one, other = make_mask(model), make_mask(model, 0.2)
     state = SparseAdamW(model.named_parameters(), one).state_dict()
-    with pytest.raises(ValueError, match="with another mask than this optimizer's: '0.weight' has .. entries there and .. here"):
+    with pytest.raises(
+        ValueError, match="with another mask than this optimizer's: '0.weight' has .. entries there and .. here"
+    ):
         SparseAdamW(model.named_parameters(), other).load_state_dict(state)
 
 
@@ -224,7 +238,9 @@ def test_update_mask_carries_moments_over():
     optimizer.update_mask(new)
     for name, p in model.named_parameters():
         if name in new:
-            assert torch.equal(optimizer.state[p]["exp_avg"], new[name].gather({name: moments[name] * old.to_dense()[name]}))
+            assert torch.equal(
+                optimizer.state[p]["exp_avg"], new[name].gather({name: moments[name] * old.to_dense()[name]})
+            )
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     after = train(model, optimizer, batches(2))
     for name, selected in new.to_dense().items():
@@ -288,13 +304,21 @@ def functional_arguments():
         ({"step": 0}, ValueError, "step must be an int from 1"),
         ({"step": torch.tensor(1.0, dtype=torch.bfloat16)}, ValueError, "step must be a 0-d tensor of 32 bits"),
         ({"exp_avg": torch.zeros(4)}, ValueError, r"exp_avg must be compact, \[nnz\] = \[3\]"),
-        ({"exp_avg_sq": torch.zeros(3, dtype=torch.bfloat16)}, ValueError, "exp_avg and exp_avg_sq must have the same dtype"),
+        (
+            {"exp_avg_sq": torch.zeros(3, dtype=torch.bfloat16)},
+            ValueError,
+            "exp_avg and exp_avg_sq must have the same dtype",
+        ),
         ({"exp_avg": torch.zeros(3).half()}, ValueError, "exp_avg must be contiguous torch.float32 or torch.bfloat16"),
         ({"values": torch.zeros(3).bfloat16()}, ValueError, "values must be contiguous torch.float32 for"),
         ({"stochastic_rounding": True, "seed": -1}, ValueError, "seed must be at least 0"),
         ({"stochastic_rounding": True, "seed": 0.5}, TypeError, "seed must be an int"),
         ({"stochastic_rounding": True, "seed": 2**63}, ValueError, r"seed must be less than 2\*\*63"),
-        ({"params": {"w": torch.ones(3, 3).half()}, "stochastic_rounding": True}, ValueError, "not defined for float16 params"),
+        (
+            {"params": {"w": torch.ones(3, 3).half()}, "stochastic_rounding": True},
+            ValueError,
+            "not defined for float16 params",
+        ),
         ({"grads": {"w": torch.ones(2, 3)}}, ValueError, r"grads\['w'\] has shape"),
         ({"grads": torch.ones(9)}, ValueError, "grads must be compact"),
         ({"params": {"w": torch.ones(3, 3, dtype=torch.int32)}}, TypeError, r"params\['w'\] must be float32"),

@@ -1,4 +1,6 @@
-"""SparseAdamW by the patterns of PyTorch's own optimizer tests, against torch.optim.AdamW on the gathered entries in float64."""
+"""SparseAdamW by the patterns of PyTorch's own optimizer tests, against torch.optim.AdamW on the gathered entries in
+float64.
+"""
 
 import copy
 import io
@@ -113,7 +115,8 @@ def through_file(objects, weights_only=True):
     return torch.load(file, weights_only=weights_only)
 
 
-# ---- the arithmetic -----------------------------------------------------------------------------------------------------
+# ---- the arithmetic
+# -----------------------------------------------------------------------------------------------------
 
 
 def oracle(model, mask, steps, *, l1=0.0, decay_to=None, maximize=False, lr=1e-2, **options):
@@ -238,7 +241,9 @@ def test_the_step_shows_as_an_inplace_change(sparsified):
     """A backward over weights that a step has changed since is an error, not a wrong gradient."""
     x = torch.randn(5, 4, requires_grad=True)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    mask = CSRMask.from_dense({n: torch.rand(p.shape) < 0.5 for n, p in model.named_parameters() if n.endswith("weight")})
+    mask = CSRMask.from_dense(
+        {n: torch.rand(p.shape) < 0.5 for n, p in model.named_parameters() if n.endswith("weight")}
+    )
     if sparsified:
         sparsify(model, mask)
     optimizer = SparseAdamW(model.named_parameters(), mask)
@@ -263,7 +268,9 @@ def test_parameters_that_are_not_contiguous(layout, contiguous_gradient, masked)
         p, other = nn.Parameter(LAYOUTS[layout](base)), nn.Parameter(torch.ones(2, dtype=torch.float64))
         assert not p.is_contiguous()
         if ours:
-            mask = CSRMask.from_dense({"p" if masked else "q": torch.ones((p if masked else other).shape, dtype=torch.bool)})
+            mask = CSRMask.from_dense(
+                {"p" if masked else "q": torch.ones((p if masked else other).shape, dtype=torch.bool)}
+            )
             optimizer = SparseAdamW([("p", p), ("q", other)], mask, lr=0.1)
         else:
             optimizer = torch.optim.AdamW([p, other], lr=0.1, foreach=False, fused=False)
@@ -293,7 +300,9 @@ def test_odd_shapes_in_several_dtypes(dtypes):
         optimizer.step()
         reference.step()
     for n, p in twin.items():
-        torch.testing.assert_close(model[n].detach(), p.detach(), rtol=0.05 if p.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            model[n].detach(), p.detach(), rtol=0.05 if p.dtype == torch.bfloat16 else 1e-5, atol=1e-6
+        )
     assert torch.equal(model["none"], torch.full((2, 2), 0.5, dtype=model["none"].dtype))
     assert {s["exp_avg"].dtype for s in optimizer.state.values()} >= {torch.float64}
     optimizer.load_state_dict(through_file(optimizer.state_dict()))
@@ -344,7 +353,8 @@ def test_repr():
     assert "weight_decay: 0.125" in text
 
 
-# ---- state dicts --------------------------------------------------------------------------------------------------------
+# ---- state dicts
+# --------------------------------------------------------------------------------------------------------
 
 
 @both
@@ -615,7 +625,9 @@ def test_a_refused_state_changes_nothing(sparsified, state, message):
 
 @both
 def test_a_state_without_newer_options_gets_their_defaults(sparsified):
-    """As with torch's optimizers, also where this optimizer was made with another value: the state is of a run without it."""
+    """As with torch's optimizers, also where this optimizer was made with another value: the state is of a run without
+    it.
+    """
     (model, optimizer), (twin, other) = setup(sparsified), setup(sparsified)
     for m, o in ((model, optimizer), (twin, other)):
         train(m, o, 2)
@@ -634,7 +646,9 @@ def test_a_state_of_renamed_parameters():
     train(model, optimizer, 1)
     mask = CSRMask.from_dense({f"model.{n}": t for n, t in make_mask().to_dense().items()})
     renamed = SparseAdamW([(f"model.{n}", p) for n, p in make_model().named_parameters()], mask)
-    with pytest.raises(ValueError, match=r"belongs to other parameters: '0\.weight' is there where .* has 'model\.0\.weight'"):
+    with pytest.raises(
+        ValueError, match=r"belongs to other parameters: '0\.weight' is there where .* has 'model\.0\.weight'"
+    ):
         renamed.load_state_dict(optimizer.state_dict())
 
 
@@ -694,13 +708,16 @@ def test_bytes_of_the_state(dtype, options, sparsified, each):
     model, optimizer = setup(sparsified, dtype, **options)
     assert not optimizer.state
     train(model, optimizer, 2)
-    tensors = [t for n, p in model.named_parameters() if n[0] in "01" and p.requires_grad for t in optimizer.state[p].values()]
+    tensors = [
+        t for n, p in model.named_parameters() if n[0] in "01" and p.requires_grad for t in optimizer.state[p].values()
+    ]
     assert sum(t.nbytes for t in tensors) == each * mask.nnz + 4 * len(MASKED)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert sum(storages.values()) == each * mask.nnz + 4 * len(MASKED)
 
 
-# ---- learning rates and groups ------------------------------------------------------------------------------------------
+# ---- learning rates and groups
+# ------------------------------------------------------------------------------------------
 
 SCHEDULERS = {
     "lambda": lambda o: lr_scheduler.LambdaLR(o, [lambda i: 0.9**i, lambda i: 1 / (1 + i)]),
@@ -746,7 +763,10 @@ def test_schedulers(name, tensor, sparsified):
 @both
 def test_options_of_groups(sparsified):
     """Each group as an optimizer of its own."""
-    options = [{"lr": 0.03, "state_dtype": torch.bfloat16}, {"lr": 0.01, "weight_decay": 0.3, "betas": (0.5, 0.8), "eps": 1e-3}]
+    options = [
+        {"lr": 0.03, "state_dtype": torch.bfloat16},
+        {"lr": 0.01, "weight_decay": 0.3, "betas": (0.5, 0.8), "eps": 1e-3},
+    ]
     options.append({"maximize": True, "l1": 0.1})
     ends = []
     for together in (True, False):
@@ -841,7 +861,8 @@ def test_two_parameters_of_one_masked_name_are_refused():
         SparseAdamW([("w", one), ("w", two)], CSRMask.from_dense({"w": torch.ones(2, 2, dtype=torch.bool)}))
 
 
-# ---- wrapped models -----------------------------------------------------------------------------------------------------
+# ---- wrapped models
+# -----------------------------------------------------------------------------------------------------
 
 
 class Replica(nn.Module):
@@ -915,7 +936,8 @@ def test_a_model_with_a_module_of_that_name(wrap):
     assert torch.equal(model.module.weight == before, ~torch.eye(2, dtype=torch.bool))
 
 
-# ---- clipping -----------------------------------------------------------------------------------------------------------
+# ---- clipping
+# -----------------------------------------------------------------------------------------------------------
 
 
 def norm_of(model, mask):
@@ -1034,7 +1056,8 @@ def test_clip_grad_norm_without_gradients():
     assert float(setup()[1].clip_grad_norm_(1.0)) == 0
 
 
-# ---- bfloat16 state and stochastic rounding -----------------------------------------------------------------------------
+# ---- bfloat16 state and stochastic rounding
+# -----------------------------------------------------------------------------
 
 ROUNDED = [
     (torch.bfloat16, {}),
@@ -1072,7 +1095,9 @@ def twins(*dtypes, groups, **options):
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 3, (torch.bfloat16, torch.float32, torch.bfloat16)])
 def test_no_two_parameters_share_random_numbers(dtypes, alone, groups):
-    """Whether they are stepped by one launch, by one each (dtypes, groups), or one by one since a third lacks a gradient."""
+    """Whether they are stepped by one launch, by one each (dtypes, groups), or one by one since a third lacks a
+    gradient.
+    """
     params, optimizer = twins(*dtypes, groups=groups, stochastic_rounding=True, state_dtype=torch.bfloat16)
     for p in params.values():
         p.grad = torch.full_like(p, 0.3)
@@ -1109,11 +1134,14 @@ def test_bfloat16_moments_decay_only_with_stochastic_rounding():
     assert ends["nearest"][1] != pytest.approx(ends["float32"][1], rel=0.03)
 
 
-# ---- update_mask --------------------------------------------------------------------------------------------------------
+# ---- update_mask
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_update_mask_and_what_entries_decay_to():
-    """Entries that stay keep their point; those that join stay where they are, since they decay to their present weight."""
+    """Entries that stay keep their point; those that join stay where they are, since they decay to their present
+    weight.
+    """
     model, optimizer = setup(decay_to=ORIGIN, lr=0.1, weight_decay=0.5)
     old, new = make_mask(), make_mask(0.6, seed=9)
     start = weights(model)
@@ -1126,7 +1154,9 @@ def test_update_mask_and_what_entries_decay_to():
     for name, chosen in new.to_dense().items():
         stayed, w = chosen & was[name], weights(model)[name]
         assert 0 < stayed.sum() < chosen.sum()
-        torch.testing.assert_close(w[stayed], (start[name] - 0.05 * (start[name] - origin[name]))[stayed], rtol=0, atol=1e-15)
+        torch.testing.assert_close(
+            w[stayed], (start[name] - 0.05 * (start[name] - origin[name]))[stayed], rtol=0, atol=1e-15
+        )
         assert torch.equal(w[~stayed], start[name][~stayed]), name
 
 
@@ -1161,7 +1191,9 @@ def test_a_refused_update_changes_nothing(mask, error):
     for refused in (True, False):
         model = make_model()
         model[0].requires_grad_(False)
-        optimizer = SparseAdamW(model.named_parameters(), old, lr=1e-2, decay_to=torch.ones(old.nnz, dtype=torch.float64))
+        optimizer = SparseAdamW(
+            model.named_parameters(), old, lr=1e-2, decay_to=torch.ones(old.nnz, dtype=torch.float64)
+        )
         train(model, optimizer, 2)
         if refused:
             with pytest.raises(error):

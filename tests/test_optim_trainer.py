@@ -56,7 +56,11 @@ def make_model():
 
 
 def make_mask(model):
-    scores = {n: p.detach() for n, p in model.named_parameters() if p.dim() == 2 and "classifier" not in n and "pooler" not in n}
+    scores = {
+        n: p.detach()
+        for n, p in model.named_parameters()
+        if p.dim() == 2 and "classifier" not in n and "pooler" not in n
+    }
     return topk_mask(scores, density=0.1)
 
 
@@ -73,7 +77,9 @@ def run(folder, sparsified, stop=None, resume=None, **options):
         dataloader_pin_memory=False,
     )  # fmt: skip
     watch = Watch(stop)
-    trainer = Trainer(model=model, args=arguments, train_dataset=Examples(), optimizers=(optimizer, scheduler), callbacks=[watch])
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=Examples(), optimizers=(optimizer, scheduler), callbacks=[watch]
+    )
     trainer.train(resume_from_checkpoint=resume)
     assert trainer.state.global_step == (stop or STEPS)
     return dict((densify(model) if sparsified else model).named_parameters()), watch
@@ -89,7 +95,9 @@ def run(folder, sparsified, stop=None, resume=None, **options):
     ids=["plain", "sparsified", "sparsified, bfloat16 state"],
 )
 def test_trainer(tmp_path, sparsified, options):
-    """Learns, by the schedule and with clipped gradients; only the mask's entries move; an interrupted run ends the same."""
+    """Learns, by the schedule and with clipped gradients; only the mask's entries move; an interrupted run ends the
+    same.
+    """
     start = dict(make_model().named_parameters())
     whole, watch = run(tmp_path / "whole", sparsified, **options)
     assert sum(watch.losses[-8:]) < 0.7 * sum(watch.losses[:8])

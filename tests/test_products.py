@@ -1,4 +1,6 @@
-"""Products of bfloat16 parts, on the CPU and on a GPU, against float64: within twice the errors of the parts and the sums."""
+"""Products of bfloat16 parts, on the CPU and on a GPU, against float64: within twice the errors of the parts and the
+sums.
+"""
 
 import pytest
 import torch
@@ -30,8 +32,10 @@ def numbers(*shape: int, seed: int = 0, even: bool = False) -> Tensor:
 
 
 def assert_product(found: Tensor, a: Tensor, b: Tensor, parts: int = 2) -> None:
-    """With u = 2**-8, bfloat16's rounding, what `parts` parts of x leave is at most u**parts |x|: once for a, once for b, and
-    for the pairs of parts that are left out, parts - 1 of them. Float32 sums of the rest: 2**-24 for each of their terms."""
+    """With u = 2**-8, bfloat16's rounding, what `parts` parts of x leave is at most u**parts |x|: once for a, once for
+    b, and for the pairs of parts that are left out, parts - 1 of them. Float32 sums of the rest: 2**-24 for each of
+    their terms.
+    """
     a, b = a.double(), b.double()
     pairs = parts * (parts + 1) // 2
     bound = (2.0 ** (-8 * parts) * (parts + 1) + 2.0**-24 * pairs * a.shape[-1]) * (a.abs() @ b.abs())

@@ -40,7 +40,9 @@ def test_each_error_is_told_once_with_its_tests(tmp_path, options):
 
 
 def test_of_tests_that_were_stopped_the_names_are_told():
-    lines = "[gw1] [  3%] PASSED tests/test_a.py::test_b[1] \n[gw0] [  4%] FAILED tests/test_a.py::test_b[(2, 3)-cuda] \n"
+    lines = (
+        "[gw1] [  3%] PASSED tests/test_a.py::test_b[1] \n[gw0] [  4%] FAILED tests/test_a.py::test_b[(2, 3)-cuda] \n"
+    )
     assert failures(lines) == ["tests/test_a.py::test_b[(2, 3)-cuda]"]
     assert failures("nothing") == []
 
@@ -59,15 +61,37 @@ def test_steps_of_a_group_run_together_and_none_keeps_another_from_running(log, 
     monkeypatch.setitem(run_gpu.SECONDS, "check", 30)
     wait = "import time; time.sleep(1); print('slept')"
     groups = [
-        [Step("a", python(wait), 20), Step("b", python(wait), 20), Step("too slow", python("import time; time.sleep(60)"), 6)],
-        [Step("wrong", python("print('told'); 1 / 0"), 20), Step("absent", list, 20), Step("raises", lambda: 1 / 0, 20)],
+        [
+            Step("a", python(wait), 20),
+            Step("b", python(wait), 20),
+            Step("too slow", python("import time; time.sleep(60)"), 6),
+        ],
+        [
+            Step("wrong", python("print('told'); 1 / 0"), 20),
+            Step("absent", list, 20),
+            Step("raises", lambda: 1 / 0, 20),
+        ],
         [Step("some tests", python("print('5 deselected in 1s')"), 20)],
-        [Step("second way", lambda: [[sys.executable, "-c", "1 / 0"], [sys.executable, "-c", "print('built')"]], 20, shown=1)],
+        [
+            Step(
+                "second way",
+                lambda: [[sys.executable, "-c", "1 / 0"], [sys.executable, "-c", "print('built')"]],
+                20,
+                shown=1,
+            )
+        ],
     ]
     started = time.monotonic()
     results = {r.step: r for r in phase("check", groups)}
     assert time.monotonic() - started < 20
-    states = {"a": "passed", "b": "passed", "too slow": "FAILED", "wrong": "FAILED", "absent": "not run", "raises": "FAILED"}
+    states = {
+        "a": "passed",
+        "b": "passed",
+        "too slow": "FAILED",
+        "wrong": "FAILED",
+        "absent": "not run",
+        "raises": "FAILED",
+    }
     assert {n: r.state for n, r in results.items()} == states | {"some tests": "FAILED", "second way": "passed"}
     assert results["too slow"].note.startswith("stopped after 6 s")
     assert results["some tests"].note.startswith("no test passed")

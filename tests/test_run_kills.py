@@ -58,7 +58,17 @@ class Small:
         ]
         self.folder = folder
         self.arguments = ["run", "nusax", "--data-dir", str(folder / "data"), "--sources", "source", "--model", model]
-        self.arguments += ["--device", "cpu", "--cost-steps", "0", "--language.head-steps", "3", "--recipes", "deft-x", *phases]
+        self.arguments += [
+            "--device",
+            "cpu",
+            "--cost-steps",
+            "0",
+            "--language.head-steps",
+            "3",
+            "--recipes",
+            "deft-x",
+            *phases,
+        ]
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["deftx_kernels.train.pipeline", "test_run_kills"])
         self.run(folder / "warm", folder / "log")  # the first process of the server waits for its imports

@@ -1,10 +1,11 @@
 """sparse_adamw_ against torch.optim.AdamW in float64, the same tests for every implementation.
 
-Each step is checked from the state before it, with a bound on the rounding errors of that one step (`bounds`); fifty steps in a
-row are checked against fifty float64 steps, with those bounds carried on from step to step.
-What is rounded to 16 bits must be what some result within that bound is rounded to: to nearest, or to either neighbour with a seed.
-Where every implementation must compute the same float32 numbers, seeded results must equal the reference's in every bit.
-Outside the mask, parameters hold NaN, infinities and -0.0, dense gradients hold NaN, and not one bit may change.
+Each step is checked from the state before it, with a bound on the rounding errors of that one step (`bounds`); fifty
+steps in a row are checked against fifty float64 steps, with those bounds carried on from step to step.
+What is rounded to 16 bits must be what some result within that bound is rounded to: to nearest, or to either neighbour
+with a seed. Where every implementation must compute the same float32 numbers, seeded results must equal the reference's
+in every bit. Outside the mask, parameters hold NaN, infinities and -0.0, dense gradients hold NaN, and not one bit may
+change.
 """
 
 import importlib
@@ -30,7 +31,8 @@ BACKENDS = [
     pytest.param("triton-sm80", marks=pytest.mark.cuda_on_cpu),
     pytest.param("gpu", marks=pytest.mark.gpu),
 ]
-if INTERPRETED:  # the variable decides what `triton.jit` makes, so this backend has a process to itself: see the last test
+# the variable decides what `triton.jit` makes, so this backend has a process to itself: see the last test
+if INTERPRETED:
     BACKENDS = ["triton-interpreter"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,7 +80,8 @@ def backend(request) -> Backend:
     return Backend(request.param)
 
 
-# ---- problems -----------------------------------------------------------------------------------------------------------
+# ---- problems
+# -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -207,7 +210,8 @@ def bits(t: Tensor) -> Tensor:
     return t.reshape(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
-# ---- oracle -------------------------------------------------------------------------------------------------------------
+# ---- oracle
+# -------------------------------------------------------------------------------------------------------------
 
 
 State = tuple[Tensor, Tensor, Tensor]  # weight, exp_avg, exp_avg_sq
@@ -222,7 +226,14 @@ def adamw(o: Options, dtype: torch.dtype, state: State, g: Tensor, origin: Tenso
     p.grad = g + (-1 if o.maximize else 1) * o.l1 * torch.sign(p.detach())
     lr = torch.tensor(o.lr, dtype=o.lr_dtype).item()
     opt = torch.optim.AdamW(
-        [p], lr=lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, maximize=o.maximize, foreach=False, fused=False
+        [p],
+        lr=lr,
+        betas=o.betas,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        maximize=o.maximize,
+        foreach=False,
+        fused=False,
     )
     opt.state[p] = {"step": torch.tensor(float(number - 1)), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
     opt.step()
@@ -232,9 +243,9 @@ def adamw(o: Options, dtype: torch.dtype, state: State, g: Tensor, origin: Tenso
 def bounds(
     o: Options, state: State, g: Tensor, origin: Tensor | None, number: int, result: State, before: State | None = None
 ) -> State:
-    """How far one step in the compute dtype may be from `result`, the float64 step from `state`: first-order error analysis, with u
-    the unit roundoff and one u for each rounded constant and operation. In float64 the oracle rounds as well: twice that.
-    `before` are the bounds on the errors that the state came with."""
+    """How far one step in the compute dtype may be from `result`, the float64 step from `state`: first-order error
+    analysis, with u the unit roundoff and one u for each rounded constant and operation. In float64 the oracle rounds
+    as well: twice that. `before` are the bounds on the errors that the state came with."""
     w_before, m_before, v_before = before or (0.0, 0.0, 0.0)
     w, m, v, g = (t.double() for t in (*state, g))
     new_w, new_m, new_v = result
@@ -247,10 +258,14 @@ def bounds(
     # g: scale, l1 and its sum; then for each product its constant and itself (g * g once more), and the sum.
     m_error = b1 * m_before + u * (3 * b1 * m.abs() + 6 * (1 - b1) * g)
     v_error = b2 * v_before + u * (3 * b2 * v + 10 * (1 - b2) * g * g)
-    bias1, bias2 = -math.expm1(number * math.log(b1) if b1 else -math.inf), -math.expm1(number * math.log(b2) if b2 else -math.inf)
+    bias1, bias2 = (
+        -math.expm1(number * math.log(b1) if b1 else -math.inf),
+        -math.expm1(number * math.log(b2) if b2 else -math.inf),
+    )
     denominator = new_v.sqrt() / math.sqrt(bias2) + o.eps
     update = lr / bias1 * new_m / denominator
-    # lr, bias1, lr / bias1; bias2 and its root; root, division, eps, sum; division; product. The biases cancel in float64.
+    # lr, bias1, lr / bias1; bias2 and its root; root, division, eps, sum; division; product. The biases cancel in
+    # float64.
     relative = 11.5 * u + 4 * unit64 * (1 / bias1 + 0.5 / bias2)
     relative = relative + 0.5 * v_error / new_v.clamp_min(1e-300)
     update_error = update.abs() * relative + lr / bias1 / denominator * m_error
@@ -299,7 +314,8 @@ def rounding_range(low: Tensor, high: Tensor, dtype: torch.dtype, by_chance: boo
     return down, up
 
 
-# ---- tests --------------------------------------------------------------------------------------------------------------
+# ---- tests
+# --------------------------------------------------------------------------------------------------------------
 
 CASES = {
     "defaults": Options(),
@@ -356,7 +372,8 @@ def test_fifty_steps_are_those_of_adamw(backend, name):
         old, origin = want, problem.decay_to
         want = adamw(options, torch.float64, old, g, origin, number)
         limits = bounds(options, old, g, origin, number, want, limits)
-    if (options.master or options.dtype == options.compute) and options.state is None:  # else each step's rounding comes on top
+    # else each step's rounding comes on top
+    if (options.master or options.dtype == options.compute) and options.state is None:
         for new, exact, limit in zip((problem.weight(), problem.exp_avg, problem.exp_avg_sq), want, limits):
             assert ((new.double() - exact).abs() <= limit).all()
 
@@ -430,7 +447,9 @@ def test_found_inf_leaves_everything_as_it_was(backend, found_inf):
 @pytest.mark.parametrize("number", [1, 2, 10, 1000, 1_000_000])
 @pytest.mark.parametrize("beta", [0.9, 0.999, 0.999_999])
 def test_bias_corrections_lose_no_digits(backend, number, beta):
-    """A gradient of 1 from zero moments: w' = w - lr (1 - b1)/(1 - b1^t) / sqrt((1 - b2)/(1 - b2^t)), to 1e-6 for any step."""
+    """A gradient of 1 from zero moments: w' = w - lr (1 - b1)/(1 - b1^t) / sqrt((1 - b2)/(1 - b2^t)), to 1e-6 for any
+    step.
+    """
     options = Options(betas=(0.5, beta), weight_decay=0.0, eps=0.0, lr=1.0, compact_grads=True)
     problem = Problem(Layout([(3,)], 1.0), options)
     problem.params[0].zero_()
@@ -473,7 +492,8 @@ def test_tables_are_kept_by_content():
     assert len(rows._tables) == rows._TABLES_KEPT
 
 
-# ---- stochastic rounding ------------------------------------------------------------------------------------------------
+# ---- stochastic rounding
+# ------------------------------------------------------------------------------------------------
 
 
 def philox_words(key: list[int], counter: list[int]) -> list[int]:
@@ -510,8 +530,8 @@ def test_philox(seed, step):
         assert words[:, 0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
-# With betas and eps of 0, and gradients of at most 12 significant bits, m = g and v = g * g are exact, sqrt(v) = |g|, and
-# w - lr * g / |g| is rounded once: no implementation may differ in a bit.
+# With betas and eps of 0, and gradients of at most 12 significant bits, m = g and v = g * g are exact, sqrt(v) = |g|,
+# and w - lr * g / |g| is rounded once: no implementation may differ in a bit.
 EXACT = Options(dtype=torch.bfloat16, state=torch.bfloat16, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, lr=0.0123)
 
 
@@ -646,7 +666,8 @@ def test_a_seed_changes_nothing_where_nothing_is_rounded_by_chance(backend, opti
         assert all(torch.equal(a, b) for a, b in zip(plain.snapshot(), seeded.snapshot()))
 
 
-# ---- the compiled CPU kernel --------------------------------------------------------------------------------------------
+# ---- the compiled CPU kernel
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -656,7 +677,14 @@ def test_a_seed_changes_nothing_where_nothing_is_rounded_by_chance(backend, opti
         Options(dtype=torch.float64, compact_grads=True),
         Options(dtype=torch.float16, master=True, state=torch.bfloat16),
         Options(dtype=torch.bfloat16, grad_dtype=torch.float32, state=torch.bfloat16, seed=2**35 + 1),
-        Options(dtype=torch.bfloat16, grad_dtype=torch.float16, compact_grads=True, master=True, state=torch.bfloat16, seed=4),
+        Options(
+            dtype=torch.bfloat16,
+            grad_dtype=torch.float16,
+            compact_grads=True,
+            master=True,
+            state=torch.bfloat16,
+            seed=4,
+        ),
     ],
     ids=["float32", "float64", "float16", "bfloat16, seed", "bfloat16, master, seed"],
 )
@@ -754,7 +782,9 @@ def test_bad_arguments_raise_and_change_nothing(wrong):
 @pytest.mark.parametrize("compact_grads", [False, True], ids=["dense", "compact"])
 @pytest.mark.parametrize("seed", [None, 2**40 + 1])
 def test_captured_steps_are_the_eager_ones(compact_grads, seed):
-    """Captured once with its gradients made inside the graph, replayed with new inputs, rates, step numbers and found_inf."""
+    """Captured once with its gradients made inside the graph, replayed with new inputs, rates, step numbers and
+    found_inf.
+    """
     state = None if seed is None else torch.bfloat16
     options = Options(dtype=torch.bfloat16, master=True, compact_grads=compact_grads, state=state, seed=seed)
     graphed, eager = (Problem(LAYOUTS["three programs"], options) for _ in range(2))
@@ -772,7 +802,11 @@ def test_captured_steps_are_the_eager_ones(compact_grads, seed):
             None, 0.0, False, None, found_inf, seed,
         )  # fmt: skip
 
-    number, lr, found_inf = torch.zeros((), device="cuda"), torch.zeros((), device="cuda"), torch.zeros((), device="cuda")
+    number, lr, found_inf = (
+        torch.zeros((), device="cuda"),
+        torch.zeros((), device="cuda"),
+        torch.zeros((), device="cuda"),
+    )
     static, source = on_device(graphed), [g.clone() for g in inputs[0]]
     found_inf.fill_(1)
     side = torch.cuda.Stream()

@@ -1,4 +1,6 @@
-"""The spectral projector of matrix products against float64 numpy.linalg.svd, with float32 products and with bfloat16 ones."""
+"""The spectral projector of matrix products against float64 numpy.linalg.svd, with float32 products and with bfloat16
+ones.
+"""
 
 import numpy as np
 import pytest
@@ -81,7 +83,9 @@ def test_it_truncates_at_any_rank(name, product):
     gaps = relative_gaps(w)
     energy = np.cumsum(np.linalg.svd(w.double().numpy(), compute_uv=False) ** 2)
     shares = [int(np.searchsorted(energy, share * energy[-1])) + 1 for share in (0.5, 0.9, 0.99)]
-    ranks = sorted({r for r in (1, 2, 5, 6, 20, n // 2, n - 1, n, *shares) if 1 <= r <= n and (r == n or gaps[r - 1] > 1e-3)})
+    ranks = sorted(
+        {r for r in (1, 2, 5, 6, 20, n // 2, n - 1, n, *shares) if 1 <= r <= n and (r == n or gaps[r - 1] > 1e-3)}
+    )
     assert ranks
     tolerance = {"float32": 8e-6, "split": 5e-5}[product]
     for rank in ranks:
@@ -155,7 +159,9 @@ def test_dtypes_layouts_and_no_side_effect():
             assert error(w, p[0], 7) < 5e-6
         assert torch.equal(g, before)
     for shape in ((0, 4, 4), (3, 0, 0)):
-        p = spectral.spectral_projector(torch.zeros(shape), torch.zeros(shape[:2]), torch.zeros(shape[0], dtype=torch.int64))
+        p = spectral.spectral_projector(
+            torch.zeros(shape), torch.zeros(shape[:2]), torch.zeros(shape[0], dtype=torch.int64)
+        )
         assert p.shape == shape
 
 
@@ -216,13 +222,22 @@ def test_rounding_errors_change_no_sign_and_are_not_amplified(low, short):
     else:
         x = np.geomspace(1e-3, 1, 20001)
     assert np.abs(apply(steps, x, 1e-5) / size - np.sign(x)).max() <= 1e-4
-    x = np.linspace(-max(low, 5e-5), low, 1001)  # rounding may bring some here: their signs are lost, but they must not diverge
+    # rounding may bring some here: their signs are lost, but they must not diverge
+    x = np.linspace(-max(low, 5e-5), low, 1001)
     assert np.abs(apply(steps, x, 1e-5) / size).max() <= 1 + 1e-4
 
 
 @pytest.mark.parametrize(
     ("low", "short", "most"),
-    [(1.0, 1.0, 0), (0.1, 1.0, 12), (1e-2, 1.0, 16), (1e-3, 1.0, 22), (1e-4, 1.0, 26), (1e-3, 0.18, 20), (1e-3, 1e-3, 14)],
+    [
+        (1.0, 1.0, 0),
+        (0.1, 1.0, 12),
+        (1e-2, 1.0, 16),
+        (1e-3, 1.0, 22),
+        (1e-4, 1.0, 26),
+        (1e-3, 0.18, 20),
+        (1e-3, 1e-3, 14),
+    ],
 )
 def test_schedule_is_short(low, short, most):
     assert sum(degree - 1 for degree, _ in spectral.schedule(low, short)[0]) <= most

@@ -1,4 +1,6 @@
-"""The Triton kernel that splits float32 matrices into bfloat16 parts: the same bits as the plain function, wherever they go."""
+"""The Triton kernel that splits float32 matrices into bfloat16 parts: the same bits as the plain function, wherever
+they go.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -11,13 +13,29 @@ from deftx_kernels import svd_denoise
 from deftx_kernels.kernels import products
 
 # (batch..., m, n); a tile is 32 x 128.
-SHAPES = [(1, 1), (5, 130), (40, 16), (3, 1, 7), (2, 70, 1), (2, 33, 144), (2, 3, 4, 5), (1, 32, 128), (0, 3), (2, 5, 0), (0, 3, 4)]
+SHAPES = [
+    (1, 1),
+    (5, 130),
+    (40, 16),
+    (3, 1, 7),
+    (2, 70, 1),
+    (2, 33, 144),
+    (2, 3, 4, 5),
+    (1, 32, 128),
+    (0, 3),
+    (2, 5, 0),
+    (0, 3, 4),
+]
 SLOTS = [(0, 1), (1, 0, 0), (0, 1, 0), (0, 1, 2), (2,)]
 
 
-@pytest.fixture(params=[pytest.param("triton-sm80", marks=pytest.mark.cuda_on_cpu), pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=[pytest.param("triton-sm80", marks=pytest.mark.cuda_on_cpu), pytest.param("gpu", marks=pytest.mark.gpu)]
+)
 def split(request) -> Callable[..., Tensor]:
-    """`products.split` by the kernel, on CPU tensors. Triton's own interpreter rounds to bfloat16 wrongly: it is not among them."""
+    """`products.split` by the kernel, on CPU tensors. Triton's own interpreter rounds to bfloat16 wrongly: it is not
+    among them.
+    """
     pytest.importorskip("triton")
     from deftx_kernels.kernels import split as module
 
@@ -41,7 +59,9 @@ def split(request) -> Callable[..., Tensor]:
 
 
 def numbers(*shape: int) -> Tensor:
-    """Of all magnitudes that denoising may meet, both zeros, halves of the last bit kept, and numbers that bfloat16 holds."""
+    """Of all magnitudes that denoising may meet, both zeros, halves of the last bit kept, and numbers that bfloat16
+    holds.
+    """
     generator = torch.Generator().manual_seed(sum(shape))
     x = torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-60, 60, shape, generator=generator)
     special = [0.0, -0.0, 1.0, -3.0, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8 - 2**-17, 1 + 2**-9, 1e-40, -3e-45, 2.0**126]
@@ -74,7 +94,16 @@ def test_bits_are_those_of_the_plain_function(split, shape, dim):
 @pytest.mark.parametrize("dim", [-1, -2])
 def test_strided_matrices(split, dim):
     x = numbers(3, 41, 66)
-    views = [x.mT, x[:, 3:20, 5:30], x[::2, ::3, :64], x[:, ::2, ::2], x[1].expand(2, 41, 66), x[:1].mT, x[..., 7:8], x[:, 7:8].mT]
+    views = [
+        x.mT,
+        x[:, 3:20, 5:30],
+        x[::2, ::3, :64],
+        x[:, ::2, ::2],
+        x[1].expand(2, 41, 66),
+        x[:1].mT,
+        x[..., 7:8],
+        x[:, 7:8].mT,
+    ]
     for view in views:
         assert_same(split(view, (0, 1), dim), products.split_plainly(view, (0, 1), dim))
 
@@ -97,7 +126,9 @@ def test_into_a_given_tensor(split, request):
 
 
 def test_offsets_beyond_31_bits(cuda_on_cpu):
-    """Address space of which a few pages are touched: matrices and rows more than 2**31 entries apart, in x and in the result."""
+    """Address space of which a few pages are touched: matrices and rows more than 2**31 entries apart, in x and in the
+    result.
+    """
     pytest.importorskip("triton")
     from deftx_kernels.kernels import split as module
 
@@ -122,7 +153,9 @@ def test_denoising_by_the_kernel(cuda_on_cpu, monkeypatch, rule):
     tool = importlib.import_module(f"{cuda_on_cpu.__name__}.triton_on_cpu")
     monkeypatch.setattr(products, "splits", lambda x: x.dtype == torch.float32)
     generator = torch.Generator().manual_seed(0)
-    delta = {name: torch.randn(shape, generator=generator) for name, shape in {"tall": (2, 60, 50), "wide": (50, 70)}.items()}
+    delta = {
+        name: torch.randn(shape, generator=generator) for name, shape in {"tall": (2, 60, 50), "wide": (50, 70)}.items()
+    }
     want = svd_denoise(delta, oversample=4, **rule)
     monkeypatch.setattr(products, "split", module.split)
     with tool.override() as launches:

@@ -1,7 +1,7 @@
 """csr_square_sum against NumPy in float64, the same tests for every implementation.
 
-The oracle never looks at crow_indices or col_indices: it takes the entries of the boolean arrays that the mask was made from.
-Outside the mask, tensors hold NaN and infinities.
+The oracle never looks at crow_indices or col_indices: it takes the entries of the boolean arrays that the mask was made
+from. Outside the mask, tensors hold NaN and infinities.
 """
 
 import importlib
@@ -72,7 +72,8 @@ class Case:
             x = self.rng.standard_normal(mask.shape)
             x[~mask] = self.rng.choice([np.nan, np.inf, -np.inf], int((~mask).sum()))
             self.tensors.append(torch.from_numpy(x).reshape(shape).to(dtype))
-        self.crow = torch.from_numpy(np.cumsum([0, *np.concatenate([m.sum(1) for m in self.masks])], dtype=np.int64))  # [rows + 1]
+        # [rows + 1]
+        self.crow = torch.from_numpy(np.cumsum([0, *np.concatenate([m.sum(1) for m in self.masks])], dtype=np.int64))
         columns = np.concatenate([np.nonzero(m)[1] for m in self.masks])
         wide = wide or any(c > 65_536 for _, c in matrices)
         self.col = torch.from_numpy(columns.astype(np.int32 if wide else np.uint16))  # [nnz]
@@ -179,7 +180,11 @@ WRONG = {
     "crow too short": lambda t, crow, col: (t, crow[:-1], col),
     "crow ends early": lambda t, crow, col: (t, torch.cat([crow[:-1], crow[-1:] - 1]), col),
     "columns descend": lambda t, crow, col: (t, crow, col.to(torch.int32).flip(0)),
-    "column too large": lambda t, crow, col: (t, crow, torch.cat([col[:-1].to(torch.int32), torch.tensor([6], dtype=torch.int32)])),
+    "column too large": lambda t, crow, col: (
+        t,
+        crow,
+        torch.cat([col[:-1].to(torch.int32), torch.tensor([6], dtype=torch.int32)]),
+    ),
     "integers": lambda t, crow, col: ([x.int() for x in t], crow, col),
     "tensor missing": lambda t, crow, col: (t[:-1], crow, col),
 }

@@ -66,7 +66,9 @@ def test_fixed_rank_is_near_the_optimal_one(shape, spectrum, rank, seed, dtype):
     assert residual <= 1.02 * best + eps * max(singular[0], 1e-30)
     identity = torch.eye(r, dtype=torch.float64)
     filled = int((singular[:r] > 1e-6 * max(singular[0], 1e-30)).sum())
-    torch.testing.assert_close((U.double().mT @ U.double())[:filled, :filled], identity[:filled, :filled], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        (U.double().mT @ U.double())[:filled, :filled], identity[:filled, :filled], atol=1e-4, rtol=0
+    )
 
 
 def test_randomised_path_on_large_batches():

@@ -1,8 +1,8 @@
 """Every CPU operator at sizes of real layers, in fresh processes with 1, 2, 3, 8 and the default number of threads.
 
 The rest of the suite runs on one thread for each process, and on small inputs. Here the results of each process
-(threads_worker.py) are compared with those on one thread: bit for bit where an operator promises that, else within its tolerance;
-and what comes from decompositions with float64, computed here.
+(threads_worker.py) are compared with those on one thread: bit for bit where an operator promises that, else within its
+tolerance; and what comes from decompositions with float64, computed here.
 """
 
 import os
@@ -30,7 +30,8 @@ class Setting(NamedTuple):
     threads: int | None  # that torch must have; None: the machine's
 
 
-# Threads that wait without spinning, since 8 of them on two busy cores take many times as long; users have the default, so one has.
+# Threads that wait without spinning, since 8 of them on two busy cores take many times as long; users have the default,
+# so one has.
 PASSIVE = {"OMP_WAIT_POLICY": "passive"}
 ONE = "1 thread"
 SETTINGS = {
@@ -52,8 +53,17 @@ TRUNCATION = 5e-5
 def start(setting: str, out: Path, cases: str) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES} | SETTINGS[setting].environment
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    command = [sys.executable, str(ROOT / "tests/threads_worker.py"), str(out), "--cases", cases, *SETTINGS[setting].options]
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "tests/threads_worker.py"),
+        str(out),
+        "--cases",
+        cases,
+        *SETTINGS[setting].options,
+    ]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(setting: str, process: subprocess.Popen, out: Path) -> dict:
@@ -90,7 +100,9 @@ def decomposed(w: Tensor) -> Decomposition:
     w = w.double()
     u, s, vh = torch.linalg.svd(w, full_matrices=False)
     norm, identity = float(w.square().sum().sqrt()), torch.eye(len(s), dtype=torch.float64)
-    assert float(((u * s) @ vh - w).square().sum().sqrt()) < 1e-12 * norm, "torch.linalg.svd in float64 is wrong on this machine"
+    assert float(((u * s) @ vh - w).square().sum().sqrt()) < 1e-12 * norm, (
+        "torch.linalg.svd in float64 is wrong on this machine"
+    )
     assert max(float((x - identity).abs().max()) for x in (u.mT @ u, vh @ vh.mT)) < 1e-12
     assert abs(float(s.square().sum().sqrt()) - norm) < 1e-12 * norm
     return Decomposition(u, s, vh)
@@ -101,7 +113,9 @@ def of_known_values(a: Tensor) -> Tensor:
     a = a.double()
     values, vectors = torch.linalg.eigh(a)
     norm = float(a.square().sum().sqrt())
-    assert float((a @ vectors - vectors * values).abs().max()) < 1e-12 * norm, "torch.linalg.eigh in float64 is wrong here"
+    assert float((a @ vectors - vectors * values).abs().max()) < 1e-12 * norm, (
+        "torch.linalg.eigh in float64 is wrong here"
+    )
     assert abs(float(values.sum() - a.trace())) < 1e-11 * norm
     assert abs(float(values.square().sum().sqrt()) - norm) < 1e-12 * norm
     return values
@@ -113,7 +127,13 @@ def one(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("threads") / "one.pt"
     process = start(ONE, out, "default")
     matrices = threads_worker.matrices()
-    some = ["low rank 0, 768x768", "low rank 1, 768x768", "smooth, 768x768", "low rank, 3072x768", "low rank 0, 1024x1024"]
+    some = [
+        "low rank 0, 768x768",
+        "low rank 1, 768x768",
+        "smooth, 768x768",
+        "low rank, 3072x768",
+        "low rank 0, 1024x1024",
+    ]
     oracle = {name: decomposed(matrices[name]) for name in some}
     values = {size: of_known_values(a[1]) for size, a in threads_worker.symmetric_matrices().items()}
     return finish(ONE, process, out) | {"matrices": matrices, "oracle": oracle, "values": values}
@@ -150,7 +170,9 @@ def faults(setting: str, found: dict, expected: dict) -> list[str]:
                 got, want = results.get(key, "missing"), reference.get(key, "no such result")
                 if "error" in (key, *reference):
                     wrong.append(f"{setting}, {call} call: {name}: {got}; on one thread {want}")
-                elif got != want and (CASES[name].exact or not close(key, found["tensors"][got], expected["tensors"][want])):
+                elif got != want and (
+                    CASES[name].exact or not close(key, found["tensors"][got], expected["tensors"][want])
+                ):
                     wrong.append(f"{setting}, {call} call: {name}: {key} is not what one thread gives")
     return wrong
 
@@ -185,7 +207,9 @@ def fault(name: str, key: str, results: dict[str, Tensor], expected: dict) -> st
     if name.startswith(("truncated_svd", "svd_denoise(rank)")):
         best = float(exact.s[32:].square().sum().sqrt())
         error = float((w.double() - result).square().sum().sqrt())
-        return None if error <= 1.02 * best else f"residual {error:.6g}, that of the best matrix of rank 32 is {best:.6g}"
+        return (
+            None if error <= 1.02 * best else f"residual {error:.6g}, that of the best matrix of rank 32 is {best:.6g}"
+        )
     energy = "gavish" not in name
     rank = exact.rank_of(0.9) if energy else int((exact.s > gavish_donoho_multiple(*w.shape) * exact.s.median()).sum())
     got, error = int(results[f"rank of {key}"]), distance(result, exact.truncated(rank))
@@ -204,7 +228,9 @@ def eigen_fault(kind: str, result: Tensor, values: Tensor, exact: Tensor, size: 
     error = (matrices @ v - v * values[:, None].double()).abs().amax((1, 2))
     if not bool((error <= one).all()):
         return f"residual {error.tolist()}"
-    return None if float((v.mT @ v - identity).abs().max()) <= 200 * torch.finfo(torch.float32).eps else "not orthonormal"
+    return (
+        None if float((v.mT @ v - identity).abs().max()) <= 200 * torch.finfo(torch.float32).eps else "not orthonormal"
+    )
 
 
 def test_every_operator_has_a_case():
@@ -218,7 +244,8 @@ def test_one_thread(one):
 
 # Minutes on two cores: `make test` runs one and the default number of threads, and 4 callers.
 @pytest.mark.parametrize(
-    "setting", [pytest.param(s, marks=pytest.mark.slow) if s in ("2 threads", "3 threads", "8 threads") else s for s in OTHERS]
+    "setting",
+    [pytest.param(s, marks=pytest.mark.slow) if s in ("2 threads", "3 threads", "8 threads") else s for s in OTHERS],
 )
 def test_threads(setting, one, tmp_path):
     out = tmp_path / "found.pt"
@@ -270,13 +297,18 @@ def slow_one(tmp_path_factory) -> dict:
 
 @pytest.mark.slow
 def test_one_thread_slow(slow_one):
-    """Against float64: the truncation of one matrix of 3072 rows, the eigenvectors of 4096 and the rows of the embedding."""
+    """Against float64: the truncation of one matrix of 3072 rows, the eigenvectors of 4096 and the rows of the
+    embedding.
+    """
     wrong = faults(ONE, slow_one, slow_one)
     assert not wrong, "\n".join(wrong)
     results = {k: slow_one["tensors"][d] for case in slow_one["calls"]["first"].values() for k, d in case.items()}
     w = threads_worker.slow_matrices()["low rank 0, 3072x3072"].double()
     table = threads_worker.slow_table().double()
-    for matrix, name, rows in ((w, "low rank 0, 3072x3072", slice(None)), (table, "every 100th row", slice(None, None, 100))):
+    for matrix, name, rows in (
+        (w, "low rank 0, 3072x3072", slice(None)),
+        (table, "every 100th row", slice(None, None, 100)),
+    ):
         gram = matrix.mT @ matrix
         squares, vectors = (x.flip(-1) for x in torch.linalg.eigh(gram))
         assert float((gram @ vectors - vectors * squares).abs().max()) < 1e-12 * float(gram.square().sum().sqrt())
@@ -285,7 +317,11 @@ def test_one_thread_slow(slow_one):
         key = "rank of 250002x768" if matrix is table else f"rank of {name}"
         assert int(results[key]) == rank
         assert distance(results[name], exact) <= TRUNCATION
-    a, values, v = threads_worker.slow_symmetric().double(), results["values 4096"].double(), results["vectors 4096"].double()
+    a, values, v = (
+        threads_worker.slow_symmetric().double(),
+        results["values 4096"].double(),
+        results["vectors 4096"].double(),
+    )
     unit = 200 * torch.finfo(torch.float32).eps
     for matrix, w, x in zip(a, values, v):
         assert float((matrix @ x - x * w).abs().max()) <= unit * float(w.abs().max())

@@ -57,10 +57,16 @@ def test_tensor_and_row_scope(shapes, seed, dtype, tied, density):
     scores = random_scores(shapes, seed, dtype, tied)
     dense = topk_mask(scores, density=density, scope="tensor").to_dense()
     for name, tensor in scores.items():
-        assert np.array_equal(dense[name].numpy().reshape(-1), oracle(vector(tensor), round(density * tensor.numel()))), name
+        assert np.array_equal(
+            dense[name].numpy().reshape(-1), oracle(vector(tensor), round(density * tensor.numel()))
+        ), name
     dense = topk_mask(scores, density=density, scope="row").to_dense()
     for name, tensor in scores.items():
-        rows = vector(tensor).reshape(1 if tensor.dim() < 2 else tensor.shape[0], -1) if tensor.numel() else np.zeros((0, 0))
+        rows = (
+            vector(tensor).reshape(1 if tensor.dim() < 2 else tensor.shape[0], -1)
+            if tensor.numel()
+            else np.zeros((0, 0))
+        )
         for got, row in zip(dense[name].numpy().reshape(rows.shape), rows):
             assert np.array_equal(got, oracle(row, round(density * len(row))))
 
@@ -183,16 +189,22 @@ def test_select_mask_with_ties_across_groups():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("distinct", [1, 3, 50])
 def test_groups_with_ties(dtype, distinct):
-    """The two ways over groups of tensors, where ties lie in several tensors and groups, and k falls on, before and after them."""
+    """The two ways over groups of tensors, where ties lie in several tensors and groups, and k falls on, before and
+    after them.
+    """
     generator = torch.Generator().manual_seed(distinct)
     scores = [
-        torch.randint(1 - distinct, distinct, s, generator=generator).to(dtype) for s in [(5, 7), (9,), (0, 3), (4, 3, 2), (6, 6)]
+        torch.randint(1 - distinct, distinct, s, generator=generator).to(dtype)
+        for s in [(5, 7), (9,), (0, 3), (4, 3, 2), (6, 6)]
     ]
     groups = [scores[:2], scores[2:4], scores[4:]]
     numel = sum(t.numel() for t in scores)
     for k in range(numel + 1):
         want = topk_mask({str(i): t for i, t in enumerate(scores)}, k=k)
-        for crow, col in (streamed(groups, k, dtype), by_rounds(lambda: groups, k, torch.uint16, dtype, torch.device("cpu"))):
+        for crow, col in (
+            streamed(groups, k, dtype),
+            by_rounds(lambda: groups, k, torch.uint16, dtype, torch.device("cpu")),
+        ):
             assert torch.equal(crow, want.crow_indices), k
             assert torch.equal(col.to(torch.int32), want.col_indices.to(torch.int32)), k
 
@@ -211,13 +223,17 @@ def small_buffers(monkeypatch):
     monkeypatch.setattr(_selection, "_PIECE", 5)
 
 
-GROUPS = st.lists(st.lists(st.sampled_from([(), (1,), (0,), (9,), (3, 5), (4, 0), (2, 3, 4)]), min_size=1, max_size=3), max_size=12)
+GROUPS = st.lists(
+    st.lists(st.sampled_from([(), (1,), (0,), (9,), (3, 5), (4, 0), (2, 3, 4)]), min_size=1, max_size=3), max_size=12
+)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(GROUPS, st.integers(0, 999), st.sampled_from([torch.float32, torch.float64]), st.integers(1, 60), st.data())
 def test_many_small_groups(small_buffers, groups, seed, dtype, distinct, data):
-    """Of `distinct` magnitudes, 0 among them, in no order, ascending and descending: what is selected is that of all at once."""
+    """Of `distinct` magnitudes, 0 among them, in no order, ascending and descending: what is selected is that of all at
+    once.
+    """
     generator = torch.Generator().manual_seed(seed)
     groups = [[(0,)], *groups]  # a group without elements
     sizes = [math.prod(s) for group in groups for s in group]
@@ -237,7 +253,9 @@ def test_many_small_groups(small_buffers, groups, seed, dtype, distinct, data):
 
 
 def test_the_buffer_is_seldom_cut(monkeypatch):
-    """Scores in no order: about 4 log(n / k) times, however many groups there are; ascending ones: once for k / 4 of them."""
+    """Scores in no order: about 4 log(n / k) times, however many groups there are; ascending ones: once for k / 4 of
+    them.
+    """
     cuts, cut = [], StreamingTopK._cut
     monkeypatch.setattr(StreamingTopK, "_cut", lambda self, more: cuts.append(1) or cut(self, more))
     generator = torch.Generator().manual_seed(0)
@@ -250,7 +268,8 @@ def test_the_buffer_is_seldom_cut(monkeypatch):
     streamed([[part] for part in scores.sort().values.chunk(2048)], k, torch.float32)
     assert len(cuts) <= 4 * (1 << 19) / k + 1
     cuts.clear()
-    streamed([[part] for part in torch.ones(1 << 19).chunk(2048)], k, torch.float32)  # a tie with the k-th comes too late
+    # a tie with the k-th comes too late
+    streamed([[part] for part in torch.ones(1 << 19).chunk(2048)], k, torch.float32)
     assert len(cuts) <= 2
 
 
@@ -331,7 +350,8 @@ def test_more_than_two_to_the_31_scores():
         col[: 101 * 12_345].view(-1, 101), torch.arange(columns - 101, columns, dtype=torch.int32).expand(12_345, -1)
     )
     assert torch.equal(
-        col[101 * 12_345 :].view(-1, 100), torch.arange(columns - 100, columns, dtype=torch.int32).expand(rows - 12_345, -1)
+        col[101 * 12_345 :].view(-1, 100),
+        torch.arange(columns - 100, columns, dtype=torch.int32).expand(rows - 12_345, -1),
     )
 
 
@@ -361,7 +381,9 @@ print(1024 * (read("VmHWM") - before) / (4 * sum(t.numel() for t in base.values(
 def test_select_mask_needs_little_memory(rule, density):
     """0.3 of the model, the resulting mask included, and what the denoising of one tensor (1/32 of the model) needs."""
     exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # no holes in glibc's heap
-    run = subprocess.run([sys.executable, "-c", MEASURED_SELECTION, rule, str(density)], capture_output=True, text=True, env=exact)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURED_SELECTION, rule, str(density)], capture_output=True, text=True, env=exact
+    )
     assert run.returncode == 0, run.stderr
     share = float(run.stdout)
     assert share <= 0.3 + (0 if rule == "{}" else 3 / 32)
@@ -370,7 +392,9 @@ def test_select_mask_needs_little_memory(rule, density):
 # ---- LIFT's selection ----
 
 
-@pytest.mark.parametrize("arguments", [dict(density=0.07), dict(density=0.3, scope="row"), dict(k=50, scope="global"), dict(k=0)])
+@pytest.mark.parametrize(
+    "arguments", [dict(density=0.07), dict(density=0.3, scope="row"), dict(k=50, scope="global"), dict(k=0)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_low_rank_mask_equals_denoise_then_topk(arguments, dtype):
     weights, _ = models(dtype)
@@ -418,5 +442,6 @@ def test_low_rank_mask_needs_little_memory(scope):
     script = "from deftx_kernels.functional import low_rank_mask" + script
     run = subprocess.run([sys.executable, "-c", script, "dict(rank=8)"], capture_output=True, text=True, env=exact)
     assert run.returncode == 0, run.stderr
-    mask = 0.05 * 2 / 4 * (1 if scope == "tensor" else 3.75)  # or a score beside each column, and room for a quarter more
+    # or a score beside each column, and room for a quarter more
+    mask = 0.05 * 2 / 4 * (1 if scope == "tensor" else 3.75)
     assert float(run.stdout) <= mask + 6 / 32

@@ -84,7 +84,9 @@ def magnitudes(scores, base) -> list[np.ndarray]:
         return [np.abs(double(s)) for s in scores]
     real = np.float64 if any(t.dtype == torch.float64 for t in [*scores, *base]) else np.float32
     with np.errstate(all="ignore"):
-        return [np.abs(double(s).astype(real) - double(b).astype(real)).astype(np.float64) for s, b in zip(scores, base)]
+        return [
+            np.abs(double(s).astype(real) - double(b).astype(real)).astype(np.float64) for s, b in zip(scores, base)
+        ]
 
 
 def largest(x: np.ndarray, k: int) -> np.ndarray:
@@ -114,7 +116,9 @@ def check_csr(crow, col, masks, device):
     assert crow.dtype == torch.int64
     assert col.dtype == (torch.int32 if wide else torch.uint16)
     assert crow.device.type == col.device.type == device
-    np.testing.assert_array_equal(crow.cpu().numpy(), np.cumsum([0, *np.concatenate([m.sum(1) for m in masks])], dtype=np.int64))
+    np.testing.assert_array_equal(
+        crow.cpu().numpy(), np.cumsum([0, *np.concatenate([m.sum(1) for m in masks])], dtype=np.int64)
+    )
     np.testing.assert_array_equal(col.cpu().numpy(), np.concatenate([np.nonzero(m)[1] for m in masks]))
 
 
@@ -129,7 +133,11 @@ def check_topk(run, scores, base, k, scope):
 def counts(shapes, scope, share, rng) -> list[int]:
     """A k for each, of which the share is wanted; None: any."""
     matrices = [matrix_shape(s) for s in shapes]
-    sizes = {"global": [sum(r * c for r, c in matrices)], "tensor": [r * c for r, c in matrices], "row": [c for _, c in matrices]}
+    sizes = {
+        "global": [sum(r * c for r, c in matrices)],
+        "tensor": [r * c for r, c in matrices],
+        "row": [c for _, c in matrices],
+    }
     return [round(share * n) if share is not None else int(rng.integers(0, n + 1)) for n in sizes[scope]]
 
 
@@ -184,7 +192,9 @@ def test_topk_dtypes(provider, run, dtypes):
     rng = np.random.default_rng(1)
     shapes = [(30, 301), (5,), (3, 1501), (40, 0), (1, TILE)]
     for kind, scope, share in (("few", "global", 0.05), ("normal", "tensor", None)):
-        check_topk(run, tensors(shapes, dtypes, kind, rng, provider.device), [], counts(shapes, scope, share, rng), scope)
+        check_topk(
+            run, tensors(shapes, dtypes, kind, rng, provider.device), [], counts(shapes, scope, share, rng), scope
+        )
     scores, base = (tensors(shapes, d, "normal", rng, provider.device) for d in (dtypes, dtypes[::-1]))
     check_topk(run, scores, base, counts(shapes, "global", 0.3, rng), "global")
 
@@ -194,7 +204,9 @@ def test_topk_dtypes(provider, run, dtypes):
 def test_topk_tile_edges(provider, run, size, scope):
     rng = np.random.default_rng(size)
     shapes = [(size,), (1, size), (size, 1), (3, size // 3), (2,)]
-    check_topk(run, tensors(shapes, [torch.float32], "few", rng, provider.device), [], counts(shapes, scope, 0.4, rng), scope)
+    check_topk(
+        run, tensors(shapes, [torch.float32], "few", rng, provider.device), [], counts(shapes, scope, 0.4, rng), scope
+    )
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
@@ -252,8 +264,8 @@ def test_topk_heavy_ties(provider, run, request, distinct, dtype, share):
 
 @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
 def test_topk_when_the_sample_misleads(provider, run, request, scope):
-    """The scores that the CUDA kernel samples are all smaller than the others: its bracket holds none of what it should. With scope
-    "tensor" they are in the second batch of tensors that share counters."""
+    """The scores that the CUDA kernel samples are all smaller than the others: its bracket holds none of what it
+    should. With scope "tensor" they are in the second batch of tensors that share counters."""
     n, samples = 1 << 16, 4096
     x = np.random.default_rng(6).uniform(1, 2, n)
     for i in range(samples):  # as sampled_element of topk.cu
@@ -264,7 +276,9 @@ def test_topk_when_the_sample_misleads(provider, run, request, scope):
         x[i * stretch + ((h >> 32) * stretch >> 32)] *= 1e-3
     scores = [torch.from_numpy(x).to(torch.float32).to(provider.device)]
     before = (
-        tensors([(2,)] * 299, [torch.float32], "normal", np.random.default_rng(7), provider.device) if scope == "tensor" else []
+        tensors([(2,)] * 299, [torch.float32], "normal", np.random.default_rng(7), provider.device)
+        if scope == "tensor"
+        else []
     )
     check_topk(run, before + scores, [], [1] * len(before) + [n // 2], scope)
     if provider.name == "emulated" and scope != "row":
@@ -434,7 +448,10 @@ def test_threads_do_not_matter(provider, run):
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
         try:
-            found = [run.magnitude_histogram(one_dtype, 0, 0), *run.threshold_mask(one_dtype, 0x4000, [10_000, 5, 0, 70_000])]
+            found = [
+                run.magnitude_histogram(one_dtype, 0, 0),
+                *run.threshold_mask(one_dtype, 0x4000, [10_000, 5, 0, 70_000]),
+            ]
             found += run.dense_to_csr([s > 1 for s in scores])
             for scope in ("global", "tensor", "row"):
                 k = counts(shapes, scope, 0.1, rng)
@@ -465,8 +482,14 @@ WRONG = {
     "topk_mask: k too long": ("topk_mask", lambda d: ([torch.ones(4, device=d)] * 2, [], [1, 1], 0)),
     "topk_mask: scope negative": ("topk_mask", lambda d: ([torch.ones(4, device=d)], [], [1], -1)),
     "topk_mask: scope unknown": ("topk_mask", lambda d: ([torch.ones(4, device=d)], [], [1], 3)),
-    "topk_mask: base too small": ("topk_mask", lambda d: ([torch.ones(4, device=d)], [torch.ones(3, device=d)], [1], 0)),
-    "topk_mask: base too short": ("topk_mask", lambda d: ([torch.ones(4, device=d)] * 2, [torch.ones(4, device=d)], [1], 0)),
+    "topk_mask: base too small": (
+        "topk_mask",
+        lambda d: ([torch.ones(4, device=d)], [torch.ones(3, device=d)], [1], 0),
+    ),
+    "topk_mask: base too short": (
+        "topk_mask",
+        lambda d: ([torch.ones(4, device=d)] * 2, [torch.ones(4, device=d)], [1], 0),
+    ),
     "topk_mask: rows overflow": ("topk_mask", lambda d: ([torch.ones(HUGE, 0, device=d)] * 4, [], [0], 0)),
     "topk_mask: rows beyond memory": ("topk_mask", lambda d: ([torch.ones(HUGE, 0, device=d)], [], [0], 2)),
     "magnitude_histogram: no tensors": ("magnitude_histogram", lambda d: ([], 0, 0)),
@@ -486,12 +509,18 @@ WRONG = {
         lambda d: ([torch.ones(4, device=d), torch.ones(4, device=d).half()], 3, [1, 1]),
     ),
     "threshold_mask: ties too short": ("threshold_mask", lambda d: ([torch.ones(4, device=d)] * 2, 3, [1])),
-    "threshold_mask: ties negative": ("threshold_mask", lambda d: ([torch.full((64, 64), 3.0, device=d)], ONE, [-4090])),
+    "threshold_mask: ties negative": (
+        "threshold_mask",
+        lambda d: ([torch.full((64, 64), 3.0, device=d)], ONE, [-4090]),
+    ),
     "threshold_mask: ties lowest": ("threshold_mask", lambda d: ([torch.ones(4, device=d)] * 2, ONE, [0, -(2**63)])),
     "threshold_mask: ties too large": ("threshold_mask", lambda d: ([torch.ones(4, device=d)] * 2, ONE, [4, 5])),
     "threshold_mask: threshold negative": ("threshold_mask", lambda d: ([torch.ones(4, device=d)], -1, [0])),
     "threshold_mask: threshold too large": ("threshold_mask", lambda d: ([torch.ones(4, device=d)], 1 << 31, [0])),
-    "threshold_mask: threshold of a wider dtype": ("threshold_mask", lambda d: ([torch.ones(4, device=d).half()], ONE, [0])),
+    "threshold_mask: threshold of a wider dtype": (
+        "threshold_mask",
+        lambda d: ([torch.ones(4, device=d).half()], ONE, [0]),
+    ),
     "dense_to_csr: no tensors": ("dense_to_csr", lambda d: ([],)),
     "dense_to_csr: floats": ("dense_to_csr", lambda d: ([torch.ones(4, device=d)],)),
     "dense_to_csr: strided": ("dense_to_csr", lambda d: ([torch.ones(4, 6, dtype=torch.bool, device=d)[:, ::2]],)),

@@ -107,7 +107,9 @@ def test_a_label_that_training_lacks_is_refused(nusax_folder):  # noqa: F811
 
 def test_tsv_of_pairs_keeps_quotes(tmp_path):
     path = tmp_path / "aym.tsv"
-    path.write_text('language\tpremise\thypothesis\tlabel\naym\tHe said "yes\tHe agreed\tentailment\naym\t"a" "b"\t"b"\tneutral\n')
+    path.write_text(
+        'language\tpremise\thypothesis\tlabel\naym\tHe said "yes\tHe agreed\tentailment\naym\t"a" "b"\t"b"\tneutral\n'
+    )
     rows = data.read_task(path, data.Columns("premise", "hypothesis", "label"))
     assert rows[0] == {"text": 'He said "yes', "text_pair": "He agreed", "label": "entailment"}
     assert rows[1] == {"text": '"a" "b"', "text_pair": '"b"', "label": "neutral"}
@@ -141,7 +143,11 @@ def test_jsonl_of_tokens(tmp_path):
         ("a.csv", "text,label\ngood,a\nhello, world,a\n", "line 3: 3 fields, but 2 columns"),
         ("a.tsv", "text\tlabel\ngood\n", "line 2: 1 fields, but 2 columns; TSV knows no quotes: save the file as CSV"),
         ("a.tsv", 'text\tlabel\n"a ""b"""\ta\n', 'line 2: the field \'"a ""b"""\' is quoted as in CSV; TSV'),
-        ("a.csv", "text,label\ngood,a\nbad, b\n", "a.csv, row 2: ' b' in column 'label' begins or ends with white space"),
+        (
+            "a.csv",
+            "text,label\ngood,a\nbad, b\n",
+            "a.csv, row 2: ' b' in column 'label' begins or ends with white space",
+        ),
         ("a.csv", 'text,label\ngood, "a"\n', "row 1: ' \"a\"' in column 'label'"),
         ("a.jsonl", '{"text": "good", "label": "a\\u00a0"}\n', "row 1: 'a.*' in column 'label'"),
         ("a.csv", 'text,label\n"good,a\n', "a.csv, line 2: unexpected end of data"),
@@ -170,7 +176,10 @@ def test_only_line_ends_end_lines(tmp_path):
     (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode())
     assert data.read_task(tmp_path / "a.jsonl").to_list() == [rows[0], {"text": "\U0001f600", "label": "\\u0000"}]
     (tmp_path / "a.TSV").write_bytes('\ufefftext\tlabel\r\none\u2028two\t"a\r\rlast\tb'.encode())
-    assert data.read_task(tmp_path / "a.TSV").to_list() == [{"text": "one\u2028two", "label": '"a'}, {"text": "last", "label": "b"}]
+    assert data.read_task(tmp_path / "a.TSV").to_list() == [
+        {"text": "one\u2028two", "label": '"a'},
+        {"text": "last", "label": "b"},
+    ]
     (tmp_path / "a.csv").write_text(f'text,label\n"one\n\n{"x" * 200_000}",a\n')
     assert data.read_task(tmp_path / "a.csv")[0]["text"] == f"one\n\n{'x' * 200_000}"
     (tmp_path / "a.txt").write_bytes("\ufeffone\u2028two\rthree\r\n".encode())
@@ -225,7 +234,9 @@ def test_the_hash_of_the_content_sees_every_row():
 def test_hub_data_set_with_class_labels(monkeypatch):
     from datasets import ClassLabel, Dataset, Features, Value
 
-    features = Features({"premise": Value("string"), "hypothesis": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    features = Features(
+        {"premise": Value("string"), "hypothesis": Value("string"), "label": ClassLabel(names=["no", "yes"])}
+    )
 
     def fake(name, configuration, split):
         if configuration == "xx":

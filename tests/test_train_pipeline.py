@@ -54,7 +54,12 @@ def test_a_run_folder(tiny_bert, nusax_folder, tmp_path, monkeypatch):  # noqa: 
 
     assert json.loads((folder / "metrics.json").read_text())["scores"] == metrics["scores"]
     text = (folder / "report.md").read_text()
-    for word in ("DeFT-X, task + language vector", "| First | Second | mean | sources |", "entries trained", "One seed"):
+    for word in (
+        "DeFT-X, task + language vector",
+        "| First | Second | mean | sources |",
+        "entries trained",
+        "One seed",
+    ):
         assert word in text
     for name in ("scores", "costs", "spectra", "density"):
         assert f"figures/{name}.png" in text
@@ -99,7 +104,12 @@ def test_settings_that_do_not_fit_the_model_fail_before_anything_is_written(tiny
     fits = {"language": LanguageConfig(max_length=64)}
     refused("k = 900000 is more than the", task=TaskConfig(SelectionConfig(k=900_000), max_length=24), **fits)
     refused("less than one entry", task=TaskConfig(SelectionConfig(density=1e-9), max_length=24), **fits)
-    refused("lift on model.*k = 17000 is more", task=TaskConfig(SelectionConfig(k=17_000), max_length=24), recipes=["lift"], **fits)
+    refused(
+        "lift on model.*k = 17000 is more",
+        task=TaskConfig(SelectionConfig(k=17_000), max_length=24),
+        recipes=["lift"],
+        **fits,
+    )
     for place in (nusax_folder, nusax_folder / "first", Path(tiny_bert) / "run"):
         with pytest.raises(ValueError, match="is, holds or lies in the input"):
             pipeline.run(settings(tiny_bert, nusax_folder, place), quiet())
@@ -143,7 +153,9 @@ def test_score_tables():
         ["DeFT-X, task vector alone", ".400", ".400", ".900"],
         ["DeFT-X, task + language vector", ".450", ".450", "–"],
     ]
-    assert report.gain_lines(metrics) == ["DeFT-X: adding the language vector changed macro-F1 by Indonesian +0.050 (mean +0.050)."]
+    assert report.gain_lines(metrics) == [
+        "DeFT-X: adding the language vector changed macro-F1 by Indonesian +0.050 (mean +0.050)."
+    ]
     assert report.show([0.25, 0.35]) == ".300 ± .071"
 
 

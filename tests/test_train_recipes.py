@@ -40,7 +40,9 @@ def labelled(start: int, count: int) -> Dataset:
 
 
 def task_vector(model: str, folder: Path, settings: TaskConfig | None = None, runtime: Runtime = RUNTIME):
-    settings = settings or TaskConfig(SelectionConfig(k=K), phase(), phase(), batch_size=8, accumulation=1, max_length=24)
+    settings = settings or TaskConfig(
+        SelectionConfig(k=K), phase(), phase(), batch_size=8, accumulation=1, max_length=24
+    )
     tokenizer = models.load_tokenizer(model)
     start = starts.classifier_start(model, LABELS, "classification", folder / "phases/base", runtime.seed)
     examples = starts.task_examples(labelled(0, 48), labelled(100, 16), tokenizer, LABELS, "classification", settings)
@@ -51,7 +53,14 @@ def task_vector(model: str, folder: Path, settings: TaskConfig | None = None, ru
 
 def language_vector(model: str, folder: Path, settings: LanguageConfig | None = None, name: str = "xx"):
     settings = settings or LanguageConfig(
-        SelectionConfig(k=K), phase(l1=0.1), phase(l1=0.1), batch_size=8, accumulation=1, max_length=24, pack=False, head_steps=4
+        SelectionConfig(k=K),
+        phase(l1=0.1),
+        phase(l1=0.1),
+        batch_size=8,
+        accumulation=1,
+        max_length=24,
+        pack=False,
+        head_steps=4,
     )
     tokenizer = models.load_tokenizer(model)
     text = Dataset.from_dict({"text": labelled(300, 48)["text"]})
@@ -128,7 +137,10 @@ def test_residual_density_one_gives_the_lt_sft_mask(learned):
     for vector in (task, language):
         base, tuned = vector.load(vector.start), vector.load(vector.folder / "dense/model")
         lt_sft, _ = select("lt-sft", tuned, base, SelectionConfig(k=K))
-        for settings in (SelectionConfig(k=K, residual_density=1.0), SelectionConfig(k=K, rank=2, residual_density=1.0)):
+        for settings in (
+            SelectionConfig(k=K, residual_density=1.0),
+            SelectionConfig(k=K, rank=2, residual_density=1.0),
+        ):
             assert select("deft-x", tuned, base, settings)[0] == lt_sft
         assert select("deft-x", tuned, base, SelectionConfig(k=K))[0] != lt_sft
 
@@ -140,7 +152,9 @@ def test_embeddings_can_be_left_as_they_are(learned):
     assert select("deft-x", tuned, base, settings)[0] == select("lt-sft", tuned, base, settings)[0]
     mask, found = select("deft-x", tuned, base, SelectionConfig(k=K, denoise_embeddings=False))
     assert mask.nnz == K
-    assert found.keys() == select("deft-x", tuned, base, SelectionConfig(k=K))[1].keys() - set(models.embedding_names(base))
+    assert found.keys() == select("deft-x", tuned, base, SelectionConfig(k=K))[1].keys() - set(
+        models.embedding_names(base)
+    )
     assert all(f["rank"] >= 1 and 0 < f["energy"] <= 1 and 0 <= f["residual"] <= 1 for f in found.values())
 
 
@@ -272,7 +286,10 @@ def test_what_torch_says_of_a_full_disk_names_the_file(tmp_path):
         "unexpected pos 64 vs 0",
         "basic_ios::clear: iostream error",
     ):
-        with pytest.raises(OSError, match="checkpoint-2 cannot be written: the disk is full"), saving(tmp_path / "checkpoint-2"):
+        with (
+            pytest.raises(OSError, match="checkpoint-2 cannot be written: the disk is full"),
+            saving(tmp_path / "checkpoint-2"),
+        ):
             raise RuntimeError(words)
     with pytest.raises(RuntimeError, match="a fault of ours"), saving(tmp_path):
         raise RuntimeError("a fault of ours")
@@ -428,11 +445,22 @@ def test_resume_gives_the_same_vector(tiny_bert, tmp_path, kind, crash_in):  # n
         if kind == "task":
             return TaskConfig(SelectionConfig(k=K), *phases, batch_size=8, accumulation=1, max_length=24)
         return LanguageConfig(
-            SelectionConfig(k=K), *phases, batch_size=8, accumulation=1, max_length=24, pack=False, head_steps=2, tie_decoder=True
+            SelectionConfig(k=K),
+            *phases,
+            batch_size=8,
+            accumulation=1,
+            max_length=24,
+            pack=False,
+            head_steps=2,
+            tie_decoder=True,
         )
 
     def vector(folder):
-        return task_vector(tiny_bert, folder, settings()) if kind == "task" else language_vector(tiny_bert, folder, settings())
+        return (
+            task_vector(tiny_bert, folder, settings())
+            if kind == "task"
+            else language_vector(tiny_bert, folder, settings())
+        )
 
     whole, _ = learn(vector(tmp_path / "whole"), "deft-x", RUNTIME)
     broken = vector(tmp_path / "broken")
@@ -498,7 +526,9 @@ def test_the_best_checkpoint_on_validation_is_kept(tiny_bert, tmp_path):  # noqa
 
 
 def test_lift_takes_the_largest_of_the_low_rank_weights_and_refreshes(tiny_bert, tmp_path):  # noqa: F811
-    settings = TaskConfig(SelectionConfig(density=0.05, rank=4, refresh_every=2), phase(), phase(), batch_size=8, accumulation=1)
+    settings = TaskConfig(
+        SelectionConfig(density=0.05, rank=4, refresh_every=2), phase(), phase(), batch_size=8, accumulation=1
+    )
     vector = task_vector(tiny_bert, tmp_path, settings)
     model = vector.load(vector.start)
     names = models.linear_names(model)
@@ -581,8 +611,12 @@ def test_token_classification(tiny_bert, tmp_path):  # noqa: F811
     from deftx_kernels.train.evaluate import evaluate, with_vectors
 
     words = [text.split() for text in labelled(0, 40)["text"]]
-    rows = Dataset.from_dict({"tokens": words, "tags": [["ADJ" if w in GOOD + BAD else "X" for w in line] for line in words]})
-    settings = TaskConfig(SelectionConfig(k=K), phase(), phase(max_steps=300), batch_size=8, accumulation=1, max_length=24)
+    rows = Dataset.from_dict(
+        {"tokens": words, "tags": [["ADJ" if w in GOOD + BAD else "X" for w in line] for line in words]}
+    )
+    settings = TaskConfig(
+        SelectionConfig(k=K), phase(), phase(max_steps=300), batch_size=8, accumulation=1, max_length=24
+    )
     tokenizer = models.load_tokenizer(tiny_bert)
     start = starts.classifier_start(tiny_bert, ["ADJ", "X"], "token-classification", tmp_path / "base", 0)
     examples = starts.task_examples(rows, None, tokenizer, ["ADJ", "X"], "token-classification", settings)

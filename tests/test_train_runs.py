@@ -19,7 +19,10 @@ HASHES = {"model": "1", "text": "2"}
 
 def opened(run_dir: Path, hashes: dict = HASHES, inputs=(), **changes) -> None:
     with open_run(
-        TrainLanguageConfig(**{"text": Path("a.txt"), "language": "x", "run_dir": run_dir, **changes}), run_dir, hashes, inputs
+        TrainLanguageConfig(**{"text": Path("a.txt"), "language": "x", "run_dir": run_dir, **changes}),
+        run_dir,
+        hashes,
+        inputs,
     ):
         pass
 
@@ -140,7 +143,9 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(OSError, match=r"run/.lock cannot be locked \(No locks available\): its file system has no locks"):
+    with pytest.raises(
+        OSError, match=r"run/.lock cannot be locked \(No locks available\): its file system has no locks"
+    ):
         opened(tmp_path / "run")
 
 

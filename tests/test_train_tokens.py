@@ -6,7 +6,14 @@ from datasets import Dataset
 from train_tiny import tiny_bert  # noqa: F401
 
 from deftx_kernels.train.models import load_tokenizer
-from deftx_kernels.train.tokens import IGNORED, MaskedLanguageCollator, mask_once, task_collator, tokenize_task, tokenize_text
+from deftx_kernels.train.tokens import (
+    IGNORED,
+    MaskedLanguageCollator,
+    mask_once,
+    task_collator,
+    tokenize_task,
+    tokenize_text,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +42,9 @@ def test_a_word_s_tag_goes_to_its_first_token(tokenizer):
 def test_packing_keeps_every_token_in_order(tokenizer):
     texts = [f"the room was {w}" for w in ("good", "bad", "lovely", "awful", "xyz")]
     rows = tokenize_text(Dataset.from_dict({"text": texts}), tokenizer, 10, pack=True)["input_ids"]
-    assert all(row[0] == tokenizer.cls_token_id and row[-1] == tokenizer.sep_token_id and len(row) <= 10 for row in rows)
+    assert all(
+        row[0] == tokenizer.cls_token_id and row[-1] == tokenizer.sep_token_id and len(row) <= 10 for row in rows
+    )
     every = tokenizer(" ".join(texts), add_special_tokens=False)["input_ids"]
     assert [token for row in rows for token in row[1:-1]] == every
     alone = tokenize_text(Dataset.from_dict({"text": texts}), tokenizer, 5, pack=False)["input_ids"]
@@ -45,7 +54,10 @@ def test_packing_keeps_every_token_in_order(tokenizer):
 
 def test_every_text_has_a_masked_token_and_specials_never(tokenizer):
     collator = MaskedLanguageCollator(tokenizer, probability=0.01)
-    texts = [{"input_ids": tokenizer(text)["input_ids"]} for text in ("good", "the room", "a", "the food was very good and nice")]
+    texts = [
+        {"input_ids": tokenizer(text)["input_ids"]}
+        for text in ("good", "the room", "a", "the food was very good and nice")
+    ]
     for epoch in range(30):
         collator.epoch = epoch
         batch = collator(texts)

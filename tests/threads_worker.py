@@ -1,9 +1,10 @@
-"""One process of test_threads.py: calls every CPU operator and the public functions that rest on them, at sizes of real layers.
+"""One process of test_threads.py: calls every CPU operator and the public functions that rest on them, at sizes of real
+layers.
 
     python tests/threads_worker.py OUT.pt [--threads N] [--callers 4] [--once] [--cases default|slow] [--start I]
 
-Writes digests of all results, and the results that are compared with a tolerance. Inputs are random numbers and elementwise
-arithmetic alone: their bits depend neither on the number of threads nor on a matrix product.
+Writes digests of all results, and the results that are compared with a tolerance. Inputs are random numbers and
+elementwise arithmetic alone: their bits depend neither on the number of threads nor on a matrix product.
 """
 
 import argparse
@@ -79,7 +80,8 @@ def pattern(shape: torch.Size, density: float, seed: int) -> np.ndarray:
     rows, columns = (1, int(np.prod(shape))) if len(shape) < 2 else shape
     some = min(rows, 4096)
     generator = np.random.default_rng(seed)
-    share = density * np.where(generator.random((some, 1)) < 0.1, 8, 0.2)  # of a tenth of the rows 8 times as many entries
+    # of a tenth of the rows 8 times as many entries
+    share = density * np.where(generator.random((some, 1)) < 0.1, 8, 0.2)
     share[generator.random((some, 1)) < 0.01] = 0
     return np.resize(generator.random((some, columns), dtype=np.float32) < share, (rows, columns)).reshape(shape)
 
@@ -135,7 +137,10 @@ def matrices() -> dict[str, Tensor]:
     """What is denoised. Of each short side several, so that a batch of them is shared by the threads."""
     found = {f"low rank {i}, 768x768": low_rank(768, 768, 100 + i) for i in range(3)}
     found["smooth, 768x768"] = smooth(768, 768, 110)
-    found |= {"low rank, 3072x768": low_rank(3072, 768, 120), "low rank, 768x3072": low_rank(3072, 768, 121).mT.contiguous()}
+    found |= {
+        "low rank, 3072x768": low_rank(3072, 768, 120),
+        "low rank, 768x3072": low_rank(3072, 768, 121).mT.contiguous(),
+    }
     return found | {f"low rank {i}, 1024x1024": low_rank(1024, 1024, 130 + i) for i in range(2)}
 
 
@@ -251,7 +256,9 @@ def _() -> Results:
     given = {n: w for n, w in matrices().items() if n.startswith("low rank") and n.endswith(" 768x768")}
     out = {n: torch.empty_like(w) for n, w in given.items()}
     totals = torch.stack([w.double().square().sum() for w in given.values()])
-    ranks, _, _ = ops.svd_denoise_(list(given.values()), list(out.values()), totals, 0, 0.9, 0.0, 0.0, 2, None, len(given))
+    ranks, _, _ = ops.svd_denoise_(
+        list(given.values()), list(out.values()), totals, 0, 0.9, 0.0, 0.0, 2, None, len(given)
+    )
     return out | {f"rank of {n}": r for n, r in zip(given, ranks)}
 
 
@@ -272,7 +279,8 @@ def _() -> Results:
     batch = [f"low rank {i}, 768x768" for i in range(3)]
     found = dict(zip(batch, zip(*dk.truncated_svd(torch.stack([matrices()[n] for n in batch]), 32))))
     found["low rank, 3072x768"] = dk.truncated_svd(matrices()["low rank, 3072x768"], 32)
-    products = {n: (u.double() * s.double()) @ vh.double() for n, (u, s, vh) in found.items()}  # vectors have free signs
+    # vectors have free signs
+    products = {n: (u.double() * s.double()) @ vh.double() for n, (u, s, vh) in found.items()}
     return products | {f"values of {n}": s for n, (_, s, _) in found.items()}
 
 
@@ -430,7 +438,9 @@ for _rows, _columns in ((3072, 768), (768, 3072), (4096, 1024)):
 
             def _linear_grad(rows: int, columns: int, density: float, dtype: torch.dtype) -> Results:
                 m = one_mask(rows, columns, density)
-                grad = ops.masked_linear_grad(*tokens(rows, columns, dtype), m.crow_indices, m.col_indices, torch.float32)
+                grad = ops.masked_linear_grad(
+                    *tokens(rows, columns, dtype), m.crow_indices, m.col_indices, torch.float32
+                )
                 return {"grad": grad}
 
             case(
@@ -567,7 +577,9 @@ class Recorder:
             results = CASES[name].run()
             digests = {key: digest(t) for key, t in results.items()}
             if not CASES[name].exact:
-                self.tensors |= {digests[key]: t.detach() for key, t in results.items() if digests[key] not in self.tensors}
+                self.tensors |= {
+                    digests[key]: t.detach() for key, t in results.items() if digests[key] not in self.tensors
+                }
         except Exception as error:  # reported with the case's name by the parent
             digests = {"error": f"{type(error).__name__}: {error}"}
         self.calls.setdefault(call, {})[name] = digests
@@ -589,7 +601,8 @@ def main() -> None:
     names = [n for n, c in CASES.items() if c.group == options.cases]
     names = names[options.start % len(names) :] + names[: options.start % len(names)]
     if options.callers:
-        for inputs in (layers, other_layers, patterns, mask, matrices, symmetric_matrices, factors):  # not made by several at once
+        # not made by several at once
+        for inputs in (layers, other_layers, patterns, mask, matrices, symmetric_matrices, factors):
             inputs()
         mask(seed=40)
 

@@ -17,7 +17,18 @@ def tiny_bert(tmp_path_factory) -> str:
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny-bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *FILLERS, *LETTERS, *(f"##{c}" for c in LETTERS)]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *GOOD,
+        *BAD,
+        *FILLERS,
+        *LETTERS,
+        *(f"##{c}" for c in LETTERS),
+    ]
     (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(words)) + "\n")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)

@@ -1,5 +1,5 @@
-// A mask under construction on the CPU: one bit per element, each part (a tensor, or a long row) beginning at a word of its own,
-// cut into chunks of equal length that threads work on. `to_csr` makes crow_indices and col_indices of it.
+// A mask under construction on the CPU: one bit per element, each part (a tensor, or a long row) beginning at a word of
+// its own, cut into chunks of equal length that threads work on. `to_csr` makes crow_indices and col_indices of it.
 #pragma once
 
 #include <memory>
@@ -97,25 +97,30 @@ void for_each_chunk(int64_t first, int64_t last, const Work& work) {
 }
 
 // The bits [begin, end) of a word.
-inline uint64_t between(int64_t begin, int64_t end) { return (~uint64_t{0} << begin) & (~uint64_t{0} >> (kWord - end)); }
+inline uint64_t between(int64_t begin, int64_t end) {
+  return (~uint64_t{0} << begin) & (~uint64_t{0} >> (kWord - end));
+}
 
-// Writes column + j for every bit j, from `offset`; returns where the next one belongs. Four at once while they stay before `end`:
-// what is too many is overwritten by the next call, and no branch depends on the number of bits.
+// Writes column + j for every bit j, from `offset`; returns where the next one belongs. Four at once while they stay
+// before `end`: what is too many is overwritten by the next call, and no branch depends on the number of bits.
 template <typename Column>
 int64_t write_columns(uint64_t word, int64_t column, int64_t offset, int64_t end, Column* col) {
   const int64_t next = offset + count_bits(word);
   constexpr uint64_t kHighest = uint64_t{1} << (kWord - 1);
   while (word != 0 && offset + 4 <= end) {
-    for (int64_t i = 0; i < 4; ++i, word &= word - 1) col[offset + i] = static_cast<Column>(column + lowest_bit(word | kHighest));
+    for (int64_t i = 0; i < 4; ++i, word &= word - 1)
+      col[offset + i] = static_cast<Column>(column + lowest_bit(word | kHighest));
     offset += 4;
   }
   for (; word != 0; word &= word - 1) col[offset++] = static_cast<Column>(column + lowest_bit(word));
   return next;
 }
 
-// Writes the columns of a chunk's entries, which are [offset, end), and where each row that begins in it has its first one.
+// Writes the columns of a chunk's entries, which are [offset, end), and where each row that begins in it has its first
+// one.
 template <typename Column>
-void emit(const Part& part, const Chunk& chunk, const uint64_t* bits, int64_t offset, int64_t end, int64_t* crow, Column* col) {
+void emit(const Part& part, const Chunk& chunk, const uint64_t* bits, int64_t offset, int64_t end, int64_t* crow,
+          Column* col) {
   int64_t row = chunk.begin / part.columns, row_begin = row * part.columns;
   for (int64_t at = chunk.begin; at < chunk.end; ++row, row_begin += part.columns) {
     if (row_begin == at) crow[part.first_row + row] = offset;

@@ -1,7 +1,7 @@
 // csr_gather, csr_scatter_, csr_add_, csr_square_sum on the CPU.
 //
-// The entries of the mask are cut into pieces of equal length, whatever rows or tensors they fall into, one per thread. Each entry
-// is read and written by one thread alone, so the result does not depend on the number of threads.
+// The entries of the mask are cut into pieces of equal length, whatever rows or tensors they fall into, one per thread.
+// Each entry is read and written by one thread alone, so the result does not depend on the number of threads.
 #include <type_traits>
 
 #include "rows.h"
@@ -40,8 +40,8 @@ DEFTX_CLONES void add_scaled(T* __restrict__ elements, const Value* __restrict__
     elements[k] = static_cast<T>(static_cast<Compute>(elements[k]) + alpha * static_cast<Compute>(values[k]));
 }
 
-// In blocks, so that the conversions of 16-bit types are vector instructions: they, not memory, bound an element-wise loop
-// (15 M entries of bfloat16 at density 0.3, one Sapphire Rapids core: 25 ms rather than 42).
+// In blocks, so that the conversions of 16-bit types are vector instructions: they, not memory, bound an element-wise
+// loop (15 M entries of bfloat16 at density 0.3, one Sapphire Rapids core: 25 ms rather than 42).
 template <typename T, typename Value, typename Compute, typename Column>
 void add(const Csr& csr, const Value* values, double alpha) {  // values [nnz]
   const auto* col = static_cast<const Column*>(csr.col);
@@ -70,8 +70,8 @@ DEFTX_CLONES void add_squares(const T* __restrict__ elements, int64_t n, double*
   }
 }
 
-// Pieces of kGrain entries are summed up one by one, and then their sums in order: the result is the same for any number of
-// threads.
+// Pieces of kGrain entries are summed up one by one, and then their sums in order: the result is the same for any
+// number of threads.
 template <typename T, typename Column>
 double square_sum(const Csr& csr) {
   static_assert(kBlock % kSums == 0 && kGrain % kBlock == 0);
@@ -169,7 +169,8 @@ void csr_scatter_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_i
   const Csr csr = check_csr(tensors, Access::kWrite, crow_indices, col_indices, Device::kCpu);
   check_compact(values, Device::kCpu, col_indices, csr.nnz, "values");
   DEFTX_CHECK(tensors.empty() || dtype_of(values) == csr.dtype, "csr_scatter_: values must have the tensors' dtype");
-  csr.wide ? scatter_sized<int32_t>(csr, values.const_data_ptr()) : scatter_sized<uint16_t>(csr, values.const_data_ptr());
+  csr.wide ? scatter_sized<int32_t>(csr, values.const_data_ptr())
+           : scatter_sized<uint16_t>(csr, values.const_data_ptr());
 }
 
 void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values, double alpha) {
@@ -185,7 +186,8 @@ void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indic
 Tensor csr_square_sum(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices) {
   const Csr csr = check_csr(tensors, Access::kRead, crow_indices, col_indices, Device::kCpu);
   Tensor out = torch::stable::new_empty(col_indices, {}, torch::headeronly::ScalarType::Double);
-  *static_cast<double*>(out.mutable_data_ptr()) = csr.wide ? square_sum_typed<int32_t>(csr) : square_sum_typed<uint16_t>(csr);
+  *static_cast<double*>(out.mutable_data_ptr()) =
+      csr.wide ? square_sum_typed<int32_t>(csr) : square_sum_typed<uint16_t>(csr);
   return out;
 }
 

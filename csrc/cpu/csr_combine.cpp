@@ -1,8 +1,9 @@
 // csr_combine on the CPU: a merge of two lists that ascend by (row, column).
 //
-// The merge is cut into pieces of equal work, within rows too, since a 1-D tensor is one row. Each piece is merged twice: to count
-// its common entries, and to write. The cuts depend on the masks alone, so the result does not depend on the number of threads.
-// A thread merges two pieces in turns: a step waits for the one before it (about 9 cycles), but not for the other piece's.
+// The merge is cut into pieces of equal work, within rows too, since a 1-D tensor is one row. Each piece is merged
+// twice: to count its common entries, and to write. The cuts depend on the masks alone, so the result does not depend
+// on the number of threads. A thread merges two pieces in turns: a step waits for the one before it (about 9 cycles),
+// but not for the other piece's.
 #include <atomic>
 
 #include "../stable.h"
@@ -21,18 +22,19 @@ struct Mask {
   int64_t rows, nnz;
 };
 
-// Where the merge is cut: before it lie the entries [0, i) of one mask, [0, j) of the other and the ends of the rows [0, row).
+// Where the merge is cut: before it lie the entries [0, i) of one mask, [0, j) of the other and the ends of the rows
+// [0, row).
 struct Cut {
   int64_t row, i, j;
 };
 
-// Throws unless crow_indices ascends from 0 to nnz. Columns are not checked: whatever they are, the merge stays within its ranges,
-// and both of its passes find the same.
+// Throws unless crow_indices ascends from 0 to nnz. Columns are not checked: whatever they are, the merge stays within
+// its ranges, and both of its passes find the same.
 template <typename Column>
 void check_crow(const Mask<Column>& mask, const char* name) {
   const int64_t* crow = mask.crow;
-  DEFTX_CHECK(crow[0] == 0 && crow[mask.rows] == mask.nnz, name, " must run from 0 to nnz = ", mask.nnz, ", got ", crow[0], " to ",
-              crow[mask.rows]);
+  DEFTX_CHECK(crow[0] == 0 && crow[mask.rows] == mask.nnz, name, " must run from 0 to nnz = ", mask.nnz, ", got ",
+              crow[0], " to ", crow[mask.rows]);
   std::atomic<bool> bad{false};
   torch::stable::parallel_for(0, mask.rows, kPiece, [&](int64_t begin, int64_t end) {
     bool wrong = false;
@@ -42,7 +44,8 @@ void check_crow(const Mask<Column>& mask, const char* name) {
   DEFTX_CHECK(!bad, name, " must not descend");
 }
 
-// The cut after `work` units of the merge, where an entry is a unit and so is the end of a row; equal entries stay together.
+// The cut after `work` units of the merge, where an entry is a unit and so is the end of a row; equal entries stay
+// together.
 template <typename Column>
 Cut cut_at(const Mask<Column>& mine, const Mask<Column>& theirs, int64_t work) {
   int64_t row = 0;
@@ -69,20 +72,22 @@ Cut cut_at(const Mask<Column>& mine, const Mask<Column>& theirs, int64_t work) {
   return cut;
 }
 
-// 1 where x < 0, else 0. In arithmetic, since GCC turns `a += x <= y` into a branch, which a merge mispredicts at every other step
-// (one Xeon core: 4.8 ns a step with the branch, 3.3 without, 1.7 with two pieces in turns).
+// 1 where x < 0, else 0. In arithmetic, since GCC turns `a += x <= y` into a branch, which a merge mispredicts at every
+// other step (one Xeon core: 4.8 ns a step with the branch, 3.3 without, 1.7 with two pieces in turns).
 inline int64_t is_negative(int64_t x) { return static_cast<int64_t>(static_cast<uint64_t>(x) >> 63); }
 
 // One piece of the merge.
 template <Pass kPass, typename Column>
 class Merge {
  public:
-  Merge(const Mask<Column>& mine, const Mask<Column>& theirs, const Cut& begin, const Cut& end, Column* out, const Column* out_end)
+  Merge(const Mask<Column>& mine, const Mask<Column>& theirs, const Cut& begin, const Cut& end, Column* out,
+        const Column* out_end)
       : a_(mine.col + begin.i), b_(theirs.col + begin.j), out_(out), out_end_(out_end), row_(begin.row), end_(end) {
     set_row_end(mine, theirs);
   }
 
-  // Whether both masks have entries left in this row. Nothing at or after out_end is written: it belongs to another thread.
+  // Whether both masks have entries left in this row. Nothing at or after out_end is written: it belongs to another
+  // thread.
   bool can_step() const {
     const bool room = kPass == Pass::kCount || kPass == Pass::kOr || out_ < out_end_;
     return a_ < a_end_ && b_ < b_end_ && room;
@@ -135,14 +140,15 @@ class Merge {
 // Merges all pieces. kCount: sets first[p + 1] to the common entries of piece p. Else: writes piece p's entries to
 // col_out[first[p]...first[p + 1]], and where the rows end that end in it.
 template <Pass kPass, typename Column>
-void merge_pieces(const Mask<Column>& mine, const Mask<Column>& theirs, const std::vector<Cut>& cuts, std::vector<int64_t>& first,
-                  int64_t* crow_out, Column* col_out) {
+void merge_pieces(const Mask<Column>& mine, const Mask<Column>& theirs, const std::vector<Cut>& cuts,
+                  std::vector<int64_t>& first, int64_t* crow_out, Column* col_out) {
   torch::stable::parallel_for(0, static_cast<int64_t>(first.size()) / 2, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = 2 * begin; p < 2 * end; p += 2) {
       const auto out = [&](int64_t q) { return kPass == Pass::kCount ? nullptr : col_out + first[q]; };
       Merge<kPass, Column> x(mine, theirs, cuts[p], cuts[p + 1], out(p), out(p + 1));
       Merge<kPass, Column> y(mine, theirs, cuts[p + 1], cuts[p + 2], out(p + 1), out(p + 2));
-      bool x_goes_on = x.next_row(mine, theirs, crow_out, col_out), y_goes_on = y.next_row(mine, theirs, crow_out, col_out);
+      bool x_goes_on = x.next_row(mine, theirs, crow_out, col_out),
+           y_goes_on = y.next_row(mine, theirs, crow_out, col_out);
       while (x_goes_on && y_goes_on) {
         do {
           x.step();
@@ -177,7 +183,9 @@ std::tuple<Tensor, Tensor> combine(const Mask<Column>& mine, const Mask<Column>&
   merge_pieces<Pass::kCount, Column>(mine, theirs, cuts, first, nullptr, nullptr);
   for (int64_t p = 0; p < pieces; ++p) {
     const int64_t common = first[p + 1], a_count = cuts[p + 1].i - cuts[p].i, b_count = cuts[p + 1].j - cuts[p].j;
-    const int64_t count = kPass == Pass::kAnd ? common : kPass == Pass::kOr ? a_count + b_count - common : a_count - common;
+    const int64_t count = kPass == Pass::kAnd  ? common
+                          : kPass == Pass::kOr ? a_count + b_count - common
+                                               : a_count - common;
     first[p + 1] = first[p] + count;
   }
   Tensor crow_out = torch::stable::new_empty(crow_indices, {mine.rows + 1});
@@ -189,8 +197,8 @@ std::tuple<Tensor, Tensor> combine(const Mask<Column>& mine, const Mask<Column>&
 }
 
 template <typename Column>
-std::tuple<Tensor, Tensor> combine_typed(const Csr& mine, const Csr& theirs, const Tensor& crow_indices, const Tensor& col_indices,
-                                         Operation operation) {
+std::tuple<Tensor, Tensor> combine_typed(const Csr& mine, const Csr& theirs, const Tensor& crow_indices,
+                                         const Tensor& col_indices, Operation operation) {
   const Mask<Column> a{mine.crow, static_cast<const Column*>(mine.col), mine.rows, mine.nnz};
   const Mask<Column> b{theirs.crow, static_cast<const Column*>(theirs.col), theirs.rows, theirs.nnz};
   check_crow(a, "crow_indices");
@@ -200,10 +208,11 @@ std::tuple<Tensor, Tensor> combine_typed(const Csr& mine, const Csr& theirs, con
   return combine<Pass::kSub>(a, b, crow_indices, col_indices);
 }
 
-std::tuple<Tensor, Tensor> csr_combine(Tensor crow_indices, Tensor col_indices, Tensor other_crow_indices, Tensor other_col_indices,
-                                       int64_t operation) {
+std::tuple<Tensor, Tensor> csr_combine(Tensor crow_indices, Tensor col_indices, Tensor other_crow_indices,
+                                       Tensor other_col_indices, int64_t operation) {
   const Operation which = operation_of(operation);
-  const auto [mine, theirs] = check_combine(crow_indices, col_indices, other_crow_indices, other_col_indices, Device::kCpu);
+  const auto [mine, theirs] =
+      check_combine(crow_indices, col_indices, other_crow_indices, other_col_indices, Device::kCpu);
   return mine.wide ? combine_typed<int32_t>(mine, theirs, crow_indices, col_indices, which)
                    : combine_typed<uint16_t>(mine, theirs, crow_indices, col_indices, which);
 }

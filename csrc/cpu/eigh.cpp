@@ -1,6 +1,6 @@
 // eigh and eigvalsh on the CPU: reduction to tridiagonal form (tridiagonal.h), the eigenvalues and eigenvectors of that
-// (tridiagonal_eigen.h), and the product with the reflections. A matrix for each thread while there are enough; all threads on one
-// matrix for the rest. Either way gives the same bits.
+// (tridiagonal_eigen.h), and the product with the reflections. A matrix for each thread while there are enough; all
+// threads on one matrix for the rest. Either way gives the same bits.
 //
 // A matrix that is not finite, and an iteration that does not end, give NaN.
 #include "tridiagonal_eigen.h"
@@ -23,7 +23,8 @@ T scale_of(const T* matrix, int64_t n) {
   return bad + (largest == 0 ? T(1) : std::ldexp(T(1), std::clamp(-std::ilogb(largest), -kMost, kMost)));
 }
 
-// Where the singular values whose squares are the eigenvalues are cut (svd_denoise_): at most one of the three is not 0.
+// Where the singular values whose squares are the eigenvalues are cut (svd_denoise_): at most one of the three is not
+// 0.
 struct Cut {
   int64_t rank = 0;
   double energy = 0, median = 0;
@@ -48,15 +49,17 @@ struct Cut {
     return rank;
   }
 
-  // The eigenvectors [first, last) that a truncation needs: those of the eigenvalues that are kept or of the others, whichever are
-  // fewer, and some beyond, which its accuracy may rest on; all without a cut, and where it is near the middle.
+  // The eigenvectors [first, last) that a truncation needs: those of the eigenvalues that are kept or of the others,
+  // whichever are fewer, and some beyond, which its accuracy may rest on; all without a cut, and where it is near the
+  // middle.
   template <typename T>
   std::pair<int64_t, int64_t> needed(const T* values, int64_t n) const {
     constexpr int64_t kBeyond = 16;
     if (rank == 0 && !(energy > 0) && !(median > 0)) return {0, n};
     const int64_t cut = n - kept(values, n);
     if (std::abs(n - 2 * cut) <= 2 * kBeyond) return {0, n};
-    return 2 * cut < n ? std::pair{int64_t{0}, std::min(cut + kBeyond, n)} : std::pair{std::max(cut - kBeyond, int64_t{0}), n};
+    return 2 * cut < n ? std::pair{int64_t{0}, std::min(cut + kBeyond, n)}
+                       : std::pair{std::max(cut - kBeyond, int64_t{0}), n};
   }
 };
 
@@ -136,7 +139,8 @@ std::pair<Tensor, Tensor> run(const Tensor& matrices, bool with_vectors, const C
   DEFTX_CHECK(cut.rank >= 0 && cut.rank <= n, "rank must be from 0 to ", n, ", got ", cut.rank);
   DEFTX_CHECK(cut.energy >= 0 && cut.energy <= 1, "energy must be from 0 to 1, got ", cut.energy);
   DEFTX_CHECK(cut.median >= 0 && cut.median <= 1e30, "median must be from 0 to 1e30, got ", cut.median);
-  DEFTX_CHECK((cut.rank > 0) + (cut.energy > 0) + (cut.median > 0) <= 1, "at most one of rank, energy and median may be above 0");
+  DEFTX_CHECK((cut.rank > 0) + (cut.energy > 0) + (cut.median > 0) <= 1,
+              "at most one of rank, energy and median may be above 0");
   if (count == 0 || n == 0) return {values, vectors};
   const auto decompose_as = [&](auto zero) {
     using T = decltype(zero);

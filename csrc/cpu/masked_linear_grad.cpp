@@ -1,12 +1,14 @@
 // masked_linear_grad on the CPU: the masked entries of grad_output.T @ input, [m, n].
 //
-// Up to a fifth of the entries: a dot product each. The input is packed by columns, a block of tokens after the other, so that a
-// column is contiguous and a block stays in the second cache; every thread packs some columns of the gradient beside it. Dot
-// products run at a third of a matrix product's rate (float32, two cores of a Sapphire Rapids Xeon: 50 of 135 GFLOP/s a core), but
-// are a small part of its work. Denser masks: the matrix product (BLAS) of a stretch of rows at a time, of which the entries are
-// kept. In neither way is more than a few megabytes of the [m, n] product in memory.
+// Up to a fifth of the entries: a dot product each. The input is packed by columns, a block of tokens after the other,
+// so that a column is contiguous and a block stays in the second cache; every thread packs some columns of the gradient
+// beside it. Dot products run at a third of a matrix product's rate (float32, two cores of a Sapphire Rapids Xeon: 50
+// of 135 GFLOP/s a core), but are a small part of its work. Denser masks: the matrix product (BLAS) of a stretch of
+// rows at a time, of which the entries are kept. In neither way is more than a few megabytes of the [m, n] product in
+// memory.
 //
-// Dot products are summed over blocks of tokens, ascending: the same for any number of threads. (BLAS does not promise that.)
+// Dot products are summed over blocks of tokens, ascending: the same for any number of threads. (BLAS does not promise
+// that.)
 #include <memory>
 
 #include "products.h"
@@ -41,7 +43,8 @@ struct Problem {
   int64_t tokens, rows, columns;
 };
 
-// The columns [begin, end) of the tokens [first, first + length) of a matrix, padded with zeros: out [end - begin, length].
+// The columns [begin, end) of the tokens [first, first + length) of a matrix, padded with zeros: out [end - begin,
+// length].
 template <typename Packed>
 void pack(const Tensor& matrix, int64_t first, int64_t length, int64_t begin, int64_t end, Packed* out) {
   const int64_t width = matrix.size(1), tokens = std::min(length, matrix.size(0) - first);
@@ -59,9 +62,12 @@ void by_entries(const Problem& p, Packed* sums) {
   constexpr int64_t kTokens = kPackedTokens<Packed>, kItem = sizeof(Packed);
   const int64_t longest = std::clamp<int64_t>(block_bytes() / (p.columns * kItem), 4 * kTokens, kColumnBytes / kItem);
   const int64_t equal = (p.tokens - 1) / ((p.tokens - 1) / longest + 1) + 1;  // blocks of about one length
-  // An odd number of cache lines: columns that are a multiple of 1024 bytes apart would crowd into a few sets of the first cache.
+  // An odd number of cache lines: columns that are a multiple of 1024 bytes apart would crowd into a few sets of the
+  // first cache.
   const int64_t block = ((equal + kTokens - 1) / kTokens | 1) * kTokens;
-  const auto length_of = [&](int64_t first) { return std::min(block, (p.tokens - first + kTokens - 1) / kTokens * kTokens); };
+  const auto length_of = [&](int64_t first) {
+    return std::min(block, (p.tokens - first + kTokens - 1) / kTokens * kTokens);
+  };
   // Blocks packed at a time. One stays in a cache; but after each time, all threads wait for one another.
   const int64_t blocks = std::clamp<int64_t>(torch::stable::get_num_threads() / 2, 1, 8);
   const std::unique_ptr<Packed[]> packed(new Packed[std::min(blocks * block, p.tokens + kTokens) * p.columns]);
@@ -89,7 +95,8 @@ void by_entries(const Problem& p, Packed* sums) {
       }
     };
     const int64_t groups = (p.columns + kPackedColumns - 1) / kPackedColumns;
-    torch::stable::parallel_for(0, groups, std::max<int64_t>(kGrain / (kPackedColumns * (stop - start)), 1), pack_input);
+    torch::stable::parallel_for(0, groups, std::max<int64_t>(kGrain / (kPackedColumns * (stop - start)), 1),
+                                pack_input);
 
     const auto multiply = [&](int64_t begin, int64_t end) {
       const int64_t last_row = row_at(end);

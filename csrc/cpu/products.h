@@ -1,6 +1,7 @@
-// Dot products of many pairs of columns, for masked_linear_grad.cpp: matrices [tokens, columns] are packed by columns, so that a
-// column is contiguous, and multiplied column by column. Packed is float or double, and what the products are summed in. (Columns
-// kept in bfloat16, with AVX-512's products of bfloat16 pairs, took longer than this on a Sapphire Rapids Xeon.)
+// Dot products of many pairs of columns, for masked_linear_grad.cpp: matrices [tokens, columns] are packed by columns,
+// so that a column is contiguous, and multiplied column by column. Packed is float or double, and what the products are
+// summed in. (Columns kept in bfloat16, with AVX-512's products of bfloat16 pairs, took longer than this on a Sapphire
+// Rapids Xeon.)
 #pragma once
 
 #include <cstring>
@@ -35,7 +36,8 @@ DEFTX_INLINE void sums_of_lanes(const Floats* v, float* out) {
   for (int i = 0; i < 4; ++i)
     pairs[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
   for (int i = 0; i < 2; ++i)
-    quads[i] = __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], even) + __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], odd);
+    quads[i] = __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], even) +
+               __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], odd);
   const Floats sums = __builtin_shuffle(quads[0], quads[1], low) + __builtin_shuffle(quads[0], quads[1], high);
   std::memcpy(out, &sums, sizeof sums);
 }
@@ -115,11 +117,12 @@ inline void pack_tile(const Source* source, int64_t stride, Packed* out, int64_t
 
 // out[i][t] = source[t][i], converted, for i < columns and t < tokens; zeros up to `length`.
 template <typename Source, typename Packed>
-DEFTX_WIDE_CLONES void pack_columns(const Source* source, int64_t stride, int64_t tokens, int64_t columns, int64_t length,
-                                    Packed* out) {
+DEFTX_WIDE_CLONES void pack_columns(const Source* source, int64_t stride, int64_t tokens, int64_t columns,
+                                    int64_t length, Packed* out) {
   const int64_t whole_tokens = tokens / 8 * 8, whole_columns = columns / 8 * 8;
   for (int64_t t = 0; t < whole_tokens; t += 8)
-    for (int64_t i = 0; i < whole_columns; i += 8) pack_tile(source + t * stride + i, stride, out + i * length + t, length);
+    for (int64_t i = 0; i < whole_columns; i += 8)
+      pack_tile(source + t * stride + i, stride, out + i * length + t, length);
   for (int64_t i = 0; i < columns; ++i) {
     for (int64_t t = i < whole_columns ? whole_tokens : 0; t < tokens; ++t)
       out[i * length + t] = static_cast<Packed>(source[t * stride + i]);
@@ -129,7 +132,8 @@ DEFTX_WIDE_CLONES void pack_columns(const Source* source, int64_t stride, int64_
 
 // products[i] = one . others[i] over `length` tokens.
 template <typename Packed>
-DEFTX_WIDE_CLONES void multiply_columns(const Packed* one, const Packed* const* others, int64_t length, Packed* products) {
+DEFTX_WIDE_CLONES void multiply_columns(const Packed* one, const Packed* const* others, int64_t length,
+                                        Packed* products) {
   using Vector = std::conditional_t<std::is_same_v<Packed, double>, Doubles, Floats>;
   constexpr int64_t kLanes = sizeof(Vector) / sizeof(Packed);
   Vector sums[kColumnsAtOnce] = {};
@@ -146,8 +150,8 @@ DEFTX_WIDE_CLONES void multiply_columns(const Packed* one, const Packed* const* 
 
 // sums[j] (+)= one . packed[column[j]], for the `count` entries of a row.
 template <typename Packed, typename Column>
-void add_products(const Packed* one, const Packed* packed, int64_t length, const Column* column, int64_t count, bool first,
-                  Packed* sums) {
+void add_products(const Packed* one, const Packed* packed, int64_t length, const Column* column, int64_t count,
+                  bool first, Packed* sums) {
   for (int64_t j = 0; j < count; j += kColumnsAtOnce) {
     const Packed* others[kColumnsAtOnce];
     for (int64_t i = 0; i < kColumnsAtOnce; ++i) others[i] = packed + column[std::min(j + i, count - 1)] * length;

@@ -45,8 +45,9 @@ void for_each_run(const Csr& csr, int64_t begin, int64_t end, const Visit& visit
   if (begin >= end) return;
   const int64_t* crow = csr.crow;
   int64_t row = std::upper_bound(crow, crow + csr.rows + 1, begin) - crow - 1;
-  auto slice =
-      std::upper_bound(csr.slices.begin(), csr.slices.end(), row, [](int64_t r, const Slice& s) { return r < s.first_row; }) - 1;
+  auto slice = std::upper_bound(csr.slices.begin(), csr.slices.end(), row,
+                                [](int64_t r, const Slice& s) { return r < s.first_row; }) -
+               1;
   const auto last = csr.slices.end() - 1;
   for (int64_t i = begin, stop; i < end; ++row) {
     stop = std::min(crow[row + 1], end);
@@ -73,13 +74,13 @@ DEFTX_CLONES int64_t count_descents(const Index* index, int64_t n, bool strict) 
   return count;
 }
 
-// Throws unless crow_indices ascends from 0 to nnz and each row's columns ascend strictly and stay inside the row. Strictly,
-// because two threads must not meet in one element.
+// Throws unless crow_indices ascends from 0 to nnz and each row's columns ascend strictly and stay inside the row.
+// Strictly, because two threads must not meet in one element.
 template <typename Column>
 void check_contents(const Csr& csr) {
   const int64_t* crow = csr.crow;
-  DEFTX_CHECK(crow[0] == 0 && crow[csr.rows] == csr.nnz, "crow_indices must run from 0 to nnz = ", csr.nnz, ", got ", crow[0],
-              " to ", crow[csr.rows]);
+  DEFTX_CHECK(crow[0] == 0 && crow[csr.rows] == csr.nnz, "crow_indices must run from 0 to nnz = ", csr.nnz, ", got ",
+              crow[0], " to ", crow[csr.rows]);
   std::atomic<bool> bad{false};
   torch::stable::parallel_for(0, csr.rows, kGrain, [&](int64_t begin, int64_t end) {
     if (count_descents(crow + begin + 1, end - begin, false)) bad = true;

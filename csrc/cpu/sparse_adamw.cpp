@@ -1,9 +1,9 @@
 // sparse_adamw_ on the CPU: one AdamW step at the entries of a mask.
 //
-// The entries are cut into pieces of equal length, one per thread, whatever rows or tensors they fall into, and a piece into
-// blocks. Scattered cache lines bound the time, so memory must never wait for arithmetic: the step of a block asks, between its
-// vectors, for the lines of the next one. (A phase that gathers a block, then one that computes, took 1.15 times as long: 50 M
-// float32 at 5 %, two cores of a Sapphire Rapids Xeon.)
+// The entries are cut into pieces of equal length, one per thread, whatever rows or tensors they fall into, and a piece
+// into blocks. Scattered cache lines bound the time, so memory must never wait for arithmetic: the step of a block
+// asks, between its vectors, for the lines of the next one. (A phase that gathers a block, then one that computes,
+// took 1.15 times as long: 50 M float32 at 5 %, two cores of a Sapphire Rapids Xeon.)
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -18,7 +18,7 @@ constexpr int64_t kBlock = 256;  // entries
 
 #if defined(__GNUC__)
 #define DEFTX_INLINE inline __attribute__((always_inline))  // into each clone of the caller
-#pragma GCC diagnostic ignored "-Wpsabi"                    // about vectors as results of functions that are always inlined
+#pragma GCC diagnostic ignored "-Wpsabi"  // about vectors as results of functions that are always inlined
 template <typename Compute>
 struct LanesOf {
   typedef Compute type __attribute__((vector_size(32)));
@@ -44,7 +44,8 @@ DEFTX_CLONES void convert(const void* in, void* out, int64_t n) {
   for (int64_t k = 0; k < n; ++k) to[k] = static_cast<To>(from[k]);
 }
 
-// Philox4x32-10 (Salmon et al. 2011) with the key `seed` and the counter (entry, step): the first three words, for n entries.
+// Philox4x32-10 (Salmon et al. 2011) with the key `seed` and the counter (entry, step): the first three words, for n
+// entries.
 DEFTX_CLONES void philox(uint64_t seed, uint64_t step, uint64_t first, int64_t n, uint32_t* __restrict__ words0,
                          uint32_t* __restrict__ words1, uint32_t* __restrict__ words2) {
   for (int64_t k = 0; k < n; ++k) {
@@ -120,8 +121,8 @@ DEFTX_INLINE Vector load(const Element* in) {
   return result;
 }
 
-// The elements at some offsets. Written as one expression, so that it is made in registers: a vector that is read back from
-// elements stored one by one would wait for all of them to reach the cache.
+// The elements at some offsets. Written as one expression, so that it is made in registers: a vector that is read back
+// from elements stored one by one would wait for all of them to reach the cache.
 template <typename Vector, typename T, typename Compute>
 DEFTX_INLINE Vector gather(const char* data, const int64_t* offsets) {
   const T* in = reinterpret_cast<const T*>(data);
@@ -251,7 +252,8 @@ struct Worker {
 
   void put(const Compact<Compute>& state, int64_t first, int64_t n, const Compute* block, const uint32_t* words) {
     if constexpr (std::is_same_v<Compute, float>)
-      if (work.round_state) return round_stochastically(block, words, reinterpret_cast<BFloat16*>(state.data) + first, n);
+      if (work.round_state)
+        return round_stochastically(block, words, reinterpret_cast<BFloat16*>(state.data) + first, n);
     state.put(first, n, block);
   }
 };
@@ -305,7 +307,8 @@ template <typename Compute>
 Compact<Compute> compact(const Tensor& t, Access access, const Tensor& col_indices, const char* name) {
   check_compact(t, Device::kCpu, col_indices, col_indices.numel(), name);
   Compact<Compute> result;
-  result.data = static_cast<char*>(access == Access::kWrite ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()));
+  result.data =
+      static_cast<char*>(access == Access::kWrite ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()));
   with_dtype(dtype_of(t), name, [&](auto zero) {
     using T = decltype(zero);
     result.size = sizeof(T);
@@ -367,8 +370,8 @@ void sparse_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, bool c
       work.grads = check_csr(grads, Access::kRead, crow_indices, col_indices, Device::kCpu);
       DEFTX_CHECK(grads.size() == params.size(), "grads must have one tensor for each of params");
       for (size_t i = 0; i < grads.size(); ++i)
-        DEFTX_CHECK(grads[i].numel() == params[i].numel() && work.grads.slices[i].columns == csr.slices[i].columns, "gradient ", i,
-                    " has another shape than its parameter");
+        DEFTX_CHECK(grads[i].numel() == params[i].numel() && work.grads.slices[i].columns == csr.slices[i].columns,
+                    "gradient ", i, " has another shape than its parameter");
     }
     const bool computed_grads = !compact_grads && work.grads.dtype == compute;
     DEFTX_CHECK(compact_grads || computed_grads || work.grads.dtype == csr.dtype,

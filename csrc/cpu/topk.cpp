@@ -1,14 +1,14 @@
 // topk_mask, magnitude_histogram, threshold_mask, dense_to_csr on the CPU.
 //
-// topk_mask reads the scores once. A sample gives a bracket [from, above) of magnitudes within which the threshold lies almost
-// surely. The pass over the scores sets two bits per element: at or above `above`, which is selected whatever the threshold, and
-// inside the bracket, of which the exact threshold is found. The keys inside are kept as long as they are few (1/32 of a chunk),
-// else read again. Where the bracket missed, the pass is repeated with one that cannot miss. Extra memory: two bits per element,
-// 1/32 of the keys, some 150 bytes for each tensor (for each row where rows are long and selected one by one), and at most 1 MB
-// for each thread.
+// topk_mask reads the scores once. A sample gives a bracket [from, above) of magnitudes within which the threshold lies
+// almost surely. The pass over the scores sets two bits per element: at or above `above`, which is selected whatever
+// the threshold, and inside the bracket, of which the exact threshold is found. The keys inside are kept as long as
+// they are few (1/32 of a chunk), else read again. Where the bracket missed, the pass is repeated with one that cannot
+// miss. Extra memory: two bits per element, 1/32 of the keys, some 150 bytes for each tensor (for each row where rows
+// are long and selected one by one), and at most 1 MB for each thread.
 //
-// Magnitudes are compared as the integers that their bits are without the sign ("keys"). All counts are integers and every bit is
-// written by one thread, so the result does not depend on the number of threads.
+// Magnitudes are compared as the integers that their bits are without the sign ("keys"). All counts are integers and
+// every bit is written by one thread, so the result does not depend on the number of threads.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -221,9 +221,11 @@ struct Counts {
   int64_t above = 0, inside = 0;
 };
 
-// The two bits of each of n words of keys, of which the last word has `last` (a set bit for each). Returns how many are set.
+// The two bits of each of n words of keys, of which the last word has `last` (a set bit for each). Returns how many are
+// set.
 template <typename Key>
-DEFTX_CLONES Counts classify(const Key* keys, int64_t n, uint64_t last, Bracket<Key> bracket, uint64_t* above, uint64_t* inside) {
+DEFTX_CLONES Counts classify(const Key* keys, int64_t n, uint64_t last, Bracket<Key> bracket, uint64_t* above,
+                             uint64_t* inside) {
   Counts counts;
   for (int64_t w = 0; w < n; ++w) {
     const uint64_t valid = w + 1 == n ? last : ~uint64_t{0};
@@ -238,7 +240,8 @@ DEFTX_CLONES Counts classify(const Key* keys, int64_t n, uint64_t last, Bracket<
 }
 
 #ifdef DEFTX_AVX512
-// With these, topk_mask of 50 M float32 took 31 to 36 ms rather than 36 to 41 (best of 40 calls, two Sapphire Rapids cores).
+// With these, topk_mask of 50 M float32 took 31 to 36 ms rather than 36 to 41 (best of 40 calls, two Sapphire Rapids
+// cores).
 DEFTX_AVX512 inline uint64_t at_least_avx512(const uint32_t* keys, __m512i bound) {
   uint64_t word = 0;
   for (int i = 0; i < 4; ++i)
@@ -246,9 +249,10 @@ DEFTX_AVX512 inline uint64_t at_least_avx512(const uint32_t* keys, __m512i bound
   return word;
 }
 
-DEFTX_AVX512 Counts classify_avx512(const uint32_t* keys, int64_t n, uint64_t last, Bracket<uint32_t> bracket, uint64_t* above,
-                                    uint64_t* inside) {
-  const __m512i from = _mm512_set1_epi32(static_cast<int>(bracket.from)), up = _mm512_set1_epi32(static_cast<int>(bracket.above));
+DEFTX_AVX512 Counts classify_avx512(const uint32_t* keys, int64_t n, uint64_t last, Bracket<uint32_t> bracket,
+                                    uint64_t* above, uint64_t* inside) {
+  const __m512i from = _mm512_set1_epi32(static_cast<int>(bracket.from)),
+                up = _mm512_set1_epi32(static_cast<int>(bracket.above));
   Counts counts;
   for (int64_t w = 0; w < n; ++w) {
     const uint64_t valid = w + 1 == n ? last : ~uint64_t{0};
@@ -264,7 +268,8 @@ DEFTX_AVX512 Counts classify_avx512(const uint32_t* keys, int64_t n, uint64_t la
 #endif
 
 template <typename Key>
-Counts classify_fast(const Key* keys, int64_t n, uint64_t last, Bracket<Key> bracket, uint64_t* above, uint64_t* inside) {
+Counts classify_fast(const Key* keys, int64_t n, uint64_t last, Bracket<Key> bracket, uint64_t* above,
+                     uint64_t* inside) {
 #ifdef DEFTX_AVX512
   static const bool has_avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512f");
   if constexpr (sizeof(Key) == 4)
@@ -275,19 +280,22 @@ Counts classify_fast(const Key* keys, int64_t n, uint64_t last, Bracket<Key> bra
 
 // Sets the bits of one chunk and keeps the keys inside the bracket, in order, as long as there is room for them.
 template <typename Key>
-Counts scan_chunk(const Source& source, const Chunk& chunk, Bracket<Key> bracket, uint64_t* above, uint64_t* inside, Key* kept,
-                  Key& most) {
+Counts scan_chunk(const Source& source, const Chunk& chunk, Bracket<Key> bracket, uint64_t* above, uint64_t* inside,
+                  Key* kept, Key& most) {
   const int64_t room = kKept * Layout::words_of(chunk);
   Counts counts;
   alignas(64) Key keys[kBlock] = {};
   for (int64_t begin = chunk.begin; begin < chunk.end; begin += kBlock) {
-    const int64_t n = std::min(kBlock, chunk.end - begin), words = (n + kWord - 1) / kWord, first = (begin - chunk.begin) / kWord;
+    const int64_t n = std::min(kBlock, chunk.end - begin), words = (n + kWord - 1) / kWord,
+                  first = (begin - chunk.begin) / kWord;
     most = std::max(most, load_keys(source, begin, n, keys));
-    const Counts more = classify_fast(keys, words, between(0, n - kWord * (words - 1)), bracket, above + first, inside + first);
+    const Counts more =
+        classify_fast(keys, words, between(0, n - kWord * (words - 1)), bracket, above + first, inside + first);
     if (counts.inside + more.inside <= room) {
       Key* next = kept + counts.inside;
       for (int64_t w = 0; w < words; ++w)
-        for (uint64_t word = inside[first + w]; word != 0; word &= word - 1) *next++ = keys[kWord * w + lowest_bit(word)];
+        for (uint64_t word = inside[first + w]; word != 0; word &= word - 1)
+          *next++ = keys[kWord * w + lowest_bit(word)];
     }
     counts.above += more.above;
     counts.inside += more.inside;
@@ -374,8 +382,8 @@ class Selection {
   }
 
  private:
-  // The k[i] largest keys of each of the parts, which belong to tensor i: large ones with all threads, one after the other; the
-  // others with a thread each, unless they are too few for all threads.
+  // The k[i] largest keys of each of the parts, which belong to tensor i: large ones with all threads, one after the
+  // other; the others with a thread each, unless they are too few for all threads.
   void select_each(const std::vector<int64_t>& parts, const std::vector<int64_t>& k) {
     const auto select_part = [&](int64_t p) { select(p, p + 1, k[layout_.parts[p].tensor]); };
     std::vector<int64_t> small;
@@ -429,8 +437,8 @@ class Selection {
   Bracket<Key> sampled(int64_t first, int64_t last, int64_t numel, int64_t k) const {
     const int64_t size = std::min(numel, std::clamp(numel / 64, kSample / 8, kSample));
     std::vector<Key> keys(size);
-    // Sample i is an element of the i-th of `size` equal stretches of the parts one after the other, at a place in it that looks
-    // random: at regular distances, columns of different scale would mislead.
+    // Sample i is an element of the i-th of `size` equal stretches of the parts one after the other, at a place in it
+    // that looks random: at regular distances, columns of different scale would mislead.
     std::vector<int64_t> starts{0};
     for (int64_t p = first; p < last; ++p) starts.push_back(starts.back() + layout_.parts[p].numel());
     const double distance = static_cast<double>(numel) / static_cast<double>(size);
@@ -438,14 +446,17 @@ class Selection {
       int64_t p = 0;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t at =
-            size == numel ? i : std::min(static_cast<int64_t>((static_cast<double>(i) + scrambled(i)) * distance), numel - 1);
+            size == numel
+                ? i
+                : std::min(static_cast<int64_t>((static_cast<double>(i) + scrambled(i)) * distance), numel - 1);
         while (at >= starts[p + 1]) ++p;
         keys[i] = key_at<Key>(sources_[first + p], at - starts[p]);
       }
     });
     const double share = static_cast<double>(k) / static_cast<double>(numel), rank = share * static_cast<double>(size);
     const double margin = size == numel ? 0 : 6 * std::sqrt(rank * (1 - share)) + 4;
-    const auto high = static_cast<int64_t>(std::floor(rank - margin)), low = static_cast<int64_t>(std::ceil(rank + margin));
+    const auto high = static_cast<int64_t>(std::floor(rank - margin)),
+               low = static_cast<int64_t>(std::ceil(rank + margin));
     Bracket<Key> bracket{0, static_cast<Key>(kMagnitude<Key> + 1)};
     auto end = keys.end();
     if (low < size) {  // the sample's low-th largest (from 1)
@@ -492,7 +503,8 @@ class Selection {
 
   // The ties-th largest key inside the bracket; `ties` becomes how many keys equal to it belong to the selection.
   Key find_threshold(int64_t from_chunk, int64_t to_chunk, Bracket<Key> bracket, int64_t& ties) const {
-    uint64_t base = bracket.from, span = static_cast<uint64_t>(bracket.above) - base;  // the threshold is in [base, base + span)
+    uint64_t base = bracket.from,
+             span = static_cast<uint64_t>(bracket.above) - base;  // the threshold is in [base, base + span)
     if (span == 1) return bracket.from;
     std::vector<int64_t> histogram(kBins);
     std::mutex merging;
@@ -558,9 +570,11 @@ class Selection {
   }
 
   // The k largest of the row that begins at element `begin`. keys, order [columns]: room to work in.
-  void select_row(const Source& source, int64_t begin, int64_t k, std::vector<Key>& keys, std::vector<Key>& order, uint64_t* bits) {
+  void select_row(const Source& source, int64_t begin, int64_t k, std::vector<Key>& keys, std::vector<Key>& order,
+                  uint64_t* bits) {
     const auto columns = static_cast<int64_t>(keys.size());
-    for (int64_t j = 0; j < columns; j += kBlock) load_keys(source, begin + j, std::min(kBlock, columns - j), keys.data() + j);
+    for (int64_t j = 0; j < columns; j += kBlock)
+      load_keys(source, begin + j, std::min(kBlock, columns - j), keys.data() + j);
     raise_most(*std::max_element(keys.begin(), keys.end()));
     if (k == 0) return;
     order = keys;
@@ -592,7 +606,8 @@ const char* data_at(const Tensor& t, Type type, int64_t element) {
 }
 
 // Of each part of the layout of the scores.
-std::vector<Source> sources_of(const Layout& layout, const std::vector<Tensor>& scores, const std::vector<Tensor>& base) {
+std::vector<Source> sources_of(const Layout& layout, const std::vector<Tensor>& scores,
+                               const std::vector<Tensor>& base) {
   DEFTX_CHECK(!scores.empty(), "scores must hold at least one tensor");
   DEFTX_CHECK(base.empty() || base.size() == scores.size(), "base must be empty or have as many tensors as scores");
   for (size_t i = 0; i < base.size(); ++i) {
@@ -632,8 +647,8 @@ auto with_key(int64_t size, const Work& work) {
   return work(uint64_t{});
 }
 
-std::tuple<Tensor, Tensor, Tensor> topk_mask(std::vector<Tensor> scores, std::vector<Tensor> base, std::vector<int64_t> k,
-                                             int64_t scope) {
+std::tuple<Tensor, Tensor, Tensor> topk_mask(std::vector<Tensor> scores, std::vector<Tensor> base,
+                                             std::vector<int64_t> k, int64_t scope) {
   const Scope which = scope_of(scope);
   const bool global = which == Scope::kGlobal, row = which == Scope::kRow;
   const Layout layout = layout_of(scores, row ? kLongRow : INT64_MAX);

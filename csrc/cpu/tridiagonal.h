@@ -1,10 +1,11 @@
-// Reduction of a symmetric matrix to tridiagonal form by Householder reflections, A = Q T Q', and products with Q, on the CPU.
+// Reduction of a symmetric matrix to tridiagonal form by Householder reflections, A = Q T Q', and products with Q, on
+// the CPU.
 //
-// No BLAS: LAPACK's eigensolvers are not to be called from several threads everywhere (one BLAS returned wrong vectors of 640 rows
-// and more inside an OpenMP region), and one after the other they leave threads idle. The matrix is stored by rows, of which the
-// part up to the diagonal is used, and rows are eliminated from the last to the first: then every vector is contiguous.
-// Reflections are gathered in panels (LAPACK's latrd): half of the work is a product with the matrix for each row, bound by memory,
-// the other half an update of the whole matrix for each panel.
+// No BLAS: LAPACK's eigensolvers are not to be called from several threads everywhere (one BLAS returned wrong vectors
+// of 640 rows and more inside an OpenMP region), and one after the other they leave threads idle. The matrix is stored
+// by rows, of which the part up to the diagonal is used, and rows are eliminated from the last to the first: then every
+// vector is contiguous. Reflections are gathered in panels (LAPACK's latrd): half of the work is a product with the
+// matrix for each row, bound by memory, the other half an update of the whole matrix for each panel.
 //
 // Work is cut into pieces that depend on the size alone, so the result is the same for any number of threads.
 #pragma once
@@ -72,8 +73,8 @@ DEFTX_INLINE T sum(const Vector<T>& v) {
 
 inline int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
 
-// The distance of rows: an odd number of kPadding entries, since rows that are a power of two apart crowd into a few sets of a
-// cache.
+// The distance of rows: an odd number of kPadding entries, since rows that are a power of two apart crowd into a few
+// sets of a cache.
 inline int64_t row_stride(int64_t n) { return (padded(n) / kPadding | 1) * kPadding; }
 
 // Rows of vectors: row i at data + i * stride, zero from its length on up to a multiple of kPadding.
@@ -186,7 +187,8 @@ DEFTX_INLINE void subtract_pairs_of(T* a, int64_t stride, int64_t r, Rows<T> v, 
   }
 }
 
-// A -= sum of v[p] w[p]' + w[p] v[p]', in the rows [first, last) of the lower triangle (what lies beyond the diagonal is lost).
+// A -= sum of v[p] w[p]' + w[p] v[p]', in the rows [first, last) of the lower triangle (what lies beyond the diagonal
+// is lost).
 template <typename T>
 DEFTX_WIDE_CLONES void subtract_pairs(T* a, int64_t stride, int64_t first, int64_t last, Rows<T> v, Rows<T> w) {
   int64_t r = first;
@@ -235,7 +237,8 @@ DEFTX_INLINE void reflect_rows_of(T* z, int64_t stride, Rows<T> v, const T* mix,
   }
 }
 
-// z -= V' M V z of `count` vectors z, which lie in rows: V holds at most kPanel rows, M [kPanel, kPanel] is lower triangular.
+// z -= V' M V z of `count` vectors z, which lie in rows: V holds at most kPanel rows, M [kPanel, kPanel] is lower
+// triangular.
 template <typename T>
 DEFTX_WIDE_CLONES void reflect_rows(T* z, int64_t stride, int64_t count, Rows<T> v, const T* mix, int64_t length) {
   int64_t r = 0;
@@ -262,8 +265,8 @@ struct Scheduler {
 
 // ---- the reduction ----
 
-// T, and the reflections that make Q: row i of `a` holds v[i], zero from entry i on, of I - tau[i] v v', the one that came (n -
-// i)th.
+// T, and the reflections that make Q: row i of `a` holds v[i], zero from entry i on, of I - tau[i] v v', the one that
+// came (n - i)th.
 template <typename T>
 class Reduction {
  public:
@@ -297,8 +300,9 @@ class Reduction {
       return Rows<T>{a_.get() + first * stride_, stride_, std::min(kPanel, n_ - first)};
     };
     const auto length = [&](int64_t p) { return padded(std::min(1 + (p + 1) * kPanel, n_)); };
-    schedule_(panels,
-              [&](int64_t p) { combine(panel(p), tau_.data() + 1 + p * kPanel, length(p), mixes.get() + p * kPanel * kPanel); });
+    schedule_(panels, [&](int64_t p) {
+      combine(panel(p), tau_.data() + 1 + p * kPanel, length(p), mixes.get() + p * kPanel * kPanel);
+    });
     constexpr int64_t kRows = 8 * kTile;  // that stay in a cache while all panels are applied
     schedule_((count + kRows - 1) / kRows, [&](int64_t i) {
       for (int64_t p = 0; p < panels; ++p)
@@ -323,16 +327,19 @@ class Reduction {
       tau_[i] = reflection(row, i);
       product(row, i, v, w, w_.get() + pending * stride_);
       if (++pending == kPanel && i > 1) {
-        const Rows<T> all_v{a_.get() + (i + pending - 1) * stride_, -stride_, pending}, all_w{w_.get(), stride_, pending};
+        const Rows<T> all_v{a_.get() + (i + pending - 1) * stride_, -stride_, pending},
+            all_w{w_.get(), stride_, pending};
         constexpr int64_t kRows = 8 * kTile;
-        schedule_((i + kRows - 1) / kRows,
-                  [&](int64_t k) { subtract_pairs(a_.get(), stride_, k * kRows, std::min((k + 1) * kRows, i), all_v, all_w); });
+        schedule_((i + kRows - 1) / kRows, [&](int64_t k) {
+          subtract_pairs(a_.get(), stride_, k * kRows, std::min((k + 1) * kRows, i), all_v, all_w);
+        });
         pending = 0;
       }
     }
   }
 
-  // Makes row [length] the vector of a reflection that leaves its last entry alone, which is put into off_diagonal. Returns tau.
+  // Makes row [length] the vector of a reflection that leaves its last entry alone, which is put into off_diagonal.
+  // Returns tau.
   T reflection(T* row, int64_t length) {
     const T alpha = row[length - 1];
     row[length - 1] = 0;

@@ -1,9 +1,10 @@
 // Eigenvalues and eigenvectors of a symmetric tridiagonal matrix T, in float64, on the CPU.
 //
-// Eigenvalues: the QL iteration without square roots (Reinsch 1973; LAPACK's sterf). Eigenvectors: inverse iteration (LAPACK's
-// stein), four at a time in the lanes of a vector. T is cut where an off-diagonal entry is below the rounding of the reduction that
-// made it, so that equal eigenvalues of different blocks need no care; eigenvectors of eigenvalues that are close within a block
-// are orthogonalised. For a matrix that is wanted in float32, float64 keeps those apart whose distance is 1e-8 of the largest.
+// Eigenvalues: the QL iteration without square roots (Reinsch 1973; LAPACK's sterf). Eigenvectors: inverse iteration
+// (LAPACK's stein), four at a time in the lanes of a vector. T is cut where an off-diagonal entry is below the rounding
+// of the reduction that made it, so that equal eigenvalues of different blocks need no care; eigenvectors of
+// eigenvalues that are close within a block are orthogonalised. For a matrix that is wanted in float32, float64 keeps
+// those apart whose distance is 1e-8 of the largest.
 #pragma once
 
 #include <cmath>
@@ -17,8 +18,8 @@ namespace tridiagonal {
 
 // ---- eigenvalues ----
 
-// Replaces d [n] by the eigenvalues of the matrix with diagonal d and squared off-diagonal e [n - 1], in no order; e is lost.
-// False if the iteration does not end.
+// Replaces d [n] by the eigenvalues of the matrix with diagonal d and squared off-diagonal e [n - 1], in no order; e is
+// lost. False if the iteration does not end.
 inline bool eigenvalues(double* d, double* e, int64_t n) {
   constexpr double kEpsilon = std::numeric_limits<double>::epsilon() / 2;
   if (n > 1 && std::abs(d[n - 1]) < std::abs(d[0])) {  // small entries first: QL works from the top
@@ -83,13 +84,17 @@ DEFTX_INLINE void put(Number* x, int64_t i, const W& v) {
 
 DEFTX_INLINE Wide size_of(const Wide& x) { return x < 0 ? -x : x; }
 
-// T - shift = P L U with row interchanges, for kSystems shifts; each [n, kSystems]: 1 / U's diagonal, its two other diagonals, L's
-// multipliers, and which rows were interchanged.
+// T - shift = P L U with row interchanges, for kSystems shifts; each [n, kSystems]: 1 / U's diagonal, its two other
+// diagonals, L's multipliers, and which rows were interchanged.
 struct Factors {
   std::vector<double> inverse, first, second, multiplier;
   std::vector<int64_t> swapped;
   explicit Factors(int64_t n)
-      : inverse(n * kSystems), first(n * kSystems), second(n * kSystems), multiplier(n * kSystems), swapped(n * kSystems) {}
+      : inverse(n * kSystems),
+        first(n * kSystems),
+        second(n * kSystems),
+        multiplier(n * kSystems),
+        swapped(n * kSystems) {}
 };
 
 // Pivots smaller than `tiny` are replaced by it: T - shift is almost singular on purpose. shifts [kSystems].
@@ -151,8 +156,8 @@ inline double scrambled(uint64_t x) {
 template <typename T>
 class Eigenvectors {
  public:
-  // rows [n]: the row of the result for the vector of each eigenvalue, in the order of the blocks. In a block rows ascend. Vectors
-  // whose row is not in [0, count) are not wanted.
+  // rows [n]: the row of the result for the vector of each eigenvalue, in the order of the blocks. In a block rows
+  // ascend. Vectors whose row is not in [0, count) are not wanted.
   Eigenvectors(const std::vector<double>& diagonal, const std::vector<double>& off_diagonal, double norm, int64_t count,
                const std::vector<int64_t>& rows)
       : d_(diagonal),
@@ -160,8 +165,8 @@ class Eigenvectors {
         norm_(norm),
         count_(count),
         rows_(rows),
-        // Vectors of eigenvalues farther apart are orthogonal to rounding of float64 over that distance without further care: to
-        // 1e-8 for float32; to 2e-13 for float64, or 2e-14 where it costs little.
+        // Vectors of eigenvalues farther apart are orthogonal to rounding of float64 over that distance without further
+        // care: to 1e-8 for float32; to 2e-13 for float64, or 2e-14 where it costs little.
         close_((sizeof(T) == 4           ? 1e-8
                 : diagonal.size() <= 256 ? 1e-2
                                          : 1e-3) *
@@ -177,7 +182,8 @@ class Eigenvectors {
     return found;
   }
 
-  // Of the block [begin, end) with ascending eigenvalues `values`: rows of out (stride apart), which are zero outside the block.
+  // Of the block [begin, end) with ascending eigenvalues `values`: rows of out (stride apart), which are zero outside
+  // the block.
   void block(int64_t begin, int64_t end, const double* values, T* out, int64_t stride, Scheduler schedule) const {
     const int64_t size = end - begin;
     int64_t from = 0, to = size;  // those that are wanted
@@ -212,8 +218,8 @@ class Eigenvectors {
   }
 
  private:
-  // The eigenvectors first ... last - 1 of a block. x [size, kSystems]; rows [., padded(size)], of vectors in clusters, in float64:
-  // inverse iteration makes them almost parallel, and what sets them apart must not be rounding.
+  // The eigenvectors first ... last - 1 of a block. x [size, kSystems]; rows [., padded(size)], of vectors in clusters,
+  // in float64: inverse iteration makes them almost parallel, and what sets them apart must not be rounding.
   void group(int64_t begin, int64_t size, const double* shifts, const int64_t* cluster, int64_t first, int64_t last,
              Factors& factors, double* x, double* rows, T* out, int64_t stride) const {
     double shift[kSystems];
@@ -221,7 +227,8 @@ class Eigenvectors {
     const double tiny = std::numeric_limits<double>::epsilon() * norm_;
     factorise(d_.data() + begin, e_.data() + begin, size, shift, tiny, factors);
     for (int64_t i = 0; i < size; ++i)
-      for (int64_t k = 0; k < kSystems; ++k) x[i * kSystems + k] = scrambled(static_cast<uint64_t>((first + k) * size + i + 1));
+      for (int64_t k = 0; k < kSystems; ++k)
+        x[i * kSystems + k] = scrambled(static_cast<uint64_t>((first + k) * size + i + 1));
     const int64_t length = padded(size);
     for (int iteration = 0; iteration < 2; ++iteration) {
       solve(factors, size, x);
@@ -234,7 +241,8 @@ class Eigenvectors {
       }
     }
     for (int64_t i = first; i < last; ++i)
-      for (int64_t j = 0; j < size; ++j) out[rows_[begin + i] * stride + begin + j] = static_cast<T>(x[j * kSystems + i - first]);
+      for (int64_t j = 0; j < size; ++j)
+        out[rows_[begin + i] * stride + begin + j] = static_cast<T>(x[j * kSystems + i - first]);
   }
 
   // Makes row i orthogonal to the rows [first, i), and its norm 1.

@@ -1,9 +1,10 @@
 // Bit masks over a list of tensors, and the CSR structure made from them.
 //
-// A tensor's elements are cut into tiles of kTile, in order; a tensor begins a tile of its own, and one without elements has one
-// too, which holds its empty rows. Element i of a tensor is bit i of the words of its tiles. Whoever makes the mask also counts
-// each tile's bits. `scan` turns the counts into where a tile's entries begin, `emit` writes crow_indices and col_indices: a warp
-// to a tile, the columns through shared memory so that they are written in whole sectors.
+// A tensor's elements are cut into tiles of kTile, in order; a tensor begins a tile of its own, and one without
+// elements has one too, which holds its empty rows. Element i of a tensor is bit i of the words of its tiles. Whoever
+// makes the mask also counts each tile's bits. `scan` turns the counts into where a tile's entries begin, `emit` writes
+// crow_indices and col_indices: a warp to a tile, the columns through shared memory so that they are written in whole
+// sectors.
 #pragma once
 
 #include "../stable.h"
@@ -46,7 +47,8 @@ struct Bits {
 };
 
 template <int64_t Item::* first>
-__device__ int find_item(const Item* __restrict__ items, int count, int64_t at) {  // by one whole warp, 32 probes at a time
+__device__ int find_item(const Item* __restrict__ items, int count,
+                         int64_t at) {  // by one whole warp, 32 probes at a time
   const int lane = threadIdx.x % 32;
   int low = 0, high = count;  // the last item whose `first` is not beyond `at`
   while (high - low > 1) {
@@ -87,7 +89,8 @@ __device__ T block_exclusive(T value, T& total) {
   return before + inclusive - value;
 }
 
-// By the whole block: whether it is the last of `blocks` to come here. What the others wrote before can then be read (by __ldcg).
+// By the whole block: whether it is the last of `blocks` to come here. What the others wrote before can then be read
+// (by __ldcg).
 __device__ bool last_block(unsigned* done, unsigned blocks) {
   __shared__ bool last;
   __threadfence();
@@ -161,13 +164,15 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const Bits bits, int64_t
     const int count = __popc(mine.x) + __popc(mine.y) + __popc(mine.z) + __popc(mine.w);
     const int inclusive = warp_inclusive(count), before = inclusive - count, total = __shfl_sync(kFull, inclusive, 31);
     const int64_t out = bits_before(bits.counts, bits.chunk_before, tile);
-    const int64_t start = (tile - item.first_tile) * kTile, end = min(start + kTile, item.numel), columns = item.columns;
+    const int64_t start = (tile - item.first_tile) * kTile, end = min(start + kTile, item.numel),
+                  columns = item.columns;
     if (tile == bits.tiles - 1 && lane == 0) crow[bits.rows] = out + total;
     if (columns == 0) {
       for (int64_t r = lane; r < item.rows; r += 32) crow[item.first_row + r] = out;
     }
     if (item.numel == 0) continue;
-    const int64_t row = (start | columns) >> 32 ? start / columns : static_cast<uint32_t>(start) / static_cast<uint32_t>(columns);
+    const int64_t row =
+        (start | columns) >> 32 ? start / columns : static_cast<uint32_t>(start) / static_cast<uint32_t>(columns);
     const uint32_t column = static_cast<uint32_t>(start - row * columns), width = static_cast<uint32_t>(columns);
     for (int64_t r = row + (column > 0); r * columns < end; r += 32) {  // rows that begin in this tile
       const bool begins = (r + lane) * columns < end;
@@ -210,7 +215,8 @@ __global__ void __launch_bounds__(kThreads) emit_kernel(const Bits bits, int64_t
 // Counts the bits of masks that were made in no order.
 __global__ void __launch_bounds__(kThreads) count_kernel(const Bits bits) {
   const int lane = threadIdx.x % 32;
-  for (int64_t tile = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32; tile < bits.tiles; tile += gridDim.x * int64_t{kWarps}) {
+  for (int64_t tile = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32; tile < bits.tiles;
+       tile += gridDim.x * int64_t{kWarps}) {
     const uint4 mine = reinterpret_cast<const uint4*>(bits.words + tile * kWords)[lane];
     const unsigned count = __reduce_add_sync(kFull, __popc(mine.x) + __popc(mine.y) + __popc(mine.z) + __popc(mine.w));
     if (lane == 0) bits.counts[tile] = count;
@@ -231,7 +237,8 @@ Layout layout_of(const std::vector<Tensor>& tensors, const char* op) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& t = tensors[i];
     check_tensor(t, Device::kCuda, "every tensor");
-    DEFTX_CHECK(t.get_device_index() == tensors[0].get_device_index(), "tensor ", i, " is on another device than tensor 0");
+    DEFTX_CHECK(t.get_device_index() == tensors[0].get_device_index(), "tensor ", i,
+                " is on another device than tensor 0");
     Item item{};
     item.a = t.const_data_ptr();
     item.numel = t.numel(), item.rows = rows_of(t), item.columns = columns_of(t);
@@ -255,7 +262,9 @@ class Workspace {
     bytes_ += (bytes + 255) / 256 * 256;
     return offset;
   }
-  void allocate(const Tensor& like) { memory_ = torch::stable::new_empty(like, {bytes_}, torch::headeronly::ScalarType::Byte); }
+  void allocate(const Tensor& like) {
+    memory_ = torch::stable::new_empty(like, {bytes_}, torch::headeronly::ScalarType::Byte);
+  }
   template <typename T>
   T* at(int64_t offset) const {
     return reinterpret_cast<T*>(static_cast<char*>(const_cast<void*>(memory_.const_data_ptr())) + offset);
@@ -278,8 +287,8 @@ struct BitsPlan {
 
   Bits upload(const Workspace& work, const Layout& layout, cudaStream_t stream) const {
     Item* table = work.at<Item>(items);
-    DEFTX_CUDA_CHECK(
-        cudaMemcpyAsync(table, layout.items.data(), sizeof(Item) * layout.items.size(), cudaMemcpyHostToDevice, stream));
+    DEFTX_CUDA_CHECK(cudaMemcpyAsync(table, layout.items.data(), sizeof(Item) * layout.items.size(),
+                                     cudaMemcpyHostToDevice, stream));
     DEFTX_CUDA_CHECK(cudaMemsetAsync(work.at<unsigned>(chunks_done), 0, sizeof(unsigned), stream));
     return {table,
             work.at<uint32_t>(words),
@@ -299,7 +308,8 @@ unsigned grid_of(Kernel* kernel, const Bits& bits) {
 }
 
 void scan(const Bits& bits, uint32_t* counts, int64_t* chunk_before, cudaStream_t stream) {
-  scan_kernel<<<static_cast<unsigned>(bits.chunks()), kThreads, 0, stream>>>(counts, chunk_before, bits.chunks_done, bits.tiles);
+  scan_kernel<<<static_cast<unsigned>(bits.chunks()), kThreads, 0, stream>>>(counts, chunk_before, bits.chunks_done,
+                                                                             bits.tiles);
   DEFTX_LAUNCH_CHECK();
 }
 
@@ -321,9 +331,11 @@ void emit(const Bits& bits, const CsrOut& out, bool wide, cudaStream_t stream) {
   const int64_t nnz = out.col.numel();
   void* col = const_cast<void*>(out.col.const_data_ptr());
   if (wide) {
-    emit_kernel<<<grid_of(emit_kernel<int32_t>, bits), kThreads, 0, stream>>>(bits, crow, static_cast<int32_t*>(col), nnz);
+    emit_kernel<<<grid_of(emit_kernel<int32_t>, bits), kThreads, 0, stream>>>(bits, crow, static_cast<int32_t*>(col),
+                                                                              nnz);
   } else {
-    emit_kernel<<<grid_of(emit_kernel<uint16_t>, bits), kThreads, 0, stream>>>(bits, crow, static_cast<uint16_t*>(col), nnz);
+    emit_kernel<<<grid_of(emit_kernel<uint16_t>, bits), kThreads, 0, stream>>>(bits, crow, static_cast<uint16_t*>(col),
+                                                                               nnz);
   }
   DEFTX_LAUNCH_CHECK();
 }
@@ -332,7 +344,8 @@ void emit(const Bits& bits, const CsrOut& out, bool wide, cudaStream_t stream) {
 CsrOut emit_counted(const Bits& bits, const Layout& layout, const Tensor& like, cudaStream_t stream) {
   scan(bits, stream);
   int64_t nnz = 0;
-  DEFTX_CUDA_CHECK(cudaMemcpyAsync(&nnz, bits.chunk_before + bits.chunks(), sizeof nnz, cudaMemcpyDeviceToHost, stream));
+  DEFTX_CUDA_CHECK(
+      cudaMemcpyAsync(&nnz, bits.chunk_before + bits.chunks(), sizeof nnz, cudaMemcpyDeviceToHost, stream));
   DEFTX_CUDA_CHECK(cudaStreamSynchronize(stream));
   const CsrOut out = new_csr(like, layout, nnz);
   emit(bits, out, layout.wide, stream);

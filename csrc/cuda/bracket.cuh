@@ -26,7 +26,8 @@ struct Segment {
   int64_t k, elements;
   int64_t first_tile, last_tile;  // up to, not including
   int32_t first_item, last_item;
-  int64_t samples, sample_at, rank[2];  // of a sample: how many, where, and the ranks (from 1, descending) of the bracket's ends
+  int64_t samples, sample_at,
+      rank[2];  // of a sample: how many, where, and the ranks (from 1, descending) of the bracket's ends
   int64_t list_at, capacity;
   // Set by kernels, or by the host where k is 0 or all.
   uint64_t from, above;                   // keys: the bracket, later the threshold
@@ -53,7 +54,8 @@ using Counter = unsigned long long;
 
 __device__ int bit_length(uint64_t x) { return 64 - __clzll(static_cast<long long>(x)); }
 
-// By a block of kThreads: the digit of the `remaining`-th largest of the values counted in `counters`; sets these to zero.
+// By a block of kThreads: the digit of the `remaining`-th largest of the values counted in `counters`; sets these to
+// zero.
 struct Pick {
   uint64_t digit;
   int64_t above, count;
@@ -111,19 +113,22 @@ __device__ void add_bins(const unsigned* bins, Counter* counters, int count) {
   }
 }
 
-// ---- 1. sample ------------------------------------------------------------------------------------------------------------
+// ---- 1. sample
+// ------------------------------------------------------------------------------------------------------------
 
 __device__ uint32_t scramble(uint64_t x) {  // the finaliser of MurmurHash3
   x ^= x >> 33, x *= 0xff51afd7ed558ccdull, x ^= x >> 33, x *= 0xc4ceb9fe1a85ec53ull;
   return static_cast<uint32_t>(x >> 32);
 }
 
-// One element of each of `samples` stretches of the segment, at a place in it that looks random: rows and columns leave no trace.
+// One element of each of `samples` stretches of the segment, at a place in it that looks random: rows and columns leave
+// no trace.
 __device__ int64_t sampled_element(const Segment& s, int64_t i) {
   if (s.samples == s.elements) return i;
   const int64_t stretch = s.elements / s.samples, longer = s.elements % s.samples;  // the first `longer` have one more
   const int64_t begin = i * stretch + min(i, longer), length = stretch + (i < longer);
-  return begin + static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(scramble(i)) << 32, static_cast<uint64_t>(length)));
+  return begin +
+         static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(scramble(i)) << 32, static_cast<uint64_t>(length)));
 }
 
 template <typename Key, bool kBase>
@@ -175,7 +180,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- 2. stream ------------------------------------------------------------------------------------------------------------
+// ---- 2. stream
+// ------------------------------------------------------------------------------------------------------------
 
 // What a warp has found inside the bracket, to be listed with one atomic for many.
 template <typename Key>
@@ -186,7 +192,8 @@ struct Held {
 
 // By a whole warp. Returns whether there was room.
 template <typename Key>
-__device__ bool list_held(const Held<Key>& held, int count, Segment& segment, const Lists<Key>& lists, uint64_t tile_bit) {
+__device__ bool list_held(const Held<Key>& held, int count, Segment& segment, const Lists<Key>& lists,
+                          uint64_t tile_bit) {
   const int lane = threadIdx.x % 32;
   __syncwarp();
   unsigned long long at = 0;
@@ -203,7 +210,8 @@ __device__ bool list_held(const Held<Key>& held, int count, Segment& segment, co
 
 // By a whole warp, of a tile that holds a score beyond all finite ones.
 template <typename Key, bool kBase>
-__device__ __noinline__ void note_bad(const Item& item, int64_t start, uint64_t tile_bit, WordOf<Key> infinity, Status* status) {
+__device__ __noinline__ void note_bad(const Item& item, int64_t start, uint64_t tile_bit, WordOf<Key> infinity,
+                                      Status* status) {
   for (int i = threadIdx.x % 32; i < kTile && start + i < item.numel; i += 32) {
     if (load_key<Key, kBase>(item, start + i) < infinity) continue;
     atomicMin(&status->first_bad, static_cast<unsigned long long>(tile_bit + i));
@@ -217,8 +225,8 @@ constexpr int kStreamBlocks = sizeof(Key) == 8 ? 2
                               : kBase          ? 3
                                                : 4;
 
-// Sets the bits of the keys from `from` on, and counts them. kTies: also counts the keys up to `above` in each tile; else lists
-// them.
+// Sets the bits of the keys from `from` on, and counts them. kTies: also counts the keys up to `above` in each tile;
+// else lists them.
 template <typename Key, bool kBase, bool kTies>
 __global__ void __launch_bounds__(kThreads, kStreamBlocks<Key, kBase>)
     stream_kernel(const Bits bits, Segment* segments, const Lists<Key> lists,
@@ -260,7 +268,8 @@ __global__ void __launch_bounds__(kThreads, kStreamBlocks<Key, kBase>)
       for (int g = 0; g < kGroups; ++g) {
         const int64_t left = item.numel - mine - g * 256;
         const uint32_t valid = left >= 8 ? 0xFFu : left <= 0 ? 0u : (1u << left) - 1;
-        const uint32_t set = scores.not_below(g, from) & valid, over = set & scores.not_below(g, above), inside = set & ~over;
+        const uint32_t set = scores.not_below(g, from) & valid, over = set & scores.not_below(g, above),
+                       inside = set & ~over;
         if constexpr (!kTies) scores.look(g, seen);
         bytes[at / 8 + g * 32] = static_cast<uint8_t>(set);
         chosen += __popc(set);
@@ -295,7 +304,8 @@ __global__ void __launch_bounds__(kThreads, kStreamBlocks<Key, kBase>)
     } else {
       const uint64_t tile_bit = static_cast<uint64_t>(tile) * kTile;
       if (count > 0) room = list_held(held, count, segments[current], lists, tile_bit);
-      if (__any_sync(kFull, Scores::found_bad(seen, infinity))) note_bad<Key, kBase>(item, start, tile_bit, infinity, status);
+      if (__any_sync(kFull, Scores::found_bad(seen, infinity)))
+        note_bad<Key, kBase>(item, start, tile_bit, infinity, status);
     }
   }
   if (!kTies && current >= 0) {
@@ -304,7 +314,8 @@ __global__ void __launch_bounds__(kThreads, kStreamBlocks<Key, kBase>)
   }
 }
 
-// ---- 3. narrow, apply -----------------------------------------------------------------------------------------------------
+// ---- 3. narrow, apply
+// -----------------------------------------------------------------------------------------------------
 
 __device__ uint64_t last_place(const Segment& s) { return static_cast<uint64_t>(s.last_tile) * kTile - 1; }
 
@@ -314,13 +325,14 @@ __device__ Search opened(const Segment& s) {
   if (wanted < 0 || wanted > found || found > s.capacity) return {0, wanted, 0, kFailed};
   if (wanted == 0 || wanted == found) return {0, wanted, 0, kDecided};
   const int length = bit_length(s.above - s.from - 1);
-  return length ? Search{0, wanted, length, kByKey}
-                : Search{0, wanted, bit_length(static_cast<uint64_t>(s.last_tile - s.first_tile) * kTile - 1), kByPlace};
+  return length
+             ? Search{0, wanted, length, kByKey}
+             : Search{0, wanted, bit_length(static_cast<uint64_t>(s.last_tile - s.first_tile) * kTile - 1), kByPlace};
 }
 
 template <typename Key>
-__global__ void __launch_bounds__(kThreads)
-    narrow_kernel(Segment* segments, const Lists<Key> lists, Counter* counters, int blocks_each, int round, Status* status) {
+__global__ void __launch_bounds__(kThreads) narrow_kernel(Segment* segments, const Lists<Key> lists, Counter* counters,
+                                                          int blocks_each, int round, Status* status) {
   __shared__ unsigned bins[kBins];
   Segment& segment = segments[blockIdx.x / blocks_each];
   const int block = blockIdx.x % blocks_each;
@@ -363,8 +375,8 @@ __global__ void __launch_bounds__(kThreads)
       search.phase = kDecided;
     } else if (search.high == 0) {  // ties
       cut_key = search.prefix, quota = search.remaining;
-      search = {0, search.remaining, bit_length(static_cast<uint64_t>(segment.last_tile - segment.first_tile) * kTile - 1),
-                kByPlace};
+      search = {0, search.remaining,
+                bit_length(static_cast<uint64_t>(segment.last_tile - segment.first_tile) * kTile - 1), kByPlace};
     }
   }
   if (threadIdx.x == 0) {
@@ -379,7 +391,8 @@ __global__ void __launch_bounds__(kThreads)
   if (segment.search.phase == kFailed) return;
   const uint64_t last = last_place(segment), cut_key = segment.cut_key, cut_place = segment.cut_place;
   const int64_t n = static_cast<int64_t>(segment.candidates);
-  for (int64_t i = blockIdx.x % blocks_each * int64_t{kThreads} + threadIdx.x; i < n; i += blocks_each * int64_t{kThreads}) {
+  for (int64_t i = blockIdx.x % blocks_each * int64_t{kThreads} + threadIdx.x; i < n;
+       i += blocks_each * int64_t{kThreads}) {
     const uint64_t key = lists.keys[segment.list_at + i] - segment.from;
     if (key > cut_key) continue;
     const uint64_t place = lists.places[segment.list_at + i];

@@ -1,9 +1,10 @@
 // csr_gather, csr_scatter_, csr_add_ on the GPU.
 //
-// The entries of the mask are cut into tiles of kTile; a block takes every gridDim.x-th tile. It finds the tile's first and last
-// row in crow_indices, puts where each of those rows lies into shared memory, and each thread searches that short list for the row
-// of its entries. So reads of col_indices and of compact tensors are coalesced, and the work is even whatever the rows' lengths.
-// The host never waits for the device: which entries belong to the tensors of a launch is read from crow_indices by the kernel.
+// The entries of the mask are cut into tiles of kTile; a block takes every gridDim.x-th tile. It finds the tile's first
+// and last row in crow_indices, puts where each of those rows lies into shared memory, and each thread searches that
+// short list for the row of its entries. So reads of col_indices and of compact tensors are coalesced, and the work is
+// even whatever the rows' lengths. The host never waits for the device: which entries belong to the tensors of a launch
+// is read from crow_indices by the kernel.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -42,8 +43,8 @@ __device__ Row locate(const Table& table, int64_t row, int element_size) {
           table.columns[low]};
 }
 
-// The three ops: what is read before (the compact value, the tensor's element) and what is done with both. `element` is null where
-// the column lies outside the row.
+// The three ops: what is read before (the compact value, the tensor's element) and what is done with both. `element` is
+// null where the column lies outside the row.
 template <typename T>
 struct Gather {
   using Element = T;
@@ -103,17 +104,20 @@ struct Tile {
   Row rows[kRows];
 };
 
-// By the whole block: fills `tile` for the entries [begin, end). Returns its number of rows, which may be more than fit.
-__device__ int64_t prepare_tile(Tile& tile, const Table& table, const int64_t* __restrict__ crow, int64_t begin, int64_t end,
-                                int element_size) {
+// By the whole block: fills `tile` for the entries [begin, end). Returns its number of rows, which may be more than
+// fit.
+__device__ int64_t prepare_tile(Tile& tile, const Table& table, const int64_t* __restrict__ crow, int64_t begin,
+                                int64_t end, int element_size) {
   __syncthreads();  // the tile before this one has been read
   if (threadIdx.x < 64) {
     const int which = threadIdx.x / 32;
-    const int64_t row = find_row_by_warp(crow, table.first_row[0], table.first_row[table.count], which ? end - 1 : begin);
+    const int64_t row =
+        find_row_by_warp(crow, table.first_row[0], table.first_row[table.count], which ? end - 1 : begin);
     if (threadIdx.x % 32 == 0) tile.ends[which] = row;
   }
   __syncthreads();
-  const int64_t first = tile.ends[0], count = max(tile.ends[1] - first + 1, int64_t{1});  // less only if crow_indices descend
+  const int64_t first = tile.ends[0],
+                count = max(tile.ends[1] - first + 1, int64_t{1});  // less only if crow_indices descend
   if (count <= kRows) {
     for (int r = threadIdx.x; r < count; r += kThreads) {
       tile.offset[r] = static_cast<int>(min(max(crow[first + r], begin - 1), end) - begin);
@@ -131,7 +135,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                int64_t nnz, int64_t rows, Op op) {
   using Element = typename Op::Element;
   __shared__ Tile tile;
-  // Whatever crow_indices hold, all launches together have each entry at least once, and what is gathered is never left as it was.
+  // Whatever crow_indices hold, all launches together have each entry at least once, and what is gathered is never left
+  // as it was.
   const int64_t first_row = table.first_row[0], last_row = table.first_row[table.count];
   const int64_t first_entry = first_row == 0 ? 0 : max(crow[first_row], int64_t{0});
   const int64_t last_entry = last_row == rows ? nnz : min(crow[last_row], nnz);
@@ -153,8 +158,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int k = 0; k < kItems; ++k) {
       const int64_t i = t * kTile + k * kThreads + threadIdx.x;
       if (i < begin || i >= end) continue;
-      const Row row = count <= kRows ? tile.rows[find_row<int>(tile.offset, 0, count, static_cast<int>(i - begin))]
-                                     : locate(table, find_row<int64_t>(crow, tile.ends[0], tile.ends[1] + 1, i), sizeof(Element));
+      const Row row = count <= kRows
+                          ? tile.rows[find_row<int>(tile.offset, 0, count, static_cast<int>(i - begin))]
+                          : locate(table, find_row<int64_t>(crow, tile.ends[0], tile.ends[1] + 1, i), sizeof(Element));
       // CSRMask has checked the columns; this keeps a wrong one from touching other memory.
       element[k] = column[k] >= 0 && column[k] < row.columns ? static_cast<Element*>(row.data) + column[k] : nullptr;
     }
@@ -184,7 +190,8 @@ void launch(const Csr& csr, Op op, cudaStream_t stream) {
       table.columns[i] = csr.slices[at + i].columns;
       table.first_row[i] = csr.slices[at + i].first_row;
     }
-    table.first_row[table.count] = at + table.count < csr.slices.size() ? csr.slices[at + table.count].first_row : csr.rows;
+    table.first_row[table.count] =
+        at + table.count < csr.slices.size() ? csr.slices[at + table.count].first_row : csr.rows;
     if (table.first_row[0] == table.first_row[table.count]) continue;  // no rows, and none that an entry could be in
     csr_kernel<Op, Column><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
         table, csr.crow, static_cast<const Column*>(csr.col), csr.nnz, csr.rows, op);
@@ -246,7 +253,8 @@ void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indic
               "csr_add_: values must be float32 or have the tensors' dtype");
   void* v = const_cast<void*>(values.const_data_ptr());
   if (csr.dtype == aoti_torch_dtype_float32()) return run_add<float, float>(csr, col_indices, v, float_values, alpha);
-  if (csr.dtype == aoti_torch_dtype_bfloat16()) return run_add<__nv_bfloat16, float>(csr, col_indices, v, float_values, alpha);
+  if (csr.dtype == aoti_torch_dtype_bfloat16())
+    return run_add<__nv_bfloat16, float>(csr, col_indices, v, float_values, alpha);
   if (csr.dtype == aoti_torch_dtype_float16()) return run_add<__half, float>(csr, col_indices, v, float_values, alpha);
   if (csr.dtype == aoti_torch_dtype_float64()) return run_add<double, double>(csr, col_indices, v, float_values, alpha);
   DEFTX_CHECK(false, "csr_add_: tensors must be float32, float64, bfloat16 or float16");

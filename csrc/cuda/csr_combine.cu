@@ -1,9 +1,9 @@
 // csr_combine on the GPU: every entry of one mask looks itself up in the other's row, by binary search.
 //
-// What the look-ups find is kept as one bit an entry and, for each 32 of them, the number of ones before: `rank`, the number of
-// ones before any entry, then takes two reads. "and", "sub": the ones are the entries of the first mask that stay, and rank is
-// where each goes. "or": the ones are the second mask's entries that the first has not; an entry of the first mask moves up by
-// those before it. The host waits once, for the size of the result.
+// What the look-ups find is kept as one bit an entry and, for each 32 of them, the number of ones before: `rank`, the
+// number of ones before any entry, then takes two reads. "and", "sub": the ones are the entries of the first mask that
+// stay, and rank is where each goes. "or": the ones are the second mask's entries that the first has not; an entry of
+// the first mask moves up by those before it. The host waits once, for the size of the result.
 #include <cub/device/device_scan.cuh>
 
 #include "rows.cuh"
@@ -41,8 +41,8 @@ struct Tile {
   int offset[kRows];  // where a row's entries begin, counted from the tile's first entry
 };
 
-// By the whole grid: calls visit(entry, its row) for the entries of a mask and, with row -1, for those that the last tile lacks.
-// All threads of a warp call it together, for 32 entries in a row.
+// By the whole grid: calls visit(entry, its row) for the entries of a mask and, with row -1, for those that the last
+// tile lacks. All threads of a warp call it together, for 32 entries in a row.
 template <typename Column, typename Visit>
 __device__ void for_each_entry(const Mask<Column>& mask, const Visit& visit) {
   __shared__ Tile tile;
@@ -95,9 +95,11 @@ __device__ Place look_up(const Mask<Column>& mask, int64_t row, Column column) {
   return {low, low < end && mask.col[low] == column};
 }
 
-// Bit i: whether entry i of `mask` is (`wanted`) or is not in `other`. bits.before gets the ones of each word, for the scan.
+// Bit i: whether entry i of `mask` is (`wanted`) or is not in `other`. bits.before gets the ones of each word, for the
+// scan.
 template <typename Column>
-__global__ void __launch_bounds__(kThreads) mark_kernel(const Mask<Column> mask, const Mask<Column> other, bool wanted, Bits bits) {
+__global__ void __launch_bounds__(kThreads)
+    mark_kernel(const Mask<Column> mask, const Mask<Column> other, bool wanted, Bits bits) {
   for_each_entry(mask, [&](int64_t entry, int64_t row) {
     const bool one = row >= 0 && look_up(other, row, mask.col[entry]).found == wanted;
     const unsigned word = __ballot_sync(kFull, one);
@@ -115,7 +117,8 @@ __global__ void __launch_bounds__(kThreads) mark_kernel(const Mask<Column> mask,
 
 // "and", "sub": the marked entries of `mask`, one after the other.
 template <typename Column>
-__global__ void __launch_bounds__(kThreads) keep_kernel(const Mask<Column> mask, const Bits bits, Column* __restrict__ col_out) {
+__global__ void __launch_bounds__(kThreads)
+    keep_kernel(const Mask<Column> mask, const Bits bits, Column* __restrict__ col_out) {
   const int64_t threads = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < mask.nnz; i += threads)
     if (bits[i]) col_out[bits.rank(i)] = mask.col[i];
@@ -123,8 +126,8 @@ __global__ void __launch_bounds__(kThreads) keep_kernel(const Mask<Column> mask,
 
 // "or": the entries of `mask`, moved up by the marked ones of `other` before them.
 template <typename Column>
-__global__ void __launch_bounds__(kThreads)
-    place_mine_kernel(const Mask<Column> mask, const Mask<Column> other, const Bits bits, Column* __restrict__ col_out) {
+__global__ void __launch_bounds__(kThreads) place_mine_kernel(const Mask<Column> mask, const Mask<Column> other,
+                                                              const Bits bits, Column* __restrict__ col_out) {
   for_each_entry(mask, [&](int64_t entry, int64_t row) {
     if (row >= 0) col_out[entry + bits.rank(look_up(other, row, mask.col[entry]).at)] = mask.col[entry];
   });
@@ -132,17 +135,18 @@ __global__ void __launch_bounds__(kThreads)
 
 // "or": the marked entries of `other`, moved up by the entries of `mask` before them.
 template <typename Column>
-__global__ void __launch_bounds__(kThreads)
-    place_theirs_kernel(const Mask<Column> mask, const Mask<Column> other, const Bits bits, Column* __restrict__ col_out) {
+__global__ void __launch_bounds__(kThreads) place_theirs_kernel(const Mask<Column> mask, const Mask<Column> other,
+                                                                const Bits bits, Column* __restrict__ col_out) {
   for_each_entry(other, [&](int64_t entry, int64_t row) {
     if (row >= 0 && bits[entry]) col_out[bits.rank(entry) + look_up(mask, row, other.col[entry]).at] = other.col[entry];
   });
 }
 
-// `all`: the mask of which all entries stay, with crow_indices [rows + 1], or null. `marked`: the mask that the bits belong to.
+// `all`: the mask of which all entries stay, with crow_indices [rows + 1], or null. `marked`: the mask that the bits
+// belong to.
 __global__ void __launch_bounds__(kThreads)
-    crow_kernel(const int64_t* __restrict__ all, int64_t all_nnz, const int64_t* __restrict__ marked, int64_t marked_nnz,
-                int64_t rows, const Bits bits, int64_t* __restrict__ crow_out) {
+    crow_kernel(const int64_t* __restrict__ all, int64_t all_nnz, const int64_t* __restrict__ marked,
+                int64_t marked_nnz, int64_t rows, const Bits bits, int64_t* __restrict__ crow_out) {
   const int64_t threads = int64_t{gridDim.x} * kThreads;
   for (int64_t r = int64_t{blockIdx.x} * kThreads + threadIdx.x; r <= rows; r += threads)
     crow_out[r] = (all ? clamped(all[r], 0, all_nnz) : 0) + bits.rank(clamped(marked[r], 0, marked_nnz));
@@ -205,10 +209,11 @@ std::tuple<Tensor, Tensor> combine(const Csr& a, const Csr& b, const Tensor& cro
   return {crow_out, col_out};
 }
 
-std::tuple<Tensor, Tensor> csr_combine(Tensor crow_indices, Tensor col_indices, Tensor other_crow_indices, Tensor other_col_indices,
-                                       int64_t operation) {
+std::tuple<Tensor, Tensor> csr_combine(Tensor crow_indices, Tensor col_indices, Tensor other_crow_indices,
+                                       Tensor other_col_indices, int64_t operation) {
   const Operation which = operation_of(operation);
-  const auto [mine, theirs] = check_combine(crow_indices, col_indices, other_crow_indices, other_col_indices, Device::kCuda);
+  const auto [mine, theirs] =
+      check_combine(crow_indices, col_indices, other_crow_indices, other_col_indices, Device::kCuda);
   return mine.wide ? combine<int32_t>(mine, theirs, crow_indices, col_indices, which)
                    : combine<uint16_t>(mine, theirs, crow_indices, col_indices, which);
 }

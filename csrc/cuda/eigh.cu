@@ -1,9 +1,13 @@
-// eigh and eigvalsh of batches of symmetric matrices: one block to a matrix, so that a batch keeps as many multiprocessors busy as
-// it has matrices. torch.linalg's batch is a loop over the matrices for n > 32 up to torch 2.11, and Jacobi's method after that.
+// eigh and eigvalsh of batches of symmetric matrices: one block to a matrix, so that a batch keeps as many
+// multiprocessors busy as it has matrices. torch.linalg's batch is a loop over the matrices for n > 32 up to
+// torch 2.11, and Jacobi's method after that.
 //
-// 1. `tridiagonal_kernel` (tridiagonal.cuh): Householder's reduction in panels (Dongarra, Hammarling & Sorensen 1989; latrd of
-//    LAPACK). Only the upper triangle is read, once a column: a matrix of n rows moves about n^3 / 6 elements through the memory.
-// 2. `bisection_kernel`: the eigenvalues, a thread to each (Kahan's count of sign changes); or `vectors_kernel`: implicit QL steps
+// 1. `tridiagonal_kernel` (tridiagonal.cuh): Householder's reduction in panels (Dongarra, Hammarling & Sorensen 1989;
+// latrd of
+//    LAPACK). Only the upper triangle is read, once a column: a matrix of n rows moves about n^3 / 6 elements through
+//    the memory.
+// 2. `bisection_kernel`: the eigenvalues, a thread to each (Kahan's count of sign changes); or `vectors_kernel`:
+// implicit QL steps
 //    (Wilkinson's shift). One warp finds the rotations of a step while the others apply those of the step before.
 //
 // Matrices are scaled by a power of 2 to a largest entry near 1. Every sum has one order: the same bits in every run.
@@ -14,7 +18,8 @@ namespace {
 
 constexpr int kSteps = 30;  // QL steps for an eigenvalue, at most; it takes about 1.7
 
-// ---- 2. eigenvalues alone -------------------------------------------------------------------------------------------------
+// ---- 2. eigenvalues alone
+// -------------------------------------------------------------------------------------------------
 
 // How many eigenvalues of the tridiagonal matrix are below x.
 template <typename Real>
@@ -64,7 +69,8 @@ __global__ void __launch_bounds__(128) bisection_kernel(const Real* __restrict__
   values[matrix * n + rank] = (low + (high - low) / 2) * unscale[matrix];
 }
 
-// ---- 2. eigenvalues and eigenvectors --------------------------------------------------------------------------------------
+// ---- 2. eigenvalues and eigenvectors
+// --------------------------------------------------------------------------------------
 
 // Rotations of rows i and i + 1 for i = from, from - 1, ..., to.
 template <typename Real>
@@ -79,7 +85,8 @@ struct Progress {
   bool failed;
 };
 
-// By one warp: the rotations of the next step, and what they make of the tridiagonal matrix. Returns whether there is one.
+// By one warp: the rotations of the next step, and what they make of the tridiagonal matrix. Returns whether there is
+// one.
 template <typename Real>
 __device__ bool next_step(Real* d, Real* e, int n, Progress& at, Step<Real>& step) {  // [n], [n]
   constexpr Real kEps = cuda::std::numeric_limits<Real>::epsilon() / 2;
@@ -89,7 +96,8 @@ __device__ bool next_step(Real* d, Real* e, int n, Progress& at, Step<Real>& ste
     int m = n - 1;  // the first from l on that is not joined with the next
     for (int base = l; base < n - 1; base += 32) {
       const int i = base + lane;
-      const unsigned apart = __ballot_sync(kFull, i < n - 1 && fabs(e[i]) <= kEps * (fabs(d[i]) + fabs(d[i + 1])) + kEps * kEps);
+      const unsigned apart =
+          __ballot_sync(kFull, i < n - 1 && fabs(e[i]) <= kEps * (fabs(d[i]) + fabs(d[i + 1])) + kEps * kEps);
       if (apart) {
         m = base + __ffs(apart) - 1;
         break;
@@ -159,9 +167,9 @@ __device__ void rotate(Real* vectors,  // [n, n]: one vector to a row
 
 template <typename Real>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
-    vectors_kernel(Real* reflectors,                   // [b, n, n]: from tridiagonal_kernel; at the end the eigenvectors, in rows
-                   Real* vectors,                      // [b, n, n]
-                   const Real* __restrict__ diagonal,  // [b, n]
+    vectors_kernel(Real* reflectors,  // [b, n, n]: from tridiagonal_kernel; at the end the eigenvectors, in rows
+                   Real* vectors,     // [b, n, n]
+                   const Real* __restrict__ diagonal,      // [b, n]
                    const Real* __restrict__ off_diagonal,  // [b, n]
                    const Real* __restrict__ taus,          // [b, n]
                    const Real* __restrict__ unscale,       // [b]
@@ -179,7 +187,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     d[i] = diagonal[matrix * n + i];
     e[i] = i < n - 1 ? off_diagonal[matrix * n + i] : Real(0);
   }
-  // Column c of the product of all reflectors, by one warp, as row c: reflectors from c on leave the unit vector as it is.
+  // Column c of the product of all reflectors, by one warp, as row c: reflectors from c on leave the unit vector as it
+  // is.
   for (int c = warp; c < n; c += warps) {
     Real* z = vectors + int64_t{c} * n;
     for (int r = lane; r < n; r += 32) z[r] = r == c;
@@ -226,7 +235,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   }
 }
 
-// ---- on the host ----------------------------------------------------------------------------------------------------------
+// ---- on the host
+// ----------------------------------------------------------------------------------------------------------
 
 // One kernel's block: panel_size and warps, whose vectors of n elements fit in shared memory.
 struct Shape {
@@ -256,7 +266,8 @@ void check_matrices(const Tensor& matrices) {
   check_tensor(matrices, Device::kCuda, "matrices");
   DEFTX_CHECK(matrices.dim() == 3 && matrices.size(1) == matrices.size(2), "matrices must have shape [b, n, n]");
   const int32_t dtype = dtype_of(matrices);
-  DEFTX_CHECK(dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_float64(), "matrices must be float32 or float64");
+  DEFTX_CHECK(dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_float64(),
+              "matrices must be float32 or float64");
   DEFTX_CHECK(matrices.size(0) < (int64_t{1} << 24), "eigh: too many matrices: ", matrices.size(0));
 }
 
@@ -288,7 +299,8 @@ template <typename Real>
 void find_values(const Tensor& matrices, const Tensor& values, cudaStream_t stream) {
   constexpr int kThreads = 128;
   const Tridiagonal t = tridiagonal<Real>(matrices, stream);
-  const int64_t b = values.size(0), n = values.size(1), blocks_each = (n + kThreads - 1) / kThreads, bytes = 2 * n * sizeof(Real);
+  const int64_t b = values.size(0), n = values.size(1), blocks_each = (n + kThreads - 1) / kThreads,
+                bytes = 2 * n * sizeof(Real);
   allow_shared(bisection_kernel<Real>, bytes);
   bisection_kernel<Real><<<static_cast<unsigned>(b * blocks_each), kThreads, bytes, stream>>>(
       data_of<Real>(t.diagonal), data_of<Real>(t.off_diagonal), data_of<Real>(t.unscale), data_of<Real>(values),
@@ -330,7 +342,8 @@ std::tuple<Tensor, Tensor> eigh(Tensor matrices, int64_t, double, double) {
   const Tensor values = torch::stable::new_empty(matrices, {b, n});
   if (matrices.numel() == 0) return {values, torch::stable::new_empty(matrices, {b, n, n})};
   const bool wide = dtype_of(matrices) == aoti_torch_dtype_float64();
-  const Tensor rows = wide ? find_vectors<double>(matrices, values, stream) : find_vectors<float>(matrices, values, stream);
+  const Tensor rows =
+      wide ? find_vectors<double>(matrices, values, stream) : find_vectors<float>(matrices, values, stream);
   return {values, torch::stable::transpose(rows, 1, 2)};
 }
 

@@ -7,8 +7,8 @@ namespace deftx {
 
 constexpr unsigned kFull = 0xffffffffu;
 
-// The row of an entry: the last r in [low, high) with crow[r] <= entry. By one whole warp, 32 probes at a time: four dependent
-// reads for a million rows.
+// The row of an entry: the last r in [low, high) with crow[r] <= entry. By one whole warp, 32 probes at a time: four
+// dependent reads for a million rows.
 static __device__ int64_t find_row_by_warp(const int64_t* __restrict__ crow, int64_t low, int64_t high, int64_t entry) {
   const int lane = threadIdx.x % 32;
   while (high - low > 1) {

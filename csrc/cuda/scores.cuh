@@ -1,7 +1,8 @@
 // Scores as keys: the bits of |a| or |a - b| as an integer, which has the order of the magnitudes.
 //
-// Key uint16_t: bfloat16 or float16 tensors without a base. uint32_t: everything without a float64, in float32. uint64_t: the rest,
-// in float64. The tensors' own dtypes are looked up at run time, the same for a whole warp, so that mixed dtypes need no copies.
+// Key uint16_t: bfloat16 or float16 tensors without a base. uint32_t: everything without a float64, in float32.
+// uint64_t: the rest, in float64. The tensors' own dtypes are looked up at run time, the same for a whole warp, so that
+// mixed dtypes need no copies.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,8 +19,9 @@ template <typename Key>
 struct KeyOf;
 template <>
 struct KeyOf<uint16_t> {
-  using Word = uint32_t;                          // what is computed with
-  static constexpr int kBits = 15, kGroups = 4;   // bits of a finite or infinite magnitude; eights that a thread loads at once
+  using Word = uint32_t;  // what is computed with
+  static constexpr int kBits = 15,
+                       kGroups = 4;  // bits of a finite or infinite magnitude; eights that a thread loads at once
   static constexpr int kBytes = 16, kRounds = 2;  // of eight elements; rounds of eleven bits that bracket the threshold
 };
 template <>
@@ -88,7 +90,9 @@ __device__ void load_raw(uint32_t (&raw)[KeyOf<Key>::kBytes / 4], const void* da
 }
 
 __device__ inline uint32_t half_of(const uint32_t* raw, int j) { return (raw[j / 2] >> (j % 2 * 16)) & 0xFFFFu; }
-__device__ inline float half_to_float(uint32_t x) { return __half2float(__ushort_as_half(static_cast<unsigned short>(x))); }
+__device__ inline float half_to_float(uint32_t x) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(x)));
+}
 
 template <typename Real>
 __device__ void widen(Real (&out)[8], const uint32_t* raw, int32_t type) {
@@ -108,7 +112,9 @@ __device__ void widen(Real (&out)[8], const uint32_t* raw, int32_t type) {
 }
 
 __device__ inline uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFFu; }
-__device__ inline uint64_t magnitude(double x) { return static_cast<uint64_t>(__double_as_longlong(x)) & 0x7FFFFFFFFFFFFFFFull; }
+__device__ inline uint64_t magnitude(double x) {
+  return static_cast<uint64_t>(__double_as_longlong(x)) & 0x7FFFFFFFFFFFFFFFull;
+}
 __device__ inline float minus(float a, float b) { return __fsub_rn(a, b); }
 __device__ inline double minus(double a, double b) { return __dsub_rn(a, b); }
 
@@ -188,7 +194,8 @@ struct Eights {
   __device__ WordOf<Key> key(int g, int j) const { return keys[g][j]; }
 };
 
-// In float32 the sign of |x| - limit, which no rounding changes: additions have twice the rate of integer ones, and |x| is free.
+// In float32 the sign of |x| - limit, which no rounding changes: additions have twice the rate of integer ones, and |x|
+// is free.
 template <bool kBase>
 struct Eights<uint32_t, kBase, true> {
   using Limit = float;
@@ -200,7 +207,9 @@ struct Eights<uint32_t, kBase, true> {
 #pragma unroll
     for (int g = 0; g < KeyOf<uint32_t>::kGroups; ++g) raw.scores(g, x[g], item);
   }
-  __device__ static Limit limit(uint64_t key) { return __uint_as_float(static_cast<uint32_t>(min(key, uint64_t{0x7F800000}))); }
+  __device__ static Limit limit(uint64_t key) {
+    return __uint_as_float(static_cast<uint32_t>(min(key, uint64_t{0x7F800000})));
+  }
   __device__ uint32_t not_below(int g, Limit limit) const {
     uint32_t below = 0;
 #pragma unroll
@@ -215,8 +224,8 @@ struct Eights<uint32_t, kBase, true> {
   __device__ uint32_t key(int g, int j) const { return magnitude(x[g][j]); }
 };
 
-// Two keys of 15 bits to a word: with bit 15 set, a subtraction borrows nothing from the neighbour and leaves the bit where the key
-// is not below the limit.
+// Two keys of 15 bits to a word: with bit 15 set, a subtraction borrows nothing from the neighbour and leaves the bit
+// where the key is not below the limit.
 template <bool kFinite>
 struct Eights<uint16_t, false, kFinite> {
   using Limit = uint32_t;
@@ -228,7 +237,8 @@ struct Eights<uint16_t, false, kFinite> {
   __device__ uint32_t not_below(int g, Limit limit) const {
     uint32_t found = 0;  // elements 0, 2, 4, 6 in bits 0, 2, 4, 6; 1, 3, 5, 7 in bits 16, 18, 20, 22
 #pragma unroll
-    for (int i = 0; i < 4; ++i) found |= (((raw.a[g][i] | 0x80008000u) - limit) >> (15 - 2 * i)) & (0x00010001u << 2 * i);
+    for (int i = 0; i < 4; ++i)
+      found |= (((raw.a[g][i] | 0x80008000u) - limit) >> (15 - 2 * i)) & (0x00010001u << 2 * i);
     return (found | found >> 15) & 0xFFu;
   }
   __device__ void look(int g, Seen& seen) const {

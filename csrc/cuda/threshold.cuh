@@ -1,5 +1,5 @@
-// Masks by a threshold: keys above it, and of those equal to it the first few. With the radix select over all scores that finds the
-// threshold where a bracket did not.
+// Masks by a threshold: keys above it, and of those equal to it the first few. With the radix select over all scores
+// that finds the threshold where a bracket did not.
 #pragma once
 
 #include "bracket.cuh"
@@ -7,8 +7,8 @@
 namespace deftx {
 namespace {
 
-// For each segment the threshold (from), what is above it, and how many ties to choose; or, where some bracket missed, the start of
-// a radix select over all scores.
+// For each segment the threshold (from), what is above it, and how many ties to choose; or, where some bracket missed,
+// the start of a radix select over all scores.
 template <typename Key>
 __global__ void restart_kernel(Segment* segments, int count, bool missed) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Key) == 8 ? 2 : 3)
                      Counter* counters) {  // [count][2][kBins], of the segments from first_segment on
   __shared__ unsigned bins[kBins];
   constexpr int kGroups = KeyOf<Key>::kGroups;
-  const int64_t begin = segments[first_segment].first_tile, tiles = segments[first_segment + count - 1].last_tile - begin;
+  const int64_t begin = segments[first_segment].first_tile,
+                tiles = segments[first_segment + count - 1].last_tile - begin;
   const int64_t last_tile = begin + tiles * (blockIdx.x + int64_t{1}) / gridDim.x;
   for (int64_t tile = begin + tiles * int64_t{blockIdx.x} / gridDim.x; tile < last_tile;) {
     const int s = bits.items[find_item<&Item::first_tile>(bits.items, bits.count, tile)].segment;
@@ -92,11 +93,13 @@ __global__ void __launch_bounds__(kThreads, 3) trim_kernel(const Bits bits, cons
                                                            const int64_t* __restrict__ ties_of_chunks) {  // scanned
   constexpr int kGroups = KeyOf<Key>::kGroups;
   const int lane = threadIdx.x % 32;
-  for (int64_t tile = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32; tile < bits.tiles; tile += gridDim.x * int64_t{kWarps}) {
+  for (int64_t tile = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32; tile < bits.tiles;
+       tile += gridDim.x * int64_t{kWarps}) {
     const Item& item = bits.items[find_item<&Item::first_tile>(bits.items, bits.count, tile)];
     const Segment& segment = segments[item.segment];
     const int64_t before = bits_before(ties, ties_of_chunks, tile);
-    const int64_t after = tile + 1 < bits.tiles ? bits_before(ties, ties_of_chunks, tile + 1) : ties_of_chunks[bits.chunks()];
+    const int64_t after =
+        tile + 1 < bits.tiles ? bits_before(ties, ties_of_chunks, tile + 1) : ties_of_chunks[bits.chunks()];
     const int64_t allowed = segment.quota - (before - bits_before(ties, ties_of_chunks, segment.first_tile));
     if (after - before <= max(allowed, int64_t{0})) continue;
     const WordOf<Key> from = static_cast<WordOf<Key>>(segment.from), above = static_cast<WordOf<Key>>(segment.above);
@@ -133,11 +136,13 @@ __global__ void __launch_bounds__(kThreads, 3) trim_kernel(const Bits bits, cons
   }
 }
 
-// The mask from each segment's threshold (from, above, quota): bits, ties in each tile, and no more of them than the quota.
+// The mask from each segment's threshold (from, above, quota): bits, ties in each tile, and no more of them than the
+// quota.
 template <typename Key, bool kBase>
 void mask_by_threshold(const Bits& bits, Segment* segments, const Tensor& like, cudaStream_t stream) {
   Workspace work;
-  const int64_t ties_at = work.add(sizeof(uint32_t) * bits.tiles), chunks_at = work.add(sizeof(int64_t) * (bits.chunks() + 1));
+  const int64_t ties_at = work.add(sizeof(uint32_t) * bits.tiles),
+                chunks_at = work.add(sizeof(int64_t) * (bits.chunks() + 1));
   work.allocate(like);
   uint32_t* ties = work.at<uint32_t>(ties_at);
   int64_t* ties_of_chunks = work.at<int64_t>(chunks_at);
@@ -145,7 +150,8 @@ void mask_by_threshold(const Bits& bits, Segment* segments, const Tensor& like, 
       <<<grid_of(stream_kernel<Key, kBase, true>, bits), kThreads, 0, stream>>>(bits, segments, {}, ties, 0, nullptr);
   DEFTX_LAUNCH_CHECK();
   scan(bits, ties, ties_of_chunks, stream);
-  trim_kernel<Key, kBase><<<grid_of(trim_kernel<Key, kBase>, bits), kThreads, 0, stream>>>(bits, segments, ties, ties_of_chunks);
+  trim_kernel<Key, kBase>
+      <<<grid_of(trim_kernel<Key, kBase>, bits), kThreads, 0, stream>>>(bits, segments, ties, ties_of_chunks);
   DEFTX_LAUNCH_CHECK();
 }
 

@@ -1,25 +1,29 @@
 // topk_mask, magnitude_histogram, threshold_mask and dense_to_csr on the GPU.
 //
 // topk_mask over all tensors, or over each (a "segment"), reads the scores once and waits for the device once:
-//   1. sample: up to 2^18 scores of a segment, drawn without looking, give two keys between which the k-th largest lies, six
-//      standard deviations apart on either side. (A segment of up to 2^12 elements is taken whole: the bracket is exact.)
-//   2. stream: one pass. A score's bit is set where its key is not below the bracket; those inside are listed, (key, place).
-//   3. narrow: radix select over the list, by key, then by place. A launch a round; the last block of a segment picks the digit,
+//   1. sample: up to 2^18 scores of a segment, drawn without looking, give two keys between which the k-th largest
+//   lies, six
+//      standard deviations apart on either side. (A segment of up to 2^12 elements is taken whole: the bracket is
+//      exact.)
+//   2. stream: one pass. A score's bit is set where its key is not below the bracket; those inside are listed, (key,
+//   place).
+//   3. narrow: radix select over the list, by key, then by place. A launch a round; the last block of a segment picks
+//   the digit,
 //      and a segment that is decided leaves at once. apply: what was not chosen loses its bit.
 //   4. scan, emit (bitmask.cuh).
-// Where the bracket missed, or more lies inside than the list holds (many equal scores), the mask is made again from the exact
-// threshold: known already where the bracket held a single key, else by radix select over all scores. Ties are then cut by
-// position: their counts in each tile, a scan, and one more look at the tiles with a tie too many. scope "row": a block to a row,
-// radix select over the row, which stays in the cache.
+// Where the bracket missed, or more lies inside than the list holds (many equal scores), the mask is made again from
+// the exact threshold: known already where the bracket held a single key, else by radix select over all scores. Ties
+// are then cut by position: their counts in each tile, a scan, and one more look at the tiles with a tie too many.
+// scope "row": a block to a row, radix select over the row, which stays in the cache.
 //
 // Steps 1 to 3 are in bracket.cuh, the second way in threshold.cuh, the arithmetic of scores in scores.cuh.
 //
 // Results are the same in every run: atomics only add integers, or fill a list whose order does not matter.
-// Workspace: N/8 + N/4096 * 4 bytes of mask and counts; a list for 0.016 N + 1024 candidates and half as many again as are expected
-// (0.008 N at N = 2^28 and k = N/20), of 8 bytes and a key; samples and 32 KiB of counters for each of at most 256 segments. In all
-// about 0.4 N bytes there with 32-bit keys. The second way adds 4 bytes a tile. A tensor takes at least a tile (516 bytes) and
-// about 350 bytes of tables; as a segment of its own also the 1024 candidates (12 KB), or one for each of its elements if it has
-// fewer.
+// Workspace: N/8 + N/4096 * 4 bytes of mask and counts; a list for 0.016 N + 1024 candidates and half as many again as
+// are expected (0.008 N at N = 2^28 and k = N/20), of 8 bytes and a key; samples and 32 KiB of counters for each of at
+// most 256 segments. In all about 0.4 N bytes there with 32-bit keys. The second way adds 4 bytes a tile. A tensor
+// takes at least a tile (516 bytes) and about 350 bytes of tables; as a segment of its own also the 1024 candidates (12
+// KB), or one for each of its elements if it has fewer.
 #include <cmath>
 #include <tuple>
 #include <type_traits>
@@ -32,7 +36,8 @@ namespace {
 constexpr int kHistogramBins = 1 << 16;  // of magnitude_histogram
 constexpr int kSharedBins = 1 << 15;     // of them, those that a magnitude's first 16 bits can reach
 
-// ---- scope "row" ----------------------------------------------------------------------------------------------------------
+// ---- scope "row"
+// ----------------------------------------------------------------------------------------------------------
 
 // The bits of 32 neighbouring columns, by their warp, into a mask of zeros. Rows begin anywhere in a word.
 __device__ void set_bits(uint32_t* words, int64_t bit, uint32_t set) {
@@ -111,13 +116,15 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const Bits bits, Word
   }
 }
 
-// ---- magnitude_histogram, dense_to_csr ------------------------------------------------------------------------------------
+// ---- magnitude_histogram, dense_to_csr
+// ------------------------------------------------------------------------------------
 
-// Counts key >> low by its last 16 bits, of the keys whose key >> high is `prefix`. With shared counters, where at most kSharedBins
-// can be reached; else a score in 2^16 takes part, as a rule, and the counters are added to where they are.
+// Counts key >> low by its last 16 bits, of the keys whose key >> high is `prefix`. With shared counters, where at most
+// kSharedBins can be reached; else a score in 2^16 takes part, as a rule, and the counters are added to where they are.
 template <typename Key>
-__global__ void __launch_bounds__(1024) histogram_kernel(const Bits bits, uint64_t prefix, int high, int low, bool shared,
-                                                         Counter* counters) {  // [kHistogramBins]
+__global__ void __launch_bounds__(1024)
+    histogram_kernel(const Bits bits, uint64_t prefix, int high, int low, bool shared,
+                     Counter* counters) {  // [kHistogramBins]
   extern __shared__ unsigned histogram_bins[];
   constexpr int kGroups = KeyOf<Key>::kGroups;
   if (shared) clear_bins(histogram_bins, kSharedBins);
@@ -146,7 +153,8 @@ __global__ void __launch_bounds__(1024) histogram_kernel(const Bits bits, uint64
 
 __global__ void __launch_bounds__(kThreads, 4) dense_kernel(const Bits bits) {
   const int lane = threadIdx.x % 32;
-  for (int64_t tile = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32; tile < bits.tiles; tile += gridDim.x * int64_t{kWarps}) {
+  for (int64_t tile = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32; tile < bits.tiles;
+       tile += gridDim.x * int64_t{kWarps}) {
     const Item& item = bits.items[find_item<&Item::first_tile>(bits.items, bits.count, tile)];
     const int64_t start = (tile - item.first_tile) * kTile + lane * 8;
     const uint8_t* from = static_cast<const uint8_t*>(item.a) + start;
@@ -172,7 +180,8 @@ __global__ void __launch_bounds__(kThreads, 4) dense_kernel(const Bits bits) {
   }
 }
 
-// ---- on the host ----------------------------------------------------------------------------------------------------------
+// ---- on the host
+// ----------------------------------------------------------------------------------------------------------
 
 // The keys' size for a call, and the key of infinity. Sets the tensors' types.
 struct Keys {
@@ -187,9 +196,10 @@ Keys keys_of(Layout& layout, const std::vector<Tensor>& scores, const std::vecto
     item.a_type = type_of(scores[i], op);
     if (!base.empty()) {
       check_tensor(base[i], Device::kCuda, "every base tensor");
-      DEFTX_CHECK(base[i].get_device_index() == scores[0].get_device_index(), "base ", i, " is on another device than the scores");
-      DEFTX_CHECK(base[i].numel() == item.numel, op, ": base ", i, " has ", base[i].numel(), " elements; its scores have ",
-                  item.numel);
+      DEFTX_CHECK(base[i].get_device_index() == scores[0].get_device_index(), "base ", i,
+                  " is on another device than the scores");
+      DEFTX_CHECK(base[i].numel() == item.numel, op, ": base ", i, " has ", base[i].numel(),
+                  " elements; its scores have ", item.numel);
       item.b = base[i].const_data_ptr();
       item.b_type = type_of(base[i], op);
     }
@@ -205,7 +215,8 @@ Keys keys_of(Layout& layout, const std::vector<Tensor>& scores, const std::vecto
 
 int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int kTogether = 256;  // segments that are sampled or narrowed at a time, with the same counters and room for samples
+constexpr int kTogether =
+    256;  // segments that are sampled or narrowed at a time, with the same counters and room for samples
 
 // The bracket's ranks in a sample of s out of n for the k-th largest, and how many candidates there may be.
 void plan_segment(Segment& s, int bits) {
@@ -215,7 +226,8 @@ void plan_segment(Segment& s, int bits) {
   }
   const bool whole = s.elements <= kWhole;
   s.samples = whole ? s.elements : std::clamp(s.elements / 64, kWhole, kSamples);
-  const double share = static_cast<double>(s.k) / static_cast<double>(s.elements), samples = static_cast<double>(s.samples);
+  const double share = static_cast<double>(s.k) / static_cast<double>(s.elements),
+               samples = static_cast<double>(s.samples);
   const double slack = whole ? 0 : 6 * std::sqrt(samples * share * (1 - share)) + 8;
   s.rank[0] = whole ? s.k : static_cast<int64_t>(std::ceil(samples * share + slack));
   s.rank[1] = whole ? s.k : static_cast<int64_t>(std::floor(samples * share - slack));
@@ -252,7 +264,8 @@ void upload(T* to, const std::vector<T>& from, cudaStream_t stream) {
 template <typename Key, bool kBase>
 class Selection {
  public:
-  Selection(Layout& layout, const std::vector<int64_t>& k, bool global, Keys keys, const Tensor& like, cudaStream_t stream)
+  Selection(Layout& layout, const std::vector<int64_t>& k, bool global, Keys keys, const Tensor& like,
+            cudaStream_t stream)
       : like_(like), stream_(stream), infinity_(static_cast<WordOf<Key>>(keys.infinity)) {
     std::vector<Segment> segments = segments_of(layout, k, global, KeyOf<Key>::kBits);
     count_ = static_cast<int>(segments.size());
@@ -265,7 +278,8 @@ class Selection {
     }
     const BitsPlan plan(work_, layout);
     const int64_t segments_at = work_.add(sizeof(Segment) * count_), status_at = work_.add(sizeof(Status));
-    const int64_t counters_at = work_.add(sizeof(Counter) * 2 * kBins * together_), samples_at = work_.add(sizeof(Key) * samples);
+    const int64_t counters_at = work_.add(sizeof(Counter) * 2 * kBins * together_),
+                  samples_at = work_.add(sizeof(Key) * samples);
     const int64_t keys_at = work_.add(sizeof(Key) * listed), places_at = work_.add(sizeof(uint64_t) * listed);
     work_.allocate(like);
     bits_ = plan.upload(work_, layout, stream);
@@ -308,9 +322,11 @@ class Selection {
 
   void again(unsigned redo) {
     const bool missed = redo & kMissed;
-    restart_kernel<Key><<<static_cast<unsigned>(divided(count_, kThreads)), kThreads, 0, stream_>>>(segments_, count_, missed);
+    restart_kernel<Key>
+        <<<static_cast<unsigned>(divided(count_, kThreads)), kThreads, 0, stream_>>>(segments_, count_, missed);
     DEFTX_LAUNCH_CHECK();
-    const int64_t blocks = std::min(resident_blocks(count_all_kernel<Key, kBase>, kThreads), divided(bits_.tiles, kWarps));
+    const int64_t blocks =
+        std::min(resident_blocks(count_all_kernel<Key, kBase>, kThreads), divided(bits_.tiles, kWarps));
     for_each_batch([&](int first, int count) {
       for (int high = missed ? KeyOf<Key>::kBits : 0; high > 0; high -= kDigit) {
         count_all_kernel<Key, kBase>
@@ -332,15 +348,16 @@ class Selection {
 
   // Blocks for each segment, when the largest has `most` elements to look at, `each` a block.
   int blocks_each(int64_t most, int64_t each) const {
-    const int64_t blocks = std::clamp<int64_t>(64 * int64_t{together_}, 512, 8192) / together_;  // few flushes, or even work
+    const int64_t blocks =
+        std::clamp<int64_t>(64 * int64_t{together_}, 512, 8192) / together_;  // few flushes, or even work
     return static_cast<int>(std::max<int64_t>(1, std::min(blocks, divided(most, each))));
   }
 
   void sample(int first, int count) {
     const int each = blocks_each(most_samples_, 2048);
     for (int round = 0; round < KeyOf<Key>::kRounds; ++round) {
-      sample_kernel<Key, kBase><<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(bits_, segments_ + first, samples_,
-                                                                                               counters_, each, round);
+      sample_kernel<Key, kBase><<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(
+          bits_, segments_ + first, samples_, counters_, each, round);
       DEFTX_LAUNCH_CHECK();
     }
   }
@@ -352,8 +369,8 @@ class Selection {
     while (most_tiles_ * kTile - 1 >> place_bits) ++place_bits;
     const int64_t rounds = divided(KeyOf<Key>::kBits, kDigit) + divided(place_bits, kDigit);
     for (int round = 0; round < rounds; ++round) {
-      narrow_kernel<Key>
-          <<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(segments, lists_, counters_, each, round, status_);
+      narrow_kernel<Key><<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(segments, lists_, counters_,
+                                                                                        each, round, status_);
       DEFTX_LAUNCH_CHECK();
     }
     apply_kernel<Key><<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(bits_, segments, lists_, each);
@@ -378,17 +395,18 @@ class Selection {
 Tensor cpu_pair(int64_t first, int64_t second) {
   int64_t values[2] = {first, second};
   using torch::headeronly::DeviceType;
-  const auto there =
-      torch::stable::from_blob(values, {2}, {1}, torch::stable::Device(DeviceType::CPU), torch::headeronly::ScalarType::Long);
+  const auto there = torch::stable::from_blob(values, {2}, {1}, torch::stable::Device(DeviceType::CPU),
+                                              torch::headeronly::ScalarType::Long);
   return torch::stable::clone(there);
 }
 
-std::tuple<Tensor, Tensor, Tensor> topk_mask(std::vector<Tensor> scores, std::vector<Tensor> base, std::vector<int64_t> k,
-                                             int64_t scope) {
+std::tuple<Tensor, Tensor, Tensor> topk_mask(std::vector<Tensor> scores, std::vector<Tensor> base,
+                                             std::vector<int64_t> k, int64_t scope) {
   const Scope which = scope_of(scope);
   const bool global = which == Scope::kGlobal, row = which == Scope::kRow;
   Layout layout = layout_of(scores, "topk_mask");
-  DEFTX_CHECK(base.empty() || base.size() == scores.size(), "topk_mask: base must be empty or have one tensor for each of scores");
+  DEFTX_CHECK(base.empty() || base.size() == scores.size(),
+              "topk_mask: base must be empty or have one tensor for each of scores");
   const Keys keys = keys_of(layout, scores, base, "topk_mask");
   DEFTX_CHECK(k.size() == (global ? 1 : scores.size()), "topk_mask: k has ", k.size(), " numbers");
   int64_t nnz = 0;
@@ -404,8 +422,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_mask(std::vector<Tensor> scores, std::ve
   const CsrOut out = new_csr(scores[0], layout, nnz);
   const Status status = with_key(keys.bytes, !base.empty(), [&](auto key, auto with_base) {
     // Rows are selected one by one: for them the segments are of no use.
-    Selection<decltype(key), decltype(with_base)::value> selection(layout, row ? std::vector<int64_t>{0} : k, global || row, keys,
-                                                                   scores[0], stream);
+    Selection<decltype(key), decltype(with_base)::value> selection(layout, row ? std::vector<int64_t>{0} : k,
+                                                                   global || row, keys, scores[0], stream);
     row ? selection.rows() : selection.run();
     scan(selection.bits(), stream);
     emit(selection.bits(), out, layout.wide, stream);
@@ -421,8 +439,9 @@ std::tuple<Tensor, Tensor, Tensor> topk_mask(std::vector<Tensor> scores, std::ve
   const int64_t tile = static_cast<int64_t>(status.first_bad / kTile);
   size_t i = layout.items.size() - 1;
   while (layout.items[i].first_tile > tile) --i;
-  return {out.crow, out.col,
-          cpu_pair(static_cast<int64_t>(i), static_cast<int64_t>(status.first_bad) - layout.items[i].first_tile * kTile)};
+  return {
+      out.crow, out.col,
+      cpu_pair(static_cast<int64_t>(i), static_cast<int64_t>(status.first_bad) - layout.items[i].first_tile * kTile)};
 }
 
 // The keys of a call whose scores all have one dtype.
@@ -457,8 +476,8 @@ Tensor magnitude_histogram(std::vector<Tensor> scores, int64_t prefix, int64_t s
     const int threads = shared ? 1024 : kThreads, bytes = shared ? kShared : 0;
     if (shared) DEFTX_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
     const int64_t blocks = std::min(resident_blocks(kernel, threads, bytes), divided(bits.tiles, threads / 32));
-    kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(bits, static_cast<uint64_t>(prefix), high, low, shared,
-                                                                      counters);
+    kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(bits, static_cast<uint64_t>(prefix), high, low,
+                                                                      shared, counters);
     DEFTX_LAUNCH_CHECK();
   });
   return out;

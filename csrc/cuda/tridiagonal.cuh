@@ -55,8 +55,8 @@ __device__ Real copy_scaled(const Real* matrix, Real* work, int64_t size) {  // 
   return finite ? ldexp(Real(1), exponent) : cuda::std::numeric_limits<Real>::quiet_NaN();
 }
 
-// A panel of columns whose reflectors I - tau v v' are made but not yet applied to the columns after it: the matrix stands for
-// A - V W' - W V'. Shared memory.
+// A panel of columns whose reflectors I - tau v v' are made but not yet applied to the columns after it: the matrix
+// stands for A - V W' - W V'. Shared memory.
 template <typename Real>
 struct Panel {
   Real *V, *W;  // [panel, n]: one reflector's vector to a row
@@ -67,8 +67,8 @@ struct Panel {
   }
 };
 
-// sums[warp] += A v by the rows that this warp takes, of the upper triangle from row and column `first` on. Lane c % 32 alone
-// touches column c of its warp's sums.
+// sums[warp] += A v by the rows that this warp takes, of the upper triangle from row and column `first` on. Lane c % 32
+// alone touches column c of its warp's sums.
 template <typename Real>
 __device__ void multiply(const Real* A, const Real* v, Real* sums, int first, int n) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;

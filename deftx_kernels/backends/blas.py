@@ -1,4 +1,6 @@
-"""What is made of torch's own matrix products and decompositions (BLAS and LAPACK, cuBLAS and cuSOLVER), on both devices."""
+"""What is made of torch's own matrix products and decompositions (BLAS and LAPACK, cuBLAS and cuSOLVER), on both
+devices.
+"""
 
 from deftx_kernels import _library, _op_checks, _ops
 from deftx_kernels.kernels import svd

@@ -1,4 +1,6 @@
-"""Triton kernels for CUDA tensors. Registered where torch has CUDA and triton can be imported; one compile at the first call."""
+"""Triton kernels for CUDA tensors. Registered where torch has CUDA and triton can be imported; one compile at the first
+call.
+"""
 
 import functools
 from collections.abc import Callable

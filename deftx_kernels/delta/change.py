@@ -1,4 +1,6 @@
-"""A delta on the tensors of a model: written whole or not at all, and taken back bit for bit, in whatever order several are."""
+"""A delta on the tensors of a model: written whole or not at all, and taken back bit for bit, in whatever order several
+are.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
@@ -42,7 +44,8 @@ class Change:
         self.dense = {**dense, **{n: dense[first] for n, first in aliases.items() if first in dense}}
         self.aliases = {n: first for n, first in aliases.items() if first in mask}
         self.alpha, self.identity, self.base = alpha, identity, base
-        self.before: list[tuple[CSRMask, Tensor, Tensor]] = []  # mask, entries before and after; of one device and dtype each
+        # mask, entries before and after; of one device and dtype each
+        self.before: list[tuple[CSRMask, Tensor, Tensor]] = []
         self.whole: dict[str, Tensor] = {}  # name → tensor before
         self.found: dict[str, History] = {}  # name → history before
         self.now: dict[str, str] = {}  # name → fingerprint before
@@ -53,7 +56,9 @@ class Change:
             held = change.identities()
             for name, tensor in self.tensors.items():
                 if _identity(tensor) in held:
-                    raise ValueError(f"model's tensor {name!r} is in an open `applied` block, whose end would undo this")
+                    raise ValueError(
+                        f"model's tensor {name!r} is in an open `applied` block, whose end would undo this"
+                    )
 
     def histories(self) -> dict[str, History]:
         """Name → history of each tensor of the mask; empty without an identity."""
@@ -68,7 +73,9 @@ class Change:
         return self.found
 
     def write(self, remember: bool = False) -> None:
-        """Add the delta; where that fails, the tensors are as they were. `remember`: and let them count as their base with it."""
+        """Add the delta; where that fails, the tensors are as they were. `remember`: and let them count as their base
+        with it.
+        """
         self.before = []
         for mask, values, low in self._parts():
             old = mask.gather(self.tensors)
@@ -95,10 +102,12 @@ class Change:
         _OPEN.append(self)
 
     def close(self) -> tuple[str, str]:
-        """Restore every touched entry. Changes that were opened later on the same tensors are taken back first, then made again.
+        """Restore every touched entry. Changes that were opened later on the same tensors are taken back first, then
+        made again.
 
         Returns:
-            What could not be restored, and what had been changed in another way: messages, "" where there is nothing to say.
+            What could not be restored, and what had been changed in another way: messages, "" where there is nothing to
+                say.
         """
         opened = list(_OPEN)
         later: list[Change] = []
@@ -149,7 +158,11 @@ class Change:
         replaced: dict[str, Tensor] = {}
         for name, tensor in self.tensors.items():
             now = live.get(name, tensor)
-            if isinstance(now, Tensor) and now is not tensor and (not _identity(now) or _identity(now) != _identity(tensor)):
+            if (
+                isinstance(now, Tensor)
+                and now is not tensor
+                and (not _identity(now) or _identity(now) != _identity(tensor))
+            ):
                 replaced[name] = tensor
         self.tensors |= {n: live[n] for n in replaced}
         return replaced
@@ -168,7 +181,9 @@ class Change:
         return lost
 
     def _otherwise_written(self) -> list[str]:
-        """Names of the tensors whose entries are not those that were written; of the same dtype, since a cast is no other write."""
+        """Names of the tensors whose entries are not those that were written; of the same dtype, since a cast is no
+        other write.
+        """
         found: list[str] = []
         for whole, _, after in self.before:
             for mask, new in _fitting(whole, after, self.tensors, []):
@@ -183,15 +198,27 @@ class Change:
         return found
 
     def _parts(self) -> list[tuple[CSRMask, Tensor, Low | None]]:
-        """The delta, in one part where its tensors are of one device and dtype, else by tensor; each on the tensors' device."""
+        """The delta, in one part where its tensors are of one device and dtype, else by tensor; each on the tensors'
+        device.
+        """
         names, low = self.mask.names, self.low
         kinds = {(t.device, t.dtype) for t in (self.tensors[n] for n in names)}
         if len(kinds) == 1 and not self.aliases:
             device = next(iter(kinds))[0]
-            return [(self.mask.to(device), self.values.to(device), None if low is None else (low[0].to(device), low[1].to(device)))]
+            return [
+                (
+                    self.mask.to(device),
+                    self.values.to(device),
+                    None if low is None else (low[0].to(device), low[1].to(device)),
+                )
+            ]
         values = self.mask.split(self.values)
         starts = list(accumulate((len(v) for v in values.values()), initial=0))
-        ends = [0] * len(starts) if low is None else torch.searchsorted(low[0], torch.tensor(starts, device=low[0].device)).tolist()
+        ends = (
+            [0] * len(starts)
+            if low is None
+            else torch.searchsorted(low[0], torch.tensor(starts, device=low[0].device)).tolist()
+        )
         copies = {first: [n for n, other in self.aliases.items() if other == first] for first in self.aliases.values()}
         parts = []
         for i, name in enumerate(names):
@@ -201,7 +228,9 @@ class Change:
                 own = (low[0][place] - starts[i]).to(device), low[1][place].to(device)
             one, value = self.mask[name].to(device), values[name].to(device)
             parts.append((one, value, own))
-            parts += [(CSRMask([n], one.shapes, one.crow_indices, one.col_indices), value, own) for n in copies.get(name, ())]
+            parts += [
+                (CSRMask([n], one.shapes, one.crow_indices, one.col_indices), value, own) for n in copies.get(name, ())
+            ]
         return parts
 
 
@@ -213,7 +242,8 @@ def _identity(tensor: Tensor) -> tuple:
 
 
 def _remember_open(opened: list[Change], tensor: Tensor, now: str) -> None:
-    """Give content with fingerprint `now` its history, where it is what the newest of the open changes on the tensor made.
+    """Give content with fingerprint `now` its history, where it is what the newest of the open changes on the tensor
+    made.
 
     It is not hashed when a change is opened: few are followed by another.
     """
@@ -231,8 +261,12 @@ def _remember_open(opened: list[Change], tensor: Tensor, now: str) -> None:
                 return
 
 
-def _fitting(mask: CSRMask, compact: Tensor, tensors: Mapping[str, Tensor], lost: list[str]) -> Iterator[tuple[CSRMask, Tensor]]:
-    """Mask and compact tensor on the tensors' device, by tensor where they are not of one device and dtype. `lost` gets misfits."""
+def _fitting(
+    mask: CSRMask, compact: Tensor, tensors: Mapping[str, Tensor], lost: list[str]
+) -> Iterator[tuple[CSRMask, Tensor]]:
+    """Mask and compact tensor on the tensors' device, by tensor where they are not of one device and dtype. `lost` gets
+    misfits.
+    """
     split = mask.split(compact)
     misfits = {n for n, shape in zip(mask.names, mask.shapes) if not _fits(tensors[n], compact.dtype, shape)}
     kinds = {(tensors[n].device, tensors[n].dtype) for n in mask.names}

@@ -20,7 +20,9 @@ def differs(new: Tensor, old: Tensor) -> Tensor:
     new = new.to(old.device)
     if new.is_complex() or old.is_complex():
         dtype = torch.promote_types(new.dtype, old.dtype)
-        return differs(torch.view_as_real(new.to(dtype).resolve_conj()), torch.view_as_real(old.to(dtype).resolve_conj())).any(-1)
+        return differs(
+            torch.view_as_real(new.to(dtype).resolve_conj()), torch.view_as_real(old.to(dtype).resolve_conj())
+        ).any(-1)
     if new.dtype == old.dtype:
         return new.view(_BITS[old.element_size()]) != old.view(_BITS[old.element_size()])
     new, old = new.to(torch.float64), old.to(torch.float64)
@@ -46,10 +48,11 @@ def total(base: Tensor, values: Tensor, alpha: float = 1.0, low: Low | None = No
 
 
 def exact_difference(base: Tensor, tuned: Tensor) -> tuple[Tensor, Low, int]:
-    """Values float32 [n] and low terms with total(base, values, low=low) = tuned; the number of entries where there are none.
+    """Values float32 [n] and low terms with total(base, values, low=low) = tuned; the number of entries where there are
+    none.
 
-    The value is the float32 nearest to the difference, or a neighbour of it. Where neither gives the bits of `tuned`, mostly since
-    it is smaller than the difference, a float64 term is added.
+    The value is the float32 nearest to the difference, or a neighbour of it. Where neither gives the bits of `tuned`,
+    mostly since it is smaller than the difference, a float64 term is added.
     """
     values, places, rests, inexact = [base.new_empty(0, dtype=torch.float32)], [], [], 0
     for start in range(0, len(base), _CHUNK):
@@ -79,7 +82,10 @@ def _exact_difference(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor, Tens
     tuned, new, off = tuned[places], new[places], off[places]
     sums = old[places] + values[places].to(torch.float64)
     rest = torch.where((new == 0) & new.signbit(), torch.full_like(new, _NEGATIVE_ZERO), new - sums)
-    for candidate in (rest, *(torch.nextafter(rest, torch.full_like(rest, limit)) for limit in (torch.inf, -torch.inf))):
+    for candidate in (
+        rest,
+        *(torch.nextafter(rest, torch.full_like(rest, limit)) for limit in (torch.inf, -torch.inf)),
+    ):
         better = off & ~differs((sums + candidate).to(base.dtype), tuned)
         rest, off = torch.where(better, candidate, rest), off & ~better
     kept = rest.isfinite() if base.dtype == torch.float64 else ~off  # in float64 the nearest is better than none

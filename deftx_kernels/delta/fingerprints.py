@@ -51,8 +51,8 @@ class History(NamedTuple):
         return History(self.base, {d: a for d, a in deltas.items() if a != 0})
 
 
-# Fingerprint → history of what deltas were added to, so that deltas can be stacked: on that tensor, a copy of it, or when it was
-# saved and loaded. The newest are kept: several models of 10,000 tensors.
+# Fingerprint → history of what deltas were added to, so that deltas can be stacked: on that tensor, a copy of it, or
+# when it was saved and loaded. The newest are kept: several models of 10,000 tensors.
 _HISTORIES: OrderedDict[str, History] = OrderedDict()
 _MOST = 1 << 16
 

@@ -36,16 +36,16 @@ class SparseDelta:
         mask: the entries.
         values: compact [mask.nnz], the differences (float32).
         dense: name → tensor that replaces the model's (a head, an integer buffer). Not scaled, not added.
-        metadata: JSON-serialisable facts: method, base_model, base_fingerprint (name → that of the base's tensor), base_dtype
-            (where the mask's tensors had one), tied (further name → name here of a tensor that the base had twice), lossy (the
-            dtype that the values were rounded to), k, settings.
-        low: second terms, for the entries where no float32 gives the tuned tensor back bit for bit: their places in the compact
-            order, integer [m], ascending, and what is to be added to base + value there, float64 [m]. `values` alone is the
-            float32 nearest to the difference. None, also as the attribute, where there are none.
+        metadata: JSON-serialisable facts: method, base_model, base_fingerprint (name → that of the base's tensor),
+            base_dtype (where the mask's tensors had one), tied (further name → name here of a tensor that the base had
+            twice), lossy (the dtype that the values were rounded to), k, settings.
+        low: second terms, for the entries where no float32 gives the tuned tensor back bit for bit: their places in the
+            compact order, integer [m], ascending, and what is to be added to base + value there, float64 [m]. `values`
+            alone is the float32 nearest to the difference. None, also as the attribute, where there are none.
 
     Raises:
-        ValueError, TypeError: values that are not compact or not floating point; a tensor both in mask and dense, or no plain
-            tensor in dense (a DTensor, on meta); low terms, a base_fingerprint or a tied of another form.
+        ValueError, TypeError: values that are not compact or not floating point; a tensor both in mask and dense, or no
+            plain tensor in dense (a DTensor, on meta); low terms, a base_fingerprint or a tied of another form.
     """
 
     def __init__(
@@ -71,7 +71,9 @@ class SparseDelta:
             raise ValueError(f"dense: {both[0]!r} is covered by the mask as well")
         for key, what in (("base_fingerprint", "fingerprints"), ("tied", "names")):
             found = self.metadata.get(key, {})
-            if not isinstance(found, Mapping) or not all(isinstance(text, str) for item in found.items() for text in item):
+            if not isinstance(found, Mapping) or not all(
+                isinstance(text, str) for item in found.items() for text in item
+            ):
                 raise TypeError(f"metadata: {key} must be a mapping of names to {what}")
 
     def __repr__(self) -> str:
@@ -99,18 +101,20 @@ class SparseDelta:
         """tuned - base, chosen so that base + delta gives `tuned` back bit for bit.
 
         Args:
-            tuned, base: modules (their named parameters and persistent buffers; of a sparsified model those of the plain one; names
-                as without torch.compile and DistributedDataParallel) or mappings. Tensors that are tied in `base`, or in `tuned`
-                and equal in `base`, count once, under their first name in `base`; `tied` in the metadata has the others. Buffers
-                of a module count where both have them: those that differ and are not in the mask are kept whole.
-            mask: the entries that may differ; by default those that do. A difference is one of bits: 0.0 and -0.0 differ.
+            tuned, base: modules (their named parameters and persistent buffers; of a sparsified model those of the
+                plain one; names as without torch.compile and DistributedDataParallel) or mappings. Tensors that are
+                tied in `base`, or in `tuned` and equal in `base`, count once, under their first name in `base`; `tied`
+                in the metadata has the others. Buffers of a module count where both have them: those that differ and
+                are not in the mask are kept whole.
+            mask: the entries that may differ; by default those that do. A difference is one of bits: 0.0 and -0.0
+                differ.
             dense: names of tensors to keep whole. Tensors that only `tuned` has are kept whole, too.
-            metadata: goes into the delta's. `inexact_entries` is added: how many entries no difference can carry exactly (some of
-                float64 or of another dtype in `tuned`, infinities and NaN in `base`, payloads of NaN).
+            metadata: goes into the delta's. `inexact_entries` is added: how many entries no difference can carry
+                exactly (some of float64 or of another dtype in `tuned`, infinities and NaN in `base`, payloads of NaN).
 
         Raises:
-            ValueError: a tensor is missing in `tuned`, has another shape, differs outside the mask, or is on the meta device;
-                tensors of `base` share a part of their memory, or are tied and differ in `tuned`.
+            ValueError: a tensor is missing in `tuned`, has another shape, differs outside the mask, or is on the meta
+                device; tensors of `base` share a part of their memory, or are tied and differ in `tuned`.
             TypeError: the mask covers a tensor that is not floating point; something is no plain tensor (a DTensor).
         """
         old, old_buffers = _model_tensors(base, "base")
@@ -133,7 +137,9 @@ class SparseDelta:
             if name not in new:
                 raise ValueError(f"tuned lacks tensor {name!r} of base")
             if new[name].shape != old[name].shape:
-                raise ValueError(f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base")
+                raise ValueError(
+                    f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base"
+                )
         differing = {n: differs(new[n], old[n]) for n in shared}
         for name in [n for n in shared if n in buffers and n not in covered]:
             if bool(differing.pop(name).any()):
@@ -144,7 +150,9 @@ class SparseDelta:
             mask = CSRMask.from_dense({n: differing[n] for n in changed})
         for name, tensor in zip(mask.names, mask.select(old, "base")):
             if tied[name] != name:
-                raise ValueError(f"mask covers {name!r}, which is the tensor {tied[name]!r} of base: its mask goes by that name")
+                raise ValueError(
+                    f"mask covers {name!r}, which is the tensor {tied[name]!r} of base: its mask goes by that name"
+                )
             if not {tensor.dtype, new[name].dtype} <= SUMMABLE:
                 raise TypeError(f"mask covers {name!r}, which is {tensor.dtype} in base and {new[name].dtype} in tuned")
             if name in differing:
@@ -171,16 +179,19 @@ class SparseDelta:
     # ---- on models ----
 
     def apply_(self, model: Model, alpha: float = 1.0, dense: bool = True, *, strict: bool = True) -> None:
-        """model += alpha * delta at the mask's entries, in float32 or better; with `dense`, copy the whole tensors, too.
+        """model += alpha * delta at the mask's entries, in float32 or better; with `dense`, copy the whole tensors,
+        too.
 
-        Where the base had a tensor under several names, each of them that `model` has is written, also where they are copies.
+        Where the base had a tensor under several names, each of them that `model` has is written, also where they are
+        copies.
 
         Raises:
-            ValueError: the model lacks a tensor, has it in another shape or where it cannot be written, has two of the delta's
-                tensors in the same memory, or has one in an open `applied` block; with `strict` also where its tensors are not the
-                base's (by fingerprint; content that this library made by adding deltas counts as the base that it was), copies of
-                a tied tensor differ (without `strict` they stay as they are) or this delta is on them already, unless `alpha`
-                takes it off. The tensors are named. Nothing has changed then, nor after any other error.
+            ValueError: the model lacks a tensor, has it in another shape or where it cannot be written, has two of the
+                delta's tensors in the same memory, or has one in an open `applied` block; with `strict` also where its
+                tensors are not the base's (by fingerprint; content that this library made by adding deltas counts as
+                the base that it was), copies of a tied tensor differ (without `strict` they stay as they are) or this
+                delta is on them already, unless `alpha` takes it off. The tensors are named. Nothing has changed then,
+                nor after any other error.
             TypeError: a tensor is not floating point or no plain tensor (a DTensor).
         """
         change = self._change(model, alpha, dense, strict)
@@ -190,15 +201,17 @@ class SparseDelta:
 
     @contextlib.contextmanager
     def applied(self, model: Model, alpha: float = 1.0, dense: bool = True, *, strict: bool = True) -> Iterator[Model]:
-        """`with delta.applied(model):` the delta is on the model, and afterwards every touched entry is restored bit for bit.
+        """`with delta.applied(model):` the delta is on the model, and afterwards every touched entry is restored bit
+        for bit.
 
-        Several may be open on one model, and be closed in any order: those that stay open are then on the base as if the closed one
-        had never been. Errors as `apply_`. Entries and whole tensors of the delta that are changed in another way meanwhile are
-        restored, too, with a RuntimeWarning. Of tensors that are replaced meanwhile the new ones are restored.
+        Several may be open on one model, and be closed in any order: those that stay open are then on the base as if
+        the closed one had never been. Errors as `apply_`. Entries and whole tensors of the delta that are changed in
+        another way meanwhile are restored, too, with a RuntimeWarning. Of tensors that are replaced meanwhile the new
+        ones are restored.
 
         Raises:
-            RuntimeError: at the end, naming the tensors that have another shape now; all others are restored. After an exception in
-                the block it is a RuntimeWarning.
+            RuntimeError: at the end, naming the tensors that have another shape now; all others are restored. After an
+                exception in the block it is a RuntimeWarning.
         """
         change = self._change(model, alpha, dense, strict)
         self._check_base(change)
@@ -268,7 +281,9 @@ class SparseDelta:
         return Change(self.mask, self.values, self.low, whole, targets, aliases, follow, alpha, identity, base)
 
     def _check_base(self, change: Change) -> None:
-        """ValueError unless the tensors are those of the delta's base and do not have it on them, where histories count."""
+        """ValueError unless the tensors are those of the delta's base and do not have it on them, where histories
+        count.
+        """
         found = change.histories()
         if wrong := [n for n, known in found.items() if change.base.get(n, known.base) != known.base]:
             model, dtype = self.metadata.get("base_model"), self.metadata.get("base_dtype")
@@ -302,8 +317,8 @@ class SparseDelta:
     def compose(*deltas: "SparseDelta") -> "SparseDelta":
         """The sum of deltas of one base: `compose(task, language)`, as in Ansell et al. (2022), eq. 2.
 
-        Values are added in float64 and rounded once to float32; where one delta has a second term, the sum has one, too. Whole
-        tensors are united.
+        Values are added in float64 and rounded once to float32; where one delta has a second term, the sum has one,
+        too. Whole tensors are united.
 
         Raises:
             ValueError: no delta; deltas of different bases; a whole tensor that two deltas hold with different values.
@@ -329,7 +344,12 @@ class SparseDelta:
         if both := [n for n in dense if n in mask]:
             raise ValueError(f"tensor {both[0]!r} is sparse in one delta and whole in another")
         values, low = _sum(deltas, mask)
-        facts = {"method": "compose", "k": mask.nnz, "base_fingerprint": base, "composed_of": [d._facts() for d in deltas]}
+        facts = {
+            "method": "compose",
+            "k": mask.nnz,
+            "base_fingerprint": base,
+            "composed_of": [d._facts() for d in deltas],
+        }
         for key in ("base_model", "base_dtype"):
             first = deltas[0].metadata.get(key)
             if first is not None and all(d.metadata.get(key) == first for d in deltas):
@@ -351,12 +371,13 @@ class SparseDelta:
         A crash, a kill or a full disk leave the old delta or the new one, whole; of several savers the last one counts.
 
         Args:
-            dtype: float32 by default; float16 or bfloat16 give the smaller, lossy form (without second terms). The config says so,
-                and the metadata: `lossy` is the dtype, also when the delta is loaded and saved again, and `inexact_entries` goes.
+            dtype: float32 by default; float16 or bfloat16 give the smaller, lossy form (without second terms). The
+                config says so, and the metadata: `lossy` is the dtype, also when the delta is loaded and saved again,
+                    and `inexact_entries` goes.
 
         Raises:
-            TypeError, ValueError: metadata that JSON cannot hold, by its key; a dtype that the values overflow. Nothing has been
-                written.
+            TypeError, ValueError: metadata that JSON cannot hold, by its key; a dtype that the values overflow. Nothing
+                has been written.
             OSError: `directory` is a file, or a file cannot be written; the message names it.
         """
         dtype = dtype or torch.float32
@@ -474,7 +495,9 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _model_tensors(model: Model, argument: str) -> tuple[dict[str, Tensor], set[str]]:
-    """Name → tensor, tied ones under each name, of a sparsified model those of the plain one; the names of a module's buffers."""
+    """Name → tensor, tied ones under each name, of a sparsified model those of the plain one; the names of a module's
+    buffers.
+    """
     sparsified = isinstance(model, nn.Module) and masked_parameters(model)
     tensors = all_tensors(plain_tensors(unwrapped(model)) if sparsified else model, argument)  # type: ignore[arg-type]
     tensors = {plain_name(n): t for n, t in tensors.items()} if sparsified else tensors
@@ -501,7 +524,9 @@ def _exact_differences(mask: CSRMask, new: Mapping[str, Tensor], old: Mapping[st
 
 
 def _sum(deltas: Iterable[SparseDelta], mask: CSRMask) -> tuple[Tensor, Low | None]:
-    """Values and low terms of the sum, over the mask of all; low terms where a delta has one or float32 cannot hold the sum."""
+    """Values and low terms of the sum, over the mask of all; low terms where a delta has one or float32 cannot hold the
+    sum.
+    """
     values = torch.zeros(mask.nnz, dtype=torch.float64, device=mask.device)
     low = torch.zeros_like(values)
     has_low = torch.zeros_like(values, dtype=torch.bool)
@@ -511,7 +536,9 @@ def _sum(deltas: Iterable[SparseDelta], mask: CSRMask) -> tuple[Tensor, Low | No
         if delta.low is not None:
             places, rest = (t.to(mask.device) for t in delta.low)
             low += own.project(rest.new_zeros(own.nnz).index_copy_(0, places, rest), mask)
-            has_low |= own.project(torch.zeros(own.nnz, dtype=torch.bool, device=mask.device).index_fill_(0, places, True), mask)
+            has_low |= own.project(
+                torch.zeros(own.nnz, dtype=torch.bool, device=mask.device).index_fill_(0, places, True), mask
+            )
     total, most = values + low, torch.finfo(torch.float32).max
     high = torch.where(total.isfinite(), total.clamp(-most, most), total).to(torch.float32)
     places = (has_low | (total.isfinite() & (total.abs() > most))).nonzero().view(-1)
@@ -527,6 +554,10 @@ def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[storage.WEIGHTS_NAME, storage.CONFIG_NAME]))
+        return Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=[storage.WEIGHTS_NAME, storage.CONFIG_NAME])
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository that the hub gave: {error}") from error
+        raise FileNotFoundError(
+            f"{repo_id!r} is neither a folder nor a repository that the hub gave: {error}"
+        ) from error

@@ -1,8 +1,8 @@
 """The files of a SparseDelta.
 
 `sparse_delta.safetensors` is the delta: its header holds the configuration, with a checksum over it and all tensors.
-`sparse_delta_config.json` is a copy of the configuration for those who look into the folder, and for the hub. It is written first,
-so that a kill between the two leaves the old delta.
+`sparse_delta_config.json` is a copy of the configuration for those who look into the folder, and for the hub. It is
+written first, so that a kill between the two leaves the old delta.
 """
 
 import hashlib
@@ -81,7 +81,9 @@ def _check_copy(path: Path, text: str, content: str) -> None:
             raise ValueError("it names no content")
         if found["content"] == content:
             raise ValueError(f"it was changed after it was saved; {WEIGHTS_NAME} holds another text")
-    warnings.warn(f"{path} is of another save than {WEIGHTS_NAME} beside it, which counts", RuntimeWarning, stacklevel=4)
+    warnings.warn(
+        f"{path} is of another save than {WEIGHTS_NAME} beside it, which counts", RuntimeWarning, stacklevel=4
+    )
 
 
 def checksum(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

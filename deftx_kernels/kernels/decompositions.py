@@ -1,10 +1,11 @@
 """Eigenproblems and singular value decompositions whose results are checked, with another solver behind them.
 
-A library that decomposes may be wrong on one processor and right on all others (LAPACK's eigensolver of one BLAS, called by several
-threads at once, gave vectors of 640 rows that were noise), and what is chosen from such a result looks like any other. Each
-decomposition is compared with its matrix, at a cost of n**2 operations: the trace and the sum of squares, and products with a few
-random vectors, which see every eigenvector (Freivalds 1979). What fails is decomposed again in float64 by another solver, with a
-warning; what fails again is an error. Matrices must be scaled so that the squares of their entries are in the dtype's range.
+A library that decomposes may be wrong on one processor and right on all others (LAPACK's eigensolver of one BLAS,
+called by several threads at once, gave vectors of 640 rows that were noise), and what is chosen from such a result
+looks like any other. Each decomposition is compared with its matrix, at a cost of n**2 operations: the trace and the
+sum of squares, and products with a few random vectors, which see every eigenvector (Freivalds 1979). What fails is
+decomposed again in float64 by another solver, with a warning; what fails again is an error. Matrices must be scaled so
+that the squares of their entries are in the dtype's range.
 """
 
 import functools
@@ -43,7 +44,8 @@ def eigh(
     return values, vectors
 
 
-def svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [b, m, n] -> U [b, m, r], S [b, r], Vh [b, r, n], r = min(m, n)
+# [b, m, n] -> U [b, m, r], S [b, r], Vh [b, r, n], r = min(m, n)
+def svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     found = torch.linalg.svd(matrices, full_matrices=False)
     U, S, Vh = _checked(matrices, tuple(found), _triplets_fit, _svd_of_the_transpose, "singular value decomposition")
     return U, S, Vh
@@ -113,7 +115,9 @@ def _values_fit(matrices: Tensor, values: Tensor) -> Tensor:
     )
 
 
-def _vectors_fit(matrices: Tensor, values: Tensor, vectors: Tensor, rule: tuple[int, float, float] | tuple[()] = ()) -> Tensor:
+def _vectors_fit(
+    matrices: Tensor, values: Tensor, vectors: Tensor, rule: tuple[int, float, float] | tuple[()] = ()
+) -> Tensor:
     tolerance, right = _tolerance(matrices), _values_fit(matrices, values)
     wanted = _needed(values, *rule) if rule else None  # [b, n]
     matrices, values, vectors = _exact(matrices), _exact(values), _exact(vectors)
@@ -124,7 +128,11 @@ def _vectors_fit(matrices: Tensor, values: Tensor, vectors: Tensor, rule: tuple[
     back, norm = x @ vectors, _norm(z)
     if wanted is not None:
         back *= wanted[:, None].to(z.dtype)
-    return right & (_norm(back - z) <= tolerance * norm) & (_norm(x @ matrices - scaled) <= tolerance * norm * _norm(matrices))
+    return (
+        right
+        & (_norm(back - z) <= tolerance * norm)
+        & (_norm(x @ matrices - scaled) <= tolerance * norm * _norm(matrices))
+    )
 
 
 def _needed(values: Tensor, rank: int, energy: float, median: float) -> Tensor:  # ascending [b, n] -> bool [b, n]
@@ -150,7 +158,9 @@ def _triplets_fit(matrices: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
 
 
 def _exact(x: Tensor) -> Tensor:
-    """In a dtype whose products are not rounded to TF32, whatever the user's flags say (on the CPU: inside `full_precision`)."""
+    """In a dtype whose products are not rounded to TF32, whatever the user's flags say (on the CPU: inside
+    `full_precision`).
+    """
     return x.to(torch.float64) if x.is_cuda else x
 
 
@@ -160,8 +170,10 @@ def _norm(x: Tensor) -> Tensor:  # [..., m, n] -> float64 [...]
 
 
 def _tolerance(x: Tensor) -> float:
-    """Relative to the Frobenius norm: several times the errors of LAPACK's solvers and of ours (float32: at most 10 units of
-    rounding at n = 1024; float64: 1e-13, of inverse iteration). A wrong vector among n right ones shows as about n**-0.5."""
+    """Relative to the Frobenius norm: several times the errors of LAPACK's solvers and of ours (float32: at most 10
+    units of rounding at n = 1024; float64: 1e-13, of inverse iteration). A wrong vector among n right ones shows as
+    about n**-0.5.
+    """
     return (256 + max(x.shape[-2:]) / 4) * torch.finfo(x.dtype).eps if x.dtype == torch.float32 else 1e-11
 
 

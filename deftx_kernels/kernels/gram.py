@@ -44,7 +44,10 @@ def by_gram(
     projectors = [None] * len(tall) if vectors is not None else _projectors(grams, squares, values, ranks, settled)
     keep = [round(residual_density * w.numel()) for w in matrices]
     for run in runs:
-        lows = [torch.empty_like(w) if k or x else o for w, o, k, x in zip(matrices[run], out[run], keep[run], measured[run])]
+        lows = [
+            torch.empty_like(w) if k or x else o
+            for w, o, k, x in zip(matrices[run], out[run], keep[run], measured[run])
+        ]
         chosen = [(w, p, low) for w, p, low in zip(matrices[run], projectors[run], lows) if p is not None]
         if chosen:
             _project_all(*zip(*chosen))
@@ -93,7 +96,9 @@ def _project_all(matrices: Sequence[Tensor], projectors: Sequence[Tensor], out: 
 
 
 def _by_products(grams: Tensor) -> bool:
-    """Whether eigenvectors are avoided: products are what a GPU is fast at. Not measured against batched eigenvectors yet."""
+    """Whether eigenvectors are avoided: products are what a GPU is fast at. Not measured against batched eigenvectors
+    yet.
+    """
     return products.splits(grams)
 
 
@@ -104,7 +109,9 @@ def _projectors(
     ranks: Tensor,  # [b]
     settled: Tensor,  # bool [b]
 ) -> list[Tensor | None]:
-    """The spectral projector of each matrix; None where its rank is unknown, or the gap at the cut is too small for products."""
+    """The spectral projector of each matrix; None where its rank is unknown, or the gap at the cut is too small for
+    products.
+    """
     b, n = values.shape
     found: list[Tensor | None] = [None] * b
     if n == 1:
@@ -118,7 +125,8 @@ def _projectors(
         if len(chosen) < b:
             grams, eigenvalues = grams[chosen], eigenvalues[chosen]
         projectors = spectral_projector(grams, eigenvalues, rank)
-        # Both, since errors at the two sides of the cut cancel in the trace, and one alone hardly shows in the sum of squares.
+        # Both, since errors at the two sides of the cut cancel in the trace, and one alone hardly shows in the sum of
+        # squares.
         trace = (projectors.diagonal(dim1=-2, dim2=-1).sum(-1) - rank).abs()
         squares = (projectors.square().sum((-2, -1)) - rank).abs()
         for i, p, right in zip(chosen, projectors, (torch.maximum(trace, squares) < 1e-2).tolist()):
@@ -140,8 +148,8 @@ def _gram_(gram: Tensor, w: Tensor) -> None:  # [n, n], [m, n]
         gram[half:, :half] = gram[:half, half:].mT
 
 
-# Rounding of a Gram matrix and its eigenvalues, in units of float32's. The largest found: of sums 18 for 256 values, 27 for 1600
-# (two directions and nothing else), of a value 5 of the largest one.
+# Rounding of a Gram matrix and its eigenvalues, in units of float32's. The largest found: of sums 18 for 256 values, 27
+# for 1600 (two directions and nothing else), of a value 5 of the largest one.
 _SUM_ROUNDING, _VALUE_ROUNDING = 32, 8
 
 
@@ -174,10 +182,12 @@ _WINDOW = 16  # eigenvectors on either side of the cut; `eigh` gives as many bey
 
 
 def _settled_basis(w: Tensor, squares: Tensor, vectors: Tensor, rank: int, given: bool) -> Tensor | None:
-    """The eigenvectors, accurate enough to truncate with at `rank` (that was given or found), or None where float32 does not do.
+    """The eigenvectors, accurate enough to truncate with at `rank` (that was given or found), or None where float32
+    does not do.
 
-    Rounding mixes an eigenvector above the cut with one below it by about eps * largest / (their distance). Where that matters,
-    Rayleigh-Ritz in float64 on a window around the cut, from products with w itself, undoes it for the near ones.
+    Rounding mixes an eigenvector above the cut with one below it by about eps * largest / (their distance). Where that
+    matters, Rayleigh-Ritz in float64 on a window around the cut, from products with w itself, undoes it for the near
+    ones.
     """
     n = len(squares)
     if w.dtype == torch.float64 or rank in (0, n):  # in float64 what mixes is small wherever the rank is settled
@@ -191,7 +201,9 @@ def _settled_basis(w: Tensor, squares: Tensor, vectors: Tensor, rank: int, given
     def small(error: float) -> bool:
         """Whether what mixes changes the matrix, and where the rank was given adds to what is lost, by little."""
         changed = scale * (float(mixing.sum()) / max(captured, 1e-300)) ** 0.5
-        return changed <= error and (not given or scale**2 * float(torch.where(mixing > 0, 1 / gap, 0.0).sum()) <= _RESIDUAL * lost)
+        return changed <= error and (
+            not given or scale**2 * float(torch.where(mixing > 0, 1 / gap, 0.0).sum()) <= _RESIDUAL * lost
+        )
 
     error = _RANK_ERROR if given else _ERROR
     if small(error):
@@ -212,16 +224,16 @@ def _settled_basis(w: Tensor, squares: Tensor, vectors: Tensor, rank: int, given
     return vectors
 
 
-# Relative errors of the truncated matrix. An energy or a threshold promises 5e-5. A given rank promises a residual (_RESIDUAL); the
-# largest error found was 1.5e-3 (power laws, spikes of 400 times the noise), where of the largest 5 % of the entries 99.9 % are
-# those of the exact matrix.
+# Relative errors of the truncated matrix. An energy or a threshold promises 5e-5. A given rank promises a residual
+# (_RESIDUAL); the largest error found was 1.5e-3 (power laws, spikes of 400 times the noise), where of the largest 5 %
+# of the entries 99.9 % are those of the exact matrix.
 _ERROR, _RANK_ERROR = 2e-5, 1e-3
 _RESIDUAL = 0.01  # of the best one's square, which a given rank may exceed; 1.02 of the best one is promised
 
 
 def _spectrum_float64(w: Tensor) -> tuple[Tensor, Tensor]:  # [m, n] -> float64 [n], [n, n]
-    """The squared singular values, descending, and right singular vectors: from a Gram matrix in float64 or, of a float64 matrix,
-    without one. Below the rounding of the largest one nothing is known: it counts as zero."""
+    """The squared singular values, descending, and right singular vectors: from a Gram matrix in float64 or, of a
+    float64 matrix, without one. Below the rounding of the largest one nothing is known: it counts as zero."""
     eps, n = torch.finfo(torch.float64).eps, w.shape[1]
     if w.dtype == torch.float64:
         _, singular, vectors = (x[0] for x in svd(w[None]))

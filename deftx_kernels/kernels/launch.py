@@ -25,7 +25,8 @@ def on(device: torch.device) -> AbstractContextManager:
 class Launcher:
     """A Triton kernel that is launched with what an earlier call compiled.
 
-    `kernel[grid](...)` binds and inspects all arguments anew, and looks for the compiled kernel under a string made of what it
+    `kernel[grid](...)` binds and inspects all arguments anew, and looks for the compiled kernel under a string made of
+    what it
     finds: 14 us for 20 arguments, where the kernel that it returns takes 3 to 5 (EPYC, Triton 3.6).
     """
 
@@ -34,13 +35,18 @@ class Launcher:
         self.compiled: dict[tuple, Any] = {}
 
     def __call__(
-        self, grid: tuple[int, int, int], kind: tuple, tensors: Sequence[Tensor | None], numbers: Sequence[int], *constants: Any
+        self,
+        grid: tuple[int, int, int],
+        kind: tuple,
+        tensors: Sequence[Tensor | None],
+        numbers: Sequence[int],
+        *constants: Any,
     ) -> None:
         """A launch on torch's current device, on which the tensors lie; the first is not None.
 
-        The arguments are those of the kernel in their order: tensors, numbers, compile-time constants. Triton compiles another
-        kernel where a dtype or the alignment of a tensor differs, which is seen to here, and where a number is of another kind
-        (32 or 64 bits wide, divisible by 16) or a constant is another, which `kind` has to tell.
+        The arguments are those of the kernel in their order: tensors, numbers, compile-time constants. Triton compiles
+        another kernel where a dtype or the alignment of a tensor differs, which is seen to here, and where a number is
+        of another kind (32 or 64 bits wide, divisible by 16) or a constant is another, which `kind` has to tell.
         """
         device = tensors[0].device  # type: ignore[union-attr]
         key = (device, kind, *[None if t is None else (t.dtype, t.data_ptr() & 15 == 0) for t in tensors])

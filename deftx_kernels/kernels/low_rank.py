@@ -1,7 +1,9 @@
-"""The low-rank part, the cut of the residual and the selection on their sum, from factors: no [m, n] matrix of L or H is written.
+"""The low-rank part, the cut of the residual and the selection on their sum, from factors: no [m, n] matrix of L or H
+is written.
 
-Every pass makes L anew, tile by tile, from left and right. A threshold found by one pass must hold exactly in the next, so all
-passes are one kernel with several epilogues: the tiles, the order of the products and with them every bit of L are the same.
+Every pass makes L anew, tile by tile, from left and right. A threshold found by one pass must hold exactly in the next,
+so all passes are one kernel with several epilogues: the tiles, the order of the products and with them every bit of L
+    are the same.
 """
 
 from collections.abc import Sequence
@@ -12,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Fixed, not tuned: other tiles could sum in another order. Larger tiles, or more of r at a time, spill registers. No GPU has timed
-# these figures yet.
+# Fixed, not tuned: other tiles could sum in another order. Larger tiles, or more of r at a time, spill registers. No
+# GPU has timed these figures yet.
 BLOCK_M, BLOCK_N, BLOCK_K = 64, 128, 16
 NUM_WARPS = 8
 NUM_STAGES = 3
@@ -30,7 +32,8 @@ def _magnitude_bits(x):
 @triton.jit
 def _taken(bits, threshold, end, row, column, n):
     """Entries above the threshold, and those equal to it whose flat index is below `end`."""
-    first = tl.minimum(tl.maximum(end - row.to(tl.int64) * n, 0), n).to(tl.int32)  # columns of each row that come before `end`
+    # columns of each row that come before `end`
+    first = tl.minimum(tl.maximum(end - row.to(tl.int64) * n, 0), n).to(tl.int32)
     return (bits > threshold) | ((bits == threshold) & (column[None, :] < first[:, None]))
 
 
@@ -104,12 +107,15 @@ def _low_rank_kernel(
     elif EPILOGUE == "histogram":
         prefix = tl.load(key + i).to(tl.int32)
         counts = out + i * out_stride
-        # Zeros may be most of a matrix (rows that training never touched); on their own, one addition a tile counts them.
+        # Zeros may be most of a matrix (rows that training never touched); on their own, one addition a tile counts
+        # them.
         zeros = tl.sum((inside & (bits == 0)).to(tl.int32))
         tl.atomic_add(counts, zeros.to(tl.int64), mask=(prefix == 0) & (zeros > 0), sem="relaxed")
         # Two shifts: one by 32 is undefined.
         counted = inside & (bits != 0) & (((bits >> 16) >> shift) == prefix)
-        tl.atomic_add(counts + ((bits >> shift) & 0xFFFF), tl.full(bits.shape, 1, tl.int64), mask=counted, sem="relaxed")
+        tl.atomic_add(
+            counts + ((bits >> shift) & 0xFFFF), tl.full(bits.shape, 1, tl.int64), mask=counted, sem="relaxed"
+        )
     elif EPILOGUE == "ties":
         ties = tl.sum((inside & (bits == tl.load(key + i).to(tl.int32))).to(tl.int32))
         tl.atomic_add(out + i * out_stride + tile_m, ties.to(tl.int64), mask=ties > 0, sem="relaxed")
@@ -121,7 +127,8 @@ def _low_rank_kernel(
         tl.store(out + place, _taken(bits, threshold, tl.load(end + i), row, column, n).to(tl.uint8), mask=inside)
 
 
-# ---- launcher -----------------------------------------------------------------------------------------------------------
+# ---- launcher
+# -----------------------------------------------------------------------------------------------------------
 
 
 class _Scores:
@@ -138,7 +145,13 @@ class _Scores:
             )
 
     def _launch(
-        self, epilogue: str, out: Tensor, key: Tensor | None = None, end: Tensor | None = None, shift: int = 0, stride: int = 0
+        self,
+        epilogue: str,
+        out: Tensor,
+        key: Tensor | None = None,
+        end: Tensor | None = None,
+        shift: int = 0,
+        stride: int = 0,
     ) -> Tensor:
         tiles = triton.cdiv(self.n, BLOCK_N) * (1 if epilogue == "rows" else triton.cdiv(self.m, BLOCK_M))
         if self.b * tiles == 0:

@@ -1,10 +1,12 @@
-"""The masked entries of an embedding's weight gradient: sums of the rows of grad_output with equal index, at masked columns only.
+"""The masked entries of an embedding's weight gradient: sums of the rows of grad_output with equal index, at masked
+columns only.
 
-The tokens are sorted by index. A segment is what a run of equal indices has within one of the stretches of SEGMENT positions. Each
-segment has a program, the one at its first position: as many as are launched find none and end at once, because only the device
-knows the segments. A run that is one segment is finished there. A longer one, a frequent word or unmarked padding, leaves a partial
-sum for each segment, and a second launch adds them up: no program sums more than SEGMENT rows or their partial sums.
-No atomics, and an order of summation that the indices alone decide: the same bits in every run.
+The tokens are sorted by index. A segment is what a run of equal indices has within one of the stretches of SEGMENT
+positions. Each segment has a program, the one at its first position: as many as are launched find none and end at once,
+because only the device knows the segments. A run that is one segment is finished there. A longer one, a frequent word
+or unmarked padding, leaves a partial sum for each segment, and a second launch adds them up: no program sums more than
+SEGMENT rows or their partial sums. No atomics, and an order of summation that the indices alone decide: the same bits
+in every run.
 """
 
 import torch
@@ -43,7 +45,8 @@ def _segment_kernel(
     crow_indices,  # int64 [rows + 1]
     col_indices,  # uint16 or int32 [nnz]
     out,  # [nnz]
-    partial_sums,  # [stretches, 2, d]: of the run that comes from the stretch before, of the one that goes on into the next
+    # [stretches, 2, d]: of the run that comes from the stretch before, of the one that goes on into the next
+    partial_sums,
     tokens,
     d,
     rows: tl.int64,
@@ -76,7 +79,8 @@ def _segment_kernel(
         for start in range(position, end, OCCURRENCES):
             occurrence = start + tl.arange(0, OCCURRENCES)
             token = tl.load(order + occurrence, mask=occurrence < end, other=0)
-            # Entries come first: where Triton knows of no contiguity, neighbours along the first axis go to neighbouring lanes.
+            # Entries come first: where Triton knows of no contiguity, neighbours along the first axis go to
+            # neighbouring lanes.
             place = token[None, :] * d + column[:, None]
             x = tl.load(grad_output + place, mask=known[:, None] & (occurrence < end)[None, :], other=0.0)
             sums += x.to(sums.dtype)
@@ -160,6 +164,12 @@ def masked_embedding_grad(
         _launch_segments((tokens, chunks, 1), kind, tensors, numbers, SEGMENT, OCCURRENCES, ENTRIES)
         if stretches > 1:
             _launch_finish(
-                (stretches - 1, chunks, 1), kind, (keys, crow_indices, out, partial_sums), numbers, SEGMENT, PARTS, ENTRIES
+                (stretches - 1, chunks, 1),
+                kind,
+                (keys, crow_indices, out, partial_sums),
+                numbers,
+                SEGMENT,
+                PARTS,
+                ENTRIES,
             )
     return out

@@ -1,10 +1,12 @@
-"""The masked entries of grad_output.T @ input: a dense product on tensor cores of which only the mask's entries are stored.
+"""The masked entries of grad_output.T @ input: a dense product on tensor cores of which only the mask's entries are
+stored.
 
-Each program makes one tile of the product in registers. Which of its entries are in the mask, it reads off the CSR structure before
-it starts: one bit each, 32 columns to a word. A tile without entries ends there, before an input is read. At the end, the entry
-at a set bit goes to its row's first place plus the number of bits set before it. No [m, n] buffer exists.
-Where the tiles are too few for the device, the tokens are split as well, into compact partial sums that a second launch adds up.
-No atomics, and an order of summation that depends on shapes and device alone: the same bits in every run.
+Each program makes one tile of the product in registers. Which of its entries are in the mask, it reads off the CSR
+structure before it starts: one bit each, 32 columns to a word. A tile without entries ends there, before an input is
+read. At the end, the entry at a set bit goes to its row's first place plus the number of bits set before it. No [m, n]
+buffer exists. Where the tiles are too few for the device, the tokens are split as well, into compact partial sums that
+a second launch adds up. No atomics, and an order of summation that depends on shapes and device alone: the same bits in
+every run.
 """
 
 import functools
@@ -17,8 +19,9 @@ from torch import Tensor
 from deftx_kernels.kernels.launch import Launcher, cdiv, on
 from deftx_kernels.kernels.rows import TRITON_DTYPE
 
-# Rows, columns and tokens of a tile. Fixed, not tuned: chosen so that nothing spills, and that on sm_90 and sm_100 two programs of
-# 16-bit tiles share a multiprocessor (128 registers), one searching or storing while the other multiplies. Not timed yet.
+# Rows, columns and tokens of a tile. Fixed, not tuned: chosen so that nothing spills, and that on sm_90 and sm_100 two
+# programs of 16-bit tiles share a multiprocessor (128 registers), one searching or storing while the other multiplies.
+# Not timed yet.
 TILES = {2: (128, 128, 64), 4: (128, 64, 32), 8: (128, 64, 16)}  # by the inputs' bytes per element
 NUM_WARPS = 8
 NUM_STAGES = 3
@@ -27,7 +30,8 @@ WAYS = 16  # of the search for the tile's first column in each row: two rounds f
 CHUNK = 16  # entries of each row that are read at a time
 SUM_BLOCK = 1024  # entries of a program that adds up partial sums
 
-# What a program and the launch that adds up cost beside the products, in steps over BLOCK_K tokens. Estimated, not timed yet.
+# What a program and the launch that adds up cost beside the products, in steps over BLOCK_K tokens. Estimated, not
+# timed yet.
 _OVERHEAD = 8
 _SCRATCH = 1 << 23  # partial sums at most: 32 MB of float32 stay in the cache
 
@@ -49,7 +53,9 @@ def _skip_columns(col_indices, first, count, column, WAYS: tl.constexpr):
         stride = tl.maximum(tl.cdiv(extra, WAYS), 1)
         probe = way * stride[None, :]
         inside = probe <= extra[None, :]
-        before = inside & (tl.load(col_indices + (first[None, :] + probe - 1), mask=inside, other=0).to(tl.int32) < column)
+        before = inside & (
+            tl.load(col_indices + (first[None, :] + probe - 1), mask=inside, other=0).to(tl.int32) < column
+        )
         passed = tl.sum(before.to(tl.int32), 0) * stride
         first += passed
         count -= passed
@@ -61,8 +67,8 @@ def _skip_columns(col_indices, first, count, column, WAYS: tl.constexpr):
 def _mask_words(col_indices, first, count, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
     """uint32 [BLOCK_N // 32, BLOCK_M]: bit j of word w is set where the row has an entry in column `column` + 32 w + j.
 
-    `first` and `count` [BLOCK_M]: each row's entries from `column` on. The rows come last: so a thread has the sums over a chunk
-    to itself: over lanes they cost 128 shuffles.
+    `first` and `count` [BLOCK_M]: each row's entries from `column` on. The rows come last: so a thread has the sums
+    over a chunk to itself: over lanes they cost 128 shuffles.
     """
     word = tl.arange(0, BLOCK_N // 32)[None, :, None]
     words = tl.zeros((BLOCK_N // 32, BLOCK_M), tl.uint32)
@@ -113,7 +119,8 @@ def _masked_linear_grad_kernel(
     row = first_row + tl.arange(0, BLOCK_M)
     column = first_column + tl.arange(0, BLOCK_N)
 
-    # Entries are counted from the tile's first one on, in 32 bits. Whatever crow_indices holds, they are among the nnz ones.
+    # Entries are counted from the tile's first one on, in 32 bits. Whatever crow_indices holds, they are among the nnz
+    # ones.
     base = tl.minimum(tl.maximum(tl.load(crow_indices + first_row), 0), nnz)
     end_of_tile = base + tl.minimum(nnz - base, 0x7FFFFFFF - CHUNK)
     col_indices += base
@@ -135,7 +142,8 @@ def _masked_linear_grad_kernel(
     step = tl.full((), BLOCK_K, tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for token in range(start, end, BLOCK_K):
-        # No arithmetic between a load and the product: both operands stay in shared memory (ptxas corrupts wgmma's in registers).
+        # No arithmetic between a load and the product: both operands stay in shared memory (ptxas corrupts wgmma's in
+        # registers).
         inside = (token + k < end)[:, None]
         g = tl.load(grad_tile, mask=inside & (row < grad_stride)[None, :], other=0.0)
         x = tl.load(input_tile, mask=inside & (column < input_stride)[None, :], other=0.0)
@@ -169,7 +177,8 @@ def _sum_kernel(
     tl.store(out + entry, total.to(out.dtype.element_ty), mask=inside)
 
 
-# ---- launcher -----------------------------------------------------------------------------------------------------------
+# ---- launcher
+# -----------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1024)
@@ -207,10 +216,11 @@ def masked_linear_grad(
     col_indices: Tensor,  # uint16 or int32 [nnz]
     dtype: torch.dtype,
 ) -> Tensor:
-    """The operator `deftx::masked_linear_grad` on tensors of one CUDA device. No value is read back; capturable in a CUDA graph.
+    """The operator `deftx::masked_linear_grad` on tensors of one CUDA device. No value is read back; capturable in a
+    CUDA graph.
 
-    Two inputs of one 16-bit dtype are multiplied as they are, others in float32, or in float64 where one of the three dtypes is;
-    sums are float32, or float64. float32 products follow torch.backends.cuda.matmul.
+    Two inputs of one 16-bit dtype are multiplied as they are, others in float32, or in float64 where one of the three
+    dtypes is; sums are float32, or float64. float32 products follow torch.backends.cuda.matmul.
     """
     tokens, m = grad_output.shape
     nnz, device = col_indices.numel(), grad_output.device

@@ -9,12 +9,16 @@ ROWS = 1 << 14  # of a tall matrix, worked on at a time
 
 
 def sums_of_squares(y: Tensor) -> Tensor:
-    """float64 [...] of y [..., m, n]: float32 sums of rows, added up in float64 (of a whole matrix torch gives 4 digits)."""
+    """float64 [...] of y [..., m, n]: float32 sums of rows, added up in float64 (of a whole matrix torch gives 4
+    digits).
+    """
     return torch.linalg.vector_norm(y, dim=-1).to(torch.float64).square().sum(-1)
 
 
 def at_a_time(x: Tensor, width: int) -> int:
-    """How many rows of `width` numbers of each matrix are made float64 at a time: few on the CPU, where memory is the limit."""
+    """How many rows of `width` numbers of each matrix are made float64 at a time: few on the CPU, where memory is the
+    limit.
+    """
     return max(1, (1 << (24 if x.is_cuda else 16)) // width)
 
 
@@ -29,7 +33,8 @@ def gram64(y: Tensor, dim: int = -2) -> Tensor:
     return gram
 
 
-def ranks_of(squares: Tensor, rank: int, energy: float, median: float) -> Tensor:  # float64 [b, n], descending -> int64 [b]
+# float64 [b, n], descending -> int64 [b]
+def ranks_of(squares: Tensor, rank: int, energy: float, median: float) -> Tensor:
     """By the rule, from the squared singular values."""
     if rank:
         return torch.full((len(squares),), rank, device=squares.device)
@@ -47,7 +52,9 @@ def as_tall(w: Tensor) -> Tensor:  # [..., m, n]
 
 
 def is_mostly_rounding(lost: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:  # -> bool
-    """Whether so little is lost that the difference of two sums of squares, from which it comes, is rounding for the most part."""
+    """Whether so little is lost that the difference of two sums of squares, from which it comes, is rounding for the
+    most part.
+    """
     return lost < (1e-5 if dtype == torch.float32 else 1e-13) * total
 
 

@@ -1,11 +1,13 @@
 """Matrix products of float32 accuracy at the speed of the matrix units, whatever the user's precision flags say.
 
-On CUDA float32 products are made of bfloat16 ones, summed in float32: cuBLAS' float32 product would be slow, or as inaccurate as
-the user's TF32 flag. With x = x0 + x1, both bfloat16, a @ b is a0 b0 + a0 b1 + a1 b0; left out is 2**-16 of the whole. Entries
-must be finite. Every operand is split in one pass that writes its parts where the product wants them. There are two forms:
+On CUDA float32 products are made of bfloat16 ones, summed in float32: cuBLAS' float32 product would be slow, or as
+inaccurate as the user's TF32 flag. With x = x0 + x1, both bfloat16, a @ b is a0 b0 + a0 b1 + a1 b0; left out is 2**-16
+of the whole. Entries must be finite. Every operand is split in one pass that writes its parts where the product wants
+them. There are two forms:
 
-    deep    [a1 | a0 | a0] @ [b0; b1; b0]: one product, 3 times as deep, whose result is written once (`matmul`, `matmul_`)
-    wide    a0 @ [b0 | b1], then a1 @ b0: a large a is split once for many products with matrices of few columns (`Parts`)
+    deep    [a1 | a0 | a0] @ [b0; b1; b0]: one product, 3 times as deep, whose result is written once (`matmul`,
+    `matmul_`) wide    a0 @ [b0 | b1], then a1 @ b0: a large a is split once for many products with matrices of few
+    columns (`Parts`)
 
 Bytes were counted, see "Denoising: products" in bench/NOTES.md; no GPU has timed them yet.
 """
@@ -29,7 +31,9 @@ def splits(x: Tensor) -> bool:
 
 
 def matmul(a: "Tensor | Operand", b: "Tensor | Operand") -> Tensor:
-    """a @ b for matrices [..., m, k] and [..., k, n] of one dtype, float32 or float64. On the CPU inside `full_precision`."""
+    """a @ b for matrices [..., m, k] and [..., k, n] of one dtype, float32 or float64. On the CPU inside
+    `full_precision`.
+    """
     if not isinstance(a, Tensor):
         assert isinstance(b, Tensor)
         return a.times(b)
@@ -39,7 +43,9 @@ def matmul(a: "Tensor | Operand", b: "Tensor | Operand") -> Tensor:
 
 
 def rough_matmul(a: "Tensor | Operand", b: "Tensor | Operand") -> Tensor:
-    """As `matmul`, of `Parts` by their first part alone: a third of the work, and an error of 2**-8 of the whole at most."""
+    """As `matmul`, of `Parts` by their first part alone: a third of the work, and an error of 2**-8 of the whole at
+    most.
+    """
     if isinstance(a, Parts) and isinstance(b, Tensor):
         left, right, count = a.first, b.to(torch.bfloat16), len(a)
     elif isinstance(b, Parts) and isinstance(a, Tensor):
@@ -128,7 +134,8 @@ class Parts:
 
 @dataclass(frozen=True)
 class SeparateMatrices:
-    """Matrices [m, n] of one shape where they lie, for many products with matrices of a few columns or rows, one after the other.
+    """Matrices [m, n] of one shape where they lie, for many products with matrices of a few columns or rows, one after
+    the other.
 
     A BLAS gives each all threads; of a batch it may give each thread a matrix, and threads are idle at the end.
     """
@@ -170,7 +177,8 @@ Operand = Parts | SeparateMatrices
 
 
 def gram_(out: Tensor, chunks: Sequence[Tensor]) -> None:  # [b, n, n], each [b, rows, n]
-    """out = w.mT @ w of the matrices w of all rows, from three parts each (left out is 2**-24 of the whole); exactly symmetric.
+    """out = w.mT @ w of the matrices w of all rows, from three parts each (left out is 2**-24 of the whole); exactly
+    symmetric.
 
     Four products where any two matrices take six: those of different parts are each other's transposes.
     """
@@ -196,7 +204,8 @@ def product_(
     if not a.is_cuda:  # products of bfloat16 numbers are exact in float32
         product = a.float() @ b.float()
         return out.add_(product, alpha=add) if add else out.copy_(product)
-    # The addend must be `out` itself: some releases of torch add to what `out` holds, others copy the addend there first.
+    # The addend must be `out` itself: some releases of torch add to what `out` holds, others copy the addend there
+    # first.
     return torch.baddbmm(out, a, b, out_dtype=torch.float32, beta=1 if add else 0, alpha=add or 1, out=out)
 
 
@@ -211,9 +220,11 @@ def right_operand(x: Tensor) -> Tensor:
 
 
 def split(x: Tensor, slots: Sequence[int], dim: int, out: Tensor | None = None) -> Tensor:
-    """Parts of x [..., m, n] beside each other along the columns (dim -1) or rows (dim -2): slot s holds number slots[s] of them.
+    """Parts of x [..., m, n] beside each other along the columns (dim -1) or rows (dim -2): slot s holds number
+    slots[s] of them.
 
-    float32 [..., m, n] -> bfloat16 [..., m, s * n] or [..., s * m, n], one pass with triton. `out`, if given, is contiguous.
+    float32 [..., m, n] -> bfloat16 [..., m, s * n] or [..., s * m, n], one pass with triton. `out`, if given, is
+    contiguous.
     """
     return (_split_on_gpu() if x.is_cuda else split_plainly)(x, slots, dim, out)
 
@@ -241,7 +252,8 @@ _precision_users: list[str] = []  # the setting to restore, once for each caller
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 products on the CPU in float32: torch.set_float32_matmul_precision("medium") makes them bfloat16 ones there.
+    """Float32 products on the CPU in float32: torch.set_float32_matmul_precision("medium") makes them bfloat16 ones
+    there.
 
     The setting is the process's: of callers in several threads the first one sets it and the last one restores it.
     """

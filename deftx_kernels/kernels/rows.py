@@ -1,8 +1,9 @@
-"""What the kernels over the entries of a mask share: which row, tensor and address an entry has, and tables of addresses.
+"""What the kernels over the entries of a mask share: which row, tensor and address an entry has, and tables of
+addresses.
 
-A program owns a stretch of the compact order. It knows neither the rows nor the tensors of its entries: both are searched for,
-first those of its first and last entry, then each entry's between the two. So a launch depends on nothing but nnz, and no table of
-tiles has to be built, kept or synchronised with a mask.
+A program owns a stretch of the compact order. It knows neither the rows nor the tensors of its entries: both are
+searched for, first those of its first and last entry, then each entry's between the two. So a launch depends on nothing
+but nnz, and no table of tiles has to be built, kept or synchronised with a mask.
 """
 
 import functools
@@ -15,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Ways of the search for a program's first and last row: three rounds for 2,000,000 rows, where halving takes 21 dependent loads.
+# Ways of the search for a program's first and last row: three rounds for 2,000,000 rows, where halving takes 21
+# dependent loads.
 WAYS = 128
 
 TRITON_DTYPE = {
@@ -53,7 +55,8 @@ def _search(table, size, first_key, last_key, WAYS: tl.constexpr):
 @triton.jit
 def _search_each(table, first, last, keys):
     """For each key the last i in [first, last] with table[i] <= key, less `first`; table[first] <= key holds."""
-    found = tl.zeros_like(keys).to(tl.int32)  # 64 bits would cost registers; `tensor_table` sees to it that these are enough
+    # 64 bits would cost registers; `tensor_table` sees to it that these are enough
+    found = tl.zeros_like(keys).to(tl.int32)
     extra = (last - first).to(tl.int32)
     while extra > 0:
         half = (extra + 1) // 2
@@ -91,7 +94,9 @@ def locate(
     OTHER: tl.constexpr,
     WAYS: tl.constexpr,
 ):
-    """Pointers to the entries [BLOCK] in the tensors and in the other ones: inside, whatever crow_indices and columns hold."""
+    """Pointers to the entries [BLOCK] in the tensors and in the other ones: inside, whatever crow_indices and columns
+    hold.
+    """
     first_row, last_row = _search(crow_indices, rows, start, end - 1, WAYS)
     row = first_row + _search_each(crow_indices, first_row, last_row, entry)
     first, last = _search(table + n_tensors, n_tensors, first_row, last_row, WAYS)
@@ -103,7 +108,8 @@ def locate(
     return element, other
 
 
-# ---- for the launchers --------------------------------------------------------------------------------------------------
+# ---- for the launchers
+# --------------------------------------------------------------------------------------------------
 
 
 def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
@@ -125,16 +131,24 @@ def _layout(shapes: tuple[torch.Size, ...]) -> tuple[tuple[int, ...], tuple[int,
 
 
 def tensor_table(
-    device: torch.device, order: tuple[int, ...], tensors: Sequence[Tensor], at: tuple[int, ...], rows: int, written: bool = False
+    device: torch.device,
+    order: tuple[int, ...],
+    tensors: Sequence[Tensor],
+    at: tuple[int, ...],
+    rows: int,
+    written: bool = False,
 ) -> Tensor:
-    """int64 [3, n_tensors]: address, first row, last column. `order` as below; `at`: the tensors' addresses; `rows`: of the mask.
+    """int64 [3, n_tensors]: address, first row, last column. `order` as below; `at`: the tensors' addresses; `rows`: of
+    the mask.
 
-    Throws unless the tensors are those of such a mask. Where they lie is looked at when the table is made: each time, it would take
-    as long as all that the host does beside it.
+    Throws unless the tensors are those of such a mask. Where they lie is looked at when the table is made: each time,
+    it would take as long as all that the host does beside it.
     """
     first_rows, last_columns, end, empty = _layout(tuple([t.shape for t in tensors]))
     if end != rows or not 0 < rows < 2**31:  # _search_each counts the rows of a program in 32 bits
-        raise ValueError(f"crow_indices has {rows + 1} elements; the tensors have {end} rows, which need one more, at most 2**31")
+        raise ValueError(
+            f"crow_indices has {rows + 1} elements; the tensors have {end} rows, which need one more, at most 2**31"
+        )
     check_dtype(tensors)
     at = _with_scratch(at, empty, device) if empty else at
 
@@ -147,7 +161,9 @@ def tensor_table(
     return device_table(device, order, at + first_rows + last_columns, check)
 
 
-def gradient_table(device: torch.device, order: tuple[int, ...], grads: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+def gradient_table(
+    device: torch.device, order: tuple[int, ...], grads: Sequence[Tensor], params: Sequence[Tensor]
+) -> Tensor:
     """int64 [n_tensors]: the addresses of dense gradients. Throws unless they have the shapes of the parameters."""
     if [g.shape for g in grads] != [p.shape for p in params]:
         raise ValueError("every gradient must have the shape of its parameter")
@@ -189,13 +205,14 @@ _captured: set[Tensor] = set()
 def device_table(
     device: torch.device, order: tuple[int, ...], numbers: tuple[int, ...], check: Callable[[], None] | None = None
 ) -> Tensor:
-    """`numbers` as an int64 tensor, kept for later calls with the same arguments; `check` is called where it is not kept.
+    """`numbers` as an int64 tensor, kept for later calls with the same arguments; `check` is called where it is not
+    kept.
 
-    The numbers travel as kernel arguments (`_foreach_add_` with a list of scalars takes 96 a launch) rather than by a copy from
-    pinned memory: there is no host buffer that has to outlive the copy, and a stream capture may contain it with every torch.
-    A kept table may be used on another stream than the one that filled it. `order` makes that safe: calls with the same one run
-    one after the other, because they write the tensors at the addresses in it (so their caller has to order them anyway), or
-    because it names their stream.
+    The numbers travel as kernel arguments (`_foreach_add_` with a list of scalars takes 96 a launch) rather than by a
+    copy from pinned memory: there is no host buffer that has to outlive the copy, and a stream capture may contain it
+    with every torch. A kept table may be used on another stream than the one that filled it. `order` makes that safe:
+    calls with the same one run one after the other, because they write the tensors at the addresses in it (so their
+    caller has to order them anyway), or because it names their stream.
     """
     key = (device, order, numbers)
     table = _tables.get(key)

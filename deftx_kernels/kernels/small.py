@@ -1,4 +1,5 @@
-"""Truncation of many small matrices (the 3 x 3 filters of a convolution, say) by singular value decompositions of a batch.
+"""Truncation of many small matrices (the 3 x 3 filters of a convolution, say) by singular value decompositions of a
+batch.
 
 In float64, so that the rank is that of exact arithmetic without a second look.
 """
@@ -26,9 +27,11 @@ def by_svd(
     _, m, n = w.shape
     exact = w.to(torch.float64)
     largest = exact.abs().amax((1, 2), keepdim=True)
-    scale = torch.where(largest > 0, largest, 1.0)  # float64 has no room for the squares of its own largest and smallest numbers
+    # float64 has no room for the squares of its own largest and smallest numbers
+    scale = torch.where(largest > 0, largest, 1.0)
     U, S, Vh = svd(exact / scale)
-    known = S[:, :1] * (max(m, n) * torch.finfo(torch.float64).eps) < S  # below the rounding of the largest one nothing is known
+    # below the rounding of the largest one nothing is known
+    known = S[:, :1] * (max(m, n) * torch.finfo(torch.float64).eps) < S
     squares = torch.where(known, S, 0.0).square()
     ranks = ranks_of(squares, rank, energy, median)
     captured, lost = shares(squares, ranks)

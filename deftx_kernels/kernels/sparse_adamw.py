@@ -14,8 +14,9 @@ from torch import Tensor
 from deftx_kernels.kernels.launch import Launcher, cdiv, on
 from deftx_kernels.kernels.rows import TRITON_DTYPE, WAYS, addresses, gradient_table, locate, tensor_table
 
-# Fixed, not tuned: an autotuner would run the in-place update several times. 4 entries a thread make 16-byte loads of the
-# float32 state; 69 to 102 registers (float64: 110) leave 4 to 7 programs a multiprocessor. No GPU has timed these two figures yet.
+# Fixed, not tuned: an autotuner would run the in-place update several times. 4 entries a thread make 16-byte loads of
+# the float32 state; 69 to 102 registers (float64: 110) leave 4 to 7 programs a multiprocessor. No GPU has timed these
+# two figures yet.
 BLOCK = 512
 NUM_WARPS = 4
 
@@ -39,7 +40,9 @@ def _sqrt(x):
 
 @triton.jit
 def _words(seed, step, entry, HAS_SEED: tl.constexpr):
-    """Philox4x32-10 at (entry, step), each of two 32-bit words, the lower first. Words that nobody uses are not computed."""
+    """Philox4x32-10 at (entry, step), each of two 32-bit words, the lower first. Words that nobody uses are not
+    computed.
+    """
     word0, word1, word2 = 0, 0, 0
     if HAS_SEED:
         number = tl.load(step).to(tl.int64)
@@ -120,7 +123,19 @@ def _step(
 
 
 # Numbers that may change from step to step or from mask to mask: none of their values shall mean another compilation.
-_ANY_VALUE = ["nnz", "rows", "n_tensors", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "l1", "seed"]
+_ANY_VALUE = [
+    "nnz",
+    "rows",
+    "n_tensors",
+    "beta1",
+    "beta2",
+    "log_beta1",
+    "log_beta2",
+    "eps",
+    "weight_decay",
+    "l1",
+    "seed",
+]
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
@@ -159,15 +174,15 @@ def _sparse_adamw_kernel(
 ):
     """AdamW at BLOCK entries of the mask.
 
-    Bytes per entry (m, v and master are read and written; f = the share of the dense tensor's 32-byte sectors that hold a
-    masked entry, d = density, so an entry costs f / d dense elements):
+    Bytes per entry (m, v and master are read and written; f = the share of the dense tensor's 32-byte sectors that hold
+    a masked entry, d = density, so an entry costs f / d dense elements):
         m, v           16, or 8 in bfloat16
         column          2 (uint16) or 4
         master          8, if there is one
         parameter       2 f/d elements (read and written; sectors are partly written, so the master saves no read)
         gradient        f/d elements if dense, 1 element if compact
-    bfloat16 with dense gradients, master, float32 state, d = 5 %: 26 + 3 * 0.56 / 0.05 * 2 = 93 bytes; compact gradient: 73. The
-    search adds 8 bytes per row, and its probes hit L2.
+    bfloat16 with dense gradients, master, float32 state, d = 5 %: 26 + 3 * 0.56 / 0.05 * 2 = 93 bytes; compact
+    gradient: 73. The search adds 8 bytes per row, and its probes hit L2.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     end = tl.minimum(start + BLOCK, nnz.to(tl.int64))
@@ -191,7 +206,8 @@ def _sparse_adamw_kernel(
             )  # fmt: skip
 
 
-# ---- launcher -----------------------------------------------------------------------------------------------------------
+# ---- launcher
+# -----------------------------------------------------------------------------------------------------------
 
 
 def _bits(*floats: float) -> tuple[int, ...]:
@@ -227,7 +243,9 @@ def sparse_adamw_(
     found_inf: Tensor | None,  # [1] or []
     seed: int | None,
 ) -> None:
-    """The operator `deftx::sparse_adamw_` on tensors of one CUDA device. No value is read back; capturable in a CUDA graph."""
+    """The operator `deftx::sparse_adamw_` on tensors of one CUDA device. No value is read back; capturable in a CUDA
+    graph.
+    """
     nnz = col_indices.numel()
     if nnz == 0:
         return

@@ -1,4 +1,6 @@
-"""Spectral projectors of symmetric matrices by matrix products alone, for devices with a slow batched eigendecomposition."""
+"""Spectral projectors of symmetric matrices by matrix products alone, for devices with a slow batched
+eigendecomposition.
+"""
 
 import math
 
@@ -7,13 +9,16 @@ from torch import Tensor
 
 from deftx_kernels.kernels.products import left_operand, product_, right_operand
 
-# Bound of the error of float32 eigenvalues, as a share of sqrt(n) times the largest (torch.linalg.eigvalsh, n = 768: 2e-7).
+# Bound of the error of float32 eigenvalues, as a share of sqrt(n) times the largest (torch.linalg.eigvalsh, n = 768:
+# 2e-7).
 EIGENVALUE_ERROR = 3e-7
 # Smallest |x| (largest: 1) that the steps are made for, and the distance from 1 at which they end.
 SMALLEST, TOLERANCE = 1e-6, 4e-6
-# Smallest `short`: rounding errors of products of bfloat16 parts, about 1e-5 of the largest |x|, must stay well within it.
+# Smallest `short`: rounding errors of products of bfloat16 parts, about 1e-5 of the largest |x|, must stay well within
+# it.
 SHORTEST = 1e-4
-# No step makes |x| smaller than about 2.5 * CUSHION of the largest: rounding errors there turn eigenvectors, or change signs.
+# No step makes |x| smaller than about 2.5 * CUSHION of the largest: rounding errors there turn eigenvectors, or change
+# signs.
 CUSHION = 0.05
 
 
@@ -24,9 +29,9 @@ def spectral_projector(
 ) -> Tensor:  # [b, n, n] float32
     """The orthogonal projectors P = (I + sign(gram - tau I)) / 2 on the eigenvectors of the `rank` largest eigenvalues.
 
-    tau is the middle of the gap at the cut. The number of products follows from the batch's smallest gap (`schedule`); two
-    numbers go to the host for it. Where a gap is too small, eigenvalues of P stay between 0 and 1 and sum(P * P) is not `rank`.
-    trace(P) alone does not tell: those at the two sides of the cut err in opposite directions.
+    tau is the middle of the gap at the cut. The number of products follows from the batch's smallest gap (`schedule`);
+    two numbers go to the host for it. Where a gap is too small, eigenvalues of P stay between 0 and 1 and sum(P * P) is
+    not `rank`. trace(P) alone does not tell: those at the two sides of the cut err in opposite directions.
     """
     b, n = eigenvalues.shape
     if b == 0 or n == 0:
@@ -39,7 +44,8 @@ def spectral_projector(
     scale = torch.maximum(up, down) + error
     trivial = (rank <= 0) | (rank >= n)  # all on one side: x = I
     scale = torch.where(trivial, math.inf, torch.where(scale > 0, scale, 1.0))
-    turn = torch.where(torch.where(trivial, rank > 0, up >= down), 1.0, -1.0)  # the longer side becomes the positive one
+    # the longer side becomes the positive one
+    turn = torch.where(torch.where(trivial, rank > 0, up >= down), 1.0, -1.0)
     low = torch.where(trivial, 1.0, ((above - below) / 2 - error) / scale)
     short = (torch.minimum(up, down) + error) / scale
     steps, size = schedule(*torch.stack([low.amin(), short.amax()]).tolist())
@@ -61,12 +67,14 @@ def spectral_projector(
 
 
 def schedule(low: float, short: float) -> tuple[list[tuple[int, float]], float]:
-    """Steps x -> x + t x**degree, as (degree, t), taking x in [-short, -low] and [low, 1] to sign(x) times the second result.
+    """Steps x -> x + t x**degree, as (degree, t), taking x in [-short, -low] and [low, 1] to sign(x) times the second
+    result.
 
-    Degree 2, one product: a lopsided spectrum (short < 1/2) becomes even, small |x| grow up to fourfold against the largest.
-    Degree 3, two products: the minimax odd cubic on [low, 1], in closed form (Chen and Chow 2014, "A stable scaling of
-    Newton-Schulz for improving the sign function computation of a Hermitian matrix"). Small |x| grow 2.6-fold: per product as
-    fast as with the degree-5 steps of Polar Express (Amsel et al. 2025), three products for 4.1.
+    Degree 2, one product: a lopsided spectrum (short < 1/2) becomes even, small |x| grow up to fourfold against the
+    largest. Degree 3, two products: the minimax odd cubic on [low, 1], in closed form (Chen and Chow 2014, "A stable
+    scaling of Newton-Schulz for improving the sign function computation of a Hermitian matrix"). Small |x| grow
+    2.6-fold: per product as fast as with the degree-5 steps of Polar Express (Amsel et al. 2025), three products for
+    4.1.
     """
     steps: list[tuple[int, float]] = []
     low = max(low, SMALLEST)

@@ -1,7 +1,9 @@
-"""Float32 matrices as sums of bfloat16 ones, x = x0 + x1 (+ x2), in one pass: 4 bytes are read and 2 a slot written of each entry.
+"""Float32 matrices as sums of bfloat16 ones, x = x0 + x1 (+ x2), in one pass: 4 bytes are read and 2 a slot written of
+each entry.
 
-A slot holds one of the parts. Slots lie beside each other along the columns or the rows, so that what `products` needs as an
-operand (parts one after the other along k, or side by side in the result) is written in its place, and nothing is copied later.
+A slot holds one of the parts. Slots lie beside each other along the columns or the rows, so that what `products` needs
+as an operand (parts one after the other along k, or side by side in the result) is written in its place, and nothing is
+copied later.
 """
 
 import math
@@ -13,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 16 entries a thread. A row of a tile is 512 bytes of x and 256 of each slot: whole sectors. No GPU has timed these figures yet.
+# 16 entries a thread. A row of a tile is 512 bytes of x and 256 of each slot: whole sectors. No GPU has timed these
+# figures yet.
 BLOCK_M, BLOCK_N = 32, 128
 NUM_WARPS = 8
 

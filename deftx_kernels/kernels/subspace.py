@@ -8,15 +8,23 @@ from torch import Tensor
 
 from deftx_kernels.kernels import products
 from deftx_kernels.kernels.decompositions import eigh, eigvalsh, orthonormal_rows_fit, svd
-from deftx_kernels.kernels.matrices import as_tall, gram64, is_mostly_rounding, prune_, prune_from_factors, sums_of_squares
+from deftx_kernels.kernels.matrices import (
+    as_tall,
+    gram64,
+    is_mostly_rounding,
+    prune_,
+    prune_from_factors,
+    sums_of_squares,
+)
 from deftx_kernels.kernels.products import Operand, Parts, SeparateMatrices, matmul, matmul_, rough_matmul
 
 
 def orthonormal_rows(z: Tensor) -> Tensor:  # [b, l, n], l <= n
-    """An orthonormal basis of the span of the rows, by Cholesky QR with a float64 Gram matrix (Yamazaki, Tomov & Dongarra 2015).
+    """An orthonormal basis of the span of the rows, by Cholesky QR with a float64 Gram matrix (Yamazaki, Tomov &
+    Dongarra 2015).
 
-    Twice for matrices with rows of very different size, since rounding grows with the ratio; Householder QR where rows are too
-    nearly dependent. Signs are those of Gram-Schmidt.
+    Twice for matrices with rows of very different size, since rounding grows with the ratio; Householder QR where rows
+    are too nearly dependent. Signs are those of Gram-Schmidt.
     """
     lower, info = torch.linalg.cholesky_ex(gram64(z, -1))
     diagonal = lower.diagonal(dim1=-2, dim2=-1)
@@ -33,22 +41,28 @@ def orthonormal_rows(z: Tensor) -> Tensor:  # [b, l, n], l <= n
             basis, r = torch.linalg.qr(z[i].mT)
             q[i] = (basis * torch.where(r.diagonal() < 0, -1.0, 1.0)).mT
         if not bool(orthonormal_rows_fit(q).all()):
-            raise RuntimeError("Cholesky and Householder QR both failed: values that are not finite, or a broken LAPACK")
+            raise RuntimeError(
+                "Cholesky and Householder QR both failed: values that are not finite, or a broken LAPACK"
+            )
     return q
 
 
-def subspace_factors(a: Operand, totals: Tensor, rank: int, n_iter: int, test_matrix: Tensor) -> tuple[list[Tensor], ...]:
-    """Factors of the rank-r approximations of a [b, m, n]: left [m, r] = a @ right.mT, right [r, n] with orthonormal rows, and the
-    squared singular values, descending, float64 [r]. totals [b] are the sums of squares.
+def subspace_factors(
+    a: Operand, totals: Tensor, rank: int, n_iter: int, test_matrix: Tensor
+) -> tuple[list[Tensor], ...]:
+    """Factors of the rank-r approximations of a [b, m, n]: left [m, r] = a @ right.mT, right [r, n] with orthonormal
+    rows, and the squared singular values, descending, float64 [r]. totals [b] are the sums of squares.
 
-    Subspace iteration with a.mT a and Rayleigh-Ritz (Halko, Martinsson & Tropp 2011, section 4.5; Saad 2011, chapter 5). From the
-    second iteration on it is a.mT a - shift: that weakens the directions that are not wanted, whose mean the shift is about,
-    against those that are. No shift is above half of a wanted eigenvalue: then none is weakened more than one that is not wanted.
+    Subspace iteration with a.mT a and Rayleigh-Ritz (Halko, Martinsson & Tropp 2011, section 4.5; Saad 2011, chapter
+    5). From the second iteration on it is a.mT a - shift: that weakens the directions that are not wanted, whose mean
+    the shift is about, against those that are. No shift is above half of a wanted eigenvalue: then none is weakened
+    more than one that is not wanted.
     """
     b, _, n = a.shape
     columns = test_matrix.shape[1]
-    # Errors of 2**-8 in the start are a few more directions to be rid of. Simulated (noise, power laws, steps, exponentials): as
-    # many iterations as from an exact start, but one more for some matrices whose singular values fall below 2**-8 of the first.
+    # Errors of 2**-8 in the start are a few more directions to be rid of. Simulated (noise, power laws, steps,
+    # exponentials): as many iterations as from an exact start, but one more for some matrices whose singular values
+    # fall below 2**-8 of the first.
     q = orthonormal_rows(rough_matmul(rough_matmul(a, test_matrix.to(a.dtype)).mT, a))
     y = matmul(a, q.mT)
     seen = sums_of_squares(y)
@@ -111,9 +125,10 @@ def _ritz(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:  # [b, m, l] -> float6
 def _enough(k: int, rank: int, columns: int, n: int) -> float:
     """Of the residual's square: what iteration k may still gain for the residual to be within 1.02 of the optimal one.
 
-    Found on simulated spectra: noise, low rank and noise, power laws, exponentials, steps, plateaus; n = 160 to 1500, r = 1 to 150.
-    With few columns to spare a small gain says little. Neither does it at the second iteration if the columns are more than a
-    seventh of all: a step of 1.1 to 1.3 at the rank left 1.02 to 1.024 where the gain was 0.01 to 0.03 (n = 160 to 1000).
+    Found on simulated spectra: noise, low rank and noise, power laws, exponentials, steps, plateaus; n = 160 to 1500, r
+    = 1 to 150. With few columns to spare a small gain says little. Neither does it at the second iteration if the
+    columns are more than a seventh of all: a step of 1.1 to 1.3 at the rank left 1.02 to 1.024 where the gain was 0.01
+        to 0.03 (n = 160 to 1000).
     """
     room, spare = 1 - 2 * columns / n, columns - rank
     share = 1.0 if spare >= 16 else 0.6 * (spare / 16) ** 4 + 0.05

@@ -1,9 +1,9 @@
 """Truncated SVD and denoising of matrices at the speed of matrix products, for CPU and CUDA tensors.
 
 Three ways, the first two on the short side of a matrix (n of [m, n], m >= n; a wide matrix is worked on transposed):
-    subspace.py    a small rank: block subspace iteration on a whole batch, products with r + oversample columns, and Cholesky QR
-    gram.py        the rest: the Gram matrix and its eigenvectors, in float64 where float32 cannot settle the rank or the truncation
-    small.py       many small matrices: singular value decompositions of a batch, in float64
+    subspace.py    a small rank: block subspace iteration on a whole batch, products with r + oversample columns, and
+    Cholesky QR gram.py        the rest: the Gram matrix and its eigenvectors, in float64 where float32 cannot settle
+    the rank or the truncation small.py       many small matrices: singular value decompositions of a batch, in float64
 
 Whatever is small, [l, l] or [n, l], is computed in float64: a Gram matrix has the squares of the singular values.
 """
@@ -33,7 +33,9 @@ def truncated_svd(a: Tensor, rank: int, n_iter: int, test_matrix: Tensor | None)
             wide = a.shape[-2] < a.shape[-1]
             tall = batch.mT if wide else batch
             operand = Parts.of(tall) if products.splits(tall) else SeparateMatrices(tall.unbind())
-            scaled, Vh, squares = map(torch.stack, subspace_factors(operand, sums_of_squares(batch), rank, n_iter, test_matrix))
+            scaled, Vh, squares = map(
+                torch.stack, subspace_factors(operand, sums_of_squares(batch), rank, n_iter, test_matrix)
+            )
             U = orthonormal_rows(scaled.mT.contiguous()).mT
             S = squares.clamp(min=0).sqrt()
             if wide:
@@ -73,7 +75,9 @@ def svd_denoise_(
             some = slice(first, first + batch)
             if test_matrix is not None:
                 keep = round(residual_density * matrices[0].numel())
-                found.append(by_subspace(matrices[some], out[some], workspace, totals[some], rank, keep, n_iter, test_matrix))
+                found.append(
+                    by_subspace(matrices[some], out[some], workspace, totals[some], rank, keep, n_iter, test_matrix)
+                )
             else:
                 found.append(by_gram(matrices[some], out[some], workspace, rank, energy, median, residual_density))
     ranks, captured, lost = (torch.cat(x) for x in zip(*found))
@@ -82,11 +86,15 @@ def svd_denoise_(
 
 
 def _in_range(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices [b, m, n] times powers of 2, so that squares of entries stay within the dtype; the powers, float64 [b, 1]."""
+    """The matrices [b, m, n] times powers of 2, so that squares of entries stay within the dtype; the powers, float64
+    [b, 1].
+    """
     if batch.numel() == 0:
         return batch, batch.new_ones(len(batch), 1, dtype=torch.float64)
     largest = torch.linalg.vector_norm(batch, float("inf"), dim=(-2, -1))
     limit = 1000 if batch.dtype == torch.float64 else 120  # the powers are numbers of the dtype
-    exponent = torch.where((largest < 1e-9) | (largest > 1e9), -torch.frexp(largest).exponent, 0).clamp(-limit, limit)[:, None]
+    exponent = torch.where((largest < 1e-9) | (largest > 1e9), -torch.frexp(largest).exponent, 0).clamp(-limit, limit)[
+        :, None
+    ]
     scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
     return (batch * scale[..., None].to(batch.dtype) if bool((exponent != 0).any()) else batch), scale

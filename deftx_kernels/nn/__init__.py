@@ -1,7 +1,7 @@
 """Masked modules: `sparsify` puts them into a model, `densify` takes them out again.
 
-Each masked parameter keeps its dense tensor, frozen, and gets a compact trainable `values` parameter. Gradients, optimizer
-state and all-reduce are then of size nnz. `entries` keeps the two alike, `modules` computes with them.
+Each masked parameter keeps its dense tensor, frozen, and gets a compact trainable `values` parameter. Gradients,
+optimizer state and all-reduce are then of size nnz. `entries` keeps the two alike, `modules` computes with them.
 """
 
 from deftx_kernels.nn.entries import Entry, MaskedParameter, entries_of, values_name

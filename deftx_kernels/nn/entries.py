@@ -1,8 +1,9 @@
 """A masked parameter: its dense tensor and its compact values, and how the two are kept alike.
 
-The step of any torch optimizer writes the values into the dense tensors (`SparseAdamW` does so in its own launch). Whatever else
-changes one of the two is found at the next use: by torch's version counters, or, where `.data` goes round these, because the
-parameters tell when someone asks for it. A use that finds nothing costs two comparisons and no work on the device.
+The step of any torch optimizer writes the values into the dense tensors (`SparseAdamW` does so in its own launch).
+Whatever else changes one of the two is found at the next use: by torch's version counters, or, where `.data` goes round
+these, because the parameters tell when someone asks for it. A use that finds nothing costs two comparisons and no work
+on the device.
 """
 
 import copy
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 
 class MaskedParameter(NamedTuple):
-    """A masked parameter: the dense tensor, its compact values, and the mask of that one tensor (named as in the model)."""
+    """A masked parameter: the dense tensor, its compact values, and the mask of that one tensor (named as in the
+    model).
+    """
 
     dense: nn.Parameter  # any shape
     values: nn.Parameter  # [nnz]
@@ -37,7 +40,9 @@ def values_name(leaf: str) -> str:
 
 
 class WatchedParameter(nn.Parameter):
-    """A parameter that tells its watch when someone asks for its `data`: what is written there moves no version of its own."""
+    """A parameter that tells its watch when someone asks for its `data`: what is written there moves no version of its
+    own.
+    """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     watch: Optional["Watch"] = None
@@ -78,7 +83,9 @@ class WatchedParameter(nn.Parameter):
 
 
 class Watch:
-    """Whether one of an entry's two tensors was changed since they were alike: by itself, or as another tensor over its memory."""
+    """Whether one of an entry's two tensors was changed since they were alike: by itself, or as another tensor over its
+    memory.
+    """
 
     def __init__(self, entry: "Entry", is_values: bool) -> None:
         self.entry, self.is_values = weakref.ref(entry), is_values
@@ -101,7 +108,9 @@ class Watch:
     def check_dtype(self, tensor: Tensor, data: Tensor) -> None:
         entry = self.entry()
         if self.is_values and entry is not None and data.dtype != tensor.dtype and not entry.is_moving:
-            raise TypeError(f"the values of {entry.name!r} are {tensor.dtype}, got {data.dtype}: cast the model with .to(dtype)")
+            raise TypeError(
+                f"the values of {entry.name!r} are {tensor.dtype}, got {data.dtype}: cast the model with .to(dtype)"
+            )
 
     def replace(self, data: Tensor) -> None:
         self.changed, self.assigned = True, data
@@ -206,7 +215,8 @@ class Entry:
         elif dense.has_changed(self.dense):
             self.read()
         elif values.handed_out or dense.handed_out:
-            if self.values.device.type == "cpu" and not self.are_alike():  # NumPy, which counts no versions, has written
+            # NumPy, which counts no versions, has written
+            if self.values.device.type == "cpu" and not self.are_alike():
                 (self.write if values.handed_out else self.read)()
             self.settle()
 
@@ -252,7 +262,8 @@ class Entry:
     def fits(self, dense: Tensor, values: Tensor) -> bool:
         """Whether a dense tensor has these values at the mask's entries; other shapes are for torch to refuse.
 
-        Exactly, or in 16 bits as nearly as one rounding allows: states that are averaged or cast round the two for themselves.
+        Exactly, or in 16 bits as nearly as one rounding allows: states that are averaged or cast round the two for
+            themselves.
         """
         if dense.shape != self.mask.shapes[0] or values.shape != self.values.shape:
             return True
@@ -268,7 +279,9 @@ class Entry:
         return bool(((found == wanted) | ((found != found) & (wanted != wanted))).all())
 
     def write_resized(self) -> None:
-        """The values into a dense tensor that has got or lost rows (`resize_token_embeddings`) and holds the others of the old."""
+        """The values into a dense tensor that has got or lost rows (`resize_token_embeddings`) and holds the others of
+        the old.
+        """
         if not self.watches[1].has_changed(self.values):
             return
         places = self.mask._keys()
@@ -304,7 +317,8 @@ class Flat:
             return part.set_(self.buffer.untyped_storage(), entry.start, (entry.mask.nnz,), (1,))  # type: ignore[arg-type]
 
 
-# ---- the weight as an attribute -----------------------------------------------------------------------------------------
+# ---- the weight as an attribute
+# -----------------------------------------------------------------------------------------
 
 
 class LiveWeight(Tensor):
@@ -338,7 +352,8 @@ def live_weight(weight: Tensor, entry: Entry) -> Tensor:
     return live
 
 
-# ---- optimizers ---------------------------------------------------------------------------------------------------------
+# ---- optimizers
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _entry_of(parameter: Tensor) -> Entry | None:

@@ -45,7 +45,12 @@ class Masked(nn.Module):
         for leaf, entry in self.__dict__.get("_masked_entries", {}).items():
             if name == leaf and isinstance(param, LiveWeight) and param.entry is entry:
                 return  # `tie_weights`, of weights that are tied
-            if name in (leaf, values_name(leaf)) and param is not entry.dense and param is not entry.values and not entry.is_moving:
+            if (
+                name in (leaf, values_name(leaf))
+                and param is not entry.dense
+                and param is not entry.values
+                and not entry.is_moving
+            ):
                 raise ValueError(f"{entry.name!r} is sparsified: densify the model before its {name} is replaced")
         super().register_parameter(name, param)
 
@@ -58,7 +63,8 @@ class Masked(nn.Module):
             old_dense, old_values = before[leaf]
             dense, values = self._parameters[leaf], self._parameters[values_name(leaf)]
             if entry.dense is not old_dense:
-                if entry.dense is not None:  # another owner has got new parameters instead of new data, which is for both
+                # another owner has got new parameters instead of new data, which is for both
+                if entry.dense is not None:
                     self._parameters[leaf], self._parameters[values_name(leaf)] = entry.dense, entry.values
                 continue
             if values.dtype != (dtype := _values_dtype(dense)):  # a model cast to 16 bits keeps its values in 32
@@ -99,22 +105,30 @@ class Masked(nn.Module):
                 entry.watches[1].hand_out(destination[name])
             if len(entry.owners) > 1:  # once, under the first of the names: safetensors refuses shared tensors
                 mine = destination[name]
-                others = (t for n, t in destination.items() if n != name and n.endswith("values") and t.device == mine.device)
+                others = (
+                    t for n, t in destination.items() if n != name and n.endswith("values") and t.device == mine.device
+                )
                 if any(t.shape == mine.shape and t.data_ptr() == mine.data_ptr() for t in others):
                     del destination[name]
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        """Dense tensors and values fit each other afterwards: a state without values gives those that its dense tensors hold."""
+        """Dense tensors and values fit each other afterwards: a state without values gives those that its dense tensors
+        hold.
+        """
         for leaf, entry in self._masked_entries.items():
             dense, values = state_dict.get(prefix + leaf), state_dict.get(prefix + values_name(leaf))
             if dense is not None and values is not None and not entry.fits(dense, values):
-                error_msgs.append(f"the values of {prefix}{leaf} are not those at this model's mask: saved with another mask.")
+                error_msgs.append(
+                    f"the values of {prefix}{leaf} are not those at this model's mask: saved with another mask."
+                )
                 return
         tied = {leaf for leaf, entry in self._masked_entries.items() if len(entry.owners) > 1}
         if tied:  # load_state_dict(assign=True) would untie
             metadata = {**metadata, "assign_to_params_buffers": False}
         with self._moving():  # load_state_dict(assign=True) replaces parameters
-            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            super()._load_from_state_dict(
+                state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
         for leaf, entry in self._masked_entries.items():
             name = prefix + values_name(leaf)
             entry.adopt(self._parameters[leaf], self._parameters[values_name(leaf)])
@@ -153,7 +167,9 @@ class _Direct(Masked):
 
 
 def _attribute(leaf: str) -> property:
-    """A masked parameter as an attribute of its module. FSDP1 puts a view of its own in its place for the time of a forward."""
+    """A masked parameter as an attribute of its module. FSDP1 puts a view of its own in its place for the time of a
+    forward.
+    """
 
     def read(module: Masked) -> Any:
         if leaf not in module._parameters and leaf not in module.__dict__:
@@ -161,7 +177,8 @@ def _attribute(leaf: str) -> property:
         entry, present = module._masked_entries[leaf], module._parameters.get(leaf)
         if present is not None and is_traceable_wrapper_subclass(present):  # a DTensor, which FSDP2 looks for
             return present
-        if entry.dense is not None and entry.dense.shape != entry.mask.shapes[0]:  # `resize_token_embeddings` reads it again
+        # `resize_token_embeddings` reads it again
+        if entry.dense is not None and entry.dense.shape != entry.mask.shapes[0]:
             return live_weight(without_gradient(entry.dense, entry.values, entry.replaced()), entry)
         dense, values, mask = module._masked(leaf)
         if not (torch.is_grad_enabled() and values.requires_grad):
@@ -189,7 +206,9 @@ class MaskedLinear(_Matmul, nn.Linear):
 
 
 class MaskedEmbedding(_Direct, nn.Embedding):
-    """`nn.Embedding` of which only the mask's entries are trained, as the compact parameter `values`. Made by `sparsify`."""
+    """`nn.Embedding` of which only the mask's entries are trained, as the compact parameter `values`. Made by
+    `sparsify`.
+    """
 
     weight: Any = _attribute("weight")
 
@@ -220,21 +239,22 @@ def _blank(original: type, leaves: frozenset[str], direct: bool) -> nn.Module:
 def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
     """Train only the mask's entries: replace, in place, the modules that own the mask's tensors by masked ones.
 
-    `nn.Linear`, `nn.Embedding` and transformers' `Conv1D` compute compact gradients directly. A tensor of any other module, also of
-    a subclass of these, falls back to a dense gradient that is gathered and dropped; one warning names those. Each masked tensor is
-    frozen and gets a compact parameter (`values` beside `weight`, `NAME_values` beside NAME), float32 or, for float64 tensors,
-    float64, also after the model is cast; all of them are views of one flat buffer. Tied tensors share their values. Parameters
-    outside the mask keep their `requires_grad`.
+    `nn.Linear`, `nn.Embedding` and transformers' `Conv1D` compute compact gradients directly. A tensor of any other
+    module, also of a subclass of these, falls back to a dense gradient that is gathered and dropped; one warning names
+    those. Each masked tensor is frozen and gets a compact parameter (`values` beside `weight`, `NAME_values` beside
+    NAME), float32 or, for float64 tensors, float64, also after the model is cast; all of them are views of one flat
+    buffer. Tied tensors share their values. Parameters outside the mask keep their `requires_grad`.
 
-    The values are what is trained. The step of any torch optimizer over them and `load_state_dict` bring the dense tensors up to
-    date, and so does the next forward (not a compiled one) where they were changed otherwise, through `.data`, too (on the CPU also
-    by NumPy through that). What is written
-    into masked entries of a dense tensor (a LoRA adapter that is merged) becomes their values at the next forward; where values
-    were changed as well, these win. A state dict holds values and dense tensors; that of a plain model can be loaded, too.
+    The values are what is trained. The step of any torch optimizer over them and `load_state_dict` bring the dense
+    tensors up to date, and so does the next forward (not a compiled one) where they were changed otherwise, through
+    `.data`, too (on the CPU also by NumPy through that). What is written
+    into masked entries of a dense tensor (a LoRA adapter that is merged) becomes their values at the next forward;
+    where values were changed as well, these win. A state dict holds values and dense tensors; that of a plain model can
+    be loaded, too.
 
-    A masked `weight` that is read as an attribute (a fused loss over `lm_head.weight`, a decoder that borrows an embedding) is a
-    tensor whose gradient reaches the values; that of a Linear or an Embedding is then dense, for as long as backward takes. The
-    parameter itself, taken before or from `named_parameters`, is frozen.
+    A masked `weight` that is read as an attribute (a fused loss over `lm_head.weight`, a decoder that borrows an
+    embedding) is a tensor whose gradient reaches the values; that of a Linear or an Embedding is then dense, for as
+    long as backward takes. The parameter itself, taken before or from `named_parameters`, is frozen.
 
     Args:
         model: the plain model, on the mask's device; all of it: modules elsewhere that share its tensors are not seen.
@@ -244,8 +264,9 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: the model is sparsified already, lacks a tensor of the mask, has it in another shape or on another device, or in
-            a module that cannot be masked (a script module, an embedding with `max_norm`). Nothing has changed then.
+        ValueError: the model is sparsified already, lacks a tensor of the mask, has it in another shape or on another
+            device, or in a module that cannot be masked (a script module, an embedding with `max_norm`). Nothing has
+            changed then.
         TypeError: a tensor of the mask is not floating point. Nothing has changed then.
     """
     if any(isinstance(m, Masked) for m in model.modules()):
@@ -253,16 +274,21 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
     tensors = dict(zip(mask.names, mask.select(dict(model.named_parameters()), "model")))
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
-            raise TypeError(f"model[{name!r}] must be floating point: float32, float64, float16 or bfloat16, got {tensor.dtype}")
+            raise TypeError(
+                f"model[{name!r}] must be floating point: float32, float64, float16 or bfloat16, got {tensor.dtype}"
+            )
         if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
             raise ValueError(
                 f"model[{name!r}] has gradient hooks, which nothing would call: register them on its values after sparsify"
             )
         if tensor.is_inference():
-            raise ValueError(f"model[{name!r}] was made in inference_mode, so that backward cannot use it: load it outside of that")
+            raise ValueError(
+                f"model[{name!r}] was made in inference_mode, so that backward cannot use it: load it outside of that"
+            )
     check_writable({f"model[{name!r}]": tensor for name, tensor in tensors.items()})
     name_of = {id(t): n for n, t in tensors.items()}
-    plan: list[tuple[Any, type, dict[str, str]]] = []  # module, its new class, its masked parameters' names in the model
+    # module, its new class, its masked parameters' names in the model
+    plan: list[tuple[Any, type, dict[str, str]]] = []
     slow: set[str] = set()
     for module in model.modules():
         if owned := {leaf: name_of[id(p)] for leaf, p in module._parameters.items() if id(p) in name_of}:
@@ -281,7 +307,9 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
         for leaf, name in owned.items():
             module.register_parameter(values_name(leaf), entries[name].values)
             entries[name].owners.add(module)
-        module.__dict__.update(_masked_entries={leaf: entries[n] for leaf, n in owned.items()}, _dense_class=type(module))
+        module.__dict__.update(
+            _masked_entries={leaf: entries[n] for leaf, n in owned.items()}, _dense_class=type(module)
+        )
         module.__class__ = masked_class
     return model
 
@@ -295,7 +323,9 @@ def _ways(module: Any, owned: dict[str, str]) -> tuple[bool, bool]:
         raise ValueError(f"{first!r} belongs to an embedding with max_norm, which rewrites its weight in every forward")
     for leaf, name in owned.items():
         if hasattr(module, values_name(leaf)):
-            raise ValueError(f"the module that owns {name!r} has an attribute {values_name(leaf)!r}, the name of compact values")
+            raise ValueError(
+                f"the module that owns {name!r} has an attribute {values_name(leaf)!r}, the name of compact values"
+            )
     kind = type(module)
     matmul = kind is nn.Linear or _is_conv1d(kind)
     known = matmul or (kind is nn.Embedding and not module.scale_grad_by_freq)
@@ -322,20 +352,23 @@ def _entries(mask: CSRMask, tensors: dict[str, Any]) -> dict[str, Entry]:
 
 
 def _with_storage_of_its_own(view: Tensor) -> Tensor:
-    """The same memory as a tensor that fills its storage: savers refuse or drop views of one buffer. Writes reach the model."""
+    """The same memory as a tensor that fills its storage: savers refuse or drop views of one buffer. Writes reach the
+    model.
+    """
     if type(view) is not Tensor or view.device.type not in ("cpu", "cuda") or not view.numel():
         return view
     return torch.from_dlpack(view)
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """The plain model back, in place: modules, names and `requires_grad` as before `sparsify`, the trained weights in place.
+    """The plain model back, in place: modules, names and `requires_grad` as before `sparsify`, the trained weights in
+    place.
 
     A tensor that has got or lost rows since (`resize_token_embeddings`) keeps what was trained in those that are left.
 
     Raises:
-        ValueError: the model is not sparsified, or a masked tensor has been replaced since, or is tied to a masked one outside of
-            the model. Nothing has changed then.
+        ValueError: the model is not sparsified, or a masked tensor has been replaced since, or is tied to a masked one
+            outside of the model. Nothing has changed then.
     """
     owners = [m for m in model.modules() if isinstance(m, Masked)]
     if not owners:
@@ -367,12 +400,16 @@ def masked_parameters(model: nn.Module) -> dict[str, MaskedParameter]:
     for module in model.modules():
         for entry in module._masked_entries.values() if isinstance(module, Masked) else ():
             if entries.setdefault(entry.name, entry) is not entry:
-                raise ValueError(f"two masked tensors are named {entry.name!r}: parts of the model were sparsified one by one")
+                raise ValueError(
+                    f"two masked tensors are named {entry.name!r}: parts of the model were sparsified one by one"
+                )
     return {name: MaskedParameter(e.dense, e.values, e.mask) for name, e in sorted(entries.items())}
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """`named_parameters()` as those of the plain model: of a sparsified one the dense tensors, up to date, and no values."""
+    """`named_parameters()` as those of the plain model: of a sparsified one the dense tensors, up to date, and no
+    values.
+    """
     values = set()
     for module in model.modules():
         if isinstance(module, Masked):

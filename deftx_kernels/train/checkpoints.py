@@ -13,11 +13,13 @@ from safetensors import safe_open
 
 from deftx_kernels.files import read_json, write_json
 
-STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # what torch.save wrote: archives with a checksum of every member
+# what torch.save wrote: archives with a checksum of every member
+STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`. The incomplete ones are deleted: Trainer would count them among its own.
+    """The newest complete checkpoint in `folder`. The incomplete ones are deleted: Trainer would count them among its
+    own.
 
     Complete: trainer_state.json (which Trainer writes last) is of this step, and the weights, the states of optimizer,
     schedule and random generators, and the best checkpoint so far, which lies beside it, can be read.

@@ -36,7 +36,9 @@ def display_names(language: str) -> dict[tuple[str, str], str]:
     try:
         locale = Locale.parse(language)
     except (UnknownLocaleError, ValueError) as error:
-        raise ValueError(f"language {language!r}: CLDR has no such locale ({error}); names look like 'en', 'id', 'pt_BR'") from None
+        raise ValueError(
+            f"language {language!r}: CLDR has no such locale ({error}); names look like 'en', 'id', 'pt_BR'"
+        ) from None
     units = {key: forms.get("long") or forms.get("short") for key, forms in locale.unit_display_names.items()}
     tables = {
         "currency": locale.currencies,
@@ -54,7 +56,9 @@ def display_names(language: str) -> dict[tuple[str, str], str]:
 
 
 def split_of(kind: str, key: str) -> str:
-    """The split of a key, the same in every language and every run: "train" (70 %), "validation" (10 %) or "test" (20 %)."""
+    """The split of a key, the same in every language and every run: "train" (70 %), "validation" (10 %) or "test" (20
+    %).
+    """
     place = int.from_bytes(hashlib.blake2b(f"{kind}/{key}".encode(), digest_size=8).digest()) % 100
     return "train" if place < 70 else "validation" if place < 80 else "test"
 
@@ -88,7 +92,9 @@ def load_cldr(languages: list[str], minimum: int = MIN_PER_KIND) -> dict[str, di
     for language in languages:
         kind, count = min(kind_counts(language).items(), key=lambda item: item[1])
         if count < minimum:
-            raise ValueError(f"language {language!r}: CLDR has only {count} names of kind {kind!r}, at least {minimum} are needed")
+            raise ValueError(
+                f"language {language!r}: CLDR has only {count} names of kind {kind!r}, at least {minimum} are needed"
+            )
     splits: dict[str, dict[str, list[dict]]] = {}
     for language in languages:
         splits[language] = {"train": [], "validation": [], "test": []}

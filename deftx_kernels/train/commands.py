@@ -45,7 +45,9 @@ def train_task(config: TrainTaskConfig) -> Path:
     columns = Columns(config.text_column, config.pair_column, config.label_column, config.kind)
     train = concatenate_datasets([read_task(path, columns) for path in config.train])
     labels = training_labels(train)
-    validation = concatenate_datasets([read_task(path, columns) for path in config.validation]) if config.validation else None
+    validation = (
+        concatenate_datasets([read_task(path, columns) for path in config.validation]) if config.validation else None
+    )
     if validation is not None:
         check_labels(validation, labels, "validation")
     vectors = tuple(load_vector(path) for path in config.start_from)
@@ -55,7 +57,12 @@ def train_task(config: TrainTaskConfig) -> Path:
     if validation is not None:
         fingerprints["validation data"] = content_hash(validation)
     fingerprints |= {f"vector {number}": vector_hash(vector) for number, vector in enumerate(vectors, start=1)}
-    inputs: list[str | Path] = [models.resolve_model(config.model), *config.train, *config.validation, *config.start_from]
+    inputs: list[str | Path] = [
+        models.resolve_model(config.model),
+        *config.train,
+        *config.validation,
+        *config.start_from,
+    ]
     run_dir, runtime = Path(config.run_dir), Runtime(config.seed, config.device)
     with open_run(config, run_dir, fingerprints, inputs):
         phases = run_dir / "phases"
@@ -108,4 +115,6 @@ def evaluate_vectors(config: EvalConfig) -> dict[str, float]:
     model = models.load_classifier(base, task["labels"], task["task"])
     tokenized = tokenize_task(rows, tokenizer, task["labels"], task["max_length"])
     with with_vectors(model, vectors):
-        return evaluate(model, tokenized, task_collator(tokenizer, task["task"]), Runtime(device=config.device), config.batch_size)
+        return evaluate(
+            model, tokenized, task_collator(tokenizer, task["task"]), Runtime(device=config.device), config.batch_size
+        )

@@ -196,7 +196,9 @@ class TaskConfig(VectorConfig):
 
 @dataclass
 class LanguageConfig(VectorConfig):
-    """A language vector, by masked language modelling on unlabelled text. Defaults: LT-SFT's (k as a share, like the task's)."""
+    """A language vector, by masked language modelling on unlabelled text. Defaults: LT-SFT's (k as a share, like the
+    task's).
+    """
 
     selection: SelectionConfig = field(default_factory=lambda: SelectionConfig(density=0.0276))
     dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(lr=5e-5, epochs=100, l1=0.1))
@@ -351,7 +353,11 @@ class RunConfig:
         sources = getattr(self.data, "sources", ["source"])
         if self.source_vector and len(sources) != 1:
             raise ValueError(f"source_vector needs exactly one source language, not {sources}")
-        if self.source_vector and isinstance(self.data, FilesData) and "source" not in parse_pairs(self.data.text, "text"):
+        if (
+            self.source_vector
+            and isinstance(self.data, FilesData)
+            and "source" not in parse_pairs(self.data.text, "text")
+        ):
             raise ValueError("source_vector: give the source language's unlabelled text as text source=path")
 
 
@@ -449,5 +455,9 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """The settings in which two `to_dict` results differ, as "task.dense.lr: 0.1 → 0.2"."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = dict.fromkeys([*old, *new])
-        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)]
+        return [
+            line
+            for key in keys
+            for line in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
     return [] if old == new else [f"{prefix}: {old} → {new}"]

@@ -22,8 +22,11 @@ BAD_INPUT = 2  # exit code where a file cannot be read
 WARM_UP = 2  # steps before the clock starts: the optimizer allocates its state in the first
 
 
-def compare(start: Path, mask: Path, batches: list[dict], steps: int, device: str = "auto", task: str = "classification") -> dict:
-    """{"dense": facts, "sparse": facts} of fine-tuning the classifier in folder `start`, all of it or the entries of `mask`.
+def compare(
+    start: Path, mask: Path, batches: list[dict], steps: int, device: str = "auto", task: str = "classification"
+) -> dict:
+    """{"dense": facts, "sparse": facts} of fine-tuning the classifier in folder `start`, all of it or the entries of
+    `mask`.
 
     Facts: step_seconds (p20, p50, p80), peak_bytes (see `peak_bytes_are`), gradient_bytes, optimizer_state_bytes,
     trained_entries, threads, device. `batches` are used in turn.
@@ -62,7 +65,9 @@ def measure(start: str, mask: str | None, batches: str, steps: int, device: str,
 
     cuda = device != "cpu" and torch.cuda.is_available()
     where = torch.device("cuda" if cuda else "cpu")
-    inputs = [{name: tensor.to(where) for name, tensor in batch.items()} for batch in torch.load(batches, weights_only=True)]
+    inputs = [
+        {name: tensor.to(where) for name, tensor in batch.items()} for batch in torch.load(batches, weights_only=True)
+    ]
     _load_libraries(where)
     before = _resident_bytes()
     auto = AutoModelForTokenClassification if task == "token-classification" else AutoModelForSequenceClassification
@@ -71,7 +76,9 @@ def measure(start: str, mask: str | None, batches: str, steps: int, device: str,
     freeze_for_vector(model)
     optimizer: torch.optim.Optimizer
     if mask is None:
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0, fused=True
+        )
     else:
         selected = CSRMask.load(mask, device=where)
         sparsify(model, selected)
@@ -112,7 +119,9 @@ def _load_libraries(where: torch.device) -> None:
 
 
 def _quantile(ordered: list[float], percent: int) -> float:
-    return statistics.median(ordered) if percent == 50 else ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+    return (
+        statistics.median(ordered) if percent == 50 else ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+    )
 
 
 def _synchronize(cuda: bool) -> None:
@@ -124,9 +133,7 @@ def _meaning(cuda: bool, reset: bool) -> str:
     if cuda:
         return "torch.cuda.max_memory_allocated: weights, gradients, optimizer state and activations"
     since = "while training" if reset else "since the process began"
-    return (
-        f"peak resident memory {since}, less that before the model was loaded: weights, gradients, optimizer state and activations"
-    )
+    return f"peak resident memory {since}, less that before the model was loaded: weights, gradients, optimizer state and activations"
 
 
 def _reset_peak(cuda: bool) -> bool:

@@ -68,7 +68,9 @@ def read_rows(path: Path) -> list[dict]:
     if ending not in TABLES:
         raise ValueError(f"{path}: the ending must be .csv, .tsv, .jsonl or .json")
     text = _read(path)
-    return list(_jsonl_rows(text, path) if ending in (".jsonl", ".json") else _table_rows(text, path, tabs=ending == ".tsv"))
+    return list(
+        _jsonl_rows(text, path) if ending in (".jsonl", ".json") else _table_rows(text, path, tabs=ending == ".tsv")
+    )
 
 
 def _read(path: Path) -> str:
@@ -81,7 +83,9 @@ def _read(path: Path) -> str:
         line = len(_lines(error.object[: error.start].decode("utf-8")))
         raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     if "\0" in text:
-        raise ValueError(f"{path}, line {len(_lines(text.partition(chr(0))[0]))}: a NUL character; this is no text in UTF-8")
+        raise ValueError(
+            f"{path}, line {len(_lines(text.partition(chr(0))[0]))}: a NUL character; this is no text in UTF-8"
+        )
     return text
 
 
@@ -108,7 +112,9 @@ def _table_rows(text: str, path: Path, tabs: bool) -> Iterable[dict]:
                     + (_TSV_HINT if tabs else "a text with a comma stands in double quotes")
                 )
             if tabs and (quoted := [field for field in fields if _CSV_QUOTED.fullmatch(field)]):
-                raise ValueError(f"{path}, line {reader.line_num}: the field {quoted[0]!r:.50} is quoted as in CSV; {_TSV_HINT}")
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: the field {quoted[0]!r:.50} is quoted as in CSV; {_TSV_HINT}"
+                )
             yield dict(zip(header, fields))
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
@@ -129,7 +135,9 @@ def _jsonl_rows(text: str, path: Path) -> Iterable[dict]:
             raise ValueError(f"{path}, line {number}: one JSON object a line is expected, not {type(row).__name__}")
         # A valid file can stand for what is no text, by an escape.
         if wrong := [text for text in _strings(row) if _NO_TEXT.search(text)] if "\\u" in line else []:
-            raise ValueError(f"{path}, line {number}: NUL or half of a surrogate pair, which is no text, in {wrong[0]!r:.50}")
+            raise ValueError(
+                f"{path}, line {number}: NUL or half of a surrogate pair, which is no text, in {wrong[0]!r:.50}"
+            )
         yield row
 
 
@@ -155,7 +163,9 @@ def _column(rows: list[dict], name: str, where: str, lists: bool = False) -> lis
         raise ValueError(f"{where}: no column {name!r}; its columns are {', '.join(map(repr, rows[0]))}")
     for number, value in enumerate(values, start=1):
         items = value if lists and isinstance(value, list) else [value]
-        if not items or any(item is None or item != item or (isinstance(item, str) and not item.strip()) for item in items):
+        if not items or any(
+            item is None or item != item or (isinstance(item, str) and not item.strip()) for item in items
+        ):
             raise ValueError(f"{where}, row {number}: column {name!r} is empty")
         if any(isinstance(item, (dict, list)) for item in items):
             raise ValueError(f"{where}, row {number}: column {name!r} is no text but {value!r:.50}")
@@ -175,11 +185,14 @@ def make_task_dataset(rows: list[dict], columns: Columns, where: str) -> Dataset
     texts, labels = (_column(rows, name, where, lists) for name in (columns.text, columns.label))
     if lists:
         tokens, tags = (
-            [value.split() if isinstance(value, str) else list(map(str, value)) for value in values] for values in (texts, labels)
+            [value.split() if isinstance(value, str) else list(map(str, value)) for value in values]
+            for values in (texts, labels)
         )
         for number, (a, b) in enumerate(zip(tokens, tags), start=1):
             if len(a) != len(b):
-                raise ValueError(f"{where}, row {number}: {len(a)} tokens in {columns.text!r} but {len(b)} in {columns.label!r}")
+                raise ValueError(
+                    f"{where}, row {number}: {len(a)} tokens in {columns.text!r} but {len(b)} in {columns.label!r}"
+                )
         for number, line in enumerate(tags, start=1):
             _check_stripped(line, columns.label, f"{where}, row {number}")
         return Dataset.from_dict({"tokens": tokens, "tags": tags})
@@ -238,7 +251,9 @@ def check_labels(dataset: Dataset, labels: list[str], where: str) -> None:
     """Raises ValueError where `dataset` has a label that is not in `labels`."""
     unknown = sorted(set(label_names([dataset])) - set(labels))
     if unknown:
-        raise ValueError(f"{where}: label {unknown[0]!r} is not among the training labels {', '.join(map(repr, labels))}")
+        raise ValueError(
+            f"{where}: label {unknown[0]!r} is not among the training labels {', '.join(map(repr, labels))}"
+        )
 
 
 def _load_cldr(data: CldrData) -> Corpus:
@@ -260,9 +275,12 @@ def _load_nusax(data: NusaxData) -> Corpus:
     targets = data.targets if data.targets is not None else [name for name in found if name not in data.sources]
     for name in [*data.sources, *targets]:
         if name not in found:
-            raise ValueError(f"language {name!r}: no folder {folder / name} with train.csv; there are {', '.join(found)}")
+            raise ValueError(
+                f"language {name!r}: no folder {folder / name} with train.csv; there are {', '.join(found)}"
+            )
     rows = {
-        name: {split: read_task(folder / name / file) for split, file in SPLIT_FILES.items()} for name in [*data.sources, *targets]
+        name: {split: read_task(folder / name / file) for split, file in SPLIT_FILES.items()}
+        for name in [*data.sources, *targets]
     }
     return _from_splits(rows, data.sources, targets, "classification")
 
@@ -291,7 +309,9 @@ def _as_text(dataset: Dataset) -> Dataset:
     if "tokens" in dataset.column_names:
         return Dataset.from_dict({"text": [" ".join(tokens) for tokens in dataset["tokens"]]})
     texts = list(dataset["text"])
-    return Dataset.from_dict({"text": texts + list(dataset["text_pair"]) if "text_pair" in dataset.column_names else texts})
+    return Dataset.from_dict(
+        {"text": texts + list(dataset["text_pair"]) if "text_pair" in dataset.column_names else texts}
+    )
 
 
 def _load_files(data: FilesData) -> Corpus:
@@ -299,7 +319,9 @@ def _load_files(data: FilesData) -> Corpus:
     tests, texts = parse_pairs(data.test, "test"), parse_pairs(data.text, "text")
     train = concatenate_datasets([read_task(path, columns) for path in data.train])
     labels = training_labels(train)
-    validation = concatenate_datasets([read_task(path, columns) for path in data.validation]) if data.validation else None
+    validation = (
+        concatenate_datasets([read_task(path, columns) for path in data.validation]) if data.validation else None
+    )
     if validation is not None:
         check_labels(validation, labels, "validation")
     test = {name: read_task(path, columns) for name, path in tests.items()}
@@ -318,7 +340,9 @@ def _load_hub_split(data: HubData, language: str, split: str) -> Dataset:
     names = [data.text_column, data.label_column] + ([data.pair_column] if data.pair_column else [])
     for name in names:
         if name not in dataset.column_names:
-            raise ValueError(f"{where}: no column {name!r}; its columns are {', '.join(map(repr, dataset.column_names))}")
+            raise ValueError(
+                f"{where}: no column {name!r}; its columns are {', '.join(map(repr, dataset.column_names))}"
+            )
     feature = dataset.features[data.label_column]
     inner = feature.feature if isinstance(feature, SequenceFeature) else feature
     rows = dataset.select_columns(names).to_list()

@@ -13,7 +13,9 @@ from deftx_kernels.delta import SparseDelta, compose
 from deftx_kernels.train.trainer import Runtime, score
 
 
-def evaluate(model: PreTrainedModel, dataset: Dataset, collator, runtime: Runtime, batch_size: int = 64) -> dict[str, float]:
+def evaluate(
+    model: PreTrainedModel, dataset: Dataset, collator, runtime: Runtime, batch_size: int = 64
+) -> dict[str, float]:
     """{"macro_f1", "accuracy", "n"} of a classifier on a tokenized data set.
 
     Raises:

@@ -48,7 +48,9 @@ def draw_all(run_dir: Path, config: dict, metrics: dict) -> dict[str, str]:
 
 
 def scores(run_dir: Path, config: dict, metrics: dict):
-    """Macro-F1 by target language: a bar for full fine-tuning, and for each method alone (light) and composed (full colour)."""
+    """Macro-F1 by target language: a bar for full fine-tuning, and for each method alone (light) and composed (full
+    colour).
+    """
     from deftx_kernels.train.report import METHODS, language_name
 
     targets = metrics["data"]["targets"]
@@ -61,7 +63,9 @@ def scores(run_dir: Path, config: dict, metrics: dict):
     for i, (method, kind) in enumerate(series):
         at = np.arange(len(targets)) + (i - (len(series) - 1) / 2) * width
         each = [values[method, kind][name] for name in targets]
-        label = METHODS[method] + ("" if method == "full" else ", task alone" if kind == "task" else ", task + language")
+        label = METHODS[method] + (
+            "" if method == "full" else ", task alone" if kind == "task" else ", task + language"
+        )
         light = kind == "task" and method != "full"
         means = [float(np.mean(v)) for v in each]
         axes.bar(
@@ -128,7 +132,9 @@ def costs(run_dir: Path, config: dict, metrics: dict):
 
 
 def spectra(run_dir: Path, config: dict, metrics: dict):
-    """Cumulative energy of the singular values of theta1 - theta0, some layers of each kind of matrix, with the rank kept."""
+    """Cumulative energy of the singular values of theta1 - theta0, some layers of each kind of matrix, with the rank
+    kept.
+    """
     vectors = [
         name
         for name in ("task", *(f"language-{name}" for name in metrics["data"]["targets"][:1]))
@@ -156,9 +162,13 @@ def spectra(run_dir: Path, config: dict, metrics: dict):
     return figure
 
 
-def _spectrum_row(axes, kinds: list[str], colors: dict, matrices: dict[tuple[str, int], torch.Tensor], rule: dict) -> None:
+def _spectrum_row(
+    axes, kinds: list[str], colors: dict, matrices: dict[tuple[str, int], torch.Tensor], rule: dict
+) -> None:
     """One axis per kind of matrix, one line per layer."""
-    _, info = svd_denoise({f"{kind} {layer}": delta for (kind, layer), delta in matrices.items()}, return_info=True, **rule)
+    _, info = svd_denoise(
+        {f"{kind} {layer}": delta for (kind, layer), delta in matrices.items()}, return_info=True, **rule
+    )
     for (kind, layer), delta in matrices.items():
         axis, color = axes[kinds.index(kind)], colors[layer]
         squares = torch.linalg.svdvals(delta.double()).square()
@@ -193,7 +203,9 @@ def short_kind(kind: str) -> str:
         "pooler.dense": "pooler",
     }  # fmt: skip
     stem = kind.removesuffix(".weight")
-    return next((short for long, short in names.items() if stem.endswith(long)), stem.rsplit(".", 1)[-1].replace("_", " "))
+    return next(
+        (short for long, short in names.items() if stem.endswith(long)), stem.rsplit(".", 1)[-1].replace("_", " ")
+    )
 
 
 def difference_matrices(start: Path, tuned: Path) -> dict[tuple[str, int], torch.Tensor]:
@@ -201,7 +213,9 @@ def difference_matrices(start: Path, tuned: Path) -> dict[tuple[str, int], torch
     found = {}
     with safe_open(start / "model.safetensors", "pt") as old, safe_open(tuned / "model.safetensors", "pt") as new:
         matches = {name: LAYER.match(name) for name in set(new.keys()) & set(old.keys()) if name.endswith(".weight")}
-        matrices = {name: match for name, match in matches.items() if match and len(new.get_slice(name).get_shape()) == 2}
+        matrices = {
+            name: match for name, match in matches.items() if match and len(new.get_slice(name).get_shape()) == 2
+        }
         layers = sorted({int(match["layer"]) for match in matrices.values()})
         picks = {layers[round(i)] for i in np.linspace(0, len(layers) - 1, min(MAX_SPECTRUM_LAYERS, len(layers)))}
         for name, match in matrices.items():

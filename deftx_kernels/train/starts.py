@@ -19,22 +19,28 @@ from deftx_kernels.train.trainer import DivergenceGuard, Examples, Runtime, trai
 VALIDATION_SHARE = 0.05  # of unlabelled text, where there is no validation text
 
 
-def check_fit(model: str, tokenizer: PreTrainedTokenizerBase, task: str, settings: VectorConfig, recipes: Iterable[Recipe]) -> None:
+def check_fit(
+    model: str, tokenizer: PreTrainedTokenizerBase, task: str, settings: VectorConfig, recipes: Iterable[Recipe]
+) -> None:
     """Whether settings fit a model, from its configuration alone: before any training, without its weights.
 
     Args:
         task: "classification", "token-classification" or "masked-lm".
 
     Raises:
-        ValueError: a tokenizer with more tokens than the model has embeddings; max_length above the model's positions; a
-            selection of more entries than it has, or of none.
+        ValueError: a tokenizer with more tokens than the model has embeddings; max_length above the model's positions;
+            a selection of more entries than it has, or of none.
     """
     outline = models.outline(model, task)
     if len(tokenizer) > (rows := len(outline.get_input_embeddings().weight)):
-        raise ValueError(f"model {model!r}: its tokenizer has {len(tokenizer)} tokens, but the model embeddings for {rows}")
+        raise ValueError(
+            f"model {model!r}: its tokenizer has {len(tokenizer)} tokens, but the model embeddings for {rows}"
+        )
     positions = models.position_count(outline)
     if positions is not None and settings.max_length > positions:
-        raise ValueError(f"max_length must be at most {positions}, the positions of model {model!r}, not {settings.max_length}")
+        raise ValueError(
+            f"max_length must be at most {positions}, the positions of model {model!r}, not {settings.max_length}"
+        )
     selection = settings.selection
     density = selection.density if selection.k is None else None
     for recipe in recipes:
@@ -44,7 +50,9 @@ def check_fit(model: str, tokenizer: PreTrainedTokenizerBase, task: str, setting
         if recipe == "lift":  # its density holds for each matrix, its k for all together
             names, scope = models.linear_names(outline), "tensor" if selection.k is None else "global"
         try:
-            counts = selected_counts(names, [outline.get_parameter(name).shape for name in names], selection.k, density, scope)
+            counts = selected_counts(
+                names, [outline.get_parameter(name).shape for name in names], selection.k, density, scope
+            )
         except ValueError as error:
             raise ValueError(f"selection, {recipe} on model {model!r}: {error}") from None
         if not any(counts):
@@ -52,9 +60,16 @@ def check_fit(model: str, tokenizer: PreTrainedTokenizerBase, task: str, setting
 
 
 def masked_lm_start(
-    model: str, settings: LanguageConfig, text: Dataset, tokenizer: PreTrainedTokenizerBase, folder: Path, runtime: Runtime
+    model: str,
+    settings: LanguageConfig,
+    text: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    runtime: Runtime,
 ) -> Path:
-    """The folder of theta0 for language vectors: the model with its MLM head. A new head is trained with the body frozen."""
+    """The folder of theta0 for language vectors: the model with its MLM head. A new head is trained with the body
+    frozen.
+    """
     if finished_model(folder, folder / "model") is not None:
         return folder / "model"
     set_seed(runtime.seed)
@@ -64,7 +79,9 @@ def masked_lm_start(
         models.freeze_for_head(masked_lm)
         phase = PhaseConfig(lr=settings.head_lr, max_steps=settings.head_steps, keep_best=False)
         examples = language_examples(text, None, tokenizer, settings, runtime.seed)
-        facts |= train_phase(masked_lm, examples, settings, phase, folder, runtime, DivergenceGuard("MLM head", settings.head_lr))
+        facts |= train_phase(
+            masked_lm, examples, settings, phase, folder, runtime, DivergenceGuard("MLM head", settings.head_lr)
+        )
     save_model(masked_lm.to("cpu"), folder / "model")
     finish(folder, facts)
     return folder / "model"
@@ -90,7 +107,9 @@ def language_vector(
     """A language vector to learn; the MLM head is no part of it."""
     name = f"language-{language}"
     load = partial(_load_masked_lm, tie_decoder=settings.tie_decoder)
-    return Vector(name, start, load, examples, settings, phases / name, deltas, False, metadata={**metadata, "language": language})
+    return Vector(
+        name, start, load, examples, settings, phases / name, deltas, False, metadata={**metadata, "language": language}
+    )
 
 
 def task_vector(
@@ -118,11 +137,16 @@ def task_examples(
     train: Dataset, validation: Dataset | None, tokenizer, labels: list[str], task: str, settings: TaskConfig
 ) -> Examples:
     """Labelled rows, tokenized."""
-    rows = [None if part is None else tokenize_task(part, tokenizer, labels, settings.max_length) for part in (train, validation)]
+    rows = [
+        None if part is None else tokenize_task(part, tokenizer, labels, settings.max_length)
+        for part in (train, validation)
+    ]
     return Examples(rows[0], rows[1], task_collator(tokenizer, task))
 
 
-def language_examples(text: Dataset, validation: Dataset | None, tokenizer, settings: LanguageConfig, seed: int) -> Examples:
+def language_examples(
+    text: Dataset, validation: Dataset | None, tokenizer, settings: LanguageConfig, seed: int
+) -> Examples:
     """Unlabelled rows, tokenized. Without validation text 5 % are held out where a best checkpoint is to be chosen."""
     choose = settings.dense.keep_best or settings.sparse.keep_best
     if validation is None and choose and len(text) >= 1 / VALIDATION_SHARE:

@@ -13,7 +13,9 @@ _WRITER_ERRORS = ("inline_container", "unexpected pos", "iostream error")  # the
 
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """`with saving(path):` what torch.save and safetensors make of a full or read-only disk is an OSError that names `path`."""
+    """`with saving(path):` what torch.save and safetensors make of a full or read-only disk is an OSError that names
+    `path`.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:

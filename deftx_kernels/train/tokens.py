@@ -81,8 +81,8 @@ class MaskedLanguageCollator:
     """Pads a batch and masks tokens for masked language modelling: 80 % <mask>, 10 % a random token, 10 % unchanged.
 
     Every text has at least one masked token, so that short strings teach something too. The masks of a text depend on
-    its tokens, `seed` and `epoch` alone: they change from epoch to epoch, and a resumed run sees the same ones. Rows that
-    already have labels (`mask_once`) are only padded.
+    its tokens, `seed` and `epoch` alone: they change from epoch to epoch, and a resumed run sees the same ones. Rows
+    that already have labels (`mask_once`) are only padded.
 
     Raises:
         ValueError: the tokenizer has no mask token.

@@ -63,8 +63,8 @@ class Examples:
 class VectorTrainer(Trainer):
     """A Trainer whose checkpoints are sound.
 
-    Those of sparsified models hold tied values once, which `save_pretrained` refuses to write. None is made of weights that
-    diverged, and of one that a full disk cut off nothing stays.
+    Those of sparsified models hold tied values once, which `save_pretrained` refuses to write. None is made of weights
+    that diverged, and of one that a full disk cut off nothing stays.
     """
 
     def _save_checkpoint(self, model, trial):
@@ -86,7 +86,11 @@ class VectorTrainer(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             state = self.model.state_dict()
             once = {id(tensor): name for name, tensor in self.model.state_dict(keep_vars=True).items()}
-            save_file({name: state[name].contiguous() for name in once.values()}, folder / "model.safetensors", {"format": "pt"})
+            save_file(
+                {name: state[name].contiguous() for name in once.values()},
+                folder / "model.safetensors",
+                {"format": "pt"},
+            )
 
 
 class MaskedLanguageTrainer(VectorTrainer):
@@ -135,7 +139,8 @@ class DivergenceGuard(TrainerCallback):
         self.phase, self.lr = phase, lr
 
     def on_step_end(self, args, state, control, **_):
-        # A loss for each checkpoint: it is checked before, and a resumed run logs the means that an undisturbed one logs.
+        # A loss for each checkpoint: it is checked before, and a resumed run logs the means that an undisturbed one
+        # logs.
         control.should_log |= control.should_save
 
     on_epoch_end = on_step_end
@@ -161,7 +166,9 @@ class DivergenceGuard(TrainerCallback):
 
 
 class CostMeter(TrainerCallback, ExportableState):
-    """Measures a phase: seconds of each optimizer step, bytes of gradients and of optimizer state (of the real tensors)."""
+    """Measures a phase: seconds of each optimizer step, bytes of gradients and of optimizer state (of the real
+    tensors).
+    """
 
     def __init__(self):
         self.step_seconds: list[float] = []
@@ -242,7 +249,9 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """{"macro_f1", "accuracy", "n"}: logits [..., classes], labels [...]; classes without examples do not enter macro-F1."""
+    """{"macro_f1", "accuracy", "n"}: logits [..., classes], labels [...]; classes without examples do not enter
+    macro-F1.
+    """
     counted = labels != IGNORED
     truth, guess = labels[counted].numpy(), logits.argmax(-1)[counted].numpy()
     return {
@@ -305,7 +314,8 @@ def train_phase(
     optimizer: torch.optim.Optimizer | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
 ) -> dict:
-    """Train `model` in place; the parameters that require gradients move. Continues from a checkpoint in `folder`, if any.
+    """Train `model` in place; the parameters that require gradients move. Continues from a checkpoint in `folder`, if
+    any.
 
     Args:
         optimizer: fused AdamW over the trainable parameters by default.
