@@ -100,10 +100,7 @@ def label(rule: Rule) -> str:
     return ", ".join(f"{k} {v}" for k, v in rule.items())
 
 
-# ---- matrices
-# ------------------------------------------------------------------------------------------------------------
-
-
+# ---- matrices ----
 def linears(size: str, layers: int) -> Shapes:
     """The linear layers' matrices."""
     return {
@@ -130,10 +127,7 @@ def flops(shape: Sequence[int], rule: Rule) -> float:
     return 4.0 * m * n * min(m, n)
 
 
-# ---- the peers
-# -----------------------------------------------------------------------------------------------------------
-
-
+# ---- the peers ----
 def kept(squared: Tensor, rule: Rule) -> int:  # [k], descending
     """How many singular values the rule keeps, from their squares."""
     if rank := rule.get("rank"):
@@ -249,10 +243,7 @@ def peers(matrices: dict[str, Tensor], rule: Rule, device: str) -> tuple[dict[st
     return {n: lambda call=call: call for n, call in calls.items() if n not in absent}, absent
 
 
-# ---- svd_denoise
-# ---------------------------------------------------------------------------------------------------------
-
-
+# ---- svd_denoise ----
 def denoised(matrices: dict[str, Tensor], rule: Rule) -> dict[str, Tensor]:
     return svd_denoise(matrices, oversample=OVERSAMPLE, n_iter=POWER_STEPS, **rule)
 
@@ -337,10 +328,7 @@ def whole_case(size: str, rule: Rule, device: str) -> Case:
     )
 
 
-# ---- truncated_svd
-# -------------------------------------------------------------------------------------------------------
-
-
+# ---- truncated_svd ----
 def truncated_case(size: str, layers: int, rank: int, device: str) -> Case:
     matrices = noisy(linears(size, layers), device).values()
     batch = torch.stack([m for m in matrices if m.shape[0] == m.shape[1]])  # [b, n, n]
@@ -376,10 +364,7 @@ def truncated_case(size: str, layers: int, rank: int, device: str) -> Case:
     return Case(moved, providers, check, flops=len(batch) * flops(batch.shape[1:], {"rank": rank}), rounds=5)
 
 
-# ---- eigvalsh, eigh
-# ------------------------------------------------------------------------------------------------------
-
-
+# ---- eigvalsh, eigh ----
 def symmetric_case(size: str, op: str, dtype: torch.dtype, device: str) -> Case:
     count, n = SYMMETRIC[size][op]
     w = torch.randn(
@@ -428,10 +413,7 @@ def symmetric_case(size: str, op: str, dtype: torch.dtype, device: str) -> Case:
     return Case(moved, providers, check, flops=work, rounds=5, absent=absent)
 
 
-# ---- select_mask, with denoising
-# -----------------------------------------------------------------------------------------
-
-
+# ---- select_mask, with denoising ----
 def selection_case(size: str, rule: Rule, dtype: torch.dtype, density: float, device: str) -> Case:
     """DeFT-X's whole selection: differences, denoising, global top-k."""
     base = random_tensors(SHAPES[size](), dtype, device)
@@ -475,9 +457,7 @@ def selection_case(size: str, rule: Rule, dtype: torch.dtype, density: float, de
     )
 
 
-# ---- LIFT's selection
-# ----------------------------------------------------------------------------------------------------
-
+# ---- LIFT's selection ----
 LIFT, LIFT_LOWRANK = "LIFT's way", "LIFT's way, svd_lowrank"
 # The share of the selected entries that must be those of float64. Of weights that are rank 128 and noise, 1.5 to 1.9
 # times as large in the 128th singular value as in the next, the full SVD in float32 selects all of them, the randomised

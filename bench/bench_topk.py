@@ -67,10 +67,7 @@ def _makers(case: Callable[..., Case], size: str, *rest: Any) -> tuple[Callable[
     return partial(case, size, *rest), partial(case, "tiny", *rest)
 
 
-# ---- topk_mask
-# ----------------------------------------------------------------------------------------------------------
-
-
+# ---- topk_mask ----
 def topk_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
     scores = shapes.random_tensors(shapes.SIZES[size](), dtype, device)
     numel = sum(t.numel() for t in scores.values())
@@ -235,10 +232,7 @@ def positions(result: Any, shapes: dict[str, torch.Size]) -> Iterator[tuple[str,
             yield name, flat[bounds[i] : bounds[i + 1]] - (ends[i] - shape.numel())
 
 
-# ---- select_mask, without denoising
-# --------------------------------------------------------------------------------------
-
-
+# ---- select_mask, without denoising ----
 LT_SFT = "LT-SFT's way"
 
 
@@ -298,10 +292,7 @@ def lt_sft(difference: Callable[[str], Tensor], names: list[str], k: int) -> dic
     return {n: difference(n).abs() >= float(threshold) for n in names}
 
 
-# ---- set operations
-# ------------------------------------------------------------------------------------------------------
-
-
+# ---- set operations ----
 def set_case(size: str, op: str, density: float, device: str) -> Case:
     """Of two masks that share half of their entries, as two fine-tunings of one model might."""
     a, b = two_masks(shapes.SIZES[size](), density, device)

@@ -328,10 +328,7 @@ def random_test_matrix(
     return torch.randn(short, columns, dtype=dtype, device=generator.device, generator=generator).to(device)
 
 
-# ---- Gavish and Donoho's rank
-# -------------------------------------------------------------------------------------------
-
-
+# ---- Gavish and Donoho's rank ----
 @functools.cache
 def gavish_donoho_multiple(m: int, n: int) -> float:
     """The optimal hard threshold for singular values of noise of unknown level, in units of their median (2014, eqs. 11

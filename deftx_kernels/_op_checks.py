@@ -45,10 +45,7 @@ def checked(op: str, function: Callable, *, reads_contents: bool = False, looks_
 _STRIDED = torch.strided
 
 
-# ---- tensors and numbers
-# ------------------------------------------------------------------------------------------------
-
-
+# ---- tensors and numbers ----
 def _tensor(t: Tensor, name: str, device: torch.device, dtypes: frozenset[torch.dtype]) -> None:
     if t.dtype in dtypes and t.device == device and t.layout is _STRIDED:
         return
@@ -88,10 +85,7 @@ def _scalar(t: Tensor, name: str, device: torch.device) -> None:
         raise ValueError(f"{name} must have one element, got shape {list(t.shape)}")
 
 
-# ---- masks
-# --------------------------------------------------------------------------------------------------------------
-
-
+# ---- masks ----
 _INT64 = frozenset((torch.int64,))
 
 
@@ -172,10 +166,7 @@ def csr_square_sum(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices:
     _csr(tensors, crow_indices, col_indices, _FLOATS)
 
 
-# ---- AdamW
-# --------------------------------------------------------------------------------------------------------------
-
-
+# ---- AdamW ----
 def sparse_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -258,10 +249,7 @@ def sparse_adamw_compact(
         raise ValueError(f"seed must be at least 0, got {seed}")
 
 
-# ---- masked weight gradients
-# --------------------------------------------------------------------------------------------
-
-
+# ---- masked weight gradients ----
 def masked_linear_grad(
     grad_output: Tensor, input: Tensor, crow_indices: Tensor, col_indices: Tensor, dtype: torch.dtype
 ) -> None:
@@ -306,10 +294,7 @@ def masked_embedding_grad(
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
-# ---- truncated SVD
-# ------------------------------------------------------------------------------------------------------
-
-
+# ---- truncated SVD ----
 def _test_matrix(
     test_matrix: Tensor | None, like: Tensor, rank: int, n_iter: int, dtypes: frozenset[torch.dtype]
 ) -> None:
@@ -401,10 +386,7 @@ def eigh(matrices: Tensor, rank: int = 0, energy: float = 0.0, median: float = 0
         raise ValueError(f"at most one of rank, energy and median may be above 0, got {rank}, {energy} and {median}")
 
 
-# ---- L + prune(H) from factors
-# ------------------------------------------------------------------------------------------
-
-
+# ---- L + prune(H) from factors ----
 def _factors(
     delta: Tensor,  # [b, m, n]
     left: Tensor,  # [b, m, r]
@@ -483,10 +465,7 @@ CHECKS: dict[str, Callable[..., None]] = {
 }
 
 
-# ---- what the arrays hold, for the reference
-# ----------------------------------------------------------------------------
-
-
+# ---- what the arrays hold, for the reference ----
 def _ascends(
     crow_indices: Tensor,  # int64 [rows + 1]
     col_indices: Tensor,  # [nnz]

@@ -31,10 +31,7 @@ from deftx_kernels._ops import SCOPES, column_dtype
 from deftx_kernels._selection import Denoised, Scores, by_rounds, select_by_groups
 from deftx_kernels.mask import CSRMask
 
-# ---- truncated SVD
-# ------------------------------------------------------------------------------------------------------
-
-
+# ---- truncated SVD ----
 def truncated_svd(
     a: Tensor,  # [..., m, n]
     rank: int,
@@ -165,10 +162,7 @@ def svd_denoise(
     return (result, info) if return_info else result
 
 
-# ---- selection
-# ----------------------------------------------------------------------------------------------------------
-
-
+# ---- selection ----
 def topk_mask(
     scores: Mapping[str, Tensor] | Tensor,
     *,
@@ -587,10 +581,7 @@ def with_tied_names(tuned: Mapping[str, Tensor], tied: Mapping[str, str]) -> dic
     return found
 
 
-# ---- AdamW
-# --------------------------------------------------------------------------------------------------------------
-
-
+# ---- AdamW ----
 def sparse_adamw(
     params: Mapping[str, Tensor],
     grads: Mapping[str, Tensor] | Tensor,
@@ -744,10 +735,7 @@ def _gradients(grads: Mapping[str, Tensor] | Tensor, mask: CSRMask, dtype: torch
         return [g.contiguous() for g in chosen], False
 
 
-# ---- masked layers
-# -----------------------------------------------------------------------------------------------------
-
-
+# ---- masked layers ----
 def _check_masked(
     source: Tensor, argument: str, weight: Tensor, values: Tensor, mask: CSRMask, bias: Tensor | None = None
 ) -> None:

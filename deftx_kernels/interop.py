@@ -24,9 +24,7 @@ SFT_NAME = "pytorch_diff.bin"
 SHIRA_WEIGHTS, SHIRA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-# ---- composable-sft (Ansell et al. 2022)
-# --------------------------------------------------------------------------------
-
+# ---- composable-sft (Ansell et al. 2022) ----
 _MAX_ROWS = 1 << 25  # of a file's tensors, beside one for each of its bytes: 8 bytes each are taken
 
 
@@ -191,10 +189,7 @@ def to_composable_sft(delta: SparseDelta, directory: str | os.PathLike) -> None:
             raise
 
 
-# ---- PEFT SHiRA
-# ---------------------------------------------------------------------------------------------------------
-
-
+# ---- PEFT SHiRA ----
 def from_peft_shira(directory: str | os.PathLike, base: nn.Module | Mapping[str, Tensor] | None = None) -> SparseDelta:
     """Read a SHiRA adapter that PEFT saved, as the differences of its modules' weights (PEFT's scaling is 1).
 
@@ -292,10 +287,7 @@ def _from_coordinates(differences: Mapping[str, tuple[torch.Size, Tensor, Tensor
     return CSRMask._from_keys(names, shapes, torch.cat(keys)), torch.cat(values)
 
 
-# ---- CSR matrices
-# -------------------------------------------------------------------------------------------------------
-
-
+# ---- CSR matrices ----
 def from_csr(matrices: Mapping[str, Any]) -> tuple[CSRMask, Tensor]:
     """Mask and compact values of CSR matrices of torch, SciPy or CuPy, all of one library and on one device.
 

@@ -52,10 +52,7 @@ def _entries(
         yield matrix.view(-1), row * columns + col_indices[place].to(torch.int64), place
 
 
-# ---- CSR
-# ----------------------------------------------------------------------------------------------------------------
-
-
+# ---- CSR ----
 def csr_gather(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     out = tensors[0].new_empty(col_indices.shape)
     for flat, index, place in _entries(tensors, crow_indices, col_indices):
@@ -149,10 +146,7 @@ def _csr(index: Sequence[Tensor], matrices: Sequence[Tensor]) -> tuple[Tensor, T
     return crow_indices, torch.cat(columns_found).to(torch.uint16 if narrow else torch.int32)
 
 
-# ---- exact top-k
-# --------------------------------------------------------------------------------------------------------
-
-
+# ---- exact top-k ----
 def magnitude_bits(x: Tensor) -> Tensor:
     """|x| as integers in the same order; infinity and NaN come last."""
     integer = _INTEGER[x.element_size()]
@@ -310,10 +304,7 @@ def topk_mask(
     return *_csr(found, [_matrix(s) for s in scores]), torch.tensor(bad)
 
 
-# ---- truncated SVD
-# ------------------------------------------------------------------------------------------------------
-
-
+# ---- truncated SVD ----
 def truncated_svd(
     a: Tensor, rank: int, n_iter: int, test_matrix: Tensor | None, svd: Callable = torch.linalg.svd
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -381,10 +372,7 @@ def svd_denoise_(
     )
 
 
-# ---- L + prune(H) from factors
-# ------------------------------------------------------------------------------------------
-
-
+# ---- L + prune(H) from factors ----
 def _residual(delta: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """L and H of one matrix."""
     low = left @ right.mT
@@ -427,10 +415,7 @@ def low_rank_mask(
     return threshold_mask(list(low_rank_denoised(delta, left, right, cut)), threshold, ties)
 
 
-# ---- AdamW
-# --------------------------------------------------------------------------------------------------------------
-
-
+# ---- AdamW ----
 def csr_square_sum(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     return csr_gather(tensors, crow_indices, col_indices).to(torch.float64).square().sum()
 
@@ -523,10 +508,7 @@ def sparse_adamw_(
     csr_scatter_(params, crow_indices, col_indices, new_param)
 
 
-# ---- masked weight gradients
-# --------------------------------------------------------------------------------------------
-
-
+# ---- masked weight gradients ----
 def masked_linear_grad(
     grad_output: Tensor,  # [N, m]
     input: Tensor,  # [N, n]

@@ -56,10 +56,7 @@ class Variant(NamedTuple):
     tensor_cores: bool = False  # whether it must have the architecture's instruction in TENSOR_CORES too
 
 
-# ---- the variants of the Triton kernels
-# -----------------------------------------------------------------------------------
-
-
+# ---- the variants of the Triton kernels ----
 def sparse_adamw_variants() -> Iterator[Variant]:
     import triton.language as tl
 
@@ -286,9 +283,7 @@ def triton_variants() -> list[Variant]:
     ]
 
 
-# ---- compiling
-# --------------------------------------------------------------------------------------------------------------
-
+# ---- compiling ----
 # Without a stack frame, ptxas leaves out the line of the spills.
 _USAGE = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'"

@@ -95,10 +95,7 @@ def fresh(tied, dtype, mask):
     return sparsify(llama(tied, dtype, seed=9), mask)
 
 
-# ---- savers
-# -------------------------------------------------------------------------------------------------------------
-
-
+# ---- savers ----
 @TIED
 @DTYPE
 def test_safetensors_save_model(tied, dtype, tmp_path):
@@ -191,10 +188,7 @@ def test_a_hub_mixin(tied, dtype, tmp_path):
     assert_same(loaded, expected)
 
 
-# ---- weights that are averaged, copied and flattened
-# ---------------------------------------------------------------------
-
-
+# ---- weights that are averaged, copied and flattened ----
 def averaged(average, model, decay=0.9):
     """As timm's ModelEma: the state's tensors are written one by one, in place."""
     with torch.no_grad():
@@ -249,10 +243,7 @@ def test_vector_to_parameters(tied):
         assert torch.equal(mine, theirs)
 
 
-# ---- TRL
-# ----------------------------------------------------------------------------------------------------------------
-
-
+# ---- TRL ----
 @pytest.fixture(scope="module")
 def tokenizer():
     import tokenizers

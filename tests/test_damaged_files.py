@@ -65,10 +65,7 @@ def content(found: CSRMask | SparseDelta) -> tuple:
     )
 
 
-# ---- damage
-# -------------------------------------------------------------------------------------------------------------
-
-
+# ---- damage ----
 def damage_bytes(data: bytes, chance: random.Random) -> bytes:
     """Flipped bits, a shorter file, bytes that are copied over others, inserted, left out or zeroed."""
     data = bytearray(data)
@@ -259,10 +256,7 @@ def sign_delta(tensors: dict, metadata: dict) -> None:
     metadata["config"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-# ---- formats
-# ------------------------------------------------------------------------------------------------------------
-
-
+# ---- formats ----
 class Format(NamedTuple):
     write: Callable[[Path], None]
     read: Callable[[Path], Any]

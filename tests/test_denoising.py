@@ -54,10 +54,7 @@ def on_split_products(monkeypatch):
     monkeypatch.setattr(products, "splits", lambda x: x.dtype == torch.float32)
 
 
-# ---- a fixed rank
-# -------------------------------------------------------------------------------------------------------
-
-
+# ---- a fixed rank ----
 def assert_near_optimal(a, result, rank, rounding=3e-6):
     _, singular, _ = numpy_svd(a)
     best = math.sqrt((singular[rank:] ** 2).sum())
@@ -186,10 +183,7 @@ def test_more_iterations_where_the_residual_is_not_yet_near(monkeypatch):
         assert_near_optimal(a[i], result[i], 45)
 
 
-# ---- an energy
-# ----------------------------------------------------------------------------------------------------------
-
-
+# ---- an energy ----
 def assert_exact_truncation(a, result, info, energy, tolerance=5e-5):
     u, s, vh = numpy_svd(a)
     share = np.cumsum(s**2) / (s**2).sum()
@@ -412,10 +406,7 @@ def test_a_projector_that_failed_is_replaced(on_split_products, monkeypatch):
     assert_exact_truncation(a, *svd_denoise(a, energy=0.9, return_info=True), 0.9)
 
 
-# ---- whole models
-# -------------------------------------------------------------------------------------------------------
-
-
+# ---- whole models ----
 def model(dtype=torch.float32):
     generator = torch.Generator().manual_seed(6)
     shapes = {
@@ -596,10 +587,7 @@ def test_backends_name_the_library():
     assert served.others["reference"] == "blas comes first"
 
 
-# ---- many small matrices, and ranks that are a large share of the short side
-# --------------------------------------------
-
-
+# ---- many small matrices, and ranks that are a large share of the short side ----
 def small_tensors():
     """Filters of convolutions, experts of a few rows, and matrices whose squares leave the range of float64."""
     generator = torch.Generator().manual_seed(4)

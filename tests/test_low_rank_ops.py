@@ -58,10 +58,7 @@ def backend(request) -> Backend:
     return Backend(request.param, importlib.import_module(f"{tool.__name__}.triton_on_cpu"), [])
 
 
-# ---- problems and oracles
-# -----------------------------------------------------------------------------------------------
-
-
+# ---- problems and oracles ----
 class Problem(NamedTuple):
     delta: Tensor  # [b, m, n]
     left: Tensor  # [b, m, r]
@@ -146,9 +143,7 @@ def check_mask(backend: Backend, problem: Problem, cut: Tensor, denoised: Tensor
             assert len(col) == k
 
 
-# ---- tests
-# --------------------------------------------------------------------------------------------------------------
-
+# ---- tests ----
 # (b, m, n, r); a tile is 64 x 128 with 16 columns of the factors at a time.
 SHAPES = [
     (1, 1, 1, 0),

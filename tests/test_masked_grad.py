@@ -127,10 +127,7 @@ def assert_within(got: Tensor, want: Tensor, bound: Tensor) -> None:
     )
 
 
-# ---- masked_linear_grad
-# -------------------------------------------------------------------------------------------------
-
-
+# ---- masked_linear_grad ----
 class Linear:
     """Random tokens, and a mask of [m, n]."""
 
@@ -470,10 +467,7 @@ def test_too_large_a_matrix_is_refused():
         masked_linear_grad(torch.empty(1, 1), wide, torch.tensor([0, 1]), torch.tensor([5], dtype=torch.int32), FP32)
 
 
-# ---- masked_embedding_grad
-# ----------------------------------------------------------------------------------------------
-
-
+# ---- masked_embedding_grad ----
 class Embedding:
     """Gradients of tokens, their indices, and a mask of [vocabulary, d]."""
 
@@ -682,10 +676,7 @@ def test_offsets_of_embeddings_beyond_31_bits(backend):
     assert_within(got, case.entries(), case.entries(magnitudes=True) * 202 * 2.0**-24)
 
 
-# ---- on a GPU
-# -----------------------------------------------------------------------------------------------------------
-
-
+# ---- on a GPU ----
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtypes", [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP32), (FP64, FP64)], ids=str)
 @pytest.mark.parametrize("shape", [(2048, 768, 768), (16_384, 384, 384), (1000, 3072, 768), (777, 1111, 999)], ids=str)

@@ -216,10 +216,7 @@ def test_subclasses_that_hold_their_own_elements_are_taken():
     assert not MASK.gather({"w": named}).any()
 
 
-# ---- inference_mode
-# -----------------------------------------------------------------------------------------------------
-
-
+# ---- inference_mode ----
 def inference(function):
     with torch.inference_mode():
         return function()
@@ -275,10 +272,7 @@ def test_inference_tensors_are_taken_where_torch_takes_them():
         assert torch.equal(masked_linear(inference(x.clone), made, values, MASK), nn.functional.linear(x, W))
 
 
-# ---- defaults of torch
-# --------------------------------------------------------------------------------------------------
-
-
+# ---- defaults of torch ----
 @contextlib.contextmanager
 def default_dtype(dtype):
     before = torch.get_default_dtype()

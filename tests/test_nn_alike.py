@@ -44,10 +44,7 @@ def output(model):
         return model(X.to(next(model.parameters()).dtype))
 
 
-# ---- values and dense tensors
-# -------------------------------------------------------------------------------------------
-
-
+# ---- values and dense tensors ----
 def held_alias(model):
     """The aliases are taken first, and written to after forwards."""
     aliases = [p.data for p in values_of(model)]
@@ -321,10 +318,7 @@ def test_plain_tensors():
     assert 7.0 in plain_tensors(model)["0.weight"]
 
 
-# ---- weights that are read as attributes
-# --------------------------------------------------------------------------------
-
-
+# ---- weights that are read as attributes ----
 class Head(nn.Module):
     """A language model's ends, whose loss reads the head's weight (fused losses do)."""
 
@@ -403,10 +397,7 @@ def test_tied_weights_can_be_tied_again(no_grad):
         other.weight = model.embedding.weight
 
 
-# ---- other shapes
-# -------------------------------------------------------------------------------------------------------
-
-
+# ---- other shapes ----
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("rows", [17, 7])
 def test_densify_after_resize_token_embeddings(rows, tie):
@@ -443,10 +434,7 @@ def densified_copy(model):
     return densify(copy.deepcopy(model))
 
 
-# ---- memory that others own
-# ---------------------------------------------------------------------------------------------
-
-
+# ---- memory that others own ----
 def train(model, mask, steps=3):
     optimizer, losses = SparseAdamW(model.named_parameters(), mask, lr=0.1), []
     for _ in range(steps):

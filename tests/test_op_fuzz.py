@@ -33,10 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-# ---- valid arguments
-# ----------------------------------------------------------------------------------------------------
-
-
+# ---- valid arguments ----
 class Maker:
     """Random tensors and masks of a few entries."""
 
@@ -242,9 +239,7 @@ VALID: dict[str, Callable[[Maker], list[Any]]] = {
     "masked_embedding_grad": _embedding,
 }
 
-# ---- damage
-# -------------------------------------------------------------------------------------------------------------
-
+# ---- damage ----
 INTEGERS = [
     -1,
     0,
@@ -383,10 +378,7 @@ def damaged(op: str, arguments: list[Any], rng: random.Random) -> list[Any]:
     return [7 if n == "seed" and isinstance(a, Tensor) else a for n, a in zip(names, arguments)]
 
 
-# ---- calls
-# --------------------------------------------------------------------------------------------------------------
-
-
+# ---- calls ----
 class Implementation(NamedTuple):
     """`call(op, arguments)`; `ops`: those that it has."""
 
@@ -503,10 +495,7 @@ def triton_kernels(tool: Any) -> Implementation:
     return Implementation(call, list(functions))
 
 
-# ---- tests
-# --------------------------------------------------------------------------------------------------------------
-
-
+# ---- tests ----
 def test_every_operator_has_valid_arguments():
     assert VALID.keys() == _ops.SCHEMAS.keys()
 
@@ -564,10 +553,7 @@ def test_an_emptied_storage_is_refused():
         torch.ops.deftx.csr_gather([t], torch.tensor([0, 1, 1]), torch.tensor([0], dtype=torch.uint16))
 
 
-# ---- under sanitizers
-# ---------------------------------------------------------------------------------------------------
-
-
+# ---- under sanitizers ----
 def runtime_library(name: str) -> str:
     """A library of the compiler's."""
     compiler = os.environ.get("CXX", "g++")

@@ -115,10 +115,7 @@ def through_file(objects, weights_only=True):
     return torch.load(file, weights_only=weights_only)
 
 
-# ---- the arithmetic
-# -----------------------------------------------------------------------------------------------------
-
-
+# ---- the arithmetic ----
 def oracle(model, mask, steps, *, l1=0.0, decay_to=None, maximize=False, lr=1e-2, **options):
     """torch.optim.AdamW on the gathered entries, less what they decay to, and on the other parameters."""
     named, chosen = dict(model.named_parameters()), mask.to_dense()
@@ -353,10 +350,7 @@ def test_repr():
     assert "weight_decay: 0.125" in text
 
 
-# ---- state dicts
-# --------------------------------------------------------------------------------------------------------
-
-
+# ---- state dicts ----
 @both
 @pytest.mark.parametrize(
     ("dtype", "options"),
@@ -716,9 +710,7 @@ def test_bytes_of_the_state(dtype, options, sparsified, each):
     assert sum(storages.values()) == each * mask.nnz + 4 * len(MASKED)
 
 
-# ---- learning rates and groups
-# ------------------------------------------------------------------------------------------
-
+# ---- learning rates and groups ----
 SCHEDULERS = {
     "lambda": lambda o: lr_scheduler.LambdaLR(o, [lambda i: 0.9**i, lambda i: 1 / (1 + i)]),
     "numpy": lambda o: lr_scheduler.LambdaLR(o, lambda i: np.float32(0.9) ** i),
@@ -861,10 +853,7 @@ def test_two_parameters_of_one_masked_name_are_refused():
         SparseAdamW([("w", one), ("w", two)], CSRMask.from_dense({"w": torch.ones(2, 2, dtype=torch.bool)}))
 
 
-# ---- wrapped models
-# -----------------------------------------------------------------------------------------------------
-
-
+# ---- wrapped models ----
 class Replica(nn.Module):
     """DistributedDataParallel's names."""
 
@@ -936,10 +925,7 @@ def test_a_model_with_a_module_of_that_name(wrap):
     assert torch.equal(model.module.weight == before, ~torch.eye(2, dtype=torch.bool))
 
 
-# ---- clipping
-# -----------------------------------------------------------------------------------------------------------
-
-
+# ---- clipping ----
 def norm_of(model, mask):
     """float64: of the masked gradients and those of the other parameters."""
     grads = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
@@ -1056,9 +1042,7 @@ def test_clip_grad_norm_without_gradients():
     assert float(setup()[1].clip_grad_norm_(1.0)) == 0
 
 
-# ---- bfloat16 state and stochastic rounding
-# -----------------------------------------------------------------------------
-
+# ---- bfloat16 state and stochastic rounding ----
 ROUNDED = [
     (torch.bfloat16, {}),
     (torch.bfloat16, {"state_dtype": torch.bfloat16}),
@@ -1134,10 +1118,7 @@ def test_bfloat16_moments_decay_only_with_stochastic_rounding():
     assert ends["nearest"][1] != pytest.approx(ends["float32"][1], rel=0.03)
 
 
-# ---- update_mask
-# --------------------------------------------------------------------------------------------------------
-
-
+# ---- update_mask ----
 def test_update_mask_and_what_entries_decay_to():
     """Entries that stay keep their point; those that join stay where they are, since they decay to their present
     weight.

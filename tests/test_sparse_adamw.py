@@ -80,10 +80,7 @@ def backend(request) -> Backend:
     return Backend(request.param)
 
 
-# ---- problems
-# -----------------------------------------------------------------------------------------------------------
-
-
+# ---- problems ----
 @dataclass
 class Options:
     dtype: torch.dtype = torch.float32
@@ -210,10 +207,7 @@ def bits(t: Tensor) -> Tensor:
     return t.reshape(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
-# ---- oracle
-# -------------------------------------------------------------------------------------------------------------
-
-
+# ---- oracle ----
 State = tuple[Tensor, Tensor, Tensor]  # weight, exp_avg, exp_avg_sq
 
 
@@ -314,9 +308,7 @@ def rounding_range(low: Tensor, high: Tensor, dtype: torch.dtype, by_chance: boo
     return down, up
 
 
-# ---- tests
-# --------------------------------------------------------------------------------------------------------------
-
+# ---- tests ----
 CASES = {
     "defaults": Options(),
     "no decay": Options(weight_decay=0.0, lr_dtype=torch.float32, step_dtype=torch.float32),
@@ -492,10 +484,7 @@ def test_tables_are_kept_by_content():
     assert len(rows._tables) == rows._TABLES_KEPT
 
 
-# ---- stochastic rounding
-# ------------------------------------------------------------------------------------------------
-
-
+# ---- stochastic rounding ----
 def philox_words(key: list[int], counter: list[int]) -> list[int]:
     """Philox4x32-10 by the paper (Salmon et al. 2011), in Python's integers."""
     a, b, c, d = counter
@@ -666,10 +655,7 @@ def test_a_seed_changes_nothing_where_nothing_is_rounded_by_chance(backend, opti
         assert all(torch.equal(a, b) for a, b in zip(plain.snapshot(), seeded.snapshot()))
 
 
-# ---- the compiled CPU kernel
-# --------------------------------------------------------------------------------------------
-
-
+# ---- the compiled CPU kernel ----
 @pytest.mark.parametrize(
     "options",
     [

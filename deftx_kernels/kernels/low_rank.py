@@ -127,10 +127,7 @@ def _low_rank_kernel(
         tl.store(out + place, _taken(bits, threshold, tl.load(end + i), row, column, n).to(tl.uint8), mask=inside)
 
 
-# ---- launcher
-# -----------------------------------------------------------------------------------------------------------
-
-
+# ---- launcher ----
 class _Scores:
     """H or, with a cut, L + prune(H) of b matrices; each method is one launch, none waits for the device."""
 

@@ -177,10 +177,7 @@ def _sum_kernel(
     tl.store(out + entry, total.to(out.dtype.element_ty), mask=inside)
 
 
-# ---- launcher
-# -----------------------------------------------------------------------------------------------------------
-
-
+# ---- launcher ----
 @functools.lru_cache(maxsize=1024)
 def _splits(tiles: int, steps: int, most: int, multiprocessors: int) -> int:
     """Into how many parts `steps` steps over the tokens go, at most `most`: the fewest of the cheapest."""

@@ -108,10 +108,7 @@ def locate(
     return element, other
 
 
-# ---- for the launchers
-# --------------------------------------------------------------------------------------------------
-
-
+# ---- for the launchers ----
 def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple([t.data_ptr() for t in tensors])
 

@@ -206,10 +206,7 @@ def _sparse_adamw_kernel(
             )  # fmt: skip
 
 
-# ---- launcher
-# -----------------------------------------------------------------------------------------------------------
-
-
+# ---- launcher ----
 def _bits(*floats: float) -> tuple[int, ...]:
     return struct.unpack(f"<{len(floats)}q", struct.pack(f"<{len(floats)}d", *floats))
 

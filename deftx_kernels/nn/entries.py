@@ -317,10 +317,7 @@ class Flat:
             return part.set_(self.buffer.untyped_storage(), entry.start, (entry.mask.nnz,), (1,))  # type: ignore[arg-type]
 
 
-# ---- the weight as an attribute
-# -----------------------------------------------------------------------------------------
-
-
+# ---- the weight as an attribute ----
 class LiveWeight(Tensor):
     """A masked parameter as others read it, outside of its module's forward: its gradient reaches the values."""
 
@@ -352,10 +349,7 @@ def live_weight(weight: Tensor, entry: Entry) -> Tensor:
     return live
 
 
-# ---- optimizers
-# ---------------------------------------------------------------------------------------------------------
-
-
+# ---- optimizers ----
 def _entry_of(parameter: Tensor) -> Entry | None:
     watch = getattr(parameter, "watch", None) if isinstance(parameter, WatchedParameter) else None
     return watch.entry() if watch is not None else None
