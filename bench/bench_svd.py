@@ -18,7 +18,7 @@ from bench.rows import OURS
 from bench.shapes import SIZES as SHAPES
 from bench.shapes import Shapes, random_tensors
 from deftx_kernels import CSRMask, select_mask, svd_denoise, topk_mask, truncated_svd
-from deftx_kernels.functional import low_rank_mask
+from deftx_kernels.select import low_rank_mask
 
 OPS = {
     "svd_denoise": "each matrix replaced by its best approximation of low rank",

@@ -21,15 +21,16 @@ from typing import Any
 
 import torch
 import triton
+from deftx_kernels.backends import triton as triton_backend
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 
 from bench.bench_steps import SETTINGS, WORKS, fused_adamw, maskable, skeleton
 from bench.shapes import random_tensors, xlmr
-from deftx_kernels import CSRMask, SparseAdamW, _ops, select_mask, sparse_adamw, sparsify, topk_mask
-from deftx_kernels.backends import triton as triton_backend
+from deftx_kernels import CSRMask, SparseAdamW, select_mask, sparse_adamw, sparsify, topk_mask
 from deftx_kernels.kernels import masked_linear_grad
+from deftx_kernels.ops import schemas
 
 MULTIPROCESSORS = 132  # of an H100 or H200: decides how many launches a masked gradient takes
 # The layers, names and number of tensors of XLM-R base, each of a few elements.
@@ -68,8 +69,8 @@ def without_device() -> None:
     kernels = triton_backend.kernels()
     for op in ("sparse_adamw_", "csr_square_sum", "masked_linear_grad", "masked_embedding_grad"):
         kernel = kernels[op]
-        _ops.LIBRARY.impl(op, kernel, "CPU", allow_override=True)
-    _ops.LIBRARY.impl("topk_mask", nothing_selected, "CPU", allow_override=True)
+        schemas.LIBRARY.impl(op, kernel, "CPU", allow_override=True)
+    schemas.LIBRARY.impl("topk_mask", nothing_selected, "CPU", allow_override=True)
 
 
 def nothing_selected(

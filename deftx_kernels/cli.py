@@ -195,8 +195,7 @@ def _check_apart(output: Path, source: str) -> None:
 
 def _load(path: str) -> Any:
     """The vector or mask at `path`, in any format that this library reads."""
-    from deftx_kernels import interop
-    from deftx_kernels.delta import SparseDelta
+    from deftx_kernels.delta import SparseDelta, interop
     from deftx_kernels.mask import CSRMask
 
     folder = Path(path)
@@ -243,7 +242,7 @@ def _inspect(command: Inspect) -> int:
 def _convert(command: Convert) -> int:
     import torch
 
-    from deftx_kernels import interop
+    from deftx_kernels.delta import interop
     from deftx_kernels.mask import CSRMask
 
     _check_apart(command.output, str(command.source))

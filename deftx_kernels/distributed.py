@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from deftx_kernels._checks import check_devices, check_finite, check_float, check_plain
-from deftx_kernels._ops import column_dtype, rows_and_columns
-from deftx_kernels._selection import count_equal, find_threshold
-from deftx_kernels.functional import selected_counts
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.ops.schemas import column_dtype, rows_and_columns
+from deftx_kernels.select.functional import selected_counts
+from deftx_kernels.select.streaming import count_equal, find_threshold
+from deftx_kernels.validation import check_devices, check_finite, check_float, check_plain
 
 
 def topk_mask(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deftx_kernels import _library, _ops, reference
+from deftx_kernels.ops import library, reference, schemas
 
 
 class Row(NamedTuple):
@@ -49,15 +49,15 @@ def run(device: str | None = None, *, repeats: int = 5, width: int = WIDTH) -> l
     Raises:
         ValueError: an unknown device.
     """
-    if device not in (None, *_library.DEVICES):
-        raise ValueError(f"device must be one of {', '.join(_library.DEVICES)}, got {device!r}")
-    devices = [d for d in _library.DEVICES if device in (None, d) and (d != "cuda" or torch.cuda.is_available())]
+    if device not in (None, *library.DEVICES):
+        raise ValueError(f"device must be one of {', '.join(library.DEVICES)}, got {device!r}")
+    devices = [d for d in library.DEVICES if device in (None, d) and (d != "cuda" or torch.cuda.is_available())]
     if not devices:
         raise ValueError(f"device {device!r}: {absent().get('cuda', 'there is no CUDA device')}")
     # All calls come before the first oracle: nothing has been run, or set, that could hide a fault.
     called = [
         (op, [c for d in devices for c in _called(op, d, served[d], repeats, width)])
-        for op, served in _library.backends().items()
+        for op, served in library.backends().items()
     ]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -69,17 +69,17 @@ def run(device: str | None = None, *, repeats: int = 5, width: int = WIDTH) -> l
 
 def absent() -> dict[str, str]:
     """Implementation that is not on this machine → why ("no kernel for this op" is no reason of the machine's)."""
-    others = [b.others for served in _library.backends().values() for b in served.values()]
+    others = [b.others for served in library.backends().values() for b in served.values()]
     names = ("c++", "cuda", "triton")
-    reasons = {n: {o[n] for o in others if n in o} - {_library.NO_KERNEL} for n in names}
+    reasons = {n: {o[n] for o in others if n in o} - {library.NO_KERNEL} for n in names}
     return {n: "; ".join(sorted(r)) for n, r in reasons.items() if r and not any(n == b for b in _serving())}
 
 
 def _serving() -> set[str]:
-    return {b.name for served in _library.backends().values() for b in served.values()}
+    return {b.name for served in library.backends().values() for b in served.values()}
 
 
-def _called(op: str, device: str, served: _library.Backend, repeats: int, width: int) -> list[_Called]:
+def _called(op: str, device: str, served: library.Backend, repeats: int, width: int) -> list[_Called]:
     arguments = _CASES[op](width)
     called = []
     runnable: dict[str, Callable] = {served.name: getattr(torch.ops.deftx, op), "reference": getattr(reference, op)}
@@ -262,14 +262,12 @@ def _svd(a: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor
 _DECOMPOSING: dict[str, Callable] = {
     "eigh": _eigh,
     "eigvalsh": lambda matrices: _eigh(matrices)[0],
-    "truncated_svd": functools.partial(reference.truncated_svd, svd=_svd),
-    "svd_denoise_": functools.partial(reference.svd_denoise_, svd=_svd),
 }
 
 
 # ---- one case for each operator, of layers of a width: at 768, two to three million elements, float32 ----
 
-_GLOBAL, _OR = _ops.SCOPES["global"], _ops.OPERATIONS["or"]
+_GLOBAL, _OR = schemas.SCOPES["global"], schemas.OPERATIONS["or"]
 
 
 @functools.cache
@@ -395,20 +393,16 @@ _CASES: dict[str, Callable[[int], list[Any]]] = {
     # Bits are those of a dtype, so these two have float64 scores from the start.
     "magnitude_histogram": lambda n: [[t.double() for t in _tensors(n)], 0, 48],
     "threshold_mask": lambda n: [[t.double() for t in _tensors(n)], 0x4000 << 48, [0] * 4],  # above 2
-    "truncated_svd": _svd_case,
-    "svd_denoise_": _denoise_case,
     "eigh": lambda n: [_grams(n)],
     "eigvalsh": lambda n: [_grams(n)],
     "residual_cut": lambda n: _factors(n, 3 * n * n // 2),
     "low_rank_denoised": lambda n: _factors(n, _cut(n)),
-    "low_rank_histogram": lambda n: _factors(n, _cut(n), 0, lambda dtype: 8 * dtype.itemsize - 16),
-    "low_rank_mask": lambda n: _factors(n, _cut(n), functools.partial(_bits, 6), [n, 0]),
     "sparse_adamw_": _adamw_case,
     "csr_square_sum": lambda n: _csr_case(n, values=False),
     "masked_linear_grad": _linear_case,
     "masked_embedding_grad": _embedding_case,
 }
-assert _CASES.keys() == _ops.SCHEMAS.keys()
+assert _CASES.keys() == schemas.SCHEMAS.keys()
 
 
 # ---- printing ----

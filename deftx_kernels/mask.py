@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from deftx_kernels._checks import FLOATS, are_plain, check_floats, check_plain, check_readable, check_writable
-from deftx_kernels._ops import OPERATIONS, column_dtype, rows_and_columns
 from deftx_kernels.files import parse_json, reading, write_tensors
+from deftx_kernels.ops.schemas import OPERATIONS, column_dtype, rows_and_columns
+from deftx_kernels.validation import FLOATS, are_plain, check_floats, check_plain, check_readable, check_writable
 
 FORMAT = "deftx_csr_mask"
 

@@ -174,7 +174,7 @@ def low_rank_variants() -> Iterator[Variant]:
 
 
 def split_variants() -> Iterator[Variant]:
-    from deftx_kernels.kernels import products
+    from deftx_kernels.denoise import products
     from deftx_kernels.kernels import split as module
 
     for slots, any_size in itertools.product(((0, 1), products.LEFT, products.RIGHT, (0, 1, 2)), (False, True)):

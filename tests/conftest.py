@@ -13,13 +13,13 @@ import torch
 from filelock import FileLock
 
 import deftx_kernels  # noqa: F401  (registers the operators)
-from deftx_kernels import _library, reference
+from deftx_kernels.ops import library, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 class Provider(NamedTuple):
-    """Someone who runs the operators of `_ops.SCHEMAS`: `provider.ops.csr_gather(...)` on tensors of `provider.device`."""
+    """Someone who runs the operators of `schemas.SCHEMAS`: `provider.ops.csr_gather(...)` on tensors of `provider.device`."""
 
     name: str  # "reference", "c++", "emulated" (nvcc's output, executed on CPU tensors), "cuda"
     device: str
@@ -29,7 +29,7 @@ class Provider(NamedTuple):
         """Whether an implementation of its own serves the op, rather than the reference."""
         if self.name in ("reference", "emulated"):
             return hasattr(self.ops, op)
-        return _library.backends()[op][self.device].name == self.name
+        return library.backends()[op][self.device].name == self.name
 
 
 PROVIDERS = [
@@ -102,8 +102,8 @@ def provider(request) -> Provider:
     if name == "emulated":
         return Provider(name, "cpu", request.getfixturevalue("emulated").ops)
     device = "cpu" if name == "c++" else "cuda"
-    if device in _library.errors:
-        pytest.skip(f"the {device} library was {_library.errors[device]}")
+    if device in library.errors:
+        pytest.skip(f"the {device} library was {library.errors[device]}")
     return Provider(name, device, torch.ops.deftx)
 
 
@@ -112,7 +112,7 @@ OPERATORS = {
     "test_csr",
     "test_csr_combine",
     "test_eigh",
-    "test_low_rank_ops",
+    "test_low_rank",
     "test_masked_grad",
     "test_sparse_adamw",
     "test_square_sum",
@@ -146,7 +146,7 @@ def _in_pass(item, threads: str) -> bool:
 LONG = [
     "test_train_pipeline",
     "test_topk_ops",
-    "test_denoising",
+    "test_svd_denoise",
     "test_build",
     "test_memory",
     "test_train_recipes",

@@ -123,9 +123,9 @@ def build() -> None:
 
 LOADS = """
 import deftx_kernels, sys
-from deftx_kernels import _library
+from deftx_kernels.ops import library
 served = deftx_kernels.backends()["topk_mask"]
-print({device: backend.name for device, backend in served.items()}, _library.errors or "")
+print({device: backend.name for device, backend in served.items()}, library.errors or "")
 sys.exit((served["cpu"].name, served["cuda"].name) != ("c++", "cuda"))
 """
 
@@ -194,7 +194,8 @@ def tiny() -> None:
     """
     import torch
 
-    from deftx_kernels import CSRMask, masked_embedding, masked_linear, reference, sparse_adamw, svd_denoise, topk_mask
+    from deftx_kernels import CSRMask, masked_embedding, masked_linear, sparse_adamw, svd_denoise, topk_mask
+    from deftx_kernels.ops import reference
 
     generator = torch.Generator().manual_seed(0)
     shapes = {"a": (37, 301), "b": (5,), "c": (3, 7001), "d": (), "e": (129, 3, 5)}
@@ -324,7 +325,7 @@ def absent(source: Path, seen: set[Path] | None = None) -> set[str]:
 def test_files() -> list[str]:
     """The tests that this machine has the packages for."""
     chosen = []
-    for file in sorted((ROOT / "tests").glob("test_*.py")):
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
         missing = absent(file)
         if missing or file.stem.startswith(LEFT_OUT):
             print(file.name + (f" (needs {', '.join(sorted(missing))})" if missing else ""))

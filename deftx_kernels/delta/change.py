@@ -8,10 +8,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from deftx_kernels._checks import has_memory
 from deftx_kernels.delta.exact import Low, differs, total
 from deftx_kernels.delta.fingerprints import History, digest, fingerprint, history, known, remember
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.validation import has_memory
 
 
 class Change:

@@ -14,15 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deftx_kernels._checks import check_plain, check_readable, check_writable, is_number
 from deftx_kernels.delta import storage
 from deftx_kernels.delta.change import Change
 from deftx_kernels.delta.exact import SUMMABLE, Low, differs, exact_difference
 from deftx_kernels.delta.fingerprints import fingerprint, update
 from deftx_kernels.files import reading
-from deftx_kernels.functional import all_tensors, plain_name, tied_in_either, tied_names, unwrapped, with_tied_names
 from deftx_kernels.mask import CSRMask, usable_in_backward
 from deftx_kernels.nn import masked_parameters, plain_tensors
+from deftx_kernels.validation import (
+    all_tensors,
+    check_plain,
+    check_readable,
+    check_writable,
+    is_number,
+    plain_name,
+    tied_in_either,
+    tied_names,
+    unwrapped,
+    with_tied_names,
+)
 
 _DENSE = "dense."
 

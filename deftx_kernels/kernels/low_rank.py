@@ -6,7 +6,6 @@ so all passes are one kernel with several epilogues: the tiles, the order of the
     are the same.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -241,19 +240,3 @@ def residual_cut(
 def low_rank_denoised(delta: Tensor, left: Tensor, right: Tensor, cut: Tensor) -> Tensor:
     """The operator `deftx::low_rank_denoised`."""
     return _Scores(delta, left, right, cut).values()
-
-
-def low_rank_histogram(delta: Tensor, left: Tensor, right: Tensor, cut: Tensor, prefix: int, shift: int) -> Tensor:
-    """The operator `deftx::low_rank_histogram`."""
-    return _Scores(delta, left, right, cut).histogram(prefix if shift < 16 else 0, shift)
-
-
-def low_rank_mask(
-    delta: Tensor, left: Tensor, right: Tensor, cut: Tensor, threshold: int, ties: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """The operator `deftx::low_rank_mask`. The mask is a byte an entry until dense_to_csr has packed it."""
-    scores = _Scores(delta, left, right, cut)
-    b, m, n = delta.shape
-    bits = scores.full(b, value=threshold)
-    end = scores.end_of_ties(bits, torch.tensor(ties, device=delta.device)) if any(ties) else scores.full(b)
-    return torch.ops.deftx.dense_to_csr([scores.mask(bits, end).view(b * m, n)])

@@ -5,6 +5,7 @@ optimizer state and all-reduce are then of size nnz. `entries` keeps the two ali
 """
 
 from deftx_kernels.nn.entries import Entry, MaskedParameter, entries_of, values_name
+from deftx_kernels.nn.functional import masked_embedding, masked_linear
 from deftx_kernels.nn.modules import (
     MaskedEmbedding,
     MaskedLinear,
@@ -21,6 +22,8 @@ __all__ = [
     "MaskedParameter",
     "densify",
     "entries_of",
+    "masked_embedding",
+    "masked_linear",
     "masked_parameters",
     "plain_tensors",
     "sparsify",

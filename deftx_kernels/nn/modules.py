@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from deftx_kernels._checks import FLOATS, check_writable
-from deftx_kernels._masked import masked_lookup, masked_matmul, masked_tensor, scattered, without_gradient
 from deftx_kernels.mask import CSRMask, usable_in_backward
 from deftx_kernels.nn.entries import Entry, Flat, LiveWeight, MaskedParameter, live_weight, values_name
+from deftx_kernels.nn.functional import masked_lookup, masked_matmul, masked_tensor, scattered, without_gradient
+from deftx_kernels.validation import FLOATS, check_writable
 
 
 class Masked(nn.Module):

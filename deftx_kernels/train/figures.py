@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from deftx_kernels.denoise import svd_denoise
 from deftx_kernels.files import replaced
-from deftx_kernels.functional import svd_denoise
 from deftx_kernels.mask import CSRMask
 
 matplotlib.use("Agg")

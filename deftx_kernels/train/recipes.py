@@ -21,10 +21,10 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from deftx_kernels.delta import SparseDelta, fingerprint
 from deftx_kernels.files import read_json, write_json
-from deftx_kernels.functional import low_rank_mask, select_mask
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import densify, sparsify
 from deftx_kernels.optim import SparseAdamW
+from deftx_kernels.select import low_rank_mask, select_mask
 from deftx_kernels.train import models
 from deftx_kernels.train.checkpoints import check_weights, fault_of, remove_checkpoints
 from deftx_kernels.train.config import PhaseConfig, Recipe, SelectionConfig, VectorConfig, to_dict

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 
 from deftx_kernels.delta import SparseDelta
-from deftx_kernels.functional import selected_counts
+from deftx_kernels.select.functional import selected_counts
 from deftx_kernels.train import models
 from deftx_kernels.train.config import LanguageConfig, PhaseConfig, Recipe, TaskConfig, VectorConfig
 from deftx_kernels.train.recipes import Vector, finish, finished_model, save_model

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from deftx_kernels.delta import SparseDelta
-from deftx_kernels.interop import SFT_NAME, SHIRA_CONFIG
+from deftx_kernels.delta.interop import SFT_NAME, SHIRA_CONFIG
 
 OTHER_FORMATS = {SFT_NAME: "composable-sft", SHIRA_CONFIG: "PEFT"}
 

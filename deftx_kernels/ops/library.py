@@ -1,0 +1,152 @@
+"""Loads the compiled libraries once, remembers why one is missing, and says which implementation serves each op on each
+device.
+
+Five implementations can serve an op: "c++" (csrc/cpu) and "cuda" (csrc/cuda), which register themselves when their
+library is loaded; "triton" and "blas" (torch's own products and decompositions), registered from Python, which say so
+here with `register`; and "reference", plain torch, wherever none of these does.
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from deftx_kernels.ops import schemas
+
+NO_KERNEL = "no kernel for this op"
+DEVICES = ("cpu", "cuda")
+_COMPILED = {"cpu": "c++", "cuda": "cuda"}  # device -> the implementation that its compiled library holds
+_FOLDER = Path(__file__).parents[1]
+_SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+
+errors: dict[str, str] = {}  # device -> why its compiled library is not loaded
+_loaded = False
+_registered: dict[tuple[str, str], str] = {}  # (op, device) -> implementation, for those registered from Python
+_absent: dict[str, str] = {}  # implementation -> why it serves nothing here
+
+
+class Backend(NamedTuple):
+    """Which implementation serves an op on a device."""
+
+    name: str  # "c++", "cuda", "triton", "blas", "reference"; "none" where nothing does
+    others: dict[str, str]  # every other implementation there is for this device -> why it does not serve
+
+
+def register(op: str, device: str, name: str) -> None:
+    """Record that a Python backend has registered its kernel of `op` with the dispatcher for `device`."""
+    if op not in schemas.SCHEMAS or device not in DEVICES:
+        raise ValueError(
+            f"no op {op!r} on device {device!r}: ops are {', '.join(schemas.SCHEMAS)}; devices are {', '.join(DEVICES)}"
+        )
+    _registered[op, device] = name
+
+
+def absent(name: str, reason: str) -> None:
+    """Record why a Python backend registers nothing (`name`: "triton", say)."""
+    _absent[name] = reason
+
+
+def build_info() -> dict:
+    """What the build wrote: `built`, `reason`, `compiler` for each of "cpu" and "cuda"; `torch`. Empty if nothing was
+    built.
+    """
+    try:
+        return json.loads((_FOLDER / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _served_here(device: str) -> bool:
+    """Whether this machine has the device. Counting GPUs through NVML leaves CUDA uninitialised, so that forks still
+    work.
+    """
+    return device == "cpu" or torch.cuda.device_count() > 0
+
+
+def _load(device: str) -> str | None:
+    """Loads one library. Returns why it could not be, or None."""
+    if device == "cuda" and not torch.version.cuda:
+        return "not loaded: this torch has no CUDA"
+    info = build_info()
+    path = _FOLDER / f"libdeftx_{device}{_SUFFIX}"
+    if not path.exists():
+        if not info:
+            return "not built: the package runs from a source tree that was never installed"
+        return (
+            f"not built: {info.get(device, {}).get('reason') or f'{path.name} is missing from the installed package'}"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        detail = str(error.__cause__ or error).replace(str(_FOLDER), "...")
+        compiler = info.get(device, {}).get("compiler", "an unknown compiler")
+        built = f"built with {compiler} against torch {info.get('torch', 'unknown')}; this is torch {torch.__version__}"
+        return f"failed to load: {detail} ({built})"
+    return None
+
+
+def load() -> None:
+    """Load the compiled libraries; warn about each one that is missing although its device is here. Later calls do
+    nothing.
+    """
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    for device in DEVICES:
+        reason = _load(device)
+        if reason is None:
+            continue
+        errors[device] = reason
+        if (device != "cuda" or torch.version.cuda) and _served_here(device):
+            tool = "nvcc" if device == "cuda" else "a C++ compiler"
+            warnings.warn(
+                f"deftx_kernels: the {device} library is missing ({reason}). Its ops run on slower implementations, which"
+                f" deftx_kernels.backends() lists. To build it, reinstall where {tool} is present:"
+                " pip install --no-build-isolation --no-deps --force-reinstall deftx-kernels, or -e . in a source tree",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{schemas.NAMESPACE}::{op}", key)
+
+
+def _serving(op: str, device: str) -> str:
+    """What the dispatcher would run."""
+    if _has_kernel(op, device.upper()):
+        return _registered.get((op, device), _COMPILED[device])
+    if _has_kernel(op, "CompositeExplicitAutograd"):
+        return "reference"
+    return "none"
+
+
+def _why_not(op: str, device: str, name: str, serving: str) -> str:
+    if name == "reference":
+        return f"{serving} comes first" if _has_kernel(op, "CompositeExplicitAutograd") else "not registered"
+    if name == _COMPILED[device] and device in errors:
+        return errors[device]
+    if name == _COMPILED[device] and not _loaded:
+        return "not loaded: deftx_kernels.ops.library.load() has not run"
+    return _absent.get(name, NO_KERNEL)
+
+
+def backends() -> dict[str, dict[str, Backend]]:
+    """Which implementation serves each op on each device: `backends()["csr_gather"]["cpu"].name`, and `.others`, why
+    not another.
+
+    Read from the dispatcher, so it is what a call would run. Devices are listed whether or not this machine has them.
+    """
+    result: dict[str, dict[str, Backend]] = {}
+    for op in schemas.SCHEMAS:
+        result[op] = {}
+        for device in DEVICES:
+            serving = _serving(op, device)
+            names = [_COMPILED[device], *(["triton"] if device == "cuda" else []), "reference"]
+            others = {name: _why_not(op, device, name, serving) for name in names if name != serving}
+            result[op][device] = Backend(serving, others)
+    return result

@@ -1,0 +1,316 @@
+"""The checks of arguments that the public modules share. Each raises ValueError or TypeError, naming the argument."""
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+SCALARS = frozenset({torch.float32, torch.float64, torch.int32, torch.int64})
+_PLAIN = frozenset({Tensor, nn.Parameter})  # the classes of nearly all tensors, which need no closer look
+_TRACED = (FakeTensor, FunctionalTensor)  # what torch.export and other tracers put in the place of tensors
+_ASYNC = "AsyncCollectiveTensor"  # the result of a collective, which every operator waits for
+
+
+def check_hyperparameters(lr, betas, eps, weight_decay, l1) -> tuple[float, float]:
+    if isinstance(lr, Tensor):
+        check_plain(lr, "lr")
+        if lr.numel() != 1:
+            raise ValueError(f"lr must be a number or a tensor of one element, got shape {list(lr.shape)}")
+    elif not (is_number(lr) and lr >= 0):
+        raise ValueError(f"lr must be a number, at least 0, got {lr!r}")
+    if len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    for name, value in (("eps", eps), ("weight_decay", weight_decay), ("l1", l1)):
+        if not (is_number(value) and value >= 0):
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    return float(betas[0]), float(betas[1])
+
+
+def scalar(value: float | Tensor, name: str, device: torch.device, least: int | None = None) -> Tensor:
+    """A one-element tensor on the device; a 16-bit one is refused, since a bfloat16 counter never passes 256."""
+    if isinstance(value, Tensor):
+        check_plain(value, name)
+        if value.numel() != 1 or value.dtype not in SCALARS:
+            raise ValueError(
+                f"{name} must be a 0-d tensor of 32 bits or more (float32, float64, int32 or int64), got {value.dtype} "
+                f"{list(value.shape)}"
+            )
+        if value.is_meta and device.type != "meta":
+            raise ValueError(f"{name} is on meta: its value cannot be read")
+        return value.detach().to(device, non_blocking=True)
+    if not is_number(value) or (least is not None and (value < least or value != int(value))):
+        raise ValueError(f"{name} must be {'a number' if least is None else f'an int from {least}'}, got {value!r}")
+    return torch.full((), value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_int(value: object, name: str, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_plain(tensor: object, label: str) -> None:
+    """TypeError unless this is a tensor of one dense array: not nested, sparse, quantized or of a class that holds
+    other tensors, such as DTensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{label} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(f"{label} must be a dense (strided) tensor, got a nested one")
+    kind = type(tensor)
+    if _holds_others(tensor) and not isinstance(tensor, _TRACED) and kind.__name__ != _ASYNC:
+        advice = ": take its to_local() or full_tensor()" if kind.__name__ == "DTensor" else ""
+        raise TypeError(f"{label} must be a plain tensor, got a {kind.__name__}{advice}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{label} must be a dense (strided) tensor, got layout {tensor.layout}")
+    if tensor.is_quantized:
+        raise TypeError(f"{label} must not be quantized, got {tensor.dtype}")
+
+
+def are_plain(tensors: Sequence[Any]) -> bool:
+    """Whether these are what `check_plain` takes, at a glance: some are of classes that only it knows."""
+    if not {type(t) for t in tensors} <= _PLAIN:
+        return False
+    return {(t.is_nested, t.is_quantized, t.layout) for t in tensors} <= {(False, False, torch.strided)}
+
+
+def _holds_others(tensor: Tensor) -> bool:
+    """Whether the tensor's class, such as DTensor, holds its elements in other tensors."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def check_readable(tensor: Tensor, label: str) -> None:
+    """ValueError unless the tensor's elements can be read now."""
+    batched = torch._C._functorch.is_batchedtensor(tensor)
+    if tensor.is_meta or batched or isinstance(tensor, _TRACED):
+        state = "on meta" if tensor.is_meta else "batched by torch.vmap" if batched else "being traced"
+        raise ValueError(f"{label} is {state}: its elements cannot be read")
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the tensor's elements lie at its `data_ptr()`."""
+    if (
+        _holds_others(tensor)
+        or tensor.is_nested
+        or tensor.is_meta
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    ):
+        return False
+    return tensor.layout == torch.strided and tensor.numel() > 0
+
+
+def check_writable(tensors: Mapping[str, Tensor]) -> None:
+    """ValueError unless every element of these tensors, by their labels, has a place in memory of its own.
+
+    The operators find most of this themselves: it is called where they do not, and to name what they found.
+    """
+    if torch.compiler.is_compiling():
+        return
+    spans = []
+    for label, tensor in tensors.items():
+        if tensor.is_neg() or tensor.is_conj():
+            raise ValueError(
+                f"{label} is a view that negates or conjugates other memory: it cannot be written in place"
+            )
+        if not has_memory(tensor):
+            continue
+        if torch._debug_has_internal_overlap(tensor) == 1:
+            raise ValueError(f"elements of {label} share memory: it cannot be written in place")
+        length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+        if length == tensor.numel():  # views with gaps may be interleaved
+            spans.append((tensor.data_ptr(), tensor.data_ptr() + length * tensor.element_size(), label))
+    spans.sort()
+    for (_, end, one), (start, _, other) in zip(spans, spans[1:]):
+        if end > start:
+            raise ValueError(f"{one} and {other} share memory: which of two writes stays would be chance")
+
+
+def check_float(tensor: object, label: str) -> None:
+    """`check_plain`, and of a floating dtype that the operators take."""
+    check_plain(tensor, label)
+    assert isinstance(tensor, Tensor)
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{label} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+
+
+def check_floats(tensors: Sequence[Tensor], names: Sequence[str], argument: str) -> set[torch.dtype]:
+    """`check_float` of each tensor, for less than a call each. Their dtypes."""
+    if not (are_plain(tensors) and {t.dtype for t in tensors} <= FLOATS):
+        for name, tensor in zip(names, tensors):
+            check_float(tensor, f"{argument}[{name!r}]")
+    return {t.dtype for t in tensors}
+
+
+def check_devices(tensors: Mapping[str, Tensor], argument: str) -> None:
+    """ValueError unless the tensors lie on one device, where their elements can be read."""
+    devices = {t.device for t in tensors.values()}
+    if len(devices) > 1:
+        raise ValueError(f"{argument} lie on several devices: {', '.join(sorted(map(str, devices)))}")
+    for name, tensor in tensors.items():
+        check_readable(tensor, f"{argument}[{name!r}]")
+
+
+def check_finite(tensor: Tensor, label: str) -> None:
+    if math.isfinite(float(tensor.sum())):  # one read; a finite sum that overflows is looked at once more
+        return
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        index = int((~finite).reshape(-1).to(torch.uint8).argmax())
+        raise ValueError(
+            f"{label} holds {float(tensor.reshape(-1)[index])} at flat index {index}: every entry must be finite"
+        )
+
+
+def check_matrix(tensor: object, label: str) -> None:
+    check_float(tensor, label)
+    assert isinstance(tensor, Tensor)
+    check_readable(tensor, label)
+    if tensor.dim() < 2:
+        raise ValueError(f"{label} must have at least 2 dimensions [..., m, n], got shape {list(tensor.shape)}")
+    check_finite(tensor.detach(), label)
+
+
+# ---- models as arguments ----
+
+
+def named_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
+    """A module's named parameters, or a mapping's items; detached. Of several names of one tensor (tied weights) the
+    first.
+
+    Raises:
+        ValueError: tensors that share part of their memory, a model that is sparsified.
+        TypeError: no module and no mapping of names to tensors.
+    """
+    tensors = all_tensors(model, argument)
+    tied = tied_names(tensors, argument)
+    return {n: t for n, t in tensors.items() if tied[n] == n}
+
+
+def all_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
+    """As `named_tensors`, tied tensors under each of their names."""
+    if isinstance(model, nn.Module):
+        model = {plain_name(n): p for n, p in unwrapped(model).named_parameters(remove_duplicate=False)}
+    if not isinstance(model, Mapping):
+        raise TypeError(f"{argument} must be a module or a mapping of names to tensors, got {type(model).__name__}")
+    for name, tensor in model.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{argument} must have names that are strings, got {name!r}")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{argument}[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}")
+    for name, tensor in model.items():
+        stem = name.removesuffix("_values") if name.endswith("_values") else name.removesuffix("values") + "weight"
+        dense = model.get(stem) if name.rpartition(".")[2] == "values" or name.endswith("_values") else None
+        if dense is not None and tensor.dim() == 1 and tensor.numel() <= dense.numel() and tensor.is_floating_point():
+            raise ValueError(f"{argument} is sparsified ({name!r} beside {stem!r}): densify(model) first")
+    return {n: t.detach() for n, t in model.items()}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within DataParallel and DistributedDataParallel, and within what torch.compile makes of those."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and isinstance(model, (DataParallel, DistributedDataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile and activation checkpointing put into it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def tied_names(tensors: Mapping[str, Tensor], argument: str) -> dict[str, str]:
+    """Name → the first of the names of the same tensor: of the same memory, shape and strides.
+
+    Raises:
+        ValueError: tensors that share a part of their memory.
+    """
+    first: dict[Any, str] = {}
+    tied, spans = {}, []
+    for name, tensor in tensors.items():
+        tied[name] = name
+        # an expanded tensor is read, never written
+        if not has_memory(tensor) or torch._debug_has_internal_overlap(tensor) == 1:
+            continue
+        start = tensor.data_ptr()
+        tied[name] = first.setdefault((tensor.device, start, tensor.dtype, tensor.shape, tensor.stride()), name)
+        if tied[name] == name:
+            length = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
+            spans.append((str(tensor.device), start, start + length * tensor.element_size(), name))
+    spans.sort()
+    group: list[tuple[str, int, int, str]] = []
+    end = 0
+    for span in spans:
+        if group and span[0] == group[0][0] and span[1] < end:
+            group.append(span)
+            end = max(end, span[2])
+            continue
+        _check_apart(group, end, tensors, argument)
+        group, end = [span], span[2]
+    _check_apart(group, end, tensors, argument)
+    return tied
+
+
+def _check_apart(
+    group: list[tuple[str, int, int, str]], end: int, tensors: Mapping[str, Tensor], argument: str
+) -> None:
+    """ValueError where tensors of overlapping spans of memory have a byte in common: columns of one matrix may be
+    interleaved.
+    """
+    if len(group) < 2:
+        return
+    origin = group[0][1]
+    taken = torch.zeros(end - origin, dtype=torch.bool, device="cpu")
+    for _, start, _, name in group:
+        tensor, size = tensors[name], tensors[name].element_size()
+        own = taken.as_strided((*tensor.shape, size), (*(size * step for step in tensor.stride()), 1), start - origin)
+        if bool(own.any()):
+            raise ValueError(f"{argument}[{name!r}] shares a part of its memory with another tensor")
+        own.fill_(True)
+
+
+def tied_in_either(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, str]:
+    """`tied_names` of the base, and of what is tied in `tuned` and has the same bits in the base: copies of a tied
+    model.
+    """
+    tied = tied_names(base, "base")
+    for name, first in tied_names({n: tuned[n] for n in base if n in tuned}, "tuned").items():
+        if name != first and tied[name] == name and _same_bits(base[name], base[first]):
+            tied[name] = tied[first]
+    return {n: tied[first] for n, first in tied.items()}
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    pair = [t.contiguous().view(-1).view(torch.uint8) for t in (one, other.to(one.device))]
+    return torch.equal(pair[0], pair[1])
+
+
+def with_tied_names(tuned: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
+    """`tuned` with the first name of each tied tensor of the base, also where it has only another.
+
+    Raises:
+        ValueError: tensors that are tied in the base differ in `tuned`.
+    """
+    found = dict(tuned)
+    for name, first in tied.items():
+        if name != first and name in found:
+            other = found.setdefault(first, found[name])
+            one = found[name].to(other.device)
+            if one.data_ptr() != other.data_ptr() and (one.shape != other.shape or bool((one != other).any())):
+                raise ValueError(f"base has one tensor as {first!r} and {name!r}, which differ in tuned")
+    return found

@@ -1,0 +1,631 @@
+"""Operators called directly with damaged arguments: a result, or an error that says what is wrong, and nothing else.
+
+Every call begins with valid arguments, small ones, of which some are then spoiled: sizes, dtypes, devices, layouts,
+what index arrays hold, the lengths of lists, numbers. Between hostile calls the valid ones must still give the
+reference's result. `python tests/ops/test_op_fuzz.py LIBRARY CALLS SEED [OP...]` does the same in a process of its own,
+with another build of the CPU library, and prints each call before it is made.
+"""
+
+import importlib
+import os
+import random
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    _load = torch.ops.load_library
+    torch.ops.load_library = lambda path: _load(sys.argv[1] if Path(path).name.startswith("libdeftx_cpu") else path)
+
+import deftx_kernels  # noqa: F401, E402  (registers the operators)
+from deftx_kernels import doctor  # noqa: E402
+from deftx_kernels.ops import checks, library, reference, schemas  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+# ---- valid arguments ----
+class Maker:
+    """Random tensors and masks of a few entries."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.generator = torch.Generator().manual_seed(rng.getrandbits(32))
+
+    def floats(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(dtype)
+
+    def whole(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """-2 ... 2: sums of products of few of them are exact in every order."""
+        return torch.randint(-2, 3, shape, generator=self.generator).to(dtype)
+
+    def size(self, least: int = 1, most: int = 9) -> int:
+        return self.rng.randint(least, most)
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        kinds = [
+            lambda: (self.size(), self.size()),
+            lambda: (self.size(),),
+            lambda: (),
+            lambda: (self.size(), 2, 3),
+            lambda: (0, 4),
+        ]
+        kinds += [lambda: (self.size(20, 70), self.size(20, 70))]
+        return [self.rng.choice(kinds)() for _ in range(self.size(1, 5))]
+
+    def mask(self, shapes: list[tuple[int, ...]], density: float = 0.4) -> tuple[Tensor, Tensor]:
+        chosen = [torch.rand(s, generator=self.generator) < density for s in shapes]
+        crow, col = reference.dense_to_csr(chosen)
+        return crow, col.to(torch.int32) if self.rng.random() < 0.3 else col
+
+    def tensors(self, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor]:
+        shapes = self.shapes()
+        return [self.floats(*s, dtype=dtype) for s in shapes], *self.mask(shapes)
+
+    def dtype(self) -> torch.dtype:
+        return self.rng.choice(FLOATS)
+
+    def factors(self) -> list[Tensor]:
+        b, m, n, r = self.size(0, 3), self.size(), self.size(), self.size()
+        dtype = self.rng.choice([torch.float32, torch.float32, torch.float64])
+        return [self.whole(b, m, n, dtype=dtype), self.whole(b, m, r, dtype=dtype), self.whole(b, n, r, dtype=dtype)]
+
+
+def _csr(make: Maker, values: bool = True) -> list[Any]:
+    tensors, crow, col = make.tensors(make.dtype())
+    return [tensors, crow, col, *([make.floats(len(col), dtype=tensors[0].dtype)] if values else [])]
+
+
+def _combine(make: Maker) -> list[Any]:
+    shapes = make.shapes()
+    crow, col = make.mask(shapes)
+    other_crow, other_col = make.mask(shapes)
+    return [crow, col, other_crow, other_col.to(col.dtype), make.rng.choice([*schemas.OPERATIONS.values()])]
+
+
+def _topk(make: Maker) -> list[Any]:
+    scores = [make.floats(*s, dtype=make.dtype()) for s in make.shapes()]
+    base = [make.floats(*s.shape, dtype=make.dtype()) for s in scores] if make.rng.random() < 0.3 else []
+    scope = make.rng.choice([*schemas.SCOPES])
+    tables = [schemas.rows_and_columns(s.shape) for s in scores]
+    most = {
+        "global": [sum(s.numel() for s in scores)],
+        "tensor": [r * c for r, c in tables],
+        "row": [c for _, c in tables],
+    }
+    return [scores, base, [make.rng.randint(0, n) for n in most[scope]], schemas.SCOPES[scope]]
+
+
+def _threshold(make: Maker) -> list[Any]:
+    dtype = make.dtype()
+    scores = [make.whole(*s, dtype=dtype) for s in make.shapes()]
+    return [scores, _bits(1.0, dtype), [make.rng.randint(0, min(5, s.numel())) for s in scores]]
+
+
+def _histogram(make: Maker) -> list[Any]:
+    dtype = make.dtype()
+    shift = 16 * make.rng.randrange(dtype.itemsize // 2)
+    return [[make.whole(*s, dtype=dtype) for s in make.shapes()], 0 if shift else _bits(1.0, dtype) >> 16, shift]
+
+
+def _svd(make: Maker) -> list[Any]:
+    m, n, batch = make.size(1, 30), make.size(1, 30), make.rng.choice([(), (0,), (2,), (2, 1)])
+    rank = make.rng.randint(1, min(m, n))
+    a = make.whole(*batch, m, rank) @ make.whole(rank, n) + 0.01 * make.floats(*batch, m, n)
+    columns = make.rng.choice([rank, min(rank + 5, m, n), min(m, n)])
+    test_matrix = make.floats(min(m, n), columns) if make.rng.random() < 0.5 else None
+    # Of a matrix that is not of the rank alone an iteration gives approximations, which the reference would not
+    # confirm.
+    return [
+        a if test_matrix is None else (make.whole(*batch, m, rank) @ make.whole(rank, n)).float(),
+        rank,
+        2,
+        test_matrix,
+    ]
+
+
+def _denoise(make: Maker) -> list[Any]:
+    m, n, count = make.size(2, 30), make.size(2, 30), make.size(1, 4)
+    rank = make.rng.randint(1, min(m, n))
+    matrices = [
+        make.floats(m, rank) @ torch.diag(2.0 ** -torch.arange(rank)) @ make.floats(rank, n) for _ in range(count)
+    ]
+    totals = torch.stack([w.double().square().sum() for w in matrices])
+    rule = make.rng.choice([(rank, 0.0, 0.0), (0, 0.9, 0.0), (0, 0.0, 1.5)])
+    test_matrix = make.floats(min(m, n), min(rank + 2, m, n)) if rule[0] and make.rng.random() < 0.5 else None
+    return [matrices, [torch.zeros_like(w) for w in matrices], totals, *rule, 0.0, 2, test_matrix, make.size(1, 3)]
+
+
+def _symmetric(make: Maker) -> list[Any]:
+    b, n = make.size(0, 3), make.size(0, 12)
+    a = make.floats(b, n, n, dtype=make.rng.choice(FLOATS[:2]))
+    return [a + a.mT]
+
+
+def _cut(make: Maker, *more: Any) -> list[Any]:
+    delta, left, right = make.factors()
+    cut = torch.tensor([[_bits(1.0, delta.dtype), make.size(0, 20)] for _ in delta], dtype=torch.int64).view(-1, 2)
+    return [delta, left, right, cut]
+
+
+def _low_rank_histogram(make: Maker) -> list[Any]:
+    arguments = _cut(make)
+    return [*arguments, 0, 8 * arguments[0].dtype.itemsize - 16]
+
+
+def _low_rank_mask(make: Maker) -> list[Any]:
+    arguments = _cut(make)
+    return [*arguments, _bits(2.0, arguments[0].dtype), [make.size(0, min(5, w.numel())) for w in arguments[0]]]
+
+
+def _residual(make: Maker) -> list[Any]:
+    delta, left, right = make.factors()
+    return [delta, left, right, make.rng.randint(0, delta.shape[1] * delta.shape[2])]
+
+
+def _adamw(make: Maker) -> list[Any]:
+    dtype = make.dtype()
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    params, crow, col = make.tensors(dtype)
+    compact = make.rng.random() < 0.5
+    state = compute if dtype == torch.float64 or make.rng.random() < 0.7 else torch.bfloat16
+    nnz = len(col)
+
+    def maybe(value: Any) -> Any:
+        return value if make.rng.random() < 0.3 else None
+
+    grads = [make.floats(nnz, dtype=dtype)] if compact else [make.floats(*p.shape, dtype=dtype) for p in params]
+    moments = [make.floats(nnz, dtype=state), make.floats(nnz, dtype=state).abs() + 0.1]
+    return [
+        params, grads, compact, *moments, maybe(make.floats(nnz, dtype=compute)), crow, col,
+        torch.tensor(3.0), torch.tensor(0.01), 0.9, 0.999, 1e-8, 0.01, maybe(make.floats(nnz, dtype=compute)), 0.0, False,
+        maybe(torch.tensor(2.0)), maybe(torch.tensor(0.0)), maybe(7),
+    ]  # fmt: skip
+
+
+def _linear(make: Maker) -> list[Any]:
+    tokens, m, n = make.size(0, 12), make.size(1, 40), make.size(1, 40)
+    wide = make.rng.random() < 0.3
+    inputs = [make.floats(tokens, s, dtype=torch.float64 if wide else torch.float32) for s in (m, n)]
+    return [*inputs, *make.mask([(m, n)], make.rng.choice([0.1, 0.9])), torch.float64 if wide else torch.float32]
+
+
+def _embedding(make: Maker) -> list[Any]:
+    tokens, d, vocabulary = make.rng.choice([0, 3, 20, 200]), make.size(), make.size()
+    indices = torch.randint(0, vocabulary, (tokens,), generator=make.generator)
+    indices = indices.to(make.rng.choice([torch.int32, torch.int64]))
+    return [
+        make.floats(tokens, d),
+        indices,
+        *make.mask([(vocabulary, d)], 0.6),
+        make.rng.choice([-1, 0, 1]),
+        torch.float32,
+    ]
+
+
+def _bits(magnitude: float, dtype: torch.dtype) -> int:
+    return int(reference.magnitude_bits(torch.tensor([magnitude], dtype=dtype)))
+
+
+VALID: dict[str, Callable[[Maker], list[Any]]] = {
+    "csr_gather": lambda make: _csr(make, values=False),
+    "csr_scatter_": _csr,
+    "csr_add_": lambda make: [*_csr(make), 0.5],
+    "csr_combine": _combine,
+    "dense_to_csr": lambda make: [[make.floats(*s) > 0.3 for s in make.shapes()]],
+    "topk_mask": _topk,
+    "magnitude_histogram": _histogram,
+    "threshold_mask": _threshold,
+    "truncated_svd": _svd,
+    "svd_denoise_": _denoise,
+    "eigh": lambda make: [*_symmetric(make), 0, 0.0, 0.0],
+    "eigvalsh": _symmetric,
+    "residual_cut": _residual,
+    "low_rank_denoised": _cut,
+    "low_rank_histogram": _low_rank_histogram,
+    "low_rank_mask": _low_rank_mask,
+    "sparse_adamw_": _adamw,
+    "csr_square_sum": lambda make: _csr(make, values=False),
+    "masked_linear_grad": _linear,
+    "masked_embedding_grad": _embedding,
+}
+
+# ---- damage ----
+INTEGERS = [
+    -1,
+    0,
+    1,
+    2,
+    15,
+    16,
+    17,
+    31,
+    32,
+    48,
+    64,
+    65_535,
+    2**20,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**62,
+    2**63 - 1,
+    -(2**31),
+    -(2**63),
+]
+NUMBERS = [float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1.0, 2.0, 1e308, 1e-320]
+DTYPES = [
+    *FLOATS,
+    torch.int8,
+    torch.uint8,
+    torch.int16,
+    torch.uint16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+]
+HOSTILE_SHAPES = [
+    (),
+    (0,),
+    (1,),
+    (3,),
+    (0, 3),
+    (3, 0),
+    (2, 2),
+    (1, 2, 3),
+    (0, 2**62),
+    (2**62, 0),
+    (3, 2**40, 0),
+    (2, 0, 0),
+]
+
+
+def hostile_tensor(t: Tensor, rng: random.Random) -> Tensor:
+    """Something else in place of a tensor."""
+    if t.layout != torch.strided or t.is_meta or max(t.shape, default=0) > 2**40:
+        return t  # hostile enough
+
+    def contents() -> Tensor:
+        if t.numel() == 0:
+            return torch.zeros(1, dtype=t.dtype)
+        t2 = t.clone()
+        flat = t2.reshape(-1)
+        for _ in range(rng.choice([1, 1, 2, t.numel()])):
+            at = rng.randrange(len(flat))
+            if t.is_floating_point():
+                flat[at : at + 1] = torch.tensor([rng.choice(NUMBERS)], dtype=torch.float64).to(t.dtype)
+            elif t.dtype != torch.bool and not t.is_complex():
+                info = torch.iinfo(t.dtype)
+                near = int(flat[at]) + rng.choice([-1, 1, 3])
+                number = rng.choice([*INTEGERS, info.min, info.max, near, rng.randrange(10)])
+                # Through int64: indexing has no kernel for every unsigned dtype.
+                number = min(max(number, info.min), info.max)
+                flat[at : at + 1] = torch.tensor([number], dtype=torch.int64).to(t.dtype)
+        return flat.view(t.shape)
+
+    def one_dimension(change: Callable[[Tensor, int], Tensor]) -> Tensor:
+        return change(t, rng.randrange(t.dim())) if t.dim() else t.view(1)
+
+    damages: list[Callable[[], Tensor]] = [
+        contents, contents, contents,
+        lambda: t.to(rng.choice(DTYPES)),
+        lambda: one_dimension(lambda x, d: x.narrow(d, 0, max(x.shape[d] - 1, 0)).contiguous()),
+        lambda: one_dimension(lambda x, d: torch.cat([x, x.narrow(d, 0, min(1, x.shape[d]))], d)),
+        lambda: t.unsqueeze(0), lambda: t.reshape(-1),
+        lambda: t.new_zeros(rng.choice(HOSTILE_SHAPES)),
+        lambda: t.to("meta"), lambda: t.to("meta"),
+        lambda: torch.stack([t, t], -1)[..., 0],
+        lambda: t.mT if t.dim() > 1 else t,
+        lambda: t.new_zeros(()).expand(t.shape), lambda: t.new_zeros(1, 1).expand(3, 2),
+        lambda: t[torch.arange(len(t) - 1, -1, -1)] if t.dim() else t,
+        lambda: t.to_sparse() if t.dim() and t.dtype in FLOATS else t,
+        lambda: torch._neg_view(t) if t.dtype in FLOATS else t,
+        lambda: torch.conj(t) if t.is_complex() else t.to(torch.complex64),
+    ]  # fmt: skip
+    return rng.choice(damages)()
+
+
+def hostile_list(values: list, rng: random.Random) -> list:
+    others = [
+        list, lambda: values[:-1], lambda: values[1:], lambda: [*values, *values[-1:]], lambda: values[::-1],
+        lambda: values[:1] * max(len(values), 2),
+    ]  # fmt: skip
+    if values and rng.random() < 0.7:
+        at = rng.randrange(len(values))
+        return [*values[:at], hostile(values[at], rng), *values[at + 1 :]]
+    return rng.choice(others)()
+
+
+def hostile(value: Any, rng: random.Random) -> Any:
+    if isinstance(value, Tensor):
+        return hostile_tensor(value, rng)
+    if isinstance(value, list):
+        return hostile_list(value, rng)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return rng.choice([*INTEGERS, value - 1, value + 1])
+    if isinstance(value, float):
+        return rng.choice(NUMBERS)
+    if isinstance(value, str):
+        return rng.choice(["", "other", "row", "tensor", "and", "sub"])
+    if isinstance(value, torch.dtype):
+        return rng.choice(DTYPES)
+    assert value is None
+    return rng.choice([None, torch.ones(()), torch.zeros(3, 2), torch.ones(4)])
+
+
+def damaged(op: str, arguments: list[Any], rng: random.Random) -> list[Any]:
+    arguments = list(arguments)
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        at = rng.randrange(len(arguments))
+        arguments[at] = hostile(arguments[at], rng)
+    # As many iterations as were asked for are made, however many.
+    names = [a.name for a in getattr(torch.ops.deftx, op).default._schema.arguments]
+    if "n_iter" in names and arguments[names.index("n_iter")] > 64:
+        arguments[names.index("n_iter")] = 64
+    # An index into a schema of several types: None stands for a tensor or a number.
+    return [7 if n == "seed" and isinstance(a, Tensor) else a for n, a in zip(names, arguments)]
+
+
+# ---- calls ----
+class Implementation(NamedTuple):
+    """`call(op, arguments)`; `ops`: those that it has."""
+
+    call: Callable[[str, list[Any]], Any]
+    ops: list[str]
+
+
+ERRORS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
+# What torch and the emulator of CUDA say where a check of ours is missing.
+INTERNAL = ("INTERNAL ASSERT", "please report a bug", "CUDA error", "Triton Error")
+
+
+def tensors_of(arguments: Any) -> Iterator[Tensor]:
+    for a in arguments:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, list | tuple):
+            yield from tensors_of(a)
+
+
+def copied(arguments: Any) -> Any:
+    return [copied(a) if isinstance(a, list) else a.clone() if isinstance(a, Tensor) else a for a in arguments]
+
+
+def described(argument: Any) -> str:
+    if isinstance(argument, Tensor):
+        short = f"{argument.dtype}{list(argument.shape)} strides {argument.stride() if argument.layout == torch.strided else '-'}"
+        small = argument.device.type == "cpu" and argument.layout == torch.strided and 0 < argument.numel() <= 12
+        return f"<{short} {argument.device}{' ' + str(argument.tolist()) if small else ''}>"
+    return f"[{', '.join(map(described, argument))}]" if isinstance(argument, list) else repr(argument)
+
+
+def hostile_call(implementation: Implementation, op: str, arguments: list[Any]) -> None:
+    devices = {t.device for t in tensors_of(arguments)}
+    text = f"{op}({', '.join(map(described, arguments))})"  # before the call, which may write
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*failed the check", RuntimeWarning)  # of what is not finite
+            implementation.call(op, arguments)
+    except Exception as error:
+        emulator = type(error).__module__.startswith("cuda_on_cpu") or type(error).__module__.startswith("shared")
+        good = (
+            isinstance(error, ERRORS)
+            and not emulator
+            and not any(i in str(error) for i in INTERNAL)
+            and str(error).strip()
+        )
+        if not good:
+            raise AssertionError(f"{text}\nraised {type(error).__name__}: {error}") from error
+    else:
+        assert len(devices) < 2, f"{text}\ntook tensors of several devices"
+
+
+def outputs(op: str, function: Callable, arguments: list[Any]) -> list[torch.Tensor]:
+    """What the operator returned and what it wrote, in a form that can be compared."""
+    return doctor._outputs(op, function(*arguments), arguments)
+
+
+def check_valid(implementation: Implementation, op: str, arguments: list[Any]) -> None:
+    text = f"{op}({', '.join(map(described, arguments))})"
+    expected = outputs(op, getattr(reference, op), copied(arguments))
+    found = outputs(op, lambda *a: implementation.call(op, list(a)), copied(arguments))
+    for got, want in zip(found, expected, strict=True):
+        tolerance = 0.0 if not want.is_floating_point() else 2e-2 if want.dtype.itemsize == 2 else 1e-3
+        assert got.shape == want.shape, text
+        wide = [x.to(torch.int64 if x.dtype == torch.uint16 else torch.float64) for x in (got, want)]
+        torch.testing.assert_close(*wide, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m: f"{text}\n{m}")
+
+
+def fuzz(implementation: Implementation, calls: int, seed: int, valid_every: int = 10, trace: bool = False) -> None:
+    rng = random.Random(seed)
+    for op in implementation.ops:
+        for i in range(-(-calls // len(implementation.ops))):
+            make = Maker(rng)
+            arguments = VALID[op](make)
+            if i % valid_every == 0:
+                check_valid(implementation, op, arguments)
+            bad = damaged(op, arguments, rng)
+            if trace:
+                print(f"{op}({', '.join(map(described, bad))})", flush=True)
+            hostile_call(implementation, op, bad)
+    for op in implementation.ops:  # is the heap still sound?
+        check_valid(implementation, op, VALID[op](Maker(rng)))
+
+
+def installed() -> Implementation:
+    return Implementation(lambda op, arguments: getattr(torch.ops.deftx, op)(*arguments), list(schemas.SCHEMAS))
+
+
+def python() -> Implementation:
+    """The plain-torch functions as they are registered where nothing else serves."""
+    functions = {op: checks.checked(op, getattr(reference, op), reads_contents=True) for op in checks.CHECKS}
+    return Implementation(lambda op, arguments: functions[op](*arguments), list(functions))
+
+
+def compiled_for_gpus(emulated: Any) -> Implementation:
+    """csrc/cuda in the emulator, which checks the bounds of every access."""
+    ops = [o for o in schemas.SCHEMAS if torch._C._dispatch_has_kernel_for_dispatch_key(f"deftx_emulated::{o}", "CPU")]
+    return Implementation(lambda op, arguments: getattr(emulated.ops, op)(*arguments), ops)
+
+
+def triton_kernels(tool: Any) -> Implementation:
+    """The Triton kernels in the emulator, behind the checks that they are registered with."""
+    from deftx_kernels.backends import triton
+
+    functions = triton.kernels()
+
+    def call(op: str, arguments: list[Any]) -> Any:
+        memory = [t for t in tensors_of(arguments) if t.device.type == "cpu" and t.layout == torch.strided]
+        # Two programs may write one element where a mask is wrong.
+        with tool.override(racecheck=False, extra=memory):
+            return functions[op](*arguments)
+
+    return Implementation(call, list(functions))
+
+
+# ---- tests ----
+def test_every_operator_has_valid_arguments():
+    assert VALID.keys() == schemas.SCHEMAS.keys()
+
+
+@pytest.mark.parametrize("calls", [300, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("implementation", [installed, python])
+def test_hostile_calls(implementation, calls):
+    fuzz(implementation(), calls, seed=1)
+
+
+@pytest.mark.cuda_on_cpu
+@pytest.mark.parametrize("calls", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_hostile_calls_of_cuda_kernels(emulated, calls):
+    emulated.racecheck = False
+    try:
+        fuzz(compiled_for_gpus(emulated), calls, seed=2, valid_every=5)
+    finally:
+        emulated.racecheck = True
+
+
+@pytest.mark.cuda_on_cpu
+@pytest.mark.parametrize("calls", [40, pytest.param(400, marks=pytest.mark.slow)])
+def test_hostile_calls_of_triton_kernels(cuda_on_cpu, calls):
+    pytest.importorskip("triton")
+    fuzz(triton_kernels(importlib.import_module(f"{cuda_on_cpu.__name__}.triton_on_cpu")), calls, seed=3, valid_every=5)
+
+
+@pytest.mark.parametrize("crow", [[0, 1, -(2**63), 3], [0, 3, 1, 3], [0, 1, 2**63 - 1, 3]], ids=str)
+def test_row_pointers_that_descend(crow):
+    """The ranges of rows that occur may not overlap, either: two threads would write one entry."""
+    col = torch.tensor([0, 1, 0], dtype=torch.uint16)
+    for implementation in (installed(), python()):
+        arguments = [torch.randn(4, 8), torch.tensor([0, 1, 1, 2]), torch.tensor(crow), col, -1, torch.float32]
+        with pytest.raises((RuntimeError, ValueError), match="crow_indices must ascend"):
+            implementation.call("masked_embedding_grad", arguments)
+
+
+def test_written_tensors_that_share_memory_are_refused():
+    p = torch.zeros(2, 4)
+    crow, col = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([0, 1, 0, 1], dtype=torch.uint16)
+    with pytest.raises(RuntimeError, match="share memory"):
+        torch.ops.deftx.csr_add_([p, p], crow, col, torch.ones(4), 1.0)
+    assert not p.any()
+
+
+def test_tensors_without_columns_may_have_too_many_rows():
+    with pytest.raises(RuntimeError, match="2\\*\\*63"):
+        torch.ops.deftx.dense_to_csr([torch.zeros(2**62, 0, dtype=torch.bool)] * 4)
+
+
+def test_an_emptied_storage_is_refused():
+    t = torch.zeros(2, 4)
+    t.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="no memory of its size"):
+        torch.ops.deftx.csr_gather([t], torch.tensor([0, 1, 1]), torch.tensor([0], dtype=torch.uint16))
+
+
+# ---- under sanitizers ----
+def runtime_library(name: str) -> str:
+    """A library of the compiler's."""
+    compiler = os.environ.get("CXX", "g++")
+    try:
+        path = subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip(f"{compiler} is not there or is not like GCC")
+    if not Path(path).is_absolute():
+        pytest.skip(f"{compiler} has no {name}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def sanitized() -> tuple[Path, dict[str, str]]:
+    """csrc/cpu with AddressSanitizer and UndefinedBehaviorSanitizer, and the environment of a process that loads it."""
+    cmake = pytest.importorskip("cmake", reason="needs cmake to build csrc/cpu")
+    pytest.importorskip("ninja", reason="needs ninja to build csrc/cpu")
+    if "cpu" in library.errors:
+        pytest.skip(f"the cpu library was {library.errors['cpu']}")
+    # libstdc++ beside it: else the sanitizer does not find the function that throws.
+    preload = " ".join(map(runtime_library, ("libasan.so", "libstdc++.so.6")))
+    # A copy of no bytes may begin at no address.
+    folder, flags = ROOT / "build/asan", "-fsanitize=address,undefined -fno-sanitize=nonnull-attribute"
+    programs = Path(cmake.CMAKE_BIN_DIR)
+    configure = [
+        programs / "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DTORCH_DIR={torch.__path__[0]}",
+        f"-DCMAKE_CXX_FLAGS={flags} -fno-omit-frame-pointer -g1", f"-DCMAKE_MODULE_LINKER_FLAGS={flags}",
+    ]  # fmt: skip
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for command in (configure, [programs / "cmake", "--build", folder]):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    environment |= {
+        "LD_PRELOAD": preload,
+        "PYTHONMALLOC": "malloc",  # Python's own allocator hides what is beside a buffer
+        "ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    }
+    return folder / "lib/libdeftx_cpu.so", environment
+
+
+def run_sanitized(sanitized: tuple[Path, dict[str, str]], *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=sanitized[1], cwd=ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_hostile_calls_under_sanitizers(sanitized):
+    done = run_sanitized(sanitized, __file__, str(sanitized[0]), "5000", "4")
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-8000:]
+    assert done.stdout.splitlines()[-1] == "done"
+    assert "AddressSanitizer" not in done.stderr
+    assert "runtime error" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_sanitizer_sees_torch_tensors(sanitized):
+    """An access beside a tensor of torch's, by a function of C, ends the process."""
+    code = "import ctypes, torch; t = torch.zeros(4, dtype=torch.uint8); ctypes.memset(t.data_ptr() + 4, 0, 64)"
+    done = run_sanitized(sanitized, "-c", code)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    fuzz(
+        installed()._replace(ops=sys.argv[4:] or list(schemas.SCHEMAS)), int(sys.argv[2]), int(sys.argv[3]), trace=True
+    )
+    print("done")

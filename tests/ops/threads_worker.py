@@ -1,0 +1,631 @@
+"""One process of test_threads.py: calls every CPU operator and the public functions that rest on them, at sizes of real
+layers.
+
+    python tests/ops/threads_worker.py OUT.pt [--threads N] [--callers 4] [--once] [--cases default|slow] [--start I]
+
+Writes digests of all results, and the results that are compared with a tolerance. Inputs are random numbers and
+elementwise arithmetic alone: their bits depend neither on the number of threads nor on a matrix product.
+"""
+
+import argparse
+import functools
+import hashlib
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import deftx_kernels as dk
+from deftx_kernels import CSRMask, SparseAdamW, SparseDelta
+from deftx_kernels.ops.schemas import OPERATIONS, SCOPES
+
+ops = torch.ops.deftx
+# The names that arguments of the operators have.
+GLOBAL, TENSOR, ROW = SCOPES["global"], SCOPES["tensor"], SCOPES["row"]
+AND, OR, SUB = OPERATIONS["and"], OPERATIONS["or"], OPERATIONS["sub"]
+
+VOCABULARY = (250_002, 768)
+Results = dict[str, Tensor]
+
+
+# ---- inputs ----
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed))
+
+
+@functools.cache
+def layers() -> dict[str, Tensor]:
+    """27 million entries in layers of real shapes, a bias and a scalar."""
+    shapes = {
+        "attention": (768, 768),
+        "bias": (3072,),
+        "down": (768, 3072),
+        "large": (1024, 1024),
+        "mlp": (4096, 4096),
+        "scale": (),
+        "up": (3072, 768),
+    }
+    return {name: randn(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+
+
+@functools.cache
+def other_layers() -> dict[str, Tensor]:
+    return {name: tensor.flip(0) if tensor.dim() else tensor + 1 for name, tensor in layers().items()}
+
+
+@functools.cache
+def embedding() -> Tensor:
+    """[250,002, 768]: one block of random rows again and again, each row with its own factor."""
+    rows, columns = VOCABULARY
+    block, table = randn(8192, columns, seed=50), torch.empty(rows, columns)
+    factor = 1 + torch.arange(rows, dtype=torch.float32)[:, None] / rows
+    for part, by in zip(table.split(8192), factor.split(8192)):
+        torch.mul(block[: len(part)], by, out=part)
+    return table
+
+
+def pattern(shape: torch.Size, density: float, seed: int) -> np.ndarray:
+    """bool, with rows that are empty, full and between; by NumPy, on one thread."""
+    rows, columns = (1, int(np.prod(shape))) if len(shape) < 2 else shape
+    some = min(rows, 4096)
+    generator = np.random.default_rng(seed)
+    # of a tenth of the rows 8 times as many entries
+    share = density * np.where(generator.random((some, 1)) < 0.1, 8, 0.2)
+    share[generator.random((some, 1)) < 0.01] = 0
+    return np.resize(generator.random((some, columns), dtype=np.float32) < share, (rows, columns)).reshape(shape)
+
+
+@functools.cache
+def patterns(density: float = 0.05, seed: int = 0) -> dict[str, Tensor]:
+    return {n: torch.from_numpy(pattern(t.shape, density, seed + i)) for i, (n, t) in enumerate(layers().items())}
+
+
+def csr(dense: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """crow_indices and col_indices (uint16), by NumPy."""
+    matrices = [d.reshape(-1, d.shape[-1]) if d.ndim > 1 else d.reshape(1, -1) for d in dense]
+    counts = np.concatenate([m.sum(1) for m in matrices])
+    columns = np.concatenate([m.nonzero()[1] for m in matrices]).astype(np.uint16)
+    return torch.from_numpy(np.concatenate([[0], counts.cumsum()])), torch.from_numpy(columns)
+
+
+@functools.cache
+def mask(seed: int = 0) -> CSRMask:
+    """5 % of the layers."""
+    dense = patterns(seed=seed)
+    return CSRMask(list(dense), [t.shape for t in dense.values()], *csr([t.numpy() for t in dense.values()]))
+
+
+@functools.cache
+def vocabulary_mask() -> CSRMask:
+    """1 % of the embedding."""
+    return CSRMask(["table"], [VOCABULARY], *csr([pattern(torch.Size(VOCABULARY), 0.01, 70)]))
+
+
+def one_mask(rows: int, columns: int, density: float) -> CSRMask:
+    return CSRMask(["w"], [(rows, columns)], *csr([pattern(torch.Size((rows, columns)), density, 80)]))
+
+
+def compact(nnz: int, seed: int) -> Tensor:
+    return randn(nnz, seed=seed)
+
+
+def low_rank(m: int, n: int, seed: int, rank: int = 32) -> Tensor:
+    """Noise and `rank` columns that are 30 times as large: a gap after `rank` singular values."""
+    a = randn(m, n, seed=seed)
+    a[:, :rank] *= 30
+    return a
+
+
+def smooth(m: int, n: int, seed: int) -> Tensor:
+    """Singular values that fall steadily, without a gap."""
+    return randn(m, n, seed=seed) / (1 + torch.arange(n, dtype=torch.float32) / 50)
+
+
+@functools.cache
+def matrices() -> dict[str, Tensor]:
+    """What is denoised. Of each short side several, so that a batch of them is shared by the threads."""
+    found = {f"low rank {i}, 768x768": low_rank(768, 768, 100 + i) for i in range(3)}
+    found["smooth, 768x768"] = smooth(768, 768, 110)
+    found |= {
+        "low rank, 3072x768": low_rank(3072, 768, 120),
+        "low rank, 768x3072": low_rank(3072, 768, 121).mT.contiguous(),
+    }
+    return found | {f"low rank {i}, 1024x1024": low_rank(1024, 1024, 130 + i) for i in range(2)}
+
+
+@functools.cache
+def slow_matrices() -> dict[str, Tensor]:
+    return {f"low rank {i}, 3072x3072": low_rank(3072, 3072, 140 + i) for i in range(2)}
+
+
+@functools.cache
+def slow_symmetric() -> Tensor:
+    return symmetric(2, 4096, seed=160)
+
+
+def slow_table() -> Tensor:
+    """The embedding with a gap after 32 singular values."""
+    table = embedding().clone()
+    table[:, :32] *= 30
+    return table
+
+
+def symmetric(count: int, n: int, seed: int) -> Tensor:
+    """Every second one has eigenvalues of many sizes."""
+    a = randn(count, n, n, seed=seed)
+    a = a + a.mT
+    scale = 1 / (1 + torch.arange(n, dtype=torch.float32) / 8)
+    a[1::2] *= scale[:, None] * scale
+    return a
+
+
+@functools.cache
+def symmetric_matrices() -> dict[str, Tensor]:
+    return {"768": symmetric(3, 768, seed=150), "1024": symmetric(2, 1024, seed=151)}
+
+
+@functools.cache
+def factors() -> tuple[Tensor, Tensor, Tensor]:
+    """delta [2, 768, 3072] and factors of -1, 0 and 1: products and residuals are exact in every order of summation."""
+    left, right = (torch.randint(-1, 2, (2, size, 8), generator=seeded(170 + size)).float() for size in (768, 3072))
+    noise = torch.tensor([0, 0.25, -0.25, 1, 4])[torch.randint(0, 5, (2, 768, 3072), generator=seeded(172))]
+    return torch.einsum("bmr,bnr->bmn", left, right) + noise, left, right
+
+
+@functools.cache
+def tokens(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """grad_output [1024, rows] and input [1024, columns]."""
+    return randn(1024, rows, seed=180).to(dtype), randn(1024, columns, seed=181).to(dtype)
+
+
+@functools.cache
+def ids() -> Tensor:
+    return torch.randint(0, VOCABULARY[0], (8, 512), generator=seeded(190)) ** 2 % VOCABULARY[0]
+
+
+# ---- cases ----
+
+
+class Case(NamedTuple):
+    run: Callable[[], Results]
+    exact: bool  # the same bits for any number of threads
+    group: str = "default"  # "embedding": once in a process, not by several callers; "slow": on request
+
+
+# "op, size" → Case. The first word is the operator, where a case calls one itself.
+CASES: dict[str, Case] = {}
+
+
+def case(name: str, *, exact: bool, group: str = "default") -> Callable:
+    def add(function: Callable[[], Results]) -> Callable:
+        CASES[name] = Case(function, exact, group)
+        return function
+
+    return add
+
+
+def csr_of(m: CSRMask) -> Results:
+    return {"crow_indices": m.crow_indices, "col_indices": m.col_indices}
+
+
+def copies(tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {n: t.to(dtype, copy=True) for n, t in tensors.items()}
+
+
+def denoised(found: dict[str, Tensor], infos: dict[str, Any]) -> Results:
+    ranks = {f"rank of {n}": info["rank"] for n, info in infos.items()}
+    return found | ranks | {f"energy of {n}": info["energy"] for n, info in infos.items()}
+
+
+@case("svd_denoise(energy), layers", exact=False)
+def _() -> Results:
+    return denoised(*dk.svd_denoise(matrices(), energy=0.9, return_info=True))
+
+
+# The bits are the next case's; here the results are compared with float64.
+@case("eigh, 768x768 and 1024x1024", exact=False)
+def _() -> Results:
+    found = {n: ops.eigh(a) for n, a in symmetric_matrices().items()}
+    return {f"values {n}": x[0] for n, x in found.items()} | {f"vectors {n}": x[1] for n, x in found.items()}
+
+
+@case("eigh, bits of 3 of 768x768", exact=True)
+def _() -> Results:
+    values, vectors = ops.eigh(symmetric_matrices()["768"])
+    return {"values": values, "vectors": vectors, "alone": ops.eigvalsh(symmetric_matrices()["768"])}
+
+
+@case("eigvalsh, 2 of 768x768", exact=False)
+def _() -> Results:
+    return {"values 768": ops.eigvalsh(symmetric_matrices()["768"][:2])}
+
+
+@case("svd_denoise_, 3 of 768x768", exact=False)
+def _() -> Results:
+    given = {n: w for n, w in matrices().items() if n.startswith("low rank") and n.endswith(" 768x768")}
+    out = {n: torch.empty_like(w) for n, w in given.items()}
+    totals = torch.stack([w.double().square().sum() for w in given.values()])
+    ranks, _, _ = ops.svd_denoise_(
+        list(given.values()), list(out.values()), totals, 0, 0.9, 0.0, 0.0, 2, None, len(given)
+    )
+    return out | {f"rank of {n}": r for n, r in zip(given, ranks)}
+
+
+@case("svd_denoise(gavish-donoho), 768x768", exact=False)
+def _() -> Results:
+    given = {n: matrices()[n] for n in ("low rank 0, 768x768", "smooth, 768x768")}
+    return denoised(*dk.svd_denoise(given, rank="gavish-donoho", return_info=True))
+
+
+@case("svd_denoise(rank), layers", exact=False)
+def _() -> Results:
+    given = {n: w for n, w in matrices().items() if n.startswith("low rank")}
+    return dk.svd_denoise(given, rank=32)
+
+
+@case("truncated_svd, layers", exact=False)
+def _() -> Results:
+    batch = [f"low rank {i}, 768x768" for i in range(3)]
+    found = dict(zip(batch, zip(*dk.truncated_svd(torch.stack([matrices()[n] for n in batch]), 32))))
+    found["low rank, 3072x768"] = dk.truncated_svd(matrices()["low rank, 3072x768"], 32)
+    # vectors have free signs
+    products = {n: (u.double() * s.double()) @ vh.double() for n, (u, s, vh) in found.items()}
+    return products | {f"values of {n}": s for n, (_, s, _) in found.items()}
+
+
+for _scope, _k in (
+    (GLOBAL, [1_000_000]),
+    (TENSOR, [20_000, 99, 9999, 100_001, 4_000_000, 1, 3]),
+    (ROW, [7, 3, 100, 1000, 64, 1, 767]),
+):
+
+    def _topk(scope: Any = _scope, k: list[int] = _k) -> Results:
+        crow, col, bad = ops.topk_mask(list(layers().values()), list(other_layers().values()), k, scope)
+        return {"crow_indices": crow, "col_indices": col, "bad": bad}
+
+    case(f"topk_mask, layers, scope {_scope}", exact=True)(_topk)
+
+
+for _scope in ("global", "tensor", "row"):  # the public names
+
+    def _public_topk(scope: str = _scope) -> Results:
+        rounded = {n: (t * 8).round() for n, t in layers().items()}  # thousands of ties
+        return csr_of(dk.topk_mask(rounded, density=0.05, scope=scope))
+
+    case(f"topk_mask(), tied layers, scope {_scope}", exact=True)(_public_topk)
+
+
+@case("magnitude_histogram, layers", exact=True)
+def _() -> Results:
+    return {"histogram": ops.magnitude_histogram(list(layers().values()), 0, 16)}
+
+
+@case("threshold_mask, layers", exact=True)
+def _() -> Results:
+    crow, col = ops.threshold_mask(list(layers().values()), 0x3FC0 << 16, [1] * len(layers()))
+    return {"crow_indices": crow, "col_indices": col}
+
+
+@case("dense_to_csr, layers", exact=True)
+def _() -> Results:
+    crow, col = ops.dense_to_csr(list(patterns().values()))
+    return {"crow_indices": crow, "col_indices": col}
+
+
+@case("csr_gather, layers", exact=True)
+def _() -> Results:
+    return {"values": ops.csr_gather(list(layers().values()), mask().crow_indices, mask().col_indices)}
+
+
+@case("csr_scatter_, layers", exact=True)
+def _() -> Results:
+    found = copies(layers())
+    ops.csr_scatter_(list(found.values()), mask().crow_indices, mask().col_indices, compact(mask().nnz, 200))
+    return found
+
+
+@case("csr_add_, bfloat16 layers", exact=True)
+def _() -> Results:
+    found = copies(layers(), torch.bfloat16)
+    ops.csr_add_(list(found.values()), mask().crow_indices, mask().col_indices, compact(mask().nnz, 201), 0.3)
+    return found
+
+
+@case("csr_square_sum, layers", exact=True)
+def _() -> Results:
+    return {"sum": ops.csr_square_sum(list(layers().values()), mask().crow_indices, mask().col_indices)}
+
+
+@case("csr_combine, layers", exact=True)
+def _() -> Results:
+    found = {}
+    one, other = mask(), mask(seed=40)
+    for operation in (AND, OR, SUB):
+        crow, col = ops.csr_combine(one.crow_indices, one.col_indices, other.crow_indices, other.col_indices, operation)
+        found |= {f"crow_indices {operation}": crow, f"col_indices {operation}": col}
+    return found
+
+
+@case("CSRMask, layers", exact=True)
+def _() -> Results:
+    one = CSRMask.from_dense(patterns())
+    other = mask(seed=40)
+    values = one.gather(layers())
+    found = {"gathered": values, "square_sum": one.square_sum(layers()), "projected": one.project(values, other)}
+    found |= {f"added {n}": t for n, t in one.add_(copies(layers()), values, 2.0).items()}
+    found |= {f"scattered {n}": t for n, t in one.scatter_(copies(other_layers()), values).items()}
+    found["dense"] = torch.cat([t.view(-1) for t in (one & other).to_dense().values()])
+    for name, m in (("or", one | other), ("sub", one - other)):
+        found |= {f"{key} {name}": t for key, t in csr_of(m).items()}
+    return found
+
+
+for _keep in (10_000, 400_000):
+
+    def _residual_cut(keep: int = _keep) -> Results:
+        return {"cut": ops.residual_cut(*factors(), keep)}
+
+    case(f"residual_cut, 2 of 768x3072, {_keep} kept", exact=True)(_residual_cut)
+
+
+def cut() -> Tensor:
+    bits = int(torch.tensor(1.0).view(torch.int32))
+    return torch.tensor([[bits, 0], [bits, 40_000]])
+
+
+@case("low_rank_denoised, 2 of 768x3072", exact=True)
+def _() -> Results:
+    return {"denoised": ops.low_rank_denoised(*factors(), cut())}
+
+
+@case("low_rank_histogram, 2 of 768x3072", exact=True)
+def _() -> Results:
+    return {"histogram": ops.low_rank_histogram(*factors(), cut(), 0, 16)}
+
+
+@case("low_rank_mask, 2 of 768x3072", exact=True)
+def _() -> Results:
+    crow, col = ops.low_rank_mask(*factors(), cut(), int(torch.tensor(6.0).view(torch.int32)), [1000, 0])
+    return {"crow_indices": crow, "col_indices": col}
+
+
+def adamw(params: dict[str, Tensor], grads: Any, m: CSRMask, state: torch.dtype, **options: Any) -> Results:
+    """Two steps."""
+    exp_avg, exp_avg_sq = compact(m.nnz, 210).to(state), compact(m.nnz, 211).square().to(state)
+    for step in (5, 6):
+        dk.sparse_adamw(params, grads, exp_avg, exp_avg_sq, step, m, lr=1e-3, weight_decay=0.1, **options)
+    return params | {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+@case("sparse_adamw_, layers", exact=True)
+def _() -> Results:
+    return adamw(copies(layers()), other_layers(), mask(), torch.float32, l1=1e-4)
+
+
+@case("sparse_adamw_, bfloat16 layers, stochastic rounding", exact=True)
+def _() -> Results:
+    params = copies(layers(), torch.bfloat16)
+    return adamw(params, compact(mask().nnz, 212), mask(), torch.bfloat16, stochastic_rounding=True, seed=3)
+
+
+@case("SparseAdamW, layers", exact=True)
+def _() -> Results:
+    params = {n: torch.nn.Parameter(t) for n, t in copies(layers()).items()}
+    optimizer = SparseAdamW(params.items(), mask(), lr=1e-3)
+    for grads in (other_layers(), layers()):
+        for name, param in params.items():
+            param.grad = grads[name].clone()
+        norm = optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+    return {n: p.detach() for n, p in params.items()} | {"norm": norm}
+
+
+for _rows, _columns in ((3072, 768), (768, 3072), (4096, 1024)):
+    for _density, _dtype in ((0.05, torch.float32), (0.05, torch.bfloat16), (0.3, torch.float32)):
+        if _density < 0.2 or _rows == 3072:
+            _arguments = (_rows, _columns, _density, _dtype)
+
+            def _linear_grad(rows: int, columns: int, density: float, dtype: torch.dtype) -> Results:
+                m = one_mask(rows, columns, density)
+                grad = ops.masked_linear_grad(
+                    *tokens(rows, columns, dtype), m.crow_indices, m.col_indices, torch.float32
+                )
+                return {"grad": grad}
+
+            case(
+                f"masked_linear_grad, {_rows}x{_columns}, {_density:.0%}, {str(_dtype).removeprefix('torch.')}",
+                exact=_density < 0.2,  # denser ones are a matrix product
+            )(functools.partial(_linear_grad, *_arguments))
+
+
+def _backward(key: str) -> Results:
+    m = one_mask(3072, 768, 0.05)
+    weight, (grad, x) = layers()["up"], tokens(3072, 768)
+    x, values = x.clone().requires_grad_(), m.gather({"w": weight}).requires_grad_()
+    dk.masked_linear(x, weight, values, m).backward(grad)
+    return {key: {"values.grad": values.grad, "x.grad": x.grad}[key]}
+
+
+case("masked_linear(), 3072x768, 5%, values", exact=True)(functools.partial(_backward, "values.grad"))
+case("masked_linear(), 3072x768, 5%, input", exact=False)(functools.partial(_backward, "x.grad"))
+
+
+@case("select_mask, layers", exact=True)
+def _() -> Results:
+    return csr_of(dk.select_mask(layers(), other_layers(), density=0.05))
+
+
+@case("select_mask(energy), 768x768", exact=False)
+def _() -> Results:
+    tuned = {n: matrices()[n] for n in ("low rank 0, 768x768", "smooth, 768x768")}
+    selected = dk.select_mask(tuned, {n: torch.zeros_like(w) for n, w in tuned.items()}, density=0.05, energy=0.9)
+    # Scores are results of products: at the threshold, neighbours may change places. What they add up to is the same.
+    return {"selected": torch.stack([selected[n].gather({n: w}).double().square().sum() for n, w in tuned.items()])}
+
+
+@case("SparseDelta, layers", exact=True)
+def _() -> Results:
+    names = ["attention", "bias", "down", "large", "scale"]
+    base = {n: layers()[n] for n in names}
+    tuned = copies(base)
+    few = mask().restrict(names)
+    few.add_(tuned, compact(few.nnz, 220))
+    delta = SparseDelta.from_models(tuned, base)
+    model = copies(base)
+    delta.apply_(model, alpha=0.5)
+    added = {n: t.clone() for n, t in model.items()}
+    with delta.applied(model, strict=False):  # half of it is on the model already
+        pass
+    return csr_of(delta.mask) | {"values": delta.values} | added | {f"restored {n}": t for n, t in model.items()}
+
+
+# ---- the embedding ----
+
+
+@case("topk_mask, 250002x768", exact=True, group="embedding")
+def _() -> Results:
+    crow, col, bad = ops.topk_mask([embedding()], [], [2_000_000], GLOBAL)
+    return {"crow_indices": crow, "col_indices": col, "bad": bad}
+
+
+@case("csr_gather, 250002x768", exact=True, group="embedding")
+def _() -> Results:
+    m = vocabulary_mask()
+    return {"values": ops.csr_gather([embedding()], m.crow_indices, m.col_indices)}
+
+
+@case("csr_square_sum, 250002x768", exact=True, group="embedding")
+def _() -> Results:
+    m = vocabulary_mask()
+    return {"sum": ops.csr_square_sum([embedding()], m.crow_indices, m.col_indices)}
+
+
+@case("magnitude_histogram, 250002x768", exact=True, group="embedding")
+def _() -> Results:
+    return {"histogram": ops.magnitude_histogram([embedding()], 0, 16)}
+
+
+@case("masked_embedding_grad, 250002x768", exact=True, group="embedding")
+def _() -> Results:
+    m = vocabulary_mask()
+    gradient, indices = randn(ids().numel(), VOCABULARY[1], seed=230), ids().view(-1)
+    found = ops.masked_embedding_grad(gradient, indices, m.crow_indices, m.col_indices, 1, torch.float32)
+    values = m.gather({"table": embedding()}).requires_grad_()
+    dk.masked_embedding(ids(), embedding(), values, m, padding_idx=1).backward(gradient.view(*ids().shape, -1))
+    return {"grad": found, "grad of masked_embedding()": values.grad}
+
+
+# The last: it changes the embedding.
+@case("csr_scatter_, csr_add_ and sparse_adamw_, 250002x768", exact=True, group="embedding")
+def _() -> Results:
+    m, table = vocabulary_mask(), {"table": embedding()}
+    m.scatter_(table, compact(m.nnz, 240))
+    m.add_(table, compact(m.nnz, 241), 0.5)
+    return adamw(table, compact(m.nnz, 242), m, torch.float32)
+
+
+# ---- slow ----
+
+
+@case("svd_denoise(energy), 2 of 3072x3072", exact=False, group="slow")
+def _() -> Results:
+    return denoised(*dk.svd_denoise(slow_matrices(), energy=0.9, return_info=True))
+
+
+@case("eigh, 2 of 4096x4096", exact=False, group="slow")  # as the other eigh
+def _() -> Results:
+    values, vectors = ops.eigh(slow_symmetric())
+    return {"values 4096": values, "vectors 4096": vectors}
+
+
+@case("svd_denoise(energy), 250002x768", exact=False, group="slow")
+def _() -> Results:
+    out, info = dk.svd_denoise(slow_table(), energy=0.9, return_info=True)
+    # 1 GB twice: some rows, and the rank.
+    return {"every 100th row": out[::100].clone(), "rank of 250002x768": info["rank"], "energy": info["energy"]}
+
+
+# ---- running ----
+
+
+def digest(tensor: Tensor) -> str:
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
+
+
+class Recorder:
+    """Digests of every call, and of the results of products the tensors themselves, each once."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, dict[str, dict[str, str]]] = {}  # call → case → result → digest
+        self.tensors: dict[str, Tensor] = {}  # by digest
+
+    def record(self, call: str, name: str) -> None:
+        start = time.perf_counter()
+        try:
+            results = CASES[name].run()
+            digests = {key: digest(t) for key, t in results.items()}
+            if not CASES[name].exact:
+                self.tensors |= {
+                    digests[key]: t.detach() for key, t in results.items() if digests[key] not in self.tensors
+                }
+        except Exception as error:  # reported with the case's name by the parent
+            digests = {"error": f"{type(error).__name__}: {error}"}
+        self.calls.setdefault(call, {})[name] = digests
+        print(f"{call:10} {time.perf_counter() - start:7.2f} s  {name}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out")
+    parser.add_argument("--threads", type=int, default=0, help="torch.set_num_threads; 0: as the process finds it")
+    parser.add_argument("--callers", type=int, default=0, help="Python threads that run the cases at the same time")
+    parser.add_argument("--cases", choices=["default", "slow"], default="default")
+    parser.add_argument("--once", action="store_true", help="no second call of each case")
+    parser.add_argument("--start", type=int, default=0, help="the number of the case that comes first")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    recorder = Recorder()
+    names = [n for n, c in CASES.items() if c.group == options.cases]
+    names = names[options.start % len(names) :] + names[: options.start % len(names)]
+    if options.callers:
+        # not made by several at once
+        for inputs in (layers, other_layers, patterns, mask, matrices, symmetric_matrices, factors):
+            inputs()
+        mask(seed=40)
+
+        def call(i: int) -> None:
+            shift = i * len(names) // options.callers
+            for name in names[shift:] + names[:shift]:
+                recorder.record(f"caller {i + 1}", name)
+
+        callers = [threading.Thread(target=call, args=(i,)) for i in range(options.callers)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    else:
+        for name in names:
+            recorder.record("first", name)
+            if options.cases == "default" and not options.once:
+                recorder.record("again", name)
+        if options.cases == "default":
+            for name in (n for n, c in CASES.items() if c.group == "embedding"):
+                recorder.record("first", name)
+    torch.save({"threads": torch.get_num_threads(), "calls": recorder.calls, "tensors": recorder.tensors}, options.out)
+
+
+if __name__ == "__main__":
+    main()

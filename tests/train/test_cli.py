@@ -1,0 +1,264 @@
+"""The `deftx` command: what it prints, its exit codes, and that errors are one line without a traceback."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from train_tiny import sentence, tiny_bert, write_csv  # noqa: F401
+
+from deftx_kernels import CSRMask, SparseDelta, cli, doctor
+
+SHARED = Path(__file__).parents[3] / "shared/fixtures"
+
+
+@pytest.fixture
+def vectors(tmp_path) -> list[str]:
+    """Two vectors of one base, saved."""
+    torch.manual_seed(0)
+    base = {"a.weight": torch.randn(6, 5), "b.bias": torch.randn(4)}
+    folders = []
+    for number in range(2):
+        tuned = {name: tensor.clone() for name, tensor in base.items()}
+        tuned["a.weight"][number, :2] += 1.0
+        delta = SparseDelta.from_models(tuned, base)
+        delta.metadata["method"] = "lt-sft"
+        delta.save_pretrained(tmp_path / f"vector{number}")
+        folders.append(str(tmp_path / f"vector{number}"))
+    return folders
+
+
+def run(*arguments: str, capsys) -> tuple[int, str, str]:
+    try:
+        code = cli.main(list(arguments))
+    except SystemExit as stop:  # tyro's own errors
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_inspect_shows_method_size_and_density(vectors, capsys):
+    code, out, _ = run("inspect", vectors[0], capsys=capsys)
+    assert code == 0
+    assert "2 of 30 entries (6.667%)" in out
+    assert '"lt-sft"' in out
+    assert "a.weight" in out
+    assert "6×5" in out
+
+
+def test_inspect_a_mask_file(tmp_path, capsys):
+    CSRMask.from_dense({"w": torch.eye(4, dtype=torch.bool)}).save(tmp_path / "mask.safetensors")
+    code, out, _ = run("inspect", str(tmp_path / "mask.safetensors"), capsys=capsys)
+    assert code == 0
+    assert "CSRMask: 4 of 16 entries" in out
+
+
+def test_compose_adds_vectors(vectors, tmp_path, capsys):
+    code, out, _ = run("compose", *vectors, "-o", str(tmp_path / "sum"), capsys=capsys)
+    assert code == 0
+    assert out.strip() == str(tmp_path / "sum")
+    total = SparseDelta.from_pretrained(tmp_path / "sum")
+    parts = [SparseDelta.from_pretrained(path) for path in vectors]
+    assert total.mask == parts[0].mask | parts[1].mask
+    assert torch.equal(total.values.sort().values, torch.cat([part.values for part in parts]).sort().values)
+
+
+def test_convert_there_and_back(vectors, tmp_path, capsys):
+    assert run("convert", vectors[0], str(tmp_path / "sft"), "--to", "composable-sft", capsys=capsys)[0] == 0
+    assert (tmp_path / "sft/pytorch_diff.bin").is_file()
+    assert run("convert", str(tmp_path / "sft"), str(tmp_path / "back"), capsys=capsys)[0] == 0
+    first, back = (SparseDelta.from_pretrained(path) for path in (vectors[0], tmp_path / "back"))
+    assert torch.equal(first.values, back.values)
+
+
+def test_what_would_replace_its_source_or_is_of_another_library(vectors, tmp_path, capsys):
+    def refused(message: str, *arguments: str) -> None:
+        code, _, err = run(*arguments, capsys=capsys)
+        assert code == 2
+        assert message in err
+
+    first, sft = vectors[0], str(tmp_path / "sft")
+    for source in (first, f"{first}/sparse_delta.safetensors"):
+        refused("which it would replace", "convert", source, f"{first}/../vector0", "--dtype", "bfloat16")
+    refused("which it would replace", "compose", *vectors, "-o", first)
+    refused(
+        "dtype must be float32 for composable-sft, not bfloat16",
+        "convert",
+        first,
+        sft,
+        "--to=composable-sft",
+        "--dtype=bfloat16",
+    )
+    assert run("convert", first, sft, "--to", "composable-sft", capsys=capsys)[0] == 0
+    refused(
+        f"is of composable-sft: run `deftx convert {sft} FOLDER` first",
+        "compose",
+        first,
+        sft,
+        "-o",
+        str(tmp_path / "out"),
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no fixtures beside the repository")
+@pytest.mark.parametrize("name", ["composable_sft", "peft_shira"])
+def test_inspect_other_libraries_files(name, capsys):
+    code, out, err = run("inspect", str(SHARED / name), capsys=capsys)
+    assert code == 0 if "SparseDelta" in out else "base=" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "no/such/folder"], "no/such/folder"),
+        (["compose", "no/such/folder", "-o", "out"], "no/such/folder"),
+        (["run", "nusax", "--data-dir", "no/such/folder"], "data_dir no/such/folder: no such folder"),
+        (["run", "demo", "--targets", "su", "--run-dir", "RUN"], "language 'su': CLDR has only"),
+        (["run", "demo", "--model", "no/such/model", "--run-dir", "RUN"], "model 'no/such/model'"),
+        (["train-task", "--train", "no.csv", "--run-dir", "RUN"], "no.csv: no such file"),
+        (["train-language", "--text", "no.txt", "--language", "xx", "--run-dir", "RUN"], "no.txt: no such file"),
+        (["eval", "--test", "no.csv", "--vectors", "no/such/vector"], "vector 'no/such/vector'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == 2
+    assert not out
+    assert err.startswith("deftx: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bogus"], "bogus"),
+        (["run", "nusax"], "--data-dir"),
+        (["run", "demo", "--task.selection.density", "2"], "density must be above 0 and at most 1, not 2.0"),
+        (["run", "demo", "--recipes", "bogus"], "bogus"),
+        (["run", "demo", "--language.dense.lr", "0"], "lr must be a finite number above 0"),
+    ],
+)
+def test_bad_options_are_named(arguments, message, capsys):
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == 2
+    assert "Traceback" not in out + err
+    assert message in " ".join((out + err).replace("│", " ").split())
+
+
+@pytest.mark.parametrize("options", [[], pytest.param(["-OO"], marks=pytest.mark.slow)])  # which compiles all of torch
+def test_help_into_a_closed_pipe(options):
+    """`python -OO -m deftx_kernels.cli --help | head`: neither a traceback nor a message."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, *options, "-m", "deftx_kernels.cli", "--help"]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert done.returncode == 141
+    assert not done.stderr
+
+
+def test_what_the_disk_refuses_is_one_line(vectors, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    code, _, err = run("compose", *vectors, "-o", str(tmp_path / "file/out"), capsys=capsys)
+    assert code == 2
+    assert err.startswith("deftx: ")
+    assert str(tmp_path / "file") in err
+    assert err.count("\n") == 1
+    monkeypatch.setitem(cli._HANDLERS, cli.Compose, lambda _: {}["a fault of ours"])
+    with pytest.raises(KeyError, match="a fault of ours"):  # keeps its traceback
+        cli.main(["compose", *vectors, "-o", "out"])
+
+
+def test_every_command_has_help(capsys):
+    for command in ("run", "train-language", "train-task", "compose", "eval", "inspect", "convert", "doctor"):
+        code, out, _ = run(command, "--help", capsys=capsys)
+        assert code == 0
+        assert f"deftx {command}" in out
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_doctor_says_what_is_wrong_and_exits_with_1(wrong, capsys, monkeypatch):
+    if wrong:
+        right = doctor.reference.csr_gather
+        monkeypatch.setattr(doctor.reference, "csr_gather", lambda *a: right(*a) + 1)
+    asked = []
+    monkeypatch.setattr(
+        doctor, "run", lambda device, run=doctor.run: asked.append(device) or run(device, repeats=1, width=64)
+    )
+    code, out, _ = run("doctor", "--device", "cpu", capsys=capsys)
+    assert code == (1 if wrong else 0)
+    assert ("WRONG" in out) == wrong
+    assert asked == ["cpu"]
+    assert re.search(
+        rf"^threads +{torch.get_num_threads()} \((torch default|OMP_NUM_THREADS=\d+)\)$", out, re.MULTILINE
+    )
+    assert "256×64" in out  # the shape, and beside it the time
+    assert re.search(r"\d ms", out)
+
+
+def test_inspect_needs_the_core_alone_and_training_names_the_extra(vectors):
+    """A fresh interpreter in which the packages of the extra cannot be imported."""
+    program = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {cli.TRAIN_PACKAGES!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+from deftx_kernels import cli
+print(cli.main(["inspect", {vectors[0]!r}]))
+print(cli.main(["run", "demo"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    codes = [line for line in done.stdout.splitlines() if line in ("0", "2")]
+    assert codes == ["0", "2"]
+    assert done.stderr.strip().endswith('pip install "deftx-kernels[train]"')
+    assert "Traceback" not in done.stderr
+
+
+def test_train_task_language_and_eval(tmp_path, capsys, tiny_bert):  # noqa: F811
+    train = write_csv(tmp_path / "train.csv", [(i, *sentence(i)) for i in range(32)])
+    test = write_csv(tmp_path / "test.csv", [(i, *sentence(i)) for i in range(100, 116)])
+    (tmp_path / "text.txt").write_text("\n".join(sentence(i)[0] for i in range(200, 232)) + "\n")
+    phases = [
+        option
+        for phase in ("dense", "sparse")
+        for option in (f"--{phase}.max-steps", "3", f"--{phase}.lr", "0.01", f"--{phase}.no-keep-best")
+    ]
+    shared = ["--model", tiny_bert, "--device", "cpu", "--batch-size", "8", "--max-length", "24", *phases]
+    language = [
+        "train-language",
+        "--text",
+        str(tmp_path / "text.txt"),
+        "--language",
+        "xx",
+        "--run-dir",
+        str(tmp_path / "language"),
+    ]
+    code, out, err = run(*language, *shared, "--head-steps", "2", capsys=capsys)
+    assert code == 0, err
+    phi_language = out.strip().splitlines()[-1]
+    task = ["train-task", "--train", str(train), "--run-dir", str(tmp_path / "task")]
+    code, out, err = run(*task, *shared, "--start-from", phi_language, capsys=capsys)
+    assert code == 0, err
+    phi_task = out.strip().splitlines()[-1]
+    code, out, err = run(
+        "eval", "--test", str(test), "--vectors", phi_task, phi_language, "--device", "cpu", capsys=capsys
+    )
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["n"] == 16
+    code, _, err = run("eval", "--test", str(test), "--vectors", phi_language, capsys=capsys)
+    assert code == 2
+    assert "exactly one task vector" in err
+    code, _, err = run(*task, *shared, "--start-from", phi_language, "--seed", "1", capsys=capsys)
+    assert code == 2
+    assert "seed: 0 → 1" in err
