@@ -13,7 +13,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 def test_python(tmp_path, monkeypatch):
-    assert len(BLOCKS) >= 3
+    assert len(BLOCKS) >= 2
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     session: dict = {"__name__": "readme"}
