@@ -1,9 +1,9 @@
-"""Every operator and every way of training against its peers, each in the same run.
+"""Benchmark every operator and whole training steps against baselines, each in the same run.
 
-`python -m bench` times what you choose, prints it and appends rows to bench/results; `python -m bench table` writes the
-tables of README.md and bench/results/README.md, `python -m bench plot` the figures, both from the rows alone. `python
--m bench machine` measures the machine itself, `python -m bench counters` what our kernels move on a GPU
-(bench/machine.py).
+`python -m bench` times the chosen workloads, prints the results and appends rows to bench/results. `python -m bench
+table` writes the tables of README.md and bench/results/README.md, `python -m bench plot` the figures, both from the
+rows alone. `python -m bench machine` measures the machine's own rates, `python -m bench counters` the memory traffic of
+our kernels on a GPU (bench/machine.py).
 """
 
 import argparse
@@ -16,57 +16,50 @@ from typing import Any
 
 import torch
 
-from bench import machine, tables
-from bench.families import FAMILIES, OPS, SIZES, works
-from bench.harness import Choice, Work, measure, quieten
+from bench import machine, report
+from bench.families import FAMILIES, OPS, SIZES, workloads
+from bench.harness import Choice, Workload, measure, silence_libraries
 from bench.rows import OURS, RESULTS, ROOT, append, newest, provenance
 from bench.targets import TARGETS
 
-QUICK = ("minilm",)  # the sizes without --size
+QUICK = ("minilm",)  # the default sizes with --quick
 FULL = tuple(s for s in SIZES if s not in ("tiny", "llama7b"))
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
-COMMANDS = ("run", "table", "plot", "machine", "counters")
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    functions = (run, write_tables, write_figures, measure_machine, count)
-    return dict(zip(COMMANDS, functions))[options.command](options)
+    return COMMANDS[options.command](options)
 
 
 def parser() -> argparse.ArgumentParser:
     new = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    new.add_argument("command", nargs="?", choices=COMMANDS, default="run", help="default: run")
-    new.add_argument(
-        "--quick", action="store_true", help="one small size, few rounds, peaks in this process: under three minutes"
+    add = new.add_argument
+    add("command", nargs="?", choices=tuple(COMMANDS), default="run", help="default: run")
+    add("--quick", action="store_true", help="one small size, few rounds, peaks in this process: under three minutes")
+    add("--targets", action="store_true", help="only the workloads, of any size, that have a performance target")
+    add("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
+    sizes = f"those that a family has; default: {', '.join(FULL)}; {', '.join(QUICK)} with --quick"
+    add("--size", nargs="+", choices=SIZES, help=sizes)
+    add("--dtype", nargs="+", choices=DTYPES, default=[], help="default: each family's own")
+    add(
+        "--density", nargs="+", type=density, default=[], help="fractions of the entries, 0 to 1; default: the family's"
     )
-    new.add_argument(
-        "--targets", action="store_true", help="those works, of any size, that the targets in README.md are about"
-    )
-    new.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
-    sizes = f"of those that a family has; default: {', '.join(FULL)}; {', '.join(QUICK)} with --quick"
-    new.add_argument("--size", nargs="+", choices=SIZES, help=sizes)
-    new.add_argument("--dtype", nargs="+", choices=DTYPES, default=[], help="default: each family's usual ones")
-    new.add_argument(
-        "--density", nargs="+", type=share, default=[], help="shares of the entries, 0 to 1; default: the usual ones"
-    )
-    new.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    new.add_argument(
-        "--provider", nargs="+", default=[], help=f"these beside {OURS} (default: all), as the output names them"
-    )
-    new.add_argument("--target-peers", action="store_true", help="of the peers those that a target names")
-    new.add_argument("--rounds", type=int, help="timed calls of each provider")
-    new.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows (default: bench/results)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--implementation", nargs="+", default=[], help=f"only these and {OURS}, by the names in the output")
+    add("--target-baselines", action="store_true", help="only the baselines that a target names")
+    add("--rounds", type=int, help="timed calls of each implementation")
+    add("--out", type=Path, default=RESULTS, help="folder of the rows (default: bench/results)")
     return new
 
 
-def share(text: str) -> float:
+def density(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share of the entries: above 0, at most 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a fraction of the entries: above 0, at most 1")
     return value
 
 
@@ -87,115 +80,105 @@ def count(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    quieten()
+    silence_libraries()
     torch.manual_seed(0)
     device = device_of(options)
-    facts = provenance(device)
-    print(", ".join(f"{k} {v}" for k, v in facts.items() if v))
-    print(
-        "Medians of interleaved calls, caches emptied before each; every result is checked first. Peak: beside the inputs."
-    )
+    metadata = provenance(device)
+    print(", ".join(f"{k} {v}" for k, v in metadata.items() if v))
+    print("Medians of interleaved calls with flushed caches; every result is checked first. Peak: without the inputs.")
     tally = Tally()
     for family in options.family:
-        for work in chosen(options, family, device):
-            print_heading(work, tally)
+        for workload in chosen(options, family, device):
+            print_heading(workload, tally)
             rows = []
-            for row in measured(work, facts, options):
-                print_row(row, work)
+            for row in measured(workload, metadata, options):
+                print_row(row)
                 tally.add(row)
                 rows.append(row)
             append([row for row in rows if "p50_ms" in row], options.out / f"{family}.csv")
-    print(tally.verdict(options.out))
-    return 1 if tally.wrong or not tally.works else 0
+    print(tally.summary(options.out))
+    return 1 if tally.wrong or not tally.workloads else 0
 
 
-def measured(work: Work, facts: dict[str, Any], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The rows of a work; one that says what is wrong where it cannot be made or measured. The other works go on."""
+def measured(workload: Workload, metadata: dict[str, Any], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A workload's rows; after an exception one that says what failed, so that the other workloads go on."""
     rounds = options.rounds or (5 if options.quick else None)
-    providers = [
-        *options.provider,
-        *(n for t in TARGETS if options.target_peers and t.is_about(work) for n in (t.peer, t.ours)),
-    ]
-    if options.target_peers:
-        providers.append(OURS)  # a work whose targets name no peer is timed without any
+    names = list(options.implementation)
+    if options.target_baselines:  # a workload whose targets name no baseline is timed without any
+        names += [OURS, *(n for t in TARGETS if t.is_about(workload) for n in (t.baseline, t.ours))]
     try:
-        yield from measure(work, facts, rounds, tuple(providers), fresh=not options.quick)
+        yield from measure(workload, metadata, rounds, tuple(names), fresh=not options.quick)
     except Exception as error:
         traceback.print_exc(file=sys.stdout)
-        yield {"op": work.op, "size": work.title, "provider": OURS, "wrong": f"{type(error).__name__}: {error}"}
+        fault = f"{type(error).__name__}: {error}"
+        yield {"op": workload.op, "size": workload.title, "provider": OURS, "wrong": fault}
 
 
-def chosen(options: argparse.Namespace, family: str, device: str) -> Iterator[Work]:
-    usual = SIZES if options.targets else QUICK if options.quick else FULL
+def chosen(options: argparse.Namespace, family: str, device: str) -> Iterator[Workload]:
+    default = SIZES if options.targets else QUICK if options.quick else FULL
     dtypes = tuple(DTYPES[name] for name in options.dtype)
-    choice = Choice(device, tuple(options.size or usual), dtypes, tuple(options.density), options.quick)
-    for work in works(family, choice):
-        if not options.targets or any(target.is_about(work) for target in TARGETS):
-            yield work
+    choice = Choice(device, tuple(options.size or default), dtypes, tuple(options.density), options.quick)
+    for workload in workloads(family, choice):
+        if not options.targets or any(target.is_about(workload) for target in TARGETS):
+            yield workload
 
 
 class Tally:
-    """What a run came to."""
+    """The results of a run."""
 
     def __init__(self) -> None:
-        self.op = ""  # whose works are being printed
-        self.works: dict[tuple, list[tuple[float, str]]] = {}  # work → (times as long as ours, provider) of each peer
+        self.op = ""  # the last heading
+        self.workloads: dict[tuple, list[tuple[float, str]]] = {}  # → (speedup, baseline)
         self.wrong: list[str] = []
 
     def add(self, row: dict[str, Any]) -> None:
         if "wrong" in row:
             self.wrong.append(f"WRONG: {row['provider']} in {row['op']}, {row['size']}: {row['wrong']}")
         elif "p50_ms" in row:
-            peers = self.works.setdefault(tuple(row[k] for k in ("op", "size", "dtype", "density")), [])
+            speedups = self.workloads.setdefault(tuple(row[k] for k in ("op", "size", "dtype", "density")), [])
             if not row["provider"].startswith(OURS) and row["times_ours"]:
-                peers.append((float(row["times_ours"]), row["provider"]))
+                speedups.append((float(row["times_ours"]), row["provider"]))
 
-    def verdict(self, out: Path) -> str:
-        compared = {work: peers for work, peers in self.works.items() if peers}
-        behind = {work: min(peers) for work, peers in compared.items() if min(peers)[0] < 1}
-        lines = [
-            "",
-            f"{OURS} took the least time in {len(compared) - len(behind)} of {len(compared)} works with peers.",
-        ]
-        for work, (ratio, provider) in behind.items():
-            lines.append(
-                f"  behind in {', '.join(filter(None, map(str, work)))}: {provider} takes {ratio:.2f} times as long"
-            )
+    def summary(self, out: Path) -> str:
+        compared = {workload: speedups for workload, speedups in self.workloads.items() if speedups}
+        slower = {workload: min(speedups) for workload, speedups in compared.items() if min(speedups)[0] < 1}
+        fastest = f"{len(compared) - len(slower)} of {len(compared)}"
+        lines = ["", f"{OURS} was the fastest in {fastest} workloads with baselines."]
+        for workload, (speedup, baseline) in slower.items():
+            lines.append(f"  slower in {', '.join(filter(None, workload))}: speedup {speedup:.2f} over {baseline}")
         lines.append(f"Rows: {out}. {len(self.wrong)} results were wrong.")
         return "\n".join(lines + self.wrong)
 
 
-def print_heading(work: Work, tally: Tally) -> None:
-    if work.op != tally.op:
-        tally.op = work.op
-        print(f"\n{work.op}: {OPS[work.op]}")
-    parts = [work.title, work.dtype_name]
-    parts += [f"{100 * work.density:.3g} % of the entries"] if work.density is not None else []
+def print_heading(workload: Workload, tally: Tally) -> None:
+    if workload.op != tally.op:
+        tally.op = workload.op
+        print(f"\n{workload.op}: {OPS[workload.op]}")
+    parts = [workload.title, workload.dtype_name]
+    parts += [f"{100 * workload.density:.3g} % of the entries"] if workload.density is not None else []
     print(f"\n  {', '.join(parts)}", flush=True)
-    columns = f"{'times ours':>10} {'of the floor':>12} {'host':>10} {'peak':>10}"
-    print(f"    {'provider':38} {'median':>10} {'p20 .. p80':>22} {columns}")
+    columns = f"{'speedup':>10} {'of the floor':>12} {'host':>10} {'peak':>10}"
+    print(f"    {'implementation':38} {'median':>10} {'p20 .. p80':>22} {columns}")
 
 
-def print_row(row: dict[str, Any], work: Work) -> None:
+def print_row(row: dict[str, Any]) -> None:
     name = f"{row['provider']} ({row['backend']})" if row.get("backend") else row["provider"]
     if "p50_ms" not in row:
-        told = f"WRONG: {row['wrong']}" if "wrong" in row else f"absent: {row['absent']}"
-        print(f"    {name:38} {told}", flush=True)
+        reason = f"WRONG: {row['wrong']}" if "wrong" in row else f"absent: {row['absent']}"
+        print(f"    {name:38} {reason}", flush=True)
         return
-    p20, p50, p80 = (tables.duration(float(row[f"p{q}_ms"])) for q in (20, 50, 80))
-    ratio = f"{float(row['times_ours']):.2f}" if row["times_ours"] else "-"
+    p20, p50, p80 = (report.duration(float(row[f"p{q}_ms"])) for q in (20, 50, 80))
+    speedup = f"{float(row['times_ours']):.2f}" if row["times_ours"] else "-"
     peak = f"{float(row['peak_extra_mb']):.1f} MB" if row["peak_extra_mb"] else "-"
-    share_of_floor = tables.percent(float(row["share_of_floor"]))
-    host = tables.duration(float(row["host_ms"])) if row["host_ms"] else "-"
-    state = tables.beside(row | {"op": work.op})
-    columns = f"{ratio:>10} {share_of_floor:>12} {host:>10} {peak:>10}{state}"
-    print(f"    {name:38} {p50:>10} {f'{p20} .. {p80}':>22} {columns}", flush=True)
+    host = report.duration(float(row["host_ms"])) if row["host_ms"] else "-"
+    columns = f"{speedup:>10} {report.percent(float(row['share_of_floor'])):>12} {host:>10} {peak:>10}"
+    print(f"    {name:38} {p50:>10} {f'{p20} .. {p80}':>22} {columns}{report.in_brackets(row)}", flush=True)
 
 
 # ---- from the rows ----
 
 
-def found_rows(options: argparse.Namespace) -> list[dict[str, str]]:
+def newest_rows(options: argparse.Namespace) -> list[dict[str, str]]:
     rows = newest(options.out)
     if not rows:
         sys.exit(f"no rows in {options.out}: run python -m bench first")
@@ -203,26 +186,28 @@ def found_rows(options: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def write_tables(options: argparse.Namespace) -> int:
-    rows = found_rows(options)
+    rows = newest_rows(options)
     readme = ROOT / "README.md"
     old = readme.read_text()
     if BEGIN not in old or END not in old:
         sys.exit(f"README.md has no {BEGIN} ... {END}")
-    text = f"{tables.of_training(rows)}\n\n{tables.of_targets(rows)}"
+    text = report.training_table(rows)
     readme.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{text}\n{END}", old, flags=re.DOTALL))
-    every = options.out / "README.md"
-    every.write_text(tables.of_works(rows))
-    print(text, f"\nwritten: {readme}, {every}", sep="\n")
+    page = options.out / "README.md"
+    page.write_text(report.results_page(rows))
+    print(text, f"\nwritten: {readme}, {page}", sep="\n")
     return 0
 
 
 def write_figures(options: argparse.Namespace) -> int:
-    from bench.plots import plot
+    from bench.figures import plot
 
-    for path in plot(found_rows(options), options.out):
+    for path in plot(newest_rows(options), options.out):
         print(path)
     return 0
 
+
+COMMANDS = {"run": run, "table": write_tables, "plot": write_figures, "machine": measure_machine, "counters": count}
 
 if __name__ == "__main__":
     sys.exit(main())

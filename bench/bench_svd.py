@@ -1,7 +1,7 @@
 """svd_denoise, truncated_svd, select_mask with denoising and LIFT's selection, against PyTorch, NumPy, SciPy and CuPy.
 
-The decompositions are timed in float32 (LAPACK and cuSOLVER have none in 16 bits): where other dtypes alone are chosen,
-only select_mask is left.
+The decompositions are timed in float32 (LAPACK and cuSOLVER have no 16-bit ones): where other dtypes are chosen, only
+select_mask is left.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.bench_topk import positions, torch_memory
-from bench.harness import Case, Choice, Work, imported
+from bench.harness import Case, Choice, Workload, imported, workload
 from bench.rows import OURS
 from bench.shapes import SIZES as SHAPES
 from bench.shapes import Shapes, random_tensors
@@ -25,13 +25,12 @@ OPS = {
     "truncated_svd": "the leading singular values and vectors of a batch of matrices",
     "eigvalsh": "eigenvalues of the Gram matrices of a model's layers",
     "eigh": "eigenvalues and eigenvectors of the small matrices that a fixed rank leaves",
-    "select_mask": "the mask of the entries in which two models differ most (LT-SFT), with denoising if a rule is named (DeFT-X)",
+    "select_mask": "the mask of the entries that differ most between two models: LT-SFT, after denoising DeFT-X",
     "lift_mask": "the mask of the largest entries of each weight's approximation of low rank (LIFT)",
 }
 SIZES = ("tiny", "minilm", "bert", "xlmr", "llama1b", "llama7b")
 LAYERS = {"tiny": 1, "minilm": 6, "xlmr": 12}
-# How many and how large: the short sides of the linear layers; columns of the subspace, for rank 64 and, of Llama 7B,
-# 128.
+# (count, side): of eigvalsh the layers' short sides; of eigh the subspace's columns, for rank 64, of Llama 7B 128.
 SYMMETRIC = {
     "tiny": {"eigvalsh": (6, 96), "eigh": (6, 24)},
     "minilm": {"eigvalsh": (36, 384), "eigh": (36, 80)},
@@ -42,58 +41,50 @@ OVERSAMPLE, POWER_STEPS = 16, 2
 Rule = dict[str, Any]  # the argument of svd_denoise that says how much is kept
 RULES: tuple[Rule, ...] = ({"rank": 64}, {"energy": 0.9})
 LLAMA7B: Rule = {"rank": 128}
-SELECTED = 0.0276  # LT-SFT's share of XLM-R base for a language
+SELECTED = 0.0276  # LT-SFT's density in XLM-R base for a language
 LIFT_RANK = 128
+Matrices = dict[str, Tensor]
 Svd = Callable[[Tensor], Sequence[Tensor]]  # [m, n] → U [m, k], S [k] descending, Vh [k, n] with k = min(m, n)
 Eigh = Callable[[Tensor], tuple[Tensor, Tensor]]  # [b, k, k] → eigenvalues [b, k] ascending, eigenvectors [b, k, k]
 
 
-def works(choice: Choice) -> Iterator[Work]:
+def workloads(choice: Choice) -> Iterator[Workload]:
     for size in choice.sizes:
         if not choice.dtypes or torch.float32 in choice.dtypes:
             yield from _decompositions(size, choice)
-        usual = (torch.bfloat16 if size == "llama1b" else torch.float32, SELECTED)
+        default = (torch.bfloat16 if size == "llama1b" else torch.float32, SELECTED)
         if size != "llama7b" and (size == "tiny" or not choice.quick):
             for rule in RULES[:1] if size == "llama1b" else RULES:
-                for dtype, density in choice.settings([usual]):
-                    made = (partial(selection_case, s, rule, dtype, density, choice.device) for s in (size, "tiny"))
-                    yield Work("select_mask", size, f"{size}, {label(rule)}", dtype, density, choice.device, *made)
+                for setting in choice.settings([default]):
+                    title = f"{size}, {label(rule)}"
+                    yield workload(selection_case, "select_mask", size, setting, choice.device, rule, title=title)
 
 
-def _decompositions(size: str, choice: Choice) -> Iterator[Work]:
-    def work(
-        op: str,
-        title: str,
-        case: Callable[..., Case],
-        *rest: Any,
-        density: float | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Work:
-        made = (partial(case, s, *rest, choice.device) for s in (size, "tiny"))
-        return Work(op, size, title, dtype, density, choice.device, *made)
+def _decompositions(size: str, choice: Choice) -> Iterator[Workload]:
+    def make(op: str, title: str, case: Callable[..., Case], *more: Any, **setting: Any) -> Workload:
+        dtype, density = setting.get("dtype", torch.float32), setting.get("density")
+        return workload(case, op, size, (dtype, density), choice.device, *more, title=title)
 
     if size in SYMMETRIC and not choice.quick:
         for op, dtype in (("eigvalsh", torch.float32), ("eigh", torch.float64)):
             count, n = SYMMETRIC[size][op]
-            yield work(op, f"{count}x{n}x{n}", symmetric_case, op, dtype, dtype=dtype)
-    if size == "llama7b" and choice.device == "cuda":  # with its result 52 GB
-        yield work("svd_denoise", f"llama7b linears x32, {label(LLAMA7B)}", linears_case, 32, LLAMA7B)
+            yield make(op, f"{count}x{n}x{n}", symmetric_case, op, dtype=dtype)
+    if size == "llama7b" and choice.device == "cuda":  # 52 GB with its result
+        yield make("svd_denoise", f"llama7b linears x32, {label(LLAMA7B)}", linears_case, 32, LLAMA7B)
     if size not in LAYERS:
         return
     layers = 1 if choice.quick else LAYERS[size]
     for rule in RULES:
-        yield work("svd_denoise", f"{size} linears x{layers}, {label(rule)}", linears_case, layers, rule)
+        yield make("svd_denoise", f"{size} linears x{layers}, {label(rule)}", linears_case, layers, rule)
     if size != "xlmr":
         squares = [shape for shape in linears(size, layers).values() if shape[0] == shape[1]]
-        yield work(
-            "truncated_svd", f"{len(squares)}x{squares[0][0]}x{squares[0][1]}, rank 64", truncated_case, layers, 64
-        )
+        title = f"{len(squares)}x{squares[0][0]}x{squares[0][1]}, rank 64"
+        yield make("truncated_svd", title, truncated_case, layers, 64)
     for density in choice.densities or (0.05,):
-        title = f"{size} linears x{layers}, rank {LIFT_RANK}"
-        yield work("lift_mask", title, lift_case, layers, density, density=density)
+        yield make("lift_mask", f"{size} linears x{layers}, rank {LIFT_RANK}", lift_case, layers, density=density)
     if size == "tiny" or not choice.quick:
         for rule in RULES:
-            yield work("svd_denoise", f"{size} with embedding, {label(rule)}", whole_case, rule)
+            yield make("svd_denoise", f"{size} with embedding, {label(rule)}", embedding_case, rule)
 
 
 def label(rule: Rule) -> str:
@@ -101,15 +92,19 @@ def label(rule: Rule) -> str:
 
 
 # ---- matrices ----
+
+
 def linears(size: str, layers: int) -> Shapes:
-    """The linear layers' matrices."""
-    return {
-        n: s for n, s in SHAPES[size]().items() if len(s) == 2 and n[0].isdigit() and int(n.partition(".")[0]) < layers
-    }
+    """The matrices of the linear layers."""
+
+    def chosen(name: str) -> bool:
+        return name[0].isdigit() and int(name.partition(".")[0]) < layers
+
+    return {n: s for n, s in SHAPES[size]().items() if len(s) == 2 and chosen(n)}
 
 
-def noisy(shapes: Shapes, device: str, rank: int = 32, strength: float = 2.0) -> dict[str, Tensor]:
-    """Matrices of low rank, and noise."""
+def noisy(shapes: Shapes, device: str, rank: int = 32, strength: float = 2.0) -> Matrices:
+    """Matrices of low rank plus noise."""
     tensors = random_tensors(shapes, torch.float32, device)
     for name in tensors:
         noise = tensors[name]
@@ -120,14 +115,16 @@ def noisy(shapes: Shapes, device: str, rank: int = 32, strength: float = 2.0) ->
 
 
 def flops(shape: Sequence[int], rule: Rule) -> float:
-    """With a rank, the products of the randomised method; with an energy, those of a Gram matrix and a projection."""
+    """With a rank, the products of the randomized method; with an energy, those of a Gram matrix and a projection."""
     m, n = shape
     if rank := rule.get("rank"):
         return 2.0 * m * n * (rank + OVERSAMPLE) * (2 * POWER_STEPS + 2)
     return 4.0 * m * n * min(m, n)
 
 
-# ---- the peers ----
+# ---- the baselines ----
+
+
 def kept(squared: Tensor, rule: Rule) -> int:  # [k], descending
     """How many singular values the rule keeps, from their squares."""
     if rank := rule.get("rank"):
@@ -142,12 +139,12 @@ def truncated(matrix: Tensor, rule: Rule, svd: Svd) -> Tensor:  # [m, n]
     return (u[:, :rank] * s[:rank]) @ vh[:rank]
 
 
-def by_svd(matrices: dict[str, Tensor], rule: Rule, svd: Svd) -> dict[str, Tensor]:
+def by_svd(matrices: Matrices, rule: Rule, svd: Svd) -> Matrices:
     """One matrix after the other."""
     return {n: truncated(m, rule, svd) for n, m in matrices.items()}
 
 
-def by_lowrank(matrices: dict[str, Tensor], rule: Rule) -> dict[str, Tensor]:
+def by_lowrank(matrices: Matrices, rule: Rule) -> Matrices:
     found, rank = {}, rule["rank"]
     for name, m in matrices.items():
         u, s, v = torch.svd_lowrank(m, q=min(rank + OVERSAMPLE, *m.shape), niter=POWER_STEPS)
@@ -155,10 +152,8 @@ def by_lowrank(matrices: dict[str, Tensor], rule: Rule) -> dict[str, Tensor]:
     return found
 
 
-def by_gram(matrices: dict[str, Tensor], rule: Rule, eigh: Eigh) -> dict[str, Tensor]:
-    """All matrices of one shape in one batch: projected on the leading eigenvectors of the Gram matrix of their short
-    side.
-    """
+def by_gram(matrices: Matrices, rule: Rule, eigh: Eigh) -> Matrices:
+    """Batches of one shape, projected on the leading eigenvectors of the Gram matrix of their short side."""
     found, groups = {}, {}
     for name, m in matrices.items():
         groups.setdefault(m.shape, []).append(name)
@@ -169,14 +164,19 @@ def by_gram(matrices: dict[str, Tensor], rule: Rule, eigh: Eigh) -> dict[str, Te
         ranks = torch.tensor([kept(v.flip(0).clamp(min=0), rule) for v in values], device=batch.device)
         widest = int(ranks.max())
         leading = vectors[:, :, -widest:]  # [b, short, widest], the first eigenvector last
-        among = torch.arange(widest, 0, -1, device=batch.device) <= ranks[:, None]
-        low = (tall @ (leading * among[:, None])) @ leading.mT
+        selected = torch.arange(widest, 0, -1, device=batch.device) <= ranks[:, None]
+        low = (tall @ (leading * selected[:, None])) @ leading.mT
         found |= dict(zip(names, low if tall is batch else low.mT))
     return found
 
 
 def full_svd(matrix: Tensor) -> Sequence[Tensor]:
     return torch.linalg.svd(matrix, full_matrices=False)
+
+
+def lowrank_svd(weight: Tensor) -> Sequence[Tensor]:
+    u, s, v = torch.svd_lowrank(weight, q=min(2 * LIFT_RANK, *weight.shape), niter=2)
+    return u, s, v.mT
 
 
 def numpy_svd(matrix: Tensor) -> Sequence[Tensor]:
@@ -186,31 +186,24 @@ def numpy_svd(matrix: Tensor) -> Sequence[Tensor]:
 def scipy_svd(matrix: Tensor) -> Sequence[Tensor]:
     import scipy.linalg
 
-    # A copy in Fortran's order, which LAPACK overwrites: it is the only one that is made.
+    # The only copy: in Fortran's order, which LAPACK overwrites.
     a = np.array(matrix.numpy(), order="F")
     found = scipy.linalg.svd(a, full_matrices=False, overwrite_a=True, check_finite=False, lapack_driver="gesdd")
     return [torch.from_numpy(x) for x in found]
 
 
-def cupy_svd(matrix: Tensor) -> Sequence[Tensor]:
+def in_cupy(function: str, matrix: Tensor, **options: Any) -> Any:
+    """A function of cupy.linalg; of a batch, Jacobi's method in one call."""
     import cupy
 
     with torch_memory(cupy):
-        return [torch.from_dlpack(x) for x in cupy.linalg.svd(cupy.from_dlpack(matrix), full_matrices=False)]
-
-
-def cupy_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole batch in one call: Jacobi's method."""
-    import cupy
-
-    with torch_memory(cupy):
-        values, vectors = (torch.from_dlpack(x) for x in cupy.linalg.eigh(cupy.from_dlpack(gram)))
-    return values, vectors
+        found = getattr(cupy.linalg, function)(cupy.from_dlpack(matrix), **options)
+        return [torch.from_dlpack(x) for x in found] if isinstance(found, tuple) else torch.from_dlpack(found)
 
 
 def cupy_eigh_each(gram: Tensor) -> tuple[Tensor, Tensor]:
     """One matrix after the other: divide and conquer."""
-    values, vectors = zip(*map(cupy_eigh, gram))
+    values, vectors = zip(*(in_cupy("eigh", g) for g in gram))
     return torch.stack(values), torch.stack(vectors)
 
 
@@ -222,16 +215,14 @@ DRIVERS: dict[str, Svd] = {
 ONCE = ("numpy.linalg.svd", "scipy.linalg.svd", "cupy.linalg.svd", *DRIVERS)
 
 
-def peers(matrices: dict[str, Tensor], rule: Rule, device: str) -> tuple[dict[str, Callable], dict[str, str]]:
-    """Name → provider, and those that cannot be had here, each with the reason."""
+def baselines(matrices: Matrices, rule: Rule, device: str) -> tuple[dict[str, Callable], dict[str, str]]:
+    """(name → implementation, name of an unavailable one → the reason)."""
     svds: dict[str, Svd] = {"torch.linalg.svd": full_svd}
     eighs: dict[str, Eigh] = {"torch.linalg.eigh of the Gram matrix": torch.linalg.eigh}
     if device == "cuda":  # without a driver torch tries gesvdj, and gesvd where that does not converge
-        svds |= DRIVERS | {"cupy.linalg.svd": cupy_svd}
-        eighs |= {
-            "cupy.linalg.eigh of the Gram matrix": cupy_eigh,
-            "cupy.linalg.eigh of each Gram matrix": cupy_eigh_each,
-        }
+        svds |= DRIVERS | {"cupy.linalg.svd": partial(in_cupy, "svd", full_matrices=False)}
+        eighs["cupy.linalg.eigh of the Gram matrix"] = partial(in_cupy, "eigh")
+        eighs["cupy.linalg.eigh of each Gram matrix"] = cupy_eigh_each
     else:
         svds |= {"numpy.linalg.svd": numpy_svd, "scipy.linalg.svd": scipy_svd}
     calls = {n: partial(by_svd, matrices, rule, svd) for n, svd in svds.items()}
@@ -244,92 +235,81 @@ def peers(matrices: dict[str, Tensor], rule: Rule, device: str) -> tuple[dict[st
 
 
 # ---- svd_denoise ----
-def denoised(matrices: dict[str, Tensor], rule: Rule) -> dict[str, Tensor]:
-    return svd_denoise(matrices, oversample=OVERSAMPLE, n_iter=POWER_STEPS, **rule)
 
 
-def linears_case(size: str, layers: int, rule: Rule, device: str) -> Case:
+def denoising_case(matrices: Matrices, rule: Rule, device: str, check: Callable[[Matrices], str | None]) -> Case:
+    def ours() -> Matrices:
+        return svd_denoise(matrices, oversample=OVERSAMPLE, n_iter=POWER_STEPS, **rule)
+
+    others, absent = baselines(matrices, rule, device)
+    sizes = [m.numel() for m in matrices.values()]
+    operations = sum(flops(m.shape, rule) for m in matrices.values())
+    return Case(8 * sum(sizes), {OURS: lambda: ours} | others, check, flops=operations, absent=absent)
+
+
+def linears_case(size: str, dtype: torch.dtype, density: None, device: str, layers: int, rule: Rule) -> Case:
     matrices = noisy(linears(size, layers), device)
-    others, absent = peers(matrices, rule, device)
+    case = denoising_case(matrices, rule, device, truncation(matrices, rule))
+    case.rounds, case.once = 5, ONCE
     if size == "llama7b":
-        slow = [n for n in others if n != "torch.svd_lowrank"]
-        absent |= dict.fromkeys(slow, "a whole decomposition of matrices of this size takes minutes")
-        others = {n: peer for n, peer in others.items() if n not in slow}
-    numel = sum(m.numel() for m in matrices.values())
-    return Case(
-        bytes=8 * numel,
-        providers={OURS: lambda: lambda: denoised(matrices, rule)} | others,
-        check=truncation(matrices, rule),
-        flops=sum(flops(m.shape, rule) for m in matrices.values()),
-        rounds=5,
-        served_by="svd_denoise_",
-        once=ONCE,
-        absent=absent,
-    )
+        for name in [n for n in case.implementations if n not in (OURS, "torch.svd_lowrank")]:
+            del case.implementations[name]
+            case.absent[name] = "a full decomposition of matrices of this size takes minutes"
+    return case
 
 
-def truncation(matrices: dict[str, Tensor], rule: Rule) -> Callable[[dict[str, Tensor]], str | None]:
-    """Whether a result is the exact truncation, or, with a rank, nearly as close to the matrix as that."""
+def truncation(matrices: Matrices, rule: Rule) -> Callable[[Matrices], str | None]:
+    """Checks that a result is the exact truncation, or, with a rank, nearly as close to the matrix as that."""
     # Of many large matrices one of each shape.
     names = list(matrices if len(matrices) <= 100 else {m.shape: n for n, m in matrices.items()}.values())
 
-    @cache  # not before a result is to be checked
+    @cache  # not before a result is checked
     def exact(name: str) -> Tensor:  # [m, n]
         return truncated(matrices[name].double(), rule, full_svd)
 
     @cache
     def least(name: str) -> float:
-        """The norm of what the best matrix of this rank leaves, from the eigenvalues of the Gram matrix."""
+        """The norm of the best residual of this rank, from the eigenvalues of the Gram matrix."""
         m = matrices[name].double()
         tall = m if m.shape[0] >= m.shape[1] else m.mT
         return float(torch.linalg.eigvalsh(tall.mT @ tall)[: -rule["rank"]].clamp(min=0).sum().sqrt())
 
-    def check(result: dict[str, Tensor]) -> str | None:
+    def check(result: Matrices) -> str | None:
         if missing := matrices.keys() - result.keys():
             return f"{min(missing)} is missing"
         for name in names:
             delta, found = matrices[name].double(), result[name].double()
             if "rank" in rule:
-                # The second term is float32's rounding, where nothing is left.
-                if not float((delta - found).norm()) <= 1.02 * least(name) + 1e-5 * float(delta.norm()):
-                    ratio = float((delta - found).norm()) / least(name)
-                    return f"{name}: residual {ratio:.3f} times that of the best {label(rule)}, at most 1.02 is right"
+                residual = float((delta - found).norm())
+                # The second term is float32's rounding, for matrices of no higher rank.
+                if not residual <= 1.02 * least(name) + 1e-5 * float(delta.norm()):
+                    return f"{name}: residual {residual / least(name):.3f} times the best {label(rule)}'s, 1.02 allowed"
             elif not (error := float((found - exact(name)).norm() / exact(name).norm())) <= 5e-5:
-                return f"{name}: {error:.1e} from the exact truncation, at most 5e-5 is right"
+                return f"{name}: {error:.1e} from the exact truncation, 5e-5 allowed"
         return None
 
     return check
 
 
-def whole_case(size: str, rule: Rule, device: str) -> Case:
-    """The whole model's matrices, with its embedding."""
+def embedding_case(size: str, dtype: torch.dtype, density: None, device: str, rule: Rule) -> Case:
+    """All matrices of the model, with its embedding."""
     delta = {n: t for n, t in random_tensors(SHAPES[size](), torch.float32, device).items() if t.dim() == 2}
-    others, absent = peers(delta, rule, device)
 
-    def check(result: dict[str, Tensor]) -> str | None:
-        """Of the embedding: the residual is orthogonal to the low-rank part, as that of a truncated SVD is."""
-        low, whole = result["embedding"], delta["embedding"]
-        inner = float((low.double() * (whole - low).double()).sum() / whole.double().square().sum())
-        return (
-            None
-            if abs(inner) < 1e-4
-            else f"the embedding's residual is not orthogonal to its low-rank part: {inner:.1e}"
-        )
+    def check(result: Matrices) -> str | None:
+        """The embedding's residual is orthogonal to its low-rank part, as that of a truncated SVD is."""
+        low, full = result["embedding"], delta["embedding"]
+        inner = float((low.double() * (full - low).double()).sum() / full.double().square().sum())
+        return None if abs(inner) < 1e-4 else f"embedding: the residual is not orthogonal to the rest: {inner:.1e}"
 
-    return Case(
-        bytes=8 * sum(m.numel() for m in delta.values()),
-        providers={OURS: lambda: lambda: denoised(delta, rule)} | others,
-        check=check,
-        flops=sum(flops(m.shape, rule) for m in delta.values()),
-        rounds=3,
-        served_by="svd_denoise_",
-        once=tuple(others),
-        absent=absent,
-    )
+    case = denoising_case(delta, rule, device, check)
+    case.rounds, case.once = 3, tuple(n for n in case.implementations if n != OURS)
+    return case
 
 
 # ---- truncated_svd ----
-def truncated_case(size: str, layers: int, rank: int, device: str) -> Case:
+
+
+def truncated_case(size: str, dtype: torch.dtype, density: None, device: str, layers: int, rank: int) -> Case:
     matrices = noisy(linears(size, layers), device).values()
     batch = torch.stack([m for m in matrices if m.shape[0] == m.shape[1]])  # [b, n, n]
 
@@ -349,54 +329,40 @@ def truncated_case(size: str, layers: int, rank: int, device: str) -> Case:
     def check(result: tuple[Tensor, Tensor, Tensor]) -> str | None:
         u, s, vh = (x.double() for x in result)
         residual = float(((batch.double() - (u * s[..., None, :]) @ vh).norm(dim=(1, 2)) / best()).max())
-        return (
-            None
-            if residual <= 1.02
-            else f"residual {residual:.3f} times that of the best rank {rank}, at most 1.02 is right"
-        )
+        return None if residual <= 1.02 else f"residual {residual:.3f} times the best rank {rank}'s, 1.02 allowed"
 
-    providers = {
+    implementations = {
         OURS: lambda: lambda: truncated_svd(batch, rank, oversample=OVERSAMPLE, n_iter=POWER_STEPS),
         "torch.svd_lowrank": lambda: lowrank,
         "torch.linalg.svd": lambda: full,
     }
     moved = 4 * (batch.numel() + batch.shape[0] * rank * (batch.shape[1] + batch.shape[2] + 1))
-    return Case(moved, providers, check, flops=len(batch) * flops(batch.shape[1:], {"rank": rank}), rounds=5)
+    return Case(moved, implementations, check, flops=len(batch) * flops(batch.shape[1:], {"rank": rank}), rounds=5)
 
 
 # ---- eigvalsh, eigh ----
-def symmetric_case(size: str, op: str, dtype: torch.dtype, device: str) -> Case:
+
+
+def symmetric_case(size: str, dtype: torch.dtype, density: None, device: str, op: str) -> Case:
     count, n = SYMMETRIC[size][op]
-    w = torch.randn(
-        count, 2 * n, n, generator=torch.Generator(device).manual_seed(0), device=device, dtype=torch.float64
-    )
+    generator = torch.Generator(device).manual_seed(0)
+    w = torch.randn(count, 2 * n, n, generator=generator, device=device, dtype=torch.float64)
     matrices = (w.mT @ w).to(dtype)
-
-    def cupy_call() -> Any:
-        import cupy
-
-        with torch_memory(cupy):
-            found = getattr(cupy.linalg, op)(cupy.from_dlpack(matrices))
-            return [torch.from_dlpack(x) for x in found] if op == "eigh" else torch.from_dlpack(found)
 
     def check(result: Any) -> str | None:
         exact = torch.linalg.eigvalsh(matrices.double())
-        one = torch.finfo(dtype).eps * float(exact.amax())
+        unit = torch.finfo(dtype).eps * float(exact.amax())
         errors = {"eigenvalues": (result if op == "eigvalsh" else result[0]).double() - exact}
         if op == "eigh":
             values, vectors = (x.double() for x in result)
-            errors["the product of what was found"] = (vectors * values[:, None]) @ vectors.mT - matrices.double()
-        worst = {what: float(error.abs().max()) / one for what, error in errors.items()}
-        return next(
-            (
-                f"{what}: {x:.0f} units of rounding wrong, at most {n} are right"
-                for what, x in worst.items()
-                if not x <= n
-            ),
-            None,
-        )
+            errors["reconstruction"] = (vectors * values[:, None]) @ vectors.mT - matrices.double()
+        for what, error in errors.items():
+            units = float(error.abs().max()) / unit
+            if not units <= n:
+                return f"{what}: {units:.0f} units of rounding wrong, {n} allowed"
+        return None
 
-    providers = {
+    implementations = {
         OURS: lambda: lambda: getattr(torch.ops.deftx, op)(matrices),
         f"torch.linalg.{op}": lambda: lambda: getattr(torch.linalg, op)(matrices),
     }
@@ -406,104 +372,90 @@ def symmetric_case(size: str, op: str, dtype: torch.dtype, device: str) -> Case:
         if reason:
             absent[f"cupy.linalg.{op}"] = reason
         else:
-            providers[f"cupy.linalg.{op}"] = lambda: cupy_call
+            implementations[f"cupy.linalg.{op}"] = lambda: partial(in_cupy, op, matrices)
     moved = matrices.nbytes + dtype.itemsize * count * n * (1 if op == "eigvalsh" else n + 1)
     # The tridiagonal form; the product of its reflectors and the rotations of 1.7 QL steps for each eigenvalue.
-    work = count * n**3 * (4 / 3 if op == "eigvalsh" else 8 / 3 + 5)
-    return Case(moved, providers, check, flops=work, rounds=5, absent=absent)
+    operations = count * n**3 * (4 / 3 if op == "eigvalsh" else 8 / 3 + 5)
+    return Case(moved, implementations, check, flops=operations, rounds=5, absent=absent)
 
 
 # ---- select_mask, with denoising ----
-def selection_case(size: str, rule: Rule, dtype: torch.dtype, density: float, device: str) -> Case:
-    """DeFT-X's whole selection: differences, denoising, global top-k."""
+
+
+def selection_case(size: str, dtype: torch.dtype, density: float, device: str, rule: Rule) -> Case:
+    """DeFT-X's selection: differences, denoising, global top-k."""
     base = random_tensors(SHAPES[size](), dtype, device)
-    tuned = {
-        n: (t + 0.01 * random_tensors({n: t.shape}, torch.float32, device, seed=1)[n]).to(dtype)
-        for n, t in base.items()
-    }
+
+    def fine_tuned(tensor: Tensor) -> Tensor:
+        return (tensor + 0.01 * random_tensors({"": tensor.shape}, torch.float32, device, seed=1)[""]).to(dtype)
+
+    tuned = {n: fine_tuned(t) for n, t in base.items()}
     numel = sum(t.numel() for t in base.values())
     k = round(density * numel)
 
-    @cache  # not before a result is to be checked
+    @cache  # not before a result is checked
     def expected() -> CSRMask:
-        """Of differences that were denoised one tensor at a time, by the operator whose rows are checked against exact
-        SVDs.
-        """
+        """From differences denoised one tensor at a time, by the function whose rows are checked against exact SVDs."""
         differences = {n: tuned[n].float() - t.float() for n, t in base.items()}
         return topk_mask({n: svd_denoise(t, **rule) if t.dim() == 2 else t for n, t in differences.items()}, k=k)
 
     def check(mask: CSRMask) -> str | None:
         if mask.nnz != k:
-            return f"{mask.nnz} entries in place of {k}"
-        agreement = (mask & expected()).nnz / k
-        return (
-            None
-            if agreement >= AGREEMENT
-            else f"{agreement:.2%} of the entries are right, at least {AGREEMENT:.0%} should be"
-        )
+            return f"{mask.nnz} entries instead of {k}"
+        return disagreement((mask & expected()).nnz / k)
 
-    absent = {}
+    ours = {OURS: lambda: lambda: select_mask(tuned, base, k=k, **rule)}
+    operations = sum(flops(t.shape, rule) for t in base.values() if t.dim() == 2)
+    case = Case(2 * dtype.itemsize * numel, ours, check, flops=operations, rounds=3, served_by="svd_denoise")
     if size == "llama1b":
         slow = ("torch.linalg.svd + torch.topk", "torch.svd_lowrank + torch.topk")
-        absent = dict.fromkeys(slow, "decomposing and selecting from a model of this size takes minutes a call")
-    return Case(
-        bytes=2 * dtype.itemsize * numel,
-        providers={OURS: lambda: lambda: select_mask(tuned, base, k=k, **rule)},
-        check=check,
-        flops=sum(flops(t.shape, rule) for t in base.values() if t.dim() == 2),
-        rounds=3,
-        served_by="svd_denoise_",
-        absent=absent,
-    )
+        case.absent = dict.fromkeys(slow, "decomposing and selecting from a model of this size takes minutes a call")
+    return case
 
 
 # ---- LIFT's selection ----
-LIFT, LIFT_LOWRANK = "LIFT's way", "LIFT's way, svd_lowrank"
-# The share of the selected entries that must be those of float64. Of weights that are rank 128 and noise, 1.5 to 1.9
-# times as large in the 128th singular value as in the next, the full SVD in float32 selects all of them, the randomised
-# methods 99.7 % and more. (The flatter the spectrum is there, the more of them swap, of ours and of torch.svd_lowrank
-# alike: of 3072 x 768 with rank 32 and noise, where nothing but noise is at the cut, a half and a third.)
+
+LIFT, LIFT_LOWRANK = "LIFT", "LIFT, svd_lowrank"
+# The fraction of the selected entries that must be those of float64. In weights of rank 128 plus noise, whose 128th
+# singular value is 1.5 to 1.9 times the next, the full SVD in float32 selects all of them, the randomized methods
+# 99.7 % and more. (A flatter spectrum exchanges more of them, with ours and with torch.svd_lowrank alike: a half and
+# a third in 3072 x 768 of rank 32 plus noise, where only noise is at the cut.)
 AGREEMENT = 0.99
 
 
-def lift_case(size: str, layers: int, density: float, device: str) -> Case:
+def disagreement(agreement: float) -> str | None:
+    return None if agreement >= AGREEMENT else f"{agreement:.2%} of the entries are right, {AGREEMENT:.0%} required"
+
+
+def lift_case(size: str, dtype: torch.dtype, density: float, device: str, layers: int) -> Case:
     """LIFT (Liu et al. 2025, arXiv 2506.00772): in each weight the largest entries of its approximation of rank 128."""
     weights = noisy(linears(size, layers), device, rank=LIFT_RANK, strength=6.0)
     counts = {n: round(density * w.numel()) for n, w in weights.items()}
-    numel = sum(w.numel() for w in weights.values())
 
-    def ours() -> CSRMask:
-        return low_rank_mask(weights, rank=LIFT_RANK, density=density)
-
-    def lift(svd: Svd) -> dict[str, Tensor]:
+    def lift(svd: Svd) -> Matrices:
         return {n: lift_mask(w, counts[n], svd).cpu() for n, w in weights.items()}
+
+    @cache
+    def truth() -> Matrices:  # name → bool [numel]
+        return {n: lift_mask(w.double(), counts[n], full_svd).view(-1).cpu() for n, w in weights.items()}
 
     def check(result: Any) -> str | None:
         for name, position in positions(result, {n: w.shape for n, w in weights.items()}):
             if len(position) != counts[name]:
                 return f"{name}: {len(position)} entries were selected, not {counts[name]}"
-            agreement = float(truth()[name][position.cpu()].double().mean())
-            if not agreement >= AGREEMENT:
-                return f"{name}: {agreement:.2%} of the entries are those of float64, at least {AGREEMENT:.0%} is right"
+            if fault := disagreement(float(truth()[name][position.cpu()].double().mean())):
+                return f"{name}: {fault}"
         return None
 
-    @cache
-    def truth() -> dict[str, Tensor]:  # name → bool [numel]
-        return {n: lift_mask(w.double(), counts[n], full_svd).view(-1).cpu() for n, w in weights.items()}
-
-    return Case(
-        bytes=4 * numel + 4 * sum(counts.values()),
-        providers={
-            OURS: lambda: ours,
-            LIFT: lambda: partial(lift, full_svd),
-            LIFT_LOWRANK: lambda: partial(lift, lowrank_svd),
-        },
-        check=check,
-        flops=sum(flops(w.shape, {"rank": LIFT_RANK}) for w in weights.values()),
-        rounds=3,
-        served_by="svd_denoise_",
-        once=(LIFT,) if size == "xlmr" else (),
-    )
+    implementations = {
+        OURS: lambda: lambda: low_rank_mask(weights, rank=LIFT_RANK, density=density),
+        LIFT: lambda: partial(lift, full_svd),
+        LIFT_LOWRANK: lambda: partial(lift, lowrank_svd),
+    }
+    moved = 4 * sum(w.numel() for w in weights.values()) + 4 * sum(counts.values())
+    operations = sum(flops(w.shape, {"rank": LIFT_RANK}) for w in weights.values())
+    once = (LIFT,) if size == "xlmr" else ()
+    return Case(moved, implementations, check, flops=operations, rounds=3, served_by="svd_denoise", once=once)
 
 
 def lift_mask(weight: Tensor, k: int, svd: Svd) -> Tensor:  # [m, n]
@@ -512,8 +464,3 @@ def lift_mask(weight: Tensor, k: int, svd: Svd) -> Tensor:  # [m, n]
     mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
     mask[torch.topk(low.abs().view(-1), k, sorted=False).indices] = True
     return mask.view(weight.shape)
-
-
-def lowrank_svd(weight: Tensor) -> Sequence[Tensor]:
-    u, s, v = torch.svd_lowrank(weight, q=min(2 * LIFT_RANK, *weight.shape), niter=2)
-    return u, s, v.mT

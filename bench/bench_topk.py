@@ -1,6 +1,6 @@
 """topk_mask, select_mask and the set operations of masks, against PyTorch, NumPy, SciPy, CuPy and LT-SFT's selection.
 
-Every provider does the whole job, from named tensors to a mask, boolean tensors or ascending flat positions.
+Every implementation goes from named tensors to a mask, boolean tensors or ascending flat positions.
 """
 
 import math
@@ -14,60 +14,46 @@ import torch
 from torch import Tensor
 
 from bench import shapes
-from bench.harness import Case, Choice, Work, available_bytes, imported
+from bench.harness import Call, Case, Choice, Workload, available_bytes, imported, workload
 from bench.rows import OURS
 from deftx_kernels import CSRMask, select_mask, topk_mask
 
 OPS = {
     "topk_mask": "the mask of the largest scores, over all tensors together",
-    "select_mask": "the mask of the entries in which two models differ most (LT-SFT), with denoising if a rule is named (DeFT-X)",
-    "mask_or": "the entries that are in one of two masks, or in both",
-    "mask_and": "the entries that are in both of two masks",
-    "mask_sub": "the entries that are in one mask and not in another",
+    "select_mask": "the mask of the entries that differ most between two models: LT-SFT, after denoising DeFT-X",
+    "mask_or": "the entries in one of two masks, or in both",
+    "mask_and": "the entries in both of two masks",
+    "mask_sub": "the entries in one mask and not in another",
 }
 SIZES = tuple(shapes.SIZES)
-SETTINGS = {  # of topk_mask; of the other sizes USUAL
+DEFAULT = [(torch.float32, 0.05)]
+SETTINGS = {  # of topk_mask, where they are not the default
     "tiny": [(torch.float32, 0.05), (torch.bfloat16, 0.05)],
     "50M": [(torch.float32, 0.01), (torch.float32, 0.05), (torch.float32, 0.3), (torch.bfloat16, 0.05)],
     "llama1b": [(torch.bfloat16, 0.05)],
     "llama7b": [(torch.bfloat16, 0.05)],
 }
-USUAL = [(torch.float32, 0.05)]
 MODELS = ("tiny", "10M", "minilm", "bert", "xlmr", "llama1b")  # sizes of select_mask
 PAIRS = ("tiny", "minilm", "xlmr")  # sizes of the set operations
 
 
-def works(choice: Choice) -> Iterator[Work]:
+def workloads(choice: Choice) -> Iterator[Workload]:
     device = choice.device
     for size in choice.sizes:
-        for dtype, density in choice.settings(SETTINGS.get(size, USUAL)):
-            yield Work(
-                "topk_mask", size, size, dtype, density, device, *_makers(topk_case, size, dtype, density, device)
-            )
+        for setting in choice.settings(SETTINGS.get(size, DEFAULT)):
+            yield workload(topk_case, "topk_mask", size, setting, device)
         if size in MODELS:
-            for dtype, density in choice.settings(SETTINGS[size] if size == "llama1b" else USUAL):
-                yield Work(
-                    "select_mask",
-                    size,
-                    size,
-                    dtype,
-                    density,
-                    device,
-                    *_makers(select_case, size, dtype, density, device),
-                )
+            for setting in choice.settings(SETTINGS[size] if size == "llama1b" else DEFAULT):
+                yield workload(select_case, "select_mask", size, setting, device)
         if size in PAIRS:
             for density in choice.densities or (0.05,):
                 for op in ("mask_or", "mask_and", "mask_sub"):
-                    yield Work(
-                        op, size, size, torch.bool, density, device, *_makers(set_case, size, op, density, device)
-                    )
-
-
-def _makers(case: Callable[..., Case], size: str, *rest: Any) -> tuple[Callable[[], Case], Callable[[], Case]]:
-    return partial(case, size, *rest), partial(case, "tiny", *rest)
+                    yield workload(set_case, op, size, (torch.bool, density), device, op)
 
 
 # ---- topk_mask ----
+
+
 def topk_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
     scores = shapes.random_tensors(shapes.SIZES[size](), dtype, device)
     numel = sum(t.numel() for t in scores.values())
@@ -77,16 +63,16 @@ def topk_case(size: str, dtype: torch.dtype, density: float, device: str) -> Cas
         return torch.cat([t.reshape(-1) for t in scores.values()]).abs_()
 
     def numpy_magnitudes() -> np.ndarray:
-        if dtype == torch.bfloat16:  # NumPy has none: magnitudes are in the order of their bits
+        if dtype == torch.bfloat16:  # not in NumPy: the bits of magnitudes have the same order
             bits = np.concatenate([t.view(torch.int16).numpy().reshape(-1) for t in scores.values()])
             return np.bitwise_and(bits, 0x7FFF, out=bits)
         joined = np.concatenate([t.numpy().reshape(-1) for t in scores.values()])
         return np.abs(joined, out=joined)
 
-    peers, absent = selections(magnitudes, numpy_magnitudes, k, numel, device)
+    baselines, absent = selections(magnitudes, numpy_magnitudes, k, numel, device)
     return Case(
         bytes=numel * dtype.itemsize + numel // 4 + 4 * k,
-        providers={OURS: lambda: lambda: topk_mask(scores, density=density)} | peers,
+        implementations={OURS: lambda: lambda: topk_mask(scores, density=density)} | baselines,
         check=lambda result: fault(result, {n: t.shape for n, t in scores.items()}, lambda n: scores[n].abs(), k),
         rounds=3 if numel > 10**8 else 7,
         once=slow(numel, device),
@@ -94,21 +80,20 @@ def topk_case(size: str, dtype: torch.dtype, density: float, device: str) -> Cas
     )
 
 
-# Bytes of main memory for each element, beside the inputs: the most that was measured, of float32 and bfloat16, rounded
-# up.
+# Bytes of main memory per element beside the inputs: the most measured of float32 and bfloat16, rounded up.
 NEEDS = {"torch.topk + sort": 22, "torch.topk + mask": 22, "torch.kthvalue": 17, "numpy partition": 10}
-LARGE = 5 * 10**8  # elements above which only one peer can be waited for on a CPU
+LARGE = 5 * 10**8  # elements above which only one baseline is fast enough on a CPU
 
 
 def slow(numel: int, device: str) -> tuple[str, ...]:
-    """Those of the peers that take about 5 s a call and more: torch's on a CPU, up to 15 s at XLM-R's size."""
+    """The baselines that take 5 s a call and more: torch's on a CPU, up to 15 s at XLM-R's size."""
     return tuple(n for n in NEEDS if n.startswith("torch")) if device == "cpu" and numel > 2 * 10**8 else ()
 
 
 def selections(
     magnitudes: Callable[[], Tensor], numpy_magnitudes: Callable[[], np.ndarray], k: int, numel: int, device: str
 ) -> tuple[dict[str, Callable], dict[str, str]]:
-    """The peers that choose the k largest of a flat tensor, and those that cannot be had here, each with the reason."""
+    """(baselines that select the k largest of a flat tensor, those that are unavailable with the reason)."""
 
     def topk_sort() -> Tensor:
         return torch.topk(magnitudes(), k, sorted=False).indices.sort().values
@@ -130,12 +115,12 @@ def selections(
 
     def cupy_partition() -> Tensor:
         values = magnitudes()
-        if values.dtype == torch.bfloat16:  # CuPy has none: magnitudes are in the order of their bits
+        if values.dtype == torch.bfloat16:  # not in CuPy: the bits of magnitudes have the same order
             values = values.view(torch.int16)
         with torch_memory(cupy):
             return torch.from_dlpack(largest(cupy, cupy.from_dlpack(values), k)).clone()
 
-    peers: dict[str, Callable] = {
+    baselines: dict[str, Callable] = {
         "torch.topk + sort": lambda: topk_sort,
         "torch.topk + mask": lambda: topk_scatter,
         "torch.kthvalue": lambda: kthvalue,
@@ -143,10 +128,10 @@ def selections(
     absent: dict[str, str] = {}
     if device == "cuda":
         cupy, reason = imported("cupy")
-        peers["cupy partition"] = lambda: cupy_partition
+        baselines["cupy partition"] = lambda: cupy_partition
         absent = {} if cupy else {"cupy partition": reason}
     else:
-        peers["numpy partition"] = lambda: lambda: torch.from_numpy(largest(np, numpy_magnitudes(), k))
+        baselines["numpy partition"] = lambda: lambda: torch.from_numpy(largest(np, numpy_magnitudes(), k))
         room = available_bytes()
         if numel > LARGE:
             absent = dict.fromkeys(slow(numel, device), "torch.topk takes about a minute a call")
@@ -154,12 +139,12 @@ def selections(
             if need * numel > room:
                 absent[name] = f"needs {need * numel / 1e9:.1f} GB beside its inputs, {room / 1e9:.1f} GB are free"
     if numel >= 2**31:
-        absent = dict.fromkeys(peers, "measured below 2**31 elements only")
-    return {n: peer for n, peer in peers.items() if n not in absent}, absent
+        absent = dict.fromkeys(baselines, "measured below 2**31 elements only")
+    return {n: baseline for n, baseline in baselines.items() if n not in absent}, absent
 
 
 def torch_memory(cupy: Any) -> AbstractContextManager[Any]:
-    """CuPy allocates from torch's pool: nothing is held twice, and its peak is seen."""
+    """CuPy allocates from torch's pool: nothing is held twice, and its peak is measured."""
     pool = cupy.cuda.PythonFunctionAllocator(
         lambda bytes, device: torch.cuda.caching_allocator_alloc(bytes, device),
         lambda pointer, device: torch.cuda.caching_allocator_delete(pointer),
@@ -182,10 +167,10 @@ def largest(library: Any, values: Any, k: int) -> Any:
 def fault(
     result: Any, shapes: dict[str, torch.Size], magnitude: Callable[[str], Tensor], k: int, ties: bool = False
 ) -> str | None:
-    """What is wrong with a selection, where `ties` more than k if all beyond k equal the smallest.
+    """What is wrong with a selection; with `ties` it may exceed k by entries equal to the smallest.
 
-    The k chosen are the largest if and only if none that is left out is larger than the smallest chosen. That needs no
-    truth computed beforehand, and no more memory than one tensor takes.
+    The k selected are the largest if and only if no other entry exceeds the smallest selected one. That needs no
+    precomputed truth, and no more memory than one tensor.
     """
     if isinstance(result, Tensor) and result.dtype != torch.bool and not bool((result[1:] > result[:-1]).all()):
         return "the positions do not ascend"
@@ -211,9 +196,7 @@ def fault(
 
 
 def positions(result: Any, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """Name → flat positions within the tensor, of a mask, of boolean tensors by name, or of one flat tensor for all, by
-    name.
-    """
+    """(name, flat positions in that tensor) of a mask, of boolean tensors by name, or of one flat tensor for all."""
     if isinstance(result, CSRMask):
         for name in shapes:
             one = result[name]
@@ -227,13 +210,14 @@ def positions(result: Any, shapes: dict[str, torch.Size]) -> Iterator[tuple[str,
         flat = result.nonzero().view(-1) if result.dtype == torch.bool else result
         ends = np.cumsum([s.numel() for s in shapes.values()]).tolist()
         bounds = torch.searchsorted(flat, torch.tensor([0, *ends], device=flat.device)).tolist()
-        bounds[0], bounds[-1] = 0, len(flat)  # what lies outside of all tensors is for `fault` to see
+        bounds[0], bounds[-1] = 0, len(flat)  # `fault` reports positions outside of all tensors
         for i, (name, shape) in enumerate(shapes.items()):
             yield name, flat[bounds[i] : bounds[i + 1]] - (ends[i] - shape.numel())
 
 
 # ---- select_mask, without denoising ----
-LT_SFT = "LT-SFT's way"
+
+LT_SFT = "LT-SFT"
 
 
 def select_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
@@ -257,15 +241,15 @@ def select_case(size: str, dtype: torch.dtype, density: float, device: str) -> C
             start += tensor.numel()
         return flat.abs_()
 
-    # Subtracted by torch here too: NumPy has no bfloat16, and one thread.
-    peers, absent = selections(differences, lambda: differences().numpy(), k, numel, device)
+    # torch subtracts for NumPy too, which has no bfloat16 and one thread.
+    baselines, absent = selections(differences, lambda: differences().numpy(), k, numel, device)
     need = 72 * numel  # 40 to 56 bytes an element for the list and its array, and the two models
     if room < need:
         absent[LT_SFT] = f"needs {need / 1e9:.0f} GB of main memory for models and list, {room / 1e9:.0f} GB are free"
     elif numel > LARGE:
         absent[LT_SFT] = "a list of so many Python numbers takes minutes a call"
     else:
-        peers[LT_SFT] = lambda: lambda: lt_sft(difference, list(base), k)
+        baselines[LT_SFT] = lambda: lambda: lt_sft(difference, list(base), k)
 
     def check(result: Any) -> str | None:
         sizes = {n: t.shape for n, t in base.items()}
@@ -273,7 +257,7 @@ def select_case(size: str, dtype: torch.dtype, density: float, device: str) -> C
 
     return Case(
         bytes=2 * dtype.itemsize * numel + numel // 4 + 4 * k,
-        providers={OURS: lambda: lambda: select_mask(tuned, base, density=density)} | peers,
+        implementations={OURS: lambda: lambda: select_mask(tuned, base, density=density)} | baselines,
         check=check,
         rounds=3 if numel > 10**8 else 5,
         served_by="topk_mask",
@@ -283,8 +267,8 @@ def select_case(size: str, dtype: torch.dtype, density: float, device: str) -> C
 
 
 def lt_sft(difference: Callable[[str], Tensor], names: list[str], k: int) -> dict[str, Tensor]:
-    """LT-SFT's selection, re-implemented from its description: every difference in one Python list, its k-th largest by
-    `np.partition`, and whatever is not below it. Ties exceed k."""
+    """LT-SFT's selection, re-implemented from its description: all differences in one Python list, the k-th largest by
+    `np.partition`, and every entry not below it. Ties exceed k."""
     listed: list[float] = []
     for name in names:
         listed.extend(difference(name).abs().view(-1).tolist())
@@ -293,7 +277,9 @@ def lt_sft(difference: Callable[[str], Tensor], names: list[str], k: int) -> dic
 
 
 # ---- set operations ----
-def set_case(size: str, op: str, density: float, device: str) -> Case:
+
+
+def set_case(size: str, dtype: torch.dtype, density: float, device: str, op: str) -> Case:
     """Of two masks that share half of their entries, as two fine-tunings of one model might."""
     a, b = two_masks(shapes.SIZES[size](), density, device)
     keys, other = flat_positions(a), flat_positions(b)
@@ -303,10 +289,10 @@ def set_case(size: str, op: str, density: float, device: str) -> Case:
     def unique() -> Tensor:
         if op == "mask_or":
             return torch.unique(torch.cat([keys, other]))
-        found, counts = torch.unique(
-            torch.cat([keys, other] if op == "mask_and" else [keys, other, other]), return_counts=True
-        )
-        return found[counts == (2 if op == "mask_and" else 1)]
+        both = op == "mask_and"
+        joined = torch.cat([keys, other] if both else [keys, other, other])
+        found, counts = torch.unique(joined, return_counts=True)
+        return found[counts == (2 if both else 1)]
 
     def check(result: Any) -> str | None:
         if isinstance(result, CSRMask):
@@ -315,19 +301,19 @@ def set_case(size: str, op: str, density: float, device: str) -> Case:
         return None if torch.equal(found, expected) else "other entries than the right ones"
 
     ours = {"mask_or": lambda: a | b, "mask_and": lambda: a & b, "mask_sub": lambda: a - b}[op]
-    providers: dict[str, Callable] = {OURS: lambda: ours, "torch.unique": lambda: unique}
-    absent = {"scipy csr": "SciPy works in host memory"} if device == "cuda" else {}
-    name, module, make = (
-        ("cupy csr", "cupy", cupy_csr) if device == "cuda" else ("scipy csr", "scipy.sparse", scipy_csr)
-    )
+    implementations: dict[str, Callable] = {OURS: lambda: ours, "torch.unique": lambda: unique}
+    absent = {"scipy csr": "SciPy workloads in host memory"} if device == "cuda" else {}
+    name, module, make = ("scipy csr", "scipy.sparse", scipy_csr)
+    if device == "cuda":
+        name, module, make = ("cupy csr", "cupy", cupy_csr)
     library, reason = imported(module)
     if library:
-        providers[name] = partial(make, a, b, op)
+        implementations[name] = partial(make, a, b, op)
     else:
         absent[name] = reason
     rows, index = len(a.crow_indices) - 1, a.col_indices.element_size()
     moved = 3 * 8 * rows + index * (a.nnz + b.nnz + len(expected))
-    return Case(moved, providers, check, rounds=7, served_by="csr_combine", absent=absent)
+    return Case(moved, implementations, check, rounds=7, served_by="csr_combine", absent=absent)
 
 
 def two_masks(layout: shapes.Shapes, density: float, device: str) -> tuple[CSRMask, CSRMask]:
@@ -339,7 +325,7 @@ def two_masks(layout: shapes.Shapes, density: float, device: str) -> tuple[CSRMa
     return a, topk_mask(theirs, density=density)
 
 
-# What a library of sparse matrices does in one pass.
+# Set operations as one pass over sparse matrices.
 ONE_PASS: dict[str, Callable[[Any, Any], Any]] = {
     "mask_or": lambda x, y: x.maximum(y),
     "mask_and": lambda x, y: x.multiply(y),
@@ -347,7 +333,7 @@ ONE_PASS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def scipy_csr(a: CSRMask, b: CSRMask, op: str) -> Callable[[], Any]:
+def scipy_csr(a: CSRMask, b: CSRMask, op: str) -> Call:
     import scipy.sparse
 
     x, y = (
@@ -359,13 +345,13 @@ def scipy_csr(a: CSRMask, b: CSRMask, op: str) -> Callable[[], Any]:
     return lambda: ONE_PASS[op](x, y)
 
 
-def cupy_csr(a: CSRMask, b: CSRMask, op: str) -> Callable[[], Any]:
+def cupy_csr(a: CSRMask, b: CSRMask, op: str) -> Call:
     import cupy
     from cupyx.scipy.sparse import csr_matrix
 
     with torch_memory(cupy):
         x, y = (
-            # float32: CuPy's operations of boolean sparse matrices are not tested by its authors.
+            # float32: CuPy does not test its operations on boolean sparse matrices
             csr_matrix((cupy.ones(mask.nnz, dtype="f"), cupy.from_dlpack(col), cupy.from_dlpack(crow)), shape=shape)
             for mask in (a, b)
             for crow, col, shape in [stacked(mask)]
@@ -380,7 +366,7 @@ def cupy_csr(a: CSRMask, b: CSRMask, op: str) -> Callable[[], Any]:
 
 
 def flat_positions(mask: CSRMask) -> Tensor:
-    """Ascending int64 positions, the tensors standing one after the other by name."""
+    """Ascending int64 positions in all tensors, one after the other by name."""
     starts = np.cumsum([0, *(s.numel() for s in mask.shapes)]).tolist()
     each = positions(mask, dict(zip(mask.names, mask.shapes)))
     return torch.cat([position + start for start, (_, position) in zip(starts, each)])
@@ -394,9 +380,7 @@ def membership(keys: Tensor, other: Tensor, numel: int, op: str) -> Tensor:
 
 
 def stacked(mask: CSRMask) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """(row pointers, columns, shape) of all tensors as one matrix, one above the other, with 32-bit indices: the
-    fastest form.
-    """
+    """(row pointers, columns, shape) of all tensors as one matrix, with 32-bit indices: the fastest form."""
     columns = max(math.prod(s[1:]) if len(s) > 1 else s.numel() for s in mask.shapes)
     crow, col = (t.to(torch.int32) for t in (mask.crow_indices, mask.col_indices))
     return crow, col, (len(crow) - 1, columns)

@@ -1,10 +1,10 @@
-"""The families of operators, and every work of theirs that the user chose."""
+"""The families of operators and their workloads."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 
 from bench import bench_csr, bench_masked, bench_steps, bench_svd, bench_topk, bench_train
-from bench.harness import Choice, Work
+from bench.harness import Choice, Workload
 
 FAMILIES = {"csr": bench_csr, "topk": bench_topk, "svd": bench_svd, "train": bench_train}
 FAMILIES |= {"masked": bench_masked, "steps": bench_steps}
@@ -12,7 +12,7 @@ OPS = {op: meaning for family in FAMILIES.values() for op, meaning in family.OPS
 SIZES = tuple(dict.fromkeys(size for family in FAMILIES.values() for size in family.SIZES))
 
 
-def works(family: str, choice: Choice) -> Iterator[Work]:
-    """The family's works of those sizes that it has; nothing is made yet."""
+def workloads(family: str, choice: Choice) -> Iterator[Workload]:
+    """The family's workloads of the chosen sizes; no tensor is made yet."""
     module = FAMILIES[family]
-    yield from module.works(replace(choice, sizes=tuple(s for s in module.SIZES if s in choice.sizes)))
+    yield from module.workloads(replace(choice, sizes=tuple(s for s in module.SIZES if s in choice.sizes)))

@@ -1,22 +1,21 @@
 """Timing and checking, for every family of operators.
 
-A `Work` says what is to be timed and costs nothing until it is made; the `Case` that it makes holds the inputs and the
-providers. A provider is a function that makes a fresh `call` (its own copies of what it writes), and `call()` does the
-work once and returns what `check` compares with the truth: a provider that is wrong is told, and not timed. The others
-are timed interleaved, in an order that changes from round to round, so that a machine that slows down slows all of
-them; the ratio to ours is the median over rounds. Before each timed call a buffer as large as the last cache is read,
-so that every call finds its inputs in main memory.
+A `Workload` names what is timed and allocates nothing; `make` builds its `Case`: the inputs and the implementations. An
+implementation is a function that makes a fresh `call` (with its own copies of what it writes); `call()` runs once and
+returns what `check` compares with the truth. An implementation with a wrong result is reported and not timed. The
+others are timed interleaved, in an order that changes from round to round, so that a slower machine slows all of them;
+the ratio to ours is the median over rounds. Before each timed call a buffer of the last cache's size is read: every
+call finds its inputs in main memory.
 
-On a GPU a call is timed by events before and after its work, while the device is still busy with a pause that was
-enqueued before: the host runs ahead, as in a training loop, and its own time does not count as the kernels' (of a call
-that waits for the device, what follows the wait does). That time stands in a column of its own (`host_ms`): until the
-call returns on an idle device, so of a call that waits all of it; a whole training step takes the longer of the two.
+On a GPU, events before and after the call give its time while the device is still busy with a pause enqueued before:
+the host runs ahead, as in a training loop, and its time does not count (of a call that waits for the device, what
+follows the wait does). The column `host_ms` is the time until the call returns on an idle device. A training step
+counts the longer of the two.
 
-Peak memory (`peak_extra_mb`) is taken in this process, or, on the CPU, in a fresh process of each provider: there no
-arena that an earlier provider left behind hides what it takes. It is the most that lay in memory at once during one
-call, less what lay there
-before: the inputs do not count. For a `whole` case it counts from before the provider was made until after its second
-call, so of training everything counts: weights, masks, optimizer state, gradients, activations.
+Peak memory (`peak_extra_mb`) is the most memory in use during one call, less that in use before it: inputs do not
+count. On the CPU it is measured in a fresh process for each implementation, where no arena left by another one hides
+an allocation. For a `training` case it covers making the implementation and two calls, so it includes weights, masks,
+optimizer state, gradients and activations.
 """
 
 import contextlib
@@ -32,6 +31,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,36 +40,37 @@ import torch
 from torch import Tensor
 
 from bench.rows import OURS, package_of
+from deftx_kernels import backends
 
 Setting = tuple[torch.dtype, float]
-# Milliseconds by which the host is ahead of a GPU at least and at most, else twice what it needs; calls that tell what
-# it needs.
+Call = Callable[[], Any]
+# Milliseconds by which the host is ahead of a GPU: at least, at most; in between twice its time, from so many calls.
 LEAD, LONGEST_LEAD, HOST_CALLS = 1.0, 20.0, 3
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user wants timed."""
+    """The command line's choice of workloads."""
 
     device: str
     sizes: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...] = ()  # none: each family's usual ones
+    dtypes: tuple[torch.dtype, ...] = ()  # none: each family's default
     densities: tuple[float, ...] = ()
     quick: bool = False
 
-    def settings(self, usual: list[Setting]) -> list[Setting]:
-        """A family's usual dtypes and densities (of a quick run the first alone), or all pairs of what the user chose."""
+    def settings(self, default: list[Setting]) -> list[Setting]:
+        """A family's default dtypes and densities (the first if quick), or all pairs of the chosen ones."""
         if self.quick:
-            usual = usual[:1]
+            default = default[:1]
         if not self.dtypes and not self.densities:
-            return usual
-        dtypes = self.dtypes or dict.fromkeys(dtype for dtype, _ in usual)
-        return [(dtype, d) for dtype in dtypes for d in self.densities or dict.fromkeys(d for _, d in usual)]
+            return default
+        dtypes = self.dtypes or dict.fromkeys(dtype for dtype, _ in default)
+        return [(dtype, d) for dtype in dtypes for d in self.densities or dict.fromkeys(d for _, d in default)]
 
 
 @dataclass
 class Footprint:
-    """Bytes that a way of training holds for the whole of it; gradients, while they are there."""
+    """Bytes held throughout training; gradients, while they exist."""
 
     weights: float = 0.0
     gradients: float = 0.0
@@ -84,34 +85,29 @@ class Footprint:
 @dataclass
 class Case:
     bytes: int  # that must cross memory: each input read once, each output written once
-    providers: dict[str, Callable[[], Callable[[], Any]]]  # ours under the name "deftx"
-    check: Callable[[Any], str | None]  # what is wrong with a provider's result
+    implementations: dict[str, Callable[[], Call]]  # ours is named "deftx"
+    check: Callable[[Any], str | None]  # what is wrong with a result
     flops: float = 0.0
     rounds: int = 15
-    served_by: str = ""  # the operator whose backend serves ours, where that is not the work's
-    once: tuple[str, ...] = ()  # providers timed in the first round only
-    absent: dict[str, str] = field(default_factory=dict)  # providers that cannot be had here, each with the reason
+    served_by: str = ""  # the operator that ours calls, where the workload is not named after it
+    once: tuple[str, ...] = ()  # implementations timed in the first round only
+    absent: dict[str, str] = field(default_factory=dict)  # implementations unavailable here → the reason
     parameters: int = 0  # of the model, for the footprints
-    footprints: dict[str, Footprint] = field(default_factory=dict)  # filled in by a provider's first call
-    whole: bool = False  # the peak covers making a provider and two calls
-    apart: bool = False  # too large to be held side by side: each provider is timed in the process that tells its peak
-
-    def release(self) -> None:
-        """Let go of everything that the providers and the check hold."""
-        self.providers, self.check = {}, lambda result: None
+    footprints: dict[str, Footprint] = field(default_factory=dict)  # filled in by an implementation's first call
+    training: bool = False  # the peak covers making an implementation and two calls
+    isolated: bool = False  # too large to be held side by side: each implementation is timed in its own process
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     op: str
     size: str  # of --size
-    title: str  # what the work is, in the rows' column "size": "minilm, dense gradient"
+    title: str  # the rows' column "size": "minilm, dense gradient"
     dtype: torch.dtype
     density: float | None
     device: str
-    # Both of a module's functions, so that they can be pickled.
-    make: Callable[[], Case]
-    tiny: Callable[[], Case]  # the same kind of work in a moment: what a first call loads is not what the work takes
+    make: Callable[[], Case]  # both picklable
+    tiny: Callable[[], Case]  # the same on a tiny input: loads what a first call loads
 
     @property
     def dtype_name(self) -> str:
@@ -123,8 +119,16 @@ class Work:
         return "" if self.density is None else f"{self.density:g}"
 
 
-def quieten() -> None:
-    """What torch and its guests say of themselves on first use is not what the reader looks for between the rows."""
+def workload(
+    case: Callable[..., Case], op: str, size: str, setting: Setting, device: str, *more: Any, title: str = ""
+) -> Workload:
+    """The workload whose cases are case(size, dtype, density, device, *more) of this size and of size "tiny"."""
+    make, tiny = (partial(case, s, *setting, device, *more) for s in (size, "tiny"))
+    return Workload(op, size, title or size, *setting, device, make, tiny)
+
+
+def silence_libraries() -> None:
+    """Turn off first-use warnings of torch and the baselines' packages, which would stand between the rows."""
     for message in ("Sparse CSR tensor support", "Sparse invariant checks", "OptimState8bit does not implement"):
         warnings.filterwarnings("ignore", message)
     for name in ("torch.utils._pytree", "torchao", "bitsandbytes"):
@@ -132,7 +136,7 @@ def quieten() -> None:
 
 
 def imported(name: str) -> tuple[Any, str]:
-    """(the module, "") or (None, why it cannot be had). What it says of its own optional parts is not said here."""
+    """(the module, "") or (None, why it does not import), without the module's own warnings."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -152,12 +156,12 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def milliseconds(call: Callable[[], Any], device: str) -> float:
+def milliseconds(call: Call, device: str) -> float:
     return on_busy_device(call, LEAD)[0] if device == "cuda" else host_milliseconds(call)
 
 
-def on_busy_device(call: Callable[[], Any], lead: float) -> tuple[float, float]:
-    """The GPU's milliseconds, the host being `lead` of them ahead of it, and the host's: until the call returns."""
+def on_busy_device(call: Call, lead: float) -> tuple[float, float]:
+    """(milliseconds of the GPU, with the host `lead` ms ahead of it; milliseconds of the host until it returns)."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(round(lead * cycles()))
     start.record()
@@ -167,7 +171,7 @@ def on_busy_device(call: Callable[[], Any], lead: float) -> tuple[float, float]:
     return start.elapsed_time(end), host
 
 
-def host_milliseconds(call: Callable[[], Any]) -> float:
+def host_milliseconds(call: Call) -> float:
     began = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - began)
@@ -175,9 +179,9 @@ def host_milliseconds(call: Callable[[], Any]) -> float:
 
 @functools.cache
 def cycles() -> float:
-    """Cycles of the device's clock in a millisecond, as `torch.cuda._sleep` counts them."""
+    """Clock cycles of `torch.cuda._sleep` per millisecond."""
     count, taken = 5_000_000, 0.0
-    for _ in range(3):  # the last counts: by then the clock is that of a busy device
+    for _ in range(3):  # the last one counts: the clock is then that of a busy device
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         torch.cuda._sleep(count)
@@ -200,22 +204,21 @@ def last_cache_bytes(device: str) -> int:
 
 @functools.cache
 def _flushing(device: str) -> Tensor:
-    # Of a GPU's cache half may belong to the other half of its memory: twice.
+    # Twice the size on a GPU: half of its cache may serve the other half of its memory.
     return torch.ones(last_cache_bytes(device) * (2 if device == "cuda" else 1) // 4, device=device)
 
 
 def flush_cache(device: str) -> None:
-    """Fill the caches with other data, read only: nothing waits to be written back while the next call is timed.
+    """Fill the caches with other data, which is only read: nothing is written back while the next call is timed.
 
-    With as many bytes as the last cache has, sums of 2 to 100 MB came from memory; twice as many changed nothing (Xeon,
-    480 MiB).
+    With the last cache's size, sums of 2 to 100 MB came from memory; twice the size made no difference (Xeon, 480 MiB).
     """
     _flushing(device).sum()
 
 
 @functools.cache
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """(bytes per second of a large copy, read and written; operations per second of a matrix product) of this machine."""
+    """(bytes per second of a large copy, read and written; operations per second of a matrix product)."""
     n = 1 << (28 if device == "cuda" else 25)
     source, target = torch.ones(n, device=device), torch.empty(n, device=device)
     copy = min(milliseconds(lambda: target.copy_(source), device) for _ in range(8))
@@ -225,195 +228,14 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
     return 1e3 * 8 * n / copy, 1e3 * 2 * side**3 / product
 
 
-def quantiles(values: list[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return cuts[1], statistics.median(values), cuts[7]
-
-
-# ---- memory ----
-
-
-def available_bytes() -> int:
-    """Of main memory, what can be had without swapping; what there is in all where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def trim() -> None:
-    """Give freed memory back to the system."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_extra(call: Callable[[], Any], device: str) -> float | None:
-    """Megabytes that one call needs beside what lay in memory before it; None where the system does not tell."""
-    trim()
-    if device == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        synchronize(device)
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    status = Path("/proc/self/status")
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
-
-        def read(key: str) -> int:
-            return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
-
-        before_kib = read("VmRSS")
-        call()
-        return 1024 * max(0, read("VmHWM") - before_kib) / 1e6
-    except (OSError, StopIteration):
-        return None
-
-
-def training(make: Callable[[], Callable[[], Any]]) -> Callable[[], None]:
-    """What the peak of a whole case is taken of."""
-
-    def run() -> None:
-        call = make()
-        call()
-        call()
-
-    return run
-
-
-@dataclass
-class Alone:
-    """What a process of its own tells of a provider."""
-
-    peak: float | None = None
-    times: list[float] = field(default_factory=list)  # only of cases that are timed apart
-    host: float | None = None  # likewise
-
-
-def alone(work: Work, provider: str, rounds: int) -> Alone | None:
-    """One provider in a process of its own; None where that process failed (the reason is printed)."""
-    try:
-        # Spawned, not forked: a fork would share this process's pages and arenas.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(_alone_here, work, provider, rounds, torch.get_num_threads()).result()
-    except Exception as error:
-        print(f"{provider} failed in a process of its own: {type(error).__name__}: {error}", flush=True)
-        return None
-
-
-def _alone_here(work: Work, provider: str, rounds: int, threads: int) -> Alone:
-    quieten()
-    torch.set_num_threads(threads)
-    work.tiny().providers[provider]()()
-    case = work.make()
-    make = case.providers[provider]
-    found = Alone(peak_extra(training(make) if case.whole else make(), work.device))
-    if case.apart:
-        call = make()
-        call()
-        times, host = timed({provider: call}, work.device, rounds, (), case.whole)
-        found.times, found.host = times[provider], host.get(provider)
-    return found
-
-
-# ---- a work, measured ----
-
-
-def measure(
-    work: Work, facts: dict[str, Any], rounds: int | None, providers: tuple[str, ...], fresh: bool
-) -> Iterator[dict[str, Any]]:
-    """Check every provider, time the right ones, and give one row for each. A wrong one gives {"wrong": what}, an
-    absent one {"absent": why}. `providers`: these alone and ours; none: all. `fresh`: peaks from fresh processes."""
-    from deftx_kernels import backends
-
-    case, device = work.make(), work.device
-    if providers:
-        case.providers = {n: p for n, p in case.providers.items() if n == OURS or n in providers}
-    same = {**facts, "op": work.op, "size": work.title, "dtype": work.dtype_name, "density": work.density_text}
-    for name, reason in case.absent.items():
-        if not providers or name in providers:
-            yield same | {"provider": name, "absent": reason}
-    faults, calls = checked(case)
-    for name, fault in faults.items():
-        yield same | {"provider": name, "wrong": fault}
-    fresh = case.apart or (fresh and device == "cpu")
-    peaks: dict[str, float | None] = {}
-    if not fresh:
-        for name, call in calls.items():  # and the warm-up
-            peaks[name] = peak_extra(training(case.providers[name]) if case.whole else call, device)
-    rounds = rounds or case.rounds
-    times, host = ({}, {}) if case.apart else timed(calls, device, rounds, case.once, case.whole)
-    names = list(calls)
-    case.release()
-    del calls
-    trim()
-    if fresh:
-        found = {name: result for name in names if (result := alone(work, name, rounds))}
-        peaks = {name: found[name].peak if name in found else None for name in names}
-        if case.apart:
-            times = {name: result.times for name, result in found.items()}
-            host = {name: result.host for name, result in found.items() if result.host is not None}
-            for name in (n for n in names if n not in found):
-                yield same | {"provider": name, "wrong": "it failed in a process of its own, as told above"}
-    bandwidth, rate = ceilings(device, work.dtype if work.dtype.is_floating_point else torch.float32)
-    floor = 1e3 * max(case.bytes / bandwidth, case.flops / rate)
-    same |= {"bytes": case.bytes, "flops": f"{case.flops:.0f}", "floor_ms": f"{floor:.4f}"}
-    same |= {"copy_gb_s": f"{bandwidth / 1e9:.1f}", "product_gflop_s": f"{rate / 1e9:.0f}"}
-    for name, taken in times.items():
-        p20, p50, p80 = quantiles(taken)
-        row = same | {"provider": name, "package": package_of(name), "rounds": len(taken)}
-        row["backend"] = backends()[case.served_by or work.op][device].name if name.startswith(OURS) else ""
-        row |= {
-            "p20_ms": f"{p20:.4f}",
-            "p50_ms": f"{p50:.4f}",
-            "p80_ms": f"{p80:.4f}",
-            "share_of_floor": f"{floor / p50:.4f}",
-        }
-        row["host_ms"] = f"{host[name]:.4f}" if name in host else ""
-        row["times_ours"] = (
-            f"{statistics.median(t / o for t, o in zip(taken, times[OURS])):.3f}" if OURS in times else ""
-        )
-        peak = peaks.get(name)
-        row["peak_extra_mb"] = "" if peak is None else f"{peak:.1f}"
-        yield row | (footprint.columns(case.parameters) if (footprint := case.footprints.get(name)) else {})
-
-
-def checked(case: Case) -> tuple[dict[str, str], dict[str, Callable[[], Any]]]:
-    """What is wrong with whom; a call of each of the others."""
-    right, faults = {}, {}
-    for name, make in case.providers.items():
-        call = None
-        try:
-            call = make()
-            fault = case.check(call())
-        except Exception as error:  # of a peer or of ours: a finding to report
-            fault = f"{type(error).__name__}: {error}"
-        if fault or case.whole:
-            call = None  # before the next is made: there may be memory for one only
-        if fault:
-            faults[name] = fault
-        else:
-            right[name] = call
-    if not case.apart:
-        right = {name: call or case.providers[name]() for name, call in right.items()}
-    return faults, right
-
-
 def timed(
-    calls: dict[str, Callable[[], Any]], device: str, rounds: int, once: tuple[str, ...], whole: bool
+    calls: dict[str, Call], device: str, rounds: int, once: tuple[str, ...] = (), training: bool = False
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """The milliseconds of each round, of all providers in turn, and on a GPU those that the host needs for a call of
-    each.
-    """
+    """(the milliseconds of each round by implementation, on a GPU the host's milliseconds by implementation)."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    host = (
-        {name: host_time(call, whole) for name, call in calls.items() if name not in once} if device == "cuda" else {}
-    )
+    host: dict[str, float] = {}
+    if device == "cuda":
+        host = {name: host_time(call, training) for name, call in calls.items() if name not in once}
     order = list(calls)
     for i in range(rounds):
         order = order[1:] + order[:1]
@@ -426,23 +248,216 @@ def timed(
                 continue
             lead = min(max(LEAD, 2 * host.get(name, 0)), LONGEST_LEAD)
             taken, returned = on_busy_device(calls[name], lead)
-            if name in once:  # slow: no other call for the host's time
+            if name in once:  # slow: no extra call for the host's time
                 host[name] = returned - lead if returned > lead else returned
-            times[name].append(max(taken, host[name]) if whole else taken)
+            times[name].append(max(taken, host[name]) if training else taken)
     return times, host
 
 
-def host_time(call: Callable[[], Any], whole: bool = False) -> float:
-    """The median of a few calls, each on an idle device: where the host waits for the device, it does so for its own
-    call alone.
+def host_time(call: Call, training: bool = False) -> float:
+    """Median milliseconds of a few calls, each on an idle device.
 
-    Of training (`whole`) the first does not count: it makes the optimizer's state, or captures a graph.
+    A first training step does not count: it makes the optimizer's state or captures a graph.
     """
     found: list[float] = []
-    if whole:
+    if training:
         call()
     while len(found) < HOST_CALLS and sum(found) < 1000:
         synchronize("cuda")
         found.append(host_milliseconds(call))
     synchronize("cuda")
     return statistics.median(found)
+
+
+# ---- memory ----
+
+
+def available_bytes() -> int:
+    """Main memory that is free without swapping; all of it where the system does not report that."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def trim() -> None:
+    """Return freed memory to the system."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_extra(call: Call, device: str) -> float | None:
+    """Megabytes that one call takes beyond those in use before it; None where the system does not report them."""
+    trim()
+    if device == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        synchronize(device)
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    status = Path("/proc/self/status")
+
+    def read(key: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+        before_kib = read("VmRSS")
+        call()
+        return 1024 * max(0, read("VmHWM") - before_kib) / 1e6
+    except (OSError, StopIteration):
+        return None
+
+
+def two_steps(make: Callable[[], Call]) -> None:
+    """What the peak of a training case is measured of."""
+    call = make()
+    call()
+    call()
+
+
+@dataclass
+class Alone:
+    """The measurements of one implementation in its own process."""
+
+    peak: float | None = None
+    times: list[float] = field(default_factory=list)  # of isolated cases only
+    host: float | None = None  # likewise
+
+
+def alone(workload: Workload, implementation: str, rounds: int) -> Alone | None:
+    """Measure one implementation in its own process; None if that process failed (the reason is printed)."""
+    try:
+        # Spawned, not forked: a fork would share this process's pages and arenas.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(_alone_here, workload, implementation, rounds, torch.get_num_threads()).result()
+    except Exception as error:
+        print(f"{implementation} failed in a process of its own: {type(error).__name__}: {error}", flush=True)
+        return None
+
+
+def _alone_here(workload: Workload, implementation: str, rounds: int, threads: int) -> Alone:
+    silence_libraries()
+    torch.set_num_threads(threads)
+    workload.tiny().implementations[implementation]()()
+    case = workload.make()
+    make = case.implementations[implementation]
+    found = Alone(peak_extra(partial(two_steps, make) if case.training else make(), workload.device))
+    if case.isolated:
+        call = make()
+        call()
+        times, host = timed({implementation: call}, workload.device, rounds, training=case.training)
+        found.times, found.host = times[implementation], host.get(implementation)
+    return found
+
+
+# ---- one workload ----
+
+
+@dataclass
+class Measured:
+    """What was measured of a workload, by implementation."""
+
+    times: dict[str, list[float]] = field(default_factory=dict)
+    host: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, float | None] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+
+
+def measure(
+    workload: Workload, metadata: dict[str, Any], rounds: int | None, chosen: tuple[str, ...], fresh: bool
+) -> Iterator[dict[str, Any]]:
+    """Check every implementation, time the right ones, and yield one row for each; {"wrong": what} for one with a wrong
+    result, {"absent": why} for one that is unavailable. `chosen`: only these and ours; none: all. `fresh`: peaks from
+    fresh processes."""
+    case, device = workload.make(), workload.device
+    if chosen:
+        case.implementations = {n: p for n, p in case.implementations.items() if n == OURS or n in chosen}
+    names = {"op": workload.op, "size": workload.title, "dtype": workload.dtype_name, "density": workload.density_text}
+    same = metadata | names
+    for name, reason in case.absent.items():
+        if not chosen or name in chosen:
+            yield same | {"provider": name, "absent": reason}
+    found = run(workload, case, rounds or case.rounds, fresh)
+    for name, fault in found.wrong.items():
+        yield same | {"provider": name, "wrong": fault}
+    bandwidth, rate = ceilings(device, workload.dtype if workload.dtype.is_floating_point else torch.float32)
+    floor = 1e3 * max(case.bytes / bandwidth, case.flops / rate)
+    same |= {"bytes": case.bytes, "flops": f"{case.flops:.0f}", "floor_ms": f"{floor:.4f}"}
+    same |= {"copy_gb_s": f"{bandwidth / 1e9:.1f}", "product_gflop_s": f"{rate / 1e9:.0f}"}
+    ours = found.times.get(OURS)
+    for name, taken in found.times.items():
+        row = same | {"provider": name, "package": package_of(name), "rounds": len(taken)}
+        row["backend"] = backend(case.served_by or workload.op, device) if name.startswith(OURS) else ""
+        p20, p50, p80 = quantiles(taken)
+        row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}"}
+        row |= {"share_of_floor": f"{floor / p50:.4f}"}
+        row["host_ms"] = f"{found.host[name]:.4f}" if name in found.host else ""
+        row["times_ours"] = f"{statistics.median(t / o for t, o in zip(taken, ours)):.3f}" if ours else ""
+        peak = found.peaks.get(name)
+        row["peak_extra_mb"] = "" if peak is None else f"{peak:.1f}"
+        yield row | (case.footprints[name].columns(case.parameters) if name in case.footprints else {})
+
+
+def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> Measured:
+    """Check and time the case, which then lets go of its inputs."""
+    device = workload.device
+    found, calls = Measured(), {}
+    found.wrong, calls = checked(case)
+    fresh = case.isolated or (fresh and device == "cpu")
+    if not fresh:
+        for name, call in calls.items():  # and the warm-up
+            measured = partial(two_steps, case.implementations[name]) if case.training else call
+            found.peaks[name] = peak_extra(measured, device)
+    if not case.isolated:
+        found.times, found.host = timed(calls, device, rounds, case.once, case.training)
+    names = list(calls)
+    case.implementations, case.check = {}, lambda result: None
+    del calls
+    trim()
+    for name in names if fresh else ():
+        result = alone(workload, name, rounds)
+        found.peaks[name] = result.peak if result else None
+        if case.isolated and result:
+            found.times[name] = result.times
+            found.host |= {} if result.host is None else {name: result.host}
+        elif case.isolated:
+            found.wrong[name] = "it failed in a process of its own (printed above)"
+    return found
+
+
+def checked(case: Case) -> tuple[dict[str, str], dict[str, Call]]:
+    """(what is wrong by implementation, a call of each of the others)."""
+    right, faults = {}, {}
+    for name, make in case.implementations.items():
+        call = None
+        try:
+            call = make()
+            fault = case.check(call())
+        except Exception as error:  # reported as a wrong result
+            fault = f"{type(error).__name__}: {error}"
+        if fault or case.training:
+            call = None  # before the next is made: there may be memory for one only
+        if fault:
+            faults[name] = fault
+        else:
+            right[name] = call
+    if not case.isolated:
+        right = {name: call or case.implementations[name]() for name, call in right.items()}
+    return faults, right
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """p20, p50, p80"""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[1], statistics.median(values), cuts[7]
+
+
+def backend(op: str, device: str) -> str:
+    """What serves an operator; the denoising functions are no operators: torch's linear algebra serves them."""
+    return backends()[op][device].name if op in backends() else "blas"

@@ -1,4 +1,4 @@
-"""The rows of bench/results: what they hold, how they are added, and which of them are the newest."""
+"""The rows of bench/results: their columns, how they are appended, and which of them are the newest."""
 
 import csv
 import importlib.metadata
@@ -13,22 +13,21 @@ from typing import Any
 import torch
 
 OURS = "deftx"
+NOT_MEASURED = "not measured"
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
+# The column "provider" holds the name of the implementation that was timed, "times_ours" its time divided by ours.
 COLUMNS = (
     "date", "op", "provider", "package", "backend", "size", "dtype", "density", "p20_ms", "p50_ms", "p80_ms", "host_ms",
-    "rounds", "times_ours", "bytes", "flops", "copy_gb_s", "product_gflop_s", "floor_ms", "share_of_floor", "peak_extra_mb",
-    "parameters", "weight_bytes_per_param", "gradient_bytes_per_param", "state_bytes_per_param", "mask_bytes_per_param",
-    "device", "threads", "driver", "torch", "triton", "commit",
+    "rounds", "times_ours", "bytes", "flops", "copy_gb_s", "product_gflop_s", "floor_ms", "share_of_floor",
+    "peak_extra_mb", "parameters", "weight_bytes_per_param", "gradient_bytes_per_param", "state_bytes_per_param",
+    "mask_bytes_per_param", "device", "threads", "driver", "torch", "triton", "commit",
 )  # fmt: skip
-PACKAGES = {
-    "numpy": "numpy",
-    "scipy": "scipy",
-    "cupy": "cupy-cuda13x",
-    "cupyx": "cupy-cuda13x",
-    "PEFT": "peft",
-}  # first word of a provider → distribution
-PACKAGES |= {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
+WORKLOAD = ("op", "size", "dtype", "density")  # the columns that name a workload
+PACKAGES = {"numpy": "numpy", "scipy": "scipy", "cupy": "cupy-cuda13x", "cupyx": "cupy-cuda13x", "PEFT": "peft"}
+PACKAGES |= {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}  # first word of an implementation → distribution
+# Names of implementations in older rows → today's.
+RENAMED = {"LT-SFT's way": "LT-SFT", "LIFT's way": "LIFT", "LIFT's way, svd_lowrank": "LIFT, svd_lowrank"}
 
 Row = dict[str, str]
 
@@ -40,20 +39,18 @@ def version(package: str) -> str:
         return ""
 
 
-def package_of(provider: str) -> str:
-    """A provider's package with its version; nothing for torch, which has a column, and for us, whom a commit names."""
-    package = PACKAGES.get(provider.replace(".", " ").split()[0])
+def package_of(implementation: str) -> str:
+    """An implementation's package and version; empty for torch (it has a column) and deftx (the commit names it)."""
+    package = PACKAGES.get(implementation.replace(".", " ").split()[0])
     return f"{package} {version(package)}" if package else ""
 
 
 def provenance(device: str) -> dict[str, Any]:
-    """The columns that every row of a run shares."""
-    facts: dict[str, Any] = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")}
-    facts |= {
+    """The columns that all rows of a run share."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
-    }
-    return facts | {
         "driver": driver() if device == "cuda" else "",
         "torch": torch.__version__,
         "triton": version("triton"),
@@ -70,8 +67,7 @@ def driver() -> str:
 
 
 def commit() -> str:
-    """The checked-out commit; "-dirty" where anything but the rows themselves has changed since. $DEFTX_COMMIT tells it
-    of a tree that was copied without its history."""
+    """The commit, with "-dirty" if anything but the rows has changed; $DEFTX_COMMIT in a tree without git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -92,20 +88,17 @@ def processor() -> str:
 
 
 def append(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Rows are only ever added, by this function. Those of a file that lacks a column of today have it empty from then
-    on.
-    """
+    """Add rows to a file. A file with other columns is rewritten atomically; its rows are empty in the new columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     old: list[dict[str, Any]] = []
-    header: list[str] | None = None
     if path.exists():
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
-            old, header = list(reader), list(reader.fieldnames or ())
-    if header == list(COLUMNS):
-        with path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerows(rows)
-        return
+            old, header = list(reader), tuple(reader.fieldnames or ())
+        if header == COLUMNS:
+            with path.open("a", newline="") as file:
+                csv.DictWriter(file, COLUMNS).writerows(rows)
+            return
     new = path.with_suffix(".new")
     with new.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
@@ -115,25 +108,49 @@ def append(rows: Iterable[dict[str, Any]], path: Path) -> None:
 
 
 def newest(folder: Path) -> list[Row]:
-    """The last row of each provider for each work and device, with its file; a work may have moved from one file to
-    another.
-    """
-    works: dict[tuple, dict[str, Row]] = {}
+    """The rows of the newest run of each workload on each device, from all files: a workload may have changed files."""
+    workloads: dict[tuple, dict[str, Row]] = {}  # → implementation → its last row
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
             for row in csv.DictReader(file, restval=""):
-                providers = works.setdefault(tuple(row[k] for k in ("device", "op", "size", "dtype", "density")), {})
-                if row["date"] >= providers.get(row["provider"], row)["date"]:
-                    providers[row["provider"]] = row | {"file": path.name}
-    # Works that were last timed with an implementation which no longer serves the op are history.
+                name = row["provider"] = RENAMED.get(row["provider"], row["provider"])
+                last = workloads.setdefault(tuple(row[k] for k in ("device", *WORKLOAD)), {})
+                if row["date"] >= last.get(name, row)["date"]:
+                    last[name] = row | {"file": path.name}
+    # Workloads last timed with a backend that no longer serves the operator are left out.
     serving = {}  # file, device and op → backend of our newest row
-    for ours in sorted((p[OURS] for p in works.values() if OURS in p), key=lambda row: row["date"]):
+    for ours in sorted((w[OURS] for w in workloads.values() if OURS in w), key=lambda row: row["date"]):
         serving[ours["file"], ours["device"], ours["op"]] = ours["backend"]
     found = []
-    for providers in works.values():
-        our = providers.get(OURS)
+    for last in workloads.values():
+        our = last.get(OURS)
         if our is None or our["backend"] == serving[our["file"], our["device"], our["op"]]:
-            # Ratios are of one run: only rows of the newest run of that work stand side by side.
-            date = max(row["date"] for row in providers.values())
-            found += [row for row in providers.values() if row["date"] == date]
+            date = max(row["date"] for row in last.values())  # speedups compare rows of one run only
+            found += [row for row in last.values() if row["date"] == date]
     return found
+
+
+def of_kind(rows: list[Row], kind: str) -> list[Row]:
+    """The rows of CPUs ("cpu") or of GPUs ("cuda"): those with a driver."""
+    return [row for row in rows if bool(row.get("driver")) == (kind == "cuda")]
+
+
+def workload_of(row: Row) -> tuple[str, ...]:
+    return tuple(row[k] for k in WORKLOAD)
+
+
+def of_device(rows: list[Row], kind: str) -> list[Row]:
+    """The rows of CPUs or of GPUs; of each workload those of the machine that timed it last."""
+    found = of_kind(rows, kind)
+    last = {workload_of(row): row["device"] for row in sorted(found, key=lambda row: row["date"])}
+    return [row for row in found if row["device"] == last[workload_of(row)]]
+
+
+def of_machine(rows: list[Row], kind: str) -> list[Row]:
+    """The rows of one CPU or GPU: the one with the most workloads, of several the one that ran last."""
+    found = of_kind(rows, kind)
+    workloads: dict[str, set[tuple]] = {}
+    for row in sorted(found, key=lambda row: row["date"], reverse=True):
+        workloads.setdefault(row["device"], set()).add(workload_of(row))
+    most = max(workloads, key=lambda name: len(workloads[name]), default="")
+    return [row for row in found if row["device"] == most]

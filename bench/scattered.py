@@ -1,7 +1,6 @@
-"""Reads and writes at scattered positions, by kernels that do nothing else: what sparse kernels take at the least.
+"""Triton kernels that only read or write at scattered positions: the least that sparse kernels can take.
 
-For bench/machine.py. As many positions as are a multiple of BLOCK: no load is masked, so those of positions and compact
-values are 16 bytes a thread.
+For bench/machine.py. The number of positions is a multiple of BLOCK, so that no load is masked.
 """
 
 import torch
@@ -24,17 +23,9 @@ def _scatter_kernel(target, position, values, BLOCK: tl.constexpr):
     tl.store(target + tl.load(position + entry), tl.load(values + entry))
 
 
-def gather(source: Tensor, position: Tensor, out: Tensor) -> None:  # [n], int32 [k], [k]
-    """out = source[position]"""
-    _run(_gather_kernel, source, position, out)
-
-
-def scatter(target: Tensor, position: Tensor, values: Tensor) -> None:  # [n], int32 [k], [k]
-    """target[position] = values"""
-    _run(_scatter_kernel, target, position, values)
-
-
-def _run(kernel, dense: Tensor, position: Tensor, compact: Tensor) -> None:
+def access(kernel: str, dense: Tensor, position: Tensor, compact: Tensor) -> None:  # [n], int32 [k], [k]
+    """ "gather": compact = dense[position]; "scatter": dense[position] = compact"""
     assert len(position) % BLOCK == 0
+    run = {"gather": _gather_kernel, "scatter": _scatter_kernel}[kernel]
     with torch.cuda.device(dense.device):
-        kernel[(len(position) // BLOCK,)](dense, position, compact, BLOCK=BLOCK, num_warps=4)
+        run[(len(position) // BLOCK,)](dense, position, compact, BLOCK=BLOCK, num_warps=4)

@@ -1,4 +1,4 @@
-"""The standard sizes of work, name of a tensor → shape, and random tensors of these shapes."""
+"""The standard sizes of workloads, name of a tensor → shape, and random tensors of these shapes."""
 
 import math
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ def _layers(count: int, width: int, inner: int) -> Shapes:
 
 
 def tiny() -> Shapes:
-    """For tests: every kind of tensor in a moment."""
+    """For tests: every kind of tensor, small."""
     return {"embedding": (200, 96), "bias": (97,), **_layers(1, 96, 160)}
 
 
-def minilm(layers: int = 6, embedding: bool = True) -> Shapes:
+def minilm() -> Shapes:
     """MiniLM's matrices, 22 M elements."""
-    return ({"embedding": (30522, 384)} if embedding else {}) | _layers(layers, 384, 1536)
+    return {"embedding": (30522, 384)} | _layers(6, 384, 1536)
 
 
 def squares(count: int) -> Shapes:
@@ -46,30 +46,22 @@ def xlmr() -> Shapes:
 
 
 def llama1b() -> Shapes:
-    """Llama 3.2 1B, 1.24 thousand million elements: linear layers with grouped keys and values, and the tied embedding."""
+    """Llama 3.2 1B, 1.24 billion elements: linear layers with grouped keys and values, and the tied embedding."""
     shapes: Shapes = {"embedding": (128256, 2048)}
     for i in range(16):
-        shapes |= {f"{i}.{n}": (2048, 2048) for n in ("query", "output")} | {
-            f"{i}.{n}": (512, 2048) for n in ("key", "value")
-        }
+        shapes |= {f"{i}.{n}": (2048, 2048) for n in ("query", "output")}
+        shapes |= {f"{i}.{n}": (512, 2048) for n in ("key", "value")}
         shapes |= {f"{i}.{n}": (8192, 2048) for n in ("gate", "up")} | {f"{i}.down": (2048, 8192)}
     return shapes
 
 
 def llama7b() -> Shapes:
-    """The 224 linear layers of Llama 7B, 6.48 thousand million elements."""
+    """The 224 linear layers of Llama 7B, 6.48 billion elements."""
     return _layers(32, 4096, 11008) | {f"{i}.gate": (11008, 4096) for i in range(32)}
 
 
-SIZES = {
-    "tiny": tiny,
-    "10M": partial(squares, 10),
-    "minilm": minilm,
-    "50M": partial(squares, 50),
-    "bert": bert,
-    "xlmr": xlmr,
-}
-SIZES |= {"llama1b": llama1b, "llama7b": llama7b}
+SIZES = {"tiny": tiny, "10M": partial(squares, 10), "minilm": minilm, "50M": partial(squares, 50)}
+SIZES |= {"bert": bert, "xlmr": xlmr, "llama1b": llama1b, "llama7b": llama7b}
 
 
 def numel(size: str) -> int:
@@ -84,8 +76,10 @@ def random_tensors(
     return {n: torch.randn(s, generator=generator, device=device).to(dtype) for n, s in sorted(shapes.items())}
 
 
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.clone() for n, t in tensors.items()}
+
+
 def token_ids(count: int, vocabulary: int, generator: torch.Generator) -> Tensor:  # int64 [count]
-    """Ids with Zipf's frequencies, the n-th about 1/n as often as the first, as of words; those of special tokens left
-    out.
-    """
+    """Ids with the frequencies of words (Zipf's law: the n-th about 1/n as often as the first), no special tokens."""
     return (vocabulary ** torch.rand(count, generator=generator, dtype=torch.float64)).long().clamp(5, vocabulary - 1)

@@ -3,10 +3,10 @@
     check    builds (or finds the libraries built from these sources), then the doctor, every test marked `gpu` and the
     sanitizers,
              all at the same time: three minutes and a half at the most
-    measure  what the machine gives, the works that the targets are about, the most important first, and what our
+    measure  what the machine gives, the workloads that the targets are about, the most important first, and what our
     kernels move:
              under five minutes
-    cpu      the CPU tests, the least new: that the rest works with this torch and this Python
+    cpu      the CPU tests, the least new: that the rest workloads with this torch and this Python
 
 Without an argument: check and measure. Needs no network, no virtual environment and no installation: the torch, nvcc
 and pytest of the python3 that runs it. The libraries are built inside the source tree, unless they came along
@@ -352,7 +352,7 @@ def pytest(marks: str, limit: int, processes: int) -> list[list[str]]:
         "no:cacheprovider",
     ]
     threads = ["env", "OMP_NUM_THREADS=1"] if processes > 1 else []
-    # Only to save the time that collecting takes in each process: `provider` has a GPU among its parameters.
+    # Only to save the time that collecting takes in each process: `implementation` has a GPU among its parameters.
     files = [f for f in test_files() if marks != "gpu" or re.search(r"mark\.gpu|\bprovider\b", (ROOT / f).read_text())]
     return [[*threads, *command, "--tb=short", "--durations=5", *options, *files]]
 
@@ -490,7 +490,7 @@ def phases() -> dict[str, list[list[Step]]]:
     ]
     bench = [python, "-m", "bench", "--device", "cuda", "--out", rows]
     targets = [*bench, "--targets", "--rounds", "9"]
-    most = [*targets, "--target-peers", "--family", "topk", "train", "masked", "steps"]
+    most = [*targets, "--target-baselines", "--family", "topk", "train", "masked", "steps"]
     cpu = "not gpu and not cuda_on_cpu and not slow"
     return {
         "check": [*here_first, tests],
@@ -498,11 +498,11 @@ def phases() -> dict[str, list[list[Step]]]:
             *here_first,
             [Step("machine", lambda: [[*bench, "machine"]], 60, 19)],
             [Step("targets", lambda: [most], 130, 60, 4000)],
-            # Rows are added work by work, so a limit costs only what is not yet timed: ours, before peers that take
+            # Rows are added workload by workload, so a limit costs only what is not yet timed: ours, before baselines that take
             # seconds a call.
-            [Step("denoising", lambda: [[*targets, "--family", "svd", "--provider", "deftx"]], 60, 14)],
+            [Step("denoising", lambda: [[*targets, "--family", "svd", "--implementation", "deftx"]], 60, 14)],
             [Step("counters", lambda: [[*bench, "counters"]], 90, 20)],
-            [Step("denoising, peers", lambda: [[*targets, "--target-peers", "--family", "svd"]], 120, 16)],
+            [Step("denoising, baselines", lambda: [[*targets, "--target-baselines", "--family", "svd"]], 120, 16)],
         ],
         "cpu": [*here_first, [Step("CPU tests", lambda: pytest(cpu, 60, max(1, (os.cpu_count() or 1) // 2)), 285)]],
     }

@@ -1,6 +1,5 @@
-"""The benchmark at its smallest size: every family runs, a wrong provider is told, calls take turns, peaks are of new
-processes.
-"""
+"""The benchmark at its smallest size: every family runs, wrong results are reported, calls are interleaved, peaks come
+from new processes, and the command line chooses."""
 
 import csv
 import json
@@ -16,29 +15,29 @@ import torch
 from bench import __main__ as program
 from bench import bench_topk, harness, rows, shapes
 from bench.families import FAMILIES
-from bench.harness import Case, Choice, Work, alone, measure, peak_extra
+from bench.harness import Case, Choice, Workload, alone, measure, peak_extra
 from bench.rows import COLUMNS, OURS, ROOT
 from bench.targets import Target
 from deftx_kernels import topk_mask
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+F32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     """Runs the program on the tiny size: (exit status, rows by file)."""
-    # a process a provider: too long for here
-    monkeypatch.setattr(harness, "alone", lambda work, provider, rounds: harness.Alone())
+    monkeypatch.setattr(harness, "alone", lambda *arguments: harness.Alone())  # no process for each: too slow here
     monkeypatch.setattr(harness, "ceilings", lambda device, dtype: (1e10, 1e10))
     monkeypatch.setattr(harness, "last_cache_bytes", lambda device: 1 << 20)
 
     def run(*arguments):
         status = program.main([*arguments, "--size", "tiny", "--rounds", "1", "--out", str(tmp_path)])
-        rows = {}
+        found = {}
         for path in tmp_path.glob("*.csv"):
             with path.open(newline="") as file:
-                rows[path.stem] = list(csv.DictReader(file))
-        return status, rows
+                found[path.stem] = list(csv.DictReader(file))
+        return status, found
 
     return run
 
@@ -46,115 +45,111 @@ def bench(tmp_path, monkeypatch):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_runs(bench, capsys, family, device):
-    status, rows = bench("--family", family, "--device", device)
+    status, found = bench("--family", family, "--device", device)
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")] == []
     assert status == 0
-    assert list(rows) == [family]
-    assert {r["op"] for r in rows[family] if r["provider"] == OURS} == set(FAMILIES[family].OPS)
-    assert all(tuple(r) == COLUMNS and float(r["p50_ms"]) > 0 and float(r["times_ours"]) > 0 for r in rows[family])
-    assert len({r["provider"] for r in rows[family]}) > 1
+    assert list(found) == [family]
+    assert {r["op"] for r in found[family] if r["provider"] == OURS} == set(FAMILIES[family].OPS)
+    assert all(tuple(r) == COLUMNS and float(r["p50_ms"]) > 0 and float(r["times_ours"]) > 0 for r in found[family])
+    assert len({r["provider"] for r in found[family]}) > 1
+    if family == "svd" and device == "cpu":
+        backends = {r["op"]: r["backend"] for r in found[family] if r["provider"] == OURS}
+        functions = ("svd_denoise", "truncated_svd", "select_mask", "lift_mask")  # torch's linear algebra, no operators
+        assert all(backends[op] == "blas" for op in functions)
+        assert backends["eigh"] != "blas"
+
+
+def raises(*arguments, **options):
+    raise RuntimeError("out of order")
+
+
+def smallest(scores, density):
+    return topk_mask({n: -1 / t.abs() for n, t in scores.items()}, density=density)
+
+
+def half(scores, density):
+    return topk_mask(scores, density=density / 2)
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("name", "op", "wrong", "reason"),
     [
-        # the smallest
-        lambda scores, density: topk_mask({n: -1 / t.abs() for n, t in scores.items()}, density=density),
-        lambda scores, density: topk_mask(scores, density=density / 2),
+        ("topk_mask", "topk_mask", smallest, ""),
+        ("topk_mask", "topk_mask", half, ""),
+        ("select_mask", "select_mask", raises, "RuntimeError: out of order"),
+        ("select_case", "select_mask", raises, "RuntimeError: out of order"),  # the workload cannot be made
     ],
 )
-def test_wrong_provider_is_told_and_gets_no_row(bench, monkeypatch, capsys, wrong):
-    monkeypatch.setattr(bench_topk, "topk_mask", wrong)
-    status, rows = bench("--family", "topk", "--device", "cpu")
+def test_wrong_results_are_reported_and_get_no_row(bench, monkeypatch, capsys, name, op, wrong, reason):
+    monkeypatch.setattr(bench_topk, name, wrong)
+    status, found = bench("--family", "topk", "--device", "cpu")
     assert status == 1
-    assert f"WRONG: {OURS} in topk_mask, tiny" in capsys.readouterr().out
-    kept = [r for r in rows["topk"] if r["op"] == "topk_mask"]
-    assert OURS not in {r["provider"] for r in kept}
-    assert "numpy partition" in {r["provider"] for r in kept}
+    assert f"WRONG: {OURS} in {op}, tiny: {reason}" in capsys.readouterr().out
+    timed = {(r["op"], r["provider"]) for r in found["topk"]}
+    assert (op, OURS) not in timed
+    assert ((op, "numpy partition") in timed) == (name != "select_case")
+    assert {"topk_mask", "mask_or", "mask_and", "mask_sub"} <= {op for op, _ in timed}
 
 
-def test_provider_that_raises_is_told(bench, monkeypatch, capsys):
-    def fails(*arguments, **options):
-        raise RuntimeError("out of order")
-
-    monkeypatch.setattr(bench_topk, "select_mask", fails)
-    status, _ = bench("--family", "topk", "--device", "cpu")
-    assert status == 1
-    assert "RuntimeError: out of order" in capsys.readouterr().out
-
-
-def test_absent_provider_is_named(bench, monkeypatch, capsys):
+def test_absent_implementations_are_named(bench, monkeypatch, capsys):
     monkeypatch.setattr(bench_topk, "available_bytes", lambda: 0)
-    status, rows = bench("--family", "topk", "--device", "cpu")
+    status, found = bench("--family", "topk", "--device", "cpu")
     assert status == 0
     assert f"{bench_topk.LT_SFT:38} absent: needs" in capsys.readouterr().out
-    assert bench_topk.LT_SFT not in {r["provider"] for r in rows["topk"]}
+    assert bench_topk.LT_SFT not in {r["provider"] for r in found["topk"]}
 
 
-def test_of_the_peers_those_that_a_target_names(bench, monkeypatch):
-    target = Target("cpu", "", "topk_mask", "tiny", "float32", "0.05", 1.0, peer="numpy partition")
-    monkeypatch.setattr(
-        program, "TARGETS", (target, replace(target, op="mask_or", dtype="bool", quantity="ms", peer=""))
-    )
-    status, rows = bench("--family", "topk", "--device", "cpu", "--targets", "--target-peers")
+def test_only_baselines_of_targets(bench, monkeypatch):
+    target = Target("cpu", "", "topk_mask", "tiny", "float32", "0.05", 1.0, baseline="numpy partition")
+    without = replace(target, op="mask_or", dtype="bool", quantity="ms", baseline="")
+    monkeypatch.setattr(program, "TARGETS", (target, without))
+    status, found = bench("--family", "topk", "--device", "cpu", "--targets", "--target-baselines")
     assert status == 0
-    assert [(r["op"], r["provider"]) for r in rows["topk"]] == [
-        ("topk_mask", OURS),
-        ("topk_mask", "numpy partition"),
-        ("mask_or", OURS),
-    ]
+    expected = [("topk_mask", OURS), ("topk_mask", "numpy partition"), ("mask_or", OURS)]
+    assert [(r["op"], r["provider"]) for r in found["topk"]] == expected
 
 
-def test_a_work_that_cannot_be_made_does_not_keep_the_others_from_being_timed(bench, monkeypatch, capsys):
-    def fails(*arguments):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(bench_topk, "select_case", fails)
-    status, rows = bench("--family", "topk", "--device", "cpu")
-    assert status == 1
-    assert f"WRONG: {OURS} in select_mask, tiny: RuntimeError: out of memory" in capsys.readouterr().out
-    assert {r["op"] for r in rows["topk"]} == {"topk_mask", "mask_or", "mask_and", "mask_sub"}
-
-
-def test_chosen_dtypes_densities_and_providers(bench):
-    arguments = ("--dtype", "float16", "float32", "--density", "0.5", "0.125", "--provider", "torch.take")
-    status, rows = bench("--family", "csr", "--device", "cpu", *arguments)
+def test_chosen_dtypes_densities_and_implementations(bench):
+    arguments = ("--dtype", "float16", "float32", "--density", "0.5", "0.125", "--implementation", "torch.take")
+    status, found = bench("--family", "csr", "--device", "cpu", *arguments)
     assert status == 0
-    gathers = {(r["dtype"], r["density"], r["provider"]) for r in rows["csr"] if r["op"] == "csr_gather"}
+    gathers = {(r["dtype"], r["density"], r["provider"]) for r in found["csr"] if r["op"] == "csr_gather"}
     pairs = [(dtype, density) for dtype in ("float16", "float32") for density in ("0.5", "0.125")]
-    assert gathers == {(*pair, provider) for pair in pairs for provider in (OURS, "torch.take")}
+    assert gathers == {(*pair, name) for pair in pairs for name in (OURS, "torch.take")}
+
+
+@pytest.mark.parametrize("arguments", ["--density 0", "--density 1.5", "--dtype int8", "--size huge", "plots"])
+def test_wrong_choices_are_errors(arguments):
+    with pytest.raises(SystemExit) as error:
+        program.main(arguments.split())
+    assert error.value.code == 2
+
+
+DEFAULT = [(F32, 0.05), (F32, 0.01), (BF16, 0.05)]
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--density", "0"), ("--density", "1.5"), ("--dtype", "int8"), ("--size", "huge"), ("plots",)]
+    ("choice", "settings"),
+    [
+        ({}, DEFAULT),
+        ({"quick": True}, DEFAULT[:1]),
+        ({"dtypes": (BF16,)}, [(BF16, 0.05), (BF16, 0.01)]),
+        ({"densities": (0.3,)}, [(F32, 0.3), (BF16, 0.3)]),
+        ({"dtypes": (BF16,), "densities": (0.3,), "quick": True}, [(BF16, 0.3)]),
+    ],
 )
-def test_wrong_choices_are_refused(arguments):
-    with pytest.raises(SystemExit) as refused:
-        program.main([*arguments])
-    assert refused.value.code == 2
+def test_choice_of_settings(choice, settings):
+    assert Choice("cpu", (), **choice).settings(DEFAULT) == settings
 
 
-def test_choice_of_settings():
-    f32, bf16 = torch.float32, torch.bfloat16
-    usual = [(f32, 0.05), (f32, 0.01), (bf16, 0.05)]
-    assert Choice("cpu", ()).settings(usual) == usual
-    assert Choice("cpu", (), quick=True).settings(usual) == usual[:1]
-    assert Choice("cpu", (), dtypes=(bf16,)).settings(usual) == [(bf16, 0.05), (bf16, 0.01)]
-    assert Choice("cpu", (), densities=(0.3,)).settings(usual) == [(f32, 0.3), (bf16, 0.3)]
-    assert Choice("cpu", (), dtypes=(bf16,), densities=(0.3,), quick=True).settings(usual) == [(bf16, 0.3)]
-
-
-def test_listing_works_makes_nothing(monkeypatch):
-    def refused(*arguments, **options):
-        raise AssertionError("a tensor was made while works were listed")
-
+def test_listing_workloads_makes_no_tensor(monkeypatch):
     for name in ("randn", "empty", "zeros", "ones", "tensor"):
-        monkeypatch.setattr(torch, name, refused)
+        monkeypatch.setattr(torch, name, raises)
     for family in FAMILIES.values():
-        assert list(family.works(Choice("cuda", family.SIZES)))
+        assert list(family.workloads(Choice("cuda", family.SIZES)))
 
 
-def test_the_commit_of_a_tree_without_history_is_told(monkeypatch, tmp_path):
+def test_commit_of_a_tree_without_history(monkeypatch, tmp_path):
     monkeypatch.setattr(rows, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert rows.commit() == "unknown"
@@ -162,72 +157,57 @@ def test_the_commit_of_a_tree_without_history_is_told(monkeypatch, tmp_path):
     assert rows.commit() == "abc1234"
 
 
-# ---- one work, measured ----
+# ---- one workload, measured ----
 
 
-def told(log, name):
-    """A provider that writes down its calls."""
+def logged(log, name):
+    """An implementation that logs its calls."""
 
     def make():
         log.append(f"make {name}")
-
-        def call():
-            log.append(name)
-            return name
-
-        return call
+        return lambda: log.append(name)
 
     return make
 
 
-def work_of(case, **fields):
-    usual = {
-        "op": "topk_mask",
-        "size": "tiny",
-        "title": "tiny",
-        "dtype": torch.float32,
-        "density": 0.05,
-        "device": "cpu",
-    }
-    return Work(**usual | fields, make=lambda: case, tiny=lambda: case)
+def workload_of(make):
+    return Workload("topk_mask", "tiny", "tiny", F32, 0.05, "cpu", make, make)
 
 
 @pytest.fixture
-def quiet(monkeypatch):
-    log = []
+def log(monkeypatch):
+    calls = []
     monkeypatch.setattr(harness, "ceilings", lambda device, dtype: (1e9, 1e12))
-    monkeypatch.setattr(harness, "flush_cache", lambda device: log.append("flush"))
+    monkeypatch.setattr(harness, "flush_cache", lambda device: calls.append("flush"))
     monkeypatch.setattr(harness, "peak_extra", lambda call, device: 1.0)
-    return log
+    return calls
 
 
-def test_calls_take_turns_with_empty_caches(quiet):
+def test_calls_are_interleaved_with_flushed_caches(log):
     names = (OURS, "a", "b")
-    case = Case(10**6, {n: told(quiet, n) for n in names}, lambda result: None, flops=3e9, once=("b",))
-    rows = {r["provider"]: r for r in measure(work_of(case), {}, 3, (), fresh=False)}
-    assert quiet == [
-        *(x for n in names for x in (f"make {n}", n)),
-        *("flush", "a", "flush", "b", "flush", OURS), *("flush", OURS, "flush", "a"), *("flush", OURS, "flush", "a"),
-    ]  # fmt: skip
-    assert [rows[n]["rounds"] for n in names] == [3, 3, 1]
-    # 3e9 operations at 1e12 a second outweigh 1 MB at 1 GB/s
-    assert {float(r["floor_ms"]) for r in rows.values()} == {3.0}
-    assert rows[OURS]["backend"]
-    assert not rows["a"]["backend"]
-    assert rows["a"]["peak_extra_mb"] == "1.0"
+    case = Case(10**6, {n: logged(log, n) for n in names}, lambda result: None, flops=3e9, once=("b",))
+    found = {r["provider"]: r for r in measure(workload_of(lambda: case), {}, 3, (), fresh=False)}
+    rounds = [["a", "b", OURS], [OURS, "a"], [OURS, "a"]]
+    made = [x for n in names for x in (f"make {n}", n)]
+    assert log == made + [x for each in rounds for name in each for x in ("flush", name)]
+    assert [found[n]["rounds"] for n in names] == [3, 3, 1]
+    # 3e9 operations at 1e12 per second take longer than 1 MB at 1 GB/s.
+    assert {float(r["floor_ms"]) for r in found.values()} == {3.0}
+    assert found[OURS]["backend"]
+    assert not found["a"]["backend"]
+    assert found["a"]["peak_extra_mb"] == "1.0"
 
 
-def test_chosen_providers_and_absent_ones(quiet):
-    case = Case(
-        1, {n: told(quiet, n) for n in (OURS, "a", "b")}, lambda result: None, absent={"c": "no c", "d": "no d"}
-    )
-    rows = list(measure(work_of(case), {}, 1, ("b", "c"), fresh=False))
-    assert [(r["provider"], r.get("absent")) for r in rows] == [("c", "no c"), (OURS, None), ("b", None)]
-    assert "make a" not in quiet
+def test_chosen_and_absent_implementations(log):
+    implementations = {n: logged(log, n) for n in (OURS, "a", "b")}
+    case = Case(1, implementations, lambda result: None, absent={"c": "no c", "d": "no d"})
+    found = list(measure(workload_of(lambda: case), {}, 1, ("b", "c"), fresh=False))
+    assert [(r["provider"], r.get("absent")) for r in found] == [("c", "no c"), (OURS, None), ("b", None)]
+    assert "make a" not in log
 
 
-def test_a_whole_case_is_checked_one_provider_after_the_other(quiet):
-    alive = set()
+def test_training_cases_are_checked_one_after_the_other(log):
+    alive, seen = set(), []
 
     class Model:
         def __init__(self, name):
@@ -237,70 +217,51 @@ def test_a_whole_case_is_checked_one_provider_after_the_other(quiet):
         def __del__(self):
             alive.discard(self.name)
 
-    def provider(name):
+    def implementation(name):
         def make():
             model = Model(name)
             return lambda: (model.name, set(alive))
 
         return make
 
-    seen = []
-    case = Case(1, {n: provider(n) for n in (OURS, "a", "b")}, lambda result: seen.append(result), whole=True)
-    list(measure(work_of(case), {}, 1, (), fresh=False))
-    assert seen == [(n, {n}) for n in (OURS, "a", "b")]
+    names = (OURS, "a", "b")
+    case = Case(1, {n: implementation(n) for n in names}, seen.append, training=True)
+    list(measure(workload_of(lambda: case), {}, 1, (), fresh=False))
+    assert seen == [(n, {n}) for n in names]
 
 
-def slow_case(apart=True):
-    return Case(1, {OURS: lambda: lambda: 1, "a": lambda: lambda: 1}, lambda result: None, whole=True, apart=apart)
+def isolated_case():
+    """Its second implementation fails in another process if DEFTX_TEST_PARENT is set."""
+    here = str(os.getpid())
+    fails = lambda: 1 if os.environ.get("DEFTX_TEST_PARENT", here) == here else 1 / 0  # noqa: E731
+    implementations = {OURS: lambda: lambda: 1, "a": lambda: fails}
+    return Case(1, implementations, lambda result: None, training=True, isolated=True)
 
 
-def test_providers_that_do_not_fit_side_by_side_are_timed_in_processes_of_their_own(monkeypatch):
+@pytest.mark.parametrize("fails", [False, True])
+def test_isolated_cases_are_timed_in_processes_of_their_own(monkeypatch, fails):
     monkeypatch.setattr(harness, "ceilings", lambda device, dtype: (1e9, 1e12))
-    work = work_of(None)
-    work = Work(**{**vars(work), "make": slow_case, "tiny": slow_case})
-    rows = list(measure(work, {}, 3, (), fresh=False))
-    assert [(r["provider"], r["rounds"]) for r in rows] == [(OURS, 3), ("a", 3)]
-    assert all(float(r["times_ours"]) > 0 for r in rows)
+    if fails:
+        monkeypatch.setenv("DEFTX_TEST_PARENT", str(os.getpid()))
+    found = {r["provider"]: r for r in measure(workload_of(isolated_case), {}, 3, (), fresh=False)}
+    assert found[OURS]["rounds"] == 3
+    assert float(found[OURS]["times_ours"]) > 0
+    if fails:
+        assert "process of its own" in found["a"]["wrong"]
+    else:
+        assert float(found["a"]["times_ours"]) > 0
 
 
-def mortal_case():
-    """Its second provider works here, where it is checked, and not in another process."""
-    here = os.getpid()
-
-    def make():
-        return lambda: 1 if os.environ.get("DEFTX_TEST_PARENT") == str(here) else 1 / 0
-
-    return Case(1, {OURS: lambda: lambda: 1, "a": make}, lambda result: None, whole=True, apart=True)
+# ---- peaks and sizes ----
 
 
-def test_a_provider_that_fails_only_in_its_own_process_counts_as_wrong(monkeypatch):
-    monkeypatch.setattr(harness, "ceilings", lambda device, dtype: (1e9, 1e12))
-    monkeypatch.setenv("DEFTX_TEST_PARENT", str(os.getpid()))
-    work = Work(**{**vars(work_of(None)), "make": mortal_case, "tiny": mortal_case})
-    rows = {r["provider"]: r for r in measure(work, {}, 1, (), fresh=False)}
-    assert "process of its own" in rows["a"]["wrong"]
-    assert float(rows[OURS]["p50_ms"]) >= 0
-
-
-# ---- peaks ----
-
-
-@pytest.fixture
-def minilm():
-    make = partial(bench_topk.topk_case, "minilm", torch.float32, 0.05, "cpu")
-    return Work("topk_mask", "minilm", "minilm", torch.float32, 0.05, "cpu", make, make)
-
-
-def test_peak_of_a_fresh_process(minilm):
+def test_peak_of_a_fresh_process(capsys):
     if peak_extra(lambda: None, "cpu") is None:
-        pytest.skip("this system does not tell a process's peak memory")
-    peak = alone(minilm, "numpy partition", 1).peak
-    assert peak > 1.9 * 89.2  # the magnitudes and the partitioned copy, 89.2 MB each
-    assert peak < 4 * 89.2
-
-
-def test_a_process_that_fails_is_told(minilm, capsys):
-    assert alone(minilm, "nobody", 1) is None
+        pytest.skip("this system does not report a process's peak memory")
+    workload = workload_of(partial(bench_topk.topk_case, "minilm", F32, 0.05, "cpu"))
+    peak = alone(workload, "numpy partition", 1).peak
+    assert 1.9 * 89.2 < peak < 4 * 89.2  # the magnitudes and the partitioned copy have 89.2 MB each
+    assert alone(workload, "nobody", 1) is None
     assert "nobody failed in a process of its own" in capsys.readouterr().out
 
 
@@ -315,11 +276,8 @@ def test_sizes(size, elements):
 # ---- pytest-benchmark ----
 
 
-def pytest_bench(tmp_path, *arguments):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
+def pytest_benchmark(tmp_path, *arguments):
+    options = [
         "bench/",
         "--benchmark-only",
         "-p",
@@ -327,8 +285,14 @@ def pytest_bench(tmp_path, *arguments):
         "-p",
         "no:xdist",
         "-q",
+        "--family",
+        "csr",
+        "--size",
+        "tiny",
+        "--device",
+        "cpu",
     ]
-    command += [f"--benchmark-storage={tmp_path}", *arguments, "--family", "csr", "--size", "tiny", "--device", "cpu"]
+    command = [sys.executable, "-m", "pytest", f"--benchmark-storage={tmp_path}", *options, *arguments]
     # Benchmarks are switched off in the processes of pytest-xdist, of which this one may be.
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=250)
@@ -336,15 +300,15 @@ def pytest_bench(tmp_path, *arguments):
 
 def test_pytest_benchmark_saves_compares_and_fails_on_a_regression(tmp_path):
     pytest.importorskip("pytest_benchmark")
-    saved = pytest_bench(tmp_path, "--benchmark-save=before")
+    saved = pytest_benchmark(tmp_path, "--benchmark-save=before")
     assert saved.returncode == 0, saved.stdout
     (path,) = tmp_path.rglob("*_before.json")
     found = json.loads(path.read_text())
     names = {b["name"] for b in found["benchmarks"]}
-    assert {f"test_work[csr_gather: tiny, float32, 5 %: {p}]" for p in (OURS, "torch index", "torch.take")} <= names
+    assert {f"test_workload[csr_gather: tiny, float32, 5 %: {p}]" for p in (OURS, "torch index", "torch.take")} <= names
     for benchmark in found["benchmarks"]:
         benchmark["stats"] |= {key: benchmark["stats"][key] / 1e6 for key in ("min", "median", "mean", "max")}
     path.write_text(json.dumps(found))
-    slower = pytest_bench(tmp_path, "--benchmark-compare", "--benchmark-compare-fail=median:50%")
+    slower = pytest_benchmark(tmp_path, "--benchmark-compare", "--benchmark-compare-fail=median:50%")
     assert slower.returncode != 0
     assert "Performance has regressed" in slower.stdout + slower.stderr

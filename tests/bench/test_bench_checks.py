@@ -1,4 +1,4 @@
-"""The checks of the benchmark's families: what they accept and what they refuse."""
+"""The checks of the benchmark's families: what they accept and what they report as wrong."""
 
 import contextlib
 from types import SimpleNamespace
@@ -10,74 +10,69 @@ from bench import bench_steps, bench_svd, bench_topk, bench_train
 from bench.rows import OURS
 from deftx_kernels import CSRMask, SparseAdamW, sparsify
 
-# ---- the check of a selection ----
+F32 = torch.float32
+
+# ---- a selection ----
 
 SCORES = {"a": torch.tensor([[3.0, -1.0], [0.5, 2.0]]), "b": torch.tensor([2.0, -2.0, 0.0])}
 SHAPES = {n: t.shape for n, t in SCORES.items()}
 
 
-def told(result, k, ties=False):
+def fault_of(result, k, ties=False):
     return bench_topk.fault(result, SHAPES, lambda n: SCORES[n].abs(), k, ties)
 
 
-@pytest.mark.parametrize("form", ["positions", "flat bool", "bool by name", "mask"])
-def test_right_selections(form):
-    for chosen in ([0, 3, 4], [0, 3, 5], [0, 4, 5]):  # whichever of the tied
-        flat = torch.zeros(7, dtype=torch.bool).index_fill_(0, torch.tensor(chosen), True)
-        named = {"a": flat[:4].view(2, 2), "b": flat[4:]}
-        forms = {
-            "positions": torch.tensor(chosen),
-            "flat bool": flat,
-            "bool by name": named,
-            "mask": CSRMask.from_dense(named),
-        }
-        assert told(forms[form], 3) is None
+@pytest.mark.parametrize("chosen", [[0, 3, 4], [0, 3, 5], [0, 4, 5]])  # any of the tied
+def test_right_selections(chosen):
+    flat = torch.zeros(7, dtype=torch.bool).index_fill_(0, torch.tensor(chosen), True)
+    named = {"a": flat[:4].view(2, 2), "b": flat[4:]}
+    for form in (torch.tensor(chosen), flat, named, CSRMask.from_dense(named)):
+        assert fault_of(form, 3) is None
 
 
 @pytest.mark.parametrize(
-    ("chosen", "k", "part"),
+    ("chosen", "k", "ties", "part"),
     [
-        ([0, 3], 3, "2 entries"),
-        ([0, 3, 4, 5], 3, "4 entries"),
-        ([0, 1, 3], 3, "other entries"),
-        ([3, 4, 5], 3, "other entries"),
-        ([3, 0, 4], 3, "ascend"),
-        ([0, 3, 3], 3, "ascend"),
-        ([0, 3, 7], 3, "outside"),
-        ([-1, 0, 3], 3, "outside"),
+        ([0, 3], 3, False, "2 entries"),
+        ([0, 3, 4, 5], 3, False, "4 entries"),
+        ([0, 1, 3], 3, False, "other entries"),
+        ([3, 4, 5], 3, False, "other entries"),
+        ([3, 0, 4], 3, False, "ascend"),
+        ([0, 3, 3], 3, False, "ascend"),
+        ([0, 3, 7], 3, False, "outside"),
+        ([-1, 0, 3], 3, False, "outside"),
+        ([0, 1, 3, 4, 5], 3, True, "above the smallest"),
+        ([0, 3], 3, True, "2 entries"),
     ],
 )
-def test_wrong_selections(chosen, k, part):
-    assert part in told(torch.tensor(chosen), k)
+def test_wrong_selections(chosen, k, ties, part):
+    assert part in fault_of(torch.tensor(chosen), k, ties)
 
 
-def test_ties_may_exceed_k_only_where_allowed():
-    assert told(torch.tensor([0, 3, 4, 5]), 3, ties=True) is None
-    assert "above the smallest" in told(torch.tensor([0, 1, 3, 4, 5]), 3, ties=True)
-    assert told(torch.tensor([0, 3]), 3, ties=True) is not None
+def test_ties_may_exceed_k_where_allowed():
+    assert fault_of(torch.tensor([0, 3, 4, 5]), 3, ties=True) is None
 
 
-def test_peers_choose_exactly_k_among_ties():
+@pytest.mark.parametrize("k", [1, 100, 999, 1000])
+def test_baselines_select_exactly_k_of_ties(k):
     values = torch.randint(-3, 4, (1000,), generator=torch.Generator().manual_seed(0)).float()
-    for k in (1, 100, 999, 1000):
-        peers, _ = bench_topk.selections(values.abs, lambda: values.abs().numpy(), k, 1000, "cpu")
-        for name, make in peers.items():
-            fault = bench_topk.fault(make()(), {"a": values.shape}, lambda n: values.abs(), k)
-            assert fault is None, f"{name}, k = {k}: {fault}"
+    baselines, _ = bench_topk.selections(values.abs, lambda: values.abs().numpy(), k, 1000, "cpu")
+    for name, make in baselines.items():
+        assert bench_topk.fault(make()(), {"a": values.shape}, lambda n: values.abs(), k) is None, name
 
 
-# ---- the check of a training step ----
+# ---- a training step ----
 
 
 @pytest.fixture
 def first_step(tmp_path):
-    """What is said of a provider's first step on a small stack of linear layers."""
+    """What the check says of an implementation's first step on a small stack of linear layers."""
 
-    def told(name):
+    def run(name):
         case = bench_steps.step_case("tiny linears", "cpu", str(tmp_path))
-        return case.check(case.providers[name]()())
+        return case.check(case.implementations[name]()())
 
-    return told
+    return run
 
 
 @pytest.mark.parametrize("name", [OURS, bench_steps.DENSE, bench_steps.DENSE_MASK])
@@ -86,8 +81,8 @@ def test_right_steps(first_step, name):
 
 
 @pytest.fixture
-def pretended_graphs(monkeypatch):
-    """CUDA graphs whose replay is the step itself, on the CPU; what the replays of the next graph do can be replaced."""
+def replay(monkeypatch):
+    """Replaces CUDA graphs on the CPU; `replay.do` is what a replay does."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
     replays = SimpleNamespace(do=None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
@@ -99,17 +94,17 @@ def pretended_graphs(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["ours", "dense", "dense_mask"])
-def test_steps_as_a_graph(tmp_path, pretended_graphs, name):
-    trainers = bench_steps.Trainers("tiny linears", "cpu", str(tmp_path), torch.float32, 0.02)
+def test_steps_as_a_graph(tmp_path, replay, name):
+    trainers = bench_steps.Trainers("tiny linears", "cpu", str(tmp_path), F32, 0.02)
     make = getattr(trainers, name)
     captured = trainers.captured(name, lambda capturable: make() if name != "ours" else make(capturable=capturable))()
-    pretended_graphs.do = captured.run
+    replay.do = captured.run
     assert captured() is captured
     expected = float(trainers.loss(trainers.model()).detach())
     assert captured.fault(expected, 1e-5) is None
     assert "of the dense model" in captured.fault(1.01 * expected, 1e-5)
-    assert captured.run.optimizer.state_dict()["state"][0]["step"] == 5  # three, the one that is captured, and a replay
-    pretended_graphs.do = lambda: setattr(captured.run, "loss", float("nan"))
+    assert captured.run.optimizer.state_dict()["state"][0]["step"] == 5  # three, the captured one and a replay
+    replay.do = lambda: setattr(captured.run, "loss", float("nan"))
     assert "of the first replay nan" in captured().fault(expected, 1e-5)
 
 
@@ -119,34 +114,29 @@ def other_start(model, mask):
     return sparsify(model, mask)
 
 
+def double_rate(named, mask, lr, **options):
+    return SparseAdamW(named, mask, lr=2 * lr, **options)
+
+
+def no_step(named, mask, **options):
+    return torch.optim.SGD([p for _, p in named], lr=0.0)
+
+
+def all_but_the_first(model):
+    return torch.optim.Adam(list(model.parameters())[1:])
+
+
+DECAY = bench_steps.SETTINGS | {"weight_decay": 0.01}
+
+
 @pytest.mark.parametrize(
     ("name", "replaced", "by", "part"),
     [
         (OURS, "sparsify", other_start, "first loss"),
-        (
-            OURS,
-            "SparseAdamW",
-            lambda named, mask, lr, **options: SparseAdamW(named, mask, lr=2 * lr, **options),
-            "of a step away",
-        ),
-        (
-            OURS,
-            "SparseAdamW",
-            lambda named, mask, **options: torch.optim.SGD([p for _, p in named], lr=0.0),
-            "of a step away",
-        ),
-        (
-            bench_steps.DENSE,
-            "fused_adamw",
-            lambda model: torch.optim.Adam(list(model.parameters())[1:]),
-            "0.weight has not moved",
-        ),
-        (
-            bench_steps.DENSE_MASK,
-            "SETTINGS",
-            bench_steps.SETTINGS | {"weight_decay": 0.01},
-            "outside the mask have moved",
-        ),
+        (OURS, "SparseAdamW", double_rate, "of a step away"),
+        (OURS, "SparseAdamW", no_step, "of a step away"),
+        (bench_steps.DENSE, "fused_adamw", all_but_the_first, "0.weight has not moved"),
+        (bench_steps.DENSE_MASK, "SETTINGS", DECAY, "outside the mask have moved"),
     ],
 )
 def test_wrong_steps(first_step, monkeypatch, name, replaced, by, part):
@@ -161,7 +151,7 @@ def test_absent_packages_are_named(tmp_path, monkeypatch, package, absent):
     monkeypatch.setattr(bench_steps, "has", lambda name: name != package)
     case = bench_steps.step_case("tiny", "cpu", str(tmp_path))
     assert case.absent == dict.fromkeys(absent, f"{package} is not installed")
-    assert not absent & case.providers.keys()
+    assert not absent & case.implementations.keys()
 
 
 def test_shira_trains_as_many_values_as_its_rank_allows():
@@ -169,30 +159,32 @@ def test_shira_trains_as_many_values_as_its_rank_allows():
     assert [bench_steps.shira_rank(values, linears) for values in (0, 60, 119, 151, 10**6)] == [1, 1, 2, 3, 5]
 
 
-def test_every_way_of_a_language_model_with_tied_weights_is_right(tmp_path):
-    case = bench_steps.step_case("tiny llama", "cpu", str(tmp_path), torch.float32)
-    assert {name: case.check(make()()) for name, make in case.providers.items()} == dict.fromkeys(case.providers)
+def all_right(case):
+    faults = {name: case.check(make()()) for name, make in case.implementations.items()}
+    return faults == dict.fromkeys(case.implementations)
 
 
-# ---- the check of an optimizer's step ----
+def test_every_implementation_of_a_language_model_with_tied_weights_is_right(tmp_path):
+    assert all_right(bench_steps.step_case("tiny llama", "cpu", str(tmp_path), F32))
+
+
+# ---- an optimizer's step ----
 
 
 @pytest.fixture(scope="module", params=["dense", "compact"])
 def adamw(request):
-    return bench_train.adamw_case("tiny", torch.float32, 0.05, "cpu", request.param)
+    return bench_train.adamw_case("tiny", F32, 0.05, "cpu", request.param)
 
 
-def test_every_step_does_its_work_each_time(adamw):
-    """Three steps of the peers on one gradient are three steps of AdamW, none skips any work (LIFT's writes over its
-    gradient).
-    """
-    problem = bench_train.Problem("tiny", torch.float32, 0.05, "cpu")
+def test_every_call_takes_a_step(adamw):
+    """Three calls on one gradient are three steps of AdamW; LIFT overwrites its gradient, so its entries only move."""
+    problem = bench_train.Problem("tiny", F32, 0.05, "cpu")
     exact = torch.nn.Parameter(problem.mask.gather(problem.params).double())
     exact.grad = problem.compact.double()
     optimizer = torch.optim.AdamW([exact], **bench_train.SETTINGS)
     for _ in range(3):
         optimizer.step()
-    for name, make in adamw.providers.items():
+    for name, make in adamw.implementations.items():
         call = make()
         call(), call()
         after = problem.mask.gather(call()).double()
@@ -203,33 +195,32 @@ def test_every_step_does_its_work_each_time(adamw):
 
 
 def test_wrong_adamw_steps(adamw):
-    result = {n: t.clone() for n, t in adamw.providers[OURS]()().items()}
+    result = {n: t.clone() for n, t in adamw.implementations[OURS]()().items()}
     assert adamw.check(result) is None
     assert "at the masked entries" in adamw.check({n: t + 1e-3 for n, t in result.items()})
-    problem = bench_train.Problem("tiny", torch.float32, 0.05, "cpu")
-    one_more = {n: t.clone() for n, t in result.items()}
-    name = problem.mask.names[0]
-    outside = problem.mask.to_dense()[name].logical_not().nonzero()[0]
-    one_more[name][tuple(outside)] += 1
-    assert "entries have moved" in adamw.check(one_more)
+    mask = bench_train.Problem("tiny", F32, 0.05, "cpu").mask
+    name = mask.names[0]
+    outside = mask.to_dense()[name].logical_not().nonzero()[0]
+    result[name][tuple(outside)] += 1
+    assert "entries have moved" in adamw.check(result)
 
 
-def test_peers_without_memory_are_absent_with_what_they_need(monkeypatch):
+def test_baselines_without_memory_are_absent_with_what_they_need(monkeypatch):
     monkeypatch.setattr(bench_train, "available_bytes", lambda: 0)
-    case = bench_train.adamw_case("tiny", torch.float32, 0.05, "cpu", "dense")
-    assert list(case.providers) == [OURS]
+    case = bench_train.adamw_case("tiny", F32, 0.05, "cpu", "dense")
+    assert list(case.implementations) == [OURS]
     assert all("GB of memory" in reason for reason in case.absent.values())
     assert bench_train.FUSED in case.absent
 
 
-# ---- the checks of denoising ----
+# ---- denoising ----
 
 
 @pytest.mark.parametrize("rule", [{"rank": 64}, {"energy": 0.9}])
 def test_wrong_denoising(rule):
-    case = bench_svd.linears_case("tiny", 1, rule, "cpu")
-    assert {name: case.check(make()()) for name, make in case.providers.items()} == dict.fromkeys(case.providers)
-    result = case.providers[OURS]()()
+    case = bench_svd.linears_case("tiny", F32, None, "cpu", 1, rule)
+    assert all_right(case)
+    result = case.implementations[OURS]()()
     name = min(result)
     for wrong in (result[name] * 1.1, result[name].flip(0), torch.zeros_like(result[name])):
         assert name in case.check(result | {name: wrong})
@@ -238,9 +229,9 @@ def test_wrong_denoising(rule):
 
 @pytest.mark.parametrize("rule", [{"rank": 64}, {"energy": 0.9}])
 def test_wrong_selection_after_denoising(rule):
-    case = bench_svd.selection_case("tiny", rule, torch.float32, 0.05, "cpu")
-    mask = case.providers[OURS]()()
+    case = bench_svd.selection_case("tiny", F32, 0.05, "cpu", rule)
+    mask = case.implementations[OURS]()()
     assert case.check(mask) is None
-    assert "in place of" in case.check(mask[mask.names[0]])
-    other = bench_svd.selection_case("tiny", {"rank": 8}, torch.float32, 0.05, "cpu").providers[OURS]()()
+    assert "instead of" in case.check(mask[mask.names[0]])
+    other = bench_svd.selection_case("tiny", F32, 0.05, "cpu", {"rank": 8}).implementations[OURS]()()
     assert "of the entries are right" in case.check(other)

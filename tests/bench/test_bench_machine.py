@@ -1,4 +1,4 @@
-"""The time of a call on a GPU, on a device that a clock stands for; what a machine gives; Nsight Compute's table."""
+"""The time of a call on a simulated GPU, the machine's rates, and Nsight Compute's table."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from bench import harness, machine
 
 
 class Clock:
-    """A host and a device: what the device is given begins when it is idle, and not before the host has given it."""
+    """A simulated host and device: work starts when the device is idle, not before the host has launched it."""
 
     def __init__(self, monkeypatch):
         self.now, self.idle_at = 0.0, 0.0  # milliseconds
@@ -54,18 +54,18 @@ def clock(monkeypatch):
 
 
 def times_of(call, **options):
-    times, host = harness.timed({"a": call}, "cuda", 3, **{"once": (), "whole": False} | options)
+    times, host = harness.timed({"a": call}, "cuda", 3, **options)
     return times["a"], host["a"]
 
 
-def test_the_hosts_time_does_not_count_as_the_kernels(clock):
-    for host in (0.3, 3.0, 9.0):
-        times, own = times_of(lambda host=host: clock.launch(0.1, host))
-        assert times == pytest.approx([0.1] * 3)
-        assert own == pytest.approx(host)
+@pytest.mark.parametrize("host", [0.3, 3.0, 9.0])
+def test_host_time_is_not_kernel_time(clock, host):
+    times, own = times_of(lambda: clock.launch(0.1, host))
+    assert times == pytest.approx([0.1] * 3)
+    assert own == pytest.approx(host)
 
 
-def test_of_a_call_that_waits_all_is_counted_that_follows(clock):
+def test_after_a_wait_the_host_counts(clock):
     def call():
         clock.launch(0.5, host=0.2)
         clock.wait()
@@ -76,17 +76,12 @@ def test_of_a_call_that_waits_all_is_counted_that_follows(clock):
     assert own == pytest.approx(0.2 + 0.5 + 0.4)
 
 
-def test_a_whole_step_takes_the_longer_of_the_two(clock):
-    assert times_of(lambda: clock.launch(5.0, host=2.0), whole=True) == (pytest.approx([5.0] * 3), pytest.approx(2.0))
-    assert times_of(lambda: clock.launch(5.0, host=7.0), whole=True) == (pytest.approx([7.0] * 3), pytest.approx(7.0))
-
-
-def test_the_first_step_of_a_training_does_not_count(clock):
-    times = iter([2000.0])  # it captures a graph
-    assert times_of(lambda: clock.launch(5.0, host=next(times, 2.0)), whole=True) == (
-        pytest.approx([5.0] * 3),
-        pytest.approx(2.0),
-    )
+@pytest.mark.parametrize(("host", "first", "step"), [(2.0, 2.0, 5.0), (7.0, 7.0, 7.0), (2.0, 2000.0, 5.0)])
+def test_a_training_step_takes_the_longer_time_and_its_first_call_does_not_count(clock, host, first, step):
+    hosts = iter([first])  # it captures a graph
+    times, own = times_of(lambda: clock.launch(5.0, host=next(hosts, host)), training=True)
+    assert times == pytest.approx([step] * 3)
+    assert own == pytest.approx(host)
 
 
 def test_what_is_timed_once_is_called_once(clock):
@@ -99,13 +94,13 @@ def test_what_is_timed_once_is_called_once(clock):
 
     times, own = times_of(call, once=("a",))
     assert len(calls) == 1
-    # the first 1.2 of the 100 ms passed while the device was busy with cache and pause
+    # The first 1.2 of the 100 ms passed while the device was busy with cache and pause.
     assert times == pytest.approx([998.8])
     assert own == pytest.approx(999.0)
 
 
-def test_on_a_cpu_there_is_no_such_column():
-    times, host = harness.timed({"a": lambda: None}, "cpu", 2, (), whole=False)
+def test_on_a_cpu_there_is_no_host_time():
+    times, host = harness.timed({"a": lambda: None}, "cpu", 2)
     assert len(times["a"]) == 2
     assert not host
 
@@ -126,14 +121,12 @@ def test_the_machine_is_measured(tmp_path, monkeypatch, capsys):
     assert set(found["memory"]) == {"copy", "read", "write"}
     assert all(rate > 0 for rate in (*found["memory"].values(), *found["products"].values()))
     settings = {(row["access"], row["bytes"], row["density"]) for row in found["scattered"]}
-    assert settings == {
-        (access, size, d) for access in ("gather", "scatter") for size in (2, 4) for d in machine.DENSITIES
-    }
+    assert settings == set(itertools.product(("gather", "scatter"), (2, 4), machine.DENSITIES))
     assert all(0 < row["sector_share"] <= 1 and row["gb_s"] > 0 for row in found["scattered"])
     assert "share of sectors" in capsys.readouterr().out
 
 
-def test_figures_of_one_kind_leave_those_of_another(tmp_path):
+def test_writing_keeps_other_results(tmp_path):
     machine.write("x", {"memory": {"copy": 1.0}}, tmp_path)
     machine.write("x", {"kernels": []}, tmp_path)
     machine.write("x", {"memory": {"copy": 2.0}}, tmp_path)
@@ -153,7 +146,7 @@ def test_share_of_sectors():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
 def test_scattered_accesses(device, dtype):
-    gather, scatter = machine.accesses(device)
+    gather, scatter = machine.accesses(device).values()
     dense, position = torch.arange(20_000, device=device).to(dtype), machine.random_positions(20_000, 0.3, device)
     out = torch.zeros(len(position), dtype=dtype, device=device)
     gather(dense, position, out)
@@ -185,17 +178,15 @@ what the program printed
 def test_nsight_computes_table():
     slow, often = machine.counted(TABLE)
     assert (slow["kernel"], slow["launches"], slow["ns"], slow["sectors_per_load"]) == ("pack", 1, 9000, 0)
-    assert often == {
-        "kernel": "_gather_kernel", "launches": 2, "ns": 2000, "read": 4000, "written": 200,
-        "sectors_per_load": 3.0, "sectors_per_store": 1.0,
-    }  # fmt: skip
+    sums = {"kernel": "_gather_kernel", "launches": 2, "ns": 2000, "read": 4000, "written": 200}
+    assert often == sums | {"sectors_per_load": 3.0, "sectors_per_store": 1.0}
     assert machine.counted("==ERROR== no table") == []
 
 
 @pytest.mark.parametrize(
     ("program_does", "status"), [("cat table", 0), ("echo no table", 1), ("cat table; exit 3", 3), ("sleep 60", -9)]
 )
-def test_what_nsight_compute_says_is_written(tmp_path, monkeypatch, capsys, program_does, status):
+def test_nsight_computes_results_are_written(tmp_path, monkeypatch, capsys, program_does, status):
     (tmp_path / "table").write_text(TABLE)
     (tmp_path / "ncu").write_text(f"#!/bin/sh\ncd {tmp_path}\n{program_does}\n")
     (tmp_path / "ncu").chmod(0o755)
@@ -216,7 +207,7 @@ def test_what_nsight_compute_says_is_written(tmp_path, monkeypatch, capsys, prog
 
 def test_without_a_gpu_nothing_is_counted(capsys, tmp_path):
     if torch.cuda.is_available() and machine.shutil.which("ncu"):
-        pytest.skip("here something is")
+        pytest.skip("there is a GPU with ncu")
     assert program.main(["counters", "--out", str(tmp_path)]) == 0
     assert "not counted" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

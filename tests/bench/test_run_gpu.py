@@ -14,7 +14,7 @@ FAILING = """
 import pytest
 @pytest.mark.parametrize("n", range(5))
 def test_close(n):
-    assert n == 0, f"Tensor-likes are not close!\\n\\nMismatched elements: 3 / 3\\nGreatest absolute difference: {n}.0 at (0,)"
+    assert n == 0, f"Tensor-likes are not close!\\n\\nMismatched: 3 / 3\\nGreatest absolute difference: {n}.0 at (0,)"
 @pytest.mark.parametrize("name", ["[(2, 3)] - a", "b"])
 def test_raises(name):
     raise RuntimeError(f"CUDA error: an illegal memory access at {id(name)}\\n\\nmore about it")

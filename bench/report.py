@@ -1,0 +1,195 @@
+"""The tables made from rows: training steps for README.md; the performance targets and every workload for
+bench/results/README.md."""
+
+import re
+
+from bench.families import OPS
+from bench.rows import NOT_MEASURED, OURS, Row, of_device, workload_of
+from bench.targets import FLOOR, MS, SPEEDUP, TARGETS, Target, measured, rows_about
+
+KINDS = {"cpu": "CPU", "cuda": "GPU"}
+SHORT = {  # heads of the README's columns
+    "dense, torch AdamW fused": "dense AdamW",
+    "dense + mask, torch AdamW fused": "dense + mask",
+}
+
+
+def table(header: list[str], lines: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines)]
+
+
+def origin(rows: list[Row]) -> str:
+    """Hardware, versions, dates and commits of the rows of one device."""
+    rows = sorted(rows, key=lambda row: row["date"])
+
+    def distinct(column: str) -> str:
+        return ", ".join(dict.fromkeys(row[column] for row in rows if row.get(column)))
+
+    days = ", ".join(dict.fromkeys(row["date"][:10] for row in rows))
+    versions, threads = [f"torch {distinct('torch')}", distinct("package")], f", {distinct('threads')} threads"
+    if distinct("driver"):
+        versions, threads = [*versions, f"triton {distinct('triton')}", f"driver {distinct('driver')}"], ""
+    return f"{distinct('device')}{threads}; {', '.join(filter(None, versions))}; {days}; commit {distinct('commit')}"
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+
+
+def duration(milliseconds: float) -> str:
+    if milliseconds >= 1000:
+        return f"{milliseconds / 1000:.2f} s"
+    return f"{milliseconds:.{2 if milliseconds < 10 else 1 if milliseconds < 100 else 0}f} ms"
+
+
+def details(row: Row, *, dtype: str = "", density: str = "") -> str:
+    """A workload's title, with dtype and density where they are not the given ones."""
+    parts = [row["size"], row["dtype"] if row["dtype"] != dtype else ""]
+    parts += [f"{100 * float(row['density']):.3g} %" if row["density"] and row["density"] != density else ""]
+    return ", ".join(filter(None, parts))
+
+
+# ---- training steps ----
+
+
+def training_table(rows: list[Row]) -> str:
+    """A table per device with a line per model: our time, the speedup over each baseline, and the peak memory."""
+    tables, missing = [], []
+    for kind, name in KINDS.items():
+        steps = [row for row in of_device(rows, kind) if row["op"] == "training_step"]
+        steps.sort(key=lambda row: float(row["parameters"] or 0))
+        if not steps:
+            missing.append(f"{name}: {NOT_MEASURED}.")
+            continue
+        # What a variant of ours or of a baseline adds stands in bench/results/README.md.
+        baselines = [n for n in dict.fromkeys(row["provider"] for row in steps) if n != OURS]
+        baselines = [n for n in baselines if not n.startswith(OURS) and not n.endswith((" weights", " graph"))]
+        found = {(workload_of(row), row["provider"]): row for row in steps}
+        ours = [row for row in steps if row["provider"] == OURS]
+        usual = {column: most_common([row[column] for row in ours]) for column in ("dtype", "density")}
+        lines = []
+        for row in ours:
+            others = [found.get((workload_of(row), baseline)) for baseline in baselines]
+            cells = [f"{duration(float(row['p50_ms']))}{peak(row)}", *map(speedup, others)]
+            model = details(row | {"size": re.sub(r", \d+ rows$", "", row["size"])}, **usual)
+            lines.append([model, *cells])
+        shared = f" ({usual['dtype']}, {100 * float(usual['density']):.3g} %)" if ours else ""
+        header = f"{name}{shared}"
+        tables.append("\n".join(table([header, OURS, *(SHORT.get(n, n) for n in baselines)], lines)))
+    return "\n\n".join(tables + missing)
+
+
+def most_common(values: list[str]) -> str:
+    return max(dict.fromkeys(values), key=values.count, default="")
+
+
+def speedup(row: Row | None) -> str:
+    return f"{float(row['times_ours']):.2f}x{peak(row)}" if row and row["times_ours"] else NOT_MEASURED
+
+
+def peak(row: Row) -> str:
+    gigabytes = float(row["peak_extra_mb"] or 0) / 1e3
+    return f", {gigabytes:.{1 if gigabytes >= 1 else 2}f} GB" if gigabytes else ""
+
+
+# ---- targets ----
+
+
+def target_tables(rows: list[Row]) -> list[str]:
+    lines = []
+    for kind, name in KINDS.items():
+        here = of_device(rows, kind)
+        lines += [f"### {name}", "", f"{origin(here) if here else NOT_MEASURED.capitalize()}.", ""]
+        header, cells = ["workload", "baseline", "target", "measured"], []
+        several = len({row["device"] for row in here}) > 1
+        for t in (t for t in TARGETS if t.device == kind):
+            cells.append([t.what, against(t), bound(t), verdict(t, measured(t, here))])
+            if several:
+                cells[-1].append(", ".join({row["device"]: "" for row in rows_about(t, here).values()}))
+        lines += [*table([*header, *(["on"] if several else [])], cells), ""]
+    return lines
+
+
+def against(target: Target) -> str:
+    if target.quantity == SPEEDUP:
+        return f"{target.baseline}: speedup"
+    if target.quantity in (MS, FLOOR):
+        return "time" if target.quantity == MS else FLOOR
+    return f"{target.baseline or 'bytes of the input'}: peak memory"
+
+
+def quantity(target: Target, value: float) -> str:
+    if target.quantity == MS:
+        return duration(value)
+    if target.quantity == FLOOR:
+        return percent(value)
+    return f"{value:.2f} x" if value < 10 else f"{value:.1f} x"
+
+
+def bound(target: Target) -> str:
+    return f"{'at least' if target.at_least else 'at most'} {quantity(target, target.bound)}"
+
+
+def verdict(target: Target, value: float | None) -> str:
+    if value is None:
+        return NOT_MEASURED
+    return quantity(target, value) if target.met(value) else f"**{quantity(target, value)}, missed**"
+
+
+# ---- every workload ----
+
+HEAD = """# Benchmark results
+
+Written by `python -m bench table` from the rows beside this file. Every number is from the newest run of its workload.
+A speedup is a baseline's time divided by ours in the same run, above 1 where deftx is faster. The floor is the least
+time in which this machine could move the bytes and do the arithmetic.
+
+![Speedup over each baseline](speed.png)
+
+![Memory of training](memory.png)
+
+## Performance targets
+"""
+
+
+def results_page(rows: list[Row]) -> str:
+    lines = [HEAD, *target_tables(rows)]
+    for device in dict.fromkeys(row["device"] for row in rows):
+        here = [row for row in rows if row["device"] == device]
+        lines += [f"## {device}", "", f"{origin(here)}.", ""]
+        for op in dict.fromkeys(row["op"] for row in here):
+            ours = [row for row in here if row["op"] == op and row["provider"] == OURS]
+            if ours:
+                backend = ", ".join(dict.fromkeys(row["backend"] for row in ours))
+                meaning = OPS.get(op, op)
+                lines += [f"### {op}", "", f"{meaning[0].upper()}{meaning[1:]}. Backend: {backend}.", ""]
+                header = ["workload", OURS, "p20 to p80", FLOOR, "peak memory", "speedup over"]
+                lines += [*table(header, [workload_line(row, here) for row in ours]), ""]
+    if not any(row.get("driver") for row in rows):
+        lines += ["## GPU", "", f"{NOT_MEASURED.capitalize()}.", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def workload_line(ours: Row, rows: list[Row]) -> list[str]:
+    same = [row for row in rows if workload_of(row) == workload_of(ours) and row["date"] == ours["date"]]
+    baselines = sorted((row for row in same if row is not ours), key=lambda row: float(row["times_ours"] or "inf"))
+    p20, p50, p80 = (duration(float(ours[f"p{q}_ms"])) for q in (20, 50, 80))
+    floor = percent(float(ours["share_of_floor"]))
+    speedups = ", ".join(f"{row['provider']} {row['times_ours']}{in_brackets(row, peak=True)}" for row in baselines)
+    return [details(ours), p50 + in_brackets(ours), f"{p20} to {p80}", floor, megabytes(ours), speedups]
+
+
+def megabytes(row: Row) -> str:
+    return f"{float(row['peak_extra_mb']):.0f} MB" if row["peak_extra_mb"] else ""
+
+
+def in_brackets(row: Row, peak: bool = False) -> str:
+    """Of training steps the steps per second and the peak, of optimizers the bytes of state per parameter."""
+    parts = []
+    if row["op"] == "training_step":
+        parts.append(f"{1e3 / float(row['p50_ms']):.3g} steps/s")
+        if peak and row["peak_extra_mb"]:
+            parts.append(megabytes(row))
+    if row.get("state_bytes_per_param"):
+        parts.append(f"{float(row['state_bytes_per_param']):.2f} B of state")
+    return f" ({', '.join(parts)})" if parts else ""
