@@ -67,18 +67,7 @@ def device_of(options: argparse.Namespace) -> str:
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def measure_machine(options: argparse.Namespace) -> int:
-    machine.measure(device_of(options), options.out)
-    return 0
-
-
-def count(options: argparse.Namespace) -> int:
-    return machine.counters(options.out)
-
-
 # ---- run ----
-
-
 def run(options: argparse.Namespace) -> int:
     silence_libraries()
     torch.manual_seed(0)
@@ -176,8 +165,6 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 # ---- from the rows ----
-
-
 def newest_rows(options: argparse.Namespace) -> list[dict[str, str]]:
     rows = newest(options.out)
     if not rows:
@@ -207,7 +194,13 @@ def write_figures(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"run": run, "table": write_tables, "plot": write_figures, "machine": measure_machine, "counters": count}
+COMMANDS = {
+    "run": run,
+    "table": write_tables,
+    "plot": write_figures,
+    "machine": lambda options: machine.measure(device_of(options), options.out),
+    "counters": lambda options: machine.counters(options.out),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -94,8 +94,6 @@ def mask_file(name: str, density: float, folder: str, device: str) -> Path:
 
 
 # ---- implementations ----
-
-
 @dataclass
 class Run:
     """One implementation's training. A call takes a step and returns this run, for the check."""
@@ -285,8 +283,6 @@ def lora_config(model: nn.Module) -> Any:
 
 
 # ---- the case ----
-
-
 def step_case(
     name: str, device: str, folder: str, dtype: torch.dtype | None = None, density: float | None = None
 ) -> Case:
@@ -353,8 +349,6 @@ def too_large(trainers: Trainers, names: Iterable[str], nnz: int) -> dict[str, s
 
 
 # ---- the check ----
-
-
 @dataclass
 class Truth:
     """The dense model's first loss and gradients."""

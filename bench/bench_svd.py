@@ -92,8 +92,6 @@ def label(rule: Rule) -> str:
 
 
 # ---- matrices ----
-
-
 def linears(size: str, layers: int) -> Shapes:
     """The matrices of the linear layers."""
 
@@ -123,8 +121,6 @@ def flops(shape: Sequence[int], rule: Rule) -> float:
 
 
 # ---- the baselines ----
-
-
 def kept(squared: Tensor, rule: Rule) -> int:  # [k], descending
     """How many singular values the rule keeps, from their squares."""
     if rank := rule.get("rank"):
@@ -235,8 +231,6 @@ def baselines(matrices: Matrices, rule: Rule, device: str) -> tuple[dict[str, Ca
 
 
 # ---- svd_denoise ----
-
-
 def denoising_case(matrices: Matrices, rule: Rule, device: str, check: Callable[[Matrices], str | None]) -> Case:
     def ours() -> Matrices:
         return svd_denoise(matrices, oversample=OVERSAMPLE, n_iter=POWER_STEPS, **rule)
@@ -307,8 +301,6 @@ def embedding_case(size: str, dtype: torch.dtype, density: None, device: str, ru
 
 
 # ---- truncated_svd ----
-
-
 def truncated_case(size: str, dtype: torch.dtype, density: None, device: str, layers: int, rank: int) -> Case:
     matrices = noisy(linears(size, layers), device).values()
     batch = torch.stack([m for m in matrices if m.shape[0] == m.shape[1]])  # [b, n, n]
@@ -341,8 +333,6 @@ def truncated_case(size: str, dtype: torch.dtype, density: None, device: str, la
 
 
 # ---- eigvalsh, eigh ----
-
-
 def symmetric_case(size: str, dtype: torch.dtype, density: None, device: str, op: str) -> Case:
     count, n = SYMMETRIC[size][op]
     generator = torch.Generator(device).manual_seed(0)
@@ -380,8 +370,6 @@ def symmetric_case(size: str, dtype: torch.dtype, density: None, device: str, op
 
 
 # ---- select_mask, with denoising ----
-
-
 def selection_case(size: str, dtype: torch.dtype, density: float, device: str, rule: Rule) -> Case:
     """DeFT-X's selection: differences, denoising, global top-k."""
     base = random_tensors(SHAPES[size](), dtype, device)
@@ -414,7 +402,6 @@ def selection_case(size: str, dtype: torch.dtype, density: float, device: str, r
 
 
 # ---- LIFT's selection ----
-
 LIFT, LIFT_LOWRANK = "LIFT", "LIFT, svd_lowrank"
 # The fraction of the selected entries that must be those of float64. In weights of rank 128 plus noise, whose 128th
 # singular value is 1.5 to 1.9 times the next, the full SVD in float32 selects all of them, the randomized methods

@@ -5,7 +5,7 @@ Every implementation goes from named tensors to a mask, boolean tensors or ascen
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -52,8 +52,6 @@ def workloads(choice: Choice) -> Iterator[Workload]:
 
 
 # ---- topk_mask ----
-
-
 def topk_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
     scores = shapes.random_tensors(shapes.SIZES[size](), dtype, device)
     numel = sum(t.numel() for t in scores.values())
@@ -120,18 +118,14 @@ def selections(
         with torch_memory(cupy):
             return torch.from_dlpack(largest(cupy, cupy.from_dlpack(values), k)).clone()
 
-    baselines: dict[str, Callable] = {
-        "torch.topk + sort": lambda: topk_sort,
-        "torch.topk + mask": lambda: topk_scatter,
-        "torch.kthvalue": lambda: kthvalue,
-    }
+    calls = {"torch.topk + sort": topk_sort, "torch.topk + mask": topk_scatter, "torch.kthvalue": kthvalue}
     absent: dict[str, str] = {}
     if device == "cuda":
         cupy, reason = imported("cupy")
-        baselines["cupy partition"] = lambda: cupy_partition
+        calls["cupy partition"] = cupy_partition
         absent = {} if cupy else {"cupy partition": reason}
     else:
-        baselines["numpy partition"] = lambda: lambda: torch.from_numpy(largest(np, numpy_magnitudes(), k))
+        calls["numpy partition"] = lambda: torch.from_numpy(largest(np, numpy_magnitudes(), k))
         room = available_bytes()
         if numel > LARGE:
             absent = dict.fromkeys(slow(numel, device), "torch.topk takes about a minute a call")
@@ -139,8 +133,8 @@ def selections(
             if need * numel > room:
                 absent[name] = f"needs {need * numel / 1e9:.1f} GB beside its inputs, {room / 1e9:.1f} GB are free"
     if numel >= 2**31:
-        absent = dict.fromkeys(baselines, "measured below 2**31 elements only")
-    return {n: baseline for n, baseline in baselines.items() if n not in absent}, absent
+        absent = dict.fromkeys(calls, "measured below 2**31 elements only")
+    return {n: lambda call=call: call for n, call in calls.items() if n not in absent}, absent
 
 
 def torch_memory(cupy: Any) -> AbstractContextManager[Any]:
@@ -216,7 +210,6 @@ def positions(result: Any, shapes: dict[str, torch.Size]) -> Iterator[tuple[str,
 
 
 # ---- select_mask, without denoising ----
-
 LT_SFT = "LT-SFT"
 
 
@@ -277,8 +270,6 @@ def lt_sft(difference: Callable[[str], Tensor], names: list[str], k: int) -> dic
 
 
 # ---- set operations ----
-
-
 def set_case(size: str, dtype: torch.dtype, density: float, device: str, op: str) -> Case:
     """Of two masks that share half of their entries, as two fine-tunings of one model might."""
     a, b = two_masks(shapes.SIZES[size](), density, device)
@@ -302,15 +293,13 @@ def set_case(size: str, dtype: torch.dtype, density: float, device: str, op: str
 
     ours = {"mask_or": lambda: a | b, "mask_and": lambda: a & b, "mask_sub": lambda: a - b}[op]
     implementations: dict[str, Callable] = {OURS: lambda: ours, "torch.unique": lambda: unique}
-    absent = {"scipy csr": "SciPy workloads in host memory"} if device == "cuda" else {}
-    name, module, make = ("scipy csr", "scipy.sparse", scipy_csr)
-    if device == "cuda":
-        name, module, make = ("cupy csr", "cupy", cupy_csr)
-    library, reason = imported(module)
-    if library:
-        implementations[name] = partial(make, a, b, op)
-    else:
+    on_gpu = device == "cuda"
+    absent = {"scipy csr": "SciPy runs in host memory"} if on_gpu else {}
+    name, reason = "cupy csr" if on_gpu else "scipy csr", imported("cupy" if on_gpu else "scipy.sparse")[1]
+    if reason:
         absent[name] = reason
+    else:
+        implementations[name] = partial(csr_baseline, a, b, op, on_gpu)
     rows, index = len(a.crow_indices) - 1, a.col_indices.element_size()
     moved = 3 * 8 * rows + index * (a.nnz + b.nnz + len(expected))
     return Case(moved, implementations, check, rounds=7, served_by="csr_combine", absent=absent)
@@ -333,34 +322,28 @@ ONE_PASS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def scipy_csr(a: CSRMask, b: CSRMask, op: str) -> Call:
-    import scipy.sparse
+def csr_baseline(a: CSRMask, b: CSRMask, op: str, on_gpu: bool) -> Call:
+    """A set operation of SciPy's or CuPy's sparse matrices."""
+    if on_gpu:
+        import cupy
+        from cupyx.scipy.sparse import csr_matrix as matrix
 
-    x, y = (
-        scipy.sparse.csr_array((np.ones(mask.nnz, dtype=bool), col.numpy(), crow.numpy()), shape=shape)
-        for mask in (a, b)
-        for crow, col, shape in [stacked(mask)]
-    )
-    x.has_canonical_format = y.has_canonical_format = True
-    return lambda: ONE_PASS[op](x, y)
+        memory, convert = partial(torch_memory, cupy), cupy.from_dlpack
+        ones = partial(cupy.ones, dtype="f")  # float32: CuPy does not test its operations on boolean sparse matrices
+    else:
+        from scipy.sparse import csr_array as matrix
 
-
-def cupy_csr(a: CSRMask, b: CSRMask, op: str) -> Call:
-    import cupy
-    from cupyx.scipy.sparse import csr_matrix
-
-    with torch_memory(cupy):
-        x, y = (
-            # float32: CuPy does not test its operations on boolean sparse matrices
-            csr_matrix((cupy.ones(mask.nnz, dtype="f"), cupy.from_dlpack(col), cupy.from_dlpack(crow)), shape=shape)
-            for mask in (a, b)
-            for crow, col, shape in [stacked(mask)]
-        )
-        x.has_canonical_format = y.has_canonical_format = True
+        memory, convert, ones = nullcontext, Tensor.numpy, partial(np.ones, dtype=bool)
+    operands = []
+    with memory():
+        for mask in (a, b):
+            crow, col, shape = stacked(mask)
+            operands.append(matrix((ones(mask.nnz), convert(col), convert(crow)), shape=shape))
+            operands[-1].has_canonical_format = True
 
     def call() -> Any:
-        with torch_memory(cupy):
-            return ONE_PASS[op](x, y)
+        with memory():
+            return ONE_PASS[op](*operands)
 
     return call
 

@@ -50,8 +50,6 @@ def default(size: str, device: str) -> list[Setting]:
 
 
 # ---- the inputs that all share ----
-
-
 class Problem:
     """Parameters, gradients and a mask, and the masked entries after one step of AdamW in float64."""
 
@@ -147,8 +145,6 @@ def sample(tensor: Tensor) -> Tensor:  # float64 [at most 4096]
 
 
 # ---- the baselines ----
-
-
 @dataclass
 class Baseline:
     optimizer: Callable[[Parameters], Any]
@@ -254,8 +250,6 @@ def free_bytes(device: str) -> int:
 
 
 # ---- the cases ----
-
-
 class OurStep:
     """Ours, with dense or compact gradients, on copies of the parameters."""
 

@@ -2,9 +2,8 @@
 
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.report import KINDS, duration, origin
 from bench.rows import NOT_MEASURED, OURS, Row, of_machine, workload_of
@@ -96,16 +95,11 @@ def pick(workloads: Workloads, op: str, size: str, density: str | None) -> dict[
 
 
 # ---- speed ----
-
-
-@dataclass
-class Comparison:
+class Comparison(NamedTuple):
     """A headline's workload on one machine."""
 
-    ms: float  # ours
-    dtype: str
-    speedups: dict[str, float]  # over each baseline, the fastest baseline first
-    rows: list[Row]
+    ours: Row
+    speedups: dict[str, Row]  # baseline → its row, the fastest baseline first
 
 
 def comparisons(workloads: Workloads) -> dict[str, Comparison]:
@@ -113,12 +107,15 @@ def comparisons(workloads: Workloads) -> dict[str, Comparison]:
     found = {}
     for title, *names in HEADLINES:
         rows = pick(workloads, *names)
-        times = {n: t for n, row in rows.items() if not n.startswith(OURS) and (t := number(row, "times_ours"))}
-        if times and OURS in rows:
-            ours, speedups = rows[OURS], dict(sorted(times.items(), key=lambda item: item[1]))
-            shown = [ours, *(rows[n] for n in speedups)]
-            found[title] = Comparison(float(ours["p50_ms"]), ours["dtype"], speedups, shown)
+        others = [row for n, row in rows.items() if not n.startswith(OURS) and row.get("times_ours")]
+        if others and OURS in rows:
+            others.sort(key=speedup_of)
+            found[title] = Comparison(rows[OURS], {row["provider"]: row for row in others})
     return found
+
+
+def speedup_of(row: Row) -> float:
+    return float(row["times_ours"])
 
 
 def lines_of(machines: Iterable[dict[str, Comparison]]) -> dict[tuple[str, str], int]:
@@ -138,19 +135,19 @@ def speed(machines: dict[str, Workloads]) -> Any:
     lines = lines_of(list(found.values()))
     if not lines:
         return None
+    rows = [row for each in found.values() for c in each.values() for row in (c.ours, *c.speedups.values())]
+    values = [1.0, *map(speedup_of, (row for row in rows if row.get("times_ours")))]
     height = 0.155 * len(lines) + 0.8
     edges = {"left": 0.25, "right": 0.995, "top": 1 - 0.3 / height, "bottom": 0.4 / height}  # names at the left
-    new, cells = figure(
-        height, 1, 2, None, width_ratios=[1.0 if c else 0.4 for c in found.values()], wspace=0.05, **edges
-    )
-    values = [s for each in found.values() for c in each.values() for s in c.speedups.values()]
+    widths = [1.0 if each else 0.4 for each in found.values()]
+    new, cells = figure(height, 1, 2, None, width_ratios=widths, wspace=0.05, **edges)
     for (kind, each), cell in zip(found.items(), cells):
         axis = new.add_subplot(cell)
         axis.set_title(KINDS[kind])
         if not each:
             not_measured(axis, KINDS[kind])
             continue
-        limits = (0.75 * min(1, *values), 2 * max(1, *values))
+        limits = (0.75 * min(values), 2 * max(values))
         axis.set(xscale="log", xlim=limits, ylim=(len(lines) - 0.3, -0.7), yticks=[])
         axis.set_xlabel("speedup of deftx over the baseline" + ("; orange: deftx is slower" if min(values) < 1 else ""))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -161,18 +158,19 @@ def speed(machines: dict[str, Workloads]) -> Any:
         draw_speedups(axis, each, lines)
         if not new.texts:
             draw_names(new, axis, lines)
-    return small_print(new, [c.rows for each in found.values() for c in each.values()])
+    return small_print(new, rows)
 
 
 def draw_speedups(axis: Any, found: dict[str, Comparison], lines: dict[tuple[str, str], int]) -> None:
     for (title, name), y in lines.items():
         shown = found.get(title)
         if shown and not name:
-            label = f"deftx: {duration(shown.ms)}" + ("" if shown.dtype == "float32" else f", {shown.dtype}")
+            dtype = "" if shown.ours["dtype"] == "float32" else f", {shown.ours['dtype']}"
             style = {"ha": "right", "va": "center", "fontsize": 6.5, "color": BLUE}
-            axis.text(1, y, label, transform=axis.get_yaxis_transform(), **style)
+            text = f"deftx: {duration(float(shown.ours['p50_ms']))}{dtype}"
+            axis.text(1, y, text, transform=axis.get_yaxis_transform(), **style)
         elif shown and name in shown.speedups:
-            value = shown.speedups[name]
+            value = speedup_of(shown.speedups[name])
             axis.barh(y, value - 1, 0.62, left=1, color=GREY if value >= 1 else AMBER)
             beside(axis, f"{value:.{2 if value < 2 else 1 if value < 10 else 0}f}", max(value, 1), y)
 
@@ -191,10 +189,7 @@ def draw_names(new: Any, axis: Any, lines: dict[tuple[str, str], int]) -> None:
 
 
 # ---- memory ----
-
-
-@dataclass
-class Bar:
+class Bar(NamedTuple):
     implementation: str
     parts: dict[str, float]  # megabytes, REST included
     peak: float  # as measured: less than the parts together where these are not held at one time
@@ -244,7 +239,7 @@ def memory(machines: dict[str, Workloads]) -> Any:
                 axis.set_yticklabels([])
     marks = [Line2D([], [], label=n, color=c, marker="s", linestyle="", markersize=6) for n, c in COLORS.items()]
     new.legend(handles=marks, loc="outside upper center", ncols=len(marks))
-    return small_print(new, [[bar.row for bar in each] for bars in found.values() for each in bars.values()])
+    return small_print(new, [bar.row for bars in found.values() for each in bars.values() for bar in each])
 
 
 def draw_bars(axis: Any, bars: list[Bar], names: list[str]) -> None:
@@ -264,8 +259,6 @@ def draw_bars(axis: Any, bars: list[Bar], names: list[str]) -> None:
 
 
 # ---- both ----
-
-
 def label_of(implementation: str) -> str:
     return implementation + (" (trains fewer values)" if implementation.startswith(LORA) else "")
 
@@ -289,9 +282,8 @@ def not_measured(axis: Any, what: str) -> None:
     axis.text(0.5, 0.5, f"{what}: {NOT_MEASURED}", transform=axis.transAxes, ha="center", va="center", color=MUTED)
 
 
-def small_print(new: Any, shown: Iterable[list[Row]]) -> Any:
+def small_print(new: Any, rows: list[Row]) -> Any:
     """Below the figure: where its rows come from."""
-    rows = [row for each in shown for row in each]
     devices = dict.fromkeys(row["device"] for row in rows)
     sources = [origin([row for row in rows if row["device"] == device]) for device in devices]
     text = "\n".join(line for source in sources for line in textwrap.wrap(source, 170))

@@ -149,8 +149,6 @@ def imported(name: str) -> tuple[Any, str]:
 
 
 # ---- time ----
-
-
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -270,8 +268,6 @@ def host_time(call: Call, training: bool = False) -> float:
 
 
 # ---- memory ----
-
-
 def available_bytes() -> int:
     """Main memory that is free without swapping; all of it where the system does not report that."""
     try:
@@ -355,8 +351,6 @@ def _alone_here(workload: Workload, implementation: str, rounds: int, threads: i
 
 
 # ---- one workload ----
-
-
 @dataclass
 class Measured:
     """What was measured of a workload, by implementation."""

@@ -52,8 +52,8 @@ METRICS = {  # Nsight Compute's name → ours
 }
 
 
-def measure(device: str, out: Path = RESULTS) -> None:
-    """Print and write the machine's rates."""
+def measure(device: str, out: Path = RESULTS) -> int:
+    """Print and write the machine's rates; returns the exit status."""
     found: dict[str, Any] = provenance(device)
     name = str(found.pop("device"))
     print(name, *(f"{k} {v}" for k, v in found.items() if v), sep=", ")
@@ -69,6 +69,7 @@ def measure(device: str, out: Path = RESULTS) -> None:
         line = f"{row['access']:8}{row['bytes']:6}{row['density']:8.2f}{row['ms']:9.4f}{row['gb_s']:7.0f}"
         print(f"{line}{row['sector_share']:18.3f}{row['implied_share']:9.3f}", flush=True)
     write(name, found, out)
+    return 0
 
 
 def write(device: str, found: dict[str, Any], out: Path) -> None:
@@ -117,8 +118,6 @@ def products(device: str) -> dict[str, float]:
 
 
 # ---- scattered reads and writes ----
-
-
 def sector_share(density: float, itemsize: int, device: str) -> float:
     """The share of a tensor's sectors that hold an entry of a random mask."""
     return 1 - (1 - density) ** (SECTOR[device] / itemsize)
@@ -162,8 +161,6 @@ def accesses(device: str) -> dict[str, Callable[..., Any]]:
 
 
 # ---- our kernels, by Nsight Compute ----
-
-
 def our_calls(device: str, size: str = "xlmr", side: int = 4096, density: float = 0.05) -> dict[str, Call]:
     """One call of each operator with kernels of our own, on a model's tensors, on a large weight and an embedding."""
     float32 = random_tensors(SIZES[size](), torch.float32, device)

@@ -50,8 +50,6 @@ def details(row: Row, *, dtype: str = "", density: str = "") -> str:
 
 
 # ---- training steps ----
-
-
 def training_table(rows: list[Row]) -> str:
     """A table per device with a line per model: our time, the speedup over each baseline, and the peak memory."""
     tables, missing = [], []
@@ -93,8 +91,6 @@ def peak(row: Row) -> str:
 
 
 # ---- targets ----
-
-
 def target_tables(rows: list[Row]) -> list[str]:
     lines = []
     for kind, name in KINDS.items():
@@ -137,7 +133,6 @@ def verdict(target: Target, value: float | None) -> str:
 
 
 # ---- every workload ----
-
 HEAD = """# Benchmark results
 
 Written by `python -m bench table` from the rows beside this file. Every number is from the newest run of its workload.

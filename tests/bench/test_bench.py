@@ -158,8 +158,6 @@ def test_commit_of_a_tree_without_history(monkeypatch, tmp_path):
 
 
 # ---- one workload, measured ----
-
-
 def logged(log, name):
     """An implementation that logs its calls."""
 
@@ -253,8 +251,6 @@ def test_isolated_cases_are_timed_in_processes_of_their_own(monkeypatch, fails):
 
 
 # ---- peaks and sizes ----
-
-
 def test_peak_of_a_fresh_process(capsys):
     if peak_extra(lambda: None, "cpu") is None:
         pytest.skip("this system does not report a process's peak memory")
@@ -274,8 +270,6 @@ def test_sizes(size, elements):
 
 
 # ---- pytest-benchmark ----
-
-
 def pytest_benchmark(tmp_path, *arguments):
     options = [
         "bench/",

@@ -13,7 +13,6 @@ from deftx_kernels import CSRMask, SparseAdamW, sparsify
 F32 = torch.float32
 
 # ---- a selection ----
-
 SCORES = {"a": torch.tensor([[3.0, -1.0], [0.5, 2.0]]), "b": torch.tensor([2.0, -2.0, 0.0])}
 SHAPES = {n: t.shape for n, t in SCORES.items()}
 
@@ -62,8 +61,6 @@ def test_baselines_select_exactly_k_of_ties(k):
 
 
 # ---- a training step ----
-
-
 @pytest.fixture
 def first_step(tmp_path):
     """What the check says of an implementation's first step on a small stack of linear layers."""
@@ -169,8 +166,6 @@ def test_every_implementation_of_a_language_model_with_tied_weights_is_right(tmp
 
 
 # ---- an optimizer's step ----
-
-
 @pytest.fixture(scope="module", params=["dense", "compact"])
 def adamw(request):
     return bench_train.adamw_case("tiny", F32, 0.05, "cpu", request.param)
@@ -214,8 +209,6 @@ def test_baselines_without_memory_are_absent_with_what_they_need(monkeypatch):
 
 
 # ---- denoising ----
-
-
 @pytest.mark.parametrize("rule", [{"rank": 64}, {"energy": 0.9}])
 def test_wrong_denoising(rule):
     case = bench_svd.linears_case("tiny", F32, None, "cpu", 1, rule)

@@ -10,9 +10,8 @@ import torch
 from bench import __main__ as program
 from bench import harness, machine
 
+
 # ---- the time of a call on a GPU ----
-
-
 class Clock:
     """A simulated host and device: work starts when the device is idle, not before the host has launched it."""
 
@@ -106,8 +105,6 @@ def test_on_a_cpu_there_is_no_host_time():
 
 
 # ---- the machine ----
-
-
 def test_the_machine_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "last_cache_bytes", lambda device: 1 << 20)
     monkeypatch.setitem(machine.DENSE_BYTES, "cpu", 1 << 16)
@@ -158,8 +155,6 @@ def test_scattered_accesses(device, dtype):
 
 
 # ---- Nsight Compute ----
-
-
 def test_our_calls_run():
     for call in machine.our_calls("cpu", "tiny", side=64).values():
         call()

@@ -27,8 +27,6 @@ def row(op="topk_mask", size="minilm", **fields):
 
 
 # ---- rows ----
-
-
 def test_rows_are_appended_and_old_files_get_new_columns(tmp_path):
     path = tmp_path / "rows/topk.csv"
     path.parent.mkdir()
@@ -94,8 +92,6 @@ def test_each_workload_is_of_the_machine_that_timed_it_last():
 
 
 # ---- tables ----
-
-
 def test_training_table():
     ours = row("training_step", "bert, 8x128 tokens", p50_ms=1610, peak_extra_mb=1250, parameters=2)
     a, b = {"provider": "a", "times_ours": 1.274, "peak_extra_mb": 870}, {"provider": "b", "times_ours": ""}
@@ -216,7 +212,6 @@ def test_the_readmes_table_is_narrow():
 
 
 # ---- figures ----
-
 figures = pytest.importorskip("bench.figures")
 PARTS = [column for column, _ in figures.PARTS.values()]
 
@@ -233,21 +228,21 @@ def training(size, parameters, peak, parts, provider=OURS, **columns):
 
 
 def test_comparisons():
-    speedups = {"torch.topk + sort": 33.0, "deftx, CUDA graph": 1.1, "numpy partition": 0.8}
+    baselines = {"torch.topk + sort": 33.0, "deftx, CUDA graph": 1.1, "numpy partition": 0.8}
     old = work("topk_mask", "50M", 40, {"numpy partition": 9.0, "gone": 5.0}, date=OLD)
     half = work("topk_mask", "50M", 14, {"a": 3.0}, dtype="bfloat16")
-    rows = old + work("topk_mask", "50M", 28, speedups)
+    rows = old + work("topk_mask", "50M", 28, baselines)
     rows += work("select_mask", "xlmr")  # no baseline
     rows += work("sparse_adamw", "50M, dense gradient", baselines={"a": 2.0}, density=0.3)  # another density
     rows += [row("sparse_adamw", "50M, compact gradient", provider="a", times_ours=2)]  # ours is missing
     for given in (rows, rows[::-1], rows + half):
         ((title, found),) = figures.comparisons(figures.newest_runs(given)).items()
         assert title == "Select the top 5 % of 50 M scores"
-        assert (found.ms, found.dtype) == (28.0, "float32")
-        assert list(found.speedups.items()) == [("numpy partition", 0.8), ("torch.topk + sort", 33.0)]
-        assert [r["provider"] for r in found.rows] == [OURS, "numpy partition", "torch.topk + sort"]
+        assert (found.ours["p50_ms"], found.ours["dtype"]) == ("28.0", "float32")
+        speedups = [(name, figures.speedup_of(r)) for name, r in found.speedups.items()]
+        assert speedups == [("numpy partition", 0.8), ("torch.topk + sort", 33.0)]
     (found,) = figures.comparisons(figures.newest_runs(half)).values()
-    assert found.dtype == "bfloat16"
+    assert found.ours["dtype"] == "bfloat16"
     other = figures.comparisons(figures.newest_runs(work("topk_mask", "50M", baselines={"b": 2.0, "a": 1.0})))
     assert figures.lines_of([{title: found}, other]) == {(title, ""): 0, (title, "a"): 1, (title, "b"): 2}
 

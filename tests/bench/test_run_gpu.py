@@ -1,4 +1,4 @@
-"""What `make gpu` tells of its steps: the GPU is not needed for that."""
+"""How `make gpu` runs its steps and reads their output; needs no GPU."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def test_right():
 
 
 @pytest.mark.parametrize("options", [["-n", "2", "--dist=worksteal"], ["-p", "no:xdist"]], ids=["xdist", "alone"])
-def test_each_error_is_told_once_with_its_tests(tmp_path, options):
+def test_each_error_is_printed_once_with_its_tests(tmp_path, options):
     (tmp_path / "test_x.py").write_text(FAILING)
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *options, "test_x.py"]
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=run_gpu.ENV).stdout
@@ -39,11 +39,9 @@ def test_each_error_is_told_once_with_its_tests(tmp_path, options):
     assert note_of(output, None, 9).startswith("stopped after 9 s: 6 failed")
 
 
-def test_of_tests_that_were_stopped_the_names_are_told():
-    lines = (
-        "[gw1] [  3%] PASSED tests/test_a.py::test_b[1] \n[gw0] [  4%] FAILED tests/test_a.py::test_b[(2, 3)-cuda] \n"
-    )
-    assert failures(lines) == ["tests/test_a.py::test_b[(2, 3)-cuda]"]
+def test_of_a_stopped_pytest_the_failed_tests_are_named():
+    lines = "[gw1] [  3%] PASSED tests/test_a.py::b[1] \n[gw0] [  4%] FAILED tests/test_a.py::b[(2, 3)-cuda] \n"
+    assert failures(lines) == ["tests/test_a.py::b[(2, 3)-cuda]"]
     assert failures("nothing") == []
 
 
@@ -53,56 +51,39 @@ def log(tmp_path, monkeypatch):
     return tmp_path / "gpu.log"
 
 
-def python(text):
-    return lambda: [[sys.executable, "-c", text]]
+def python(*programs):
+    return lambda: [[sys.executable, "-c", text] for text in programs]
 
 
-def test_steps_of_a_group_run_together_and_none_keeps_another_from_running(log, monkeypatch, capsys):
-    monkeypatch.setitem(run_gpu.SECONDS, "check", 30)
-    wait = "import time; time.sleep(1); print('slept')"
-    groups = [
-        [
-            Step("a", python(wait), 20),
-            Step("b", python(wait), 20),
-            Step("too slow", python("import time; time.sleep(60)"), 6),
-        ],
-        [
-            Step("wrong", python("print('told'); 1 / 0"), 20),
-            Step("absent", list, 20),
-            Step("raises", lambda: 1 / 0, 20),
-        ],
-        [Step("some tests", python("print('5 deselected in 1s')"), 20)],
-        [
-            Step(
-                "second way",
-                lambda: [[sys.executable, "-c", "1 / 0"], [sys.executable, "-c", "print('built')"]],
-                20,
-                shown=1,
-            )
-        ],
-    ]
+STEPS = {  # → plan, limit, state
+    "a": (python("import time; time.sleep(1); print('slept')"), 20, "passed"),
+    "b": (python("import time; time.sleep(1)"), 20, "passed"),
+    "too slow": (python("import time; time.sleep(60)"), 6, "FAILED"),
+    "wrong": (python("print('first'); 1 / 0"), 20, "FAILED"),
+    "absent": (list, 20, "not run"),
+    "raises": (lambda: 1 / 0, 20, "FAILED"),
+    "some tests": (python("print('5 deselected in 1s')"), 20, "FAILED"),
+    "second command": (python("1 / 0", "print('built')"), 20, "passed"),
+}
+
+
+def test_steps_run_together_and_none_stops_another(log, monkeypatch, capsys):
+    monkeypatch.setitem(run_gpu.SECONDS, "check", 60)
+    steps = [Step(name, plan, limit, shown=1) for name, (plan, limit, _) in STEPS.items()]
     started = time.monotonic()
-    results = {r.step: r for r in phase("check", groups)}
-    assert time.monotonic() - started < 20
-    states = {
-        "a": "passed",
-        "b": "passed",
-        "too slow": "FAILED",
-        "wrong": "FAILED",
-        "absent": "not run",
-        "raises": "FAILED",
-    }
-    assert {n: r.state for n, r in results.items()} == states | {"some tests": "FAILED", "second way": "passed"}
+    results = {r.step: r for r in phase("check", [steps[:3], steps[3:6], steps[6:7], steps[7:]])}
+    assert time.monotonic() - started < 40
+    assert {n: r.state for n, r in results.items()} == {name: state for name, (*_, state) in STEPS.items()}
     assert results["too slow"].note.startswith("stopped after 6 s")
     assert results["some tests"].note.startswith("no test passed")
-    shown, whole = capsys.readouterr().out, log.read_text()
+    shown = capsys.readouterr().out
     assert "ZeroDivisionError" in shown
-    assert "slept" in whole
     assert "\nbuilt" in shown
+    assert "slept" in log.read_text()
     assert [p.name for p in log.parent.iterdir()] == ["gpu.log"]
 
 
-def test_a_sanitizers_first_complaints_are_shown(log, capsys):
+def test_a_sanitizers_first_errors_are_shown(log, capsys):
     text = "========= COMPUTE-SANITIZER\\n" + "".join(f"========= complaint {i}\\n" for i in range(40))
     phase("check", [[Step("memcheck", python(f"print('{text}'); raise SystemExit(9)"), 20)]])
     shown = capsys.readouterr().out
@@ -110,23 +91,20 @@ def test_a_sanitizers_first_complaints_are_shown(log, capsys):
     assert "complaint 20" not in shown
 
 
-def test_the_phases_are_within_their_time():
+def test_without_a_gpu_nothing_else_is_run(log):
+    wrong = [Step("versions", python("1 / 0"), 20)]
+    assert len(phase("check", [wrong, [Step("other", python("1"), 20)]])) == 1
+
+
+def test_phases_are_within_their_time_and_their_programs_know_their_arguments():
     assert sum(run_gpu.SECONDS[name] for name in ("check", "measure")) <= 500
+    steps = [step for groups in phases().values() for group in groups for step in group]
+    assert all(step.limit <= 285 for step in steps)
     for groups in phases().values():
-        assert all(step.limit <= 285 for steps in groups for step in steps)
-        assert [steps[0].name for steps in groups[:3]] == ["GPU", "versions", "build"]
-    assert {f"tests/{name}.py" for name in ("bench/test_bench", "mask/test_csr", "optim/test_sparse_adamw")} <= set(
-        run_gpu.test_files()
-    )
-
-
-def test_the_programs_know_their_arguments():
-    commands = [c for groups in phases().values() for steps in groups for step in steps for c in step.plan()]
+        assert [group[0].name for group in groups[:3]] == ["GPU", "versions", "build"]
+    names = ("bench/test_bench", "mask/test_csr", "optim/test_sparse_adamw")
+    assert {f"tests/{name}.py" for name in names} <= set(run_gpu.test_files())
+    commands = [c for step in steps for c in step.plan()]
     options = [bench.parser().parse_args(c[3:]) for c in commands if c[1:3] == ["-m", "bench"]]
     assert {o.command for o in options} == {"run", "machine", "counters"}
     assert {f for o in options if o.command == "run" for f in o.family} == {"topk", "train", "masked", "steps", "svd"}
-
-
-def test_without_a_gpu_nothing_else_is_run(log, capsys):
-    wrong = [Step("versions", python("1 / 0"), 20)]
-    assert len(phase("check", [wrong, [Step("other", python("1"), 20)]])) == 1
