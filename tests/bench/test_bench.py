@@ -271,21 +271,8 @@ def test_sizes(size, elements):
 
 # ---- pytest-benchmark ----
 def pytest_benchmark(tmp_path, *arguments):
-    options = [
-        "bench/",
-        "--benchmark-only",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-q",
-        "--family",
-        "csr",
-        "--size",
-        "tiny",
-        "--device",
-        "cpu",
-    ]
+    options = ["bench/", "--benchmark-only", "-p", "no:cacheprovider", "-p", "no:xdist", "-q"]
+    options += ["--family", "csr", "--size", "tiny", "--device", "cpu"]
     command = [sys.executable, "-m", "pytest", f"--benchmark-storage={tmp_path}", *options, *arguments]
     # Benchmarks are switched off in the processes of pytest-xdist, of which this one may be.
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
