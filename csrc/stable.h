@@ -270,9 +270,7 @@ inline std::pair<Csr, Csr> check_combine(const Tensor& crow_indices, const Tenso
 
 }  // namespace deftx
 
-// ---------------------------------------------------------------------------------------------------------------------------------
-// CUDA sources only
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---- CUDA sources only ----
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 
