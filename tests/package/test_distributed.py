@@ -66,7 +66,7 @@ def _selection(rank, folder):
         dk.topk_mask(sharded, k=20)
     alone = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("across", "alone"))["alone"]
     with pytest.raises(
-        ValueError, match=rf"scores\['b'\] lies on the ranks \[\d\], the group consists of \[0, {WORLD - 1}\]"
+        ValueError, match=rf"scores\['b'\] is on the ranks \[\d\], the group consists of \[0, {WORLD - 1}\]"
     ):
         distributed.topk_mask({n: distribute_tensor(t, alone, [Shard(0)]) for n, t in full.items()}, k=20)
     with pytest.raises(TypeError, match=r"params\['b'\] must be a torch.Tensor, got list"):
