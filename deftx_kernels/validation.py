@@ -127,12 +127,11 @@ def check_readable(tensor: Tensor, label: str) -> None:
 
 def check_devices(tensors: Mapping[str, Tensor], argument: str) -> None:
     """ValueError unless the tensors are on one device, and their elements can be read."""
-    first_on: dict[torch.device, str] = {}
+    first, device = next(((n, t.device) for n, t in tensors.items()), ("", None))
     for name, tensor in tensors.items():
-        first_on.setdefault(tensor.device, name)
-    if len(first_on) > 1:
-        found = ", ".join(sorted(f"{argument}[{name!r}] on {device}" for device, name in first_on.items()))
-        raise ValueError(f"{argument} must be on one device, but are on several devices: {found}")
+        if tensor.device != device:
+            label = f"{argument}[{name!r}]"
+            raise ValueError(f"{label} is on {tensor.device}, {argument}[{first!r}] on {device}: one device is needed")
     for name, tensor in tensors.items():
         check_readable(tensor, f"{argument}[{name!r}]")
 

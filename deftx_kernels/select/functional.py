@@ -68,15 +68,9 @@ def topk_mask(
     check_floats(list(scores.values()), list(scores), "scores")
     check_devices(scores, "scores")
     names = sorted(n for n, first in tied_names(scores, "scores").items() if n == first)
-    tensors = [scores[n] for n in names]
-    shapes = [t.shape for t in tensors]
-    CSRMask.check_layout(names, shapes)
-    counts = selected_counts(names, shapes, k, density, scope)
-    with torch.no_grad():
-        crow, col, bad = torch.ops.deftx.topk_mask([t.contiguous() for t in tensors], [], counts, SCOPES[scope])
-    if (i := int(bad[0])) >= 0:
-        raise_not_finite(scores[names[i]], f"scores[{names[i]!r}]", int(bad[1]))
-    return CSRMask.unchecked(names, shapes, crow, col)
+    chosen = {n: scores[n].detach() for n in names}
+    counts = _checked_counts(chosen, k, density, scope)
+    return _select(chosen, {}, "scores[{!r}]", set(), None, counts, scope)
 
 
 def selected_counts(
@@ -163,7 +157,8 @@ def select_mask(
     counts = _checked_counts(new, k, density, scope)
     if rule is not None and rule.residual_density == 1 and not return_info:
         matrices = set()  # L + H is the difference itself
-    return _select(new, old, matrices, rule, counts, scope, return_info, progress)
+    label = "tuned[{0!r}] - base[{0!r}]"
+    return _select(new, old, label, matrices, rule, counts, scope, return_info, progress)
 
 
 def low_rank_mask(
@@ -202,7 +197,7 @@ def low_rank_mask(
     counts = _checked_counts(tensors, k, density, scope)
     check_devices(tensors, "weights")
     matrices = {n for n, t in tensors.items() if t.dim() >= 2}
-    return _select(tensors, {}, matrices, rule, counts, scope, return_info, progress)
+    return _select(tensors, {}, "weights[{!r}]", matrices, rule, counts, scope, return_info, progress)
 
 
 def _checked_counts(tensors: Mapping[str, Tensor], k: int | None, density: float | None, scope: str) -> list[int]:
@@ -214,18 +209,19 @@ def _checked_counts(tensors: Mapping[str, Tensor], k: int | None, density: float
 def _select(
     new: Mapping[str, Tensor],
     old: Mapping[str, Tensor],
+    label: str,  # format of a tensor's name in errors
     matrices: set[str],
     rule: Rule | None,
     counts: list[int],
     scope: str,
-    return_info: bool,
-    progress: Callable[[int, int], None] | None,
+    return_info: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Any:
-    """The mask of the largest entries of `new`, or of new - old where `old` is not empty; of `matrices`, denoised."""
+    """The mask of the largest entries of `new`, or of new - old where `old` is not empty; `matrices` are denoised."""
     names, shapes = list(new), {n: t.shape for n, t in new.items()}
     device = next(iter((old or new).values())).device
     dtype = reduce(torch.promote_types, (t.dtype for t in (*new.values(), *old.values())), torch.float32)
-    labels = {n: f"tuned[{n!r}] - base[{n!r}]" if old else f"weights[{n!r}]" for n in names}
+    labels = {n: label.format(n) for n in names}
     infos: dict[str, dict[str, Tensor] | None] = dict.fromkeys(names)
 
     def score(name: str) -> Tensor:
@@ -248,9 +244,9 @@ def _select(
     else:
         if progress is not None:
             progress(0, len(names))
-        crow, col, bad = torch.ops.deftx.topk_mask(
-            [t.contiguous() for t in new.values()], [t.contiguous() for t in old.values()], counts, SCOPES[scope]
-        )
+        tensors = [[t.contiguous() for t in model.values()] for model in (new, old)]
+        with torch.no_grad():
+            crow, col, bad = torch.ops.deftx.topk_mask(*tensors, counts, SCOPES[scope])
         if (i := int(bad[0])) >= 0:
             raise_not_finite(score(names[i]), labels[names[i]], int(bad[1]))
     if progress is not None:
