@@ -42,7 +42,7 @@ def topk_mask(
     Raises:
         ValueError, TypeError: on every rank, whichever rank's argument is wrong.
     """
-    error, local = _try(lambda: _local_scores(scores, group))
+    error, local = _try(_local_scores, scores, group)
     if len(set(_exchange(error, (k, density), group))) > 1:
         raise ValueError(f"k and density must be the same on all ranks, got k={k}, density={density} on this one")
     shards = _exchange(None, {n: (t.shape, t.dtype) for n, t in local.items()}, group)
@@ -53,8 +53,7 @@ def topk_mask(
         raise ValueError(f"scores must have one dtype on all ranks, got {sorted(dtypes)}")
     [count] = selected_counts(names, shapes, k, density, "global")
     tensors = [local[n] for n in names]
-    error, _ = _try(lambda: [check_finite(t, f"scores[{n!r}] on this rank") for n, t in zip(names, tensors)])
-    _exchange(error, None, group)
+    _exchange(_try(_check_finite, local)[0], None, group)
 
     def histogram(prefix: int, shift: int) -> Tensor:
         counts = torch.ops.deftx.magnitude_histogram(tensors, prefix, shift)
@@ -125,10 +124,10 @@ def check_same_mask(mask: CSRMask, group: dist.ProcessGroup | None = None) -> No
         )
 
 
-def _try(function: Callable[[], Any]) -> tuple[str | None, Any]:
+def _try(function: Callable, *arguments: Any) -> tuple[str | None, Any]:
     """(None, the function's result), or (the message of its error, {})."""
     try:
-        return None, function()
+        return None, function(*arguments)
     except (TypeError, ValueError) as error:
         return str(error), {}
 
@@ -151,6 +150,11 @@ def _local_scores(scores: Mapping[str, Tensor], group: dist.ProcessGroup | None)
         local[name] = tensor.detach().contiguous()
     check_devices(local, "scores")
     return local
+
+
+def _check_finite(local: Mapping[str, Tensor]) -> None:
+    for name in sorted(local):
+        check_finite(local[name], f"scores[{name!r}] on this rank")
 
 
 def _check_placement(name: str, tensor: DTensor) -> None:

@@ -272,7 +272,11 @@ BOTH = CSRMask.from_dense({"a": torch.ones(2, 2, dtype=torch.bool), "b": torch.o
         (lambda a, b: BOTH.gather([a, b]), TypeError, "must be a mapping"),
         (lambda a, b: CSRMask.from_dense({"a": a}), TypeError, r"dense\['a'\] must be a bool tensor"),
         (lambda a, b: CSRMask.from_dense({}), ValueError, "at least one tensor"),
-        (lambda a, b: CSRMask.from_dense({"a": a > 0, "b": (b > 0).to("meta")}), ValueError, r"dense\['b'\] is on meta, dense\['a'\] on cpu"),
+        (
+            lambda a, b: CSRMask.from_dense({"a": a > 0, "b": (b > 0).to("meta")}),
+            ValueError,
+            r"dense\['b'\] is on meta",
+        ),
         (lambda a, b: BOTH["c"], KeyError, "no tensor 'c'"),
         (lambda a, b: BOTH.gather({"a": a, "b": b.to("meta")}), ValueError, "on meta"),
         (lambda a, b: BOTH | BOTH.to("meta"), ValueError, "the other mask is on meta, the mask on cpu"),
