@@ -73,7 +73,7 @@ def test_writes_are_atomic_and_remove_abandoned_folders(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 10_000])
-def test_what_is_no_json_is_named(tmp_path, content):
+def test_invalid_json_is_named(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(f"{path} is not readable JSON")):
@@ -82,7 +82,7 @@ def test_what_is_no_json_is_named(tmp_path, content):
         files.read_json(tmp_path / "nowhere")
 
 
-def test_reading_turns_every_fault_of_content_into_a_value_error(tmp_path):
+def test_reading_makes_every_error_of_the_content_a_value_error(tmp_path):
     path = tmp_path / "a.bin"
     with pytest.raises(FileNotFoundError), files.reading(path, "thing"):
         pass

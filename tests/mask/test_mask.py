@@ -179,7 +179,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_load_refuses_what_is_no_mask(tmp_path):
+def test_loading_another_file_raises(tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(FileNotFoundError):
         CSRMask.load(path)
