@@ -170,7 +170,7 @@ def to_composable_sft(delta: SparseDelta, directory: str | os.PathLike) -> None:
     for name, shape in zip(delta.mask.names, delta.mask.shapes):
         if len(shape) > 2:
             raise ValueError(f"tensor {name!r} has {len(shape)} dimensions; composable-sft's format carries at most 2")
-        keys = delta.mask[name]._keys().cpu().numpy()
+        keys = delta.mask[name].flat_indices().cpu().numpy()
         columns = rows_and_columns(shape)[1]
         # Column-major for matrices; a vector's only dimension is the column of its one row.
         flat = keys if len(shape) < 2 else (keys % columns) * shape[0] + keys // columns
@@ -295,7 +295,7 @@ def _from_coordinates(differences: Mapping[str, tuple[torch.Size, Tensor, Tensor
         offset += size.numel()
     shapes = [differences[n][0] for n in names]
     CSRMask.check_layout(names, shapes)
-    return CSRMask._from_keys(names, shapes, torch.cat(keys)), torch.cat(values)
+    return CSRMask.from_flat_indices(names, shapes, torch.cat(keys)), torch.cat(values)
 
 
 # ---- CSR matrices ----

@@ -158,7 +158,7 @@ class SparseDelta:
             names = [n for n in differing if old[n].dtype in SUMMABLE]
             changed = [n for n in names if bool(differing[n].any())] or names
             mask = CSRMask.from_dense({n: differing[n] for n in changed})
-        for name, tensor in zip(mask.names, mask.select(old, "base")):
+        for name, tensor in zip(mask.names, mask.checked_tensors(old, "base")):
             if tied[name] != name:
                 raise ValueError(
                     f"mask covers {name!r}, which is the tensor {tied[name]!r} of base: its mask goes by that name"
@@ -265,7 +265,7 @@ class SparseDelta:
             check_readable(tensor, labels[name])
             if tensor.shape != shape:
                 raise ValueError(f"{labels[name]} has shape {list(tensor.shape)}, the delta was made for {list(shape)}")
-            if (name in self.mask or aliases.get(name) in self.mask.places) and tensor.dtype not in SUMMABLE:
+            if (name in self.mask or aliases.get(name) in self.mask.positions) and tensor.dtype not in SUMMABLE:
                 raise ValueError(f"{labels[name]} is {tensor.dtype}, a difference needs floating point")
             if name in whole and not torch.can_cast(whole[name].dtype, tensor.dtype):
                 raise ValueError(f"{labels[name]} is {tensor.dtype}, the delta has it as {whole[name].dtype}")

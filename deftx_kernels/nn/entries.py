@@ -284,7 +284,7 @@ class Entry:
         """
         if not self.watches[1].has_changed(self.values):
             return
-        places = self.mask._keys()
+        places = self.mask.flat_indices()
         inside = places < self.dense.numel()
         with torch.no_grad():
             flat = self.dense.detach().flatten()

@@ -271,7 +271,7 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
     """
     if any(isinstance(m, Masked) for m in model.modules()):
         raise ValueError("model is sparsified already: densify(model) first")
-    tensors = dict(zip(mask.names, mask.select(dict(model.named_parameters()), "model")))
+    tensors = dict(zip(mask.names, mask.checked_tensors(dict(model.named_parameters()), "model")))
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise TypeError(

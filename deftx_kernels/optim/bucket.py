@@ -29,7 +29,7 @@ class Bucket:
                 raise ValueError(
                     f"named_params[{name!r}] is on meta: the model needs its weights before the first step"
                 )
-        self.positions = {name: mask.places[name] for name in self.members}
+        self.positions = {name: mask.positions[name] for name in self.members}
         self.mask = mask if len(self.members) == len(mask) else mask.restrict(list(self.members))
         dense, _ = next(iter(self.members.values()))
         self.mask = self.mask.to(dense.device)

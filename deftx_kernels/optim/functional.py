@@ -81,7 +81,7 @@ def check_targets(
     params: Mapping[str, Tensor], exp_avg: Tensor, exp_avg_sq: Tensor, values: Tensor | None, mask: CSRMask
 ) -> list[Tensor]:
     """The tensors that a step writes; the params among them in the mask's order."""
-    targets = mask.select(params, "params")
+    targets = mask.checked_tensors(params, "params")
     dtype = targets[0].dtype
     if check_floats(targets, mask.names, "params") != {dtype}:
         name, tensor = next((n, t) for n, t in zip(mask.names, targets) if t.dtype != dtype)
@@ -161,7 +161,7 @@ def _gradients(grads: Mapping[str, Tensor] | Tensor, mask: CSRMask, dtype: torch
         mask.check_compact(grads, "grads")
         check_float(grads, "grads")
         return [grads.detach().contiguous()], True
-    chosen = mask.select(grads, "grads")
+    chosen = mask.checked_tensors(grads, "grads")
     dtypes = check_floats(chosen, mask.names, "grads")
     with torch.no_grad():
         if dtypes != {dtype}:

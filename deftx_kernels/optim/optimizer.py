@@ -140,7 +140,7 @@ class SparseAdamW(Optimizer):
                 name, dense, own = record.mask.names[0], record.dense, param
             elif name in self.mask:
                 check_plain(param, f"named_params[{name!r}]")
-                if param.shape != (shape := self.mask.shapes[self.mask.places[name]]):
+                if param.shape != (shape := self.mask.shapes[self.mask.positions[name]]):
                     raise ValueError(f"{name!r} has shape {list(param.shape)}, the mask was made for {list(shape)}")
                 dense, own = param, None
             else:
@@ -156,7 +156,11 @@ class SparseAdamW(Optimizer):
         """
         buckets: dict[tuple, Bucket] = {}
         masked: set[int] = set()
-        missing = {n for n, start, end in zip(self.mask.names, self.mask._bounds, self.mask._bounds[1:]) if end > start}
+        missing = {
+            n
+            for n, start, end in zip(self.mask.names, self.mask.entry_offsets, self.mask.entry_offsets[1:])
+            if end > start
+        }
         for i, (group, members) in enumerate(zip(self.param_groups, self._covered_groups())):
             for name, (dense, values) in members.items():
                 key = (i, dense.dtype, dense.device, values is None)
@@ -374,7 +378,7 @@ class SparseAdamW(Optimizer):
                 "the values of a sparsified model belong to its mask: densify and sparsify it, and make a new optimizer"
             )
         trainable = {name for members in covered for name in members}
-        for name, start, end in zip(mask.names, mask._bounds, mask._bounds[1:]):
+        for name, start, end in zip(mask.names, mask.entry_offsets, mask.entry_offsets[1:]):
             if end > start and name not in trainable:
                 raise ValueError(f"mask covers {name!r}, which is not among the optimizer's parameters")
         for name, dense in ((n, dense) for members in covered for n, (dense, _) in members.items()):

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from deftx_kernels.ops.schemas import OPERATIONS as CODES
+from tests.operators import explore, replaced, with_threads
 
 OPERATIONS = {
     "and": np.intersect1d,
@@ -76,31 +76,25 @@ def random_pair(rows, columns, densities, seed, relation="any", empty=0.0):
 
 def test_random(provider):
     """Empty rows, no rows, empty and full masks, equal and disjoint ones."""
-    shapes = st.sampled_from(
-        [(0, 0), (1, 0), (1, 1), (1, 7), (3, 5), (5, 1), (40, 3), (2, 300), (1, 900), (700, 2), (1500, 1)]
+    shapes = [(0, 0), (1, 0), (1, 1), (1, 7), (3, 5), (5, 1), (40, 3), (2, 300), (1, 900), (700, 2), (1500, 1)]
+    density = st.sampled_from([0.0, 0.02, 0.3, 0.9, 1.0])
+    examples = st.tuples(
+        st.sampled_from(shapes),
+        st.tuples(density, density),
+        st.integers(0, 2**32 - 1),
+        st.sampled_from(["any", "any", "equal", "disjoint", "subset"]),
+        st.sampled_from([0.0, 0.5, 0.95]),
+        st.sampled_from(WIDTHS),
     )
-    densities = st.sampled_from([0.0, 0.02, 0.3, 0.9, 1.0])
-    relations = st.sampled_from(["any", "any", "equal", "disjoint", "subset"])
 
-    def example(shape, mine, theirs, relation, empty, seed, dtype):
-        check(provider, *random_pair(*shape, (mine, theirs), seed, relation, empty), shape[0], dtype)
+    def check_example(example):
+        shape, densities, seed, relation, empty, dtype = example
+        check(provider, *random_pair(*shape, densities, seed, relation, empty), shape[0], dtype)
 
-    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    run = settings(
-        max_examples=20 if provider.name == "emulated" else 150,
-        deadline=None,
-        suppress_health_check=quiet,
-        database=None,
-    )
-    seeds = st.integers(0, 2**32 - 1)
-    run(
-        given(
-            shapes, densities, densities, relations, st.sampled_from([0.0, 0.5, 0.95]), seeds, st.sampled_from(WIDTHS)
-        )(example)
-    )()
+    explore(provider, examples, check_example, few=20 if provider.name == "emulated" else 150, many=150)
 
 
-# Around the sizes at which the kernels change their ways: words of 32 entries, tiles of 2048, 1024 rows to a tile,
+# Around the sizes at which the kernels take another path: words of 32 entries, tiles of 2048, 1024 rows to a tile,
 # several tiles to a block.
 @pytest.mark.parametrize("dtype", WIDTHS, ids=str)
 @pytest.mark.parametrize(
@@ -148,7 +142,7 @@ LARGE = {
 
 @pytest.mark.parametrize("case", LARGE)
 def test_large(provider, case):
-    """Many pieces of work, cut within rows and between them."""
+    """Many chunks, with boundaries within rows and between them."""
     if provider.name == "emulated":
         pytest.skip("too slow in the emulator")
     rows, columns, densities, relation, empty = LARGE[case]
@@ -174,26 +168,13 @@ def test_threads_do_not_matter(provider, operation):
     sorted_pair = [mask_of(k, 3000, torch.int32) for k in random_pair(3000, 400, (0.5, 0.4), 1)]
     unsorted = [(crow, torch.from_numpy(rng.integers(-9, 400, len(col), dtype=np.int32))) for crow, col in sorted_pair]
     for (a, b), is_sorted in [(sorted_pair, True), (unsorted, False)]:
-        results = []
-        for threads in (1, 2, 3, 7):
-            before = torch.get_num_threads()
-            torch.set_num_threads(threads)
-            try:
-                results.append(provider.ops.csr_combine(*a, *b, CODES[operation]))
-            finally:
-                torch.set_num_threads(before)
+        results = list(with_threads(lambda a=a, b=b: provider.ops.csr_combine(*a, *b, CODES[operation])))
         for crow, col in results:
             assert torch.equal(crow, results[0][0])
             assert torch.equal(col, results[0][1])
         if is_sorted:
             expected = OPERATIONS[operation](keys_of(*a), keys_of(*b))
             np.testing.assert_array_equal(keys_of(*results[0]), expected)
-
-
-def _replaced(t: Tensor, at, value: int) -> Tensor:
-    t = t.clone()
-    t[at] = value
-    return t
 
 
 # What is wrong -> (csr_combine's arguments -> csr_combine's arguments, what the message names)
@@ -212,22 +193,18 @@ WRONG_STRUCTURE = {
     "col not contiguous": (lambda a: [a[0], a[1].repeat_interleave(2)[::2], *a[2:]], "^col_indices must be contiguous"),
 }
 WRONG_CROW = {
-    "begins late": lambda crow: _replaced(crow, 0, 1),
-    "ends early": lambda crow: _replaced(crow, -1, int(crow[-1]) - 1),
-    "ends late": lambda crow: _replaced(crow, -1, int(crow[-1]) + 1),
-    "descends": lambda crow: _replaced(crow, 5, int(crow[4]) - 1),
-    "overshoots": lambda crow: _replaced(crow, 2, 2**40),
-    "negative": lambda crow: _replaced(crow, 3, -(2**40)),
+    "begins late": lambda crow: replaced(crow, 0, 1),
+    "ends early": lambda crow: replaced(crow, -1, int(crow[-1]) - 1),
+    "ends late": lambda crow: replaced(crow, -1, int(crow[-1]) + 1),
+    "descends": lambda crow: replaced(crow, 5, int(crow[4]) - 1),
+    "overshoots": lambda crow: replaced(crow, 2, 2**40),
+    "negative": lambda crow: replaced(crow, 3, -(2**40)),
 }
 
 
 def _arguments(provider, operation="or"):
-    mine, theirs = random_pair(20, 30, (0.5, 0.5), 0)
-    return [
-        *mask_of(mine, 20, torch.int32, provider.device),
-        *mask_of(theirs, 20, torch.int32, provider.device),
-        CODES[operation],
-    ]
+    pair = [mask_of(k, 20, torch.int32, provider.device) for k in random_pair(20, 30, (0.5, 0.5), 0)]
+    return [*pair[0], *pair[1], CODES[operation]]
 
 
 @pytest.mark.parametrize("wrong", WRONG_STRUCTURE)
@@ -237,18 +214,15 @@ def test_bad_arguments_raise(provider, wrong):
         provider.ops.csr_combine(*change(_arguments(provider)))
 
 
-@pytest.mark.parametrize("place", [0, 2], ids=["crow_indices", "other_crow_indices"])
+@pytest.mark.parametrize(("i", "message"), [(0, "(?<!other_)crow_indices must"), (2, "other_crow_indices must")])
 @pytest.mark.parametrize("wrong", WRONG_CROW)
-def test_bad_crow(provider, wrong, place):
-    """The CPU library and the reference name it; the GPU's host code cannot see it, and the kernels stay inside memory."""
+def test_bad_crow(provider, wrong, i, message):
+    """The CPU library and the reference name it; a GPU's host code cannot see it, the kernels stay inside memory."""
     for operation in OPERATIONS:
         arguments = _arguments(provider, operation)
-        arguments[place] = WRONG_CROW[wrong](arguments[place])
+        arguments[i] = WRONG_CROW[wrong](arguments[i])
         if provider.name in ("c++", "reference"):
-            with pytest.raises(
-                (RuntimeError, ValueError),
-                match="other_crow_indices must" if place else r"(?<!other_)crow_indices must",
-            ):
+            with pytest.raises((RuntimeError, ValueError), match=message):
                 provider.ops.csr_combine(*arguments)
         else:
             provider.ops.csr_combine(*arguments)
@@ -267,6 +241,5 @@ def test_unsorted_columns_stay_inside_memory(provider, operation):
             for c in (crow, other_crow)
         )
         result, col_out = provider.ops.csr_combine(crow, col, other_crow, other_col, CODES[operation])
-        assert int(result[0]) == 0
-        assert int(result[-1]) == len(col_out)
+        assert (int(result[0]), int(result[-1])) == (0, len(col_out))
         assert bool((result.diff() >= 0).all())
