@@ -63,7 +63,7 @@ class Change:
         if self.identity is not None:
             self.contents = fingerprint({n: self.tensors[n] for n in self.mask.names})
             self.histories = {
-                n: find_history(n, self.tensors[n], content, self.base.get(n)) for n, content in self.contents.items()
+                n: find_history(self.tensors[n], content, self.base.get(n)) for n, content in self.contents.items()
             }
         return self.histories
 
@@ -86,7 +86,7 @@ class Change:
             entries = zip(mask.names, mask.split(before).values(), mask.split(after).values())
             for name, old, new in [e for e in entries if e[0] in self.histories]:
                 history_after = self.histories[name].after(str(self.identity), self.alpha)
-                self.additions.append(Addition(name, mask[name], old, new, self.contents[name], history_after))
+                self.additions.append(Addition(mask[name], old, new, name, self.contents[name], history_after))
         self.replaced = {n: self.tensors[n].detach().clone() for n in self.dense}
         try:
             for mask, _, new in self.written:

@@ -3,8 +3,9 @@
 So deltas can be stacked on a tensor, on a copy of it, or on what was saved and loaded, and none is added twice.
 """
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,33 +29,38 @@ class History(NamedTuple):
 class Addition(NamedTuple):
     """A delta was added to a tensor, and the result has not been hashed."""
 
-    name: str
     mask: CSRMask  # of this tensor
     before: Tensor  # [nnz], the tensor's entries
     after: Tensor  # [nnz]
+    name: str
     fingerprint: str  # of the tensor before
     history: History  # of the tensor after
 
 
-# Fingerprint → history of the content; the newest are kept: several models of 10,000 tensors.
-_HISTORIES: OrderedDict[str, History] = OrderedDict()
+_numbers = itertools.count()
+# Fingerprint → history of the content and its number; the newest are kept: several models of 10,000 tensors.
+_HISTORIES: OrderedDict[str, tuple[History, int]] = OrderedDict()
 _MAX_HISTORIES = 1 << 16
-# Hashed when a delta follows, which is rare: a hash of the result would be a second pass over the whole model.
-_ADDITIONS: list[Addition] = []
-_MAX_BYTES = 1 << 28  # of the additions that are kept by `record`; results beyond are hashed at once
+# In the order of their numbers. Hashed when a delta follows: at once, it would be a second pass over the whole model.
+_ADDITIONS: list[tuple[Addition, int]] = []
+_MAX_BYTES = 1 << 28  # of the additions that `record` keeps; results beyond are hashed at once
 
 
-def find_history(name: str, tensor: Tensor, content: str, base: str | None) -> History:
+def find_history(tensor: Tensor, content: str, base: str | None) -> History:
     """The history of a tensor with fingerprint `content`, for a delta that was made for `base` (None: for any)."""
-    if content != base and content not in _HISTORIES:
-        _find_addition(name, tensor, content)
-    found = _HISTORIES.get(content)
-    return History(content, {}) if found is None or content in (found.base, base) else found
+    if content == base:
+        return History(content, {})
+    _find_addition(tensor, content)
+    found, _ = _HISTORIES.get(content, (History(content, {}), -1))
+    return History(content, {}) if content == found.base else found
 
 
-def _find_addition(name: str, tensor: Tensor, content: str) -> None:
-    """Give this content the history of the addition that made it, if there is one."""
-    for added in sorted(_ADDITIONS, key=lambda a: a.name != name):
+def _find_addition(tensor: Tensor, content: str) -> None:
+    """Give this content the history of the newest addition that made it, if there is one."""
+    _, known = _HISTORIES.get(content, (None, -1))
+    for added, number in reversed(_ADDITIONS):
+        if number < known:
+            return
         if tensor.shape != added.mask.shapes[0] or tensor.dtype != added.before.dtype:
             continue
         mask = added.mask.to(tensor.device)
@@ -63,14 +69,16 @@ def _find_addition(name: str, tensor: Tensor, content: str) -> None:
         undone = {added.name: tensor.detach().clone()}
         mask.scatter_(undone, added.before.to(tensor.device))
         if tensor_hash(undone[added.name]) == added.fingerprint:
-            _set_history(content, added.history)
+            _set_history(content, added.history, number)
             forget([added])
             return
 
 
-def record(additions: Iterable[Addition], tensors: dict[str, Tensor]) -> None:
+def record(additions: Sequence[Addition], tensors: Mapping[str, Tensor]) -> None:
     """Keep the histories of what additions made of `tensors`, on the CPU."""
-    size = sum(_nbytes(a) for a in _ADDITIONS)
+    made = {(a.name, a.fingerprint): a.history for a in additions}
+    forget([a for a, _ in _ADDITIONS if made.get((a.name, a.fingerprint)) == a.history])  # done again
+    size = sum(_nbytes(a) for a, _ in _ADDITIONS)
     hashed = {}
     for added in additions:
         size += _nbytes(added)
@@ -78,9 +86,9 @@ def record(additions: Iterable[Addition], tensors: dict[str, Tensor]) -> None:
             hashed[added.name] = added.history
         else:
             mask, before, after = added.mask.to("cpu"), added.before.cpu(), added.after.cpu()
-            _ADDITIONS.append(added._replace(mask=mask, before=before, after=after))
+            hold([added._replace(mask=mask, before=before, after=after)])
     for name, content in fingerprint({n: tensors[n] for n in hashed}).items():
-        _set_history(content, hashed[name])
+        _set_history(content, hashed[name], next(_numbers))
 
 
 def _nbytes(added: Addition) -> int:
@@ -88,18 +96,18 @@ def _nbytes(added: Addition) -> int:
     return sum(t.numel() * t.element_size() for t in arrays)
 
 
-def _set_history(content: str, found: History) -> None:
+def _set_history(content: str, found: History, number: int) -> None:
     _HISTORIES.pop(content, None)
-    _HISTORIES[content] = found
+    _HISTORIES[content] = found, number
     while len(_HISTORIES) > _MAX_HISTORIES:
         _HISTORIES.popitem(last=False)
 
 
-def hold(additions: Iterable[Addition]) -> None:
+def hold(additions: Sequence[Addition]) -> None:
     """Keep additions until `forget`, whatever their size."""
-    _ADDITIONS.extend(additions)
+    _ADDITIONS.extend((a, next(_numbers)) for a in additions)
 
 
-def forget(additions: Iterable[Addition]) -> None:
+def forget(additions: Sequence[Addition]) -> None:
     dropped = {id(a) for a in additions}
-    _ADDITIONS[:] = [a for a in _ADDITIONS if id(a) not in dropped]
+    _ADDITIONS[:] = [(a, number) for a, number in _ADDITIONS if id(a) not in dropped]
