@@ -8,36 +8,25 @@ from torch import Tensor
 
 from deftx_kernels.delta.exact import Low, base_plus_delta, bits_differ
 from deftx_kernels.delta.fingerprints import fingerprint
-from deftx_kernels.delta.histories import Addition, History, find_history, forget, hold, record
+from deftx_kernels.delta.histories import Addition, History, find_history, forget, record
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.validation import has_memory
 
 
 @dataclass(eq=False)
 class Change:
-    """The addition of a delta to the tensors of a model, which have been checked.
-
-    Args:
-        mask, values, low: of the delta.
-        dense: name → tensor that replaces the model's.
-        tensors: name → tensor of the model, for all names in mask, dense and copies.
-        copies: further names → the name in the mask or in dense of the tensor that they are copies of.
-        current_tensors: returns the model's tensors by name, as they are then.
-        alpha: the factor of the values.
-        identity: content hash of the delta, or None to neither read nor write histories.
-        base: name → fingerprint of the tensor that the delta was made for.
-    """
+    """The addition of alpha times a delta to the tensors of a model, which have been checked."""
 
     mask: CSRMask
     values: Tensor
     low: Low | None
-    dense: dict[str, Tensor]
-    tensors: dict[str, Tensor]
-    copies: dict[str, str]
-    current_tensors: Callable[[], Mapping[str, Tensor]]
+    dense: dict[str, Tensor]  # name → tensor that replaces the model's
+    tensors: dict[str, Tensor]  # name → tensor of the model, for all names in mask, dense and copies
+    copies: dict[str, str]  # further name → name in mask or dense of the tensor that it is a copy of
+    current_tensors: Callable[[], Mapping[str, Tensor]]  # returns the model's tensors by name
     alpha: float
-    identity: str | None
-    base: Mapping[str, str]
+    identity: str | None  # content hash of the delta, or None to neither read nor write histories
+    base: Mapping[str, str]  # name → fingerprint of the tensor that the delta was made for
     # Each mask, of one device and dtype, with the entries before and after.
     written: list[tuple[CSRMask, Tensor, Tensor]] = field(default_factory=list)
     replaced: dict[str, Tensor] = field(default_factory=dict)  # name → whole tensor before
@@ -54,9 +43,7 @@ class Change:
             held = change.memory()
             for name, tensor in self.tensors.items():
                 if _memory(tensor) in held:
-                    raise ValueError(
-                        f"model's tensor {name!r} is in an open `applied` block, whose end would undo this"
-                    )
+                    raise ValueError(f"model's tensor {name!r} is in an open `applied` block, which would undo this")
 
     def read_histories(self) -> dict[str, History]:
         """Name → history of each tensor in the mask; empty without an identity. Hashes these tensors."""
@@ -67,12 +54,8 @@ class Change:
             }
         return self.histories
 
-    def write(self, remember: bool = False) -> None:
-        """Add the delta. If that fails, the tensors are as they were.
-
-        Args:
-            remember: let the written tensors count as their base with this delta on it.
-        """
+    def write(self, until_closed: bool = False) -> None:
+        """Add the delta, so that the tensors count as their base with it. If that fails, they are as they were."""
         self.written = []
         for mask, part in _groups(self.mask, self.tensors, split=bool(self.copies)):
             values, low = self.values[part].to(mask.device), _low_within(self.low, part, mask.device)
@@ -93,16 +76,14 @@ class Change:
                 mask.scatter_(self.tensors, new)
             for name, tensor in self.dense.items():
                 self.tensors[name].detach().copy_(tensor)
-            if remember:
-                record(self.additions, self.tensors)
+            record(self.additions, self.tensors, until_closed)
         except BaseException:
             self._restore(self.tensors)
             raise
 
     def open(self) -> None:
         """`write` until `close`."""
-        self.write()
-        hold(self.additions)
+        self.write(until_closed=True)
         _OPEN.append(self)
 
     def close(self) -> tuple[str, str]:
@@ -137,8 +118,7 @@ class Change:
         for change in later:
             if change.written or change.replaced:
                 change.read_histories()
-                change.write()
-                hold(change.additions)
+                change.write(until_closed=True)
         not_restored = others = ""
         if misfits:
             not_restored = (

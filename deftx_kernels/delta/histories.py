@@ -36,6 +36,10 @@ class Addition(NamedTuple):
     fingerprint: str  # of the tensor before
     history: History  # of the tensor after
 
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.mask.crow_indices, self.mask.col_indices, self.before, self.after))
+
 
 _numbers = itertools.count()
 # Fingerprint → history of the content and its number; the newest are kept: several models of 10,000 tensors.
@@ -74,26 +78,24 @@ def _find_addition(tensor: Tensor, content: str) -> None:
             return
 
 
-def record(additions: Sequence[Addition], tensors: Mapping[str, Tensor]) -> None:
-    """Keep the histories of what additions made of `tensors`, on the CPU."""
+def record(additions: Sequence[Addition], tensors: Mapping[str, Tensor], until_forgotten: bool) -> None:
+    """Keep what additions made of `tensors`: as it is until `forget`, or for good, on the CPU and in bounded memory."""
+    if until_forgotten:
+        _ADDITIONS.extend((a, next(_numbers)) for a in additions)
+        return
     made = {(a.name, a.fingerprint): a.history for a in additions}
     forget([a for a, _ in _ADDITIONS if made.get((a.name, a.fingerprint)) == a.history])  # done again
-    size = sum(_nbytes(a) for a, _ in _ADDITIONS)
+    kept = sum(a.nbytes for a, _ in _ADDITIONS)
     hashed = {}
     for added in additions:
-        size += _nbytes(added)
-        if size > _MAX_BYTES:
+        kept += added.nbytes
+        if kept > _MAX_BYTES:
             hashed[added.name] = added.history
         else:
             mask, before, after = added.mask.to("cpu"), added.before.cpu(), added.after.cpu()
-            hold([added._replace(mask=mask, before=before, after=after)])
+            _ADDITIONS.append((added._replace(mask=mask, before=before, after=after), next(_numbers)))
     for name, content in fingerprint({n: tensors[n] for n in hashed}).items():
         _set_history(content, hashed[name], next(_numbers))
-
-
-def _nbytes(added: Addition) -> int:
-    arrays = (added.mask.crow_indices, added.mask.col_indices, added.before, added.after)
-    return sum(t.numel() * t.element_size() for t in arrays)
 
 
 def _set_history(content: str, found: History, number: int) -> None:
@@ -101,11 +103,6 @@ def _set_history(content: str, found: History, number: int) -> None:
     _HISTORIES[content] = found, number
     while len(_HISTORIES) > _MAX_HISTORIES:
         _HISTORIES.popitem(last=False)
-
-
-def hold(additions: Sequence[Addition]) -> None:
-    """Keep additions until `forget`, whatever their size."""
-    _ADDITIONS.extend((a, next(_numbers)) for a in additions)
 
 
 def forget(additions: Sequence[Addition]) -> None:

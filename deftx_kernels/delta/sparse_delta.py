@@ -158,7 +158,7 @@ class SparseDelta:
         change = self._change(model, alpha, dense, strict)
         change.check_not_open()
         self._check_base(change)
-        change.write(remember=strict)
+        change.write()
 
     @contextlib.contextmanager
     def applied(self, model: Model, alpha: float = 1.0, dense: bool = True, *, strict: bool = True) -> Iterator[Model]:
