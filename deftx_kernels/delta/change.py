@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deftx_kernels.delta.exact import Low, base_plus_delta, bits_differ
 from deftx_kernels.delta.fingerprints import fingerprint
-from deftx_kernels.delta.histories import Addition, History, find_history, forget, record
+from deftx_kernels.delta.histories import Addition, History, find_histories, forget, record
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.validation import has_memory
 
@@ -49,9 +49,7 @@ class Change:
         """Name → history of each tensor in the mask; empty without an identity. Hashes these tensors."""
         if self.identity is not None:
             self.contents = fingerprint({n: self.tensors[n] for n in self.mask.names})
-            self.histories = {
-                n: find_history(self.tensors[n], content, self.base.get(n)) for n, content in self.contents.items()
-            }
+            self.histories = find_histories(self.tensors, self.contents, self.base)
         return self.histories
 
     def write(self, until_closed: bool = False) -> None:

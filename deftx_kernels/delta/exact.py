@@ -1,8 +1,11 @@
 """The sum of a base and a delta, and the delta for which this sum equals the tuned tensor bit for bit."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from deftx_kernels.mask import CSRMask
 from deftx_kernels.validation import FLOATS
 
 SUMMABLE = FLOATS | {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
@@ -50,25 +53,32 @@ def base_plus_delta(base: Tensor, values: Tensor, alpha: float = 1.0, low: Low |
     return result
 
 
-def exact_difference(base: Tensor, tuned: Tensor) -> tuple[Tensor, Low, int]:
-    """Values float32 [n] and low terms with base_plus_delta(base, values, low=low) = tuned, and the number of entries
-    that have no such terms.
+def exact_differences(
+    mask: CSRMask, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]
+) -> tuple[Tensor, Low, int]:
+    """Compact values and low terms with base_plus_delta(base, values, low=low) = tuned at the mask's entries, and the
+    number of entries that have no such terms.
+    """
+    values, positions, terms, start, inexact = [], [], [], 0, 0
+    for name in mask.names:
+        one = mask[name]
+        old, new = one.gather(base), one.gather({name: tuned[name].to(mask.device)})
+        for chunks in zip(old.split(_CHUNK), new.split(_CHUNK)):
+            value, position, term, bad = _exact_difference(*chunks)
+            values.append(value)
+            positions.append(position + start)
+            terms.append(term)
+            start += len(value)
+            inexact += bad
+    return torch.cat(values), (torch.cat(positions), torch.cat(terms)), inexact
+
+
+def _exact_difference(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Values [n], positions [m] and float64 [m] of the low terms, and the number of inexact entries.
 
     A value is the float32 nearest to the difference, or a neighbour of it. Where neither gives the bits of `tuned`
     (mostly where `tuned` is smaller than the rounding error of the difference), a float64 term is added.
     """
-    values, positions, terms, inexact = [], [], [], 0
-    for i, (old, new) in enumerate(zip(base.split(_CHUNK), tuned.split(_CHUNK))):
-        value, position, term, bad = _exact_chunk(old, new)
-        values.append(value)
-        positions.append(position + i * _CHUNK)
-        terms.append(term)
-        inexact += bad
-    return torch.cat(values), (torch.cat(positions), torch.cat(terms)), inexact
-
-
-def _exact_chunk(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Values [n], positions [m] and float64 [m] of the low terms, and the number of inexact entries."""
     old, new = base.to(torch.float64), tuned.to(torch.float64)
     difference, largest = new - old, torch.finfo(torch.float32).max
     bounded = difference.clamp(-largest, largest)  # of finite numbers: the low term has the rest

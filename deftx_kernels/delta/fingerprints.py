@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,15 +14,16 @@ _THREADS = min(8, os.cpu_count() or 1)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name → SHA-256 (64 hexadecimal digits) of a tensor's dtype, shape and bytes: the same on every device.
+    """Name → SHA-256 (64 hexadecimal digits) of a tensor's dtype, shape and bytes: the same on every device."""
+    return dict(zip(tensors, map_tensors(tensor_hash, tensors.values())))
 
-    Several threads hash large models.
-    """
-    large = sum(t.numel() * t.element_size() for t in tensors.values()) > _CHUNK
-    if large and len(tensors) > 1:
+
+def map_tensors(function: Callable, tensors: Collection[Tensor], *more: Iterable) -> list:
+    """`list(map(function, tensors, *more))`, with several threads if the tensors are large."""
+    if len(tensors) > 1 and sum(t.nbytes for t in tensors) > _CHUNK:
         with ThreadPoolExecutor(_THREADS) as pool:
-            return dict(zip(tensors, pool.map(tensor_hash, tensors.values())))
-    return {n: tensor_hash(t) for n, t in tensors.items()}
+            return list(pool.map(function, tensors, *more))
+    return list(map(function, tensors, *more))
 
 
 def tensor_hash(tensor: Tensor) -> str:

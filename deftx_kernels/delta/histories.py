@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from deftx_kernels.delta.exact import bits_differ
-from deftx_kernels.delta.fingerprints import fingerprint, tensor_hash
+from deftx_kernels.delta.fingerprints import fingerprint, map_tensors, tensor_hash
 from deftx_kernels.mask import CSRMask
 
 
@@ -50,21 +50,27 @@ _ADDITIONS: list[tuple[Addition, int]] = []
 _MAX_BYTES = 1 << 28  # of the additions that `record` keeps; results beyond are hashed at once
 
 
-def find_history(tensor: Tensor, content: str, base: str | None) -> History:
-    """The history of a tensor with fingerprint `content`, for a delta that was made for `base` (None: for any)."""
-    if content == base:
-        return History(content, {})
-    _find_addition(tensor, content)
-    found, _ = _HISTORIES.get(content, (History(content, {}), -1))
-    return History(content, {}) if content == found.base else found
+def find_histories(
+    tensors: Mapping[str, Tensor], contents: Mapping[str, str], base: Mapping[str, str]
+) -> dict[str, History]:
+    """Name → history of a tensor with fingerprint contents[name], for a delta made for base[name] (absent: for any)."""
+    names = [n for n, content in contents.items() if content != base.get(n)]
+    made = map_tensors(_find_addition, [tensors[n] for n in names], [contents[n] for n in names])
+    for name, (added, number) in [(n, found) for n, found in zip(names, made) if found]:
+        _set_history(contents[name], added.history, number)
+        forget([added])
+    histories = {n: History(content, {}) for n, content in contents.items()}
+    for name in names:
+        found, _ = _HISTORIES.get(contents[name], (histories[name], -1))
+        if found.base != contents[name]:
+            histories[name] = found
+    return histories
 
 
-def _find_addition(tensor: Tensor, content: str) -> None:
-    """Give this content the history of the newest addition that made it, if there is one."""
+def _find_addition(tensor: Tensor, content: str) -> tuple[Addition, int] | None:
+    """The newest addition that made this content, with its number, unless a newer history is known."""
     _, known = _HISTORIES.get(content, (None, -1))
-    for added, number in reversed(_ADDITIONS):
-        if number < known:
-            return
+    for added, number in [(a, number) for a, number in reversed(_ADDITIONS) if number > known]:
         if tensor.shape != added.mask.shapes[0] or tensor.dtype != added.before.dtype:
             continue
         mask = added.mask.to(tensor.device)
@@ -73,9 +79,8 @@ def _find_addition(tensor: Tensor, content: str) -> None:
         undone = {added.name: tensor.detach().clone()}
         mask.scatter_(undone, added.before.to(tensor.device))
         if tensor_hash(undone[added.name]) == added.fingerprint:
-            _set_history(content, added.history, number)
-            forget([added])
-            return
+            return added, number
+    return None
 
 
 def record(additions: Sequence[Addition], tensors: Mapping[str, Tensor], until_forgotten: bool) -> None:

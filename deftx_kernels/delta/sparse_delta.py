@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deftx_kernels.delta import storage
 from deftx_kernels.delta.change import Change
-from deftx_kernels.delta.exact import SUMMABLE, Low, bits_differ, exact_difference, same_tensor
+from deftx_kernels.delta.exact import SUMMABLE, Low, bits_differ, exact_differences, same_tensor
 from deftx_kernels.delta.fingerprints import fingerprint, update
 from deftx_kernels.delta.models import Matched, Model, checked_targets, current_tensors, match_tensors
 from deftx_kernels.files import reading
@@ -125,7 +125,7 @@ class SparseDelta:
         matched = match_tensors(tuned, base, mask, dense)
         new, old, tied, whole = matched.tuned, matched.base, matched.tied, matched.whole
         mask = _checked_mask(matched, mask)
-        values, low, inexact = _exact_differences(mask, new, old)
+        values, low, inexact = exact_differences(mask, old, new)
         details = {
             **(metadata or {}),
             "k": mask.nnz,
@@ -425,21 +425,6 @@ def _checked_mask(matched: Matched, mask: CSRMask | None) -> CSRMask:
                 "covers"
             )
     return mask
-
-
-def _exact_differences(mask: CSRMask, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> tuple[Tensor, Low, int]:
-    """`exact_difference` at the mask's entries: compact values, low terms, and the number of inexact entries."""
-    values, positions, terms, start, inexact = [], [], [], 0, 0
-    for name in mask.names:
-        one = mask[name]
-        tuned = one.gather({name: new[name].to(mask.device)})
-        value, (position, term), bad = exact_difference(one.gather(old), tuned)
-        values.append(value)
-        positions.append(position + start)
-        terms.append(term)
-        start += one.nnz
-        inexact += bad
-    return torch.cat(values), (torch.cat(positions), torch.cat(terms)), inexact
 
 
 def _sum(deltas: Sequence[SparseDelta], mask: CSRMask) -> tuple[Tensor, Low]:
