@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from filelock import FileLock
 from torch import Tensor
 
 import deftx_kernels  # noqa: F401  (registers the operators)
-from deftx_kernels.ops import library, reference, registrations
+from deftx_kernels.ops import library, registrations
+from deftx_kernels.ops.schemas import tensors_of
 
 ROOT = Path(__file__).resolve().parents[1]
 # What Triton compiles for sm_80, kept beside what nvcc compiles.
@@ -100,12 +102,6 @@ IMPLEMENTATIONS = {
 }
 
 
-def tensors_of(arguments: Any) -> list[Tensor]:
-    """The tensors among an operator's arguments, those in lists included."""
-    flat = [x for a in arguments for x in (a if isinstance(a, list | tuple) else (a,))]
-    return [x for x in flat if isinstance(x, Tensor)]
-
-
 class TritonOps:
     """The Triton kernels on CPU tensors, behind the checks that they are registered with."""
 
@@ -181,7 +177,7 @@ def implementation(request) -> Implementation:
     """Each implementation that has one of the operators in the file's OPS, or those of `@implementations(...)`."""
     name = request.param
     if name == "reference":
-        return Implementation(name, "cpu", reference)
+        return Implementation(name, "cpu", SimpleNamespace(**registrations.reference_functions()))
     if name == "emulated":
         emulated = request.getfixturevalue("emulated")
         return Implementation(name, "cpu", emulated.ops, emulated)

@@ -19,8 +19,6 @@ def test_every_op_is_served_and_every_other_implementation_has_a_reason():
         assert list(devices) == ["cpu", "cuda"]
         for device, backend in devices.items():
             known = {"c++", "reference"} if device == "cpu" else {"cuda", "triton", "reference"}
-            if op in ("truncated_svd", "svd_denoise_"):
-                known.add("blas")
             assert {backend.name, *backend.others} == known
             assert backend.name not in backend.others
             assert all(backend.others.values())
@@ -53,7 +51,7 @@ def test_python_backends_are_listed(monkeypatch):
     table = library.backends()
     assert table["topk_mask"]["cuda"].name == "triton"
     assert table["topk_mask"]["cuda"].others["reference"] == "triton comes first"
-    assert table["svd_denoise_"]["cuda"].others["triton"] == "triton was not found"
+    assert table["eigh"]["cuda"].others["triton"] == "triton was not found"
     with pytest.raises(ValueError, match="no_op"):
         library.register("no_op", "cuda", "triton")
     with pytest.raises(ValueError, match="tpu"):

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 import deftx_kernels  # noqa: F401, E402  (registers the operators)
 from deftx_kernels import doctor  # noqa: E402
-from deftx_kernels.ops import checks, library, reference, schemas  # noqa: E402
+from deftx_kernels.ops import checks, library, reference, registrations, schemas  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,34 +119,6 @@ def _histogram(make: Maker) -> list[Any]:
     return [[make.whole(*s, dtype=dtype) for s in make.shapes()], 0 if shift else _bits(1.0, dtype) >> 16, shift]
 
 
-def _svd(make: Maker) -> list[Any]:
-    m, n, batch = make.size(1, 30), make.size(1, 30), make.rng.choice([(), (0,), (2,), (2, 1)])
-    rank = make.rng.randint(1, min(m, n))
-    a = make.whole(*batch, m, rank) @ make.whole(rank, n) + 0.01 * make.floats(*batch, m, n)
-    columns = make.rng.choice([rank, min(rank + 5, m, n), min(m, n)])
-    test_matrix = make.floats(min(m, n), columns) if make.rng.random() < 0.5 else None
-    # Of a matrix that is not of the rank alone an iteration gives approximations, which the reference would not
-    # confirm.
-    return [
-        a if test_matrix is None else (make.whole(*batch, m, rank) @ make.whole(rank, n)).float(),
-        rank,
-        2,
-        test_matrix,
-    ]
-
-
-def _denoise(make: Maker) -> list[Any]:
-    m, n, count = make.size(2, 30), make.size(2, 30), make.size(1, 4)
-    rank = make.rng.randint(1, min(m, n))
-    matrices = [
-        make.floats(m, rank) @ torch.diag(2.0 ** -torch.arange(rank)) @ make.floats(rank, n) for _ in range(count)
-    ]
-    totals = torch.stack([w.double().square().sum() for w in matrices])
-    rule = make.rng.choice([(rank, 0.0, 0.0), (0, 0.9, 0.0), (0, 0.0, 1.5)])
-    test_matrix = make.floats(min(m, n), min(rank + 2, m, n)) if rule[0] and make.rng.random() < 0.5 else None
-    return [matrices, [torch.zeros_like(w) for w in matrices], totals, *rule, 0.0, 2, test_matrix, make.size(1, 3)]
-
-
 def _symmetric(make: Maker) -> list[Any]:
     b, n = make.size(0, 3), make.size(0, 12)
     a = make.floats(b, n, n, dtype=make.rng.choice(FLOATS[:2]))
@@ -159,16 +131,6 @@ def _cut(make: Maker, *more: Any) -> list[Any]:
     return [delta, left, right, cut]
 
 
-def _low_rank_histogram(make: Maker) -> list[Any]:
-    arguments = _cut(make)
-    return [*arguments, 0, 8 * arguments[0].dtype.itemsize - 16]
-
-
-def _low_rank_mask(make: Maker) -> list[Any]:
-    arguments = _cut(make)
-    return [*arguments, _bits(2.0, arguments[0].dtype), [make.size(0, min(5, w.numel())) for w in arguments[0]]]
-
-
 def _residual(make: Maker) -> list[Any]:
     delta, left, right = make.factors()
     return [delta, left, right, make.rng.randint(0, delta.shape[1] * delta.shape[2])]
@@ -176,7 +138,7 @@ def _residual(make: Maker) -> list[Any]:
 
 def _adamw(make: Maker) -> list[Any]:
     dtype = make.dtype()
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    compute = schemas.compute_dtype(dtype)
     params, crow, col = make.tensors(dtype)
     compact = make.rng.random() < 0.5
     state = compute if dtype == torch.float64 or make.rng.random() < 0.7 else torch.bfloat16
@@ -187,11 +149,24 @@ def _adamw(make: Maker) -> list[Any]:
 
     grads = [make.floats(nnz, dtype=dtype)] if compact else [make.floats(*p.shape, dtype=dtype) for p in params]
     moments = [make.floats(nnz, dtype=state), make.floats(nnz, dtype=state).abs() + 0.1]
-    return [
-        params, grads, compact, *moments, maybe(make.floats(nnz, dtype=compute)), crow, col,
-        torch.tensor(3.0), torch.tensor(0.01), 0.9, 0.999, 1e-8, 0.01, maybe(make.floats(nnz, dtype=compute)), 0.0, False,
-        maybe(torch.tensor(2.0)), maybe(torch.tensor(0.0)), maybe(7),
-    ]  # fmt: skip
+    arguments = schemas.AdamWArgs(
+        params=params, grads=grads, compact_grads=compact, exp_avg=moments[0], exp_avg_sq=moments[1],
+        values=maybe(make.floats(nnz, dtype=compute)), crow_indices=crow, col_indices=col, step=torch.tensor(3.0),
+        lr=torch.tensor(0.01), beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01,
+        decay_to=maybe(make.floats(nnz, dtype=compute)), l1=0.0, maximize=False, grad_scale=maybe(torch.tensor(2.0)),
+        found_inf=maybe(torch.tensor(0.0)), seed=maybe(7),
+    )  # fmt: skip
+    return list(arguments)
+
+
+def _split(make: Maker) -> list[Any]:
+    shape, slots, dim = (
+        (*make.rng.choice([(), (0,), (2,)]), make.size(), make.size()),
+        make.rng.choice([[0, 1], [1, 0, 0], [2]]),
+        make.rng.choice([-1, -2]),
+    )
+    x = make.floats(*shape)
+    return [x, torch.cat([x] * len(slots), dim).bfloat16(), slots, dim]
 
 
 def _linear(make: Maker) -> list[Any]:
@@ -227,14 +202,11 @@ VALID: dict[str, Callable[[Maker], list[Any]]] = {
     "topk_mask": _topk,
     "magnitude_histogram": _histogram,
     "threshold_mask": _threshold,
-    "truncated_svd": _svd,
-    "svd_denoise_": _denoise,
     "eigh": lambda make: [*_symmetric(make), 0, 0.0, 0.0],
     "eigvalsh": _symmetric,
     "residual_cut": _residual,
     "low_rank_denoised": _cut,
-    "low_rank_histogram": _low_rank_histogram,
-    "low_rank_mask": _low_rank_mask,
+    "split_bf16_": _split,
     "sparse_adamw_": _adamw,
     "csr_square_sum": lambda make: _csr(make, values=False),
     "masked_linear_grad": _linear,
@@ -372,10 +344,7 @@ def damaged(op: str, arguments: list[Any], rng: random.Random) -> list[Any]:
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         at = rng.randrange(len(arguments))
         arguments[at] = hostile(arguments[at], rng)
-    # As many iterations as were asked for are made, however many.
     names = [a.name for a in getattr(torch.ops.deftx, op).default._schema.arguments]
-    if "n_iter" in names and arguments[names.index("n_iter")] > 64:
-        arguments[names.index("n_iter")] = 64
     # An index into a schema of several types: None stands for a tensor or a number.
     return [7 if n == "seed" and isinstance(a, Tensor) else a for n, a in zip(names, arguments)]
 
@@ -436,7 +405,7 @@ def hostile_call(implementation: Implementation, op: str, arguments: list[Any]) 
 
 def outputs(op: str, function: Callable, arguments: list[Any]) -> list[torch.Tensor]:
     """What the operator returned and what it wrote, in a form that can be compared."""
-    return doctor._outputs(op, function(*arguments), arguments)
+    return doctor.outputs(op, function(*arguments), arguments)
 
 
 def check_valid(implementation: Implementation, op: str, arguments: list[Any]) -> None:
@@ -472,7 +441,7 @@ def installed() -> Implementation:
 
 def python() -> Implementation:
     """The plain-torch functions as they are registered where nothing else serves."""
-    functions = {op: checks.checked(op, getattr(reference, op), reads_contents=True) for op in checks.CHECKS}
+    functions = {op: f for op, f in registrations.reference_functions().items() if op in checks.CHECKS}
     return Implementation(lambda op, arguments: functions[op](*arguments), list(functions))
 
 
@@ -484,9 +453,7 @@ def compiled_for_gpus(emulated: Any) -> Implementation:
 
 def triton_kernels(tool: Any) -> Implementation:
     """The Triton kernels in the emulator, behind the checks that they are registered with."""
-    from deftx_kernels.backends import triton
-
-    functions = triton.kernels()
+    functions = registrations.triton_kernels()
 
     def call(op: str, arguments: list[Any]) -> Any:
         memory = [t for t in tensors_of(arguments) if t.device.type == "cpu" and t.layout == torch.strided]
