@@ -127,7 +127,6 @@ WORK = {
         select_mask(c.tuned, c.base, density=d, rank=1, scope=s)
         for d, s in ((0.1, "global"), (0.5, "global"), (0.1, "tensor"), (0.1, "row"))
     ],
-    "select_mask, factors": lambda c: select_mask(c.tuned, c.base, density=0.1, rank=1, keep_factors=True),
     "low_rank_mask": lambda c: low_rank_mask(c.base, rank=1, density=0.1),
     "optimizer": resumed,
     "optimizer, without some gradients": step_in_part,

@@ -1,4 +1,4 @@
-"""Operators and training take as little memory as promised and give back what they took, measured in fresh processes."""
+"""Operators and training take no more memory than documented and free it again, measured in fresh processes."""
 
 import ctypes
 import math
@@ -31,7 +31,8 @@ import torch
 from deftx_kernels.ops import schemas
 
 class Heap(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_size_t) for n in "arena ordblks smblks hblks hblkhd usmblks fsmblks used free keepcost".split()]
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks used free keepcost"
+    _fields_ = [(n, ctypes.c_size_t) for n in names.split()]
 
 mallinfo = ctypes.CDLL(None).mallinfo2
 mallinfo.restype = Heap
@@ -41,7 +42,8 @@ def used():
     heap = mallinfo()
     return heap.used + heap.hblkhd
 
-tensors, mask = [torch.randn(4, 6), torch.randn(5)], [torch.tensor([0, 1, 1, 2, 2, 3]), torch.tensor([0, 2, 3], dtype=torch.uint16)]
+tensors = [torch.randn(4, 6), torch.randn(5)]
+mask = [torch.tensor([0, 1, 1, 2, 2, 3]), torch.tensor([0, 2, 3], dtype=torch.uint16)]
 one = [torch.tensor([0, 1, 1, 2, 2]), torch.tensor([0, 2], dtype=torch.uint16)]  # of tensors[0] alone
 values, scalar = torch.ones(3), torch.ones(())
 cases = {
@@ -60,8 +62,12 @@ cases = {
     "eigvalsh": [(torch.eye(5).repeat(2, 1, 1),)],
     "threshold_mask": [(tensors, 100, [1, 1])],
     "sparse_adamw_": [
-        (tensors, tensors, False, values, values, values, *mask, scalar, scalar, 0.9, 0.999, 1e-8, 0.0, values, 0.0, False,
-         scalar, scalar, 1)
+        schemas.AdamWArgs(
+            params=tensors, grads=tensors, compact_grads=False, exp_avg=values, exp_avg_sq=values.clone(),
+            values=values.clone(), crow_indices=mask[0], col_indices=mask[1], step=scalar, lr=scalar, beta1=0.9,
+            beta2=0.999, eps=1e-8, weight_decay=0.0, decay_to=values, l1=0.0, maximize=False, grad_scale=scalar,
+            found_inf=scalar, seed=1,
+        )
     ],
     "csr_square_sum": [(tensors, *mask)],
     "masked_linear_grad": [(torch.ones(8, 4), torch.ones(8, 6), *one, torch.float32)],
@@ -110,7 +116,8 @@ def peak(count, shape, dtype, scope, with_base):
     ctypes.CDLL(None).malloc_trim(0)
     open("/proc/self/clear_refs", "w").write("5")  # VmHWM becomes VmRSS
     before = read("VmRSS")
-    mask = topk_mask(scores, density=0.05, scope=scope) if base is None else select_mask(scores, base, density=0.05, scope=scope)
+    options = {"density": 0.05, "scope": scope}
+    mask = topk_mask(scores, **options) if base is None else select_mask(scores, base, **options)
     taken = read("VmHWM") - before
     return taken - sum(t.numel() * t.element_size() for t in (mask.crow_indices, mask.col_indices))
 

@@ -160,12 +160,8 @@ def _adamw(make: Maker) -> list[Any]:
 
 
 def _split(make: Maker) -> list[Any]:
-    shape, slots, dim = (
-        (*make.rng.choice([(), (0,), (2,)]), make.size(), make.size()),
-        make.rng.choice([[0, 1], [1, 0, 0], [2]]),
-        make.rng.choice([-1, -2]),
-    )
-    x = make.floats(*shape)
+    x = make.floats(*make.rng.choice([(), (0,), (2,)]), make.size(), make.size())
+    slots, dim = make.rng.choice([[0, 1], [1, 0, 0], [2]]), make.rng.choice([-1, -2])
     return [x, torch.cat([x] * len(slots), dim).bfloat16(), slots, dim]
 
 
@@ -215,53 +211,16 @@ VALID: dict[str, Callable[[Maker], list[Any]]] = {
 
 # ---- damage ----
 INTEGERS = [
-    -1,
-    0,
-    1,
-    2,
-    15,
-    16,
-    17,
-    31,
-    32,
-    48,
-    64,
-    65_535,
-    2**20,
-    2**31 - 1,
-    2**31,
-    2**32,
-    2**62,
-    2**63 - 1,
-    -(2**31),
-    -(2**63),
-]
+    -1, 0, 1, 2, 15, 16, 17, 31, 32, 48, 64, 65_535, 2**20, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1,
+    -(2**31), -(2**63),
+]  # fmt: skip
 NUMBERS = [float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1.0, 2.0, 1e308, 1e-320]
 DTYPES = [
-    *FLOATS,
-    torch.int8,
-    torch.uint8,
-    torch.int16,
-    torch.uint16,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-    torch.complex64,
-]
+    *FLOATS, torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.bool, torch.complex64,
+]  # fmt: skip
 HOSTILE_SHAPES = [
-    (),
-    (0,),
-    (1,),
-    (3,),
-    (0, 3),
-    (3, 0),
-    (2, 2),
-    (1, 2, 3),
-    (0, 2**62),
-    (2**62, 0),
-    (3, 2**40, 0),
-    (2, 0, 0),
-]
+    (), (0,), (1,), (3,), (0, 3), (3, 0), (2, 2), (1, 2, 3), (0, 2**62), (2**62, 0), (3, 2**40, 0), (2, 0, 0),
+]  # fmt: skip
 
 
 def hostile_tensor(t: Tensor, rng: random.Random) -> Tensor:
@@ -376,7 +335,8 @@ def copied(arguments: Any) -> Any:
 
 def described(argument: Any) -> str:
     if isinstance(argument, Tensor):
-        short = f"{argument.dtype}{list(argument.shape)} strides {argument.stride() if argument.layout == torch.strided else '-'}"
+        strides = argument.stride() if argument.layout == torch.strided else "-"
+        short = f"{argument.dtype}{list(argument.shape)} strides {strides}"
         small = argument.device.type == "cpu" and argument.layout == torch.strided and 0 < argument.numel() <= 12
         return f"<{short} {argument.device}{' ' + str(argument.tolist()) if small else ''}>"
     return f"[{', '.join(map(described, argument))}]" if isinstance(argument, list) else repr(argument)

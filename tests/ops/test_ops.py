@@ -1,10 +1,10 @@
-"""torch.library.opcheck on every operator: schema, fake kernel, and what the dispatcher makes of them. And the doctor."""
+"""torch.library.opcheck on every operator (schema, fake kernel, dispatch), and the doctor."""
 
 import pytest
 import torch
 
 from deftx_kernels import doctor
-from deftx_kernels.ops import library, schemas
+from deftx_kernels.ops import schemas
 
 SMALL = 64  # the doctor's cases, for layers of this width
 

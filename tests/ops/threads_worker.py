@@ -251,17 +251,6 @@ def _() -> Results:
     return {"values 768": ops.eigvalsh(symmetric_matrices()["768"][:2])}
 
 
-@case("svd_denoise_, 3 of 768x768", exact=False)
-def _() -> Results:
-    given = {n: w for n, w in matrices().items() if n.startswith("low rank") and n.endswith(" 768x768")}
-    out = {n: torch.empty_like(w) for n, w in given.items()}
-    totals = torch.stack([w.double().square().sum() for w in given.values()])
-    ranks, _, _ = ops.svd_denoise_(
-        list(given.values()), list(out.values()), totals, 0, 0.9, 0.0, 0.0, 2, None, len(given)
-    )
-    return out | {f"rank of {n}": r for n, r in zip(given, ranks)}
-
-
 @case("svd_denoise(gavish-donoho), 768x768", exact=False)
 def _() -> Results:
     given = {n: matrices()[n] for n in ("low rank 0, 768x768", "smooth, 768x768")}
@@ -389,15 +378,11 @@ def _() -> Results:
     return {"denoised": ops.low_rank_denoised(*factors(), cut())}
 
 
-@case("low_rank_histogram, 2 of 768x3072", exact=True)
+@case("split_bf16_, 2 of 768x3072", exact=True)
 def _() -> Results:
-    return {"histogram": ops.low_rank_histogram(*factors(), cut(), 0, 16)}
-
-
-@case("low_rank_mask, 2 of 768x3072", exact=True)
-def _() -> Results:
-    crow, col = ops.low_rank_mask(*factors(), cut(), int(torch.tensor(6.0).view(torch.int32)), [1000, 0])
-    return {"crow_indices": crow, "col_indices": col}
+    out = torch.empty(2, 768, 2 * 3072, dtype=torch.bfloat16)
+    ops.split_bf16_(factors()[0] / 3, out, [0, 1], -1)
+    return {"parts": out}
 
 
 def adamw(params: dict[str, Tensor], grads: Any, m: CSRMask, state: torch.dtype, **options: Any) -> Results:
