@@ -140,6 +140,8 @@ class Implementation:
         """Whether it has a kernel of its own for the op."""
         if self.name in ("c++", "cuda"):
             return library.backends()[op][self.device].name not in ("reference", "none")
+        if self.name == "emulated":
+            return torch._C._dispatch_has_kernel_for_dispatch_key(f"deftx_emulated::{op}", "CPU")
         return hasattr(self.ops, op)
 
     @contextlib.contextmanager

@@ -1,5 +1,4 @@
-"""One process of test_threads.py: calls every CPU operator and the public functions that rest on them, at sizes of real
-layers.
+"""One process of test_threads.py: calls every CPU operator and the public functions above, at sizes of real layers.
 
     python tests/ops/threads_worker.py OUT.pt [--threads N] [--callers 4] [--once] [--cases default|slow] [--start I]
 
@@ -48,14 +47,9 @@ def randn(*shape: int, seed: int) -> Tensor:
 def layers() -> dict[str, Tensor]:
     """27 million entries in layers of real shapes, a bias and a scalar."""
     shapes = {
-        "attention": (768, 768),
-        "bias": (3072,),
-        "down": (768, 3072),
-        "large": (1024, 1024),
-        "mlp": (4096, 4096),
-        "scale": (),
-        "up": (3072, 768),
-    }
+        "attention": (768, 768), "bias": (3072,), "down": (768, 3072), "large": (1024, 1024), "mlp": (4096, 4096),
+        "scale": (), "up": (3072, 768),
+    }  # fmt: skip
     return {name: randn(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
 
 
@@ -246,9 +240,7 @@ def _() -> Results:
     return {"values": values, "vectors": vectors, "alone": ops.eigvalsh(symmetric_matrices()["768"])}
 
 
-@case("eigvalsh, 2 of 768x768", exact=False)
-def _() -> Results:
-    return {"values 768": ops.eigvalsh(symmetric_matrices()["768"][:2])}
+case("eigvalsh, 2 of 768x768", exact=False)(lambda: {"values 768": ops.eigvalsh(symmetric_matrices()["768"][:2])})
 
 
 @case("svd_denoise(gavish-donoho), 768x768", exact=False)
@@ -373,9 +365,7 @@ def cut() -> Tensor:
     return torch.tensor([[bits, 0], [bits, 40_000]])
 
 
-@case("low_rank_denoised, 2 of 768x3072", exact=True)
-def _() -> Results:
-    return {"denoised": ops.low_rank_denoised(*factors(), cut())}
+case("low_rank_denoised, 2 of 768x3072", exact=True)(lambda: {"denoised": ops.low_rank_denoised(*factors(), cut())})
 
 
 @case("split_bf16_, 2 of 768x3072", exact=True)
@@ -446,9 +436,7 @@ case("masked_linear(), 3072x768, 5%, values", exact=True)(functools.partial(_bac
 case("masked_linear(), 3072x768, 5%, input", exact=False)(functools.partial(_backward, "x.grad"))
 
 
-@case("select_mask, layers", exact=True)
-def _() -> Results:
-    return csr_of(dk.select_mask(layers(), other_layers(), density=0.05))
+case("select_mask, layers", exact=True)(lambda: csr_of(dk.select_mask(layers(), other_layers(), density=0.05)))
 
 
 @case("select_mask(energy), 768x768", exact=False)
