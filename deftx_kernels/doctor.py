@@ -231,7 +231,7 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:  # float64 [..., n, n]
 
 
 def _svd(a: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # float64 [..., m, n]
-    """By the eigenvectors of the Gram matrix of the short side: a third of the time, and exact enough for large
+    """By the eigenvectors of the Gram matrix of the short side: a third of the time, accurate for large
     singular values.
     """
     wide = a.shape[-2] < a.shape[-1]
@@ -408,8 +408,9 @@ def versions() -> dict[str, str]:
     """Versions, threads and GPU, for an issue report."""
     from importlib.metadata import PackageNotFoundError, version
 
-    asked = os.environ.get("OMP_NUM_THREADS")
-    threads = f"{torch.get_num_threads()} ({'torch default' if asked is None else f'OMP_NUM_THREADS={asked}'})"
+    variable = os.environ.get("OMP_NUM_THREADS")
+    origin = "torch default" if variable is None else f"OMP_NUM_THREADS={variable}"
+    threads = f"{torch.get_num_threads()} ({origin})"
     found = {"python": platform.python_version(), "platform": platform.platform(), "threads": threads}
     for package in ("deftx-kernels", "torch", "triton", "cupy-cuda13x", "numpy", "transformers"):
         try:

@@ -298,15 +298,15 @@ def compile_triton(variant: Variant, arch: int) -> list[Row]:
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(variant.module), variant.kernel)
-    place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    index = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     constants = {p.name: p.is_constexpr or not isinstance(variant.arguments[p.name], str) for p in kernel.params}
     signature = {
         n: "constexpr" if constant else variant.arguments[n].removesuffix(":16") for n, constant in constants.items()
     }
-    constants = {place[n]: variant.arguments[n] for n, constant in constants.items() if constant}
+    constants = {index[n]: variant.arguments[n] for n, constant in constants.items() if constant}
     typed = {n: variant.arguments[n] for n, kind in signature.items() if kind != "constexpr"}
     aligned = {
-        place[n]: [["tt.divisibility", 16]] for n, kind in typed.items() if kind.startswith("*") or kind.endswith(":16")
+        index[n]: [["tt.divisibility", 16]] for n, kind in typed.items() if kind.startswith("*") or kind.endswith(":16")
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
@@ -402,11 +402,11 @@ def main() -> int:
     faults = [f"{name}: {result}" for name, result in results.items() if isinstance(result, str)]
     faults += [f"{name}: ptxas reported no kernel" for name, result in results.items() if result == []]
     for row in rows:
-        place = ", ".join(filter(None, row[:3]))
+        label = ", ".join(filter(None, row[:3]))
         if row.spill_stores or row.spill_loads:
-            faults.append(f"{place}: spills {row.spill_stores} bytes stored, {row.spill_loads} bytes loaded")
+            faults.append(f"{label}: spills {row.spill_stores} bytes stored, {row.spill_loads} bytes loaded")
         if row.missing:
-            faults.append(f"{place}: the PTX has no {', '.join(row.missing)}")
+            faults.append(f"{label}: the PTX has no {', '.join(row.missing)}")
     print(f"\n{len(rows)} kernels compiled, {len(faults)} faults", *faults, sep="\n")
     return 1 if faults else 0
 

@@ -80,8 +80,8 @@ def _segment_kernel(
             token = tl.load(order + occurrence, mask=occurrence < end, other=0)
             # Entries come first: where Triton knows of no contiguity, neighbours along the first axis go to
             # neighbouring lanes.
-            place = token[None, :] * d + column[:, None]
-            x = tl.load(grad_output + place, mask=known[:, None] & (occurrence < end)[None, :], other=0.0)
+            offset = token[None, :] * d + column[:, None]
+            x = tl.load(grad_output + offset, mask=known[:, None] & (occurrence < end)[None, :], other=0.0)
             sums += x.to(sums.dtype)
         total = tl.sum(sums, 1)
         if finished:
@@ -122,8 +122,8 @@ def _finish_kernel(
         while more:
             part = start + tl.arange(0, PARTS)
             equal = _key(keys, part * SEGMENT, tokens, rows, padding_idx) == key
-            place = (2 * part).to(tl.int64)[:, None] * d + (entry - first)[None, :]
-            total += tl.sum(tl.load(partial_sums + place, mask=equal[:, None] & inside[None, :], other=0.0), 0)
+            offset = (2 * part).to(tl.int64)[:, None] * d + (entry - first)[None, :]
+            total += tl.sum(tl.load(partial_sums + offset, mask=equal[:, None] & inside[None, :], other=0.0), 0)
             start += PARTS
             more = tl.sum(equal.to(tl.int32), 0) == PARTS
         tl.store(out + entry, total.to(out.dtype.element_ty), mask=inside)

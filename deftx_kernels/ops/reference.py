@@ -39,30 +39,30 @@ def _entries(
         rows, columns = rows_and_columns(tensor.shape)
         counts = crow_indices[first_row : first_row + rows + 1].diff()
         row = torch.repeat_interleave(torch.arange(rows, device=counts.device), counts)
-        place = slice(start, start + len(row))
-        yield tensor.view(-1), row * columns + col_indices[place].to(torch.int64), place
-        first_row, start = first_row + rows, place.stop
+        span = slice(start, start + len(row))
+        yield tensor.view(-1), row * columns + col_indices[span].to(torch.int64), span
+        first_row, start = first_row + rows, span.stop
 
 
 # ---- CSR ----
 def csr_gather(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     out = tensors[0].new_empty(col_indices.shape)
-    for flat, index, place in _entries(tensors, crow_indices, col_indices):
-        out[place] = flat[index]
+    for flat, index, span in _entries(tensors, crow_indices, col_indices):
+        out[span] = flat[index]
     return out
 
 
 def csr_scatter_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> None:
-    for flat, index, place in _entries(tensors, crow_indices, col_indices):
-        flat[index] = values[place]
+    for flat, index, span in _entries(tensors, crow_indices, col_indices):
+        flat[index] = values[span]
 
 
 def csr_add_(
     tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, alpha: float
 ) -> None:
-    for flat, index, place in _entries(tensors, crow_indices, col_indices):
+    for flat, index, span in _entries(tensors, crow_indices, col_indices):
         compute = compute_dtype(flat.dtype)
-        total = torch.add(flat[index].to(compute), values[place].to(compute), alpha=alpha)
+        total = torch.add(flat[index].to(compute), values[span].to(compute), alpha=alpha)
         flat[index] = total.to(flat.dtype)
 
 
@@ -456,6 +456,6 @@ def masked_embedding_grad(
     start, counts = crow_indices[rows], crow_indices[rows + 1] - crow_indices[rows]
     row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
     within = torch.arange(len(row), device=rows.device) - (counts.cumsum(0) - counts)[row]
-    place = start[row] + within
-    out[place] = sums[row, col_indices.to(torch.int64)[place]].to(dtype)
+    position = start[row] + within
+    out[position] = sums[row, col_indices.to(torch.int64)[position]].to(dtype)
     return out

@@ -121,14 +121,14 @@ def test_of_equal_residuals_the_first_are_kept(implementation, shape):
 def test_every_end_of_the_ties(implementation):
     """Ties in one row, over several rows and over several tiles: kept up to each border."""
     delta = torch.zeros(1, 66, 130)
-    places = [(0, 3), (0, 127), (0, 128), (2, 0), (63, 129), (64, 0), (65, 5), (65, 129)]
-    for row, column in places:
+    positions = [(0, 3), (0, 127), (0, 128), (2, 0), (63, 129), (64, 0), (65, 5), (65, 129)]
+    for row, column in positions:
         delta[0, row, column] = -2.0
     problem = Problem(delta, torch.zeros(1, 66, 0), torch.zeros(1, 130, 0))
     for keep in (2, 3, 5, 6):
         cut = implementation.on_cpu("residual_cut", *problem, keep)
         denoised = implementation.on_cpu("low_rank_denoised", *problem, cut)
-        assert denoised[0].nonzero().tolist() == [list(p) for p in places[:keep]]
+        assert denoised[0].nonzero().tolist() == [list(p) for p in positions[:keep]]
 
 
 def test_one_matrix_with_ties_and_one_without(implementation):

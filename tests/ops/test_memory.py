@@ -91,7 +91,7 @@ def test_no_operator_leaks():
     if not served:
         pytest.skip("the cpu library was " + library.errors["cpu"])
     if not hasattr(ctypes.CDLL(None), "mallinfo2"):
-        pytest.skip("only glibc tells how much of the heap is used")
+        pytest.skip("only glibc reports how much of the heap is used")
     grown = {op: int(n) for op, n in (line.split() for line in printed(LEAKS).splitlines())}
     assert grown.keys() == served
     assert {op: n for op, n in grown.items() if n > 4096} == {}  # 600 calls: less than 7 bytes a call
@@ -144,7 +144,7 @@ PEAK_CASES = [  # tensors, shape, dtype, scope, whether differences are selected
 ]
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux tells a process's peak memory")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux reports peak memory")
 def test_topk_mask_needs_the_memory_that_its_docstring_says():
     if "cpu" in library.errors:
         pytest.skip("the cpu library was " + library.errors["cpu"])
@@ -161,7 +161,7 @@ def test_topk_mask_needs_the_memory_that_its_docstring_says():
 def test_32_linears_take_half_of_dense_at_most():
     """Of 1024 x 1024; `python -m bench --family steps --size linears` measures 2048 x 2048."""
     if peak_extra(lambda: None, "cpu") is None:
-        pytest.skip("this system does not tell a process's peak memory")
+        pytest.skip("this system does not report peak memory")
     work = step_work("small linears", "cpu", torch.float32, 0.02)
     ours, dense = (alone(work, name, 1).peak for name in (OURS, DENSE))
     weights = 32 * 1024 * 1024 * 4 / 1e6

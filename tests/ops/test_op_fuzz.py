@@ -221,9 +221,9 @@ HOSTILE_SHAPES = [
 
 
 def hostile_tensor(t: Tensor, rng: random.Random) -> Tensor:
-    """Something else in place of a tensor."""
+    """A tensor that differs in one respect."""
     if t.layout != torch.strided or t.is_meta or max(t.shape, default=0) > 2**40:
-        return t  # hostile enough
+        return t  # damaged already
 
     def contents() -> Tensor:
         if t.numel() == 0:

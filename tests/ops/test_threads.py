@@ -46,7 +46,7 @@ SETTINGS = {
 QUICK = ("default threads", "2 callers")
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
-# Of a truncation, relative: what svd_denoise promises against the exact one, and so twice that between two of them.
+# Relative error of a truncation that svd_denoise documents; two of them differ by twice that at most.
 TRUNCATION = 5e-5
 
 
