@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import threads_worker
+import threads_inputs
 import torch
 from threads_worker import CASES
 from torch import Tensor
@@ -124,11 +124,11 @@ def one(tmp_path_factory) -> dict:
     """The results on one thread, and the oracle of some, made at the same time."""
     out = tmp_path_factory.mktemp("threads") / "one.pt"
     process = start(ONE, out, "default")
-    matrices = threads_worker.matrices()
+    matrices = threads_inputs.matrices()
     sizes = ["low rank 0, 768x768", "low rank 1, 768x768", "smooth, 768x768", "low rank, 3072x768"]
     sizes.append("low rank 0, 1024x1024")
     oracle = {name: decomposed(matrices[name]) for name in sizes}
-    values = {size: of_known_values(a[1]) for size, a in threads_worker.symmetric_matrices().items()}
+    values = {size: of_known_values(a[1]) for size, a in threads_inputs.symmetric_matrices().items()}
     return finish(ONE, process, out) | {"matrices": matrices, "oracle": oracle, "values": values}
 
 
@@ -211,7 +211,7 @@ def fault(name: str, key: str, results: dict[str, Tensor], expected: dict) -> st
 
 def eigen_fault(kind: str, result: Tensor, values: Tensor, exact: Tensor, size: str) -> str | None:
     """Errors in units of float32's rounding of the largest eigenvalue, as in test_eigh.py."""
-    matrices = threads_worker.symmetric_matrices()[size].double()
+    matrices = threads_inputs.symmetric_matrices()[size].double()
     unit = 200 * torch.finfo(torch.float32).eps * float(exact.abs().max())
     if kind == "values":
         error = float((result[1] - exact).abs().max())
@@ -295,8 +295,8 @@ def test_one_thread_slow(slow_one):
     wrong = faults(ONE, slow_one, slow_one)
     assert not wrong, "\n".join(wrong)
     results = {k: slow_one["tensors"][d] for case in slow_one["calls"]["first"].values() for k, d in case.items()}
-    w = threads_worker.slow_matrices()["low rank 0, 3072x3072"].double()
-    table = threads_worker.slow_table().double()
+    w = threads_inputs.slow_matrices()["low rank 0, 3072x3072"].double()
+    table = threads_inputs.slow_table().double()
     for matrix, name, rows in (
         (w, "low rank 0, 3072x3072", slice(None)),
         (table, "every 100th row", slice(None, None, 100)),
@@ -310,7 +310,7 @@ def test_one_thread_slow(slow_one):
         assert int(results[key]) == rank
         assert distance(results[name], exact) <= TRUNCATION
     a, values, v = (
-        threads_worker.slow_symmetric().double(),
+        threads_inputs.slow_symmetric().double(),
         results["values 4096"].double(),
         results["vectors 4096"].double(),
     )
