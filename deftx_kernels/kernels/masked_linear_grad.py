@@ -5,8 +5,8 @@ Each program makes one tile of the product in registers. Which of its entries ar
 structure before it starts: one bit each, 32 columns to a word. A tile without entries ends there, before an input is
 read. At the end, the entry at a set bit goes to its row's first position plus the number of bits set before it. There
 is no [m, n] buffer. Where the tiles are too few for the device, the tokens are split as well, into compact partial sums
-that a second launch adds up. No atomics, and an order of summation that depends on shapes and device alone: the same bits in
-every run.
+that a second launch adds up. No atomics, and an order of summation that depends on shapes and device alone: the same
+bits in every run.
 """
 
 import functools

@@ -1,5 +1,5 @@
-"""Inputs of threads_worker.py, at sizes of real layers. Random numbers and elementwise arithmetic alone: their bits depend
-neither on the number of threads nor on a matrix product.
+"""Inputs of threads_worker.py, at sizes of real layers. Random numbers and elementwise arithmetic alone: their bits
+depend neither on the number of threads nor on a matrix product.
 """
 
 import functools
