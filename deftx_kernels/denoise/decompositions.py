@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.denoise.matrices import ranks_of
+from deftx_kernels.ops.library import MAX_EIGH_ROWS
 
 _PROBES = 2
 
-# The operators keep one multiprocessor of a GPU busy for each matrix: those of more rows are better left to cuSOLVER.
-_ONE_BLOCK = 1024
-
 
 def eigvalsh(matrices: Tensor) -> Tensor:  # symmetric [b, n, n] -> [b, n], ascending
-    whole = matrices.is_cuda and matrices.shape[-1] > _ONE_BLOCK
+    whole = matrices.is_cuda and matrices.shape[-1] > MAX_EIGH_ROWS
     values = torch.linalg.eigvalsh(matrices) if whole else torch.ops.deftx.eigvalsh(matrices)
     return _checked(matrices, (values,), _values_fit, lambda g: (torch.linalg.eigvalsh(g),), "eigenvalues")[0]
 
@@ -36,7 +34,7 @@ def eigh(
     median: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # [b, n], ascending, and [b, n, n], columns
     """With a rule, vectors may be zero that a truncation by it does not need (see the operator)."""
-    whole = matrices.is_cuda and matrices.shape[-1] > _ONE_BLOCK
+    whole = matrices.is_cuda and matrices.shape[-1] > MAX_EIGH_ROWS
     rule = (rank, energy, median) if rank or energy or median else ()
     found = torch.linalg.eigh(matrices) if whole else torch.ops.deftx.eigh(matrices, *rule)
     fit = functools.partial(_vectors_fit, rule=rule)

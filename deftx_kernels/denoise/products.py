@@ -13,10 +13,9 @@ Bytes were counted, see "Denoising: products" in bench/NOTES.md; no GPU has time
 """
 
 import contextlib
-import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -220,30 +219,19 @@ def right_operand(x: Tensor) -> Tensor:
 
 
 def split(x: Tensor, slots: Sequence[int], dim: int, out: Tensor | None = None) -> Tensor:
-    """Parts of x [..., m, n] beside each other along the columns (dim -1) or rows (dim -2): slot s holds number
-    slots[s] of them.
+    """Parts of x [..., m, n] beside each other along the columns (dim -1) or rows (dim -2): slot s holds part slots[s].
 
-    float32 [..., m, n] -> bfloat16 [..., m, s * n] or [..., s * m, n], one pass with triton. `out`, if given, is
-    contiguous.
+    float32 [..., m, n] -> bfloat16 [..., m, s * n] or [..., s * m, n]. `out`, if given, is contiguous. A transposed x
+    gives a transposed result: it is read as it lies in memory.
     """
-    return (_split_on_gpu() if x.is_cuda else split_plainly)(x, slots, dim, out)
-
-
-def split_plainly(x: Tensor, slots: Sequence[int], dim: int, out: Tensor | None = None) -> Tensor:
-    found = []
-    for _ in range(max(slots) + 1):
-        found.append(x.to(torch.bfloat16))
-        x = x - found[-1].float()
-    return torch.cat([found[s] for s in slots], dim, out=out)
-
-
-@functools.cache
-def _split_on_gpu() -> Callable[..., Tensor]:
-    try:
-        from deftx_kernels.kernels.split import split as kernel
-    except ImportError:  # no triton
-        return split_plainly
-    return kernel
+    if out is None:
+        if x.stride(-1) != 1 and x.stride(-2) == 1:
+            return split(x.mT, slots, -3 - dim).mT
+        shape = list(x.shape)
+        shape[dim] *= len(slots)
+        out = x.new_empty(shape, dtype=torch.bfloat16)
+    torch.ops.deftx.split_bf16_(x, out, list(slots), dim)
+    return out
 
 
 _precision_lock = threading.Lock()

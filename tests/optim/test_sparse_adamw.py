@@ -63,10 +63,10 @@ class Backend(NamedTuple):
             from deftx_kernels.kernels.sparse_adamw import sparse_adamw_
 
             if self.name == "triton-interpreter":
-                sparse_adamw_(params, grads, *rest)
+                sparse_adamw_(schemas.AdamWArgs(params, grads, *rest))
                 return
             with self.tool.override(racecheck=True, extra=[*params, *grads]) as launches:
-                sparse_adamw_(params, grads, *rest)
+                sparse_adamw_(schemas.AdamWArgs(params, grads, *rest))
             assert len(launches) <= 1, "one launch for all tensors"
 
 
