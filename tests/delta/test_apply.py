@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deftx_kernels import CSRMask, SparseDelta, compose
-from deftx_kernels.delta import fingerprints, histories
+from deftx_kernels.delta import fingerprints
 
 
 def fail_after(_):
@@ -116,7 +116,7 @@ def test_a_delta_is_added_once_unless_it_is_taken_off():
         b.apply_(model)
 
 
-def test_copies_of_a_model_have_its_history(tmp_path, additions):
+def test_copies_of_a_model_have_its_history(tmp_path):
     base = nn.Linear(4, 4)
     one, two = shifted(base, 1), shifted(base, 2)
     one.apply_(base)
