@@ -13,7 +13,7 @@ from typing import Any
 import filelock
 
 from deftx_kernels.files import read_json, write_json
-from deftx_kernels.train.config import differences, to_dict
+from deftx_kernels.train.config import to_dict
 
 MARKER = "deftx_run.json"
 FORMAT = "deftx_run"
@@ -65,9 +65,8 @@ def open_run(
         old = _read_marker(marker) if marker.is_file() else made_from
         changed = [] if old is None else _changes(old, made_from)
         if changed and not config.overwrite:
-            raise ValueError(
-                f"run_dir {run_dir} holds a run with other {'; '.join(changed[:3])}: choose another run_dir, or overwrite it"
-            )
+            what = f"run_dir {run_dir} holds a run with other {'; '.join(changed[:3])}"
+            raise ValueError(f"{what}: choose another run_dir, or overwrite it")
         if changed or old is None:
             _write_marker(marker, None)  # from here on the folder is no run's, also where deleting is cut off
             _delete_contents(run_dir)
@@ -92,7 +91,7 @@ def compared(settings: dict) -> dict:
 
 
 def _check_place(run_dir: Path, inputs: Iterable[str | Path]) -> None:
-    """run_dir may not be or hold the current, the home or the root directory, nor meet an input or lie in another run."""
+    """run_dir may not be or hold the current or the home directory, nor be, hold or be in an input or another run."""
     place = run_dir.resolve()
     for what, path in {"current": Path.cwd(), "home": Path(os.path.expanduser("~"))}.items():
         if path.resolve().is_relative_to(place):
@@ -119,9 +118,8 @@ def _locked(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:  # it cannot be opened
             raise
-        raise OSError(
-            f"{run_dir / LOCK} cannot be locked ({error.strerror}): its file system has no locks; choose a run_dir on another"
-        ) from error
+        reason = f"({error.strerror}): its file system has no locks; choose a run_dir on another"
+        raise OSError(f"{run_dir / LOCK} cannot be locked {reason}") from error
     try:
         yield
     finally:
@@ -150,6 +148,14 @@ def _changes(old: dict, new: dict) -> list[str]:
     inputs = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     found = [f"settings ({'; '.join(settings[:3])})"] if settings else []
     return found + ([f"content of its inputs ({', '.join(inputs[:3])})"] if inputs else [])
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The settings in which two `to_dict` results differ, as "task.dense.lr: 0.1 → 0.2"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = {key: f"{prefix}.{key}" if prefix else key for key in [*old, *new]}
+        return [line for key, name in names.items() for line in differences(old.get(key), new.get(key), name)]
+    return [] if old == new else [f"{prefix}: {old} → {new}"]
 
 
 def _delete_contents(run_dir: Path) -> None:

@@ -13,6 +13,7 @@ from train_tiny import nusax_folder, tiny_bert  # noqa: F401
 
 from deftx_kernels import CSRMask, SparseDelta
 from deftx_kernels.train import costs, figures, models, pipeline, recipes, report, runs
+from deftx_kernels.train.checkpoints import finished
 from deftx_kernels.train.config import LanguageConfig, NusaxData, PhaseConfig, SelectionConfig, TaskConfig
 from deftx_kernels.train.data import load_corpus
 from deftx_kernels.train.presets import NusaxRun
@@ -89,7 +90,7 @@ def test_a_run_folder(tiny_bert, nusax_folder, tmp_path, monkeypatch):  # noqa: 
         pipeline.run(config, quiet())
     (folder / "phases/evaluation/phase.json").write_text("[]")
     with pytest.raises(ValueError, match=r"evaluation/phase.json is damaged"):
-        recipes.finished(folder / "phases/evaluation")
+        finished(folder / "phases/evaluation")
 
 
 def test_settings_that_do_not_fit_the_model_fail_before_anything_is_written(tiny_bert, nusax_folder, tmp_path):  # noqa: F811

@@ -18,16 +18,18 @@ from transformers import TrainerCallback
 
 from deftx_kernels import CSRMask, SparseDelta, compose
 from deftx_kernels.files import read_json
-from deftx_kernels.train import models, recipes, starts, trainer
-from deftx_kernels.train.checkpoints import newest_checkpoint
+from deftx_kernels.train import models, recipes, trainer
+from deftx_kernels.train.checkpoints import finished, newest_checkpoint, saving
 from deftx_kernels.train.config import LanguageConfig, PhaseConfig, SelectionConfig, TaskConfig
+from deftx_kernels.train.data import Corpus
 from deftx_kernels.train.recipes import dense_phase, learn, select
-from deftx_kernels.train.tensors import saving
-from deftx_kernels.train.trainer import Runtime
+from deftx_kernels.train.trainer import Runtime, evaluate, with_deltas
+from deftx_kernels.train.vectors import VectorBuilder
 
 LABELS = ["negative", "positive"]
 RUNTIME = Runtime(seed=0, device="cpu", progress=False)
 K = 700
+SHAPE = {"batch_size": 8, "accumulation": 1, "max_length": 24}
 
 
 def phase(**changes) -> PhaseConfig:
@@ -39,34 +41,34 @@ def labelled(start: int, count: int) -> Dataset:
     return Dataset.from_dict({"text": list(texts), "label": list(labels)})
 
 
-def task_vector(model: str, folder: Path, settings: TaskConfig | None = None, runtime: Runtime = RUNTIME):
-    settings = settings or TaskConfig(
-        SelectionConfig(k=K), phase(), phase(), batch_size=8, accumulation=1, max_length=24
-    )
-    tokenizer = models.load_tokenizer(model)
-    start = starts.classifier_start(model, LABELS, "classification", folder / "phases/base", runtime.seed)
-    examples = starts.task_examples(labelled(0, 48), labelled(100, 16), tokenizer, LABELS, "classification", settings)
-    return starts.task_vector(
-        start, None, LABELS, "classification", examples, settings, folder / "phases/task", folder / "deltas", {}
-    )
+def task_settings(dense: PhaseConfig | None = None, sparse: PhaseConfig | None = None, **selection) -> TaskConfig:
+    dense = dense or phase()
+    return TaskConfig(SelectionConfig(**(selection or {"k": K})), dense, sparse or dense, **SHAPE)
 
 
-def language_vector(model: str, folder: Path, settings: LanguageConfig | None = None, name: str = "xx"):
-    settings = settings or LanguageConfig(
-        SelectionConfig(k=K),
-        phase(l1=0.1),
-        phase(l1=0.1),
-        batch_size=8,
-        accumulation=1,
-        max_length=24,
-        pack=False,
-        head_steps=4,
-    )
-    tokenizer = models.load_tokenizer(model)
-    text = Dataset.from_dict({"text": labelled(300, 48)["text"]})
-    start = starts.masked_lm_start(model, settings, text, tokenizer, folder / "phases/mlm-head", RUNTIME)
-    examples = starts.language_examples(text, None, tokenizer, settings, 0)
-    return starts.language_vector(name, start, examples, settings, folder / "phases", folder / "deltas", {})
+def language_settings(dense: PhaseConfig | None = None, **changes) -> LanguageConfig:
+    dense = dense or phase(l1=0.1)
+    return LanguageConfig(SelectionConfig(k=K), dense, dense, **{**SHAPE, "pack": False, "head_steps": 4, **changes})
+
+
+def builder(
+    model: str, folder: Path, rows: Dataset | None = None, labels=LABELS, task="classification"
+) -> VectorBuilder:
+    text, validation = Dataset.from_dict({"text": labelled(300, 48)["text"]}), None
+    if rows is None:
+        rows, validation = labelled(0, 48), labelled(100, 16)
+    corpus = Corpus({"xx": text}, {}, task, labels, rows, validation)
+    return VectorBuilder(model, corpus, models.load_tokenizer(model), RUNTIME, folder)
+
+
+def task_vector(model: str, folder: Path, settings: TaskConfig | None = None, added=()):
+    return builder(model, folder).task(settings or task_settings(), added)
+
+
+def language_vector(model: str, folder: Path, settings: LanguageConfig | None = None):
+    settings = settings or language_settings()
+    make = builder(model, folder)
+    return make.language("xx", make.mlm_start(settings, ["xx"]), settings)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +165,7 @@ def test_entries_outside_the_mask_keep_their_bits(tiny_bert, tmp_path):  # noqa:
     vector.config.sparse = phase(weight_decay=0.1, l1=0.1)
     dense_phase(vector, RUNTIME)
     mask, _ = recipes._select(vector, "deft-x", RUNTIME)
-    trained, _ = recipes.sparse_phase(vector, mask, vector.config.sparse, tmp_path / "sparse", RUNTIME)
+    trained, _ = recipes.sparse_phase(vector, mask, tmp_path / "sparse", RUNTIME)
     start, entries = vector.load(vector.start), mask.to_dense()
     moved = 0
     for name, before in start.named_parameters():
@@ -228,7 +230,7 @@ def test_a_saved_vector_rebuilds_the_trained_model(learned):
     assert loaded.metadata["labels"] == LABELS
     assert facts["trained_entries"] == K + sum(tensor.numel() for tensor in delta.dense.values())
     assert facts["gradient_bytes"] == 4 * facts["trained_entries"]
-    dense = recipes.finished(task.folder / "dense")
+    dense = finished(task.folder / "dense")
     assert dense["gradient_bytes"] == 4 * dense["trained_entries"] > 10 * facts["gradient_bytes"]
     assert 8 * dense["trained_entries"] <= dense["optimizer_state_bytes"] < 8.1 * dense["trained_entries"] + 1000
     assert 8 * facts["trained_entries"] <= facts["optimizer_state_bytes"] < 8.1 * facts["trained_entries"] + 1000
@@ -249,9 +251,7 @@ class Spoil(TrainerCallback):
 def test_a_phase_that_diverges_is_not_finished(tiny_bert, tmp_path, which):  # noqa: F811
     hot, fine = phase(lr=1e38), phase()
     phases = (hot, fine) if which == "dense" else (fine, hot)
-    selection = SelectionConfig(k=K, rank=4, refresh_every=2)
-    settings = TaskConfig(selection, *phases, batch_size=8, accumulation=1, max_length=24)
-    vector = task_vector(tiny_bert, tmp_path, settings)
+    vector = task_vector(tiny_bert, tmp_path, task_settings(*phases, k=K, rank=4, refresh_every=2))
     name = "dense phase" if which == "dense" else f"sparse phase of {which}"
     message = rf"vector 'task', {name}: training diverged at step \d with learning rate 1e\+38 \("
     for _ in range(2):  # the second time, nothing of the first counts as finished
@@ -269,9 +269,7 @@ def test_the_head_s_phase_diverges_by_name(tiny_bert, tmp_path):  # noqa: F811
 
 
 def test_a_checkpoint_of_diverged_weights_is_not_written(tiny_bert, tmp_path):  # noqa: F811
-    every = phase(max_steps=8, eval_every=2)
-    settings = TaskConfig(SelectionConfig(k=K), every, every, batch_size=8, accumulation=1, max_length=24)
-    vector = task_vector(tiny_bert, tmp_path, settings)
+    vector = task_vector(tiny_bert, tmp_path, task_settings(phase(max_steps=8, eval_every=2)))
     vector.examples.validation = None  # whose loss would be noticed first
     with pytest.raises(ValueError, match="diverged at step 6 .*holds NaN or infinite"):
         dense_phase(vector, dataclasses.replace(RUNTIME, callbacks=(Spoil(6),)))
@@ -296,8 +294,6 @@ def test_what_torch_says_of_a_full_disk_names_the_file(tmp_path):
 
 
 def test_outputs_that_are_not_finite_are_not_scored(tiny_bert, tmp_path):  # noqa: F811
-    from deftx_kernels.train.evaluate import evaluate
-
     vector = task_vector(tiny_bert, tmp_path)
     model = vector.load(vector.start)
     model.classifier.bias.data[1] = torch.nan
@@ -308,8 +304,7 @@ def test_outputs_that_are_not_finite_are_not_scored(tiny_bert, tmp_path):  # noq
 @pytest.fixture(scope="module")
 def interrupted(tiny_bert, tmp_path_factory):  # noqa: F811
     """A task vector whose dense phase stopped behind its last checkpoint, and what it would have been."""
-    best = phase(max_steps=6, eval_every=2, keep_best=True)
-    settings = TaskConfig(SelectionConfig(k=K), best, best, batch_size=8, accumulation=1, max_length=24)
+    settings = task_settings(phase(max_steps=6, eval_every=2, keep_best=True))
     whole = dense_phase(task_vector(tiny_bert, tmp_path_factory.mktemp("whole"), settings), RUNTIME)
     vector = task_vector(tiny_bert, tmp_path_factory.mktemp("interrupted"), settings)
     with pytest.raises(RuntimeError, match="power"):
@@ -440,27 +435,12 @@ class Crash(TrainerCallback):
 @pytest.mark.parametrize("kind", ["task", "language"])
 @pytest.mark.parametrize("crash_in", ["dense", "sparse"])
 def test_resume_gives_the_same_vector(tiny_bert, tmp_path, kind, crash_in):  # noqa: F811
-    def settings():
-        phases = phase(max_steps=8, eval_every=3), phase(max_steps=8, eval_every=3)
-        if kind == "task":
-            return TaskConfig(SelectionConfig(k=K), *phases, batch_size=8, accumulation=1, max_length=24)
-        return LanguageConfig(
-            SelectionConfig(k=K),
-            *phases,
-            batch_size=8,
-            accumulation=1,
-            max_length=24,
-            pack=False,
-            head_steps=2,
-            tie_decoder=True,
-        )
+    every = phase(max_steps=8, eval_every=3)
 
     def vector(folder):
-        return (
-            task_vector(tiny_bert, folder, settings())
-            if kind == "task"
-            else language_vector(tiny_bert, folder, settings())
-        )
+        if kind == "task":
+            return task_vector(tiny_bert, folder, task_settings(every))
+        return language_vector(tiny_bert, folder, language_settings(every, head_steps=2, tie_decoder=True))
 
     whole, _ = learn(vector(tmp_path / "whole"), "deft-x", RUNTIME)
     broken = vector(tmp_path / "broken")
@@ -472,7 +452,7 @@ def test_resume_gives_the_same_vector(tiny_bert, tmp_path, kind, crash_in):  # n
     if crash_in == "sparse":
         assert facts["resumed_from"] == "checkpoint-6"
     else:
-        assert recipes.finished(broken.folder / "dense")["resumed_from"] == "checkpoint-6"
+        assert finished(broken.folder / "dense")["resumed_from"] == "checkpoint-6"
     assert resumed.mask == whole.mask
     assert torch.equal(resumed.values, whole.values)
     assert all(torch.equal(resumed.dense[name], whole.dense[name]) for name in whole.dense)
@@ -497,7 +477,7 @@ def test_a_finished_phase_without_its_result_is_run_again(learned, tmp_path, mon
         dense_phase(vector, RUNTIME)
         return learn(vector, "lt-sft", RUNTIME)[0]
 
-    with pytest.warns(RuntimeWarning, match="is made again, as what it gave is missing or damaged"):
+    with pytest.warns(RuntimeWarning, match="is made again, as its result is missing or damaged"):
         again = learn_again()
     assert torch.equal(again.values, deltas["task", "lt-sft"][0].values)
     with warnings.catch_warnings():
@@ -514,21 +494,15 @@ def test_a_finished_phase_is_not_run_again(learned, monkeypatch):
 
 def test_the_best_checkpoint_on_validation_is_kept(tiny_bert, tmp_path):  # noqa: F811
     best = phase(max_steps=12, eval_every=3, keep_best=True, lr=3e-2)
-    vector = task_vector(
-        tiny_bert, tmp_path, TaskConfig(SelectionConfig(k=K), best, best, batch_size=8, accumulation=1, max_length=24)
-    )
+    vector = task_vector(tiny_bert, tmp_path, task_settings(best))
     delta, facts = learn(vector, "lt-sft", RUNTIME)
-    from deftx_kernels.train.evaluate import evaluate, with_vectors
-
-    with with_vectors(vector.load(vector.start), [delta]) as model:
+    with with_deltas(vector.load(vector.start), [delta]) as model:
         found = evaluate(model, vector.examples.validation, vector.examples.collator, RUNTIME)
     assert found["macro_f1"] == pytest.approx(facts["best_validation"], abs=1e-6)
 
 
 def test_lift_takes_the_largest_of_the_low_rank_weights_and_refreshes(tiny_bert, tmp_path):  # noqa: F811
-    settings = TaskConfig(
-        SelectionConfig(density=0.05, rank=4, refresh_every=2), phase(), phase(), batch_size=8, accumulation=1
-    )
+    settings = task_settings(density=0.05, rank=4, refresh_every=2)
     vector = task_vector(tiny_bert, tmp_path, settings)
     model = vector.load(vector.start)
     names = models.linear_names(model)
@@ -548,11 +522,8 @@ def test_lift_takes_the_largest_of_the_low_rank_weights_and_refreshes(tiny_bert,
 
 def test_l1_pulls_toward_theta0(tiny_bert, tmp_path):  # noqa: F811
     def distance(l1: float) -> float:
-        folder = tmp_path / str(l1)
-        settings = TaskConfig(
-            SelectionConfig(k=K), phase(l1=l1, max_grad_norm=0), phase(l1=l1, max_grad_norm=0), batch_size=8, accumulation=1
-        )  # fmt: skip
-        vector = task_vector(tiny_bert, folder, settings)
+        settings = task_settings(phase(l1=l1, max_grad_norm=0))
+        vector = task_vector(tiny_bert, tmp_path / str(l1), settings)
         delta, _ = learn(vector, "lt-sft", RUNTIME)
         before, after = checkpoints(vector)
         dense = sum(np.abs(after[name] - before[name]).sum() for name in maskable(before))
@@ -566,15 +537,12 @@ def test_l1_pulls_toward_theta0(tiny_bert, tmp_path):  # noqa: F811
 def test_source_vector_is_the_start_but_not_part_of_the_task_vector(tiny_bert, learned, tmp_path):  # noqa: F811
     _, _, _, deltas = learned
     source = deltas["language-xx", "deft-x"][0]
-    plain = task_vector(tiny_bert, tmp_path)
-    start = starts.classifier_start(tiny_bert, LABELS, "classification", tmp_path / "start", 0, (source,))
-    vector = dataclasses.replace(plain, start=start, base=plain.start)
+    vector = task_vector(tiny_bert, tmp_path, added=[source])
     delta, _ = learn(vector, "deft-x", RUNTIME)
-    model = plain.load(plain.start)
-    trained = {}
+    model = vector.load(vector.base)
     with compose(delta, source).applied(model):
         trained = {name: p.detach().clone() for name, p in model.named_parameters()}
-    from_start = vector.load(start)
+    from_start = vector.load(vector.start)
     with delta.applied(from_start, strict=False):
         assert all(torch.allclose(p, trained[name], atol=1e-6) for name, p in from_start.named_parameters())
 
@@ -608,23 +576,14 @@ def test_mlm_loss_at_the_asked_positions_is_the_model_s_own(tiny_bert, tmp_path)
 
 
 def test_token_classification(tiny_bert, tmp_path):  # noqa: F811
-    from deftx_kernels.train.evaluate import evaluate, with_vectors
-
     words = [text.split() for text in labelled(0, 40)["text"]]
-    rows = Dataset.from_dict(
-        {"tokens": words, "tags": [["ADJ" if w in GOOD + BAD else "X" for w in line] for line in words]}
+    tags = [["ADJ" if w in GOOD + BAD else "X" for w in line] for line in words]
+    rows = Dataset.from_dict({"tokens": words, "tags": tags})
+    vector = builder(tiny_bert, tmp_path, rows, ["ADJ", "X"], "token-classification").task(
+        task_settings(phase(), phase(max_steps=300))
     )
-    settings = TaskConfig(
-        SelectionConfig(k=K), phase(), phase(max_steps=300), batch_size=8, accumulation=1, max_length=24
-    )
-    tokenizer = models.load_tokenizer(tiny_bert)
-    start = starts.classifier_start(tiny_bert, ["ADJ", "X"], "token-classification", tmp_path / "base", 0)
-    examples = starts.task_examples(rows, None, tokenizer, ["ADJ", "X"], "token-classification", settings)
-    vector = starts.task_vector(
-        start, None, ["ADJ", "X"], "token-classification", examples, settings, tmp_path / "task", tmp_path / "deltas", {}
-    )  # fmt: skip
     delta, _ = learn(vector, "lt-sft", RUNTIME)
-    with with_vectors(vector.load(start), [delta]) as model:
-        scores = evaluate(model, examples.train, examples.collator, RUNTIME)
+    with with_deltas(vector.load(vector.start), [delta]) as model:
+        scores = evaluate(model, vector.examples.train, vector.examples.collator, RUNTIME)
     assert scores["n"] == sum(map(len, words))
     assert scores["macro_f1"] > 0.9
