@@ -1,6 +1,4 @@
-"""The `deftx` command. Its options are made by tyro from the dataclasses of `train`; transformers is imported only to
-train.
-"""
+"""The `deftx` command. tyro makes its options from `train`'s dataclasses; only training imports transformers."""
 
 import json
 import os
@@ -122,7 +120,7 @@ def _fail(message: str, code: int = 2) -> int:
 
 
 def _quiet() -> None:
-    """Leave the terminal to progress bars and results.
+    """Turn off the messages of transformers and datasets.
 
     Raises:
         ValueError: python -OO, under which transformers cannot be imported.
@@ -139,27 +137,18 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 
-def _run(command: Run) -> int:
+def _drive(command: Run | TrainLanguageConfig | TrainTaskConfig | EvalConfig) -> int:
     _quiet()
     from deftx_kernels.train import pipeline
 
-    pipeline.run(command.preset)
-    return 0
-
-
-def _train(command: TrainLanguageConfig | TrainTaskConfig) -> int:
-    _quiet()
-    from deftx_kernels.train import pipeline
-
-    print(pipeline.train_task(command) if isinstance(command, TrainTaskConfig) else pipeline.train_language(command))
-    return 0
-
-
-def _eval(command: EvalConfig) -> int:
-    _quiet()
-    from deftx_kernels.train import pipeline
-
-    print(json.dumps(pipeline.evaluate_vectors(command)))
+    if isinstance(command, Run):
+        pipeline.run(command.preset)
+    elif isinstance(command, TrainLanguageConfig):
+        print(pipeline.train_language(command))
+    elif isinstance(command, TrainTaskConfig):
+        print(pipeline.train_task(command))
+    else:
+        print(json.dumps(pipeline.evaluate_vectors(command)))
     return 0
 
 
@@ -240,11 +229,11 @@ def _doctor(command: Doctor) -> int:
 
 
 _HANDLERS: dict[type, Callable[[Any], int]] = {
-    Run: _run,
-    TrainLanguageConfig: _train,
-    TrainTaskConfig: _train,
+    Run: _drive,
+    TrainLanguageConfig: _drive,
+    TrainTaskConfig: _drive,
     Compose: _compose,
-    EvalConfig: _eval,
+    EvalConfig: _drive,
     Inspect: _inspect,
     Convert: _convert,
     Doctor: _doctor,

@@ -66,7 +66,7 @@ def finish(folder: Path, metrics: dict) -> None:
 
 
 def save_model(model, folder: Path) -> None:
-    """Write a transformers model folder, in place of what an unfinished phase may have left.
+    """Write a transformers model folder, replacing the one of an unfinished phase, if any.
 
     Raises:
         OSError: it cannot be written; its name is in the message.
@@ -100,7 +100,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`. Incomplete ones are deleted: Trainer would count them as its own.
 
     Complete: trainer_state.json (which Trainer writes last) is of this step, and the weights, the states of optimizer,
-    schedule and random generators, and the best checkpoint so far, which lies beside it, can be read.
+    schedule and random generators, and the best checkpoint so far, in the same folder, can be read.
 
     Raises:
         OSError: the system cannot read a file that is there; nothing is deleted then.
@@ -153,7 +153,7 @@ def _beside(checkpoint: Path, best: str) -> Path:
 
 
 def _correct_best_path(checkpoint: Path) -> None:
-    """Let Trainer find the best checkpoint where it lies now."""
+    """Correct the path of the best checkpoint in trainer_state.json, where the folder was moved."""
     path = checkpoint / "trainer_state.json"
     state = read_json(path)
     stored = state["best_model_checkpoint"]

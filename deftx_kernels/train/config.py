@@ -170,7 +170,7 @@ class VectorConfig:
 
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     dense: PhaseConfig = field(default_factory=PhaseConfig)
-    """First phase: full fine-tuning, which tells the entries that matter."""
+    """First phase: full fine-tuning, from which the entries are selected."""
     sparse: PhaseConfig = field(default_factory=PhaseConfig)
     """Second phase: from the start again, training only the selected entries and the head."""
     batch_size: int = 4

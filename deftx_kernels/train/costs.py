@@ -62,19 +62,19 @@ def measure(start: str, mask: str | None, batches: str, steps: int, device: str,
     from deftx_kernels.train.models import CLASSIFIERS, freeze_for_vector
 
     cuda = device != "cpu" and torch.cuda.is_available()
-    place = torch.device("cuda" if cuda else "cpu")
-    inputs = [{name: x.to(place) for name, x in batch.items()} for batch in torch.load(batches, weights_only=True)]
-    _load_libraries(place)
+    target = torch.device("cuda" if cuda else "cpu")
+    inputs = [{name: x.to(target) for name, x in batch.items()} for batch in torch.load(batches, weights_only=True)]
+    _load_libraries(target)
     before = 0 if cuda else memory_in_use() or _peak_of_process()
     with reading(start, "model folder"):
-        model = CLASSIFIERS[task].from_pretrained(start, dtype=torch.float32).to(place).train()
+        model = CLASSIFIERS[task].from_pretrained(start, dtype=torch.float32).to(target).train()
     freeze_for_vector(model)
     optimizer: torch.optim.Optimizer
     if mask is None:
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=1e-5, weight_decay=0.0, fused=True)
     else:
-        selected = CSRMask.load(mask, device=place)
+        selected = CSRMask.load(mask, device=target)
         sparsify(model, selected)
         optimizer = SparseAdamW(model.named_parameters(), selected, lr=1e-5, weight_decay=0.0)
     result: dict = {}
@@ -82,7 +82,7 @@ def measure(start: str, mask: str | None, batches: str, steps: int, device: str,
     def train() -> None:
         result.update(_train(model, optimizer, inputs, steps))
 
-    peak = peak_bytes(train, place, before)
+    peak = peak_bytes(train, target, before)
     since = "while training"
     if peak is None:
         train()

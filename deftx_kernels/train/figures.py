@@ -65,9 +65,7 @@ def scores_by_method(metrics: dict) -> dict[tuple[str, str], dict[str, list[floa
 
 
 def scores(run_dir: Path, config: dict, metrics: dict):
-    """Macro-F1 by target language: a bar for full fine-tuning, and for each method alone (light) and composed (full
-    colour).
-    """
+    """Macro-F1 by target language: of full fine-tuning, and of each method alone (light) and composed (full colour)."""
     targets, values = metrics["data"]["targets"], scores_by_method(metrics)
     figure, axes = plt.subplots(figsize=(max(5.5, 1.2 + 0.34 * len(values) * len(targets)), 3.2))
     width = 0.8 / len(values)
@@ -154,9 +152,7 @@ def position_of(kind: str) -> int:
 
 
 def spectra(run_dir: Path, config: dict, metrics: dict):
-    """Cumulative energy of the singular values of theta1 - theta0, some layers of each kind of matrix, with the rank
-    kept.
-    """
+    """Cumulative energy of the singular values of theta1 - theta0, for some layers of each kind, with the rank kept."""
     phases = run_dir / "phases"
     vectors = [name for name in first_vectors(metrics) if (phases / name / "dense/model").is_dir()]
     if not vectors or "deft-x" not in config["recipes"]:

@@ -97,7 +97,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_classifier(model: str | Path, labels: list[str], task: str = "classification") -> PreTrainedModel:
-    """`model` with a head for `labels`; a head that the checkpoint lacks is drawn from torch's random state.
+    """`model` with a head for `labels`; a head that is not in the checkpoint is initialized at random.
 
     Args:
         task: "classification" (of a text or a pair of texts) or "token-classification".
@@ -111,12 +111,12 @@ def load_classifier(model: str | Path, labels: list[str], task: str = "classific
 
 
 def _load_weights(auto, model: str | Path, **options) -> tuple[PreTrainedModel, set[str]]:
-    """The model, and the names of the tensors that its files lack."""
+    """The model, and the names of the tensors that are missing in its files."""
     options |= {"output_loading_info": True, "dtype": torch.float32}
     loaded, info = _load(auto.from_pretrained, model, "weights", **options)
     missing = set(info["missing_keys"])
-    # transformers initializes missing tensors at random. A head may be new, and so may the pooler, which checkpoints
-    # with an MLM head lack.
+    # transformers initializes missing tensors at random. A head may be new, and so may the pooler, which is
+    # missing in checkpoints with an MLM head.
     if lacking := sorted(name for name in missing if name.startswith(base_prefix(loaded)) and ".pooler." not in name):
         what = f"{len(lacking)} tensors of the base model, such as {lacking[0]!r}"
         raise ValueError(f"model {str(model)!r}: its files lack {what}")

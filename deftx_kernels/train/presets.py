@@ -1,4 +1,4 @@
-"""The runs that `deftx run` knows by name."""
+"""The named runs of `deftx run`: demo, nusax, files, hub."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

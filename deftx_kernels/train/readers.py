@@ -157,7 +157,7 @@ def _json_rows(text: str, path: Path) -> Iterable[dict]:
             raise ValueError(f"{where}: not JSON ({fault}); one object a line is expected") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: one JSON object a line is expected, not {type(row).__name__}")
-        # an escape can stand for what is no text
+        # escapes can encode characters that are no text
         if wrong := [text for text in _strings(row) if _NO_TEXT.search(text)] if "\\u" in line else []:
             raise ValueError(f"{where}: NUL or half of a surrogate pair, which is no text, in {wrong[0]!r:.50}")
         yield row

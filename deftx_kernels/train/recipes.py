@@ -94,9 +94,7 @@ def sparse_phase(vector: Vector, mask: CSRMask, folder: Path, runtime: Runtime) 
 def select(
     recipe: Recipe, tuned: PreTrainedModel, base: PreTrainedModel, selection: SelectionConfig
 ) -> tuple[CSRMask, Denoising]:
-    """The mask of theta1 and theta0: by deft-x the largest entries of the denoised difference, by lt-sft of the
-    difference.
-    """
+    """The mask of theta1 and theta0: the largest entries of their difference, which deft-x denoises before."""
     names = models.maskable_names(base)
     arguments: dict[str, Any] = {"k": selection.k} if selection.k is not None else {"density": selection.density}
     arguments |= {"names": names, "scope": selection.scope}
@@ -140,9 +138,7 @@ def _sizes(mask: CSRMask) -> dict:
 
 
 class RefreshMask(TrainerCallback):
-    """LIFT: selects again every few steps; moments of entries that stay are kept. `union` holds every entry ever
-    trained.
-    """
+    """LIFT: selects again every few steps; moments of entries that stay are kept. `union`: every entry ever trained."""
 
     def __init__(
         self,

@@ -44,7 +44,7 @@ def tokenize_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_leng
     """Unlabelled rows as input_ids, for `MaskedLanguageCollator`.
 
     With `pack`, all texts are joined and cut into blocks of max_length tokens (the last, shorter one included). Rows of
-    special tokens alone (nothing that the vocabulary knows) are left out: none of their tokens can be masked.
+    special tokens alone (texts without a token of the vocabulary) are left out: none of their tokens can be masked.
 
     Raises:
         ValueError: nothing is left.

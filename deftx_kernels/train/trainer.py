@@ -40,8 +40,6 @@ class Runtime:
     device: str = "auto"
     """ "auto" or "cpu"."""
     report_to: tuple[str, ...] = ()
-    progress: bool | None = None
-    """Progress bars; by default where the error stream is a terminal."""
     callbacks: tuple[TrainerCallback, ...] = ()
     """Further callbacks for every phase."""
 
@@ -175,9 +173,7 @@ class DivergenceGuard(TrainerCallback):
 
 
 class CostMeter(TrainerCallback, ExportableState):
-    """Measures a phase: seconds of each optimizer step; bytes of gradients and of optimizer state, counted from the
-    tensors.
-    """
+    """Measures seconds of each optimizer step, and bytes of gradients and optimizer state, counted from tensors."""
 
     def __init__(self):
         self.step_seconds: list[float] = []
@@ -292,7 +288,7 @@ def training_arguments(
         prediction_loss_only=masked_lm,
         logging_steps=10,
         logging_nan_inf_filter=False,
-        disable_tqdm=not (sys.stderr.isatty() if runtime.progress is None else runtime.progress),
+        disable_tqdm=not sys.stderr.isatty(),
         report_to=list(runtime.report_to) or "none",
         **({"train_sampling_strategy": "group_by_length"} if vector.group_by_length else {}),
     )

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from train_tiny import nusax_folder, write_csv  # noqa: F401
+from train_tiny import write_csv
 
 from deftx_kernels.train import data
 from deftx_kernels.train.cldr import KINDS, display_names, load_cldr, split_of
@@ -22,13 +22,13 @@ def cldr():
 
 
 def test_cldr_keys_are_in_one_split_in_every_language(cldr):
-    place: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {}
     for splits in cldr.values():
         for split, rows in splits.items():
             for row in rows:
-                place.setdefault(row["id"], set()).add(split)
-    assert all(len(splits) == 1 for splits in place.values())
-    assert all(split_of(*key.split("/", 1)) in splits for key, splits in place.items())
+                found.setdefault(row["id"], set()).add(split)
+    assert all(len(splits) == 1 for splits in found.values())
+    assert all(split_of(*key.split("/", 1)) in splits for key, splits in found.items())
 
 
 def test_cldr_no_test_string_is_a_training_string_of_any_language(cldr):
@@ -66,7 +66,7 @@ def test_cldr_corpus_has_unlabelled_text_of_the_targets():
     assert set(corpus.test["id"]["text"]).isdisjoint(corpus.text["id"]["text"])
 
 
-def test_nusax_folder(nusax_folder):  # noqa: F811
+def test_nusax_folder(nusax_folder):
     corpus = data.load_corpus(NusaxData(nusax_folder, sources=["source"]))
     assert corpus.targets == ["first", "second"]
     assert corpus.labels == ["negative", "positive"]
@@ -86,7 +86,7 @@ def test_real_nusax():
     assert set(corpus.targets) >= {"acehnese", "balinese", "english"}
 
 
-def test_nusax_errors_name_the_folder_the_file_and_the_column(nusax_folder):  # noqa: F811
+def test_nusax_errors_name_the_folder_the_file_and_the_column(nusax_folder):
     with pytest.raises(ValueError, match="language 'third'.*first, second, source"):
         data.load_corpus(NusaxData(nusax_folder, sources=["third"]))
     write_csv(nusax_folder / "first/valid.csv", [(1, "good", "positive")], header=("id", "sentence", "label"))
@@ -99,7 +99,7 @@ def test_nusax_errors_name_the_folder_the_file_and_the_column(nusax_folder):  # 
         data.load_corpus(NusaxData(nusax_folder / "nothing"))
 
 
-def test_a_label_that_training_lacks_is_refused(nusax_folder):  # noqa: F811
+def test_a_label_that_training_lacks_is_refused(nusax_folder):
     write_csv(nusax_folder / "second/test.csv", [(1, "so so", "neutral")])
     with pytest.raises(ValueError, match=r"second, test: label 'neutral'.*'negative', 'positive'"):
         data.load_corpus(NusaxData(nusax_folder, sources=["source"]))
@@ -211,7 +211,7 @@ def test_files_corpus(tmp_path):
         data.load_corpus(FilesData([train], [f"x={test}"], []))
 
 
-def test_one_label_only_is_refused(tmp_path, nusax_folder):  # noqa: F811
+def test_one_label_only_is_refused(tmp_path, nusax_folder):
     train = write_csv(tmp_path / "train.csv", [(1, "good room", "a"), (2, "bad room", "a")])
     (tmp_path / "x.txt").write_text("the room\n")
     with pytest.raises(ValueError, match="one label only, 'a'"):

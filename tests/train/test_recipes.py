@@ -7,13 +7,14 @@ import io
 import shutil
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.numpy import load_file, save_file
-from train_tiny import BAD, GOOD, sentence, tiny_bert  # noqa: F401
+from train_tiny import BAD, GOOD, sentence
 from transformers import TrainerCallback
 
 from deftx_kernels import CSRMask, SparseDelta, compose
@@ -27,7 +28,7 @@ from deftx_kernels.train.trainer import Runtime, evaluate, with_deltas
 from deftx_kernels.train.vectors import VectorBuilder
 
 LABELS = ["negative", "positive"]
-RUNTIME = Runtime(seed=0, device="cpu", progress=False)
+RUNTIME = Runtime(seed=0, device="cpu")
 K = 700
 SHAPE = {"batch_size": 8, "accumulation": 1, "max_length": 24}
 
@@ -71,13 +72,20 @@ def language_vector(model: str, folder: Path, settings: LanguageConfig | None = 
     return make.language("xx", make.mlm_start(settings, ["xx"]), settings)
 
 
-@pytest.fixture(scope="module")
-def learned(tiny_bert, tmp_path_factory):  # noqa: F811
+class Learned(NamedTuple):
     """A task and a language vector by DeFT-X and LT-SFT."""
+
+    folder: Path
+    vectors: tuple
+    results: dict  # (vector, recipe) → (delta, metrics)
+
+
+@pytest.fixture(scope="module")
+def learned(tiny_bert, tmp_path_factory) -> Learned:
     folder = tmp_path_factory.mktemp("learned")
-    task, language = task_vector(tiny_bert, folder), language_vector(tiny_bert, folder)
-    deltas = {(v.name, recipe): learn(v, recipe, RUNTIME) for v in (task, language) for recipe in ("deft-x", "lt-sft")}
-    return folder, task, language, deltas
+    vectors = task_vector(tiny_bert, folder), language_vector(tiny_bert, folder)
+    results = {(v.name, recipe): learn(v, recipe, RUNTIME) for v in vectors for recipe in ("deft-x", "lt-sft")}
+    return Learned(folder, vectors, results)
 
 
 def checkpoints(vector) -> tuple[dict, dict]:
@@ -98,69 +106,57 @@ def numpy_top_k(scores: dict[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
     return {name: part.reshape(scores[name].shape) for name, part in zip(names, parts)}
 
 
-@pytest.mark.parametrize("which", ["task", "language-xx"])
-def test_lt_sft_mask_is_numpy_s(learned, which):
-    _folder, task, language, _ = learned
-    vector = task if which == "task" else language
+@pytest.mark.parametrize("number", [0, 1], ids=["task", "language"])
+def test_masks_are_numpy_s(learned, number):
+    vector = learned.vectors[number]
     before, after = checkpoints(vector)
-    expected = numpy_top_k({name: after[name] - before[name] for name in maskable(before)}, K)
-    mask = CSRMask.load(vector.folder / "lt-sft/mask.safetensors").to_dense()
-    assert sorted(mask) == sorted(expected)
+    differences = {name: after[name] - before[name] for name in maskable(before)}
+    expected = numpy_top_k(differences, K)
+    dense = CSRMask.load(vector.folder / "lt-sft/mask.safetensors").to_dense()
+    assert sorted(dense) == sorted(expected)
     for name, entries in expected.items():
-        assert np.array_equal(mask[name].numpy(), entries), name
+        assert np.array_equal(dense[name].numpy(), entries), name
 
-
-@pytest.mark.parametrize("which", ["task", "language-xx"])
-def test_deft_x_mask_is_numpy_s(learned, which):
-    _folder, task, language, _ = learned
-    vector = task if which == "task" else language
-    before, after = checkpoints(vector)
     scores = {}
-    for name in maskable(before):
-        delta = after[name].astype(np.float64) - before[name]
+    for name, delta in differences.items():
+        scores[name] = delta = after[name].astype(np.float64) - before[name]
         if delta.ndim == 2:
             u, s, vh = np.linalg.svd(delta, full_matrices=False)
             share = np.cumsum(s**2) / max((s**2).sum(), 1e-300)
             rank = int(np.argmax(share >= 0.9)) + 1
-            delta = (u[:, :rank] * s[:rank]) @ vh[:rank]
-        scores[name] = delta
+            scores[name] = (u[:, :rank] * s[:rank]) @ vh[:rank]
     expected = numpy_top_k(scores, K)
     mask = CSRMask.load(vector.folder / "deft-x/mask.safetensors")
     threshold = min(np.abs(scores[name][expected[name]]).min() for name in scores if expected[name].any())
     dense = mask.to_dense()
     assert mask.nnz == K
     for name, entries in expected.items():
-        differ = dense[name].numpy() != entries  # float32 may turn the order of entries that are all but equal
+        differ = dense[name].numpy() != entries  # float32 can change the order of entries that are almost equal
         assert (np.abs(np.abs(scores[name][differ]) - threshold) <= 1e-4 * threshold).all(), name
 
 
 def test_residual_density_one_gives_the_lt_sft_mask(learned):
-    _folder, task, language, _ = learned
-    for vector in (task, language):
+    for vector in learned.vectors:
         base, tuned = vector.load(vector.start), vector.load(vector.folder / "dense/model")
         lt_sft, _ = select("lt-sft", tuned, base, SelectionConfig(k=K))
-        for settings in (
-            SelectionConfig(k=K, residual_density=1.0),
-            SelectionConfig(k=K, rank=2, residual_density=1.0),
-        ):
-            assert select("deft-x", tuned, base, settings)[0] == lt_sft
+        for rank in (None, 2):
+            assert select("deft-x", tuned, base, SelectionConfig(k=K, rank=rank, residual_density=1.0))[0] == lt_sft
         assert select("deft-x", tuned, base, SelectionConfig(k=K))[0] != lt_sft
 
 
 def test_embeddings_can_be_left_as_they_are(learned):
-    _folder, task, _, _ = learned
+    task = learned.vectors[0]
     base, tuned = task.load(task.start), task.load(task.folder / "dense/model")
     settings = SelectionConfig(k=K, residual_density=1.0, denoise_embeddings=False)
     assert select("deft-x", tuned, base, settings)[0] == select("lt-sft", tuned, base, settings)[0]
     mask, found = select("deft-x", tuned, base, SelectionConfig(k=K, denoise_embeddings=False))
     assert mask.nnz == K
-    assert found.keys() == select("deft-x", tuned, base, SelectionConfig(k=K))[1].keys() - set(
-        models.embedding_names(base)
-    )
+    every = select("deft-x", tuned, base, SelectionConfig(k=K))[1]
+    assert found.keys() == every.keys() - models.embedding_names(base)
     assert all(f["rank"] >= 1 and 0 < f["energy"] <= 1 and 0 <= f["residual"] <= 1 for f in found.values())
 
 
-def test_entries_outside_the_mask_keep_their_bits(tiny_bert, tmp_path):  # noqa: F811
+def test_entries_outside_the_mask_keep_their_bits(tiny_bert, tmp_path):
     vector = task_vector(tiny_bert, tmp_path)
     vector.config.sparse = phase(weight_decay=0.1, l1=0.1)
     dense_phase(vector, RUNTIME)
@@ -180,7 +176,7 @@ def test_entries_outside_the_mask_keep_their_bits(tiny_bert, tmp_path):  # noqa:
     assert moved > 0.9 * mask.nnz
 
 
-def test_every_phase_starts_from_theta0_head_included(tiny_bert, tmp_path, monkeypatch):  # noqa: F811
+def test_every_phase_starts_from_theta0_head_included(tiny_bert, tmp_path, monkeypatch):
     seen = []
 
     def spy(model, *arguments, **options):
@@ -201,9 +197,9 @@ def test_every_phase_starts_from_theta0_head_included(tiny_bert, tmp_path, monke
             assert all(torch.equal(state[name], start[name]) for name in start)
 
 
-def test_composed_weights_are_the_sum(learned, tiny_bert):  # noqa: F811
-    _folder, task, _language, deltas = learned
-    phi_task, phi_language = deltas["task", "deft-x"][0], deltas["language-xx", "deft-x"][0]
+def test_composed_weights_are_the_sum(learned, tiny_bert):
+    task = learned.vectors[0]
+    phi_task, phi_language = (learned.results[vector.name, "deft-x"][0] for vector in learned.vectors)
     assert not phi_language.dense
     assert set(phi_task.dense) == {"classifier.weight", "classifier.bias"}
     model = task.load(task.start)
@@ -223,17 +219,17 @@ def test_composed_weights_are_the_sum(learned, tiny_bert):  # noqa: F811
 
 
 def test_a_saved_vector_rebuilds_the_trained_model(learned):
-    folder, task, _, deltas = learned
-    delta, facts = deltas["task", "lt-sft"]
-    loaded = SparseDelta.from_pretrained(folder / "deltas/lt-sft/task")
+    task = learned.vectors[0]
+    delta, metrics = learned.results["task", "lt-sft"]
+    loaded = SparseDelta.from_pretrained(learned.folder / "deltas/lt-sft/task")
     assert torch.equal(loaded.values, delta.values)
     assert loaded.metadata["labels"] == LABELS
-    assert facts["trained_entries"] == K + sum(tensor.numel() for tensor in delta.dense.values())
-    assert facts["gradient_bytes"] == 4 * facts["trained_entries"]
+    assert metrics["trained_entries"] == K + sum(tensor.numel() for tensor in delta.dense.values())
+    assert metrics["gradient_bytes"] == 4 * metrics["trained_entries"]
     dense = finished(task.folder / "dense")
-    assert dense["gradient_bytes"] == 4 * dense["trained_entries"] > 10 * facts["gradient_bytes"]
+    assert dense["gradient_bytes"] == 4 * dense["trained_entries"] > 10 * metrics["gradient_bytes"]
     assert 8 * dense["trained_entries"] <= dense["optimizer_state_bytes"] < 8.1 * dense["trained_entries"] + 1000
-    assert 8 * facts["trained_entries"] <= facts["optimizer_state_bytes"] < 8.1 * facts["trained_entries"] + 1000
+    assert 8 * metrics["trained_entries"] <= metrics["optimizer_state_bytes"] < 8.1 * metrics["trained_entries"] + 1000
 
 
 class Spoil(TrainerCallback):
@@ -248,7 +244,7 @@ class Spoil(TrainerCallback):
 
 
 @pytest.mark.parametrize("which", ["dense", "deft-x", "lift"])
-def test_a_phase_that_diverges_is_not_finished(tiny_bert, tmp_path, which):  # noqa: F811
+def test_a_phase_that_diverges_is_not_finished(tiny_bert, tmp_path, which):
     hot, fine = phase(lr=1e38), phase()
     phases = (hot, fine) if which == "dense" else (fine, hot)
     vector = task_vector(tiny_bert, tmp_path, task_settings(*phases, k=K, rank=4, refresh_every=2))
@@ -261,14 +257,14 @@ def test_a_phase_that_diverges_is_not_finished(tiny_bert, tmp_path, which):  # n
         assert not vector.deltas.exists()
 
 
-def test_the_head_s_phase_diverges_by_name(tiny_bert, tmp_path):  # noqa: F811
+def test_the_head_s_phase_diverges_by_name(tiny_bert, tmp_path):
     settings = LanguageConfig(batch_size=8, max_length=24, head_steps=3, head_lr=1e38)
     with pytest.raises(ValueError, match=r"^MLM head: training diverged at step 3 with learning rate 1e\+38"):
         language_vector(tiny_bert, tmp_path, settings)
     assert not (tmp_path / "phases/mlm-head/phase.json").exists()
 
 
-def test_a_checkpoint_of_diverged_weights_is_not_written(tiny_bert, tmp_path):  # noqa: F811
+def test_a_checkpoint_of_diverged_weights_is_not_written(tiny_bert, tmp_path):
     vector = task_vector(tiny_bert, tmp_path, task_settings(phase(max_steps=8, eval_every=2)))
     vector.examples.validation = None  # whose loss would be noticed first
     with pytest.raises(ValueError, match="diverged at step 6 .*holds NaN or infinite"):
@@ -293,7 +289,7 @@ def test_what_torch_says_of_a_full_disk_names_the_file(tmp_path):
         raise RuntimeError("a fault of ours")
 
 
-def test_outputs_that_are_not_finite_are_not_scored(tiny_bert, tmp_path):  # noqa: F811
+def test_outputs_that_are_not_finite_are_not_scored(tiny_bert, tmp_path):
     vector = task_vector(tiny_bert, tmp_path)
     model = vector.load(vector.start)
     model.classifier.bias.data[1] = torch.nan
@@ -302,7 +298,7 @@ def test_outputs_that_are_not_finite_are_not_scored(tiny_bert, tmp_path):  # noq
 
 
 @pytest.fixture(scope="module")
-def interrupted(tiny_bert, tmp_path_factory):  # noqa: F811
+def interrupted(tiny_bert, tmp_path_factory):
     """A task vector whose dense phase stopped behind its last checkpoint, and what it would have been."""
     settings = task_settings(phase(max_steps=6, eval_every=2, keep_best=True))
     whole = dense_phase(task_vector(tiny_bert, tmp_path_factory.mktemp("whole"), settings), RUNTIME)
@@ -362,7 +358,7 @@ def test_an_error_that_passes_costs_no_checkpoint(interrupted, tmp_path, monkeyp
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_phase_resumed_behind_its_last_step_has_the_same_facts(interrupted, tmp_path):
+def test_a_phase_resumed_behind_its_last_step_has_the_same_metrics(interrupted, tmp_path):
     """Also where the run folder was moved."""
     vector, whole = interrupted
     vector = dataclasses.replace(vector, folder=Path(shutil.copytree(vector.folder, tmp_path / "moved")))
@@ -375,7 +371,7 @@ def test_a_phase_resumed_behind_its_last_step_has_the_same_facts(interrupted, tm
     assert {k: v for k, v in again.items() if k not in times} == {k: whole[k] for k in again if k not in times}
 
 
-def test_a_model_folder_without_its_phase_json_is_made_again(tiny_bert, tmp_path):  # noqa: F811
+def test_a_model_folder_without_its_phase_json_is_made_again(tiny_bert, tmp_path):
     vector = task_vector(tiny_bert, tmp_path)
     before = load_file(vector.start / "model.safetensors")
     (vector.start / "phase.json").unlink()
@@ -393,7 +389,7 @@ def test_a_model_folder_without_its_phase_json_is_made_again(tiny_bert, tmp_path
         ("tokenizer.json", b"{", "a tokenizer cannot be loaded from .*tokenizer.json"),
     ],
 )
-def test_a_damaged_file_of_a_model_is_named(tiny_bert, tmp_path, name, content, message):  # noqa: F811
+def test_a_damaged_file_of_a_model_is_named(tiny_bert, tmp_path, name, content, message):
     folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
     first = models.model_hash(folder)
     path = folder / name
@@ -408,7 +404,7 @@ def test_a_folder_that_is_missing_is_no_hub_id(tmp_path):
         models.load_classifier(tmp_path / "gone", LABELS)
 
 
-def test_weights_that_are_missing_or_not_finite_are_refused(tiny_bert, tmp_path):  # noqa: F811
+def test_weights_that_are_missing_or_not_finite_are_refused(tiny_bert, tmp_path):
     folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")
     name = "encoder.layer.1.attention.self.query.weight"
@@ -433,8 +429,7 @@ class Crash(TrainerCallback):
 
 
 @pytest.mark.parametrize("kind", ["task", "language"])
-@pytest.mark.parametrize("crash_in", ["dense", "sparse"])
-def test_resume_gives_the_same_vector(tiny_bert, tmp_path, kind, crash_in):  # noqa: F811
+def test_resume_gives_the_same_vector(tiny_bert, tmp_path, kind):
     every = phase(max_steps=8, eval_every=3)
 
     def vector(folder):
@@ -443,16 +438,15 @@ def test_resume_gives_the_same_vector(tiny_bert, tmp_path, kind, crash_in):  # n
         return language_vector(tiny_bert, folder, language_settings(every, head_steps=2, tie_decoder=True))
 
     whole, _ = learn(vector(tmp_path / "whole"), "deft-x", RUNTIME)
-    broken = vector(tmp_path / "broken")
-    if crash_in == "sparse":
-        dense_phase(broken, RUNTIME)
-    with pytest.raises(RuntimeError, match="power"):
-        learn(broken, "deft-x", dataclasses.replace(RUNTIME, callbacks=(Crash(7),)))
-    resumed, facts = learn(vector(tmp_path / "broken"), "deft-x", RUNTIME)
-    if crash_in == "sparse":
-        assert facts["resumed_from"] == "checkpoint-6"
-    else:
-        assert finished(broken.folder / "dense")["resumed_from"] == "checkpoint-6"
+    for folder in ("dense", "deft-x"):  # crashes once in each phase
+        broken = vector(tmp_path / "broken")
+        with pytest.raises(RuntimeError, match="power"):
+            learn(broken, "deft-x", dataclasses.replace(RUNTIME, callbacks=(Crash(7),)))
+        assert newest_checkpoint(broken.folder / folder / "checkpoints").name == "checkpoint-6"
+        if folder == "dense":
+            assert dense_phase(broken, RUNTIME)["resumed_from"] == "checkpoint-6"
+    resumed, metrics = learn(vector(tmp_path / "broken"), "deft-x", RUNTIME)
+    assert metrics["resumed_from"] == "checkpoint-6"
     assert resumed.mask == whole.mask
     assert torch.equal(resumed.values, whole.values)
     assert all(torch.equal(resumed.dense[name], whole.dense[name]) for name in whole.dense)
@@ -462,7 +456,7 @@ def test_resume_gives_the_same_vector(tiny_bert, tmp_path, kind, crash_in):  # n
 @pytest.mark.parametrize("lost", ["deltas/lt-sft/task", "task/lt-sft/mask.safetensors", "task/dense/model"])
 @pytest.mark.parametrize("how", ["gone", "damaged"])
 def test_a_finished_phase_without_its_result_is_run_again(learned, tmp_path, monkeypatch, lost, how):
-    _folder, task, _, deltas = learned
+    task = learned.vectors[0]
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     shutil.copytree(task.deltas, tmp_path / "deltas")
     shutil.copytree(task.folder, tmp_path / "task")
@@ -479,29 +473,29 @@ def test_a_finished_phase_without_its_result_is_run_again(learned, tmp_path, mon
 
     with pytest.warns(RuntimeWarning, match="is made again, as its result is missing or damaged"):
         again = learn_again()
-    assert torch.equal(again.values, deltas["task", "lt-sft"][0].values)
+    assert torch.equal(again.values, learned.results["task", "lt-sft"][0].values)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         learn_again()
 
 
 def test_a_finished_phase_is_not_run_again(learned, monkeypatch):
-    _folder, task, _, deltas = learned
+    task = learned.vectors[0]
     monkeypatch.setattr(recipes, "train_phase", lambda *_, **__: pytest.fail("trained again"))
-    again, _facts = learn(task, "deft-x", RUNTIME)
-    assert torch.equal(again.values, deltas["task", "deft-x"][0].values)
+    again, _metrics = learn(task, "deft-x", RUNTIME)
+    assert torch.equal(again.values, learned.results["task", "deft-x"][0].values)
 
 
-def test_the_best_checkpoint_on_validation_is_kept(tiny_bert, tmp_path):  # noqa: F811
+def test_the_best_checkpoint_on_validation_is_kept(tiny_bert, tmp_path):
     best = phase(max_steps=12, eval_every=3, keep_best=True, lr=3e-2)
     vector = task_vector(tiny_bert, tmp_path, task_settings(best))
-    delta, facts = learn(vector, "lt-sft", RUNTIME)
+    delta, metrics = learn(vector, "lt-sft", RUNTIME)
     with with_deltas(vector.load(vector.start), [delta]) as model:
         found = evaluate(model, vector.examples.validation, vector.examples.collator, RUNTIME)
-    assert found["macro_f1"] == pytest.approx(facts["best_validation"], abs=1e-6)
+    assert found["macro_f1"] == pytest.approx(metrics["best_validation"], abs=1e-6)
 
 
-def test_lift_takes_the_largest_of_the_low_rank_weights_and_refreshes(tiny_bert, tmp_path):  # noqa: F811
+def test_lift_takes_the_largest_of_the_low_rank_weights_and_refreshes(tiny_bert, tmp_path):
     settings = task_settings(density=0.05, rank=4, refresh_every=2)
     vector = task_vector(tiny_bert, tmp_path, settings)
     model = vector.load(vector.start)
@@ -514,13 +508,13 @@ def test_lift_takes_the_largest_of_the_low_rank_weights_and_refreshes(tiny_bert,
         chosen = mask[name].numpy()
         assert chosen.sum() == round(0.05 * weight.numel())
         assert low[chosen].min() >= low[~chosen].max() * (1 - 1e-4)
-    delta, facts = learn(vector, "lift", RUNTIME)
-    assert facts["selection"]["refreshes"] == 2
+    delta, metrics = learn(vector, "lift", RUNTIME)
+    assert metrics["selection"]["refreshes"] == 2
     assert set(delta.mask.names) == set(names)
-    assert facts["selection"]["trained_in_all"] == delta.mask.nnz >= sum(m.sum() for m in mask.values())
+    assert metrics["selection"]["trained_in_all"] == delta.mask.nnz >= sum(m.sum() for m in mask.values())
 
 
-def test_l1_pulls_toward_theta0(tiny_bert, tmp_path):  # noqa: F811
+def test_l1_pulls_toward_theta0(tiny_bert, tmp_path):
     def distance(l1: float) -> float:
         settings = task_settings(phase(l1=l1, max_grad_norm=0))
         vector = task_vector(tiny_bert, tmp_path / str(l1), settings)
@@ -534,9 +528,8 @@ def test_l1_pulls_toward_theta0(tiny_bert, tmp_path):  # noqa: F811
     assert strong[1] < 0.9 * weak[1]
 
 
-def test_source_vector_is_the_start_but_not_part_of_the_task_vector(tiny_bert, learned, tmp_path):  # noqa: F811
-    _, _, _, deltas = learned
-    source = deltas["language-xx", "deft-x"][0]
+def test_source_vector_is_the_start_but_not_part_of_the_task_vector(tiny_bert, learned, tmp_path):
+    source = learned.results["language-xx", "deft-x"][0]
     vector = task_vector(tiny_bert, tmp_path, added=[source])
     delta, _ = learn(vector, "deft-x", RUNTIME)
     model = vector.load(vector.base)
@@ -547,7 +540,7 @@ def test_source_vector_is_the_start_but_not_part_of_the_task_vector(tiny_bert, l
         assert all(torch.allclose(p, trained[name], atol=1e-6) for name, p in from_start.named_parameters())
 
 
-def test_the_mlm_decoder_is_a_frozen_copy_or_tied(tiny_bert):  # noqa: F811
+def test_the_mlm_decoder_is_a_frozen_copy_or_tied(tiny_bert):
     untied, new_head = models.load_masked_lm(tiny_bert)
     models.freeze_for_vector(untied)
     decoder, words = untied.get_output_embeddings(), untied.get_input_embeddings()
@@ -564,7 +557,7 @@ def test_the_mlm_decoder_is_a_frozen_copy_or_tied(tiny_bert):  # noqa: F811
         assert not any(p.requires_grad for name, p in model.named_parameters() if "LayerNorm" in name)
 
 
-def test_mlm_loss_at_the_asked_positions_is_the_model_s_own(tiny_bert, tmp_path):  # noqa: F811
+def test_mlm_loss_at_the_asked_positions_is_the_model_s_own(tiny_bert, tmp_path):
     vector = language_vector(tiny_bert, tmp_path)
     model = vector.load(vector.start).eval()
     batch = vector.examples.collator([vector.examples.train[i] for i in range(8)])
@@ -575,7 +568,7 @@ def test_mlm_loss_at_the_asked_positions_is_the_model_s_own(tiny_bert, tmp_path)
     assert outputs["logits"].shape[0] == (batch["labels"] != -100).sum()
 
 
-def test_token_classification(tiny_bert, tmp_path):  # noqa: F811
+def test_token_classification(tiny_bert, tmp_path):
     words = [text.split() for text in labelled(0, 40)["text"]]
     tags = [["ADJ" if w in GOOD + BAD else "X" for w in line] for line in words]
     rows = Dataset.from_dict({"tokens": words, "tags": tags})
