@@ -1,9 +1,6 @@
-"""Recipes on a tiny BERT: what is selected, what moves, what is reset, what a resumed run gives."""
+"""Recipes on a tiny BERT: what is selected, what is trained, what is reset."""
 
-import builtins
 import dataclasses
-import errno
-import io
 import shutil
 import warnings
 from pathlib import Path
@@ -13,63 +10,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.numpy import load_file, save_file
-from train_tiny import BAD, GOOD, sentence
-from transformers import TrainerCallback
+from safetensors.numpy import load_file
+from train_tiny import BAD, GOOD
+from train_vectors import LABELS, RUNTIME, K, builder, labelled, language_vector, phase, task_settings, task_vector
 
 from deftx_kernels import CSRMask, SparseDelta, compose
-from deftx_kernels.files import read_json
 from deftx_kernels.train import models, recipes, trainer
-from deftx_kernels.train.checkpoints import finished, newest_checkpoint, saving
-from deftx_kernels.train.config import LanguageConfig, PhaseConfig, SelectionConfig, TaskConfig
-from deftx_kernels.train.data import Corpus
+from deftx_kernels.train.checkpoints import finished
+from deftx_kernels.train.config import LanguageConfig, SelectionConfig
 from deftx_kernels.train.recipes import dense_phase, learn, select
-from deftx_kernels.train.trainer import Runtime, evaluate, with_deltas
-from deftx_kernels.train.vectors import VectorBuilder
-
-LABELS = ["negative", "positive"]
-RUNTIME = Runtime(seed=0, device="cpu")
-K = 700
-SHAPE = {"batch_size": 8, "accumulation": 1, "max_length": 24}
-
-
-def phase(**changes) -> PhaseConfig:
-    return PhaseConfig(**{"lr": 1e-2, "max_steps": 6, "keep_best": False, **changes})
-
-
-def labelled(start: int, count: int) -> Dataset:
-    texts, labels = zip(*(sentence(i) for i in range(start, start + count)))
-    return Dataset.from_dict({"text": list(texts), "label": list(labels)})
-
-
-def task_settings(dense: PhaseConfig | None = None, sparse: PhaseConfig | None = None, **selection) -> TaskConfig:
-    dense = dense or phase()
-    return TaskConfig(SelectionConfig(**(selection or {"k": K})), dense, sparse or dense, **SHAPE)
-
-
-def language_settings(dense: PhaseConfig | None = None, **changes) -> LanguageConfig:
-    dense = dense or phase(l1=0.1)
-    return LanguageConfig(SelectionConfig(k=K), dense, dense, **{**SHAPE, "pack": False, "head_steps": 4, **changes})
-
-
-def builder(
-    model: str, folder: Path, rows: Dataset | None = None, labels=LABELS, task="classification"
-) -> VectorBuilder:
-    text, validation = Dataset.from_dict({"text": labelled(300, 48)["text"]}), None
-    if rows is None:
-        rows, validation = labelled(0, 48), labelled(100, 16)
-    corpus = Corpus({"xx": text}, {}, task, labels, rows, validation)
-    return VectorBuilder(model, corpus, models.load_tokenizer(model), RUNTIME, folder)
-
-
-def task_vector(model: str, folder: Path, settings: TaskConfig | None = None, added=()):
-    return builder(model, folder).task(settings or task_settings(), added)
-
-
-def language_vector(model: str, folder: Path, settings: LanguageConfig | None = None):
-    settings = settings or language_settings()
-    make = builder(model, folder)
-    return make.language("xx", make.mlm_start(settings, ["xx"]), settings)
+from deftx_kernels.train.trainer import evaluate, with_deltas
 
 
 class Learned(NamedTuple):
@@ -232,17 +182,6 @@ def test_a_saved_vector_rebuilds_the_trained_model(learned):
     assert 8 * metrics["trained_entries"] <= metrics["optimizer_state_bytes"] < 8.1 * metrics["trained_entries"] + 1000
 
 
-class Spoil(TrainerCallback):
-    """Makes one weight infinite at a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, model=None, **_):
-        if state.global_step == self.step:
-            next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = torch.inf
-
-
 @pytest.mark.parametrize("which", ["dense", "deft-x", "lift"])
 def test_a_phase_that_diverges_is_not_finished(tiny_bert, tmp_path, which):
     hot, fine = phase(lr=1e38), phase()
@@ -264,193 +203,12 @@ def test_the_head_s_phase_diverges_by_name(tiny_bert, tmp_path):
     assert not (tmp_path / "phases/mlm-head/phase.json").exists()
 
 
-def test_a_checkpoint_of_diverged_weights_is_not_written(tiny_bert, tmp_path):
-    vector = task_vector(tiny_bert, tmp_path, task_settings(phase(max_steps=8, eval_every=2)))
-    vector.examples.validation = None  # whose loss would be noticed first
-    with pytest.raises(ValueError, match="diverged at step 6 .*holds NaN or infinite"):
-        dense_phase(vector, dataclasses.replace(RUNTIME, callbacks=(Spoil(6),)))
-    assert newest_checkpoint(vector.folder / "dense/checkpoints").name == "checkpoint-4"
-    assert not (vector.folder / "dense/checkpoints/checkpoint-6").exists()
-    assert dense_phase(vector, RUNTIME)["resumed_from"] == "checkpoint-4"
-
-
-def test_what_torch_says_of_a_full_disk_names_the_file(tmp_path):
-    for words in (
-        "inline_container.cc:862] . PytorchStreamWriter failed",
-        "unexpected pos 64 vs 0",
-        "basic_ios::clear: iostream error",
-    ):
-        with (
-            pytest.raises(OSError, match="checkpoint-2 cannot be written: the disk is full"),
-            saving(tmp_path / "checkpoint-2"),
-        ):
-            raise RuntimeError(words)
-    with pytest.raises(RuntimeError, match="a fault of ours"), saving(tmp_path):
-        raise RuntimeError("a fault of ours")
-
-
 def test_outputs_that_are_not_finite_are_not_scored(tiny_bert, tmp_path):
     vector = task_vector(tiny_bert, tmp_path)
     model = vector.load(vector.start)
     model.classifier.bias.data[1] = torch.nan
     with pytest.raises(ValueError, match="evaluation: outputs of the model are NaN or infinite"):
         evaluate(model, vector.examples.validation, vector.examples.collator, RUNTIME)
-
-
-@pytest.fixture(scope="module")
-def interrupted(tiny_bert, tmp_path_factory):
-    """A task vector whose dense phase stopped behind its last checkpoint, and what it would have been."""
-    settings = task_settings(phase(max_steps=6, eval_every=2, keep_best=True))
-    whole = dense_phase(task_vector(tiny_bert, tmp_path_factory.mktemp("whole"), settings), RUNTIME)
-    vector = task_vector(tiny_bert, tmp_path_factory.mktemp("interrupted"), settings)
-    with pytest.raises(RuntimeError, match="power"):
-        dense_phase(vector, dataclasses.replace(RUNTIME, callbacks=(Crash(6, "on_save"),)))
-    return vector, whole
-
-
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        (None, 0), ("", 0), ("trainer_state.json", 0.5), ("trainer_state.json", 0), ("model.safetensors", 0.9),
-        ("optimizer.pt", 0.9), ("optimizer.pt", -1), ("scheduler.pt", 0), ("rng_state.pth", None),
-    ],
-)  # fmt: skip
-def test_an_unfinished_checkpoint_blocks_nothing(interrupted, tmp_path, name, size):
-    """Cut off at a share of its size, with a byte turned (-1), or missing (None); "" is an empty folder."""
-    vector, _ = interrupted
-    folder = Path(shutil.copytree(vector.folder / "dense/checkpoints", tmp_path / "checkpoints"))
-    expected = "checkpoint-6"
-    if name == "":
-        (folder / "checkpoint-999").mkdir()
-        (folder / "checkpoint-1000").touch()
-    elif name is not None:
-        expected = "checkpoint-4"
-        path = folder / "checkpoint-6" / name
-        content = path.read_bytes()
-        path.unlink()
-        if size == -1:
-            middle = len(content) // 2
-            path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-        elif size is not None:
-            path.write_bytes(content[: int(size * len(content))])
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        assert newest_checkpoint(folder).name == expected
-    assert any("is deleted" in str(one.message) for one in said) == (name is not None)
-    assert {path.name for path in folder.iterdir()} <= {"checkpoint-2", "checkpoint-4", expected}
-
-
-@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "optimizer.pt"])
-def test_an_error_that_passes_costs_no_checkpoint(interrupted, tmp_path, monkeypatch, name):
-    vector, _ = interrupted
-    folder = Path(shutil.copytree(vector.folder / "dense/checkpoints", tmp_path / "checkpoints"))
-    before = sorted(folder.rglob("*"))
-
-    def failing(path, *arguments, open=open, **options):
-        if str(path).endswith(name):
-            raise OSError(errno.EMFILE, "Too many open files", str(path))
-        return open(path, *arguments, **options)
-
-    for module in (builtins, io):
-        monkeypatch.setattr(module, "open", failing)
-    with pytest.raises(OSError, match="Too many open files"):
-        newest_checkpoint(folder)
-    assert sorted(folder.rglob("*")) == before
-
-
-def test_a_phase_resumed_behind_its_last_step_has_the_same_metrics(interrupted, tmp_path):
-    """Also where the run folder was moved."""
-    vector, whole = interrupted
-    vector = dataclasses.replace(vector, folder=Path(shutil.copytree(vector.folder, tmp_path / "moved")))
-    last = newest_checkpoint(vector.folder / "dense/checkpoints")
-    best = Path(read_json(last / "trainer_state.json")["best_model_checkpoint"])
-    assert best.parent == last.parent
-    again = dense_phase(vector, RUNTIME)
-    assert again.pop("resumed_from") == "checkpoint-6"
-    times = ("seconds", "median_step_seconds")
-    assert {k: v for k, v in again.items() if k not in times} == {k: whole[k] for k in again if k not in times}
-
-
-def test_a_model_folder_without_its_phase_json_is_made_again(tiny_bert, tmp_path):
-    vector = task_vector(tiny_bert, tmp_path)
-    before = load_file(vector.start / "model.safetensors")
-    (vector.start / "phase.json").unlink()
-    (vector.start / "model.safetensors").write_bytes(b"half")
-    after = load_file(task_vector(tiny_bert, tmp_path).start / "model.safetensors")
-    assert all(np.array_equal(after[name], tensor) for name, tensor in before.items())
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("model.safetensors", None, "weights cannot be loaded from .*model.safetensors"),
-        ("config.json", b"{", "weights cannot be loaded from .*config.json"),
-        ("tokenizer.json", b"{}", "a tokenizer cannot be loaded from .*tokenizer.json"),
-        ("tokenizer.json", b"{", "a tokenizer cannot be loaded from .*tokenizer.json"),
-    ],
-)
-def test_a_damaged_file_of_a_model_is_named(tiny_bert, tmp_path, name, content, message):
-    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
-    first = models.model_hash(folder)
-    path = folder / name
-    path.write_bytes(path.read_bytes()[:-10] if content is None else content)
-    assert models.model_hash(folder) != first
-    with pytest.raises(ValueError, match=message):
-        models.load_tokenizer(folder) if name == "tokenizer.json" else models.load_classifier(folder, LABELS)
-
-
-def test_a_folder_that_is_missing_is_no_hub_id(tmp_path):
-    with pytest.raises(ValueError, match="model folder .*gone is missing"):
-        models.load_classifier(tmp_path / "gone", LABELS)
-
-
-def test_weights_that_are_missing_or_not_finite_are_refused(tiny_bert, tmp_path):
-    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
-    tensors = load_file(folder / "model.safetensors")
-    name = "encoder.layer.1.attention.self.query.weight"
-    kept = tensors.pop(name)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=f"lack 1 tensors of the base model, such as 'bert.{name}'"):
-        models.load_classifier(folder, LABELS)
-    kept[3, 4] = np.nan
-    save_file({**tensors, name: kept}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=f"'bert.{name}' holds NaN"):
-        models.load_masked_lm(folder)
-
-
-class Crash(TrainerCallback):
-    def __init__(self, step: int, event: str = "on_step_end"):
-        self.step = step
-        setattr(self, event, self.crash)
-
-    def crash(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise RuntimeError("the power went out")
-
-
-@pytest.mark.parametrize("kind", ["task", "language"])
-def test_resume_gives_the_same_vector(tiny_bert, tmp_path, kind):
-    every = phase(max_steps=8, eval_every=3)
-
-    def vector(folder):
-        if kind == "task":
-            return task_vector(tiny_bert, folder, task_settings(every))
-        return language_vector(tiny_bert, folder, language_settings(every, head_steps=2, tie_decoder=True))
-
-    whole, _ = learn(vector(tmp_path / "whole"), "deft-x", RUNTIME)
-    for folder in ("dense", "deft-x"):  # crashes once in each phase
-        broken = vector(tmp_path / "broken")
-        with pytest.raises(RuntimeError, match="power"):
-            learn(broken, "deft-x", dataclasses.replace(RUNTIME, callbacks=(Crash(7),)))
-        assert newest_checkpoint(broken.folder / folder / "checkpoints").name == "checkpoint-6"
-        if folder == "dense":
-            assert dense_phase(broken, RUNTIME)["resumed_from"] == "checkpoint-6"
-    resumed, metrics = learn(vector(tmp_path / "broken"), "deft-x", RUNTIME)
-    assert metrics["resumed_from"] == "checkpoint-6"
-    assert resumed.mask == whole.mask
-    assert torch.equal(resumed.values, whole.values)
-    assert all(torch.equal(resumed.dense[name], whole.dense[name]) for name in whole.dense)
-    assert not (broken.folder / "deft-x/checkpoints").exists()
 
 
 @pytest.mark.parametrize("lost", ["deltas/lt-sft/task", "task/lt-sft/mask.safetensors", "task/dense/model"])
@@ -538,23 +296,6 @@ def test_source_vector_is_the_start_but_not_part_of_the_task_vector(tiny_bert, l
     from_start = vector.load(vector.start)
     with delta.applied(from_start, strict=False):
         assert all(torch.allclose(p, trained[name], atol=1e-6) for name, p in from_start.named_parameters())
-
-
-def test_the_mlm_decoder_is_a_frozen_copy_or_tied(tiny_bert):
-    untied, new_head = models.load_masked_lm(tiny_bert)
-    models.freeze_for_vector(untied)
-    decoder, words = untied.get_output_embeddings(), untied.get_input_embeddings()
-    assert new_head
-    assert not decoder.weight.requires_grad
-    assert torch.equal(decoder.weight, words.weight)
-    assert decoder.weight is not words.weight
-    assert words.weight.requires_grad
-    tied, _ = models.load_masked_lm(tiny_bert, tie_decoder=True)
-    models.freeze_for_vector(tied)
-    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
-    assert tied.get_output_embeddings().weight.requires_grad
-    for model in (untied, tied):
-        assert not any(p.requires_grad for name, p in model.named_parameters() if "LayerNorm" in name)
 
 
 def test_mlm_loss_at_the_asked_positions_is_the_model_s_own(tiny_bert, tmp_path):
