@@ -192,6 +192,8 @@ class TaskConfig(VectorConfig):
     """A task vector, from labelled text. Defaults: LT-SFT on NusaX (k as a share of XLM-R base's maskable entries)."""
 
     selection: SelectionConfig = field(default_factory=lambda: SelectionConfig(density=0.051))
+    dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=5))
+    sparse: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=5))
 
 
 @dataclass
