@@ -279,12 +279,12 @@ def _in_pass(item, threads: str) -> bool:
 
 # Files of a few long tests, first: a process that begins one last would be waited for.
 LONG = [
-    "test_train_pipeline",
+    "test_pipeline",
     "test_topk_ops",
     "test_svd_denoise",
     "test_build",
     "test_memory",
-    "test_train_recipes",
+    "test_recipes",
     "test_linearity",
 ]
 

@@ -36,9 +36,9 @@ def replaced(t: Tensor, at: int, value: int) -> Tensor:
     return t
 
 
-def explore(provider, strategy, check: Callable, few: int = 25, many: int = 100) -> None:
+def explore(implementation, strategy, check: Callable, few: int = 25, many: int = 100) -> None:
     """Runs hypothesis, with fewer examples for the slow implementations."""
-    examples = few if provider.name in ("reference", "emulated") else many
+    examples = few if implementation.name in ("reference", "emulated") else many
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
     settings(max_examples=examples, deadline=None, suppress_health_check=quiet, database=None)(given(strategy)(check))()
 

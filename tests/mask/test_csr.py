@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tests.operators import FLOATS, MANY, SHAPES, bits, csr_of, explore, matrix_shape, replaced, with_threads
 
+OPS = ("csr_gather", "csr_scatter_", "csr_add_")
+
 DTYPES = [*FLOATS, torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64]
 UNUSUAL = [torch.float8_e4m3fn, torch.uint16, torch.complex64]  # torch itself cannot index some of them
 ROUNDING = {torch.float32: 2.0**-24, torch.float64: 2.0**-53, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -56,26 +58,26 @@ class Case:
             np.testing.assert_array_equal(now, then)
 
 
-def check_moves(provider, case: Case):
+def check_moves(implementation, case: Case):
     """csr_gather and csr_scatter_ move bytes, and csr_scatter_ touches nothing else."""
-    gathered = provider.ops.csr_gather(case.tensors, case.crow, case.col)
+    gathered = implementation.ops.csr_gather(case.tensors, case.crow, case.col)
     assert gathered.shape == (case.nnz,)
     assert gathered.dtype == case.dtype
     np.testing.assert_array_equal(bits(gathered), case.entries(case.tensors))
     values, before = case.random((case.nnz,)), case.rest(case.tensors)
-    assert provider.ops.csr_scatter_(case.tensors, case.crow, case.col, values) is None
+    assert implementation.ops.csr_scatter_(case.tensors, case.crow, case.col, values) is None
     np.testing.assert_array_equal(case.entries(case.tensors), bits(values))
     case.check_rest(before)
 
 
-def check_add(provider, case: Case, values_dtype, alpha: float):
+def check_add(implementation, case: Case, values_dtype, alpha: float):
     """csr_add_ computes in float32 (float64) and rounds once; the other entries keep their bits, NaN included."""
     for t, m in zip(case.tensors, case.masks):
         inside = torch.from_numpy(m.reshape(-1)).to(case.device)
         t.view(-1)[inside] = case.normal(int(m.sum()), case.dtype)
     values, before = case.normal(case.nnz, values_dtype), case.rest(case.tensors)
-    old = provider.ops.csr_gather(case.tensors, case.crow, case.col).cpu()
-    provider.ops.csr_add_(case.tensors, case.crow, case.col, values, alpha)
+    old = implementation.ops.csr_gather(case.tensors, case.crow, case.col).cpu()
+    implementation.ops.csr_add_(case.tensors, case.crow, case.col, values, alpha)
     new = torch.cat([t.cpu().view(-1)[torch.from_numpy(m.reshape(-1))] for t, m in zip(case.tensors, case.masks)])
     case.check_rest(before)
     product = alpha * values.double().cpu().numpy()
@@ -83,7 +85,9 @@ def check_add(provider, case: Case, values_dtype, alpha: float):
     compute = ROUNDING[torch.float64 if case.dtype == torch.float64 else torch.float32]
     error = compute * (np.abs(product) + np.abs(exact)) + ROUNDING[case.dtype] * np.abs(exact)
     assert np.all(np.abs(new.double().numpy() - exact) <= 2 * error + SMALLEST[case.dtype])
-    if provider.name != "reference":  # the compiled kernels round product and sum one by one, on every device alike
+    if (
+        implementation.name != "reference"
+    ):  # the compiled kernels round product and sum one by one, on every device alike
         real = np.float64 if case.dtype == torch.float64 else np.float32
         total = old.to(torch.float64).numpy().astype(real) + real(alpha) * values.double().cpu().numpy().astype(real)
         np.testing.assert_array_equal(bits(new), bits(torch.from_numpy(total).to(case.dtype)))
@@ -98,19 +102,19 @@ def cases(dtypes):
     return arguments.map(lambda a: lambda device: Case(*a, device))
 
 
-def test_moves(provider):
-    dtypes = DTYPES if provider.name == "reference" else DTYPES + UNUSUAL
-    explore(provider, cases(dtypes), lambda make: check_moves(provider, make(provider.device)))
+def test_moves(implementation):
+    dtypes = DTYPES if implementation.name == "reference" else DTYPES + UNUSUAL
+    explore(implementation, cases(dtypes), lambda make: check_moves(implementation, make(implementation.device)))
 
 
-def test_add(provider):
+def test_add(implementation):
     def check(example):
         make, same, alpha = example
-        case = make(provider.device)
-        check_add(provider, case, case.dtype if same else torch.float32, float(np.float32(alpha)))
+        case = make(implementation.device)
+        check_add(implementation, case, case.dtype if same else torch.float32, float(np.float32(alpha)))
 
     alphas = st.sampled_from([1.0, -1.0, 0.0, 0.3, -2.5, 1e-3])
-    explore(provider, st.tuples(cases(FLOATS), st.booleans(), alphas), check)
+    explore(implementation, st.tuples(cases(FLOATS), st.booleans(), alphas), check)
 
 
 # Around the sizes at which the CUDA kernel takes another path: a tile of 2048 entries, 512 rows to a tile, many tiles
@@ -132,65 +136,65 @@ def test_add(provider):
     ],
     ids=str,
 )
-def test_tile_edges(provider, shapes, density):
-    check_moves(provider, Case(shapes, torch.float32, density, device=provider.device))
-    check_add(provider, Case(shapes, torch.bfloat16, density, device=provider.device), torch.float32, 0.5)
+def test_tile_edges(implementation, shapes, density):
+    check_moves(implementation, Case(shapes, torch.float32, density, device=implementation.device))
+    check_add(implementation, Case(shapes, torch.bfloat16, density, device=implementation.device), torch.float32, 0.5)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("same", [True, False], ids=["values of the tensors' dtype", "values float32"])
-def test_add_rounds_once(provider, dtype, same):
-    case = Case([(50, 60), (9,)], dtype, 0.5, device=provider.device)
-    check_add(provider, case, dtype if same else torch.float32, float(np.float32(0.3)))
+def test_add_rounds_once(implementation, dtype, same):
+    case = Case([(50, 60), (9,)], dtype, 0.5, device=implementation.device)
+    check_add(implementation, case, dtype if same else torch.float32, float(np.float32(0.3)))
 
 
-def test_uneven_rows(provider):
+def test_uneven_rows(implementation):
     """Full rows beside thousands of empty ones, in tensors of many sizes."""
     masks = [np.zeros((3000, 8), bool), np.ones((2, 5000), bool), np.zeros((1, 64), bool), np.zeros((600, 30), bool)]
     masks[0][[0, 1500, 2999]] = True
     masks[3][-1, -1] = True
     shapes = [m.shape for m in masks]
-    check_moves(provider, Case(shapes, torch.int16, masks=masks, device=provider.device))
+    check_moves(implementation, Case(shapes, torch.int16, masks=masks, device=implementation.device))
 
 
-def test_no_tensors(provider):
-    if provider.name == "reference":
+def test_no_tensors(implementation):
+    if implementation.name == "reference":
         pytest.skip("the reference takes the dtype of its result from the first tensor")
     sizes = {1: torch.int64, 0: torch.int32}
-    crow, col = (torch.zeros(n, dtype=dtype, device=provider.device) for n, dtype in sizes.items())
-    assert provider.ops.csr_gather([], crow, col).shape == (0,)
-    provider.ops.csr_scatter_([], crow, col, torch.zeros(0, device=provider.device))
-    provider.ops.csr_add_([], crow, col, torch.zeros(0, device=provider.device), 1.0)
+    crow, col = (torch.zeros(n, dtype=dtype, device=implementation.device) for n, dtype in sizes.items())
+    assert implementation.ops.csr_gather([], crow, col).shape == (0,)
+    implementation.ops.csr_scatter_([], crow, col, torch.zeros(0, device=implementation.device))
+    implementation.ops.csr_add_([], crow, col, torch.zeros(0, device=implementation.device), 1.0)
 
 
-def test_offsets_beyond_32_bits(provider, request):
+def test_offsets_beyond_32_bits(implementation, request):
     """Elements beyond 2^31 and 2^32. The memory is never touched elsewhere, so that the test needs little of it."""
-    if provider.name == "emulated":  # it compares all bytes of read-only arguments before and after
+    if implementation.name == "emulated":  # it compares all bytes of read-only arguments before and after
         emulated = request.getfixturevalue("emulated")
         request.addfinalizer(lambda: setattr(emulated, "check_mutation", True))
         emulated.check_mutation = False
     columns = 2**31 - 1
-    tensors = [torch.empty(n, dtype=torch.uint8, device=provider.device) for n in (5, 3 * columns)]
+    tensors = [torch.empty(n, dtype=torch.uint8, device=implementation.device) for n in (5, 3 * columns)]
     tensors[1] = tensors[1].view(3, columns)
     entries = [(0, 4), (1, 0), (1, columns - 1), (2, 7), (3, 0), (3, columns - 1)]  # (stacked row, column)
-    col = torch.tensor([c for _, c in entries], dtype=torch.int32, device=provider.device)
-    crow = torch.tensor([0, 1, 3, 4, 6], device=provider.device)
-    values = torch.arange(1, 7, dtype=torch.uint8, device=provider.device)
-    provider.ops.csr_scatter_(tensors, crow, col, values)
+    col = torch.tensor([c for _, c in entries], dtype=torch.int32, device=implementation.device)
+    crow = torch.tensor([0, 1, 3, 4, 6], device=implementation.device)
+    values = torch.arange(1, 7, dtype=torch.uint8, device=implementation.device)
+    implementation.ops.csr_scatter_(tensors, crow, col, values)
     found = [tensors[0][c] if r == 0 else tensors[1][r - 1, c] for r, c in entries]
     assert torch.stack(found).tolist() == values.tolist()
-    assert provider.ops.csr_gather(tensors, crow, col).tolist() == values.tolist()
+    assert implementation.ops.csr_gather(tensors, crow, col).tolist() == values.tolist()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_threads_do_not_matter(provider, dtype):
-    if provider.name != "c++":
+def test_threads_do_not_matter(implementation, dtype):
+    if implementation.name != "c++":
         pytest.skip("about the CPU library's threads")
 
     def results():
         case = Case([(300, 1000), (2, 30_000), (9,)], dtype, 0.5)
-        provider.ops.csr_add_(case.tensors, case.crow, case.col, case.normal(case.nnz, dtype), 0.7)
-        return [bits(provider.ops.csr_gather(case.tensors, case.crow, case.col)), *map(bits, case.tensors)]
+        implementation.ops.csr_add_(case.tensors, case.crow, case.col, case.normal(case.nnz, dtype), 0.7)
+        return [bits(implementation.ops.csr_gather(case.tensors, case.crow, case.col)), *map(bits, case.tensors)]
 
     first, *others = with_threads(results)
     for other in others:
@@ -232,32 +236,32 @@ WRONG_CONTENT = {
 
 
 @pytest.mark.parametrize("at", [1, 49_999, 50_000, 50_001, 99_999])
-def test_a_repeated_column_is_found_where_threads_meet(provider, at):
-    if provider.name != "c++":
+def test_a_repeated_column_is_found_where_threads_meet(implementation, at):
+    if implementation.name != "c++":
         pytest.skip("about the CPU library's threads")
     case = Case([(1, 100_000)], torch.uint8, 1.0)
     for _ in with_threads(lambda: None, [2]):
         with pytest.raises(RuntimeError, match="ascend"):
-            provider.ops.csr_gather(case.tensors, case.crow, replaced(case.col, at, at - 1))
+            implementation.ops.csr_gather(case.tensors, case.crow, replaced(case.col, at, at - 1))
 
 
-def _wrong_case(provider, wrong):
-    case = Case([(5, 20), (6,)], torch.float32, 1.0, device=provider.device)
+def _wrong_case(implementation, wrong):
+    case = Case([(5, 20), (6,)], torch.float32, 1.0, device=implementation.device)
     tensors, crow, col, values = wrong(case, [case.tensors, case.crow, case.col, case.normal(case.nnz, torch.float32)])
     return case, tensors, crow, col, values
 
 
 @pytest.mark.parametrize("wrong", [*WRONG_STRUCTURE, *WRONG_CONTENT])
-def test_bad_arguments_raise_and_change_nothing(provider, wrong):
-    if provider.name == "reference" or (wrong in WRONG_CONTENT and provider.name != "c++"):
+def test_bad_arguments_raise_and_change_nothing(implementation, wrong):
+    if implementation.name == "reference" or (wrong in WRONG_CONTENT and implementation.name != "c++"):
         pytest.skip("the reference checks nothing, and a GPU's host code cannot see the contents: see the next test")
-    case, tensors, crow, col, values = _wrong_case(provider, (WRONG_STRUCTURE | WRONG_CONTENT)[wrong])
+    case, tensors, crow, col, values = _wrong_case(implementation, (WRONG_STRUCTURE | WRONG_CONTENT)[wrong])
     before = [bits(t) for t in [*case.tensors, *tensors]]
-    calls = [lambda: provider.ops.csr_add_(tensors, crow, col, values, 1.0)]
+    calls = [lambda: implementation.ops.csr_add_(tensors, crow, col, values, 1.0)]
     if wrong != "integers":
-        calls.append(lambda: provider.ops.csr_scatter_(tensors, crow, col, values))
+        calls.append(lambda: implementation.ops.csr_scatter_(tensors, crow, col, values))
         if "values" not in wrong:
-            calls.append(lambda: provider.ops.csr_gather(tensors, crow, col))
+            calls.append(lambda: implementation.ops.csr_gather(tensors, crow, col))
     for call in calls:
         with pytest.raises(RuntimeError, match=r"must|has|dtype"):
             call()
@@ -266,21 +270,21 @@ def test_bad_arguments_raise_and_change_nothing(provider, wrong):
 
 
 @pytest.mark.parametrize("wrong", WRONG_CONTENT)
-def test_bad_contents_stay_inside_memory(provider, wrong):
-    if provider.name not in ("emulated", "cuda"):
+def test_bad_contents_stay_inside_memory(implementation, wrong):
+    if implementation.name not in ("emulated", "cuda"):
         pytest.skip("about kernels whose host code cannot see the contents")
-    _, tensors, crow, col, values = _wrong_case(provider, WRONG_CONTENT[wrong])
-    provider.ops.csr_gather(tensors, crow, col)  # the emulator faults on any access outside the arguments
-    provider.ops.csr_scatter_(tensors, crow, col, values)
-    provider.ops.csr_add_(tensors, crow, col, values, 1.0)
+    _, tensors, crow, col, values = _wrong_case(implementation, WRONG_CONTENT[wrong])
+    implementation.ops.csr_gather(tensors, crow, col)  # the emulator faults on any access outside the arguments
+    implementation.ops.csr_scatter_(tensors, crow, col, values)
+    implementation.ops.csr_add_(tensors, crow, col, values, 1.0)
 
 
-def test_sixteen_byte_elements_are_refused(provider):
-    if provider.name == "reference":
+def test_sixteen_byte_elements_are_refused(implementation):
+    if implementation.name == "reference":
         pytest.skip("the reference takes any dtype")
-    case = Case([(5, 20)], torch.complex128, device=provider.device)
+    case = Case([(5, 20)], torch.complex128, device=implementation.device)
     with pytest.raises(RuntimeError, match="16 bytes"):
-        provider.ops.csr_gather(case.tensors, case.crow, case.col)
+        implementation.ops.csr_gather(case.tensors, case.crow, case.col)
 
 
 @pytest.mark.gpu

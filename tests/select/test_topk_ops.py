@@ -12,22 +12,24 @@ from torch import Tensor
 from deftx_kernels.ops.schemas import SCOPES
 from tests.operators import FLOATS, MANY, SHAPES, csr_of, explore, matrix_shape, with_threads
 
+OPS = ("topk_mask", "magnitude_histogram", "threshold_mask", "dense_to_csr")
+
 MIXTURES = [[d] for d in FLOATS] + [[torch.float32, torch.bfloat16], [torch.bfloat16, torch.float16], FLOATS]
 TILE = 4096  # elements of the CUDA kernels' unit of work; also the size up to which a tensor is its own sample
 INTEGER = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 @pytest.fixture
-def run(provider):
-    """run.topk_mask(...): the provider's op, or a skip where it has none of its own."""
+def run(implementation):
+    """run.topk_mask(...): the implementation's op, or a skip where it has none of its own."""
 
     class Ops:
-        device = provider.device
+        device = implementation.device
 
         def __getattr__(self, op):
-            if not provider.can_run(op):
-                pytest.skip(f"{provider.name} has no {op} of its own")
-            return getattr(provider.ops, op)
+            if not implementation.can_run(op):
+                pytest.skip(f"{implementation.name} has no {op} of its own")
+            return getattr(implementation.ops, op)
 
     return Ops()
 
@@ -138,7 +140,7 @@ every_scope = pytest.mark.parametrize("scope", ["global", "tensor", "row"])
 mixtures = pytest.mark.parametrize("dtypes", MIXTURES, ids=lambda d: "+".join(str(x)[6:] for x in d))
 
 
-def test_topk(provider, run):
+def test_topk(implementation, run):
     examples = st.tuples(
         st.lists(st.sampled_from(SHAPES), min_size=1, max_size=6),
         st.sampled_from(MIXTURES),
@@ -149,7 +151,7 @@ def test_topk(provider, run):
         st.booleans(),
         st.integers(0, 2**32 - 1),
     )
-    explore(provider, examples, lambda example: check_random(run, *example))
+    explore(implementation, examples, lambda example: check_random(run, *example))
 
 
 @mixtures
@@ -193,16 +195,18 @@ def test_topk_larger_than_the_grid(run):
     [(torch.float32, 0.5), (torch.float32, 0.7), (torch.bfloat16, 0.5), (torch.bfloat16, 0.1), (torch.float64, 0.7)],
 )
 @pytest.mark.parametrize("distinct", [1, 2, 200])
-def test_topk_heavy_ties(provider, run, request, distinct, dtype, share):
+def test_topk_heavy_ties(implementation, run, request, distinct, dtype, share):
     """More ties at the threshold than a list of candidates takes: one key in the bracket, two, and too many to know."""
     rng = np.random.default_rng(5)
     shapes = [(40, 768), (9,), (20, 500)]
     n = 40 * 768 + 9 + 20 * 500
     x = rng.permutation(np.arange(n) % 2 if distinct == 2 else rng.integers(0, distinct, n)) + 1.0
     ends = np.cumsum([int(np.prod(s)) for s in shapes])[:-1]
-    scores = [torch.from_numpy(p.reshape(s)).to(dtype).to(provider.device) for p, s in zip(np.split(x, ends), shapes)]
+    scores = [
+        torch.from_numpy(p.reshape(s)).to(dtype).to(implementation.device) for p, s in zip(np.split(x, ends), shapes)
+    ]
     check_topk(run, scores, [], [round(n * share)], "global")
-    if provider.name == "emulated":
+    if implementation.name == "emulated":
         restarted = any("restart_kernel" in launch.name for launch in request.getfixturevalue("emulated").launches)
         assert restarted or distinct == 200
         request.getfixturevalue("emulated").clear()
@@ -212,7 +216,7 @@ def test_topk_heavy_ties(provider, run, request, distinct, dtype, share):
 
 
 @every_scope
-def test_topk_when_the_sample_misleads(provider, run, request, scope):
+def test_topk_when_the_sample_misleads(implementation, run, request, scope):
     """The scores that the CUDA kernel samples are all smaller than the others: its bracket holds none of what it
     should. With scope "tensor" they are in the second batch of tensors that share counters."""
     n, samples = 1 << 16, 4096
@@ -223,11 +227,11 @@ def test_topk_when_the_sample_misleads(provider, run, request, scope):
             h = ((h ^ h >> 33) * multiplier) % 2**64
         stretch = n // samples
         x[i * stretch + ((h >> 32) * stretch >> 32)] *= 1e-3
-    scores = [torch.from_numpy(x).to(torch.float32).to(provider.device)]
-    small = tensors([(2,)] * 299, [torch.float32], "normal", np.random.default_rng(7), provider.device)
+    scores = [torch.from_numpy(x).to(torch.float32).to(implementation.device)]
+    small = tensors([(2,)] * 299, [torch.float32], "normal", np.random.default_rng(7), implementation.device)
     before = small if scope == "tensor" else []
     check_topk(run, before + scores, [], [1] * len(before) + [n // 2], scope)
-    if provider.name == "emulated" and scope != "row":
+    if implementation.name == "emulated" and scope != "row":
         assert any("count_all_kernel" in launch.name for launch in request.getfixturevalue("emulated").launches)
         request.getfixturevalue("emulated").clear()
 
@@ -237,24 +241,24 @@ def test_topk_wide_rows(run, scope):
     check_random(run, [(2, 65_537), (3, 5), (1, 65_536), (70_000,)], [torch.bfloat16], scope, 0.1)
 
 
-def test_topk_difference_is_taken_in_the_wider_dtype(provider, run):
+def test_topk_difference_is_taken_in_the_wider_dtype(implementation, run):
     """1 + 2^-12 - 1 is zero in bfloat16 and float16; float64 tells what float32 cannot."""
     for dtype, tiny in ((torch.float32, 2.0**-12), (torch.float64, 2.0**-40)):
-        scores = [torch.tensor([1.0, 1 + tiny, 1.0, 1 - 2 * tiny], dtype=dtype, device=provider.device)]
-        base = [torch.ones(4, dtype=torch.bfloat16, device=provider.device)]
+        scores = [torch.tensor([1.0, 1 + tiny, 1.0, 1 - 2 * tiny], dtype=dtype, device=implementation.device)]
+        base = [torch.ones(4, dtype=torch.bfloat16, device=implementation.device)]
         crow, col, _ = run.topk_mask(scores, base, [2], SCOPES["global"])
         assert (crow.tolist(), col.tolist()) == ([0, 2], [1, 3])
 
 
 @every_scope
 @mixtures
-def test_topk_names_the_first_score_that_is_not_finite(provider, run, dtypes, scope):
+def test_topk_names_the_first_score_that_is_not_finite(implementation, run, dtypes, scope):
     rng = np.random.default_rng(8)
     shapes = [(), (0, 5), (20, 301), (3, 0), (9,), (2, 40)]
     places = [(0, 0), (2, TILE), (2, 20 * 301 - 1), (5, 79)]
     for i, (at, index) in enumerate(places):
-        scores = tensors(shapes, dtypes, "normal", rng, provider.device)
-        base = tensors(shapes, [torch.float32], "normal", rng, provider.device) if i % 2 else []
+        scores = tensors(shapes, dtypes, "normal", rng, implementation.device)
+        base = tensors(shapes, [torch.float32], "normal", rng, implementation.device) if i % 2 else []
         for t, j in places[i:]:
             wrong = base if base and j % 2 else scores
             wrong[t].view(-1)[j] = [float("nan"), float("inf"), -float("inf")][(i + j) % 3]
@@ -262,9 +266,9 @@ def test_topk_names_the_first_score_that_is_not_finite(provider, run, dtypes, sc
         assert bad.tolist() == [at, index]
 
 
-def test_topk_infinite_difference(provider, run):
+def test_topk_infinite_difference(implementation, run):
     """Finite tensors whose float32 difference is not."""
-    a = torch.tensor([1.0, 3e38, 2.0], device=provider.device)
+    a = torch.tensor([1.0, 3e38, 2.0], device=implementation.device)
     assert run.topk_mask([a], [-a], [1], SCOPES["global"])[2].tolist() == [0, 1]
     assert run.topk_mask([a.double()], [-a], [1], SCOPES["global"])[2].tolist() == [-1, -1]
 
@@ -294,9 +298,9 @@ def tensors_of(kind, shapes, dtype, rng, device):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", ["normal", "few", "bits"])
-def test_histogram(provider, run, dtype, kind):
+def test_histogram(implementation, run, dtype, kind):
     rng = np.random.default_rng(9)
-    scores = tensors_of(kind, [(70, 301), (), (0, 3), (9,), (1, TILE)], dtype, rng, provider.device)
+    scores = tensors_of(kind, [(70, 301), (), (0, 3), (9,), (1, TILE)], dtype, rng, implementation.device)
     keys = np.concatenate([key_bits(s) for s in scores]).astype(np.uint64)
     total = 8 * dtype.itemsize
     prefix = 0
@@ -310,8 +314,8 @@ def test_histogram(provider, run, dtype, kind):
         prefix = int(keys[1234] >> np.uint64(shift))
 
 
-def test_histogram_larger_than_the_grid(provider, run):
-    scores = tensors([(700, 768), (9,)], [torch.bfloat16], "normal", np.random.default_rng(10), provider.device)
+def test_histogram_larger_than_the_grid(implementation, run):
+    scores = tensors([(700, 768), (9,)], [torch.bfloat16], "normal", np.random.default_rng(10), implementation.device)
     expected = np.bincount(np.concatenate([key_bits(s) for s in scores]), minlength=1 << 16)
     np.testing.assert_array_equal(run.magnitude_histogram(scores, 0, 0).cpu().numpy(), expected)
 
@@ -327,10 +331,10 @@ def check_threshold(run, scores, threshold: int, quotas):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", ["normal", "few", "zero", "bits"])
-def test_threshold(provider, run, dtype, kind):
+def test_threshold(implementation, run, dtype, kind):
     rng = np.random.default_rng(11)
     shapes = [(70, 301), (), (0, 3), (9,), (5, 0), (1, TILE), (20, 3)]
-    scores = tensors_of(kind, shapes, dtype, rng, provider.device)
+    scores = tensors_of(kind, shapes, dtype, rng, implementation.device)
     here = int(key_bits(scores[0])[77])
     highest = 2 ** (8 * dtype.itemsize - 1) - 1
     for threshold, most in ((here, 0), (here, 5000), (here, 10**12), (here + 1, 2), (0, 5000), (highest, 2)):
@@ -338,9 +342,9 @@ def test_threshold(provider, run, dtype, kind):
             check_threshold(run, scores, threshold, [int(rng.integers(0, min(most, s.numel()) + 1)) for s in scores])
 
 
-def test_threshold_many_tensors(provider, run):
+def test_threshold_many_tensors(implementation, run):
     rng = np.random.default_rng(12)
-    scores = tensors((SHAPES[:9] * MANY)[:MANY], [torch.bfloat16], "few", rng, provider.device)
+    scores = tensors((SHAPES[:9] * MANY)[:MANY], [torch.bfloat16], "few", rng, implementation.device)
     two = int(key_bits(torch.tensor([2.0], dtype=torch.bfloat16))[0])
     check_threshold(run, scores, two, [int(rng.integers(0, min(3, s.numel()) + 1)) for s in scores])
 
@@ -363,27 +367,27 @@ def test_threshold_many_tensors(provider, run):
     ],
     ids=lambda s: str(s[:3]),
 )
-def test_dense(provider, run, shapes, density):
+def test_dense(implementation, run, shapes, density):
     rng = np.random.default_rng(13)
     masks = [rng.random(matrix_shape(s)) < density for s in shapes]
     for aligned in (True, False):
         dense = []
         for m, s in zip(masks, shapes):
-            flat = torch.zeros(m.size + (not aligned), dtype=torch.bool, device=provider.device)[not aligned :]
+            flat = torch.zeros(m.size + (not aligned), dtype=torch.bool, device=implementation.device)[not aligned :]
             dense.append(flat.copy_(torch.from_numpy(m.reshape(-1))).view(s))
-        check_csr(*run.dense_to_csr(dense), masks, provider.device)
+        check_csr(*run.dense_to_csr(dense), masks, implementation.device)
 
 
-def test_dense_larger_than_the_grid(provider, run):
+def test_dense_larger_than_the_grid(implementation, run):
     mask = np.random.default_rng(14).random((1700, 768)) < 0.1
-    check_csr(*run.dense_to_csr([torch.from_numpy(mask).to(provider.device)]), [mask], provider.device)
+    check_csr(*run.dense_to_csr([torch.from_numpy(mask).to(implementation.device)]), [mask], implementation.device)
 
 
 # ---- all of them ----
 
 
-def test_threads_do_not_matter(provider, run):
-    if provider.name != "c++":
+def test_threads_do_not_matter(implementation, run):
+    if implementation.name != "c++":
         pytest.skip("about the CPU library's threads")
     rng = np.random.default_rng(15)
     shapes = [(300, 1000), (2, 30_000), (9,), (70_000, 1)]
@@ -452,7 +456,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_bad_arguments_raise(run, provider, wrong):
-    arguments = WRONG[wrong](lambda *shape: torch.ones(shape, device=provider.device))
+def test_bad_arguments_raise(run, implementation, wrong):
+    arguments = WRONG[wrong](lambda *shape: torch.ones(shape, device=implementation.device))
     with pytest.raises((RuntimeError, ValueError)):
         getattr(run, wrong.split(":")[0])(*arguments)
