@@ -116,6 +116,11 @@ def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What tensors of a dtype are computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def column_dtype(shapes: Sequence[Sequence[int]]) -> torch.dtype:
     """uint16 where every tensor has at most 65,536 columns, else int32."""
     return torch.uint16 if all(rows_and_columns(s)[1] <= MAX_UINT16_COLUMNS for s in shapes) else torch.int32
