@@ -4,59 +4,17 @@ The oracle never looks at crow_indices or col_indices: it takes the entries of t
 from. Outside the mask, tensors hold NaN and infinities.
 """
 
-import importlib
 import math
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-import deftx_kernels  # noqa: F401  (registers the operators)
-from deftx_kernels.ops import library, reference
+from tests.conftest import implementations
 
+OPS = ("csr_square_sum",)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BLOCK = 512  # entries of one Triton program
-
-Op = Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]
-
-
-@pytest.fixture(
-    params=[
-        "reference",
-        "c++",
-        pytest.param("triton-sm80", marks=pytest.mark.cuda_on_cpu),
-        pytest.param("triton", marks=pytest.mark.gpu),
-    ]
-)
-def square_sum(request) -> Op:
-    """The operator on CPU tensors."""
-    if request.param == "reference":
-        return reference.csr_square_sum
-    if request.param == "c++":
-        if "cpu" in library.errors:
-            pytest.skip(f"the cpu library was {library.errors['cpu']}")
-        return torch.ops.deftx.csr_square_sum
-    if request.param == "triton":
-
-        def on_gpu(tensors, crow, col):
-            total = torch.ops.deftx.csr_square_sum([t.cuda() for t in tensors], crow.cuda(), col.cuda())
-            assert total.is_cuda
-            return total.cpu()
-
-        return on_gpu
-    pytest.importorskip("triton")
-    tool = importlib.import_module(f"{request.getfixturevalue('cuda_on_cpu').__name__}.triton_on_cpu")
-    from deftx_kernels.kernels.square_sum import csr_square_sum
-
-    def emulated(tensors, crow, col):
-        with tool.override(racecheck=True, extra=tensors) as launches:
-            total = csr_square_sum(tensors, crow, col)
-        assert len(launches) == (col.numel() > 0), "one launch for all tensors"
-        return total
-
-    return emulated
 
 
 class Case:
@@ -82,9 +40,15 @@ class Case:
         flat = [t.double().numpy().reshape(-1)[m.reshape(-1)] for t, m in zip(self.tensors, self.masks)]
         return np.concatenate(flat)
 
-    def check(self, square_sum: Op) -> None:
+    def sum(self, implementation) -> torch.Tensor:
+        total = implementation.on_cpu("csr_square_sum", self.tensors, self.crow, self.col)
+        if implementation.name == "triton-sm80":
+            assert len(implementation.ops.launches) == (self.nnz > 0), "one launch for all tensors"
+        return total
+
+    def check(self, implementation) -> None:
         before = [t.clone() for t in self.tensors]
-        total = square_sum(self.tensors, self.crow, self.col)
+        total = self.sum(implementation)
         assert total.shape == ()
         assert total.dtype == torch.float64
         want = math.fsum(x * x for x in self.entries().tolist())
@@ -109,70 +73,71 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_layout(square_sum, name, dtype):
+def test_every_layout(implementation, name, dtype):
     shapes, density = LAYOUTS[name]
-    Case(shapes, dtype, density).check(square_sum)
+    Case(shapes, dtype, density).check(implementation)
 
 
-def test_int32_columns(square_sum):
-    Case([(40, 33), (7,)], wide=True).check(square_sum)
+def test_int32_columns(implementation):
+    Case([(40, 33), (7,)], wide=True).check(implementation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shapes", [[(3, 4), (5,)], [(0,), (0, 3), (4, 0)]], ids=str)
-def test_an_empty_mask_sums_to_zero(square_sum, shapes, dtype):
+def test_an_empty_mask_sums_to_zero(implementation, shapes, dtype):
     case = Case(shapes, dtype, density=0.0)
-    case.check(square_sum)
-    assert square_sum(case.tensors, case.crow, case.col).item() == 0
+    case.check(implementation)
+    assert case.sum(implementation).item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e30, 1e-30])
-def test_squares_beyond_float32(square_sum, dtype, size):
+def test_squares_beyond_float32(implementation, dtype, size):
     case = Case([(30, 40), (9,)], dtype)
     for t in case.tensors:
         t.mul_(size)
-    case.check(square_sum)
-    assert 0 < square_sum(case.tensors, case.crow, case.col).item() < math.inf
+    case.check(implementation)
+    assert 0 < case.sum(implementation).item() < math.inf
 
 
-def test_small_terms_count_beside_large_ones(square_sum):
+def test_small_terms_count_beside_large_ones(implementation):
     """2**24 and a thousand ones: a sum in float32 would stay at 2**24."""
     case = Case([(1001,)], density=1.0)
     case.tensors[0].fill_(1.0)
     case.tensors[0][0] = 2.0**12
-    assert square_sum(case.tensors, case.crow, case.col).item() == 2.0**24 + 1000
+    assert case.sum(implementation).item() == 2.0**24 + 1000
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("value", "want"), [(math.nan, math.nan), (math.inf, math.inf), (-math.inf, math.inf)])
-def test_nan_and_infinities_at_an_entry_are_seen(square_sum, dtype, value, want):
+def test_nan_and_infinities_at_an_entry_are_seen(implementation, dtype, value, want):
     for place in (0, 600, -1):
         case = Case([(20, 30), (40, 20)], dtype, density=1.0)
         case.tensors[0 if 0 <= place < 600 else 1].view(-1)[0 if place == 600 else place] = value
-        total = square_sum(case.tensors, case.crow, case.col).item()
+        total = case.sum(implementation).item()
         assert math.isnan(total) if math.isnan(want) else total == want
 
 
-def test_the_same_call_gives_the_same_bits(square_sum):
+def test_the_same_call_gives_the_same_bits(implementation):
     case = Case([(50, 60), (9,)], torch.bfloat16)
-    first = square_sum(case.tensors, case.crow, case.col)
-    assert torch.equal(first, square_sum([t.clone() for t in case.tensors], case.crow, case.col))
+    first = case.sum(implementation)
+    assert torch.equal(first, case.sum(implementation))
 
 
+@implementations("c++")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_do_not_matter(dtype):
+def test_threads_do_not_matter(implementation, dtype):
     case = Case([(300, 1000), (2, 30_000), (9,)], dtype)
     assert case.nnz > 100_000
     totals, before = [], torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
-            totals.append(torch.ops.deftx.csr_square_sum(case.tensors, case.crow, case.col).item())
+            totals.append(torch.ops.deftx.csr_case.sum(implementation).item())
         finally:
             torch.set_num_threads(before)
     assert totals[0] == totals[1] == totals[2]
-    case.check(torch.ops.deftx.csr_square_sum)
+    case.check(implementation)
 
 
 # What is wrong -> (tensors, crow_indices, col_indices) -> those
@@ -180,11 +145,7 @@ WRONG = {
     "crow too short": lambda t, crow, col: (t, crow[:-1], col),
     "crow ends early": lambda t, crow, col: (t, torch.cat([crow[:-1], crow[-1:] - 1]), col),
     "columns descend": lambda t, crow, col: (t, crow, col.to(torch.int32).flip(0)),
-    "column too large": lambda t, crow, col: (
-        t,
-        crow,
-        torch.cat([col[:-1].to(torch.int32), torch.tensor([6], dtype=torch.int32)]),
-    ),
+    "column too large": lambda t, crow, col: (t, crow, torch.cat([col[:-1].int(), torch.tensor([6]).int()])),
     "integers": lambda t, crow, col: ([x.int() for x in t], crow, col),
     "tensor missing": lambda t, crow, col: (t[:-1], crow, col),
 }
@@ -197,31 +158,34 @@ def test_bad_arguments_raise(wrong):
         torch.ops.deftx.csr_square_sum(*WRONG[wrong](case.tensors, case.crow, case.col))
 
 
-@pytest.mark.gpu
-def test_cuda_graph():
-    """Nothing waits for the device or copies from the host: the sum can be captured, and replayed on new values."""
+def cuda_case():
     case = Case([(300, 200)] * 100 + [(7,)], density=0.2)
-    tensors, crow, col = [torch.ones_like(t, device="cuda") for t in case.tensors], case.crow.cuda(), case.col.cuda()
-    assert torch.ops.deftx.csr_square_sum(tensors, crow, col).item() == case.nnz  # compiles
+    return [torch.ones_like(t, device="cuda") for t in case.tensors], case.crow.cuda(), case.col.cuda(), case.nnz
+
+
+@implementations("cuda")
+def test_cuda_graph(implementation):
+    """Nothing waits for the device or copies from the host: the sum can be captured, and replayed on new values."""
+    tensors, crow, col, nnz = cuda_case()
+    assert implementation.ops.csr_square_sum(tensors, crow, col).item() == nnz  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        total = torch.ops.deftx.csr_square_sum(tensors, crow, col)
+        total = implementation.ops.csr_square_sum(tensors, crow, col)
     for value in (1.0, 3.0):
         for t in tensors:
             t.fill_(value)
         graph.replay()
-        assert total.item() == value**2 * case.nnz
+        assert total.item() == value**2 * nnz
 
 
-@pytest.mark.gpu
-def test_two_streams_may_sum_the_same_tensors():
-    case = Case([(300, 200)] * 100, density=0.2)
-    tensors, crow, col = [torch.ones_like(t, device="cuda") for t in case.tensors], case.crow.cuda(), case.col.cuda()
+@implementations("cuda")
+def test_two_streams_may_sum_the_same_tensors(implementation):
+    tensors, crow, col, nnz = cuda_case()
     torch.cuda.synchronize()
     totals = []
     for _ in range(20):
         for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
             with torch.cuda.stream(stream):
-                totals.append(torch.ops.deftx.csr_square_sum(tensors, crow, col))
+                totals.append(implementation.ops.csr_square_sum(tensors, crow, col))
     torch.cuda.synchronize()
-    assert {t.item() for t in totals} == {case.nnz}
+    assert {t.item() for t in totals} == {nnz}
