@@ -68,8 +68,8 @@ class Bucket:
         self.steps_differ = len(set(self.steps.tolist())) > 1
         self.must_copy_values = False  # compact values that are not views of one buffer: copied before and after a step
         self.checked_storage: tuple | None = None  # `_storage_keys` of what a step writes, when last checked
-        # In a sparsified model, the record of changes of each dense tensor
-        self.watches = [entry.watches[0] for entry in entries_of(self.params).values()]
+        # In a sparsified model, the trackers of changes of the dense tensors
+        self.trackers = [entry.watches[0] for entry in entries_of(self.params).values()]
 
     def _flat_state(self, key: str, dtype: torch.dtype) -> Tensor:
         """The parameters' state one after the other, [nnz] or, for "step", [parameters], of which theirs becomes views.
@@ -140,8 +140,8 @@ class Bucket:
             raise
         if found_inf is not None:  # a skipped step does not count
             self.steps.sub_(found_inf.to(self.steps).view(()))
-        for watch, dense in zip(self.watches, self.dense):  # the step wrote the values into the dense tensors
-            watch.version = dense._version
+        for tracker, dense in zip(self.trackers, self.dense):  # the step wrote the values into the dense tensors
+            tracker.version = dense._version
         if self.must_copy_values and self.state.values is not None:
             # The owners of this memory (other processes, FSDP) see the step there.
             parts = self.state.values.split([p.numel() for p in self.params])

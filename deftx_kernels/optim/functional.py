@@ -92,8 +92,9 @@ def sparse_adamw(
         >>> exp_avg, exp_avg_sq = torch.zeros(mask.nnz), torch.zeros(mask.nnz)
         >>> grads = {"weight": torch.ones(2, 2)}
         >>> sparse_adamw({"weight": weight}, grads, exp_avg, exp_avg_sq, 1, mask, lr=0.5)
-        >>> weight.tolist()
-        [[1.0, 2.0], [2.5, 3.5]]
+        >>> weight
+        tensor([[1.0000, 2.0000],
+                [2.5000, 3.5000]])
     """
     state = CompactState(exp_avg, exp_avg_sq, values, decay_to)
     options = StepOptions(lr, betas, eps, weight_decay, l1, maximize, stochastic_rounding, seed)

@@ -51,14 +51,15 @@ class SparseAdamW(Optimizer):
             or that covers a tensor which is not among them.
 
     Example:
-        >>> model = torch.nn.Linear(2, 2, bias=False).requires_grad_()
+        >>> model = torch.nn.Linear(2, 2, bias=False)
         >>> _ = torch.nn.init.ones_(model.weight)
         >>> mask = CSRMask.from_dense({"weight": torch.eye(2, dtype=torch.bool)})
         >>> optimizer = SparseAdamW(model.named_parameters(), mask, lr=0.5, weight_decay=0.0)
         >>> model(torch.ones(1, 2)).sum().backward()
         >>> optimizer.step()
-        >>> model.weight.tolist()
-        [[0.5, 1.0], [1.0, 0.5]]
+        >>> model.weight.detach()
+        tensor([[0.5000, 1.0000],
+                [1.0000, 0.5000]])
     """
 
     # Read by torch.amp.GradScaler: it passes grad_scale and found_inf instead of unscaling and synchronising.
