@@ -81,7 +81,7 @@ class Bucket:
         """Whether someone has put other tensors into the optimizer's state, or taken these out."""
         if not all(map(is_, map(self.state.get, self.params), self.entries)):
             return True
-        if self.compact and any(p.watch is None for p in self.params):  # type: ignore[attr-defined]  # densified
+        if self.compact and any(p.tracker is None for p in self.params):  # type: ignore[attr-defined]  # densified
             return True
         return any(entry.get(key) is not view for entry, key, view in self.views)
 

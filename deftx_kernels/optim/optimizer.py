@@ -179,7 +179,7 @@ class SparseAdamW(Optimizer):
             buckets, self._others = self._divide()
             for bucket in buckets:
                 bucket.build(self.mask, self._decay_to)
-                bucket.watches = {e.name: e.watches[0] for e in entries_of(bucket.params).values()}
+                bucket.watches = {e.name: e.dense_tracker for e in entries_of(bucket.params).values()}
             self._buckets = buckets
         return self._buckets
 

@@ -603,7 +603,7 @@ def test_sparsify_refuses_masks_that_do_not_fit():
         ),
         (lambda linear: setattr(linear, "values", nn.Parameter(torch.randn(3))), "before its values is replaced"),
         (lambda linear: setattr(linear, "bias", None), "'0.bias' is sparsified"),
-        (nn.utils.parametrizations.weight_norm, "LiveWeight"),
+        (nn.utils.parametrizations.weight_norm, "DifferentiableWeight"),
     ],
 )
 def test_weights_cannot_be_replaced_after_sparsify(change, match):
