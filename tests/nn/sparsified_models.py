@@ -61,6 +61,14 @@ def weighted_square(model, *inputs):
     return (out.square() * torch.linspace(-1, 2, out.numel()).view_as(out)).sum()
 
 
+def flatten_parameters(parameters):
+    """Makes each parameter a view of a buffer, in this order, as sharded training does."""
+    buffer = torch.cat([p.detach().flatten() for p in parameters])
+    for p, part in zip(parameters, buffer.split([p.numel() for p in parameters])):
+        p.data = part.view_as(p)
+    return buffer
+
+
 def compact_gradients(model):
     """Name → gradient of the values, 0 where there is none."""
     values = {n: p.values for n, p in masked_parameters(model).items()}

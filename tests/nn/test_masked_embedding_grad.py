@@ -134,7 +134,7 @@ def test_rows_without_entries_and_the_last_row(implementation):
 @pytest.mark.parametrize("density", [0.05, 1.0])
 @pytest.mark.parametrize("count", [50, 150])
 def test_long_rows(implementation, density, count):
-    """More entries than the Triton kernel reads at a time: in all rows, and in two that are much longer than the mean."""
+    """More entries than the Triton kernel reads at a time: in all rows, or in two long ones."""
     mask = random_mask(30, 300, density)
     mask[[1, 4]] = True
     Case(token_ids(30, count), mask).check(implementation)

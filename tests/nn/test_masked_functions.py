@@ -75,7 +75,7 @@ def test_embedding_padding(padding_idx):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
-    """Results are bit for bit those of dense autocast, but for the values' gradients, which are not rounded to 16 bits."""
+    """Bit for bit the results of dense autocast, except for the values' gradients, which stay in float32."""
     x, weight, values, mask = problem()
     x.requires_grad_()
     bias, dense = torch.randn(10, requires_grad=True), weight.clone().requires_grad_()
