@@ -127,7 +127,7 @@ def _low_rank_kernel(
 
 
 # ---- launcher ----
-class _Scores:
+class LowRankScores:
     """H or, with a cut, L + prune(H) of b matrices; each method is one launch, none waits for the device."""
 
     def __init__(self, delta: Tensor, left: Tensor, right: Tensor, cut: Tensor | None = None) -> None:
@@ -140,7 +140,7 @@ class _Scores:
                 f"matrices of {self.m} x {self.n}: the Triton kernel takes fewer than 2**31 - {BLOCK_N} rows and columns"
             )
 
-    def _launch(
+    def launch(
         self,
         epilogue: str,
         out: Tensor,
@@ -180,29 +180,29 @@ class _Scores:
         return torch.full(shape, value, dtype=dtype, device=self.delta.device)
 
     def values(self) -> Tensor:
-        return self._launch("values", torch.empty_like(self.delta))
+        return self.launch("values", torch.empty_like(self.delta))
 
     def histograms(self, prefix: Tensor, shift: int) -> Tensor:
         """int64 [b, _BINS], one for each matrix and its prefix."""
-        return self._launch("histogram", self.full(self.b, _BINS), prefix, shift=shift, stride=_BINS)
+        return self.launch("histogram", self.full(self.b, _BINS), prefix, shift=shift, stride=_BINS)
 
     def histogram(self, prefix: int, shift: int) -> Tensor:
         """int64 [_BINS], one for all matrices."""
-        return self._launch("histogram", self.full(_BINS), self.full(self.b, value=prefix), shift=shift)
+        return self.launch("histogram", self.full(_BINS), self.full(self.b, value=prefix), shift=shift)
 
     def mask(self, threshold: Tensor, end: Tensor) -> Tensor:
-        return self._launch("mask", torch.empty_like(self.delta, dtype=torch.uint8), threshold, end).view(torch.bool)
+        return self.launch("mask", torch.empty_like(self.delta, dtype=torch.uint8), threshold, end).view(torch.bool)
 
     def end_of_ties(self, threshold: Tensor, ties: Tensor) -> Tensor:
         """int64 [b]: among so many of the first entries of matrix i, ties[i] have the bits threshold[i]."""
         rows = min(self.m, BLOCK_M)
         tiles_m = triton.cdiv(self.m, BLOCK_M)
-        counts = self._launch("ties", self.full(self.b, tiles_m), threshold, stride=tiles_m)
+        counts = self.launch("ties", self.full(self.b, tiles_m), threshold, stride=tiles_m)
         passed = counts.cumsum(1)
         tile = torch.searchsorted(passed, ties[:, None]).clamp_(max=tiles_m - 1)  # the one in which the last of them is
         remaining = ties[:, None] - (passed - counts).gather(1, tile)
         bits = self.full(self.b, rows * self.n, value=-1, dtype=torch.int32)
-        self._launch("rows", bits, tile.view(-1), stride=rows * self.n)
+        self.launch("rows", bits, tile.view(-1), stride=rows * self.n)
         position = torch.searchsorted((bits == threshold[:, None]).cumsum(1), remaining)
         return torch.where(ties > 0, (tile * BLOCK_M * self.n + position).view(-1) + 1, 0)
 
@@ -217,7 +217,7 @@ def residual_cut(
 
     The host waits once, to learn whether some matrix keeps only a part of the entries that are equal to its threshold.
     """
-    residual = _Scores(delta, left, right)
+    residual = LowRankScores(delta, left, right)
     b, m, n = delta.shape
     if keep == 0:
         return torch.stack([residual.full(b, value=_INFINITY), residual.full(b)], 1)
@@ -239,4 +239,4 @@ def residual_cut(
 
 def low_rank_denoised(delta: Tensor, left: Tensor, right: Tensor, cut: Tensor) -> Tensor:
     """The operator `deftx::low_rank_denoised`."""
-    return _Scores(delta, left, right, cut).values()
+    return LowRankScores(delta, left, right, cut).values()

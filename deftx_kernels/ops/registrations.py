@@ -7,6 +7,15 @@ import torch
 
 from deftx_kernels.ops import checks, library, reference, schemas
 
+# The operators that have a Triton kernel.
+TRITON = (
+    "sparse_adamw_",
+    "csr_square_sum",
+    "masked_linear_grad",
+    "masked_embedding_grad",
+    "residual_cut",
+    "low_rank_denoised",
+)
 _LOW_RANK = ("residual_cut", "low_rank_denoised")
 
 
@@ -20,7 +29,7 @@ def _float32_or(kernel: Callable, plain: Callable) -> Callable:
     return op
 
 
-def kernels() -> dict[str, Callable]:
+def triton_kernels() -> dict[str, Callable]:
     """Each operator's kernel, behind the operator's checks."""
     from deftx_kernels.kernels import low_rank
     from deftx_kernels.kernels.masked_embedding_grad import masked_embedding_grad
@@ -49,7 +58,7 @@ def _register_triton() -> None:
         library.absent("triton", f"torch {torch.__version__} has no CUDA")
         return
     try:
-        functions = kernels()
+        functions = triton_kernels()
     except ImportError as error:
         library.absent("triton", f"triton cannot be imported ({error}); pip install 'deftx-kernels[triton]'")
         return
