@@ -106,9 +106,8 @@ class ChangeTracker:
     def check_dtype(self, tensor: Tensor, data: Tensor) -> None:
         entry = self.entry()
         if self.is_values and entry is not None and data.dtype != tensor.dtype and not entry.is_replaceable:
-            raise TypeError(
-                f"the values of {entry.name!r} are {tensor.dtype}, got {data.dtype}: cast the model with .to(dtype)"
-            )
+            types = f"{tensor.dtype}, got {data.dtype}"
+            raise TypeError(f"the values of {entry.name!r} are {types}: cast the model with .to(dtype)")
 
     def set_assigned(self, data: Tensor) -> None:
         self.has_new_data, self.assigned = True, data
@@ -277,16 +276,16 @@ class Entry:
 class ValuesBuffer:
     """One flat buffer for all values of a dtype. Each values parameter is a view of it."""
 
-    def __init__(self, data: Tensor) -> None:
-        self.data: Tensor | None = data  # [nnz]; None in a copy, whose values share a storage already
-        self.nnz, self.dtype = data.numel(), data.dtype
+    def __init__(self, data: Tensor | None, nnz: int, dtype: torch.dtype) -> None:
+        self.data, self.nnz, self.dtype = (
+            data,
+            nnz,
+            dtype,
+        )  # [nnz]; None in a copy, whose values share a storage already
         self.entries: weakref.WeakSet[Entry] = weakref.WeakSet()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"nnz": self.nnz, "dtype": self.dtype}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, data=None, entries=weakref.WeakSet())
+    def __reduce__(self):
+        return ValuesBuffer, (None, self.nnz, self.dtype)
 
     def view_of(self, entry: Entry, device: torch.device) -> Tensor:
         """The memory of an entry's values on a device, as a tensor with its own version counter (slices share one)."""
@@ -332,8 +331,8 @@ class DifferentiableWeight(Tensor):
 
 # ---- optimizers ----
 def _entry_of(parameter: Tensor) -> Entry | None:
-    tracker = getattr(parameter, "tracker", None) if isinstance(parameter, TrackedParameter) else None
-    return tracker.entry() if tracker is not None else None
+    tracker = parameter.tracker if isinstance(parameter, TrackedParameter) else None
+    return None if tracker is None else tracker.entry()
 
 
 def entries_of(parameters: Iterable[Tensor]) -> dict[int, Entry]:
@@ -358,8 +357,8 @@ def _write_values_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> No
             entry.write_values()
     if frozen and not trained:
         warnings.warn(
-            f"this {type(optimizer).__name__} was made before sparsify: it trains nothing of {min(e.name for e in frozen)!r} and "
-            "others, which are frozen now. Make it after sparsify, over the values",
+            f"this {type(optimizer).__name__} was made before sparsify: it trains nothing of "
+            f"{min(e.name for e in frozen)!r} and others, which are frozen now. Make it after sparsify for the values",
             stacklevel=4,
         )
 

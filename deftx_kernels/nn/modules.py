@@ -32,13 +32,13 @@ class Masked(nn.Module):
     def __init__(self, *_, **__) -> None:
         raise TypeError(f"a {type(self).__name__} is made by sparsify(model, mask)")
 
-    def _masked(self, attribute: str) -> tuple[Tensor, Tensor, CSRMask]:
+    def _masked(self, attr: str) -> tuple[Tensor, Tensor, CSRMask]:
         """Dense tensor, values and mask of a parameter, synchronised for a forward."""
-        entry = self._masked_entries[attribute]
-        parameters, name = self._parameters, values_name(attribute)
-        dense, values = parameters.get(attribute), parameters.get(name)
+        entry = self._masked_entries[attr]
+        parameters, name = self._parameters, values_name(attr)
+        dense, values = parameters.get(attr), parameters.get(name)
         if dense is None or values is None:  # FSDP1 replaces them by views for the time of a forward
-            dense, values = self.__dict__.get(attribute), self.__dict__.get(name)
+            dense, values = self.__dict__.get(attr), self.__dict__.get(name)
         if dense is None or values is None or dense.shape != entry.mask.shapes[0]:
             raise RuntimeError(entry.replaced_message)
         if values is not entry.values:  # torch.func.functional_call, FSDP
@@ -48,10 +48,10 @@ class Masked(nn.Module):
         return dense, values, entry.mask
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        for attribute, entry in self.__dict__.get("_masked_entries", {}).items():
-            if name not in (attribute, values_name(attribute)):
+        for attr, entry in self.__dict__.get("_masked_entries", {}).items():
+            if name not in (attr, values_name(attr)):
                 continue
-            if name == attribute and isinstance(param, DifferentiableWeight) and param.entry is entry:
+            if name == attr and isinstance(param, DifferentiableWeight) and param.entry is entry:
                 return  # `tie_weights` of weights that are tied already
             if param is not entry.dense and param is not entry.values and not entry.is_replaceable:
                 raise ValueError(f"{entry.name!r} is sparsified: densify the model before its {name} is replaced")
@@ -62,12 +62,12 @@ class Masked(nn.Module):
         before = {a: (self._parameters[a], entry.values.detach()) for a, entry in self._masked_entries.items()}
         with self._replaceable_parameters():
             super()._apply(fn, recurse)
-        for attribute, entry in self._masked_entries.items():
-            old_dense, old_values = before[attribute]
-            dense, values = self._parameters[attribute], self._parameters[values_name(attribute)]
+        for attr, entry in self._masked_entries.items():
+            old_dense, old_values = before[attr]
+            dense, values = self._parameters[attr], self._parameters[values_name(attr)]
             if entry.dense is not old_dense:  # torch has made new parameters for another owner: they are for both
                 if entry.dense is not None:
-                    self._parameters[attribute], self._parameters[values_name(attribute)] = entry.dense, entry.values
+                    self._parameters[attr], self._parameters[values_name(attr)] = entry.dense, entry.values
                 continue
             if values.dtype != (dtype := _values_dtype(dense)):  # a cast to 16 bits leaves values in 32 bits
                 Tensor.data.__set__(values, old_values.to(dense.device, dtype))  # type: ignore[attr-defined]
@@ -91,16 +91,16 @@ class Masked(nn.Module):
                 entry.is_replaceable = False
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        for attribute, entry in self._masked_entries.items():
-            if is_traceable_wrapper_subclass(self._parameters.get(attribute)):
+        for attr, entry in self._masked_entries.items():
+            if is_traceable_wrapper_subclass(self._parameters.get(attr)):
                 raise RuntimeError(
-                    f"{entry.name!r} is sharded (FSDP2), and its shards do not hold the values: to save a state, shard a plain "
-                    "model, and train it by SparseAdamW and `distributed.local_mask`"
+                    f"{entry.name!r} is sharded (FSDP2), and its shards do not hold the values: to save a state, shard "
+                    "a plain model, and train it with SparseAdamW and `distributed.local_mask`"
                 )
-            self._masked(attribute)  # synchronises
+            self._masked(attr)  # synchronises
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for attribute, entry in self._masked_entries.items():
-            name = prefix + values_name(attribute)
+        for attr, entry in self._masked_entries.items():
+            name = prefix + values_name(attr)
             if not keep_vars:
                 destination[name] = _with_own_storage(destination[name])
                 entry.values_tracker.add_alias(destination[name])
@@ -115,30 +115,29 @@ class Masked(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         """Loads values, which are then written into the dense tensors, or those of a plain model from its weights."""
-        for attribute, entry in self._masked_entries.items():
-            dense, values = state_dict.get(prefix + attribute), state_dict.get(prefix + values_name(attribute))
+        for attr, entry in self._masked_entries.items():
+            dense, values = state_dict.get(prefix + attr), state_dict.get(prefix + values_name(attr))
             if dense is not None and values is not None and not entry.matches(dense, values):
-                error_msgs.append(
-                    f"the values of {prefix}{attribute} are not those at this model's mask: saved with another mask."
-                )
+                name = prefix + attr
+                error_msgs.append(f"the values of {name} are not those at this model's mask: saved with another mask.")
                 return
-        tied = {attribute for attribute, entry in self._masked_entries.items() if len(entry.owners) > 1}
+        tied = {attr for attr, entry in self._masked_entries.items() if len(entry.owners) > 1}
         if tied:  # load_state_dict(assign=True) would untie them
             metadata = {**metadata, "assign_to_params_buffers": False}
         with self._replaceable_parameters():  # by load_state_dict(assign=True)
             super()._load_from_state_dict(
                 state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
-        for attribute, entry in self._masked_entries.items():
-            name = prefix + values_name(attribute)
-            entry.set_tensors(self._parameters[attribute], self._parameters[values_name(attribute)])
+        for attr, entry in self._masked_entries.items():
+            name = prefix + values_name(attr)
+            entry.set_tensors(self._parameters[attr], self._parameters[values_name(attr)])
             if entry.dense.is_meta:
                 continue
             if name in state_dict and state_dict[name].shape == entry.values.shape:
                 entry.write_values()
             else:
                 entry.read_values()
-            if name in missing_keys and (attribute in tied or prefix + attribute in state_dict):
+            if name in missing_keys and (attr in tied or prefix + attr in state_dict):
                 missing_keys.remove(name)
 
     def _synchronise_if_possible(self) -> None:
@@ -152,9 +151,9 @@ class Masked(nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        for attribute, entry in self._masked_entries.items():
+        for attr, entry in self._masked_entries.items():
             entry.owners.add(self)
-            self._parameters[attribute], self._parameters[values_name(attribute)] = entry.dense, entry.values
+            self._parameters[attr], self._parameters[values_name(attr)] = entry.dense, entry.values
 
 
 class _Direct(Masked):
@@ -163,30 +162,30 @@ class _Direct(Masked):
     @property
     def masks(self) -> dict[str, CSRMask]:
         """The masks of `weight` and, where it is masked, `bias`."""
-        return {attribute: entry.mask for attribute, entry in self._masked_entries.items()}
+        return {attr: entry.mask for attr, entry in self._masked_entries.items()}
 
 
-def _masked_attribute(attribute: str) -> property:
+def _masked_attribute(attr: str) -> property:
     """The property of a module that returns a masked parameter with a gradient for its values."""
 
     def read(module: Masked) -> Any:
-        if attribute not in module._parameters and attribute not in module.__dict__:
-            raise AttributeError(attribute)
-        entry, present = module._masked_entries[attribute], module._parameters.get(attribute)
+        if attr not in module._parameters and attr not in module.__dict__:
+            raise AttributeError(attr)
+        entry, present = module._masked_entries[attr], module._parameters.get(attr)
         if present is not None and is_traceable_wrapper_subclass(present):  # a DTensor, which FSDP2 looks for
             return present
         if entry.dense is not None and entry.dense.shape != entry.mask.shapes[0]:  # `resize_token_embeddings` reads it
             weight = raise_in_backward(entry.dense, entry.values, entry.replaced_message)
             return DifferentiableWeight.of(weight, entry)
-        dense, values, mask = module._masked(attribute)
+        dense, values, mask = module._masked(attr)
         if not (torch.is_grad_enabled() and values.requires_grad):
             return dense
         return DifferentiableWeight.of(gather_gradient(dense, values, mask), entry)
 
     def write(module: Masked, tensor: Tensor) -> None:  # FSDP1, for the time of a forward
-        module.__dict__[attribute] = tensor
+        module.__dict__[attr] = tensor
 
-    return property(read, write, lambda module: module.__dict__.pop(attribute, None))
+    return property(read, write, lambda module: module.__dict__.pop(attr, None))
 
 
 class _Matmul(_Direct):
@@ -230,19 +229,19 @@ class MaskedEmbedding(_Direct, nn.Embedding):
 
 
 @cache
-def _masked_class(original: Any, attributes: frozenset[str], direct: bool) -> type:
-    members: dict[str, Any] = {attribute: _masked_attribute(attribute) for attribute in attributes}
+def _masked_class(original: Any, attrs: frozenset[str], direct: bool) -> type:
+    members: dict[str, Any] = {attr: _masked_attribute(attr) for attr in attrs}
     if not direct:
         return type(f"Masked{original.__name__}", (Masked, original), members)
     if original not in (nn.Linear, nn.Embedding):
         return type("MaskedConv1D", (_Matmul, original), {**members, "_transposed": True})
     base = MaskedLinear if original is nn.Linear else MaskedEmbedding
-    return type(base.__name__, (base,), members) if "bias" in attributes else base
+    return type(base.__name__, (base,), members) if "bias" in attrs else base
 
 
-def _without_state(original: type, attributes: frozenset[str], direct: bool) -> nn.Module:
+def _without_state(original: type, attrs: frozenset[str], direct: bool) -> nn.Module:
     """The module that pickle and deepcopy give a state."""
-    return nn.Module.__new__(_masked_class(original, attributes, direct))
+    return nn.Module.__new__(_masked_class(original, attrs, direct))
 
 
 # ---- sparsify ----
@@ -302,14 +301,14 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
             gathered.update(owned.values() if gathers else ())
     if gathered:
         warnings.warn(
-            f"{len(gathered)} masked tensors belong to no Linear, Embedding or Conv1D weight or bias and are trained through a "
-            f"dense gradient that is then gathered: {', '.join(sorted(gathered))}",
+            f"{len(gathered)} masked tensors belong to no Linear, Embedding or Conv1D weight or bias and are trained "
+            f"through a dense gradient that is then gathered: {', '.join(sorted(gathered))}",
             stacklevel=2,
         )
     entries = _make_entries(mask, tensors)
     for module, masked_class, owned in plan:
-        for attribute, name in owned.items():
-            module.register_parameter(values_name(attribute), entries[name].values)
+        for attr, name in owned.items():
+            module.register_parameter(values_name(attr), entries[name].values)
             entries[name].owners.add(module)
         module.__dict__.update(_masked_entries={a: entries[n] for a, n in owned.items()}, _dense_class=type(module))
         module.__class__ = masked_class
@@ -319,17 +318,11 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
 def _check_trainable(tensors: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
-            raise TypeError(
-                f"model[{name!r}] must be floating point: float32, float64, float16 or bfloat16, got {tensor.dtype}"
-            )
+            raise TypeError(f"model[{name!r}] must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
         if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
-            raise ValueError(
-                f"model[{name!r}] has gradient hooks, which nothing would call: register them on its values after sparsify"
-            )
+            raise ValueError(f"model[{name!r}] has gradient hooks: register them on its values, after sparsify")
         if tensor.is_inference():
-            raise ValueError(
-                f"model[{name!r}] was made in inference_mode, so that backward cannot use it: load it outside of that"
-            )
+            raise ValueError(f"model[{name!r}] was made in inference_mode, which backward cannot use: load it outside")
     check_writable({f"model[{name!r}]": tensor for name, tensor in tensors.items()})
 
 
@@ -339,10 +332,10 @@ def _check_module(module: nn.Module, owned: dict[str, str]) -> None:
         raise ValueError(f"{first!r} belongs to a script module, which cannot be masked")
     if getattr(module, "max_norm", None) is not None:
         raise ValueError(f"{first!r} belongs to an embedding with max_norm, which rewrites its weight in every forward")
-    for attribute, name in owned.items():
-        if hasattr(module, values_name(attribute)):
+    for attr, name in owned.items():
+        if hasattr(module, values_name(attr)):
             raise ValueError(
-                f"the module that owns {name!r} has an attribute {values_name(attribute)!r}, the name of compact values"
+                f"the module that owns {name!r} has an attribute {values_name(attr)!r}, the name of its values"
             )
 
 
@@ -366,7 +359,7 @@ def _make_entries(mask: CSRMask, tensors: dict[str, Any]) -> dict[str, Entry]:
     for dtype in (torch.float32, torch.float64):
         if names := [n for n, t in tensors.items() if _values_dtype(t) == dtype]:
             part = mask if len(names) == len(mask) else mask.restrict(names)
-            buffer, start = ValuesBuffer(usable_in_backward(part.gather(tensors).to(dtype))), 0
+            buffer, start = ValuesBuffer(usable_in_backward(part.gather(tensors).to(dtype)), part.nnz, dtype), 0
             for name in part.names:
                 entries[name] = Entry(part[name], tensors[name], buffer, start)
                 start += entries[name].mask.nnz
@@ -402,19 +395,19 @@ def densify(model: nn.Module) -> nn.Module:
     if not owners:
         raise ValueError("model is not sparsified")
     for owner in owners:
-        for attribute, entry in owner._masked_entries.items():
+        for attr, entry in owner._masked_entries.items():
             if not set(map(id, entry.owners)) <= set(map(id, owners)):
                 raise ValueError(f"{entry.name!r} is tied to a module outside of this model: densify the whole model")
-            dense = owner._parameters.get(attribute)
+            dense = owner._parameters.get(attr)
             if dense is None or dense is not entry.dense or dense.shape[1:] != entry.mask.shapes[0][1:]:
                 raise ValueError(f"{entry.name!r} has been replaced or resized since it was sparsified")
     for owner in owners:
-        for attribute, entry in owner._masked_entries.items():
+        for attr, entry in owner._masked_entries.items():
             if entry.dense.shape == entry.mask.shapes[0]:
                 entry.synchronise()
             else:
                 entry.write_values_resized()
-            del owner._parameters[values_name(attribute)]
+            del owner._parameters[values_name(attr)]
     for owner in owners:
         for entry in owner.__dict__.pop("_masked_entries").values():
             entry.release()
@@ -428,9 +421,7 @@ def masked_parameters(model: nn.Module) -> dict[str, MaskedParameter]:
     for module in model.modules():
         for entry in module._masked_entries.values() if isinstance(module, Masked) else ():
             if entries.setdefault(entry.name, entry) is not entry:
-                raise ValueError(
-                    f"two masked tensors are named {entry.name!r}: parts of the model were sparsified one by one"
-                )
+                raise ValueError(f"two masked tensors are named {entry.name!r}: sparsify the whole model in one call")
     return {name: MaskedParameter(e.dense, e.values, e.mask) for name, e in sorted(entries.items())}
 
 
@@ -439,7 +430,7 @@ def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     values = set()
     for module in model.modules():
         if isinstance(module, Masked):
-            for attribute, entry in module._masked_entries.items():
-                module._masked(attribute)
+            for attr, entry in module._masked_entries.items():
+                module._masked(attr)
                 values.add(id(entry.values))
     return {name: p for name, p in model.named_parameters() if id(p) not in values}

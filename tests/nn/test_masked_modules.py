@@ -299,7 +299,7 @@ def with_integers():
         (lambda: nn.EmbeddingBag(4, 3, max_norm=1.0), "max_norm"),
         (lambda: torch.jit.script(nn.LayerNorm(3)), "script module"),
         (WithValues, "has an attribute 'values'"),
-        (with_integers, "floating point"),
+        (with_integers, "must be float32"),
         (with_gradient_hook, r"model\['1\.weight'\] has gradient hooks"),
     ],
 )
