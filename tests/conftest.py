@@ -223,12 +223,6 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("implementation", params_of(names), indirect=True, scope="session")
 
 
-# The former name, for files that have no OPS yet.
-@pytest.fixture(scope="session", params=params_of(["reference", "c++", "emulated", "cuda"]))
-def provider(request) -> Implementation:
-    return implementation.__wrapped__(request)
-
-
 @pytest.fixture(scope="module")
 def one_thread():
     """For thousands of operations on a few hundred numbers: on a busy machine, waiting for threads took most of the
@@ -238,19 +232,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-# Tests of operators that `make test` runs once more, with torch's default number of threads: `--threads=default`.
-OPERATORS = {
-    "test_csr",
-    "test_csr_combine",
-    "test_eigh",
-    "test_low_rank",
-    "test_masked_grad",
-    "test_sparse_adamw",
-    "test_square_sum",
-    "test_topk_ops",
-}
 
 
 def pytest_addoption(parser):
@@ -271,16 +252,13 @@ def _in_pass(item, threads: str) -> bool:
     if any(item.get_closest_marker(m) for m in ("gpu", "cuda_on_cpu")) or item.name == "test_triton_interpreter":
         return False
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    name = next((params[p] for p in ("implementation", "provider", "backend") if p in params), "c++")
-    return multithreaded or (
-        (hasattr(item.module, "OPS") or item.module.__name__ in OPERATORS) and name in ("c++", "cpu")
-    )
+    name = next((params[p] for p in ("implementation", "backend") if p in params), "c++")
+    return multithreaded or (hasattr(item.module, "OPS") and name in ("c++", "cpu"))
 
 
 # Files of a few long tests, first: a process that begins one last would be waited for.
 LONG = [
     "test_pipeline",
-    "test_topk_ops",
     "test_svd_denoise",
     "test_build",
     "test_memory",

@@ -69,7 +69,7 @@ class Bucket:
         self.must_copy_values = False  # compact values that are not views of one buffer: copied before and after a step
         self.checked_storage: tuple | None = None  # `_storage_keys` of what a step writes, when last checked
         # In a sparsified model, the trackers of changes of the dense tensors
-        self.trackers = [entry.watches[0] for entry in entries_of(self.params).values()]
+        self.trackers = [entry.dense_tracker for entry in entries_of(self.params).values()]
 
     def _flat_state(self, key: str, dtype: torch.dtype) -> Tensor:
         """The parameters' state one after the other, [nnz] or, for "step", [parameters], of which theirs becomes views.
@@ -97,7 +97,7 @@ class Bucket:
         """Whether other code has replaced or removed tensors of the optimizer's state, or densified the model."""
         if not all(map(is_, map(self.optimizer_state.get, self.params), self.states)):
             return True
-        if self.is_compact and any(p.watch is None for p in self.params):  # type: ignore[attr-defined]  # densified
+        if self.is_compact and any(p.tracker is None for p in self.params):  # type: ignore[attr-defined]  # densified
             return True
         return any(state.get(key) is not view for state, key, view in self.views)
 

@@ -107,7 +107,7 @@ def sparse_adamw(
 
 def check_targets(params: Mapping[str, Tensor], state: CompactState, mask: CSRMask) -> list[Tensor]:
     """Check the tensors that a step writes; returns the params in the mask's order."""
-    targets = mask.select(params, "params")
+    targets = mask.checked_tensors(params, "params")
     dtype = targets[0].dtype
     if check_floats(targets, mask.names, "params") != {dtype}:
         name, tensor = next((n, t) for n, t in zip(mask.names, targets) if t.dtype != dtype)
@@ -193,7 +193,7 @@ def _gradients(grads: Mapping[str, Tensor] | Tensor, mask: CSRMask, dtype: torch
         mask.check_compact(grads, "grads")
         check_float(grads, "grads")
         return [grads.detach().contiguous()], True
-    chosen = mask.select(grads, "grads")
+    chosen = mask.checked_tensors(grads, "grads")
     dtypes = check_floats(chosen, mask.names, "grads")
     with torch.no_grad():
         if dtypes != {dtype}:

@@ -11,7 +11,12 @@ from tests.conftest import INTERPRETED
 
 TESTS = Path(__file__).resolve().parents[1]
 # Of the operators with Triton kernels, those that the interpreter computes rightly.
-FILES = ("nn/test_masked_grad.py", "optim/test_sparse_adamw.py")
+FILES = (
+    "nn/test_masked_linear_grad.py",
+    "nn/test_masked_embedding_grad.py",
+    "optim/test_sparse_adamw.py",
+    "optim/test_stochastic_rounding.py",
+)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
