@@ -121,6 +121,11 @@ def column_dtype(shapes: Sequence[Sequence[int]]) -> torch.dtype:
     return torch.uint16 if all(rows_and_columns(s)[1] <= MAX_UINT16_COLUMNS for s in shapes) else torch.int32
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that operators compute in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class AdamWArgs(NamedTuple):
     """The arguments of the operator `sparse_adamw_`, in the schema's order."""
 
