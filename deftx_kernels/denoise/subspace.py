@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deftx_kernels.denoise import products
-from deftx_kernels.denoise.decompositions import eigh, eigvalsh, orthonormal_rows_fit, svd
+from deftx_kernels.denoise.decompositions import are_rows_orthonormal, eigh, eigvalsh, svd
 from deftx_kernels.denoise.matrices import (
     as_tall,
     gram64,
@@ -16,7 +15,16 @@ from deftx_kernels.denoise.matrices import (
     prune_from_factors,
     sums_of_squares,
 )
-from deftx_kernels.denoise.products import Operand, Parts, SeparateMatrices, matmul, matmul_, rough_matmul
+from deftx_kernels.denoise.products import (
+    Operand,
+    SeparateMatrices,
+    SplitBF16,
+    matmul,
+    matmul_,
+    rough_matmul,
+    uses_split_products,
+)
+from deftx_kernels.denoise.rule import Rule
 
 
 def orthonormal_rows(z: Tensor) -> Tensor:  # [b, l, n], l <= n
@@ -33,14 +41,14 @@ def orthonormal_rows(z: Tensor) -> Tensor:  # [b, l, n], l <= n
     again = ~hopeless & (ratio < 1e-2)
     identity = torch.eye(z.shape[-2], dtype=torch.float64, device=z.device).expand_as(lower)
     q = matmul(torch.linalg.solve_triangular(lower, identity, upper=False).to(z.dtype), z)
-    hopeless |= ~again & ~orthonormal_rows_fit(q)
+    hopeless = hopeless | ~again & ~are_rows_orthonormal(q)
     if bool((hopeless | again).any()):
         if bool(again.any()):
             q[again] = orthonormal_rows(q[again])
         for i in hopeless.nonzero().view(-1).tolist():
             basis, r = torch.linalg.qr(z[i].mT)
             q[i] = (basis * torch.where(r.diagonal() < 0, -1.0, 1.0)).mT
-        if not bool(orthonormal_rows_fit(q).all()):
+        if not bool(are_rows_orthonormal(q).all()):
             raise RuntimeError(
                 "Cholesky and Householder QR both failed: values that are not finite, or a broken LAPACK"
             )
@@ -82,20 +90,21 @@ def subspace_factors(
         squares, vectors = _ritz(y, rank)
         residual = totals - squares.sum(-1)
         rounding = _ROUNDING[y.dtype]
-        done = seen - before <= _enough(k, rank, columns, n) * residual + rounding.gain * totals
+        done = seen - before <= _convergence_tolerance(k, rank, columns, n) * residual + rounding.gain * totals
         if k < rounding.steps:
-            done &= residual > rounding.residual * totals
-        done |= (k == 1 + n_iter + _MORE) | (totals == 0)
-        finished, rest = (x.nonzero().view(-1) for x in (done, ~done))
-        if len(finished):
-            some = slice(None) if not len(rest) else finished
+            done = done & (residual > rounding.residual * totals)
+        done = done | (k == 1 + n_iter + _MORE) | (totals == 0)
+        is_done = [bool(x) for x in done.cpu()]
+        finished, rest = ([i for i, x in enumerate(is_done) if x == wanted] for wanted in (True, False))
+        if finished:
+            some = finished if rest else slice(None)
             c = vectors[some].to(y.dtype)
             factors = zip(matmul(y[some], c), matmul(c.mT, q[some]), squares[some])
-            for i, found in zip(finished.tolist(), factors):
+            for i, found in zip(finished, factors):
                 results[index[i]] = found
-        if not len(rest):
+        if not rest:
             break
-        index = [index[i] for i in rest.tolist()]
+        index = [index[i] for i in rest]
         a = a[rest]
         q, y, totals, seen, half = (x[rest] for x in (q, y, totals, seen, half))
     return tuple(map(list, zip(*results)))
@@ -122,7 +131,7 @@ def _ritz(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:  # [b, m, l] -> float6
     return squares.flip(-1)[:, :rank], basis.flip(-1)[..., :rank]
 
 
-def _enough(k: int, rank: int, columns: int, n: int) -> float:
+def _convergence_tolerance(k: int, rank: int, columns: int, n: int) -> float:
     """Of the residual's square: what iteration k may still gain for the residual to be within 1.02 of the optimal one.
 
     Found on simulated spectra: noise, low rank and noise, power laws, exponentials, steps, plateaus; n = 160 to 1500, r
@@ -136,22 +145,30 @@ def _enough(k: int, rank: int, columns: int, n: int) -> float:
     return {2: second, 3: 0.045 * room + 0.01}.get(k, 0.01) * share
 
 
-def by_subspace(
-    matrices: Sequence[Tensor],
+def denoise_by_subspace(
+    matrices: Sequence[Tensor],  # each [m, n]
     out: Sequence[Tensor],
     workspace: Tensor,  # contiguous [at least as many, m, n]; empty where products are not split
     totals: Tensor,
-    rank: int,
-    keep: int,
-    n_iter: int,
+    rule: Rule,  # of a fixed rank
     test_matrix: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    left, right, squares = subspace_factors(_operand(matrices, workspace), totals, rank, n_iter, test_matrix)
+    """Writes L + prune(H) to `out`. The ranks int64, and the sums of squares of L and of what is lost, float64."""
+    rank, keep = rule.fixed_rank(matrices[0].shape), rule.kept_entries(matrices[0].shape)
+    assert rank is not None
+    is_split = uses_split_products(matrices[0])
+    operand: Operand
+    if is_split:
+        operand = SplitBF16.stacked(matrices, workspace)
+        operand = operand if operand.shape[1] >= operand.shape[2] else operand.mT
+    else:
+        operand = SeparateMatrices([as_tall(w) for w in matrices])
+    left, right, squares = subspace_factors(operand, totals, rank, rule.n_iter, test_matrix)
     captured = torch.stack([x.sum() for x in squares])
     lost = totals - captured
     measured = is_mostly_rounding(lost, totals, matrices[0].dtype).tolist()
     for i, w in enumerate(matrices):
-        if keep and products.splits(w):
+        if keep and is_split:
             lost[i] = prune_from_factors(w, left[i], right[i].mT, out[i], keep)
             continue
         low = torch.empty_like(w) if keep or measured[i] else out[i]
@@ -161,8 +178,13 @@ def by_subspace(
     return torch.full_like(totals, rank, dtype=torch.int64), captured, lost
 
 
-def _operand(matrices: Sequence[Tensor], workspace: Tensor) -> Operand:  # [b, m, n], m >= n
-    if products.splits(matrices[0]):
-        parts = Parts.stacked(matrices, workspace)
-        return parts if parts.shape[1] >= parts.shape[2] else parts.mT
-    return SeparateMatrices([as_tall(w) for w in matrices])
+def singular_triplets(
+    batch: Tensor, rank: int, n_iter: int, test_matrix: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # [b, m, n] -> U [b, m, r], S float64 [b, r], Vh [b, r, n]
+    tall = as_tall(batch)
+    operand = SplitBF16.of(tall) if uses_split_products(tall) else SeparateMatrices(tall.unbind())
+    factors = subspace_factors(operand, sums_of_squares(batch), rank, n_iter, test_matrix)
+    left, right, squares = map(torch.stack, factors)
+    U = orthonormal_rows(left.mT.contiguous()).mT
+    S = squares.clamp(min=0).sqrt()
+    return (U, S, right) if tall is batch else (right.mT, S, U.mT)
