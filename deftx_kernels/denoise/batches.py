@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deftx_kernels.denoise import products
 from deftx_kernels.denoise.gram import denoise_by_gram
 from deftx_kernels.denoise.matrices import power_of_two_scale, sums_of_squares
-from deftx_kernels.denoise.products import full_precision, uses_split_products
+from deftx_kernels.denoise.products import full_precision
 from deftx_kernels.denoise.rule import Rule
 from deftx_kernels.denoise.small import denoise_by_svd
 from deftx_kernels.denoise.subspace import denoise_by_subspace
@@ -141,7 +142,7 @@ def _denoise_large(
 def _denoise_batch(
     batch: list[_Matrix], count: int, dtype: torch.dtype, rule: Rule, test_matrix: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rank, energy and residual of the matrices of a batch, `count` of which are worked on at a time."""
+    """Rank, energy and residual of the matrices of a batch, computed `count` at a time."""
     sources, outs, scales, totals = [], [], [], []
     for w in batch:
         source, scale, total = w.source.to(dtype), 1.0, w.total
@@ -158,7 +159,7 @@ def _denoise_batch(
     count = min(count, len(sources))
     n, m = sorted(sources[0].shape)
     # Allocated once: memory that is new to the process costs more than to copy a matrix into it.
-    rows = n if test_matrix is None else m if uses_split_products(sources[0]) else 0
+    rows = n if test_matrix is None else m if products.uses_split_products(sources[0]) else 0
     workspace = torch.empty(count, rows, n, dtype=dtype, device=sums.device)
     found = []
     for first in range(0, len(sources), count):
@@ -208,7 +209,7 @@ def _information(tensor: Tensor, found: list[Sequence[Tensor]], rule: Rule) -> d
 def _batch_size(
     shape: torch.Size, dtype: torch.dtype, device: torch.device, test_matrix: Tensor | None, limit: int | None
 ) -> int:
-    """How many matrices are worked on at a time."""
+    """How many matrices are computed at a time."""
     m, n = max(shape), min(shape)
     # Of each matrix: its products with the test matrix; or its Gram matrix, eigenvectors and LAPACK's workspace.
     # On CUDA: two bfloat16 parts, as large as itself, and copies of those that take more iterations than the rest; or

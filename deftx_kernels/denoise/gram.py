@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deftx_kernels.denoise import products
 from deftx_kernels.denoise.decompositions import eigh, eigvalsh, svd
 from deftx_kernels.denoise.matrices import as_tall, gram64, is_mostly_rounding, prune_, rows_per_chunk, shares
-from deftx_kernels.denoise.products import gram_, matmul, matmul_, uses_split_products
+from deftx_kernels.denoise.products import gram_, matmul, matmul_
 from deftx_kernels.denoise.projector import spectral_projector
 from deftx_kernels.denoise.rule import Rule, gavish_donoho_multiple
 
@@ -28,7 +29,7 @@ def denoise_by_gram(
     runs = _runs(matrices, grams.shape[0] * grams.shape[1])
     _gram_matrices_(grams, matrices, runs)
     # Products are what a GPU is fast at. Not measured against batched eigenvectors yet.
-    squares, vectors = (eigvalsh(grams), None) if uses_split_products(grams) else eigh(grams, rule, shape)
+    squares, vectors = (eigvalsh(grams), None) if products.uses_split_products(grams) else eigh(grams, rule, shape)
     values = squares.to("cpu", torch.float64).clamp(min=0).flip(-1)  # all decisions from them are made on the CPU
     ranks = rule.ranks(values, shape)
     is_certain = _rank_is_certain(values, ranks, rule, shape, grams.dtype)
@@ -78,7 +79,7 @@ def _stacked(matrices: Sequence[Tensor]) -> Tensor:  # [b, m, n]
 
 # ---- Gram matrices, and what their eigenvalues tell ----
 def _gram_matrices_(grams: Tensor, matrices: Sequence[Tensor], runs: list[slice]) -> None:
-    if uses_split_products(grams):
+    if products.uses_split_products(grams):
         for run in runs:
             gram_(grams[run], as_tall(_stacked(matrices[run])).split(ROWS, 1))
     else:
@@ -243,7 +244,7 @@ def _project(w: Tensor, basis: Tensor, rank: int, out: Tensor) -> None:
         product = matmul(rows, part)
         if not others:
             matmul_(target, product, part.mT)
-        elif uses_split_products(rows):
+        elif products.uses_split_products(rows):
             torch.sub(rows, matmul(product, part.mT), out=target)
         else:
             torch.addmm(rows, product, part.mT, alpha=-1, out=target)

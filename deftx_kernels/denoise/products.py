@@ -15,7 +15,6 @@ Bytes were counted, see "Denoising: products" in bench/NOTES.md; no GPU has time
 
 import contextlib
 import functools
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,17 +31,22 @@ def uses_split_products(x: Tensor) -> bool:
 
 
 def matmul(a: "Tensor | Operand", b: "Tensor | Operand") -> Tensor:
-    """a @ b of [..., m, k] and [..., k, n], both float32 or both float64. On the CPU inside `full_precision`."""
+    """a @ b of [m, k] and [k, n] or [b, m, k] and [b, k, n], float32 or float64. On the CPU inside `full_precision`."""
     if not isinstance(a, Tensor):
         assert isinstance(b, Tensor)
         return a.times(b)
     if not isinstance(b, Tensor):
         return b.after(a)
-    return split_matmul(a, b) if uses_split_products(a) else a @ b
+    if not uses_split_products(a):
+        return a @ b
+    if a.dim() == 2:
+        return matmul(a[None], b[None])[0]
+    out = a.new_empty(len(a), a.shape[1], b.shape[2])
+    return product_(out, split(a, LEFT, -1), split(b, RIGHT, -2))
 
 
 def rough_matmul(a: "Tensor | Operand", b: "Tensor | Operand") -> Tensor:
-    """As `matmul`, but of `SplitBF16` only the first part: a third of the work, an error of at most 2**-8 of the whole."""
+    """As `matmul`, but of `SplitBF16` only the first part: a third of the work, an error of at most 2**-8."""
     if isinstance(a, SplitBF16) and isinstance(b, Tensor):
         left, right, count = a.first, b.to(torch.bfloat16), len(a)
     elif isinstance(b, SplitBF16) and isinstance(a, Tensor):
@@ -56,18 +60,9 @@ def rough_matmul(a: "Tensor | Operand", b: "Tensor | Operand") -> Tensor:
 def matmul_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out [m, n] = a @ b, as `matmul`."""
     if uses_split_products(a):
-        product_(out[None], left_operand(a[None]), right_operand(b[None]))
+        product_(out[None], split(a[None], LEFT, -1), split(b[None], RIGHT, -2))
     else:
         torch.mm(a, b, out=out)
-
-
-def split_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of float32 matrices as one product of bfloat16 ones, 3 times as deep."""
-    left, right = split(a, LEFT, -1), split(b, RIGHT, -2)
-    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    left, right = (x.expand(*batch, -1, -1).reshape(math.prod(batch), *x.shape[-2:]) for x in (left, right))
-    out = a.new_empty(len(left), left.shape[-2], right.shape[-1])
-    return product_(out, left, right).view(*batch, *out.shape[-2:])
 
 
 @dataclass(frozen=True)
@@ -93,10 +88,6 @@ class SplitBF16:
     @property
     def shape(self) -> torch.Size:
         return self.first.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
 
     @property
     def mT(self) -> "SplitBF16":
@@ -142,10 +133,6 @@ class SeparateMatrices:
     def shape(self) -> torch.Size:
         return torch.Size((len(self.each), *self.each[0].shape))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.each[0].dtype
-
     def __len__(self) -> int:
         return len(self.each)
 
@@ -173,8 +160,7 @@ Operand = SplitBF16 | SeparateMatrices
 
 
 def gram_(out: Tensor, chunks: Sequence[Tensor]) -> None:  # [b, n, n], each [b, rows, n]
-    """out = w.mT @ w of the matrices w of all rows, from three parts each (left out is 2**-24 of the whole); exactly
-    symmetric.
+    """out = w.mT @ w, exactly symmetric, of w from three parts (left out is 2**-24 of the whole).
 
     Four products where any two matrices take six: those of different parts are each other's transposes.
     """
@@ -200,8 +186,7 @@ def product_(
     if not a.is_cuda:  # products of bfloat16 numbers are exact in float32
         product = a.float() @ b.float()
         return out.add_(product, alpha=add) if add else out.copy_(product)
-    # The addend must be `out` itself: some releases of torch add to what `out` holds, others copy the addend there
-    # first.
+    # The addend must be `out`: some releases of torch add to what `out` holds, others copy the addend there first.
     return torch.baddbmm(out, a, b, out_dtype=torch.float32, beta=1 if add else 0, alpha=add or 1, out=out)
 
 
