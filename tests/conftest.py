@@ -260,6 +260,7 @@ def _in_pass(item, threads: str) -> bool:
 LONG = [
     "test_pipeline",
     "test_svd_denoise",
+    "test_gram",
     "test_build",
     "test_memory",
     "test_recipes",
@@ -268,7 +269,7 @@ LONG = [
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: LONG.index(item.module.__name__) if item.module.__name__ in LONG else len(LONG))
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if threads := config.getoption("threads"):
         left_out = [item for item in items if not _in_pass(item, threads)]
         config.hook.pytest_deselected(items=left_out)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deftx_kernels.denoise.batches import Rule, check_rule, denoise
+from deftx_kernels.denoise.batches import denoise
+from deftx_kernels.denoise.rule import Rule, check_rule
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.ops.schemas import SCOPES
 from deftx_kernels.select.streaming import select_by_groups

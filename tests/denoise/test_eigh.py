@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from deftx_kernels.denoise import decompositions
-from deftx_kernels.denoise.matrices import ranks_of
 from tests.conftest import Implementation
 
 OPS = ("eigh", "eigvalsh")
@@ -171,6 +170,19 @@ def test_threads(threads, count, n):
     assert all(torch.equal(x, y) for x, y in zip(found, expected))
 
 
+def kept(eigenvalues, rank=0, energy=0.0, median=0.0):  # [n], ascending
+    """How many of them a truncation keeps."""
+    if rank:
+        return rank
+    squares = eigenvalues.clamp(min=0).flip(0)
+    if squares[0] == 0:
+        return 0
+    if energy:
+        sums = squares.cumsum(0)
+        return int((sums < energy * sums[-1]).sum()) + 1
+    return int((squares.sqrt() > median * squares.sqrt().quantile(0.5)).sum())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "rule",
@@ -196,11 +208,9 @@ def test_the_vectors_that_a_truncation_needs(rule, dtype):
     all_values = torch.ops.deftx.eigh(a)[0]
     values, vectors = torch.ops.deftx.eigh(a, **rule)
     assert torch.equal(values, all_values)
-    rules = {"rank": 0, "energy": 0.0, "median": 0.0} | rule
-    kept = ranks_of(values.double().clamp(min=0).flip(-1), **rules)
     limit = 200 * torch.finfo(dtype).eps
-    for w, v, matrix, count in zip(values.double(), vectors.double(), a.double(), kept.tolist()):
-        needed = torch.zeros(n, dtype=torch.bool)
+    for w, v, matrix in zip(values.double(), vectors.double(), a.double()):
+        count, needed = kept(w, **rule), torch.zeros(n, dtype=torch.bool)
         if 2 * count > n:
             needed[: n - count + beyond] = True
         else:

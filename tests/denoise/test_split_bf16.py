@@ -141,7 +141,7 @@ def test_offsets_beyond_31_bits(triton_on_cpu):
 @pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.9}])
 def test_denoising_by_the_kernel(implementation, monkeypatch, rule):
     """All that it splits, contiguous and not, wide and tall."""
-    monkeypatch.setattr(products, "splits", lambda x: x.dtype == torch.float32)
+    monkeypatch.setattr(products, "uses_split_products", lambda x: x.dtype == torch.float32)
     generator = torch.Generator().manual_seed(0)
     shapes = {"tall": (2, 60, 50), "wide": (50, 70)}
     delta = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}

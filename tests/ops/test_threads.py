@@ -17,7 +17,7 @@ import torch
 from threads_worker import CASES
 from torch import Tensor
 
-from deftx_kernels.denoise.batches import gavish_donoho_multiple
+from deftx_kernels.denoise.rule import gavish_donoho_multiple
 from deftx_kernels.ops import schemas
 
 pytestmark = pytest.mark.multithreaded

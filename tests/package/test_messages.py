@@ -376,7 +376,7 @@ def leaves(found):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("run", RUNS)
 def test_default_device_and_dtype_do_not_matter(run, mode):
-    from deftx_kernels.denoise.batches import gavish_donoho_multiple
+    from deftx_kernels.denoise.rule import gavish_donoho_multiple
 
     expected = leaves(RUNS[run]())
     gavish_donoho_multiple.cache_clear()
