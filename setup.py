@@ -100,7 +100,7 @@ def find_nvcc():
 
 
 def architectures(nvcc):
-    """(for CMake, for people): machine code for each wanted architecture that this nvcc knows, and PTX of the newest."""
+    """(for CMake, for people): machine code for the wanted architectures that this nvcc knows, PTX of the newest."""
     if os.environ.get("CUDAARCHS"):
         wanted = os.environ["CUDAARCHS"].split(";")
         return wanted, [f"sm_{a.removesuffix('-real')}" for a in wanted]

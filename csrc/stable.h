@@ -65,7 +65,7 @@ std::string message(const Parts&... parts) {
 }
 }  // namespace detail
 
-// Choices that operators take as integers: SCOPES and OPERATIONS of deftx_kernels/_ops.py. They are no strings, since
+// Choices that operators take as integers: SCOPES and OPERATIONS of deftx_kernels/ops/schemas.py. They are no strings, since
 // at ABI 2.10 each call with a string leaks a copy of it, and what is never freed keeps the heap around it from
 // shrinking.
 enum class Scope : int64_t { kGlobal, kTensor, kRow };
@@ -270,9 +270,7 @@ inline std::pair<Csr, Csr> check_combine(const Tensor& crow_indices, const Tenso
 
 }  // namespace deftx
 
-// ---------------------------------------------------------------------------------------------------------------------------------
-// CUDA sources only
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---- CUDA sources only ----
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 

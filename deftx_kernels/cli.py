@@ -1,6 +1,4 @@
-"""The `deftx` command. Its options are made by tyro from the dataclasses of `train`; transformers is imported only to
-train.
-"""
+"""The `deftx` command. tyro makes its options from `train`'s dataclasses; only training imports transformers."""
 
 import json
 import os
@@ -15,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from deftx_kernels.train.config import EvalConfig, RunConfig, TrainLanguageConfig, TrainTaskConfig
+from deftx_kernels.train.config import EvalConfig, TrainLanguageConfig, TrainTaskConfig
 from deftx_kernels.train.presets import DemoRun, FilesRun, HubRun, NusaxRun
 
 # Packages of the extra `train`, by the name under which they are imported.
@@ -93,15 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0; 1 where `doctor` found a fault; 2 for bad input, a file that cannot be read or written, or a
-        missing extra; 130 where it was interrupted; 141 where what reads its output was closed.
+        The exit code: 0; 1 where `doctor` found an error; 2 for bad input, a file that cannot be read or written, or a
+        missing extra; 130 after an interrupt; 141 where the pipe that reads its output was closed.
     """
     try:
         try:
             command = tyro.cli(Command, args=argv, prog="deftx", description=DESCRIPTION)
             return _HANDLERS[type(command)](command)
         finally:
-            sys.stdout.flush()  # here, where a closed pipe is caught, and not when the interpreter ends
+            sys.stdout.flush()  # here, where a closed pipe is caught
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -122,7 +120,7 @@ def _fail(message: str, code: int = 2) -> int:
 
 
 def _quiet() -> None:
-    """Leave the terminal to progress bars and results.
+    """Turn off the messages of transformers and datasets.
 
     Raises:
         ValueError: python -OO, under which transformers cannot be imported.
@@ -139,98 +137,60 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 
-def _run(command: Run) -> int:
-    config: RunConfig = command.preset
+def _drive(command: Run | TrainLanguageConfig | TrainTaskConfig | EvalConfig) -> int:
     _quiet()
     from deftx_kernels.train import pipeline
 
-    pipeline.run(config)
-    return 0
-
-
-def _train_language(command: TrainLanguageConfig) -> int:
-    _quiet()
-    from deftx_kernels.train import commands
-
-    print(commands.train_language(command))
-    return 0
-
-
-def _train_task(command: TrainTaskConfig) -> int:
-    _quiet()
-    from deftx_kernels.train import commands
-
-    print(commands.train_task(command))
-    return 0
-
-
-def _eval(command: EvalConfig) -> int:
-    _quiet()
-    from deftx_kernels.train import commands
-
-    print(json.dumps(commands.evaluate_vectors(command)))
+    if isinstance(command, Run):
+        pipeline.run(command.preset)
+    elif isinstance(command, TrainLanguageConfig):
+        print(pipeline.train_language(command))
+    elif isinstance(command, TrainTaskConfig):
+        print(pipeline.train_task(command))
+    else:
+        print(json.dumps(pipeline.evaluate_vectors(command)))
     return 0
 
 
 def _compose(command: Compose) -> int:
     from deftx_kernels.delta import compose
-    from deftx_kernels.train.vectors import load_vector
+    from deftx_kernels.train.deltas import load_delta
 
     if not command.vectors:
         raise ValueError("vectors: at least one is needed")
     for path in command.vectors:
-        _check_apart(command.output, path)
-    total = compose(*(load_vector(path) for path in command.vectors))
-    total.save_pretrained(command.output)
+        _check_output(command.output, path)
+    compose(*(load_delta(path) for path in command.vectors)).save_pretrained(command.output)
     print(command.output)
     return 0
 
 
-def _check_apart(output: Path, source: str) -> None:
-    """ValueError where what is written would take the place of what is read."""
+def _check_output(output: Path, source: str) -> None:
+    """ValueError where the output would replace the source."""
     folder = Path(source).resolve()
     if folder.exists() and output.resolve() == (folder.parent if folder.is_file() else folder):
         raise ValueError(f"output {output} is the folder of {source}, which it would replace: choose another")
 
 
-def _load(path: str) -> Any:
-    """The vector or mask at `path`, in any format that this library reads."""
-    from deftx_kernels.delta import SparseDelta, interop
-    from deftx_kernels.mask import CSRMask
-
-    folder = Path(path)
-    if (
-        folder.is_file()
-        and folder.suffix == ".safetensors"
-        and not (folder.parent / "sparse_delta_config.json").is_file()
-    ):
-        return CSRMask.load(folder)
-    if folder.is_file():
-        folder = folder.parent
-    if (folder / "pytorch_diff.bin").is_file():
-        return interop.from_composable_sft(folder)
-    if (folder / "adapter_config.json").is_file():
-        return interop.from_peft_shira(folder)
-    return SparseDelta.from_pretrained(str(folder))
-
-
 def _inspect(command: Inspect) -> int:
-    found = _load(command.path)
-    mask = getattr(found, "mask", found)
+    from deftx_kernels.mask import CSRMask
+    from deftx_kernels.train.deltas import load_any
+
+    found = load_any(command.path)
+    mask = found if isinstance(found, CSRMask) else found.mask
     console = Console()
-    console.print(
-        f"{type(found).__name__}: {mask.nnz:,} of {mask.numel:,} entries ({mask.density:.3%}) in {len(mask.names)} tensors"
-    )
+    share = f"{mask.nnz:,} of {mask.numel:,} entries ({mask.density:.3%})"
+    console.print(f"{type(found).__name__}: {share} in {len(mask.names)} tensors")
     for name, value in getattr(found, "metadata", {}).items():
         if name != "base_fingerprint":
             console.print(f"{name}: {json.dumps(value)}", highlight=False, soft_wrap=True)
     rows = sorted(mask.summary().items(), key=lambda item: -item[1]["nnz"])
     shown = rows if command.all else rows[:20]
-    table = Table("tensor", "shape", *(("entries", "density")), box=None)
+    table = Table("tensor", "shape", "entries", "density", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, facts in shown:
-        table.add_row(name, "×".join(map(str, facts["shape"])), f"{facts['nnz']:,}", f"{facts['density']:.3%}")
+    for name, sizes in shown:
+        table.add_row(name, "×".join(map(str, sizes["shape"])), f"{sizes['nnz']:,}", f"{sizes['density']:.3%}")
     for name, tensor in getattr(found, "dense", {}).items():
         table.add_row(name, "×".join(map(str, tensor.shape)), f"{tensor.numel():,}", "whole")
     console.print(table)
@@ -242,17 +202,18 @@ def _inspect(command: Inspect) -> int:
 def _convert(command: Convert) -> int:
     import torch
 
-    from deftx_kernels.delta import interop
-    from deftx_kernels.mask import CSRMask
+    from deftx_kernels.delta import SparseDelta
+    from deftx_kernels.delta.interop import to_composable_sft
+    from deftx_kernels.train.deltas import load_any
 
-    _check_apart(command.output, str(command.source))
+    _check_output(command.output, str(command.source))
     if command.to == "composable-sft" and command.dtype != "float32":
         raise ValueError(f"dtype must be float32 for composable-sft, not {command.dtype}")
-    delta = _load(str(command.source))
-    if isinstance(delta, CSRMask):
+    delta = load_any(str(command.source))
+    if not isinstance(delta, SparseDelta):
         raise ValueError(f"{command.source} is a mask, not a vector")
     if command.to == "composable-sft":
-        interop.to_composable_sft(delta, command.output)
+        to_composable_sft(delta, command.output)
     else:
         delta.save_pretrained(command.output, dtype=getattr(torch, command.dtype))
     print(command.output)
@@ -268,11 +229,11 @@ def _doctor(command: Doctor) -> int:
 
 
 _HANDLERS: dict[type, Callable[[Any], int]] = {
-    Run: _run,
-    TrainLanguageConfig: _train_language,
-    TrainTaskConfig: _train_task,
+    Run: _drive,
+    TrainLanguageConfig: _drive,
+    TrainTaskConfig: _drive,
     Compose: _compose,
-    EvalConfig: _eval,
+    EvalConfig: _drive,
     Inspect: _inspect,
     Convert: _convert,
     Doctor: _doctor,

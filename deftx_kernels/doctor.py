@@ -1,4 +1,4 @@
-"""`deftx doctor`: every operator on every implementation present, checked against its float64 oracle, with its speed."""
+"""`deftx doctor`: every operator on every implementation, and denoising, checked against float64, with its speed."""
 
 import functools
 import os
@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deftx_kernels.denoise import svd_denoise, truncated_svd
 from deftx_kernels.ops import library, reference, schemas
 
 
 class Row(NamedTuple):
-    """One operator on one implementation of one device."""
+    """One operator or function on one implementation of one device."""
 
     op: str
     device: str
     backend: str
-    serves: bool  # what a call of the operator on this device runs
+    serves: bool  # whether a call on this device runs this implementation
     shape: str  # of its largest tensor
     correct: bool
     error: float | None  # largest error relative to the largest value; 0 for integers
@@ -28,8 +29,8 @@ class Row(NamedTuple):
     note: str  # what is wrong
 
 
-class _Called(NamedTuple):
-    """What an implementation gave, not compared yet."""
+class _Call(NamedTuple):
+    """An implementation's results, not compared yet."""
 
     row: Row
     results: list[list[Tensor]]  # of the first call and of the last one, on the CPU
@@ -38,13 +39,16 @@ class _Called(NamedTuple):
 WIDTH = 768  # of the layers that the operators are checked on: a faulty LAPACK can be right on small matrices
 
 
-def run(device: str | None = None, *, repeats: int = 5, width: int = WIDTH) -> list[Row]:
-    """Check every operator, with as many threads as the caller's, from the first call on.
+def run(
+    device: str | None = None, *, repeats: int = 5, width: int = WIDTH, names: list[str] | None = None
+) -> list[Row]:
+    """Check every operator and the denoising functions, with the caller's number of threads.
 
     Args:
         device: "cpu" or "cuda"; by default both where there is a GPU.
         repeats: timed calls for each row at the most, after the first; slow ones are called once or twice.
         width: of the layers; that of a BERT base by default.
+        names: which operators and functions; all of CASES by default.
 
     Raises:
         ValueError: an unknown device.
@@ -54,58 +58,59 @@ def run(device: str | None = None, *, repeats: int = 5, width: int = WIDTH) -> l
     devices = [d for d in library.DEVICES if device in (None, d) and (d != "cuda" or torch.cuda.is_available())]
     if not devices:
         raise ValueError(f"device {device!r}: {absent().get('cuda', 'there is no CUDA device')}")
-    # All calls come before the first oracle: nothing has been run, or set, that could hide a fault.
-    called = [
-        (op, [c for d in devices for c in _called(op, d, served[d], repeats, width)])
-        for op, served in library.backends().items()
-    ]
+    # All calls come before the first float64 reference: nothing has run, or been set, that could hide a fault.
+    calls = {
+        name: [call for d in devices for call in _calls(name, d, repeats, width)]
+        for name in (CASES if names is None else names)
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [row for op, calls in called for row in _compared(op, calls, width)]
+        return [row for name, found in calls.items() for row in _compared(name, found, width)]
     finally:
         torch.set_num_threads(threads)
 
 
 def absent() -> dict[str, str]:
     """Implementation that is not on this machine → why ("no kernel for this op" is no reason of the machine's)."""
-    others = [b.others for served in library.backends().values() for b in served.values()]
+    backends = [b for served in library.backends().values() for b in served.values()]
+    serving = {b.name for b in backends}
     names = ("c++", "cuda", "triton")
-    reasons = {n: {o[n] for o in others if n in o} - {library.NO_KERNEL} for n in names}
-    return {n: "; ".join(sorted(r)) for n, r in reasons.items() if r and not any(n == b for b in _serving())}
+    reasons = {n: {b.others[n] for b in backends if n in b.others} - {library.NO_KERNEL} for n in names}
+    return {n: "; ".join(sorted(r)) for n, r in reasons.items() if r and n not in serving}
 
 
-def _serving() -> set[str]:
-    return {b.name for served in library.backends().values() for b in served.values()}
-
-
-def _called(op: str, device: str, served: library.Backend, repeats: int, width: int) -> list[_Called]:
-    arguments = _CASES[op](width)
+def _calls(name: str, device: str, repeats: int, width: int) -> list[_Call]:
+    arguments = CASES[name](width)
+    if name in FUNCTIONS:
+        serving, runnable = "python", {"python": FUNCTIONS[name]}
+    else:
+        serving = library.backends()[name][device].name
+        runnable = {serving: getattr(torch.ops.deftx, name), "reference": getattr(reference, name)}
     called = []
-    runnable: dict[str, Callable] = {served.name: getattr(torch.ops.deftx, op), "reference": getattr(reference, op)}
-    for name, function in runnable.items():
-        serves = name == served.name
-        row = Row(op, device, name, serves, _shape(arguments), True, None, None, "")
+    for backend, function in runnable.items():
+        row = Row(name, device, backend, backend == serving, _shape(arguments), True, None, None, "")
         try:
-            results, seconds = _calls(op, function, arguments, device, repeats, serves)
-            called.append(_Called(row._replace(milliseconds=1e3 * seconds), results))
-        except Exception as failure:  # a broken backend is a finding to report, whatever it raises
-            called.append(_Called(row._replace(correct=False, note=f"{type(failure).__name__}: {failure}"), []))
+            results, seconds = _timed(name, function, arguments, device, repeats, backend == serving)
+            called.append(_Call(row._replace(milliseconds=1e3 * seconds), results))
+        except Exception as failure:  # a broken backend is a result to report, whatever it raises
+            called.append(_Call(row._replace(correct=False, note=f"{type(failure).__name__}: {failure}"), []))
     return called
 
 
-def _compared(op: str, called: list[_Called], width: int) -> list[Row]:
-    """The rows, with what float64 says of them."""
+def _compared(name: str, called: list[_Call], width: int) -> list[Row]:
+    """The rows, compared with float64."""
     try:
-        arguments = [_moved(a, "cpu", torch.float64) for a in _CASES[op](width)]
-        expected = _outputs(op, _oracle(op)(*arguments), arguments)
+        arguments = [moved(a, "cpu", torch.float64) for a in CASES[name](width)]
+        oracle = _DECOMPOSITIONS.get(name) or getattr(reference, name)
+        expected = outputs(name, oracle(*arguments), arguments)
     except _NoOracle as failure:
         return [row._replace(correct=False, note=row.note or str(failure)) for row, _ in called]
     rows = []
     for row, results in called:
         if results:
-            error = max(_error(outputs, expected) for outputs in results)
-            tolerance = _DECOMPOSITION_TOLERANCE if op in _DECOMPOSING else _TOLERANCE
+            error = max(_error(found, expected) for found in results)
+            tolerance = _DECOMPOSITION_TOLERANCE if name in _DECOMPOSITIONS else _TOLERANCE
             note = "" if error <= tolerance else f"error above {tolerance:g}"
             row = row._replace(correct=not note, error=error, note=note)
         rows.append(row)
@@ -114,99 +119,80 @@ def _compared(op: str, called: list[_Called], width: int) -> list[Row]:
 
 def _shape(arguments: list[Any]) -> str:
     """Of the largest tensor; before it the number of tensors of a list in which all have this shape."""
-    largest, label = -1, ""
-    for argument in arguments:
-        tensors = [t for t in (argument if isinstance(argument, list) else [argument]) if isinstance(t, Tensor)]
-        for tensor in tensors:
-            if tensor.numel() > largest:
-                largest, shape = tensor.numel(), list(tensor.shape)
-                shape = (
-                    [len(tensors), *shape]
-                    if len(tensors) > 1 and all(t.shape == tensor.shape for t in tensors)
-                    else shape
-                )
-                label = "×".join(map(str, shape))
-    return label
+    lists = [[t for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)] for a in arguments]
+    tensors = max(filter(None, lists), key=lambda ts: max(t.numel() for t in ts))
+    shape = list(max(tensors, key=Tensor.numel).shape)
+    if len(tensors) > 1 and all(list(t.shape) == shape for t in tensors):
+        shape = [len(tensors), *shape]
+    return "×".join(map(str, shape))
 
 
 # ---- running and comparing ----
 
 _TOLERANCE = 1e-5
-# what svd_denoise promises of a truncation; eigenvectors of 768 rows, by LAPACK in float32: 1e-5
+# svd_denoise's documented error of a truncation; eigenvectors of 768 rows, by LAPACK in float32: 1e-5
 _DECOMPOSITION_TOLERANCE = 5e-5
 
 
-def _moved(argument: Any, device: str, dtype: torch.dtype | None = None) -> Any:
-    """A copy on the device, floating tensors in the dtype; a function gives the argument that belongs to a dtype."""
+def moved(argument: Any, device: str, dtype: torch.dtype | None = None) -> Any:
+    """A copy on the device, floating tensors in the dtype; a function makes the argument that belongs to a dtype."""
     if callable(argument):
-        return _moved(argument(dtype or torch.float32), device)
+        return moved(argument(dtype or torch.float32), device)
     if isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
-        return [_moved(a, device, dtype) for a in argument]
+        return [moved(a, device, dtype) for a in argument]
     if isinstance(argument, Tensor):
-        return argument.to(
-            device, dtype if dtype is not None and argument.is_floating_point() else argument.dtype, copy=True
-        )
+        wanted = dtype if dtype is not None and argument.is_floating_point() else argument.dtype
+        return argument.to(device, wanted, copy=True)
     return dtype if isinstance(argument, torch.dtype) and dtype is not None else argument
 
 
-def _outputs(op: str, result: Any, arguments: list[Any]) -> list[Tensor]:
-    """What the operator returned and what it wrote."""
+def outputs(name: str, result: Any, arguments: list[Any]) -> list[Tensor]:
+    """What the operator or function returned and wrote, in a form that can be compared."""
     returned = [result] if isinstance(result, Tensor) else list(result or ())
-    if op == "truncated_svd":  # singular vectors have free signs: the product is what is determined
+    if name == "truncated_svd":  # singular vectors have free signs: the product is determined
         U, S, Vh = returned
         return [(U * S[..., None, :]) @ Vh, S]
-    if op == "eigh":
+    if name == "eigh":
         values, vectors = returned
         return [values, (vectors * values[..., None, :]) @ vectors.mT, vectors.mT @ vectors]
-    if op == "residual_cut":  # bits are those of a dtype, and several ends of the ties keep the same entries
+    if name == "residual_cut":  # bits are those of a dtype, and several ends of the ties keep the same entries
         dtype = arguments[0].dtype
         return [returned[0][:, 0].to({4: torch.int32, 8: torch.int64}[dtype.itemsize]).view(dtype)]
-    if op == "low_rank_histogram":  # which bin a magnitude has depends on the dtype
-        return [returned[0][returned[0] > 0]]
-    if op.endswith("_"):
-        for argument in arguments:
-            returned += argument if isinstance(argument, list) else [argument] if isinstance(argument, Tensor) else []
-    return returned
+    return returned + (schemas.tensors_of(arguments) if name.endswith("_") else [])
 
 
-def _error(outputs: list[Tensor], expected: list[Tensor]) -> float:
+def _error(found: list[Tensor], expected: list[Tensor]) -> float:
     worst = 0.0
-    for got, want in zip(outputs, expected, strict=True):
+    for got, want in zip(found, expected, strict=True):
         if got.shape != want.shape:
             return float("inf")
         if not got.is_floating_point():
-            worst = max(worst, 0.0 if torch.equal(got.cpu().to(torch.int64), want.to(torch.int64)) else float("inf"))
+            worst = max(worst, 0.0 if torch.equal(got.to(torch.int64), want.to(torch.int64)) else float("inf"))
         elif want.numel():
-            difference = (got.cpu().to(torch.float64) - want).abs().max()
-            worst = max(
-                worst,
-                float(difference / want.abs().max().clamp(min=1e-30)) if torch.isfinite(difference) else float("inf"),
-            )
+            error = float((got.to(torch.float64) - want).abs().max() / want.abs().max().clamp(min=1e-30))
+            worst = max(worst, error if error == error else float("inf"))
     return worst
 
 
 _SECONDS = 0.5  # for the calls of one implementation, after those that it needs
 
 
-def _calls(
-    op: str, function: Callable, arguments: list[Any], device: str, repeats: int, serves: bool
+def _timed(
+    name: str, function: Callable, arguments: list[Any], device: str, repeats: int, serves: bool
 ) -> tuple[list[list[Tensor]], float]:
-    """What the first call and the last one gave, and the median duration in seconds, without the first if there are
-    others.
+    """Results of the first and the last call, and the median duration in seconds, of the first call only if there is
+    no other.
     """
     times: list[float] = []
-    results = []
+    results: list[list[Tensor]] = []
     while not times or (len(times) == 1 and serves) or (len(times) <= repeats and sum(times) < _SECONDS):
-        given = [_moved(a, device) for a in arguments]
+        given = [moved(a, device) for a in arguments]
         _wait(device)
         start = time.perf_counter()
         result = function(*given)
         _wait(device)
         times.append(time.perf_counter() - start)
-        if len(times) == 1:
-            results.append([t.cpu() for t in _outputs(op, result, given)])
-    if len(times) > 1:
-        results.append([t.cpu() for t in _outputs(op, result, given)])
+        results[1:] = [[t.cpu() for t in outputs(name, result, given)]]
     return results, statistics.median(times[1:] or times)
 
 
@@ -215,15 +201,11 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-# ---- the oracle: the plain-torch functions in float64, on one thread, with eigenvectors that are proved ----
+# ---- the oracle: plain torch in float64, on one thread; its eigenvectors are proved ----
 
 
 class _NoOracle(RuntimeError):
     """LAPACK is wrong in float64, too."""
-
-
-def _oracle(op: str) -> Callable:
-    return _DECOMPOSING[op] if op in _DECOMPOSING else getattr(reference, op)
 
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:  # float64 [..., n, n]
@@ -242,13 +224,14 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:  # float64 [..., n, n]
     for what, error in errors.items():
         if not bool((error < 1e-10).all()):
             raise _NoOracle(
-                f"torch.linalg.eigh in float64 is wrong on this machine, so nothing is known: {what}: {float(error.max()):.0e}"
+                "torch.linalg.eigh in float64 is wrong on this machine, so nothing is known:"
+                f" {what}: {float(error.max()):.0e}"
             )
     return values, vectors
 
 
 def _svd(a: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # float64 [..., m, n]
-    """By the eigenvectors of the Gram matrix of the short side: a third of the time, and exact enough for large
+    """By the eigenvectors of the Gram matrix of the short side: a third of the time, accurate for large
     singular values.
     """
     wide = a.shape[-2] < a.shape[-1]
@@ -259,13 +242,44 @@ def _svd(a: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor
     return (V, S, U.mT) if wide else (U, S, V.mT)
 
 
-_DECOMPOSING: dict[str, Callable] = {
+def _truncated(a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vh = _svd(a)
+    return U[..., :rank], S[..., :rank], Vh[..., :rank, :]
+
+
+def _denoised(matrices: Tensor, energy: float, density: float) -> list[Tensor]:  # float64 [b, m, n]
+    """L + prune(H), ranks, and the shares of the sum of squares in L and, as a norm, in what is lost."""
+    results, ranks, energies, residuals = [], [], [], []
+    for w, U, S, Vh in zip(matrices, *_svd(matrices)):
+        sums = S.square().cumsum(0)
+        rank = int(torch.searchsorted(sums, energy * sums[-1])) + 1
+        low = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+        kept = (w - low).abs().flatten().topk(round(density * w.numel())).indices
+        low.view(-1)[kept] = w.flatten()[kept]
+        results.append(low)
+        ranks.append(rank)
+        energies.append(float(sums[rank - 1] / sums[-1]))
+        residuals.append(float((w - low).norm() / w.norm()))
+    numbers = [torch.tensor(x) for x in (ranks, energies, residuals)]
+    return [torch.stack(results), *numbers]
+
+
+def _svd_denoise(matrices: Tensor, energy: float, density: float) -> list[Tensor]:
+    result, info = svd_denoise(matrices, energy=energy, residual_density=density, return_info=True)
+    return [result, info["rank"], info["energy"], info["residual"]]
+
+
+# Public functions that are checked beside the operators, and the oracles of all that decompose.
+FUNCTIONS: dict[str, Callable] = {"truncated_svd": truncated_svd, "svd_denoise": _svd_denoise}
+_DECOMPOSITIONS: dict[str, Callable] = {
     "eigh": _eigh,
     "eigvalsh": lambda matrices: _eigh(matrices)[0],
+    "truncated_svd": _truncated,
+    "svd_denoise": _denoised,
 }
 
 
-# ---- one case for each operator, of layers of a width: at 768, two to three million elements, float32 ----
+# ---- one case for each, of layers of a width: at 768, two to three million elements, float32 ----
 
 _GLOBAL, _OR = schemas.SCOPES["global"], schemas.OPERATIONS["or"]
 
@@ -296,31 +310,15 @@ def _csr_case(width: int, *more: Any, values: bool = True) -> list[Any]:
 
 
 def _adamw_case(width: int) -> list[Any]:
-    tensors, gradients = _tensors(width), _flipped(width)
     crow, col = _tensors_mask(width)
-    state = [torch.linspace(0.1, 1, len(col)) for _ in range(2)]
-    step, lr = torch.tensor(3.0), torch.tensor(0.01)
-    return [
-        tensors,
-        gradients,
-        False,
-        *state,
-        None,
-        crow,
-        col,
-        step,
-        lr,
-        0.9,
-        0.999,
-        1e-8,
-        0.01,
-        None,
-        0.0,
-        False,
-        None,
-        None,
-        None,
-    ]
+    exp_avg, exp_avg_sq = (torch.linspace(0.1, 1, len(col)) for _ in range(2))
+    arguments = schemas.AdamWArgs(
+        params=_tensors(width), grads=_flipped(width), compact_grads=False, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq,
+        values=None, crow_indices=crow, col_indices=col, step=torch.tensor(3.0), lr=torch.tensor(0.01), beta1=0.9,
+        beta2=0.999, eps=1e-8, weight_decay=0.01, decay_to=None, l1=0.0, maximize=False, grad_scale=None,
+        found_inf=None, seed=None,
+    )  # fmt: skip
+    return list(arguments)
 
 
 def _linear_case(width: int) -> list[Any]:
@@ -340,7 +338,7 @@ _SPIKES = 0.01  # the share of large entries, which is what denoising keeps of H
 
 @functools.cache
 def _matrices(width: int) -> Tensor:
-    """[3, width, 4/3 width]: rank 8, noise and a few large entries, so that what is to be found is determined."""
+    """[3, width, 4/3 width]: rank 8, noise and a few large entries, so that the results are well conditioned."""
     generator = torch.Generator().manual_seed(3)
     m, n = width, 4 * width // 3
     found = torch.randn(3, m, 8, generator=generator) @ torch.randn(3, 8, n, generator=generator)
@@ -352,10 +350,6 @@ def _matrices(width: int) -> Tensor:
 
 def _grams(width: int) -> Tensor:
     return _matrices(width) @ _matrices(width).mT
-
-
-def _svd_case(width: int) -> list[Any]:
-    return [_matrices(width), 8, 2, torch.randn(width, 24, generator=torch.Generator().manual_seed(4))]
 
 
 def _bits(magnitude: float, dtype: torch.dtype) -> int:
@@ -377,13 +371,12 @@ def _factors(width: int, *more: Any) -> list[Any]:
     return [left @ right.mT + noise, left, right, *more]
 
 
-def _denoise_case(width: int) -> list[Any]:
-    matrices = list(_matrices(width))
-    totals = torch.stack([w.double().square().sum() for w in matrices])
-    return [matrices, [torch.empty_like(w) for w in matrices], totals, 0, 0.9, 0.0, _SPIKES, 2, None, len(matrices)]
+def _split_case(width: int) -> list[Any]:
+    x = _tensors(width)[0]
+    return [x, torch.empty(len(x), 3 * width, dtype=torch.bfloat16), [1, 0, 0], -1]
 
 
-_CASES: dict[str, Callable[[int], list[Any]]] = {
+CASES: dict[str, Callable[[int], list[Any]]] = {
     "csr_gather": lambda n: _csr_case(n, values=False),
     "csr_scatter_": _csr_case,
     "csr_add_": lambda n: _csr_case(n, 0.5),
@@ -397,23 +390,27 @@ _CASES: dict[str, Callable[[int], list[Any]]] = {
     "eigvalsh": lambda n: [_grams(n)],
     "residual_cut": lambda n: _factors(n, 3 * n * n // 2),
     "low_rank_denoised": lambda n: _factors(n, _cut(n)),
+    "split_bf16_": _split_case,
     "sparse_adamw_": _adamw_case,
     "csr_square_sum": lambda n: _csr_case(n, values=False),
     "masked_linear_grad": _linear_case,
     "masked_embedding_grad": _embedding_case,
+    "truncated_svd": lambda n: [_matrices(n), 8],
+    "svd_denoise": lambda n: [_matrices(n), 0.9, _SPIKES],
 }
-assert _CASES.keys() == schemas.SCHEMAS.keys()
+assert CASES.keys() == schemas.SCHEMAS.keys() | FUNCTIONS.keys()
 
 
 # ---- printing ----
 
 
 def versions() -> dict[str, str]:
-    """What an issue report needs."""
+    """Versions, threads and GPU, for an issue report."""
     from importlib.metadata import PackageNotFoundError, version
 
-    asked = os.environ.get("OMP_NUM_THREADS")
-    threads = f"{torch.get_num_threads()} ({'torch default' if asked is None else f'OMP_NUM_THREADS={asked}'})"
+    variable = os.environ.get("OMP_NUM_THREADS")
+    origin = "torch default" if variable is None else f"OMP_NUM_THREADS={variable}"
+    threads = f"{torch.get_num_threads()} ({origin})"
     found = {"python": platform.python_version(), "platform": platform.platform(), "threads": threads}
     for package in ("deftx-kernels", "torch", "triton", "cupy-cuda13x", "numpy", "transformers"):
         try:
@@ -448,17 +445,13 @@ def print_table(rows: list[Row]) -> None:
     if noted:
         table.add_column("note")
     for row in rows:
-        cells = [
-            row.op,
-            row.device,
-            row.backend,
-            "yes" if row.serves else "",
-            row.shape,
-            "[green]correct" if row.correct else "[red]WRONG",
-        ]
-        cells += [
-            "" if row.error is None else f"{row.error:.1e}",
-            "" if row.milliseconds is None else f"{row.milliseconds:.2f} ms",
-        ]
+        check = "[green]correct" if row.correct else "[red]WRONG"
+        error = "" if row.error is None else f"{row.error:.1e}"
+        milliseconds = "" if row.milliseconds is None else f"{row.milliseconds:.2f} ms"
+        cells = [row.op, row.device, row.backend, "yes" if row.serves else "", row.shape, check, error, milliseconds]
         table.add_row(*cells, *([row.note] if noted else []))
     console.print(table)
+    for op, served in library.backends().items():
+        for device in {row.device for row in rows}:
+            for condition, instead in served[device].limits.items():
+                console.print(f"{op} on {device}, {condition}: {instead}", highlight=False)

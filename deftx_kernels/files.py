@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read with errors that name them."""
+"""Atomic file writes, and reading with errors that name the file."""
 
 import hashlib
 import json
@@ -25,18 +25,17 @@ _DAY = 86_400  # seconds
 
 @contextmanager
 def replaced(path: str | os.PathLike) -> Iterator[Path]:
-    """`with replaced(path) as partial:` what is written to `partial` becomes `path` at the end, in one step and on the
-    disk.
+    """`with replaced(path) as partial:` the file written at `partial` becomes `path` at the end, atomically and synced.
 
-    A crash, a kill or a full disk leaves the old file; several writers do not disturb one another, the last one wins.
-    Of a symbolic link the target is written.
+    A crash, a kill or a full disk leaves the old file. Of several concurrent writers the last one wins. Of a symbolic
+    link the target is written.
 
     Raises:
         OSError: the file cannot be written; its name is in the message.
     """
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     _remove_abandoned(path)
-    # A folder, since a writer may make temporary files of its own beside the file: safetensors does.
+    # A folder, since safetensors makes temporary files beside the file.
     folder = path.with_name(f".{path.name}.{machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{_ENDING}")
     try:
         folder.mkdir()
@@ -46,7 +45,7 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
-    except SafetensorError as error:  # what safetensors makes of an error of the disk
+    except SafetensorError as error:  # safetensors wraps OSError
         raise OSError(f"{path} cannot be written: {error}") from error
     except OSError as error:
         named = type(error)(f"{path} cannot be written: {error.strerror or error}")
@@ -58,48 +57,45 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
 
 @cache
 def machine() -> str:
-    """Where a process has this id: a hash of the host, its last start, and the namespace of its processes (of a
-    container).
-    """
-    facts = [socket.gethostname()]
-    with suppress(OSError):  # of Linux only
-        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
+    """The scope of a process id: a hash of the host, its last boot, and the process namespace (of a container)."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # Linux only
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Delete what writers of `path` left that were killed: here, or more than a day ago elsewhere."""
+    """Delete the temporary folders of killed writers of `path`: on this machine, or older than a day on others."""
     with suppress(OSError):
         for partial in path.parent.glob(f".{escape(path.name)}.*{_ENDING}"):
-            owner = re.fullmatch(
-                rf"([0-9a-f]{{12}})-(\d+)-[0-9a-f]{{8}}{re.escape(_ENDING)}", partial.name[len(path.name) + 2 :]
-            )
-            if owner and (
-                _is_gone(int(owner[2])) if owner[1] == machine() else time.time() - partial.stat().st_mtime > _DAY
-            ):
+            owner = re.fullmatch(r"([0-9a-f]{12})-(\d+)-[0-9a-f]{8}", partial.name[len(path.name) + 2 : -len(_ENDING)])
+            if owner is None:
+                continue
+            here = owner[1] == machine()
+            if not _is_running(int(owner[2])) if here else time.time() - partial.stat().st_mtime > _DAY:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _is_gone(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
-        return True
-    except OSError:  # of another user
         return False
-    return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, with those above it; OSError naming the path where that cannot be."""
+    """Make a folder and its parents; OSError, naming the path, where that fails."""
     if path.is_file():
         raise NotADirectoryError(f"{path} is a file, where a folder is needed")
     path.mkdir(parents=True, exist_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """A new name on the disk; not every system lets a folder be opened."""
-    with suppress(OSError):
+    """Write a new name to the disk."""
+    with suppress(OSError):  # not every system can open a folder
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -108,23 +104,23 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write UTF-8, as `replaced` does."""
+    """Write UTF-8, by `replaced`."""
     with replaced(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write JSON, as `replaced` does. What JSON cannot hold is refused before any file is touched."""
+    """Write JSON, by `replaced`. TypeError, before any file is touched, for values that JSON does not have."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, as `replaced` does."""
+    """Write a safetensors file, by `replaced`."""
     with replaced(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode
         save_file(dict(tensors), partial, metadata=dict(metadata))
-        partial.chmod(mode)  # safetensors writes a file that only its owner can read
+        partial.chmod(mode)  # safetensors makes the file readable for its owner only
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -141,7 +137,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """`json.loads`, with a ValueError also for what is nested too deeply."""
+    """`json.loads`, with a ValueError also for text that is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -150,18 +146,16 @@ def parse_json(text: str) -> Any:
 
 @contextmanager
 def reading(path: str | os.PathLike, kind: str) -> Iterator[None]:
-    """`with reading(path, "mask file"):` whatever damaged or hostile content raises there becomes a ValueError that
-    names the file.
+    """`with reading(path, "mask file"):` an error that damaged content causes becomes a ValueError that names the file.
 
-    What the system says of the file itself (an OSError: it is missing, its disk fails) passes.
+    An OSError (the file is missing, its disk fails) passes.
     """
     if not Path(path).is_dir():
-        with open(path, "rb"):  # safetensors calls every error of the system a missing file
-            pass
+        open(path, "rb").close()  # safetensors reports every OSError as a missing file
     try:
         yield
     except OSError:
         raise
-    except Exception as error:  # of safetensors, torch.load, and of whatever is done with what was read
+    except Exception as error:  # of safetensors, torch.load, and of the code that uses their results
         fault = f"{error}" if isinstance(error, (ValueError, SafetensorError)) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is no readable {kind}: {fault}") from error

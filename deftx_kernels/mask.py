@@ -5,18 +5,29 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from deftx_kernels.files import parse_json, reading, write_tensors
-from deftx_kernels.ops.schemas import OPERATIONS, column_dtype, rows_and_columns
-from deftx_kernels.validation import FLOATS, are_plain, check_floats, check_plain, check_readable, check_writable
+from deftx_kernels.ops.schemas import OPERATIONS, column_dtype, compute_dtype, rows_and_columns
+from deftx_kernels.validation import (
+    are_plain,
+    check_devices,
+    check_floats,
+    check_mapping,
+    check_plain,
+    check_readable,
+    check_writable,
+    usable_in_backward,
+)
+
+__all__ = ["CSRMask", "column_dtype", "rows_and_columns", "usable_in_backward"]
 
 FORMAT = "deftx_csr_mask"
 
@@ -24,9 +35,9 @@ FORMAT = "deftx_csr_mask"
 class CSRMask:
     """An immutable set of entries of named tensors, as one CSR matrix.
 
-    The tensors stand one above the other, ordered by name (lexicographically, whatever the order of the mapping they
-    came in). An N-D tensor is the matrix (shape[0], prod(shape[1:])), a tensor of fewer than two dimensions one row. A
-    *compact* tensor is 1-D [nnz]: one value per entry, in this order.
+    The tensors are stacked row-wise, in ascending order of their names. An N-D tensor is the matrix
+    (shape[0], prod(shape[1:])), a tensor of fewer than two dimensions one row. A *compact* tensor is 1-D [nnz]: one
+    value per entry, in this order.
 
     Args:
         names: the tensors' names, ascending.
@@ -36,6 +47,13 @@ class CSRMask:
 
     Raises:
         ValueError, TypeError: the arguments do not describe such a set.
+
+    Example:
+        >>> mask = CSRMask.from_dense({"w": torch.tensor([[True, False], [False, True]])})
+        >>> mask.crow_indices.tolist(), mask.col_indices.tolist()
+        ([0, 1, 2], [0, 1])
+        >>> mask.gather({"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
+        tensor([1., 4.])
     """
 
     def __init__(
@@ -53,8 +71,10 @@ class CSRMask:
         self._check_entries()
 
     @classmethod
-    def _trusted(cls, names, shapes, crow_indices: Tensor, col_indices: Tensor) -> "CSRMask":
-        """The constructor for indices that our own kernels made: no check, so no host synchronisation."""
+    def unchecked(
+        cls, names: Sequence[str], shapes: Sequence[Sequence[int]], crow_indices: Tensor, col_indices: Tensor
+    ) -> "CSRMask":
+        """The constructor without its checks and host synchronisation: for valid indices, of any integer dtype."""
         mask = cls.__new__(cls)
         mask._set(names, shapes, crow_indices, col_indices.to(column_dtype(shapes)))
         return mask
@@ -72,32 +92,30 @@ class CSRMask:
             col_indices=usable_in_backward(col_indices),
         )
 
-    def __reduce__(self):  # torch cannot unpickle a uint16 tensor
-        return _unpickled, (self.names, self.shapes, self.crow_indices, _signed(self.col_indices))
+    def __reduce__(self):  # torch cannot unpickle uint16 tensors
+        return CSRMask.unchecked, (self.names, self.shapes, self.crow_indices, _signed(self.col_indices))
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a CSRMask is immutable: {name} cannot be set")
 
     @staticmethod
     def check_layout(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
-        """ValueError or TypeError unless tensors of these names and shapes can stand in one mask."""
+        """ValueError or TypeError unless a mask can have tensors of these names and shapes."""
         for argument, given in (("names", names), ("shapes", shapes)):
             if not isinstance(given, Sequence) or isinstance(given, str):
                 raise TypeError(f"{argument} must be a sequence, got {type(given).__name__}")
         if not names:
             raise ValueError("names: a CSRMask needs at least one tensor")
-        for name in names:
-            if not isinstance(name, str):
-                raise TypeError(f"names must be strings, got {name!r}")
+        if others := [name for name in names if not isinstance(name, str)]:
+            raise TypeError(f"names must be strings, got {others[0]!r}")
         if len(names) != len(shapes):
             raise ValueError(f"names and shapes differ in length: {len(names)} and {len(shapes)}")
         for before, after in zip(names, names[1:]):
             if before >= after:
                 raise ValueError(f"names must be unique and ascending, got {before!r} before {after!r}")
         for name, shape in zip(names, shapes):
-            if not isinstance(shape, Sequence) or any(
-                isinstance(n, bool) or not hasattr(n, "__index__") for n in shape
-            ):
+            sizes = shape if isinstance(shape, Sequence) else [None]
+            if any(isinstance(n, bool) or not hasattr(n, "__index__") for n in sizes):
                 raise TypeError(f"tensor {name!r} must have a shape of ints, got {shape!r}")
             if any(n < 0 for n in shape):
                 raise ValueError(f"tensor {name!r} of shape {tuple(shape)} has a negative size")
@@ -107,38 +125,31 @@ class CSRMask:
             raise ValueError("shapes: the tensors have more than 2**63 - 1 elements")
 
     def _check_entries(self) -> None:
-        crow, col = self.crow_indices, self.col_indices
-        if crow.dtype != torch.int64 or crow.shape != (self.row_offsets[-1] + 1,):
-            raise ValueError(
-                f"crow_indices must be int64 [{self.row_offsets[-1] + 1}] (the rows of all tensors + 1), "
-                f"got {crow.dtype} {list(crow.shape)}"
-            )
-        if col.dtype != column_dtype(self.shapes) or col.dim() != 1:
-            raise ValueError(
-                f"col_indices must be {column_dtype(self.shapes)} [nnz], got {col.dtype} {list(col.shape)}"
-            )
+        crow, col, rows = self.crow_indices, self.col_indices, self.row_offsets[-1]
+        if crow.dtype != torch.int64 or crow.shape != (rows + 1,):
+            found = f"{crow.dtype} {list(crow.shape)}"
+            raise ValueError(f"crow_indices must be int64 [{rows + 1}] (the rows of all tensors + 1), got {found}")
+        if col.dtype != (wanted := column_dtype(self.shapes)) or col.dim() != 1:
+            raise ValueError(f"col_indices must be {wanted} [nnz], got {col.dtype} {list(col.shape)}")
         if crow.device != col.device:
             raise ValueError(f"crow_indices is on {crow.device} but col_indices on {col.device}")
-        outside = (crow < 0) | (crow > col.numel())  # differences of such numbers could overflow to what looks right
+        outside = (crow < 0) | (crow > col.numel())  # differences of such numbers could overflow
         if int(crow[0]) != 0 or int(crow[-1]) != col.numel() or bool(outside.any()) or bool((crow.diff() < 0).any()):
             raise ValueError(f"crow_indices must rise from 0 to nnz = {col.numel()}")
-        for name, shape, start, end in zip(self.names, self.shapes, self._bounds, self._bounds[1:]):
-            wide = col[start:end].to(torch.int64)
-            columns = rows_and_columns(shape)[1]
+        for name, part in self.split(col).items():
+            columns = rows_and_columns(self.shapes[self.positions[name]])[1]
+            wide = part.to(torch.int64)
             if bool(((wide < 0) | (wide >= columns)).any()):
                 raise ValueError(
                     f"col_indices: tensor {name!r} has {columns} columns, got a column outside [0, {columns})"
                 )
-        key = self._keys()
-        if bool((key.diff() <= 0).any()):
+        if bool((self.flat_indices().diff() <= 0).any()):
             raise ValueError("col_indices must be strictly ascending within each row (sorted, without duplicates)")
 
-    # ---- layout ----
-
     @cached_property
-    def places(self) -> dict[str, int]:
-        """Name → its place in `names`."""
-        return dict(zip(self.names, range(len(self.names))))
+    def positions(self) -> dict[str, int]:
+        """Name → its index in `names`."""
+        return {name: i for i, name in enumerate(self.names)}
 
     @cached_property
     def row_offsets(self) -> tuple[int, ...]:
@@ -146,8 +157,8 @@ class CSRMask:
         return tuple(accumulate((rows_and_columns(s)[0] for s in self.shapes), initial=0))
 
     @cached_property
-    def _bounds(self) -> list[int]:
-        """[len(names) + 1]: where each tensor's entries begin in a compact tensor (one host synchronisation, once)."""
+    def entry_offsets(self) -> list[int]:
+        """[len(names) + 1]: the first entry of each tensor, and nnz (the first access waits for the device)."""
         return self.crow_indices[list(self.row_offsets)].tolist()
 
     @property
@@ -171,18 +182,17 @@ class CSRMask:
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Name → shape, numel, nnz and density of each tensor."""
-        rows = {}
-        for name, shape, start, end in zip(self.names, self.shapes, self._bounds, self._bounds[1:]):
-            nnz, numel = end - start, shape.numel()
-            rows[name] = {"shape": tuple(shape), "numel": numel, "nnz": nnz, "density": nnz / numel if numel else 0.0}
-        return rows
+        return {
+            name: {"shape": tuple(part.shapes[0]), "numel": part.numel, "nnz": part.nnz, "density": part.density}
+            for name, part in ((n, self[n]) for n in self.names)
+        }
 
     def __repr__(self) -> str:
-        share = f"nnz={self.nnz:,} of {self.numel:,}, density={self.density:.4%}"
-        return f"CSRMask({len(self.names)} tensors, {share}, device={self.device})"
+        entries = f"nnz={self.nnz:,} of {self.numel:,}, density={self.density:.4%}"
+        return f"CSRMask({len(self.names)} tensors, {entries}, device={self.device})"
 
     def __contains__(self, name: object) -> bool:
-        return name in self.places
+        return name in self.positions
 
     def __len__(self) -> int:
         return len(self.names)
@@ -192,23 +202,16 @@ class CSRMask:
     @classmethod
     def from_dense(cls, dense: Mapping[str, Tensor]) -> "CSRMask":
         """The mask of the True entries of boolean tensors of any shape, all on one device."""
-        _check_mapping(dense, "dense")
-        names = sorted(dense)
-        for name in names:
-            check_plain(dense[name], f"dense[{name!r}]")
-        shapes = [dense[n].shape for n in names]
-        cls.check_layout(names, shapes)
-        device = dense[names[0]].device
-        for name in names:
-            tensor = dense[name]
+        check_mapping(dense, "dense")
+        tensors = dict(sorted(dense.items()))
+        for name, tensor in tensors.items():
+            check_plain(tensor, f"dense[{name!r}]")
             if tensor.dtype != torch.bool:
                 raise TypeError(f"dense[{name!r}] must be a bool tensor, got {tensor.dtype}")
-            if tensor.device != device:
-                raise ValueError(
-                    f"dense[{name!r}] is on {tensor.device}, dense[{names[0]!r}] on {device}: one device is needed"
-                )
-            check_readable(tensor, f"dense[{name!r}]")
-        return cls._trusted(names, shapes, *torch.ops.deftx.dense_to_csr([dense[n].contiguous() for n in names]))
+        names, shapes = list(tensors), [t.shape for t in tensors.values()]
+        cls.check_layout(names, shapes)
+        check_devices(tensors, "dense")
+        return cls.unchecked(names, shapes, *torch.ops.deftx.dense_to_csr([t.contiguous() for t in tensors.values()]))
 
     def to_dense(self) -> dict[str, Tensor]:
         """Name → bool tensor, True at the entries."""
@@ -216,95 +219,89 @@ class CSRMask:
         return self.scatter_(dense, torch.ones(self.nnz, dtype=torch.bool, device=self.device))
 
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The entries of the tensors as one compact tensor [nnz], of their common dtype (promoted where they differ)."""
-        chosen = [t.detach().contiguous() for t in self.select(tensors, "tensors")]
-        if len({t.dtype for t in chosen}) == 1:
-            return torch.ops.deftx.csr_gather(chosen, self.crow_indices, self.col_indices)
-        parts = [_one(self[n], "csr_gather", t) for n, t in zip(self.names, chosen)]
-        dtype = parts[0].dtype
-        for part in parts:
-            dtype = torch.promote_types(dtype, part.dtype)
-        return torch.cat([p.to(dtype) for p in parts])
+        """The entries of the tensors as one compact tensor [nnz], of their promoted dtype."""
+        parts = self._read("csr_gather", self.checked_tensors(tensors, "tensors"))
+        dtype = reduce(torch.promote_types, (p.dtype for p in parts))
+        return parts[0] if len(parts) == 1 else torch.cat([p.to(dtype) for p in parts])
 
     def square_sum(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The sum of the squares of the tensors' entries: float64 [], the same for any number of threads; no entry is
-        copied.
-        """
-        chosen = [t.detach().contiguous() for t in self.select(tensors, "tensors")]
-        if len(check_floats(chosen, self.names, "tensors")) == 1:
-            return torch.ops.deftx.csr_square_sum(chosen, self.crow_indices, self.col_indices)
-        return torch.stack([_one(self[n], "csr_square_sum", t) for n, t in zip(self.names, chosen)]).sum()
+        """The sum of the squares of the tensors' entries: float64 [], the same for any number of threads."""
+        chosen = self.checked_tensors(tensors, "tensors")
+        check_floats(chosen, self.names, "tensors")
+        parts = self._read("csr_square_sum", chosen)
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+    def _read(self, op: str, tensors: list[Tensor]) -> list[Tensor]:
+        """The op's result of all tensors, or of each one where their dtypes differ."""
+        groups = self._of_one_dtype([t.detach().contiguous() for t in tensors])
+        return [getattr(torch.ops.deftx, op)(same, mask.crow_indices, mask.col_indices) for mask, same in groups]
 
     def scatter_(self, tensors: Mapping[str, Tensor], compact: Tensor) -> dict[str, Tensor]:
-        """Overwrite the entries of the tensors with the compact values (cast to each tensor's dtype). Returns the
-        tensors.
-        """
+        """Overwrite the tensors' entries with the compact values, cast to each tensor's dtype. Returns the tensors."""
         return self._write("csr_scatter_", tensors, compact)
 
     def add_(self, tensors: Mapping[str, Tensor], compact: Tensor, alpha: float = 1) -> dict[str, Tensor]:
-        """Add alpha times the compact values to the entries, in float32 or better, rounded once. Returns the tensors."""
-        for name, tensor in zip(self.names, self.select(tensors, "tensors")):
-            if tensor.dtype not in FLOATS:
-                raise TypeError(
-                    f"tensors[{name!r}] must be floating point: float32, float64, float16 or bfloat16, got {tensor.dtype}"
-                )
+        """Add alpha times the compact values to the entries, in float32 or better, rounded once; the tensors again."""
+        check_floats(self.checked_tensors(tensors, "tensors"), self.names, "tensors")
         return self._write("csr_add_", tensors, compact, float(alpha))
 
     def _write(self, op: str, tensors: Mapping[str, Tensor], compact: Tensor, *alpha: float) -> dict[str, Tensor]:
-        targets = self.select(tensors, "tensors")
+        targets = self.checked_tensors(tensors, "tensors")
         self.check_compact(compact, "compact")
-        chosen = [t.detach() for t in targets]
-        dense = [t.contiguous() for t in chosen]  # a copy only where the tensor is not contiguous
-        labels = [f"tensors[{name!r}]" for name in self.names]
-        if len({t.dtype for t in dense}) > 1 or any(copy is not t for t, copy in zip(chosen, dense)):
-            check_writable(dict(zip(labels, targets)))
-        if len({t.dtype for t in dense}) == 1:
-            values = _values_for(op, compact, dense[0].dtype)
-            try:
-                getattr(torch.ops.deftx, op)(dense, self.crow_indices, self.col_indices, values, *alpha)
-            except (RuntimeError, ValueError):
-                check_writable(dict(zip(labels, targets)))  # names what shares memory
-                raise
-        else:
-            for name, tensor, part in zip(self.names, dense, self.split(compact).values()):
-                _one(self[name], op, tensor, _values_for(op, part, tensor.dtype), *alpha)
-        for tensor, copy in zip(chosen, dense):
+        detached = [t.detach() for t in targets]
+        dense = [t.contiguous() for t in detached]
+        labelled = {f"tensors[{name!r}]": t for name, t in zip(self.names, targets)}
+        groups = self._of_one_dtype(dense)
+        if len(groups) > 1 or any(copy is not t for t, copy in zip(detached, dense)):
+            check_writable(labelled)
+        parts = [compact] if len(groups) == 1 else compact.split([mask.nnz for mask, _ in groups])
+        try:
+            for (mask, same), part in zip(groups, parts):
+                # values of the tensors' dtype, or (csr_add_) of its compute dtype
+                same_dtype = op == "csr_scatter_" or part.dtype == same[0].dtype
+                values = part.detach().contiguous().to(same[0].dtype if same_dtype else compute_dtype(same[0].dtype))
+                getattr(torch.ops.deftx, op)(same, mask.crow_indices, mask.col_indices, values, *alpha)
+        except (RuntimeError, ValueError):
+            check_writable(labelled)  # names the tensors that share memory
+            raise
+        for tensor, copy in zip(detached, dense):
             if copy is not tensor:
                 tensor.copy_(copy)
         torch.autograd.graph.increment_version(targets)
         return {n: tensors[n] for n in self.names}
 
+    def _of_one_dtype(self, tensors: list[Tensor]) -> list[tuple["CSRMask", list[Tensor]]]:
+        """The operators take tensors of one dtype: all tensors with this mask, or each one with its own mask."""
+        if len({t.dtype for t in tensors}) == 1:
+            return [(self, tensors)]
+        return [(self[n], [t]) for n, t in zip(self.names, tensors)]
+
     def split(self, compact: Tensor) -> dict[str, Tensor]:
         """Name → the view of a compact tensor that holds this tensor's entries."""
         self.check_compact(compact, "compact")
-        return {n: compact[s:e] for n, s, e in zip(self.names, self._bounds, self._bounds[1:])}
+        offsets = self.entry_offsets
+        return {n: compact[start:end] for n, start, end in zip(self.names, offsets, offsets[1:])}
 
     def part(self, name: str, compact: Tensor) -> Tensor:
         """The view of a compact tensor that holds one tensor's entries."""
         self.check_compact(compact, "compact")
-        i = self._place(name)
-        return compact[self._bounds[i] : self._bounds[i + 1]]
+        i = self._position(name)
+        return compact[self.entry_offsets[i] : self.entry_offsets[i + 1]]
 
-    def _place(self, name: str) -> int:
-        if name not in self.places:
+    def _position(self, name: str) -> int:
+        if name not in self.positions:
             raise KeyError(f"the mask has no tensor {name!r}")
-        return self.places[name]
+        return self.positions[name]
 
     def sparse_csr(self, name: str, compact: Tensor) -> Tensor:
-        """One tensor's entries with their values (from `compact` [nnz] of the whole mask) as a torch sparse CSR matrix."""
+        """One tensor's entries, with their values in `compact` [nnz], as a torch sparse CSR matrix."""
         one, values = self[name], self.part(name, compact)
-        return torch.sparse_csr_tensor(
-            one.crow_indices,
-            one.col_indices.to(torch.int64),
-            values,
-            size=rows_and_columns(one.shapes[0]),
-            device=self.device,
-            check_invariants=False,
-        )
+        csr = (one.crow_indices, one.col_indices.to(torch.int64), values, rows_and_columns(one.shapes[0]))
+        return torch.sparse_csr_tensor(*csr, device=self.device, check_invariants=False)
 
-    def select(self, tensors: Mapping[str, Tensor], argument: str) -> list[Tensor]:
-        """The mask's tensors out of a mapping, checked: present, of the right shape, on the mask's device."""
-        _check_mapping(tensors, argument)
+    def checked_tensors(self, tensors: Mapping[str, Tensor], argument: str) -> list[Tensor]:
+        """The mask's tensors from a mapping, in order; an error where one is missing or has another shape or device."""
+        check_mapping(tensors, argument)
         chosen: list[Any] = [tensors.get(name) for name in self.names]
         if not are_plain(chosen):
             for name, tensor in zip(self.names, chosen):
@@ -313,136 +310,111 @@ class CSRMask:
                 check_plain(tensor, f"{argument}[{name!r}]")
         device = self.device
         for name, shape, tensor in zip(self.names, self.shapes, chosen):
-            if tensor.shape != shape or tensor.device != device:
-                self._refuse(name, tensor, argument)
+            if tensor.shape != shape:
+                label = f"{argument}[{name!r}]"
+                raise ValueError(f"{label} has shape {list(tensor.shape)}, the mask was made for {list(shape)}")
+            if tensor.device != device:
+                self._check_device(tensor, f"{argument}[{name!r}]")
         return chosen
-
-    def _refuse(self, name: str, tensor: Tensor, argument: str) -> NoReturn:
-        """Says what is wrong with the tensor."""
-        shape = self.shapes[self.places[name]]
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{argument}[{name!r}] has shape {list(tensor.shape)}, the mask was made for {list(shape)}"
-            )
-        raise ValueError(f"{argument}[{name!r}] is on {tensor.device}, the mask on {self.device}: move one with .to()")
 
     def check_compact(self, compact: Tensor, argument: str) -> None:
         """ValueError or TypeError unless this is a tensor [nnz] on the mask's device."""
         check_plain(compact, argument)
         if compact.shape != (self.nnz,):
             raise ValueError(f"{argument} must be compact, [nnz] = [{self.nnz}], got shape {list(compact.shape)}")
-        if compact.device != self.device:
-            raise ValueError(f"{argument} is on {compact.device}, the mask on {self.device}: move one with .to()")
+        self._check_device(compact, argument)
+
+    def _check_device(self, other: "Tensor | CSRMask", label: str) -> None:
+        if other.device != self.device:
+            raise ValueError(f"{label} is on {other.device}, the mask on {self.device}: move one with .to()")
 
     # ---- sub-masks and set operations ----
 
     def __getitem__(self, name: str) -> "CSRMask":
         """The mask of one tensor."""
-        i = self._place(name)
-        first, last = self.row_offsets[i], self.row_offsets[i + 1]
-        start, end = self._bounds[i], self._bounds[i + 1]
-        crow = self.crow_indices[first : last + 1] - start
-        return CSRMask._trusted((name,), (self.shapes[i],), crow, self.col_indices[start:end])
+        i = self._position(name)
+        crow = self.crow_indices[self.row_offsets[i] : self.row_offsets[i + 1] + 1] - self.entry_offsets[i]
+        return CSRMask.unchecked((name,), (self.shapes[i],), crow, self.part(name, self.col_indices))
 
     def restrict(self, names: Sequence[str]) -> "CSRMask":
-        """The mask of some of the tensors; in the given names, order does not matter."""
+        """The mask of some of the tensors, given in any order."""
         parts = [self[n] for n in sorted(names)]
-        counts = [p.crow_indices.diff() for p in parts]
-        shapes = [p.shapes[0] for p in parts]
-        cols = [p.col_indices.to(torch.int32) for p in parts]
         if not parts:
             raise ValueError("names: a CSRMask needs at least one tensor")
-        return CSRMask._trusted(sorted(names), shapes, _crow(counts), torch.cat(cols))
+        starts = accumulate((p.nnz for p in parts), initial=0)
+        crow = torch.cat([parts[0].crow_indices[:1], *(p.crow_indices[1:] + start for p, start in zip(parts, starts))])
+        col = torch.cat([p.col_indices.to(torch.int32) for p in parts])
+        return CSRMask.unchecked(sorted(names), [p.shapes[0] for p in parts], crow, col)
 
-    def _keys(self, layout: Mapping[str, int] | None = None) -> Tensor:
-        """int64 [nnz]: each entry's flat position when tensor `name` begins at layout[name] (by default: one after the
-        other).
+    def flat_indices(self, offsets: Mapping[str, int] | None = None) -> Tensor:
+        """int64 [nnz], ascending: the entries' indices in all tensors, flattened and concatenated by name; or where
+        each tensor's first element has the index offsets[name].
         """
-        if layout is None:
-            layout = dict(zip(self.names, accumulate((s.numel() for s in self.shapes), initial=0)))
-        rows, columns = zip(*(rows_and_columns(s) for s in self.shapes))
-        row_start = torch.cat(
-            [
-                torch.arange(r, dtype=torch.int64, device="cpu") * c + layout[n]
-                for n, r, c in zip(self.names, rows, columns)
-            ]
-        ).to(self.device)
-        return torch.repeat_interleave(row_start, self.crow_indices.diff()) + self.col_indices.to(torch.int64)
-
-    def _combine(self, other: "CSRMask", operation: str) -> "CSRMask":
-        if not isinstance(other, CSRMask):
-            return NotImplemented
-        if self.device != other.device:
-            raise ValueError(f"masks are on {self.device} and {other.device}: move one with .to()")
-        names = list(self._common_layout(other))
-        shapes = dict(zip(other.names, other.shapes)) | dict(zip(self.names, self.shapes))
-        mine, theirs = self._crow_of(names, shapes), other._crow_of(names, shapes)
-        col, other_col = self.col_indices, other.col_indices
-        if col.dtype != other_col.dtype:
-            col, other_col = col.to(torch.int32), other_col.to(torch.int32)
-        crow, col = torch.ops.deftx.csr_combine(mine, col, theirs, other_col, OPERATIONS[operation])
-        return CSRMask._trusted(names, [shapes[n] for n in names], crow, col)
-
-    def _crow_of(self, names: Sequence[str], shapes: Mapping[str, torch.Size]) -> Tensor:
-        """crow_indices over the rows of more tensors, ascending by name; those that the mask does not cover are empty."""
-        if len(names) == len(self.names):
-            return self.crow_indices
-        parts = [self.crow_indices[:1]]
-        for name in names:
-            if name in self.places:
-                first, last = self.row_offsets[self.places[name]], self.row_offsets[self.places[name] + 1]
-                parts.append(self.crow_indices[first + 1 : last + 1])
-            else:
-                parts.append(parts[-1][-1:].expand(rows_and_columns(shapes[name])[0]))
-        return torch.cat(parts)
+        starts = None if offsets is None else [offsets[n] for n in self.names]
+        row_starts = _row_starts(self.shapes, starts).to(self.device)
+        return torch.repeat_interleave(row_starts, self.crow_indices.diff()) + self.col_indices.to(torch.int64)
 
     @classmethod
-    def _from_keys(cls, names: Sequence[str], shapes: Sequence[torch.Size], keys: Tensor) -> "CSRMask":
-        """From ascending int64 flat positions, the tensors standing one after the other (see `_keys`)."""
-        offsets = list(accumulate((s.numel() for s in shapes), initial=0))
-        bounds = torch.searchsorted(keys, torch.tensor(offsets, device=keys.device)).tolist()
-        counts, columns_found = [], []
-        for shape, offset, start, end in zip(shapes, offsets, bounds, bounds[1:]):
-            rows, columns = rows_and_columns(shape)
-            index = keys[start:end] - offset
-            row = index // max(columns, 1)
-            counts.append(torch.bincount(row, minlength=rows))
-            columns_found.append((index - row * columns).to(torch.int32))
-        return cls._trusted(names, shapes, _crow(counts), torch.cat(columns_found))
+    def from_flat_indices(cls, names: Sequence[str], shapes: Sequence[torch.Size], flat: Tensor) -> "CSRMask":
+        """The mask whose `flat_indices()` these are; int64, ascending, not checked."""
+        row_starts = _row_starts(shapes).to(flat.device)
+        crow = torch.searchsorted(
+            flat, torch.cat([row_starts, row_starts.new_tensor([sum(s.numel() for s in shapes)])])
+        )
+        col = flat - torch.repeat_interleave(row_starts, crow.diff())
+        return cls.unchecked(names, shapes, crow, col.to(torch.int32))
 
     def project(self, compact: Tensor, other: "CSRMask") -> Tensor:
         """A compact tensor of this mask as one of another mask [other.nnz]: entries that only the other has are 0."""
         self.check_compact(compact, "compact")
-        if self.device != other.device:
-            raise ValueError(f"masks are on {self.device} and {other.device}: move one with .to()")
-        layout = self._common_layout(other)
-        mine, theirs = self._keys(layout), other._keys(layout)
+        self._check_device(other, "other")
+        shapes = self._united_shapes(other)
+        offsets = dict(zip(shapes, accumulate((s.numel() for s in shapes.values()), initial=0)))
+        mine, theirs = self.flat_indices(offsets), other.flat_indices(offsets)
         out = compact.new_zeros(other.nnz)
-        place = torch.searchsorted(theirs, mine)
-        found = place < len(theirs)
-        found[found.clone()] = theirs[place[found]] == mine[found]
-        out[place[found]] = compact.detach()[found]
+        index = torch.searchsorted(theirs, mine)
+        found = index < len(theirs)
+        found[found.clone()] = theirs[index[found]] == mine[found]
+        out[index[found]] = compact.detach()[found]
         return out
 
-    def _common_layout(self, other: "CSRMask") -> dict[str, int]:
-        """Name → flat offset of the tensors of both masks, one after the other by name."""
+    def _united_shapes(self, other: "CSRMask") -> dict[str, torch.Size]:
+        """Name → shape of the tensors of both masks, by name."""
         shapes = dict(zip(self.names, self.shapes))
         for name, shape in zip(other.names, other.shapes):
-            if shapes.setdefault(name, shape) != shape:
-                raise ValueError(
-                    f"tensor {name!r} has shape {list(shapes[name])} in one mask and {list(shape)} in the other"
-                )
-        names = sorted(shapes)
-        return dict(zip(names, accumulate((shapes[n].numel() for n in names), initial=0)))
+            if (own := shapes.setdefault(name, shape)) != shape:
+                raise ValueError(f"tensor {name!r} has shape {list(own)} in one mask and {list(shape)} in the other")
+        return dict(sorted(shapes.items()))
+
+    def _combine(self, other: "CSRMask", operation: str) -> "CSRMask":
+        if not isinstance(other, CSRMask):
+            return NotImplemented
+        self._check_device(other, "the other mask")
+        shapes = self._united_shapes(other)
+        dtype = column_dtype(list(shapes.values()))
+        mine, theirs = ((m._crow_of(shapes), m.col_indices.to(dtype)) for m in (self, other))
+        crow, col = torch.ops.deftx.csr_combine(*mine, *theirs, OPERATIONS[operation])
+        return CSRMask.unchecked(list(shapes), list(shapes.values()), crow, col)
+
+    def _crow_of(self, shapes: Mapping[str, torch.Size]) -> Tensor:
+        """crow_indices over the rows of more tensors; those that the mask does not cover are empty."""
+        if len(shapes) == len(self.names):
+            return self.crow_indices
+        parts = [self.crow_indices[:1]]
+        for name, shape in shapes.items():
+            if name in self.positions:
+                i = self.positions[name]
+                parts.append(self.crow_indices[self.row_offsets[i] + 1 : self.row_offsets[i + 1] + 1])
+            else:
+                parts.append(parts[-1][-1:].expand(rows_and_columns(shape)[0]))
+        return torch.cat(parts)
 
     def __and__(self, other: "CSRMask") -> "CSRMask":
-        """Entries of both. A mask has no entries in a tensor that it does not cover; the result covers the tensors of
-        both.
-        """
+        """Entries of both masks. The result covers the tensors of both; a mask is empty in those it does not cover."""
         return self._combine(other, "and")
 
     def __or__(self, other: "CSRMask") -> "CSRMask":
-        """Entries of either."""
+        """Entries of either mask."""
         return self._combine(other, "or")
 
     def __sub__(self, other: "CSRMask") -> "CSRMask":
@@ -466,7 +438,7 @@ class CSRMask:
     def to(self, device: torch.device | str | int) -> "CSRMask":
         """This mask on a device (itself where it is there already)."""
         crow, col = self.crow_indices.to(device), self.col_indices.to(device)
-        return self if crow is self.crow_indices else CSRMask._trusted(self.names, self.shapes, crow, col)
+        return self if crow is self.crow_indices else CSRMask.unchecked(self.names, self.shapes, crow, col)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of names, shapes and entries; equal masks have equal fingerprints on every device."""
@@ -479,22 +451,18 @@ class CSRMask:
         return json.dumps({"names": self.names, "shapes": [list(s) for s in self.shapes]})
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file, with its checksum (atomically: a crash leaves the old file or the new one).
+        """Write a safetensors file with a checksum, atomically: a crash leaves the old file or the new one.
 
         Raises:
             OSError: it cannot be written; the message names the file.
         """
-        tensors = {
-            "crow_indices": self.crow_indices.cpu().contiguous(),
-            "col_indices": self.col_indices.cpu().contiguous(),
-        }
-        write_tensors(
-            path, tensors, {"format": FORMAT, "layout": self._layout_json(), "fingerprint": self.fingerprint()}
-        )
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in ("crow_indices", "col_indices")}
+        metadata = {"format": FORMAT, "layout": self._layout_json(), "fingerprint": self.fingerprint()}
+        write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> "CSRMask":
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -507,58 +475,25 @@ class CSRMask:
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its metadata lacks format = {FORMAT}")
             layout = parse_json(metadata["layout"])
-            mask = cls(
-                layout["names"], layout["shapes"], file.get_tensor("crow_indices"), file.get_tensor("col_indices")
-            )
+            mask = cls(layout["names"], layout["shapes"], *map(file.get_tensor, ("crow_indices", "col_indices")))
             if "fingerprint" not in metadata:
                 raise ValueError(
-                    "it was written by an older version of deftx-kernels, without a checksum: make the mask again"
+                    "written by an older version of deftx-kernels, without a checksum: make the mask again"
                 )
             if mask.fingerprint() != metadata["fingerprint"]:
-                raise ValueError("its content does not have the checksum that it was saved with")
+                raise ValueError("its content does not match its checksum")
         return mask.to(device)
 
 
-def usable_in_backward(tensor: Tensor) -> Tensor:
-    """The tensor itself; one that was made in inference_mode, which autograd refuses, is copied."""
-    if not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False):
-        return tensor.clone()
-
-
-def _check_mapping(tensors: object, argument: str) -> None:
-    if not isinstance(tensors, Mapping):
-        raise TypeError(f"{argument} must be a mapping of names to tensors, got {type(tensors).__name__}")
-
-
-def _crow(counts: list[Tensor]) -> Tensor:
-    """int64 [rows + 1] from the entries per row of each tensor."""
-    crow = torch.zeros(sum(len(c) for c in counts) + 1, dtype=torch.int64, device=counts[0].device)
-    torch.cumsum(torch.cat(counts), 0, out=crow[1:])
-    return crow
-
-
-def _signed(col_indices: Tensor) -> Tensor:
-    """The same bits in a dtype that every torch operation knows."""
-    return col_indices.view(torch.int16) if col_indices.dtype == torch.uint16 else col_indices
-
-
-def _unpickled(names, shapes, crow_indices: Tensor, signed: Tensor) -> CSRMask:
-    return CSRMask._trusted(
-        names, shapes, crow_indices, signed.view(torch.uint16) if signed.dtype == torch.int16 else signed
+def _row_starts(shapes: Sequence[torch.Size], starts: Sequence[int] | None = None) -> Tensor:
+    """int64 [rows]: the flat index of each row's first element; `starts`: those of the tensors (see `flat_indices`)."""
+    starts = list(accumulate((s.numel() for s in shapes), initial=0)) if starts is None else starts
+    matrices = [rows_and_columns(s) for s in shapes]
+    return torch.cat(
+        [torch.arange(m, dtype=torch.int64, device="cpu") * n + start for (m, n), start in zip(matrices, starts)]
     )
 
 
-def _one(mask: CSRMask, op: str, tensor: Tensor, *arguments):
-    return getattr(torch.ops.deftx, op)([tensor], mask.crow_indices, mask.col_indices, *arguments)
-
-
-def _values_for(op: str, compact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compact values as the op takes them: csr_add_ takes float32 beside 16-bit tensors, csr_scatter_ the tensors'
-    dtype.
-    """
-    compact = compact.detach().contiguous()
-    if op == "csr_add_" and dtype != torch.float64:
-        return compact if compact.dtype == dtype else compact.to(torch.float32)
-    return compact.to(dtype)
+def _signed(col_indices: Tensor) -> Tensor:
+    """The same bits in a dtype that every torch operation takes."""
+    return col_indices.view(torch.int16) if col_indices.dtype == torch.uint16 else col_indices

@@ -1,9 +1,9 @@
-"""The checks of arguments that the public modules share. Each raises ValueError or TypeError, naming the argument."""
+"""Checks of arguments, shared by the public functions. Each raises ValueError or TypeError, naming the argument."""
 
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,26 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 SCALARS = frozenset({torch.float32, torch.float64, torch.int32, torch.int64})
-_PLAIN = frozenset({Tensor, nn.Parameter})  # the classes of nearly all tensors, which need no closer look
+_PLAIN = frozenset({Tensor, nn.Parameter})  # the classes of nearly all tensors
 _TRACED = (FakeTensor, FunctionalTensor)  # what torch.export and other tracers put in the place of tensors
 _ASYNC = "AsyncCollectiveTensor"  # the result of a collective, which every operator waits for
 
+# ---- numbers ----
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_int(value: object, name: str, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
 
 def check_hyperparameters(lr, betas, eps, weight_decay, l1) -> tuple[float, float]:
+    """The hyperparameters of AdamW. Returns betas as floats."""
     if isinstance(lr, Tensor):
         check_plain(lr, "lr")
         if lr.numel() != 1:
@@ -50,28 +64,26 @@ def scalar(value: float | Tensor, name: str, device: torch.device, least: int | 
     return torch.full((), value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+# ---- tensors ----
 
 
-def check_int(value: object, name: str, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+def check_mapping(value: object, argument: str, other: str = "") -> None:
+    """TypeError unless this is a mapping; `other`: what else the argument may be."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{argument} must be {other}a mapping of names to tensors, got {type(value).__name__}")
 
 
 def check_plain(tensor: object, label: str) -> None:
-    """TypeError unless this is a tensor of one dense array: not nested, sparse, quantized or of a class that holds
-    other tensors, such as DTensor."""
+    """TypeError unless this is a dense tensor: not nested, sparse, quantized or of a class that holds other tensors,
+    such as DTensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{label} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.is_nested:
         raise TypeError(f"{label} must be a dense (strided) tensor, got a nested one")
-    kind = type(tensor)
-    if _holds_others(tensor) and not isinstance(tensor, _TRACED) and kind.__name__ != _ASYNC:
-        advice = ": take its to_local() or full_tensor()" if kind.__name__ == "DTensor" else ""
-        raise TypeError(f"{label} must be a plain tensor, got a {kind.__name__}{advice}")
+    cls = type(tensor)
+    if _holds_other_tensors(tensor) and not isinstance(tensor, _TRACED) and cls.__name__ != _ASYNC:
+        advice = ": take its to_local() or full_tensor()" if cls.__name__ == "DTensor" else ""
+        raise TypeError(f"{label} must be a plain tensor, got a {cls.__name__}{advice}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{label} must be a dense (strided) tensor, got layout {tensor.layout}")
     if tensor.is_quantized:
@@ -79,15 +91,30 @@ def check_plain(tensor: object, label: str) -> None:
 
 
 def are_plain(tensors: Sequence[Any]) -> bool:
-    """Whether these are what `check_plain` takes, at a glance: some are of classes that only it knows."""
+    """A fast test before `check_plain` of each tensor. False also for some that `check_plain` takes."""
     if not {type(t) for t in tensors} <= _PLAIN:
         return False
     return {(t.is_nested, t.is_quantized, t.layout) for t in tensors} <= {(False, False, torch.strided)}
 
 
-def _holds_others(tensor: Tensor) -> bool:
-    """Whether the tensor's class, such as DTensor, holds its elements in other tensors."""
+def _holds_other_tensors(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def check_float(tensor: object, label: str) -> None:
+    """`check_plain`, and of a floating dtype that the operators take."""
+    check_plain(tensor, label)
+    assert isinstance(tensor, Tensor)
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{label} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+
+
+def check_floats(tensors: Sequence[Tensor], names: Sequence[str], argument: str) -> set[torch.dtype]:
+    """`check_float` of each tensor, without a call for each in the common case. Returns their dtypes."""
+    if not (are_plain(tensors) and {t.dtype for t in tensors} <= FLOATS):
+        for name, tensor in zip(names, tensors):
+            check_float(tensor, f"{argument}[{name!r}]")
+    return {t.dtype for t in tensors}
 
 
 def check_readable(tensor: Tensor, label: str) -> None:
@@ -98,22 +125,71 @@ def check_readable(tensor: Tensor, label: str) -> None:
         raise ValueError(f"{label} is {state}: its elements cannot be read")
 
 
+def check_devices(tensors: Mapping[str, Tensor], argument: str) -> None:
+    """ValueError unless the tensors are on one device, and their elements can be read."""
+    first, device = next(((n, t.device) for n, t in tensors.items()), ("", None))
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            label = f"{argument}[{name!r}]"
+            raise ValueError(f"{label} is on {tensor.device}, {argument}[{first!r}] on {device}: one device is needed")
+    for name, tensor in tensors.items():
+        check_readable(tensor, f"{argument}[{name!r}]")
+
+
+def check_finite(tensor: Tensor, label: str) -> None:
+    """ValueError unless every entry is finite."""
+    if math.isfinite(float(tensor.sum())):  # one pass; the sum of finite entries may overflow
+        return
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        raise_not_finite(tensor, label, int((~finite).reshape(-1).to(torch.uint8).argmax()))
+
+
+def raise_not_finite(tensor: Tensor, label: str, index: int) -> NoReturn:
+    value = float(tensor.detach().reshape(-1)[index])
+    raise ValueError(f"{label} holds {value} at flat index {index}: every entry must be finite")
+
+
+def usable_in_backward(tensor: Tensor) -> Tensor:
+    """The tensor itself; a copy of one that was made in inference_mode, which autograd does not take."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
+def check_matrix(tensor: object, label: str) -> None:
+    """A finite floating-point tensor [..., m, n]."""
+    check_float(tensor, label)
+    assert isinstance(tensor, Tensor)
+    check_readable(tensor, label)
+    if tensor.dim() < 2:
+        raise ValueError(f"{label} must have at least 2 dimensions [..., m, n], got shape {list(tensor.shape)}")
+    check_finite(tensor.detach(), label)
+
+
+# ---- memory ----
+
+
 def has_memory(tensor: Tensor) -> bool:
-    """Whether the tensor's elements lie at its `data_ptr()`."""
-    if (
-        _holds_others(tensor)
-        or tensor.is_nested
-        or tensor.is_meta
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    ):
+    """Whether the tensor's elements are at its `data_ptr()`."""
+    if _holds_other_tensors(tensor) or tensor.is_nested or tensor.is_meta:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     return tensor.layout == torch.strided and tensor.numel() > 0
 
 
-def check_writable(tensors: Mapping[str, Tensor]) -> None:
-    """ValueError unless every element of these tensors, by their labels, has a place in memory of its own.
+def _memory_span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of the tensor's first byte and behind its last one."""
+    length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + length * tensor.element_size()
 
-    The operators find most of this themselves: it is called where they do not, and to name what they found.
+
+def check_writable(tensors: Mapping[str, Tensor]) -> None:
+    """ValueError, naming a label, unless the tensors can be written in place: no two elements share memory.
+
+    The operators find most of this themselves: it is called where they do not, and to name the tensors.
     """
     if torch.compiler.is_compiling():
         return
@@ -127,97 +203,20 @@ def check_writable(tensors: Mapping[str, Tensor]) -> None:
             continue
         if torch._debug_has_internal_overlap(tensor) == 1:
             raise ValueError(f"elements of {label} share memory: it cannot be written in place")
-        length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
-        if length == tensor.numel():  # views with gaps may be interleaved
-            spans.append((tensor.data_ptr(), tensor.data_ptr() + length * tensor.element_size(), label))
+        start, end = _memory_span(tensor)
+        if end - start == tensor.numel() * tensor.element_size():  # views with gaps may be interleaved
+            spans.append((start, end, label))
     spans.sort()
     for (_, end, one), (start, _, other) in zip(spans, spans[1:]):
         if end > start:
-            raise ValueError(f"{one} and {other} share memory: which of two writes stays would be chance")
-
-
-def check_float(tensor: object, label: str) -> None:
-    """`check_plain`, and of a floating dtype that the operators take."""
-    check_plain(tensor, label)
-    assert isinstance(tensor, Tensor)
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{label} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
-
-
-def check_floats(tensors: Sequence[Tensor], names: Sequence[str], argument: str) -> set[torch.dtype]:
-    """`check_float` of each tensor, for less than a call each. Their dtypes."""
-    if not (are_plain(tensors) and {t.dtype for t in tensors} <= FLOATS):
-        for name, tensor in zip(names, tensors):
-            check_float(tensor, f"{argument}[{name!r}]")
-    return {t.dtype for t in tensors}
-
-
-def check_devices(tensors: Mapping[str, Tensor], argument: str) -> None:
-    """ValueError unless the tensors lie on one device, where their elements can be read."""
-    devices = {t.device for t in tensors.values()}
-    if len(devices) > 1:
-        raise ValueError(f"{argument} lie on several devices: {', '.join(sorted(map(str, devices)))}")
-    for name, tensor in tensors.items():
-        check_readable(tensor, f"{argument}[{name!r}]")
-
-
-def check_finite(tensor: Tensor, label: str) -> None:
-    if math.isfinite(float(tensor.sum())):  # one read; a finite sum that overflows is looked at once more
-        return
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        index = int((~finite).reshape(-1).to(torch.uint8).argmax())
-        raise ValueError(
-            f"{label} holds {float(tensor.reshape(-1)[index])} at flat index {index}: every entry must be finite"
-        )
-
-
-def check_matrix(tensor: object, label: str) -> None:
-    check_float(tensor, label)
-    assert isinstance(tensor, Tensor)
-    check_readable(tensor, label)
-    if tensor.dim() < 2:
-        raise ValueError(f"{label} must have at least 2 dimensions [..., m, n], got shape {list(tensor.shape)}")
-    check_finite(tensor.detach(), label)
+            raise ValueError(f"{one} and {other} share memory: the result of writing both would be undefined")
 
 
 # ---- models as arguments ----
 
 
-def named_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
-    """A module's named parameters, or a mapping's items; detached. Of several names of one tensor (tied weights) the
-    first.
-
-    Raises:
-        ValueError: tensors that share part of their memory, a model that is sparsified.
-        TypeError: no module and no mapping of names to tensors.
-    """
-    tensors = all_tensors(model, argument)
-    tied = tied_names(tensors, argument)
-    return {n: t for n, t in tensors.items() if tied[n] == n}
-
-
-def all_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
-    """As `named_tensors`, tied tensors under each of their names."""
-    if isinstance(model, nn.Module):
-        model = {plain_name(n): p for n, p in unwrapped(model).named_parameters(remove_duplicate=False)}
-    if not isinstance(model, Mapping):
-        raise TypeError(f"{argument} must be a module or a mapping of names to tensors, got {type(model).__name__}")
-    for name, tensor in model.items():
-        if not isinstance(name, str):
-            raise TypeError(f"{argument} must have names that are strings, got {name!r}")
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{argument}[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}")
-    for name, tensor in model.items():
-        stem = name.removesuffix("_values") if name.endswith("_values") else name.removesuffix("values") + "weight"
-        dense = model.get(stem) if name.rpartition(".")[2] == "values" or name.endswith("_values") else None
-        if dense is not None and tensor.dim() == 1 and tensor.numel() <= dense.numel() and tensor.is_floating_point():
-            raise ValueError(f"{argument} is sparsified ({name!r} beside {stem!r}): densify(model) first")
-    return {n: t.detach() for n, t in model.items()}
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model within DataParallel and DistributedDataParallel, and within what torch.compile makes of those."""
+    """The model within DataParallel, DistributedDataParallel and torch.compile."""
     while True:
         inner = model._modules.get("_orig_mod")
         if inner is None and isinstance(model, (DataParallel, DistributedDataParallel)):
@@ -228,12 +227,43 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what torch.compile and activation checkpointing put into it."""
+    """A parameter's name without what torch.compile and activation checkpointing insert."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
+def all_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
+    """A module's named parameters, or a mapping's items, detached. Tied tensors are there under each of their names.
+
+    Raises:
+        ValueError: a model that is sparsified.
+        TypeError: no module and no mapping of names to tensors.
+    """
+    if isinstance(model, nn.Module):
+        model = {plain_name(n): p for n, p in unwrapped(model).named_parameters(remove_duplicate=False)}
+    check_mapping(model, argument, "a module or ")
+    for name, tensor in model.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{argument} must have names that are strings, got {name!r}")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{argument}[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}")
+    for name, tensor in model.items():
+        is_linear = name.rpartition(".")[2] == "values"
+        dense_name = name.removesuffix("values") + "weight" if is_linear else name.removesuffix("_values")
+        dense = model.get(dense_name) if dense_name != name else None
+        if dense is not None and tensor.dim() == 1 and tensor.numel() <= dense.numel() and tensor.is_floating_point():
+            raise ValueError(f"{argument} is sparsified ({name!r} beside {dense_name!r}): densify(model) first")
+    return {n: t.detach() for n, t in model.items()}
+
+
+def named_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
+    """`all_tensors`, tied tensors only under the first of their names; errors also those of `tied_names`."""
+    tensors = all_tensors(model, argument)
+    tied = tied_names(tensors, argument)
+    return {n: t for n, t in tensors.items() if tied[n] == n}
+
+
 def tied_names(tensors: Mapping[str, Tensor], argument: str) -> dict[str, str]:
-    """Name → the first of the names of the same tensor: of the same memory, shape and strides.
+    """Name → the first of the names of the same tensor: of the same memory, dtype, shape and strides.
 
     Raises:
         ValueError: tensors that share a part of their memory.
@@ -245,36 +275,27 @@ def tied_names(tensors: Mapping[str, Tensor], argument: str) -> dict[str, str]:
         # an expanded tensor is read, never written
         if not has_memory(tensor) or torch._debug_has_internal_overlap(tensor) == 1:
             continue
-        start = tensor.data_ptr()
+        start, end = _memory_span(tensor)
         tied[name] = first.setdefault((tensor.device, start, tensor.dtype, tensor.shape, tensor.stride()), name)
         if tied[name] == name:
-            length = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
-            spans.append((str(tensor.device), start, start + length * tensor.element_size(), name))
-    spans.sort()
-    group: list[tuple[str, int, int, str]] = []
-    end = 0
-    for span in spans:
-        if group and span[0] == group[0][0] and span[1] < end:
-            group.append(span)
-            end = max(end, span[2])
-            continue
-        _check_apart(group, end, tensors, argument)
-        group, end = [span], span[2]
-    _check_apart(group, end, tensors, argument)
+            spans.append((str(tensor.device), start, end, name))
+    overlapping: list[tuple[str, int, int, str]] = []
+    for span in sorted(spans):
+        if overlapping and (span[0] != overlapping[0][0] or span[1] >= max(end for _, _, end, _ in overlapping)):
+            _check_apart(overlapping, tensors, argument)
+            overlapping = []
+        overlapping.append(span)
+    _check_apart(overlapping, tensors, argument)
     return tied
 
 
-def _check_apart(
-    group: list[tuple[str, int, int, str]], end: int, tensors: Mapping[str, Tensor], argument: str
-) -> None:
-    """ValueError where tensors of overlapping spans of memory have a byte in common: columns of one matrix may be
-    interleaved.
-    """
-    if len(group) < 2:
+def _check_apart(spans: list[tuple[str, int, int, str]], tensors: Mapping[str, Tensor], argument: str) -> None:
+    """ValueError where tensors of overlapping spans have a byte in common (columns of one matrix have none)."""
+    if len(spans) < 2:
         return
-    origin = group[0][1]
+    origin, end = spans[0][1], max(end for _, _, end, _ in spans)
     taken = torch.zeros(end - origin, dtype=torch.bool, device="cpu")
-    for _, start, _, name in group:
+    for _, start, _, name in spans:
         tensor, size = tensors[name], tensors[name].element_size()
         own = taken.as_strided((*tensor.shape, size), (*(size * step for step in tensor.stride()), 1), start - origin)
         if bool(own.any()):
@@ -283,9 +304,7 @@ def _check_apart(
 
 
 def tied_in_either(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, str]:
-    """`tied_names` of the base, and of what is tied in `tuned` and has the same bits in the base: copies of a tied
-    model.
-    """
+    """`tied_names` of the base, and of tensors that are tied in `tuned` and have equal bits in the base."""
     tied = tied_names(base, "base")
     for name, first in tied_names({n: tuned[n] for n in base if n in tuned}, "tuned").items():
         if name != first and tied[name] == name and _same_bits(base[name], base[first]):

@@ -57,125 +57,116 @@ class Variant(NamedTuple):
 
 
 # ---- the variants of the Triton kernels ----
-def sparse_adamw_variants() -> Iterator[Variant]:
+COMPUTE = {"bf16": "fp32", "fp16": "fp32", "fp32": "fp32", "fp64": "fp64"}
+
+
+def triton_dtypes() -> dict:
     import triton.language as tl
 
+    return {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
+
+
+def constants_of(module, *names: str) -> dict:
+    return {name: getattr(module, name) for name in names}
+
+
+# parameter, gradient, what else: "compact", "master", "all" (every option), "seed", "i32" (columns), "bf16 state"
+SPARSE_ADAMW = [
+    ("bf16", "bf16", "master"),
+    ("bf16", "fp32", "compact", "master"),
+    ("bf16", "bf16", "compact"),
+    ("bf16", "bf16", "master", "all", "i32"),
+    ("fp16", "fp32", "master", "all"),
+    ("fp32", "fp32"),
+    ("fp32", "fp32", "compact"),
+    ("fp32", "fp32", "all", "i32"),
+    ("fp64", "fp64", "all"),
+    ("bf16", "bf16", "bf16 state"),
+    ("bf16", "bf16", "bf16 state", "seed"),
+    ("bf16", "bf16", "bf16 state", "seed", "compact"),
+    ("bf16", "bf16", "seed"),
+    ("bf16", "fp32", "bf16 state", "seed", "all", "i32"),
+    ("bf16", "bf16", "bf16 state", "seed", "master"),
+    ("fp16", "fp16", "bf16 state", "seed", "master", "all"),
+    ("fp32", "fp32", "bf16 state", "seed", "all", "i32"),
+]
+
+
+def sparse_adamw_variants() -> Iterator[Variant]:
     from deftx_kernels.kernels import sparse_adamw as module
 
-    dtypes = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
-
-    def variant(param, grad, *, state=None, compact=False, master=False, everything=False, seed=False, columns="u16"):
-        compute = "fp64" if param == "fp64" else "fp32"
-        words = [
-            param,
-            f"{grad} {'compact' if compact else 'dense'} gradient",
-            columns,
-            *([f"{state} state"] if state else []),
-        ]
-        words += ["master"] * master + ["all options"] * everything + ["seed"] * seed
-        state = state or compute
+    for param, grad, *chosen in SPARSE_ADAMW:
+        compute, everything, compact = COMPUTE[param], "all" in chosen, "compact" in chosen
+        state = "bf16" if "bf16 state" in chosen else compute
+        columns = "i32" if "i32" in chosen else "u16"
         vector = {"fp64": "v2.b64", "fp32": "v4.b32", "bf16": "v2.b32"}[state]
         arguments = {
             "table": "*i64",
             "grad_table": None if compact else "*i64",
             "grad": f"*{grad}" if compact else None,
-            "exp_avg": f"*{state}",
-            "exp_avg_sq": f"*{state}",
-            "values": f"*{compute}" if master else None,
+            **dict.fromkeys(("exp_avg", "exp_avg_sq"), f"*{state}"),
+            "values": f"*{compute}" if "master" in chosen else None,
             "decay_to": f"*{compute}" if everything else None,
             "crow_indices": "*i64",
             "col_indices": f"*{columns}",
-            "step": "*fp32",
-            "lr": "*fp32",
-            "grad_scale": "*fp32" if everything else None,
-            "found_inf": "*fp32" if everything else None,
+            **dict.fromkeys(("step", "lr"), "*fp32"),
+            **dict.fromkeys(("grad_scale", "found_inf"), "*fp32" if everything else None),
             **dict.fromkeys(module._ANY_VALUE, "i64"),
-            "MAXIMIZE": everything,
-            "HAS_L1": everything,
-            "HAS_SEED": seed,
-            "PARAM": dtypes[param],
-            "GRAD": dtypes[grad],
-            "BLOCK": module.BLOCK,
-            "WAYS": module.WAYS,
+            **dict.fromkeys(("MAXIMIZE", "HAS_L1"), everything),
+            "HAS_SEED": "seed" in chosen,
+            "PARAM": triton_dtypes()[param],
+            "GRAD": triton_dtypes()[grad],
+            **constants_of(module, "BLOCK", "WAYS"),
         }
         must_have = (
             f"ld.global.{vector}",
             f"st.global.{vector}",
             "ld.global.v2.b32" if columns == "u16" else "ld.global.v4.b32",
         )
+        name = ", ".join([param, f"{grad} gradient", *chosen])
         options = {"num_warps": module.NUM_WARPS}
-        return Variant(module.__name__, "_sparse_adamw_kernel", ", ".join(words), arguments, options, must_have)
-
-    yield variant("bf16", "bf16", master=True)
-    yield variant("bf16", "fp32", compact=True, master=True)
-    yield variant("bf16", "bf16", compact=True)
-    yield variant("bf16", "bf16", master=True, everything=True, columns="i32")
-    yield variant("fp16", "fp32", master=True, everything=True)
-    yield variant("fp32", "fp32")
-    yield variant("fp32", "fp32", compact=True)
-    yield variant("fp32", "fp32", everything=True, columns="i32")
-    yield variant("fp64", "fp64", everything=True)
-    yield variant("bf16", "bf16", state="bf16")
-    yield variant("bf16", "bf16", state="bf16", seed=True)
-    yield variant("bf16", "bf16", state="bf16", seed=True, compact=True)
-    yield variant("bf16", "bf16", seed=True)
-    yield variant("bf16", "fp32", state="bf16", seed=True, everything=True, columns="i32")
-    yield variant("bf16", "bf16", state="bf16", seed=True, master=True)
-    yield variant("fp16", "fp16", state="bf16", seed=True, master=True, everything=True)
-    yield variant("fp32", "fp32", state="bf16", seed=True, everything=True, columns="i32")
+        yield Variant(module.__name__, "_sparse_adamw_kernel", name, arguments, options, must_have)
 
 
 def square_sum_variants() -> Iterator[Variant]:
-    import triton.language as tl
-
     from deftx_kernels.kernels import square_sum as module
 
-    for name, dtype in {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}.items():
-        for columns in ("u16", "i32"):
-            arguments = {
-                **dict.fromkeys(("table", "crow_indices"), "*i64"),
-                "col_indices": f"*{columns}",
-                "partial_sums": "*fp64",
-                **dict.fromkeys(("nnz", "rows", "n_tensors"), "i64"),
-                "DTYPE": dtype,
-                "BLOCK": module.BLOCK,
-                "WAYS": module.WAYS,
-            }
-            options = {"num_warps": module.NUM_WARPS}
-            yield Variant(module.__name__, "_square_sum_kernel", f"{name}, {columns}", arguments, options)
+    for (name, dtype), columns in itertools.product(triton_dtypes().items(), ("u16", "i32")):
+        arguments = {
+            **dict.fromkeys(("table", "crow_indices"), "*i64"),
+            "col_indices": f"*{columns}",
+            "partial_sums": "*fp64",
+            **dict.fromkeys(("nnz", "rows", "n_tensors"), "i64"),
+            "DTYPE": dtype,
+            **constants_of(module, "BLOCK", "WAYS"),
+        }
+        options = {"num_warps": module.NUM_WARPS}
+        yield Variant(module.__name__, "_square_sum_kernel", f"{name}, {columns}", arguments, options)
 
 
 def low_rank_variants() -> Iterator[Variant]:
     from deftx_kernels.kernels import low_rank as module
 
-    scores = {"residual": ["histogram", "ties", "rows"], "denoised": ["values", "histogram", "ties", "rows", "mask"]}
-    output = {"values": "*fp32", "histogram": "*i64", "ties": "*i64", "rows": "*i32", "mask": "*u8"}
-    for (name, epilogues), any_size in itertools.product(scores.items(), (False, True)):
-        for epilogue in epilogues:
-            size = "i32" if any_size else "i32:16"
-            arguments = {
-                **dict.fromkeys(("delta", "left", "right"), "*fp32"),
-                "cut": "*i64" if name == "denoised" else None,
-                "key": None if epilogue == "values" else "*i64",
-                "end": "*i64" if epilogue == "mask" else None,
-                "out": output[epilogue],
-                **dict.fromkeys(("m", "shift", "out_stride"), "i32"),
-                "n": size,
-                "r": "i32:16",
-                "EPILOGUE": epilogue,
-                "BLOCK_M": module.BLOCK_M,
-                "BLOCK_N": module.BLOCK_N,
-                "BLOCK_K": module.BLOCK_K,
-            }
-            options = {"num_warps": module.NUM_WARPS, "num_stages": module.NUM_STAGES}
-            yield Variant(
-                module.__name__, "_low_rank_kernel", f"{name}, {epilogue}{', any size' * any_size}", arguments, options
-            )
+    output = {"histogram": "*i64", "ties": "*i64", "rows": "*i32", "denoised": "*fp32"}
+    for (epilogue, out), any_size in itertools.product(output.items(), (False, True)):
+        arguments = {
+            **dict.fromkeys(("delta", "left", "right"), "*fp32"),
+            "key": "*i64",
+            "out": out,
+            **dict.fromkeys(("m", "shift", "out_stride"), "i32"),
+            "n": "i32" if any_size else "i32:16",
+            "r": "i32:16",
+            "EPILOGUE": epilogue,
+            **constants_of(module, "BLOCK_M", "BLOCK_N", "BLOCK_K"),
+        }
+        options = {"num_warps": module.NUM_WARPS, "num_stages": module.NUM_STAGES}
+        name = f"{epilogue}{', any size' * any_size}"
+        yield Variant(module.__name__, "_low_rank_kernel", name, arguments, options)
 
 
-def split_variants() -> Iterator[Variant]:
+def split_bf16_variants() -> Iterator[Variant]:
     from deftx_kernels.denoise import products
-    from deftx_kernels.kernels import split as module
+    from deftx_kernels.kernels import split_bf16 as module
 
     for slots, any_size in itertools.product(((0, 1), products.LEFT, products.RIGHT, (0, 1, 2)), (False, True)):
         size = "i32" if any_size else "i32:16"
@@ -185,20 +176,17 @@ def split_variants() -> Iterator[Variant]:
             "m": "i32",
             **dict.fromkeys(("n", "x_batch", "x_row", "out_batch", "out_row", "out_slot"), size),
             "SLOTS": slots,
-            "BLOCK_M": module.BLOCK_M,
-            "BLOCK_N": module.BLOCK_N,
+            **constants_of(module, "BLOCK_M", "BLOCK_N"),
         }
         vectors = () if any_size else ("ld.global.v4.b32", "st.global.v4.b32")
         name = f"slots {slots}{', any size' * any_size}"
-        yield Variant(module.__name__, "_split_kernel", name, arguments, {"num_warps": module.NUM_WARPS}, vectors)
+        yield Variant(module.__name__, "_split_bf16_kernel", name, arguments, {"num_warps": module.NUM_WARPS}, vectors)
 
 
 def masked_linear_grad_variants() -> Iterator[Variant]:
-    import triton.language as tl
-
     from deftx_kernels.kernels import masked_linear_grad as module
 
-    size = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+    dtypes = triton_dtypes()
     for dtype, precision, columns, out in [
         ("bf16", "ieee", "u16", "fp32"),  # split tokens, or a float32 gradient
         ("bf16", "ieee", "u16", "bf16"),
@@ -212,7 +200,7 @@ def masked_linear_grad_variants() -> Iterator[Variant]:
         ("fp32", "tf32", "i32", "fp32"),
         ("fp64", "ieee", "u16", "fp64"),
     ]:
-        block_m, block_n, block_k = module.TILES[size[dtype]]
+        size = int(dtype[2:]) // 8
         arguments = {
             **dict.fromkeys(("grad_output", "input"), f"*{dtype}"),
             "crow_indices": "*i64",
@@ -221,25 +209,18 @@ def masked_linear_grad_variants() -> Iterator[Variant]:
             **dict.fromkeys(("tokens", "m", "tokens_each"), "i32"),
             **dict.fromkeys(("grad_stride", "input_stride"), "i32:16"),  # all that the launcher makes
             "nnz": "i64",
-            "ACC": tl.float64 if dtype == "fp64" else tl.float32,
+            "ACC": dtypes[COMPUTE[dtype]],
             "PRECISION": precision,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k,
-            **{name: getattr(module, name) for name in ("GROUP", "WAYS", "CHUNK")},
+            **dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), module.TILES[size])),
+            **constants_of(module, "GROUP", "WAYS", "CHUNK"),
         }
-        yield Variant(
-            module.__name__, "_masked_linear_grad_kernel", f"{dtype} {precision}, {columns}, {out} out", arguments,
-            {"num_warps": module.NUM_WARPS, "num_stages": module.NUM_STAGES}, tensor_cores=size[dtype] == 2 or precision == "tf32",
-        )  # fmt: skip
+        options = {"num_warps": module.NUM_WARPS, "num_stages": module.NUM_STAGES}
+        name = f"{dtype} {precision}, {columns}, {out} out"
+        cores = size == 2 or precision == "tf32"
+        yield Variant(module.__name__, "_masked_linear_grad_kernel", name, arguments, options, tensor_cores=cores)
     for acc, out in (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("fp64", "fp64")):
-        arguments = {
-            "partial_sums": f"*{acc}",
-            "out": f"*{out}",
-            "splits": "i32",
-            "nnz": "i64",
-            "BLOCK": module.SUM_BLOCK,
-        }
+        arguments = {"partial_sums": f"*{acc}", "out": f"*{out}", "splits": "i32", "nnz": "i64"}
+        arguments["BLOCK"] = module.SUM_BLOCK
         yield Variant(module.__name__, "_sum_kernel", f"{acc}, {out} out", arguments, {"num_warps": 4})
 
 
@@ -260,11 +241,11 @@ def masked_embedding_grad_variants() -> Iterator[Variant]:
             "keys": f"*{keys}",
             "crow_indices": "*i64",
             "out": f"*{out}",
-            "partial_sums": "*fp64" if out == "fp64" else "*fp32",
+            "partial_sums": f"*{COMPUTE[out]}",
             "tokens": "i32",
             "d": "i32" if any_size else "i32:16",
             **dict.fromkeys(("rows", "nnz", "padding_idx"), "i64"),
-            **{name: getattr(module, name) for name in ("SEGMENT", "OCCURRENCES", "PARTS", "ENTRIES")},
+            **constants_of(module, "SEGMENT", "OCCURRENCES", "PARTS", "ENTRIES"),
         }
         if dtype:
             arguments |= {"grad_output": f"*{dtype}", "order": "*i64", "col_indices": f"*{columns}"}
@@ -277,7 +258,7 @@ def triton_variants() -> list[Variant]:
         *sparse_adamw_variants(),
         *square_sum_variants(),
         *low_rank_variants(),
-        *split_variants(),
+        *split_bf16_variants(),
         *masked_linear_grad_variants(),
         *masked_embedding_grad_variants(),
     ]
@@ -317,15 +298,15 @@ def compile_triton(variant: Variant, arch: int) -> list[Row]:
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(variant.module), variant.kernel)
-    place = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    index = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     constants = {p.name: p.is_constexpr or not isinstance(variant.arguments[p.name], str) for p in kernel.params}
     signature = {
         n: "constexpr" if constant else variant.arguments[n].removesuffix(":16") for n, constant in constants.items()
     }
-    constants = {place[n]: variant.arguments[n] for n, constant in constants.items() if constant}
+    constants = {index[n]: variant.arguments[n] for n, constant in constants.items() if constant}
     typed = {n: variant.arguments[n] for n, kind in signature.items() if kind != "constexpr"}
     aligned = {
-        place[n]: [["tt.divisibility", 16]] for n, kind in typed.items() if kind.startswith("*") or kind.endswith(":16")
+        index[n]: [["tt.divisibility", 16]] for n, kind in typed.items() if kind.startswith("*") or kind.endswith(":16")
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
@@ -375,7 +356,7 @@ def split_name(demangled: str) -> tuple[str, str]:
 
 
 def attempt(job) -> list[Row] | str:
-    """A job's rows, or what went wrong: exceptions of compilers do not all survive the way between processes."""
+    """A job's rows, or its error as text: not every compiler's exception can be pickled."""
     try:
         return job()
     except Exception as error:
@@ -421,11 +402,11 @@ def main() -> int:
     faults = [f"{name}: {result}" for name, result in results.items() if isinstance(result, str)]
     faults += [f"{name}: ptxas reported no kernel" for name, result in results.items() if result == []]
     for row in rows:
-        place = ", ".join(filter(None, row[:3]))
+        label = ", ".join(filter(None, row[:3]))
         if row.spill_stores or row.spill_loads:
-            faults.append(f"{place}: spills {row.spill_stores} bytes stored, {row.spill_loads} bytes loaded")
+            faults.append(f"{label}: spills {row.spill_stores} bytes stored, {row.spill_loads} bytes loaded")
         if row.missing:
-            faults.append(f"{place}: the PTX has no {', '.join(row.missing)}")
+            faults.append(f"{label}: the PTX has no {', '.join(row.missing)}")
     print(f"\n{len(rows)} kernels compiled, {len(faults)} faults", *faults, sep="\n")
     return 1 if faults else 0
 

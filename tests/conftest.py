@@ -1,45 +1,47 @@
-"""Fixtures shared by all tests: who runs an operator (`provider`), and the compiled GPU code executed on the CPU
-(`emulated`).
+"""Fixtures shared by all tests: the implementation of the operators under test (`implementation`), and the compiled
+GPU code executed on the CPU (`emulated`).
 """
 
+import contextlib
+import functools
 import importlib
 import os
+import re
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 import deftx_kernels  # noqa: F401  (registers the operators)
-from deftx_kernels.ops import library, reference
+from deftx_kernels.ops import library, registrations
+from deftx_kernels.ops.schemas import tensors_of
 
 ROOT = Path(__file__).resolve().parents[1]
+# What Triton compiles for sm_80, kept beside what nvcc compiles.
+os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton"))
+# The variable decides what `triton.jit` makes: Triton's interpreter has a process to itself, test_interpreter.py.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_range(tensor, scope):
+        """Triton 3.6 makes an int of arrays of one element, for `range`; NumPy 2.4 refuses that."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor_and_range
 
 
-class Provider(NamedTuple):
-    """Someone who runs the operators of `schemas.SCHEMAS`: `provider.ops.csr_gather(...)` on tensors of `provider.device`."""
-
-    name: str  # "reference", "c++", "emulated" (nvcc's output, executed on CPU tensors), "cuda"
-    device: str
-    ops: Any
-
-    def can_run(self, op: str) -> bool:
-        """Whether an implementation of its own serves the op, rather than the reference."""
-        if self.name in ("reference", "emulated"):
-            return hasattr(self.ops, op)
-        return library.backends()[op][self.device].name == self.name
-
-
-PROVIDERS = [
-    "reference",
-    "c++",
-    pytest.param("emulated", marks=pytest.mark.cuda_on_cpu),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
-
-
+# ---- GPU code on the CPU ----
 def find_cuda_on_cpu() -> Path | None:
     """The folder of the tool: $CUDA_ON_CPU (itself, or the folder that holds it), or shared/tools beside the
     repository.
@@ -56,6 +58,13 @@ def cuda_on_cpu():
         pytest.skip("cuda_on_cpu was not found: set CUDA_ON_CPU to its folder")
     sys.path.insert(0, str(folder.parent))
     return importlib.import_module(folder.name)
+
+
+@pytest.fixture(scope="session")
+def triton_on_cpu(cuda_on_cpu):
+    """The module that executes Triton's sm_80 PTX on CPU tensors: `with triton_on_cpu.override() as launches`."""
+    pytest.importorskip("triton")
+    return importlib.import_module(f"{cuda_on_cpu.__name__}.triton_on_cpu")
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +91,138 @@ def emulated(cuda_on_cpu):
     return emulated
 
 
+# ---- implementations under test ----
+IMPLEMENTATIONS = {
+    "reference": (),
+    "c++": (),
+    "emulated": pytest.mark.cuda_on_cpu,  # nvcc's output, executed on CPU tensors
+    "triton-sm80": pytest.mark.cuda_on_cpu,  # Triton's PTX, executed on CPU tensors
+    "triton-interpreter": (),
+    "cuda": pytest.mark.gpu,  # what serves CUDA tensors
+}
+
+
+class TritonOps:
+    """The Triton kernels on CPU tensors, behind the checks that they are registered with."""
+
+    def __init__(self, emulator: Any = None) -> None:
+        self.emulator = emulator  # None: Triton's interpreter
+        self.racecheck = True  # takes most of an emulated kernel's time
+        self.launches: list = []  # of the last call: (kernel, grid, statistics)
+        self.kernels = registrations.triton_kernels()
+
+    def __getattr__(self, op: str) -> Callable:
+        if op not in self.kernels:
+            raise AttributeError(op)
+        return functools.partial(self.run, self.kernels[op])
+
+    def run(self, kernel: Callable, *arguments: Any) -> Any:
+        if self.emulator is None:
+            return kernel(*arguments)
+        # Some kernels reach their tensors through a table of addresses.
+        memory = [t for t in tensors_of(arguments) if t.device.type == "cpu" and t.layout == torch.strided]
+        with self.emulator.override(racecheck=self.racecheck, extra=memory) as launches:
+            result = kernel(*arguments)
+        self.launches = list(launches)
+        return result
+
+
+@dataclass
+class Implementation:
+    """One implementation of the operators: `implementation.ops.csr_gather(...)` on tensors of its `device`."""
+
+    name: str  # one of IMPLEMENTATIONS
+    device: str
+    ops: Any
+    emulator: Any = None  # where `name` is "emulated": the library, with `launches` and `racecheck`
+
+    def can_run(self, op: str) -> bool:
+        """Whether it has a kernel of its own for the op."""
+        if self.name in ("c++", "cuda"):
+            return library.backends()[op][self.device].name not in ("reference", "none")
+        if self.name == "emulated":
+            return torch._C._dispatch_has_kernel_for_dispatch_key(f"deftx_emulated::{op}", "CPU")
+        return hasattr(self.ops, op)
+
+    @contextlib.contextmanager
+    def without_racecheck(self) -> Iterator[None]:
+        checking = self.emulator or self.ops
+        before = getattr(checking, "racecheck", None)
+        if before is None:
+            yield
+            return
+        checking.racecheck = False
+        try:
+            yield
+        finally:
+            checking.racecheck = before
+
+    def on_cpu(self, op: str, *arguments: Any) -> Any:
+        """The op on CPU tensors: they are copied to the device, and back what it returned and what it wrote."""
+        if self.device == "cpu":
+            return getattr(self.ops, op)(*arguments)
+        there = {id(t): t.to(self.device) for t in tensors_of(arguments)}
+
+        def moved(x: Any) -> Any:
+            return list(map(moved, x)) if isinstance(x, list | tuple) else there.get(id(x), x)
+
+        result = getattr(self.ops, op)(*map(moved, arguments))
+        if op.endswith("_"):
+            for t in tensors_of(arguments):
+                t.copy_(there[id(t)])
+        return result.cpu() if isinstance(result, Tensor) else result and tuple(t.cpu() for t in result)
+
+
+# Of the session, so that hypothesis may call a test many times with one implementation.
+@pytest.fixture(scope="session")
+def implementation(request) -> Implementation:
+    """Each implementation that has one of the operators in the file's OPS, or those of `@implementations(...)`."""
+    name = request.param
+    if name == "reference":
+        return Implementation(name, "cpu", SimpleNamespace(**registrations.reference_functions()))
+    if name == "emulated":
+        emulated = request.getfixturevalue("emulated")
+        return Implementation(name, "cpu", emulated.ops, emulated)
+    if name.startswith("triton"):
+        pytest.importorskip("triton")
+        emulator = request.getfixturevalue("triton_on_cpu") if name == "triton-sm80" else None
+        return Implementation(name, "cpu", TritonOps(emulator))
+    device = "cpu" if name == "c++" else "cuda"
+    if device in library.errors:
+        pytest.skip(f"the {device} library was {library.errors[device]}")
+    return Implementation(name, device, torch.ops.deftx)
+
+
+def params_of(names: list[str]) -> list:
+    return [pytest.param(n, marks=IMPLEMENTATIONS[n]) for n in names if (n == "triton-interpreter") == INTERPRETED]
+
+
+def implementations(*names: str):
+    """Parametrizes a test with some implementations: `@implementations("c++")`."""
+    return pytest.mark.parametrize("implementation", params_of(names), indirect=True)
+
+
+@functools.cache
+def compiled_ops(device: str) -> set[str]:
+    sources = (ROOT / "csrc" / device).glob("*.c*")
+    return {op for p in sources for op in re.findall(r'm\.impl\(\s*"(\w+)"', p.read_text())}
+
+
+def pytest_generate_tests(metafunc):
+    chosen = any(m.args[0] == "implementation" for m in metafunc.definition.iter_markers("parametrize"))
+    if "implementation" not in metafunc.fixturenames or chosen:
+        return
+    ops = set(metafunc.module.OPS)
+    has = {
+        "c++": ops & compiled_ops("cpu"),
+        "emulated": ops & compiled_ops("cuda"),
+        "triton-sm80": ops & set(registrations.TRITON),
+        "triton-interpreter": ops & set(registrations.TRITON),
+    }
+    names = [n for n in IMPLEMENTATIONS if has.get(n, True)]
+    metafunc.parametrize("implementation", params_of(names), indirect=True, scope="session")
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For thousands of operations on a few hundred numbers: on a busy machine, waiting for threads took most of the
@@ -93,38 +234,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-# Of the session, so that hypothesis may call a test many times with one provider.
-@pytest.fixture(scope="session", params=PROVIDERS)
-def provider(request) -> Provider:
-    name = request.param
-    if name == "reference":
-        return Provider(name, "cpu", reference)
-    if name == "emulated":
-        return Provider(name, "cpu", request.getfixturevalue("emulated").ops)
-    device = "cpu" if name == "c++" else "cuda"
-    if device in library.errors:
-        pytest.skip(f"the {device} library was {library.errors[device]}")
-    return Provider(name, device, torch.ops.deftx)
-
-
-# Tests of operators that `make test` runs once more, with torch's default number of threads: `--threads=default`.
-OPERATORS = {
-    "test_csr",
-    "test_csr_combine",
-    "test_eigh",
-    "test_low_rank",
-    "test_masked_grad",
-    "test_sparse_adamw",
-    "test_square_sum",
-    "test_topk_ops",
-}
-
-
 def pytest_addoption(parser):
     parser.addoption(
         "--threads",
         choices=["one", "default"],
-        help="one: without the tests marked multithreaded; default: those, and the tests of operators, of what runs on threads",
+        help="one: without the tests marked multithreaded; default: those, and the operators' tests of C++ kernels",
     )
 
 
@@ -138,24 +252,24 @@ def _in_pass(item, threads: str) -> bool:
     if any(item.get_closest_marker(m) for m in ("gpu", "cuda_on_cpu")) or item.name == "test_triton_interpreter":
         return False
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    provider = params.get("provider", params.get("backend", "c++"))
-    return multithreaded or (item.module.__name__ in OPERATORS and provider in ("c++", "cpu"))
+    name = next((params[p] for p in ("implementation", "backend") if p in params), "c++")
+    return multithreaded or (hasattr(item.module, "OPS") and name in ("c++", "cpu"))
 
 
 # Files of a few long tests, first: a process that begins one last would be waited for.
 LONG = [
-    "test_train_pipeline",
-    "test_topk_ops",
+    "test_pipeline",
     "test_svd_denoise",
+    "test_gram",
     "test_build",
     "test_memory",
-    "test_train_recipes",
+    "test_recipes",
     "test_linearity",
 ]
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: LONG.index(item.module.__name__) if item.module.__name__ in LONG else len(LONG))
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if threads := config.getoption("threads"):
         left_out = [item for item in items if not _in_pass(item, threads)]
         config.hook.pytest_deselected(items=left_out)

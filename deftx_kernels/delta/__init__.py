@@ -2,6 +2,6 @@
 
 from deftx_kernels.delta.fingerprints import fingerprint
 from deftx_kernels.delta.sparse_delta import SparseDelta, compose
-from deftx_kernels.delta.storage import CONFIG_NAME, FORMAT, WEIGHTS_NAME
+from deftx_kernels.delta.storage import CONFIG_NAME, WEIGHTS_NAME
 
-__all__ = ["CONFIG_NAME", "FORMAT", "WEIGHTS_NAME", "SparseDelta", "compose", "fingerprint"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "SparseDelta", "compose", "fingerprint"]

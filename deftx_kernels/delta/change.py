@@ -1,288 +1,220 @@
-"""A delta on the tensors of a model: written whole or not at all, and taken back bit for bit, in whatever order several
-are.
-"""
+"""A delta on the tensors of a model: all of it is written or nothing, and it can be taken off bit for bit."""
 
-from collections.abc import Callable, Iterator, Mapping
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from deftx_kernels.delta.exact import Low, differs, total
-from deftx_kernels.delta.fingerprints import History, digest, fingerprint, history, known, remember
+from deftx_kernels.delta.exact import Low, base_plus_delta, bits_differ
+from deftx_kernels.delta.fingerprints import fingerprint
+from deftx_kernels.delta.histories import Addition, History, find_histories, forget, record
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.validation import has_memory
 
 
+@dataclass(eq=False)
 class Change:
-    """The addition of a delta to tensors that fit it.
+    """The addition of alpha times a delta to the tensors of a model, which have been checked."""
 
-    Args:
-        mask, values, low: of the delta. dense: the whole tensors to copy.
-        tensors: name → tensor of the model, for all of these.
-        aliases: further names in `tensors` → the name of the delta's tensor that they are copies of, and are to stay.
-        live: the model's tensors by name, as they are when it is called.
-        alpha: the factor of the values.
-        identity: the delta's content hash, or None where histories are neither read nor written.
-        base: name → fingerprint of the tensor that the delta was made for.
-    """
+    mask: CSRMask
+    values: Tensor
+    low: Low | None
+    dense: dict[str, Tensor]  # name → tensor that replaces the model's
+    tensors: dict[str, Tensor]  # name → tensor of the model, for all names in mask, dense and copies
+    copies: dict[str, str]  # further name → name in mask or dense of the tensor that it is a copy of
+    current_tensors: Callable[[], Mapping[str, Tensor]]  # returns the model's tensors by name
+    alpha: float
+    identity: str | None  # content hash of the delta, or None to neither read nor write histories
+    base: Mapping[str, str]  # name → fingerprint of the tensor that the delta was made for
+    # Each mask, of one device and dtype, with the entries before and after.
+    written: list[tuple[CSRMask, Tensor, Tensor]] = field(default_factory=list)
+    replaced: dict[str, Tensor] = field(default_factory=dict)  # name → whole tensor before
+    contents: dict[str, str] = field(default_factory=dict)  # name → fingerprint before
+    histories: dict[str, History] = field(default_factory=dict)  # name → history before
+    additions: list[Addition] = field(default_factory=list)
 
-    def __init__(
-        self,
-        mask: CSRMask,
-        values: Tensor,
-        low: Low | None,
-        dense: Mapping[str, Tensor],
-        tensors: dict[str, Tensor],
-        aliases: Mapping[str, str],
-        live: Callable[[], Mapping[str, Tensor]],
-        alpha: float,
-        identity: str | None,
-        base: Mapping[str, str],
-    ) -> None:
-        self.mask, self.values, self.low, self.tensors, self.live = mask, values, low, tensors, live
-        self.dense = {**dense, **{n: dense[first] for n, first in aliases.items() if first in dense}}
-        self.aliases = {n: first for n, first in aliases.items() if first in mask}
-        self.alpha, self.identity, self.base = alpha, identity, base
-        # mask, entries before and after; of one device and dtype each
-        self.before: list[tuple[CSRMask, Tensor, Tensor]] = []
-        self.whole: dict[str, Tensor] = {}  # name → tensor before
-        self.found: dict[str, History] = {}  # name → history before
-        self.now: dict[str, str] = {}  # name → fingerprint before
+    def __post_init__(self) -> None:
+        self.dense = self.dense | {n: self.dense[first] for n, first in self.copies.items() if first in self.dense}
 
-    def check_free(self) -> None:
-        """ValueError where an open change holds a tensor, which it would restore."""
-        for change in list(_OPEN):
-            held = change.identities()
+    def check_not_open(self) -> None:
+        """ValueError if an open change holds one of the tensors, which it would restore."""
+        for change in _OPEN:
+            held = change.memory()
             for name, tensor in self.tensors.items():
-                if _identity(tensor) in held:
-                    raise ValueError(
-                        f"model's tensor {name!r} is in an open `applied` block, whose end would undo this"
-                    )
+                if _memory(tensor) in held:
+                    raise ValueError(f"model's tensor {name!r} is in an open `applied` block, which would undo this")
 
-    def histories(self) -> dict[str, History]:
-        """Name → history of each tensor of the mask; empty without an identity."""
-        if self.identity is None:
-            return {}
-        self.now = fingerprint({n: self.tensors[n] for n in self.mask.names})
-        below = _OPEN[: _OPEN.index(self)] if self in _OPEN else list(_OPEN)
-        for name, now in self.now.items():
-            if not known(now):
-                _remember_open(below, self.tensors[name], now)
-        self.found = {n: history(now, self.base.get(n)) for n, now in self.now.items()}
-        return self.found
+    def read_histories(self) -> dict[str, History]:
+        """Name → history of each tensor in the mask; empty without an identity. Hashes these tensors."""
+        if self.identity is not None:
+            self.contents = fingerprint({n: self.tensors[n] for n in self.mask.names})
+            self.histories = find_histories(self.tensors, self.contents, self.base)
+        return self.histories
 
-    def write(self, remember: bool = False) -> None:
-        """Add the delta; where that fails, the tensors are as they were. `remember`: and let them count as their base
-        with it.
-        """
-        self.before = []
-        for mask, values, low in self._parts():
-            old = mask.gather(self.tensors)
-            self.before.append((mask, old, total(old, values, self.alpha, low)))
-        self.whole = {n: self.tensors[n].detach().clone() for n in self.dense}
+    def write(self, until_closed: bool = False) -> None:
+        """Add the delta, so that the tensors count as their base with it. If that fails, they are as they were."""
+        self.written = []
+        for mask, part in _groups(self.mask, self.tensors, split=bool(self.copies)):
+            values, low = self.values[part].to(mask.device), _low_within(self.low, part, mask.device)
+            copies = [n for n, first in self.copies.items() if mask.names == (first,)]
+            renamed = [CSRMask([n], mask.shapes, mask.crow_indices, mask.col_indices) for n in copies]
+            for one in (mask, *renamed):
+                old = one.gather(self.tensors)
+                self.written.append((one, old, base_plus_delta(old, values, self.alpha, low)))
+        self.additions = []
+        for mask, before, after in self.written:
+            entries = zip(mask.names, mask.split(before).values(), mask.split(after).values())
+            for name, old, new in [e for e in entries if e[0] in self.histories]:
+                history_after = self.histories[name].after(str(self.identity), self.alpha)
+                self.additions.append(Addition(mask[name], old, new, name, self.contents[name], history_after))
+        self.replaced = {n: self.tensors[n].detach().clone() for n in self.dense}
         try:
-            for mask, _, new in self.before:
+            for mask, _, new in self.written:
                 mask.scatter_(self.tensors, new)
             for name, tensor in self.dense.items():
                 self.tensors[name].detach().copy_(tensor)
-            if remember:
-                self._remember()
+            record(self.additions, self.tensors, until_closed)
         except BaseException:
-            self._put_back(self.tensors)
+            self._restore(self.tensors)
             raise
-
-    def _remember(self) -> None:
-        for name, now in fingerprint({n: self.tensors[n] for n in self.found}).items():
-            remember(now, self.found[name].after(str(self.identity), self.alpha))
 
     def open(self) -> None:
         """`write` until `close`."""
-        self.write()
+        self.write(until_closed=True)
         _OPEN.append(self)
 
     def close(self) -> tuple[str, str]:
-        """Restore every touched entry. Changes that were opened later on the same tensors are taken back first, then
-        made again.
+        """Restore every touched entry. Changes that were opened later on the same tensors are taken off first and
+        written again afterwards.
 
         Returns:
-            What could not be restored, and what had been changed in another way: messages, "" where there is nothing to
-                say.
+            Two messages, "" if there is nothing to report: what could not be restored, and what other code had written.
         """
-        opened = list(_OPEN)
         later: list[Change] = []
-        changed: list[str] = []
-        lost: list[str] = []
-        replaced = {id(self): self._follow()}
-        touched = self.identities()
-        for change in opened[opened.index(self) + 1 :]:
-            replaced[id(change)] = change._follow()
-            if touched & change.identities():
+        former = {id(self): self._follow()}
+        touched = self.memory()
+        for change in _OPEN[_OPEN.index(self) + 1 :]:
+            former[id(change)] = change._follow()
+            if touched & change.memory():
                 later.append(change)
-                touched |= change.identities()
+                touched |= change.memory()
+        overwritten: list[str] = []
+        misfits: list[str] = []
         try:
             for change in reversed([self, *later]):
-                changed += change._otherwise_written()
-                own = change._put_back(change.tensors)
-                if replaced[id(change)]:  # the model may not be all that has them
-                    change._put_back({**change.tensors, **replaced[id(change)]})
-                lost += own
+                forget(change.additions)
+                overwritten += change._overwritten()
+                own = change._restore(change.tensors)
+                if former[id(change)]:  # other code may still use these tensors
+                    change._restore(change.tensors | former[id(change)])
+                misfits += own
                 if own:
-                    change.before, change.whole = [], {}
+                    change.written, change.replaced = [], {}
         finally:
             _OPEN.remove(self)
         for change in later:
-            if change.before or change.whole:
-                change.histories()
-                change.write()
-        unlike = written = ""
-        if lost:
-            unlike = (
-                f"model's tensors {sorted(set(lost))} have another shape or kind than when a delta was applied and are left: "
-                "all others are, and deltas still open on these tensors are off"
+            if change.written or change.replaced:
+                change.read_histories()
+                change.write(until_closed=True)
+        not_restored = others = ""
+        if misfits:
+            not_restored = (
+                f"model's tensors {sorted(set(misfits))} have another shape or kind than when a delta was applied and "
+                "were left as they are; all others were restored, and deltas still open on these tensors are off"
             )
-        if changed:
-            written = (
-                f"entries of {changed[0]!r} (tensors in all: {len(set(changed))}) were changed while a delta was applied; those "
-                "that the delta covers are restored to what they were before"
+        if overwritten:
+            others = (
+                f"entries of {overwritten[0]!r} (tensors in all: {len(set(overwritten))}) were changed while a delta "
+                "was applied; those that the delta covers are restored to what they were before"
             )
-        return unlike, written
+        return not_restored, others
 
-    def identities(self) -> set[tuple]:
-        """What tells the tensors from others: their memory, so that a module and its state dict are one model."""
-        return {_identity(t) for t in self.tensors.values()} - {()}
+    def memory(self) -> set[tuple]:
+        """The memory of the tensors: that of a module is also that of its state dict."""
+        return {_memory(t) for t in self.tensors.values()} - {()}
 
     def _follow(self) -> dict[str, Tensor]:
-        """Go over to the tensors that the model has now; those that it had."""
-        live = self.live()
-        replaced: dict[str, Tensor] = {}
+        """Replace the tensors by those that the model has now; name → former tensor of what was replaced."""
+        current = self.current_tensors()
+        former: dict[str, Tensor] = {}
         for name, tensor in self.tensors.items():
-            now = live.get(name, tensor)
-            if (
-                isinstance(now, Tensor)
-                and now is not tensor
-                and (not _identity(now) or _identity(now) != _identity(tensor))
-            ):
-                replaced[name] = tensor
-        self.tensors |= {n: live[n] for n in replaced}
-        return replaced
+            now = current[name] if isinstance(current.get(name), Tensor) else tensor
+            same = now is tensor or (_memory(now) and _memory(now) == _memory(tensor))
+            if not same:
+                former[name] = tensor
+        self.tensors |= {n: current[n] for n in former}
+        return former
 
-    def _put_back(self, tensors: Mapping[str, Tensor]) -> list[str]:
+    def _restore(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Restore every tensor that fits; the names of the others."""
-        lost: list[str] = []
-        for whole, before, _ in self.before:
-            for mask, old in _fitting(whole, before, tensors, lost):
-                mask.scatter_(dict(tensors), old)
-        for name, old in self.whole.items():
-            if _fits(tensors[name], old.dtype, old.shape):
+        misfits = self._misfits(tensors)
+        for whole, before, _ in self.written:
+            for mask, part in _groups(whole, tensors, misfits):
+                mask.scatter_(dict(tensors), before[part].to(mask.device))
+        for name, old in self.replaced.items():
+            if name not in misfits:
                 tensors[name].detach().copy_(old)
-            else:
-                lost.append(name)
-        return lost
+        return misfits
 
-    def _otherwise_written(self) -> list[str]:
-        """Names of the tensors whose entries are not those that were written; of the same dtype, since a cast is no
-        other write.
-        """
+    def _misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """The tensors that cannot be given back what they held."""
+        held = [(n, old.dtype, shape) for mask, old, _ in self.written for n, shape in zip(mask.names, mask.shapes)]
+        held += [(n, old.dtype, old.shape) for n, old in self.replaced.items()]
+        return [n for n, dtype, shape in held if not _can_hold(tensors[n], dtype, shape)]
+
+    def _overwritten(self) -> list[str]:
+        """The tensors that do not hold what was written. Those that were cast since are not compared."""
         found: list[str] = []
-        for whole, _, after in self.before:
-            for mask, new in _fitting(whole, after, self.tensors, []):
+        misfits = self._misfits(self.tensors)
+        for whole, _, after in self.written:
+            for mask, part in _groups(whole, self.tensors, misfits):
                 entries = mask.gather(self.tensors)
-                if entries.dtype == new.dtype and bool((off := differs(entries, new)).any()):
-                    found += [n for n, part in mask.split(off).items() if bool(part.any())]
-        for name, old in self.whole.items():
+                if entries.dtype == after.dtype and bool((off := bits_differ(entries, after[part])).any()):
+                    found += [n for n, flags in mask.split(off).items() if bool(flags.any())]
+        for name, old in self.replaced.items():
             now = self.tensors[name]
-            same = now.dtype == old.dtype and _fits(now, old.dtype, old.shape)
-            if same and bool(differs(self.dense[name].to(now.device, now.dtype), now).any()):
+            same_kind = name not in misfits and now.dtype == old.dtype
+            if same_kind and bool(bits_differ(self.dense[name].to(now.device, now.dtype), now).any()):
                 found.append(name)
         return found
-
-    def _parts(self) -> list[tuple[CSRMask, Tensor, Low | None]]:
-        """The delta, in one part where its tensors are of one device and dtype, else by tensor; each on the tensors'
-        device.
-        """
-        names, low = self.mask.names, self.low
-        kinds = {(t.device, t.dtype) for t in (self.tensors[n] for n in names)}
-        if len(kinds) == 1 and not self.aliases:
-            device = next(iter(kinds))[0]
-            return [
-                (
-                    self.mask.to(device),
-                    self.values.to(device),
-                    None if low is None else (low[0].to(device), low[1].to(device)),
-                )
-            ]
-        values = self.mask.split(self.values)
-        starts = list(accumulate((len(v) for v in values.values()), initial=0))
-        ends = (
-            [0] * len(starts)
-            if low is None
-            else torch.searchsorted(low[0], torch.tensor(starts, device=low[0].device)).tolist()
-        )
-        copies = {first: [n for n, other in self.aliases.items() if other == first] for first in self.aliases.values()}
-        parts = []
-        for i, name in enumerate(names):
-            device, own = self.tensors[name].device, None
-            if low is not None and ends[i] < ends[i + 1]:
-                place = slice(ends[i], ends[i + 1])
-                own = (low[0][place] - starts[i]).to(device), low[1][place].to(device)
-            one, value = self.mask[name].to(device), values[name].to(device)
-            parts.append((one, value, own))
-            parts += [
-                (CSRMask([n], one.shapes, one.crow_indices, one.col_indices), value, own) for n in copies.get(name, ())
-            ]
-        return parts
 
 
 _OPEN: list[Change] = []  # in the order in which they were opened
 
 
-def _identity(tensor: Tensor) -> tuple:
+def _memory(tensor: Tensor) -> tuple:
     return (tensor.device, tensor.data_ptr(), tensor.shape) if has_memory(tensor) else ()
 
 
-def _remember_open(opened: list[Change], tensor: Tensor, now: str) -> None:
-    """Give content with fingerprint `now` its history, where it is what the newest of the open changes on the tensor
-    made.
-
-    It is not hashed when a change is opened: few are followed by another.
+def _groups(
+    mask: CSRMask, tensors: Mapping[str, Tensor], without: Sequence[str] = (), split: bool = False
+) -> Iterator[tuple[CSRMask, slice]]:
+    """The mask if its tensors have one device and dtype, else that of each tensor; each on the tensors' device, with
+    the range of its entries in a compact tensor.
     """
-    place = _identity(tensor)
-    for change in reversed(opened):
-        for name, other in change.tensors.items():
-            if place and _identity(other) == place:
-                if name in change.found and name not in change._otherwise_written():
-                    before = {name: tensor.detach().clone()}
-                    for mask, old, _ in change.before:
-                        if name in mask:
-                            mask[name].to(tensor.device).scatter_(before, mask.part(name, old).to(tensor.device))
-                    if digest(before[name]) == change.now[name]:
-                        remember(now, change.found[name].after(str(change.identity), change.alpha))
-                return
-
-
-def _fitting(
-    mask: CSRMask, compact: Tensor, tensors: Mapping[str, Tensor], lost: list[str]
-) -> Iterator[tuple[CSRMask, Tensor]]:
-    """Mask and compact tensor on the tensors' device, by tensor where they are not of one device and dtype. `lost` gets
-    misfits.
-    """
-    split = mask.split(compact)
-    misfits = {n for n, shape in zip(mask.names, mask.shapes) if not _fits(tensors[n], compact.dtype, shape)}
     kinds = {(tensors[n].device, tensors[n].dtype) for n in mask.names}
-    if len(kinds) == 1 and not misfits:
-        device = next(iter(kinds))[0]
-        yield mask.to(device), compact.to(device)
+    if len(kinds) == 1 and not split and not any(n in mask for n in without):
+        yield mask.to(next(iter(kinds))[0]), slice(0, mask.nnz)
         return
+    start = 0
     for name in mask.names:
-        if name in misfits:
-            lost.append(name)
-        else:
-            yield mask[name].to(tensors[name].device), split[name].to(tensors[name].device)
+        one = mask[name]
+        if name not in without:
+            yield one.to(tensors[name].device), slice(start, start + one.nnz)
+        start += one.nnz
 
 
-def _fits(tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> bool:
-    """Whether `tensor` can be given back what one of this dtype and shape held."""
+def _low_within(low: Low | None, part: slice, device: torch.device) -> Low | None:
+    """The low terms of a range of the entries."""
+    if low is None:
+        return None
+    start, end = torch.searchsorted(low[0], torch.tensor([part.start, part.stop], device=low[0].device)).tolist()
+    return (low[0][start:end] - part.start).to(device), low[1][start:end].to(device)
+
+
+def _can_hold(tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> bool:
+    """Whether what a tensor of this dtype and shape held can be written to `tensor`."""
     usable = has_memory(tensor) or (tensor.numel() == 0 and not tensor.is_meta)
     writable = not tensor.is_inference() or torch.is_inference_mode_enabled()
     return usable and writable and tensor.shape == shape and torch.can_cast(dtype, tensor.dtype)

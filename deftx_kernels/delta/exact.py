@@ -1,92 +1,103 @@
-"""What base + delta is, and the delta for which it is the tuned tensor bit for bit."""
+"""The sum of a base and a delta, and the delta for which this sum equals the tuned tensor bit for bit."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-SUMMABLE = frozenset(
-    {torch.float32, torch.float64, torch.float16, torch.bfloat16}
-    | {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
-)
+from deftx_kernels.mask import CSRMask
+from deftx_kernels.ops.schemas import compute_dtype
+from deftx_kernels.validation import FLOATS
+
+SUMMABLE = FLOATS | {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 _CHUNK = 1 << 22  # entries
-# Added to 0 it is rounded to -0.0 in every dtype below float64. A normal number of float64: nothing flushes it to zero.
+# 0 plus this is rounded to -0.0 in every dtype below float64. A normal float64 number: no mode flushes it to zero.
 _NEGATIVE_ZERO = -1e-300
 
-Low = tuple[Tensor, Tensor]  # int64 [m], places in the compact order, ascending; float64 [m], what to add there as well
+Low = tuple[Tensor, Tensor]  # int64 [m], ascending positions in the compact order; float64 [m], second terms there
 
 
-def differs(new: Tensor, old: Tensor) -> Tensor:
+def bits_differ(new: Tensor, old: Tensor) -> Tensor:
     """bool, like `old`: where the bits differ. Between two dtypes: where values or signs do; NaN equals NaN there."""
     new = new.to(old.device)
     if new.is_complex() or old.is_complex():
         dtype = torch.promote_types(new.dtype, old.dtype)
-        return differs(
-            torch.view_as_real(new.to(dtype).resolve_conj()), torch.view_as_real(old.to(dtype).resolve_conj())
-        ).any(-1)
+        real = [torch.view_as_real(t.to(dtype).resolve_conj()) for t in (new, old)]
+        return bits_differ(*real).any(-1)
     if new.dtype == old.dtype:
         return new.view(_BITS[old.element_size()]) != old.view(_BITS[old.element_size()])
     new, old = new.to(torch.float64), old.to(torch.float64)
     return ((new != old) | (new.signbit() != old.signbit())) & ~(new.isnan() & old.isnan())
 
 
-def total(base: Tensor, values: Tensor, alpha: float = 1.0, low: Low | None = None) -> Tensor:
+def same_tensor(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have one shape, dtype and content, bit for bit."""
+    return one.shape == other.shape and one.dtype == other.dtype and not bool(bits_differ(one, other).any())
+
+
+def base_plus_delta(base: Tensor, values: Tensor, alpha: float = 1.0, low: Low | None = None) -> Tensor:
     """base + alpha * (values + low), in the dtype of `base`.
 
-    Computed in float32 (float64 beside float64), where there is a low term in float64, and rounded once.
+    Computed in float32 (float64 for a float64 base), at low terms in float64, and rounded once.
 
     Args:
         base, values: [n]. low: as in `SparseDelta`.
     """
-    wide = base.to(torch.float64 if base.dtype == torch.float64 else torch.float32)
+    wide = base.to(compute_dtype(base.dtype))
     result = torch.add(wide, values.to(wide.dtype), alpha=alpha).to(base.dtype)
     if low is not None:
-        places, rest = low
-        sums = torch.add(wide[places].to(torch.float64), values[places].to(torch.float64), alpha=alpha)
-        bits = _BITS[base.element_size()]  # indexing knows these for every dtype
-        result.view(bits)[places] = torch.add(sums, rest, alpha=alpha).to(base.dtype).view(bits)
+        positions, terms = low
+        sums = torch.add(wide[positions].to(torch.float64), values[positions].to(torch.float64), alpha=alpha)
+        bits = _BITS[base.element_size()]  # indexing supports integers, but not every float8
+        result.view(bits)[positions] = torch.add(sums, terms, alpha=alpha).to(base.dtype).view(bits)
     return result
 
 
-def exact_difference(base: Tensor, tuned: Tensor) -> tuple[Tensor, Low, int]:
-    """Values float32 [n] and low terms with total(base, values, low=low) = tuned; the number of entries where there are
-    none.
-
-    The value is the float32 nearest to the difference, or a neighbour of it. Where neither gives the bits of `tuned`,
-    mostly since it is smaller than the difference, a float64 term is added.
+def exact_differences(
+    mask: CSRMask, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]
+) -> tuple[Tensor, Low, int]:
+    """Compact values and low terms with base_plus_delta(base, values, low=low) = tuned at the mask's entries, and the
+    number of entries that have no such terms.
     """
-    values, places, rests, inexact = [base.new_empty(0, dtype=torch.float32)], [], [], 0
-    for start in range(0, len(base), _CHUNK):
-        one, place, rest, bad = _exact_difference(base[start : start + _CHUNK], tuned[start : start + _CHUNK])
-        values.append(one)
-        places.append(place + start)
-        rests.append(rest)
-        inexact += bad
-    nothing = base.new_empty(0, dtype=torch.int64), base.new_empty(0, dtype=torch.float64)
-    return torch.cat(values), (torch.cat([nothing[0], *places]), torch.cat([nothing[1], *rests])), inexact
+    values, positions, terms, start, inexact = [], [], [], 0, 0
+    for name in mask.names:
+        one = mask[name]
+        old, new = one.gather(base), one.gather({name: tuned[name].to(mask.device)})
+        for chunks in zip(old.split(_CHUNK), new.split(_CHUNK)):
+            value, position, term, bad = _exact_difference(*chunks)
+            values.append(value)
+            positions.append(position + start)
+            terms.append(term)
+            start += len(value)
+            inexact += bad
+    return torch.cat(values), (torch.cat(positions), torch.cat(terms)), inexact
 
 
 def _exact_difference(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Values [n], positions [m] and float64 [m] of the low terms, and the number of inexact entries.
+
+    A value is the float32 nearest to the difference, or a neighbour of it. Where neither gives the bits of `tuned`
+    (mostly where `tuned` is smaller than the rounding error of the difference), a float64 term is added.
+    """
     old, new = base.to(torch.float64), tuned.to(torch.float64)
-    difference, most = new - old, torch.finfo(torch.float32).max
-    bounded = difference.clamp(-most, most)  # of finite numbers the low term carries what is more
+    difference, largest = new - old, torch.finfo(torch.float32).max
+    bounded = difference.clamp(-largest, largest)  # of finite numbers: the low term has the rest
     values = torch.where(old.isfinite() & new.isfinite(), bounded, difference).to(torch.float32)
-    off = differs(total(base, values), tuned)
+    off = bits_differ(base_plus_delta(base, values), tuned)
     for limit in (torch.inf, -torch.inf):
         if bool(off.any()):
             candidate = torch.nextafter(values, torch.full_like(values, limit))
-            better = off & ~differs(total(base, candidate), tuned)
+            better = off & ~bits_differ(base_plus_delta(base, candidate), tuned)
             values, off = torch.where(better, candidate, values), off & ~better
-    places = off.nonzero().view(-1)
-    if not len(places):
-        return values, places, old[:0], 0
-    tuned, new, off = tuned[places], new[places], off[places]
-    sums = old[places] + values[places].to(torch.float64)
-    rest = torch.where((new == 0) & new.signbit(), torch.full_like(new, _NEGATIVE_ZERO), new - sums)
-    for candidate in (
-        rest,
-        *(torch.nextafter(rest, torch.full_like(rest, limit)) for limit in (torch.inf, -torch.inf)),
-    ):
-        better = off & ~differs((sums + candidate).to(base.dtype), tuned)
-        rest, off = torch.where(better, candidate, rest), off & ~better
-    kept = rest.isfinite() if base.dtype == torch.float64 else ~off  # in float64 the nearest is better than none
-    return values, places[kept], rest[kept], int(off.sum())
+    positions = off.nonzero().view(-1)
+    tuned, new, off = tuned[positions], new[positions], off[positions]
+    sums = old[positions] + values[positions].to(torch.float64)
+    nearest = torch.where((new == 0) & new.signbit(), torch.full_like(new, _NEGATIVE_ZERO), new - sums)
+    neighbours = [torch.nextafter(nearest, torch.full_like(nearest, limit)) for limit in (torch.inf, -torch.inf)]
+    terms = nearest
+    for candidate in (nearest, *neighbours):
+        better = off & ~bits_differ((sums + candidate).to(base.dtype), tuned)
+        terms, off = torch.where(better, candidate, terms), off & ~better
+    kept = terms.isfinite() if base.dtype == torch.float64 else ~off  # in float64 the nearest is better than none
+    return values, positions[kept], terms[kept], int(off.sum())

@@ -6,37 +6,24 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deftx_kernels.delta import storage
 from deftx_kernels.delta.change import Change
-from deftx_kernels.delta.exact import SUMMABLE, Low, differs, exact_difference
+from deftx_kernels.delta.exact import SUMMABLE, Low, bits_differ, exact_differences, same_tensor
 from deftx_kernels.delta.fingerprints import fingerprint, update
+from deftx_kernels.delta.models import Matched, Model, checked_targets, current_tensors, match_tensors
 from deftx_kernels.files import reading
 from deftx_kernels.mask import CSRMask, usable_in_backward
-from deftx_kernels.nn import masked_parameters, plain_tensors
-from deftx_kernels.validation import (
-    all_tensors,
-    check_plain,
-    check_readable,
-    check_writable,
-    is_number,
-    plain_name,
-    tied_in_either,
-    tied_names,
-    unwrapped,
-    with_tied_names,
-)
+from deftx_kernels.validation import check_plain, check_readable, is_number
 
 _DENSE = "dense."
-
-Model = nn.Module | Mapping[str, Tensor]
 
 
 class SparseDelta:
@@ -46,16 +33,27 @@ class SparseDelta:
         mask: the entries.
         values: compact [mask.nnz], the differences (float32).
         dense: name → tensor that replaces the model's (a head, an integer buffer). Not scaled, not added.
-        metadata: JSON-serialisable facts: method, base_model, base_fingerprint (name → that of the base's tensor),
-            base_dtype (where the mask's tensors had one), tied (further name → name here of a tensor that the base had
+        metadata: JSON-serialisable: method, base_model, base_fingerprint (name → that of the base's tensor),
+            base_dtype (if the mask's tensors had one), tied (further name → name here of a tensor that the base had
             twice), lossy (the dtype that the values were rounded to), k, settings.
-        low: second terms, for the entries where no float32 gives the tuned tensor back bit for bit: their places in the
-            compact order, integer [m], ascending, and what is to be added to base + value there, float64 [m]. `values`
-            alone is the float32 nearest to the difference. None, also as the attribute, where there are none.
+        low: low terms, for the entries where no float32 difference gives the tuned tensor back bit for bit: positions
+            in the compact order, integer [m], ascending, and what is added to base + value there, float64 [m].
+            `values` alone is the float32 nearest to the difference. None, also as the attribute, if there are none.
 
     Raises:
         ValueError, TypeError: values that are not compact or not floating point; a tensor both in mask and dense, or no
             plain tensor in dense (a DTensor, on meta); low terms, a base_fingerprint or a tied of another form.
+
+    Example:
+        >>> base, tuned = {"w": torch.zeros(3)}, {"w": torch.tensor([0.0, 0.5, 0.0])}
+        >>> delta = SparseDelta.from_models(tuned, base)
+        >>> delta.mask.nnz, delta.values
+        (1, tensor([0.5000]))
+        >>> with delta.applied(base):
+        ...     base["w"]
+        tensor([0.0000, 0.5000, 0.0000])
+        >>> base["w"]
+        tensor([0., 0., 0.])
     """
 
     def __init__(
@@ -81,9 +79,7 @@ class SparseDelta:
             raise ValueError(f"dense: {both[0]!r} is covered by the mask as well")
         for key, what in (("base_fingerprint", "fingerprints"), ("tied", "names")):
             found = self.metadata.get(key, {})
-            if not isinstance(found, Mapping) or not all(
-                isinstance(text, str) for item in found.items() for text in item
-            ):
+            if not isinstance(found, Mapping) or any(not isinstance(s, str) for s in (*found, *found.values())):
                 raise TypeError(f"metadata: {key} must be a mapping of names to {what}")
 
     def __repr__(self) -> str:
@@ -114,12 +110,11 @@ class SparseDelta:
             tuned, base: modules (their named parameters and persistent buffers; of a sparsified model those of the
                 plain one; names as without torch.compile and DistributedDataParallel) or mappings. Tensors that are
                 tied in `base`, or in `tuned` and equal in `base`, count once, under their first name in `base`; `tied`
-                in the metadata has the others. Buffers of a module count where both have them: those that differ and
+                in the metadata has the others. Buffers of a module count if both have them: those that differ and
                 are not in the mask are kept whole.
-            mask: the entries that may differ; by default those that do. A difference is one of bits: 0.0 and -0.0
-                differ.
+            mask: the entries that may differ; by default those that do. Bits are compared: 0.0 and -0.0 differ.
             dense: names of tensors to keep whole. Tensors that only `tuned` has are kept whole, too.
-            metadata: goes into the delta's. `inexact_entries` is added: how many entries no difference can carry
+            metadata: goes into the delta's. `inexact_entries` is added: how many entries no difference can give back
                 exactly (some of float64 or of another dtype in `tuned`, infinities and NaN in `base`, payloads of NaN).
 
         Raises:
@@ -127,64 +122,21 @@ class SparseDelta:
                 device; tensors of `base` share a part of their memory, or are tied and differ in `tuned`.
             TypeError: the mask covers a tensor that is not floating point; something is no plain tensor (a DTensor).
         """
-        old, old_buffers = _model_tensors(base, "base")
-        new, new_buffers = _model_tensors(tuned, "tuned")
-        wanted = set(dense)
-        buffers = (old_buffers | new_buffers) & old.keys() & new.keys()
-        old = {n: t for n, t in old.items() if n in new or n not in old_buffers}
-        tied = tied_names(old, "base")
-        new = with_tied_names({n: t for n, t in new.items() if n in old or n in wanted or n not in new_buffers}, tied)
-        tied_in_tuned = tied_names({n: new[n] for n in sorted(new, key=lambda n: n not in old)}, "tuned")
-        covered = () if mask is None else mask.names
-        for name, first in tied_in_either(old, new).items():
-            if name not in covered and not (name in wanted and first in covered):  # else they are meant to be two
-                tied[name] = first
-        for name in sorted(wanted - new.keys()):
-            raise ValueError(f"dense names {name!r}, which tuned lacks")
-        whole = {tied.get(n, n) for n in wanted} | {n for n in new.keys() - old.keys() if tied_in_tuned[n] == n}
-        shared = sorted(n for n in old if n not in whole and tied[n] == n)
-        for name in shared:
-            if name not in new:
-                raise ValueError(f"tuned lacks tensor {name!r} of base")
-            if new[name].shape != old[name].shape:
-                raise ValueError(
-                    f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base"
-                )
-        differing = {n: differs(new[n], old[n]) for n in shared}
-        for name in [n for n in shared if n in buffers and n not in covered]:
-            if bool(differing.pop(name).any()):
-                whole.add(name)
-        if mask is None:
-            names = [n for n in differing if old[n].dtype in SUMMABLE]
-            changed = [n for n in names if bool(differing[n].any())] or names
-            mask = CSRMask.from_dense({n: differing[n] for n in changed})
-        for name, tensor in zip(mask.names, mask.select(old, "base")):
-            if tied[name] != name:
-                raise ValueError(
-                    f"mask covers {name!r}, which is the tensor {tied[name]!r} of base: its mask goes by that name"
-                )
-            if not {tensor.dtype, new[name].dtype} <= SUMMABLE:
-                raise TypeError(f"mask covers {name!r}, which is {tensor.dtype} in base and {new[name].dtype} in tuned")
-            if name in differing:
-                one = mask[name].to(differing[name].device)
-                one.scatter_(differing, torch.zeros(one.nnz, dtype=torch.bool, device=one.device))
-        for name, outside in differing.items():
-            if bool(outside.any()):
-                raise ValueError(
-                    f"tuned differs from base in {int(outside.sum())} entries of {name!r} that neither mask nor dense covers"
-                )
-        values, low, inexact = _exact_differences(mask, new, old)
-        facts = {
+        matched = match_tensors(tuned, base, mask, dense)
+        new, old, tied, whole = matched.tuned, matched.base, matched.tied, matched.whole
+        mask = _checked_mask(matched, mask)
+        values, low, inexact = exact_differences(mask, old, new)
+        details = {
             **(metadata or {}),
             "k": mask.nnz,
             "inexact_entries": inexact,
             "base_fingerprint": fingerprint({n: old[n] for n in mask.names}),
         }
         if len(dtypes := {old[n].dtype for n in mask.names}) == 1:
-            facts["base_dtype"] = str(dtypes.pop()).removeprefix("torch.")
-        if aliases := {n: first for n, first in tied.items() if n != first and (first in mask or first in whole)}:
-            facts["tied"] = aliases
-        return cls(mask, values, {n: new[n].clone() for n in sorted(whole)}, facts, low)
+            details["base_dtype"] = _dtype_name(dtypes.pop())
+        if copies := {n: first for n, first in tied.items() if n != first and (first in mask or first in whole)}:
+            details["tied"] = copies
+        return cls(mask, values, {n: new[n].clone() for n in sorted(whole)}, details, low)
 
     # ---- on models ----
 
@@ -192,32 +144,30 @@ class SparseDelta:
         """model += alpha * delta at the mask's entries, in float32 or better; with `dense`, copy the whole tensors,
         too.
 
-        Where the base had a tensor under several names, each of them that `model` has is written, also where they are
-        copies.
+        If the base had a tensor under several names, each of them that `model` has is written, copies included.
 
         Raises:
             ValueError: the model lacks a tensor, has it in another shape or where it cannot be written, has two of the
-                delta's tensors in the same memory, or has one in an open `applied` block; with `strict` also where its
+                delta's tensors in the same memory, or has one in an open `applied` block; with `strict` also if its
                 tensors are not the base's (by fingerprint; content that this library made by adding deltas counts as
-                the base that it was), copies of a tied tensor differ (without `strict` they stay as they are) or this
-                delta is on them already, unless `alpha` takes it off. The tensors are named. Nothing has changed then,
-                nor after any other error.
+                the base that it was), copies of a tied tensor differ (without `strict` they stay as they are) or the
+                model has this delta already, unless `alpha` takes it off. The tensors are named. Nothing has changed
+                then, nor after any other error.
             TypeError: a tensor is not floating point or no plain tensor (a DTensor).
         """
         change = self._change(model, alpha, dense, strict)
-        change.check_free()
+        change.check_not_open()
         self._check_base(change)
-        change.write(remember=strict)
+        change.write()
 
     @contextlib.contextmanager
     def applied(self, model: Model, alpha: float = 1.0, dense: bool = True, *, strict: bool = True) -> Iterator[Model]:
-        """`with delta.applied(model):` the delta is on the model, and afterwards every touched entry is restored bit
-        for bit.
+        """`with delta.applied(model):` the model has the delta, and afterwards every touched entry is restored bit for
+        bit.
 
-        Several may be open on one model, and be closed in any order: those that stay open are then on the base as if
-        the closed one had never been. Errors as `apply_`. Entries and whole tensors of the delta that are changed in
-        another way meanwhile are restored, too, with a RuntimeWarning. Of tensors that are replaced meanwhile the new
-        ones are restored.
+        Several may be open on one model and be closed in any order: the model then is its base with those that are
+        still open. Errors as `apply_`. Entries and whole tensors of the delta that other code changes meanwhile are
+        restored, too, with a RuntimeWarning. If tensors of the model are replaced meanwhile, the new ones are restored.
 
         Raises:
             RuntimeError: at the end, naming the tensors that have another shape now; all others are restored. After an
@@ -229,94 +179,50 @@ class SparseDelta:
         try:
             yield model
         except BaseException:
-            with contextlib.suppress(RuntimeWarning):  # where warnings are errors; that of the block counts
-                if found := " ".join(filter(None, change.close())):
-                    warnings.warn(found, RuntimeWarning, stacklevel=3)
+            with contextlib.suppress(RuntimeWarning):  # if warnings are errors: that of the block is raised
+                if messages := " ".join(filter(None, change.close())):
+                    warnings.warn(messages, RuntimeWarning, stacklevel=3)
             raise
-        lost, changed = change.close()
-        if lost:
-            raise RuntimeError(f"{lost} {changed}".rstrip())
-        if changed:
-            warnings.warn(changed, RuntimeWarning, stacklevel=3)
+        not_restored, overwritten = change.close()
+        if not_restored:
+            raise RuntimeError(f"{not_restored} {overwritten}".rstrip())
+        if overwritten:
+            warnings.warn(overwritten, RuntimeWarning, stacklevel=3)
 
     def _change(self, model: Model, alpha: float, dense: bool, strict: bool) -> Change:
         """The addition to the model's tensors, after every check but those of their content."""
         if not is_number(alpha):
             raise ValueError(f"alpha must be a finite number, got {alpha!r}")
-        if isinstance(model, nn.Module):
-            if masked_parameters(model):
-                raise ValueError("model is sparsified: densify(model) before a delta is applied")
-        else:
-            all_tensors(model, "model")
-        live = _live(model)
         whole = self.dense if dense else {}
-        shapes = dict(zip(self.mask.names, self.mask.shapes)) | {n: t.shape for n, t in whole.items()}
-        tied = self.metadata.get("tied", {}).items()
-        aliases = {n: first for n, first in tied if first in shapes and n not in shapes and n in live}
-        shapes |= {n: shapes[first] for n, first in aliases.items()}
-        labels = {n: f"model's tensor {n!r}" for n in shapes}
-        for name, shape in shapes.items():
-            if name not in live:
-                wrapped = [w + name for w in ("_orig_mod.", "module.") if w + name in live]
-                has = f", but has {wrapped[0]!r}: give the tensors of the model inside its wrapper" if wrapped else ""
-                raise ValueError(f"model lacks tensor {name!r} of the delta{has}")
-            tensor = live[name]
-            check_plain(tensor, labels[name])
-            check_readable(tensor, labels[name])
-            if tensor.shape != shape:
-                raise ValueError(f"{labels[name]} has shape {list(tensor.shape)}, the delta was made for {list(shape)}")
-            if (name in self.mask or aliases.get(name) in self.mask.places) and tensor.dtype not in SUMMABLE:
-                raise ValueError(f"{labels[name]} is {tensor.dtype}, a difference needs floating point")
-            if name in whole and not torch.can_cast(whole[name].dtype, tensor.dtype):
-                raise ValueError(f"{labels[name]} is {tensor.dtype}, the delta has it as {whole[name].dtype}")
-            if tensor.is_inference() and not torch.is_inference_mode_enabled():
-                raise ValueError(f"{labels[name]} was made in inference_mode and can be written only there")
-        targets = {n: live[n] for n in shapes}
-        for name, first in tied_names(targets, "model").items():
-            if name != first:
-                if aliases.get(name) != aliases.get(first, first):
-                    raise ValueError(f"model has one tensor as {first!r} and {name!r}, the delta changes both")
-                del targets[name], aliases[name]
-        for name, first in list(aliases.items()):
-            if not _same(targets[name], targets[first]):
-                if strict:
-                    raise ValueError(
-                        f"{labels[name]} was tied to {first!r} in the base of this delta, here it has other values (strict=False "
-                        "leaves it as it is)"
-                    )
-                del targets[name], aliases[name]
-        check_writable({labels[n]: t for n, t in targets.items()})
-        identity, base = self._identity() if strict else None, self.metadata.get("base_fingerprint", {})
-        follow = functools.partial(_live, model)
-        return Change(self.mask, self.values, self.low, whole, targets, aliases, follow, alpha, identity, base)
+        targets, copies = checked_targets(model, self.mask, whole, self.metadata.get("tied", {}), strict)
+        identity, base = self._content_hash() if strict else None, self.metadata.get("base_fingerprint", {})
+        current = functools.partial(current_tensors, model)
+        return Change(self.mask, self.values, self.low, whole, targets, copies, current, alpha, identity, base)
 
     def _check_base(self, change: Change) -> None:
-        """ValueError unless the tensors are those of the delta's base and do not have it on them, where histories
-        count.
-        """
-        found = change.histories()
-        if wrong := [n for n, known in found.items() if change.base.get(n, known.base) != known.base]:
+        """ValueError if histories count and the tensors are not those of the delta's base or have the delta already."""
+        histories = change.read_histories()
+        if wrong := [n for n, found in histories.items() if change.base.get(n, found.base) != found.base]:
             model, dtype = self.metadata.get("base_model"), self.metadata.get("base_dtype")
-            now = str(change.tensors[wrong[0]].dtype).removeprefix("torch.")
-            if dtype is not None and dtype != now:
+            if dtype is not None and dtype != (now := _dtype_name(change.tensors[wrong[0]].dtype)):
                 raise ValueError(
-                    f"model's tensor {wrong[0]!r} is {now}, the delta was made for a base in {dtype} (strict=False applies it all "
-                    "the same)"
+                    f"model's tensor {wrong[0]!r} is {now}, the delta was made for a base in {dtype} (strict=False "
+                    "applies it all the same)"
                 )
             raise ValueError(
-                f"model is not the base of this delta{f' ({model})' if model else ''}: {len(wrong)} of {len(self.mask)} tensors "
-                f"have other values, the first is {wrong[0]!r} (strict=False applies it all the same)"
+                f"model is not the base of this delta{f' ({model})' if model else ''}: {len(wrong)} of "
+                f"{len(self.mask)} tensors have other values, the first is {wrong[0]!r} (strict=False applies it all "
+                "the same)"
             )
-        for name, known in found.items():
-            there = known.deltas.get(str(change.identity), 0.0)
-            if there and there + change.alpha:
+        for name, found in histories.items():
+            present = found.deltas.get(str(change.identity), 0.0)
+            if present and present + change.alpha:
                 raise ValueError(
-                    f"this delta is on model's tensor {name!r} already, with alpha = {there}: alpha = {-there} takes it off "
-                    "(strict=False adds it again)"
+                    f"this delta is on model's tensor {name!r} already, with alpha = {present}: alpha = {-present} "
+                    "takes it off (strict=False adds it again)"
                 )
 
-    def _identity(self) -> str:
-        """The content hash by which a model remembers the delta."""
+    def _content_hash(self) -> str:
         sha = hashlib.sha256(self.mask.fingerprint().encode())
         for tensor in (self.values, *(self.low or ())):
             update(sha, tensor)
@@ -327,25 +233,32 @@ class SparseDelta:
     def compose(*deltas: "SparseDelta") -> "SparseDelta":
         """The sum of deltas of one base: `compose(task, language)`, as in Ansell et al. (2022), eq. 2.
 
-        Values are added in float64 and rounded once to float32; where one delta has a second term, the sum has one,
-        too. Whole tensors are united.
+        Values are added in float64 and rounded once to float32; if one delta has a low term, the sum has one, too.
+        Whole tensors are united.
 
         Raises:
             ValueError: no delta; deltas of different bases; a whole tensor that two deltas hold with different values.
+
+        Example:
+            >>> base = {"w": torch.zeros(3)}
+            >>> task = SparseDelta.from_models({"w": torch.tensor([0.0, 1.0, 2.0])}, base)
+            >>> language = SparseDelta.from_models({"w": torch.tensor([0.5, 1.0, 0.0])}, base)
+            >>> compose(task, language).apply_(base)
+            >>> base["w"]
+            tensor([0.5000, 2.0000, 2.0000])
         """
         if not deltas:
             raise ValueError("compose needs at least one delta")
         for i, delta in enumerate(deltas):
             if not isinstance(delta, SparseDelta):
                 raise TypeError(f"deltas[{i}] must be a SparseDelta, got {type(delta).__name__}")
-        mask = deltas[0].mask
+        mask = functools.reduce(lambda one, other: one | other.to(one.device), [d.mask for d in deltas])
         dense: dict[str, Tensor] = {}
         base: dict[str, str] = {}
         tied: dict[str, str] = {}
         for i, delta in enumerate(deltas):
-            mask = mask if i == 0 else mask | delta.mask.to(mask.device)
             for name, tensor in delta.dense.items():
-                if not _same(dense.setdefault(name, tensor), tensor):
+                if not same_tensor(dense.setdefault(name, tensor), tensor):
                     raise ValueError(f"dense tensor {name!r} stands in two deltas with different values")
             for name, value in delta.metadata.get("base_fingerprint", {}).items():
                 if base.setdefault(name, value) != value:
@@ -354,24 +267,18 @@ class SparseDelta:
         if both := [n for n in dense if n in mask]:
             raise ValueError(f"tensor {both[0]!r} is sparse in one delta and whole in another")
         values, low = _sum(deltas, mask)
-        facts = {
-            "method": "compose",
-            "k": mask.nnz,
-            "base_fingerprint": base,
-            "composed_of": [d._facts() for d in deltas],
-        }
+        left_out = ("base_fingerprint", "tied")
+        parts = [{k: v for k, v in d.metadata.items() if k not in left_out} for d in deltas]
+        metadata = {"method": "compose", "k": mask.nnz, "base_fingerprint": base, "composed_of": parts}
         for key in ("base_model", "base_dtype"):
             first = deltas[0].metadata.get(key)
             if first is not None and all(d.metadata.get(key) == first for d in deltas):
-                facts[key] = first
+                metadata[key] = first
         if tied:
-            facts["tied"] = tied
+            metadata["tied"] = tied
         if lossy := [d.metadata["lossy"] for d in deltas if d.metadata.get("lossy")]:
-            facts["lossy"] = lossy[0]
-        return SparseDelta(mask, values, dense, facts, low)
-
-    def _facts(self) -> dict[str, Any]:
-        return {k: v for k, v in self.metadata.items() if k not in ("base_fingerprint", "tied")}
+            metadata["lossy"] = lossy[0]
+        return SparseDelta(mask, values, dense, metadata, low)
 
     # ---- files ----
 
@@ -381,9 +288,9 @@ class SparseDelta:
         A crash, a kill or a full disk leave the old delta or the new one, whole; of several savers the last one counts.
 
         Args:
-            dtype: float32 by default; float16 or bfloat16 give the smaller, lossy form (without second terms). The
-                config says so, and the metadata: `lossy` is the dtype, also when the delta is loaded and saved again,
-                    and `inexact_entries` goes.
+            dtype: float32 by default; float16 or bfloat16 give the smaller, lossy form (without low terms). Config and
+                metadata then have the dtype as `lossy`, also if the delta is loaded and saved again, and lack
+                `inexact_entries`.
 
         Raises:
             TypeError, ValueError: metadata that JSON cannot hold, by its key; a dtype that the values overflow. Nothing
@@ -398,12 +305,12 @@ class SparseDelta:
             raise ValueError(f"dtype: a difference overflows {dtype}; bfloat16 and float32 have the range")
         tensors = {"crow_indices": self.mask.crow_indices, "col_indices": self.mask.col_indices, "values": values}
         if self.low is not None and dtype == torch.float32:
-            places = self.low[0].to(torch.int32) if self.mask.nnz < 2**31 else self.low[0]
-            tensors |= {"low_indices": places, "low_values": self.low[1]}
+            positions = self.low[0].to(torch.int32) if self.mask.nnz < 2**31 else self.low[0]
+            tensors |= {"low_indices": positions, "low_values": self.low[1]}
         tensors |= {_DENSE + n: t for n, t in self.dense.items()}
         metadata = dict(self.metadata)
         if dtype != torch.float32:
-            metadata["lossy"] = str(dtype).removeprefix("torch.")
+            metadata["lossy"] = _dtype_name(dtype)
             metadata.pop("inexact_entries", None)
         for key, value in metadata.items():
             try:
@@ -415,7 +322,7 @@ class SparseDelta:
             "shapes": [list(s) for s in self.mask.shapes],
             "nnz": self.mask.nnz,
             "density": self.mask.density,
-            "values_dtype": str(dtype).removeprefix("torch."),
+            "values_dtype": _dtype_name(dtype),
             "lossy": bool(metadata.get("lossy")),
             "dense": sorted(self.dense),
             "metadata": metadata,
@@ -459,7 +366,7 @@ class SparseDelta:
         token: str | None = None,
         commit_message: str = "Upload sparse delta",
     ) -> str:
-        """Upload to a repository of the Hugging Face hub, made where it does not exist. Returns the commit's address."""
+        """Upload to a repository of the Hugging Face hub, which is created if needed. Returns the commit's URL."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
@@ -472,69 +379,56 @@ class SparseDelta:
 compose = SparseDelta.compose
 
 
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _checked_low(low: Low | None, mask: CSRMask) -> Low | None:
     if low is None or not len(low[0]):
         return None
-    places, values = low
-    if places.dtype not in (torch.int32, torch.int64) or places.dim() != 1:
-        raise TypeError(f"low[0] must be int32 or int64 [m], got {places.dtype} {list(places.shape)}")
-    if values.dtype != torch.float64 or values.shape != places.shape:
-        raise TypeError(f"low[1] must be float64 {list(places.shape)}, got {values.dtype} {list(values.shape)}")
-    places = usable_in_backward(places.detach()).to(mask.device, torch.int64)
-    if int(places[0]) < 0 or int(places[-1]) >= mask.nnz or bool((places[1:] <= places[:-1]).any()):
+    positions, terms = low
+    if positions.dtype not in (torch.int32, torch.int64) or positions.dim() != 1:
+        raise TypeError(f"low[0] must be int32 or int64 [m], got {positions.dtype} {list(positions.shape)}")
+    if terms.dtype != torch.float64 or terms.shape != positions.shape:
+        raise TypeError(f"low[1] must be float64 {list(positions.shape)}, got {terms.dtype} {list(terms.shape)}")
+    positions = usable_in_backward(positions.detach()).to(mask.device, torch.int64)
+    if int(positions[0]) < 0 or int(positions[-1]) >= mask.nnz or bool((positions.diff() <= 0).any()):
         raise ValueError(f"low[0] must ascend within [0, nnz) = [0, {mask.nnz})")
-    return places, usable_in_backward(values.detach()).to(mask.device)
+    return positions, usable_in_backward(terms.detach()).to(mask.device)
 
 
-def _live(model: Model) -> dict[str, Any]:
-    """Name → parameter or buffer as the model has it now, tied ones under each name."""
-    if not isinstance(model, nn.Module):
-        return dict(model)
-    inner = unwrapped(model)
-    found = (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False))
-    return {plain_name(n): t for n, t in found}
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    found = {}
-    for prefix, module in unwrapped(model).named_modules(remove_duplicate=False):
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if name not in module._non_persistent_buffers_set:
-                found[plain_name(f"{prefix}.{name}" if prefix else name)] = buffer.detach()
-    return found
-
-
-def _model_tensors(model: Model, argument: str) -> tuple[dict[str, Tensor], set[str]]:
-    """Name → tensor, tied ones under each name, of a sparsified model those of the plain one; the names of a module's
-    buffers.
+def _checked_mask(matched: Matched, mask: CSRMask | None) -> CSRMask:
+    """The mask of `from_models`, by default of all entries that differ. Buffers outside it that differ go to
+    `matched.whole`; ValueError for other differences outside it.
     """
-    sparsified = isinstance(model, nn.Module) and masked_parameters(model)
-    tensors = all_tensors(plain_tensors(unwrapped(model)) if sparsified else model, argument)  # type: ignore[arg-type]
-    tensors = {plain_name(n): t for n, t in tensors.items()} if sparsified else tensors
-    buffers = _persistent_buffers(model) if isinstance(model, nn.Module) else {}
-    tensors |= buffers
-    for name, tensor in tensors.items():
-        check_plain(tensor, f"{argument}[{name!r}]")
-        check_readable(tensor, f"{argument}[{name!r}]")
-    return tensors, set(buffers)
+    new, old = matched.tuned, matched.base
+    differing = {n: bits_differ(new[n], old[n]) for n in matched.shared}
+    for name in [n for n in matched.shared if n in matched.buffers and (mask is None or n not in mask)]:
+        if bool(differing.pop(name).any()):
+            matched.whole.add(name)
+    if mask is None:
+        names = [n for n in differing if old[n].dtype in SUMMABLE]
+        changed = [n for n in names if bool(differing[n].any())] or names
+        mask = CSRMask.from_dense({n: differing[n] for n in changed})
+    for name, tensor in zip(mask.names, mask.checked_tensors(old, "base")):
+        if (first := matched.tied[name]) != name:
+            raise ValueError(f"mask covers {name!r}, which is the tensor {first!r} of base: its mask goes by that name")
+        if not {tensor.dtype, new[name].dtype} <= SUMMABLE:
+            raise TypeError(f"mask covers {name!r}, which is {tensor.dtype} in base and {new[name].dtype} in tuned")
+        if name in differing:
+            one = mask[name].to(differing[name].device)
+            one.scatter_(differing, torch.zeros(one.nnz, dtype=torch.bool, device=one.device))
+    for name, outside in differing.items():
+        if bool(outside.any()):
+            raise ValueError(
+                f"tuned differs from base in {int(outside.sum())} entries of {name!r} that neither mask nor dense "
+                "covers"
+            )
+    return mask
 
 
-def _exact_differences(mask: CSRMask, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> tuple[Tensor, Low, int]:
-    """`exact_difference` at the mask's entries: compact values, low terms, and the number of inexact entries."""
-    values, places, rests, start, inexact = [], [], [], 0, 0
-    for name in mask.names:
-        one = mask[name]
-        value, (place, rest), bad = exact_difference(one.gather(old), one.gather({name: new[name].to(mask.device)}))
-        values.append(value)
-        places.append(place + start)
-        rests.append(rest)
-        start += one.nnz
-        inexact += bad
-    return torch.cat(values), (torch.cat(places), torch.cat(rests)), inexact
-
-
-def _sum(deltas: Iterable[SparseDelta], mask: CSRMask) -> tuple[Tensor, Low | None]:
-    """Values and low terms of the sum, over the mask of all; low terms where a delta has one or float32 cannot hold the
+def _sum(deltas: Sequence[SparseDelta], mask: CSRMask) -> tuple[Tensor, Low]:
+    """Values and low terms of the sum, over the mask of all; low terms if a delta has one or float32 cannot hold the
     sum.
     """
     values = torch.zeros(mask.nnz, dtype=torch.float64, device=mask.device)
@@ -544,29 +438,23 @@ def _sum(deltas: Iterable[SparseDelta], mask: CSRMask) -> tuple[Tensor, Low | No
         own = delta.mask.to(mask.device)
         values += own.project(delta.values.to(mask.device, torch.float64), mask)
         if delta.low is not None:
-            places, rest = (t.to(mask.device) for t in delta.low)
-            low += own.project(rest.new_zeros(own.nnz).index_copy_(0, places, rest), mask)
-            has_low |= own.project(
-                torch.zeros(own.nnz, dtype=torch.bool, device=mask.device).index_fill_(0, places, True), mask
-            )
-    total, most = values + low, torch.finfo(torch.float32).max
-    high = torch.where(total.isfinite(), total.clamp(-most, most), total).to(torch.float32)
-    places = (has_low | (total.isfinite() & (total.abs() > most))).nonzero().view(-1)
-    return high, (places, (values[places] - high[places].to(torch.float64)) + low[places])
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and not bool(differs(one, other).any())
+            positions, terms = (t.to(mask.device) for t in delta.low)
+            compact = terms.new_zeros(own.nnz)
+            low += own.project(compact.index_copy(0, positions, terms), mask)
+            has_low |= own.project(compact.bool().index_fill(0, positions, True), mask)
+    total, largest = values + low, torch.finfo(torch.float32).max
+    high = torch.where(total.isfinite(), total.clamp(-largest, largest), total).to(torch.float32)
+    positions = (has_low | (total.isfinite() & (total.abs() > largest))).nonzero().view(-1)
+    return high, (positions, (values[positions] - high[positions].to(torch.float64)) + low[positions])
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    names = [storage.WEIGHTS_NAME, storage.CONFIG_NAME]
     try:
-        return Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=[storage.WEIGHTS_NAME, storage.CONFIG_NAME])
-        )
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{repo_id!r} is neither a folder nor a repository that the hub gave: {error}"

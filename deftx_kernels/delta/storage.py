@@ -1,8 +1,8 @@
 """The files of a SparseDelta.
 
-`sparse_delta.safetensors` is the delta: its header holds the configuration, with a checksum over it and all tensors.
-`sparse_delta_config.json` is a copy of the configuration for those who look into the folder, and for the hub. It is
-written first, so that a kill between the two leaves the old delta.
+`sparse_delta.safetensors` is the delta. Its header holds the configuration, with a checksum of it and of all tensors.
+`sparse_delta_config.json` is a copy of the configuration, for people and for the hub. It is written first, so a process
+that is killed between the two files leaves the old delta.
 """
 
 import hashlib
@@ -24,30 +24,28 @@ FORMAT, VERSION = "deftx_sparse_delta", 2
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write both files; a failure, a kill or other savers leave one whole delta.
+    """Write both files. A failure, a kill or other processes that save leave one whole delta.
 
     Raises:
-        TypeError, ValueError: the configuration is no JSON. Nothing has been written then.
+        TypeError, ValueError: the configuration cannot be written as JSON; no file has been written then.
         OSError: `folder` is a file, or a file cannot be written; the message names it.
     """
-    whole = json.loads(json.dumps({"format": FORMAT, "format_version": VERSION, **config}))  # keys as they will be read
-    whole["content"] = checksum(whole, tensors)
-    text = json.dumps(whole, indent=2, sort_keys=True) + "\n"
+    saved = json.loads(json.dumps({"format": FORMAT, "format_version": VERSION, **config}))  # keys become strings
+    saved["content"] = checksum(saved, tensors)
+    text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
     make_folder(folder)
     write_text(folder / CONFIG_NAME, text)
     write_tensors(folder / WEIGHTS_NAME, tensors, {"format": FORMAT, "config": text})
 
 
 def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors, on the CPU, that `save` wrote; what they mean is for the caller to check.
+    """The configuration and the tensors, on the CPU, that `save` wrote. The caller checks what they contain.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged or of another format; the message names it.
     """
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}")
+    check_files(folder, CONFIG_NAME, WEIGHTS_NAME)
     with reading(folder / WEIGHTS_NAME, "sparse delta"), safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
         header = file.metadata() or {}
         if header.get("format") != FORMAT:
@@ -57,9 +55,7 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError("its header has no format_version")
         if version != VERSION:
             age = "an older" if version < VERSION else "a newer"
-            raise ValueError(
-                f"it was written by {age} version of deftx-kernels, as format version {version}; this one reads {VERSION}"
-            )
+            raise ValueError(f"written by {age} version of deftx-kernels, in format version {version}, not {VERSION}")
         tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
         content = config.pop("content", None)
         if content != checksum(config, tensors):
@@ -68,21 +64,28 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
+def check_files(folder: Path, *names: str) -> None:
+    """FileNotFoundError unless the folder holds these files."""
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}")
+
+
 def _check_copy(path: Path, text: str, content: str) -> None:
-    """ValueError unless the configuration file is the header's, or that of another save."""
+    """ValueError if the configuration file is neither a copy of `text` nor from another save."""
     with reading(path, "configuration of a sparse delta"):
         copy = path.read_text(encoding="utf-8")
         if copy == text:
             return
         found = parse_json(copy)
-        if json.dumps(found, sort_keys=True) == json.dumps(parse_json(text), sort_keys=True):  # NaN equals NaN so
+        if json.dumps(found, sort_keys=True) == json.dumps(parse_json(text), sort_keys=True):  # as text NaN equals NaN
             return
         if not isinstance(found, dict) or not isinstance(found.get("content"), str):
-            raise ValueError("it names no content")
+            raise ValueError("it has no checksum `content`")
         if found["content"] == content:
-            raise ValueError(f"it was changed after it was saved; {WEIGHTS_NAME} holds another text")
+            raise ValueError(f"it was changed after it was saved: {WEIGHTS_NAME} holds another text")
     warnings.warn(
-        f"{path} is of another save than {WEIGHTS_NAME} beside it, which counts", RuntimeWarning, stacklevel=4
+        f"{path} is of another save than {WEIGHTS_NAME} beside it, which was read", RuntimeWarning, stacklevel=4
     )
 
 

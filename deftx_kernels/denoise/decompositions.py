@@ -1,11 +1,11 @@
 """Eigenproblems and singular value decompositions whose results are checked, with another solver behind them.
 
-A library that decomposes may be wrong on one processor and right on all others (LAPACK's eigensolver of one BLAS,
-called by several threads at once, gave vectors of 640 rows that were noise), and what is chosen from such a result
-looks like any other. Each decomposition is compared with its matrix, at a cost of n**2 operations: the trace and the
-sum of squares, and products with a few random vectors, which see every eigenvector (Freivalds 1979). What fails is
-decomposed again in float64 by another solver, with a warning; what fails again is an error. Matrices must be scaled so
-that the squares of their entries are in the dtype's range.
+A library may decompose wrongly on one processor and rightly on all others (LAPACK's eigensolver of one BLAS, called by
+several threads at once, gave vectors of 640 rows that were noise), and what is chosen from such a result looks like any
+other. Each result is compared with its matrix, at a cost of n**2 operations: the trace and the sum of squares, and
+products with a few random vectors, which depend on every eigenvector (Freivalds 1979). What fails is decomposed again
+in float64 by another solver, with a warning; what fails again is an error. Matrices must be scaled so that the squares
+of their entries are in the dtype's range.
 """
 
 import functools
@@ -15,81 +15,82 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deftx_kernels.denoise.matrices import ranks_of
+from deftx_kernels.denoise.rule import Rule
+from deftx_kernels.ops.library import MAX_EIGH_ROWS
 
 _PROBES = 2
 
-# The operators keep one multiprocessor of a GPU busy for each matrix: those of more rows are better left to cuSOLVER.
-_ONE_BLOCK = 1024
-
 
 def eigvalsh(matrices: Tensor) -> Tensor:  # symmetric [b, n, n] -> [b, n], ascending
-    whole = matrices.is_cuda and matrices.shape[-1] > _ONE_BLOCK
-    values = torch.linalg.eigvalsh(matrices) if whole else torch.ops.deftx.eigvalsh(matrices)
-    return _checked(matrices, (values,), _values_fit, lambda g: (torch.linalg.eigvalsh(g),), "eigenvalues")[0]
+    large = matrices.is_cuda and matrices.shape[-1] > MAX_EIGH_ROWS
+    values = torch.linalg.eigvalsh(matrices) if large else torch.ops.deftx.eigvalsh(matrices)
+    return _checked(matrices, (values,), _values_match, lambda g: (torch.linalg.eigvalsh(g),), "eigenvalues")[0]
 
 
 def eigh(
     matrices: Tensor,  # symmetric [b, n, n]
-    rank: int = 0,
-    energy: float = 0.0,
-    median: float = 0.0,
+    rule: Rule | None = None,
+    shape: torch.Size | None = None,  # of the matrices whose Gram matrices these are
 ) -> tuple[Tensor, Tensor]:  # [b, n], ascending, and [b, n, n], columns
-    """With a rule, vectors may be zero that a truncation by it does not need (see the operator)."""
-    whole = matrices.is_cuda and matrices.shape[-1] > _ONE_BLOCK
-    rule = (rank, energy, median) if rank or energy or median else ()
-    found = torch.linalg.eigh(matrices) if whole else torch.ops.deftx.eigh(matrices, *rule)
-    fit = functools.partial(_vectors_fit, rule=rule)
-    values, vectors = _checked(matrices, tuple(found), fit, torch.linalg.eigh, "eigenvectors")
+    """With a rule, vectors that a truncation by it does not need may be zero (see the operator)."""
+    large = matrices.is_cuda and matrices.shape[-1] > MAX_EIGH_ROWS
+    needed: Callable[[Tensor], Tensor] | None = None
+    arguments: tuple = ()
+    if rule is not None and shape is not None:
+        needed, arguments = functools.partial(_needed, rule=rule, shape=shape), rule.operator_arguments(shape)
+    found = torch.linalg.eigh(matrices) if large else torch.ops.deftx.eigh(matrices, *arguments)
+    match = functools.partial(_vectors_match, needed=needed)
+    values, vectors = _checked(matrices, tuple(found), match, torch.linalg.eigh, "eigenvectors")
     return values, vectors
 
 
 # [b, m, n] -> U [b, m, r], S [b, r], Vh [b, r, n], r = min(m, n)
 def svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     found = torch.linalg.svd(matrices, full_matrices=False)
-    U, S, Vh = _checked(matrices, tuple(found), _triplets_fit, _svd_of_the_transpose, "singular value decomposition")
+    U, S, Vh = _checked(matrices, tuple(found), _triplets_match, _svd_of_transpose, "singular value decomposition")
     return U, S, Vh
 
 
-def _svd_of_the_transpose(matrices: Tensor) -> tuple[Tensor, ...]:
+def _svd_of_transpose(matrices: Tensor) -> tuple[Tensor, ...]:
     V, S, Uh = torch.linalg.svd(matrices.mT, full_matrices=False)
     return Uh.mT, S, V.mT
 
 
-def orthonormal_rows_fit(q: Tensor) -> Tensor:  # [b, l, n] -> bool [b]
-    """Whether the rows are orthonormal, as far as products with random vectors tell: to about 1e-5 in float32."""
+def are_rows_orthonormal(q: Tensor) -> Tensor:  # [b, l, n] -> bool [b]
+    """As far as products with random vectors show: to about 1e-5 in float32."""
     tolerance = _tolerance(q)
     q = _exact(q)
-    z = _probes(q.shape[-2], q.dtype, q.device)
+    z = _probes(q.shape[-2], q)
     return _norm(q @ (q.mT @ z) - z) <= tolerance * _norm(z)
 
 
 def _checked(
     matrices: Tensor,  # [b, m, n]
     found: tuple[Tensor, ...],  # each [b, ...]
-    fit: Callable[..., Tensor],  # (matrices, *found) -> bool [b]
-    again: Callable[[Tensor], tuple[Tensor, ...]],
+    match: Callable[..., Tensor],  # (matrices, *found) -> bool [b]
+    other_solver: Callable[[Tensor], tuple[Tensor, ...]],
     what: str,
 ) -> tuple[Tensor, ...]:
     if matrices.numel() == 0:
         return found
-    right = fit(matrices, *found)
-    if bool(right.all()):
+    is_right = match(matrices, *found)
+    if bool(is_right.all()):
         return found
-    wrong = (~right).nonzero().view(-1)
+    wrong = (~is_right).nonzero().view(-1)
     b, m, n = matrices.shape
     size = f"{len(wrong)} of {b} matrices of {m} x {n}"
     warnings.warn(
-        f"deftx_kernels: the {what} of {size} ({matrices.dtype} on {matrices.device}) failed the check against the matrix. Another"
-        " solver computes again in float64: results are right but slow; please report this with the output of `deftx doctor`",
+        f"deftx_kernels: the {what} of {size} ({matrices.dtype} on {matrices.device}) failed the check against the"
+        " matrix. Another solver computes again in float64: results are right but slow; please report this with the"
+        " output of `deftx doctor`",
         RuntimeWarning,
         stacklevel=4,
     )
-    second = tuple(x.to(matrices.dtype) for x in again(matrices[wrong].to(torch.float64)))
-    if not bool(fit(matrices[wrong], *second).all()):
+    second = tuple(x.to(matrices.dtype) for x in other_solver(matrices[wrong].to(torch.float64)))
+    if not bool(match(matrices[wrong], *second).all()):
         raise RuntimeError(
-            f"every solver of this machine gets the {what} of {size} ({matrices.dtype} on {matrices.device}) wrong: the matrix"
-            " holds values that are not finite, or a linear algebra library is broken (see `deftx doctor`)"
+            f"every solver of this machine gets the {what} of {size} ({matrices.dtype} on {matrices.device}) wrong: the"
+            " matrix holds values that are not finite, or a linear algebra library is broken (see `deftx doctor`)"
         )
     found = tuple(x.clone(memory_format=torch.preserve_format) for x in found)
     for x, y in zip(found, second):
@@ -98,55 +99,52 @@ def _checked(
 
 
 # ---- what a decomposition must satisfy; comparisons are written so that NaN fails ----
-
-
-def _values_fit(matrices: Tensor, values: Tensor) -> Tensor:
+def _values_match(matrices: Tensor, values: Tensor) -> Tensor:
     """The trace, and the sum of squares."""
     n = values.shape[-1]
     exact = values.to(torch.float64)
     trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
     norm = _norm(matrices)
     tolerance = _tolerance(matrices) * norm
-    ascending = (exact.diff(dim=-1) >= 0).all(-1)
     return (
-        ascending
+        (exact.diff(dim=-1) >= 0).all(-1)
         & ((exact.sum(-1) - trace).abs() <= n**0.5 * tolerance)
         & ((torch.linalg.vector_norm(exact, dim=-1) - norm).abs() <= tolerance)
     )
 
 
-def _vectors_fit(
-    matrices: Tensor, values: Tensor, vectors: Tensor, rule: tuple[int, float, float] | tuple[()] = ()
+def _vectors_match(
+    matrices: Tensor, values: Tensor, vectors: Tensor, needed: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
-    tolerance, right = _tolerance(matrices), _values_fit(matrices, values)
-    wanted = _needed(values, *rule) if rule else None  # [b, n]
+    tolerance, is_right = _tolerance(matrices), _values_match(matrices, values)
+    wanted = None if needed is None else needed(values)  # bool [b, n]
     matrices, values, vectors = _exact(matrices), _exact(values), _exact(vectors)
     # Probes are rows: of products with two columns a BLAS takes five times as long.
-    z = _probes(matrices.shape[-1], matrices.dtype, matrices.device).mT
+    z = _probes(matrices.shape[-1], matrices).mT
     z = z.expand(len(matrices), *z.shape) if wanted is None else z * wanted[:, None].to(z.dtype)
     x, scaled = (torch.cat([z, z * values[:, None]], 1) @ vectors.mT).tensor_split(2, 1)
     back, norm = x @ vectors, _norm(z)
     if wanted is not None:
         back *= wanted[:, None].to(z.dtype)
     return (
-        right
+        is_right
         & (_norm(back - z) <= tolerance * norm)
         & (_norm(x @ matrices - scaled) <= tolerance * norm * _norm(matrices))
     )
 
 
-def _needed(values: Tensor, rank: int, energy: float, median: float) -> Tensor:  # ascending [b, n] -> bool [b, n]
-    """Of the kept eigenvalues or of the others, whichever are fewer."""
+def _needed(values: Tensor, rule: Rule, shape: torch.Size) -> Tensor:  # ascending [b, n] -> bool [b, n]
+    """The kept eigenvalues or the others, whichever are fewer."""
     n = values.shape[-1]
-    kept = ranks_of(values.to("cpu", torch.float64).clamp(min=0).flip(-1), rank, energy, median)[:, None]
-    above = torch.arange(n) >= n - kept
+    kept = rule.ranks(values.to("cpu", torch.float64).clamp(min=0).flip(-1), shape)[:, None]
+    above = torch.arange(n, device="cpu") >= n - kept
     return torch.where(2 * kept > n, ~above, above).to(values.device)
 
 
-def _triplets_fit(matrices: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
+def _triplets_match(matrices: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     r, tolerance = S.shape[-1], _tolerance(matrices)
     matrices, U, S, Vh = _exact(matrices), _exact(U), _exact(S), _exact(Vh)
-    z, y = (_probes(size, matrices.dtype, matrices.device) for size in (matrices.shape[-1], r))
+    z, y = _probes(matrices.shape[-1], matrices), _probes(r, matrices)
     norm = _norm(matrices)
     return (
         ((torch.linalg.vector_norm(S, dim=-1, dtype=torch.float64) - norm).abs() <= tolerance * norm)
@@ -158,9 +156,7 @@ def _triplets_fit(matrices: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
 
 
 def _exact(x: Tensor) -> Tensor:
-    """In a dtype whose products are not rounded to TF32, whatever the user's flags say (on the CPU: inside
-    `full_precision`).
-    """
+    """On CUDA in float64, whose products are not rounded to TF32 (on the CPU, `full_precision` sees to that)."""
     return x.to(torch.float64) if x.is_cuda else x
 
 
@@ -177,7 +173,6 @@ def _tolerance(x: Tensor) -> float:
     return (256 + max(x.shape[-2:]) / 4) * torch.finfo(x.dtype).eps if x.dtype == torch.float32 else 1e-11
 
 
-@functools.lru_cache(maxsize=32)
-def _probes(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:  # [n, _PROBES]
+def _probes(n: int, like: Tensor) -> Tensor:  # [n, _PROBES]
     generator = torch.Generator().manual_seed(n)
-    return torch.randn(n, _PROBES, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
+    return torch.randn(n, _PROBES, generator=generator, dtype=torch.float64, device="cpu").to(like)

@@ -1,13 +1,19 @@
-"""`truncated_svd` and `svd_denoise`: the public functions. Arguments are checked here, once."""
+"""`truncated_svd` and `svd_denoise`: the public functions."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deftx_kernels.denoise.batches import check_rule, compute_dtype, denoise, random_test_matrix
-from deftx_kernels.denoise.svd import truncated_svd as by_subspace_or_svd
+from deftx_kernels.denoise.batches import denoise
+from deftx_kernels.denoise.decompositions import svd
+from deftx_kernels.denoise.matrices import power_of_two_scale
+from deftx_kernels.denoise.products import full_precision
+from deftx_kernels.denoise.rule import check_rule
+from deftx_kernels.denoise.subspace import singular_triplets
+from deftx_kernels.ops.schemas import compute_dtype
 from deftx_kernels.validation import check_finite, check_float, check_int, check_matrix, check_readable
 
 
@@ -21,9 +27,9 @@ def truncated_svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triplets of a batch of matrices.
 
-    Randomised block subspace iteration (Halko, Martinsson & Tropp 2011), as long as its convergence tells that the
-    residual is within 1.02 times that of the best rank-r matrix; or the exact decomposition where `rank + oversample`
-    is half of min(m, n) or more. float16 and bfloat16 are computed in float32.
+    Randomised block subspace iteration (Halko, Martinsson & Tropp 2011) until the residual is, by its convergence,
+    within 1.02 times that of the best rank-r matrix; or the exact decomposition where `rank + oversample` is half of
+    min(m, n) or more. float16 and bfloat16 are computed in float32.
 
     Args:
         a: floating point [..., m, n].
@@ -39,16 +45,37 @@ def truncated_svd(
     Raises:
         ValueError: rank < 1, oversample < 0, n_iter < 0, fewer than two dimensions, a NaN or infinite entry.
         TypeError: `a` is not a floating-point tensor, or `rank` not an int.
+
+    Example:
+        >>> a = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+        >>> U, S, Vh = truncated_svd(a, rank=2)
+        >>> S
+        tensor([3., 2.])
+        >>> (U * S) @ Vh
+        tensor([[3., 0., 0.],
+                [0., 2., 0.],
+                [0., 0., 0.]])
     """
     check_matrix(a, "a")
     check_int(rank, "rank", 1)
-    check_int(oversample, "oversample", 0)
-    check_int(n_iter, "n_iter", 0)
-    r = min(rank, *a.shape[-2:])
-    test_matrix = (
-        random_test_matrix(a.shape, r, oversample, generator, compute_dtype(a.dtype), a.device) if a.numel() else None
-    )
-    return by_subspace_or_svd(a.detach().contiguous(), r, n_iter, test_matrix)
+    rule = check_rule(rank, None, 0.0, oversample, n_iter, generator)
+    *batch, m, n = a.shape
+    r, dtype = min(rank, m, n), compute_dtype(a.dtype)
+    with full_precision(a.device.type):
+        w = a.detach().contiguous().to(dtype).reshape(math.prod(batch), m, n)
+        test_matrix, scale = None, torch.ones(len(w), dtype=torch.float64, device=w.device)
+        if a.numel():
+            test_matrix = rule.test_matrix((m, n), dtype, a.device)
+            # Squares of entries must stay within the dtype.
+            largest = torch.linalg.vector_norm(w, math.inf, dim=(-2, -1))
+            scale = torch.where((largest < 1e-9) | (largest > 1e9), power_of_two_scale(largest, dtype), scale)
+            if bool((scale != 1).any()):
+                w = w * scale[:, None, None].to(dtype)
+        U, S, Vh = svd(w) if test_matrix is None else singular_triplets(w, r, n_iter, test_matrix)
+        S = S / scale[:, None]
+        U, S, Vh = (x.reshape(*batch, *x.shape[1:]) for x in (U, S, Vh))
+        U, S, Vh = (x.to(a.dtype).contiguous() for x in (U[..., :r], S[..., :r], Vh[..., :r, :]))
+    return U, S, Vh
 
 
 def svd_denoise(
@@ -66,19 +93,20 @@ def svd_denoise(
 ) -> Any:
     """L + prune(H) for each matrix: L its truncated SVD, H = delta - L (DeFT-X, Simon & Jyothi, arXiv 2505.15090).
 
-    Matrices of one shape are worked on together. An energy or a threshold is applied exactly: L comes from the
+    Matrices of one shape are computed together. An energy or a threshold is applied exactly: L comes from the
     eigenvectors of the Gram matrix of the short side (of small matrices, from their singular value decomposition),
     within a relative error of 5e-5 of the exact truncation, and the rank is that of exact arithmetic: where float32
-    cannot promise this, a matrix is done in float64. float16 and bfloat16 are computed in float32. Each decomposition
-    is checked against its matrix; one that is wrong is computed again by another solver, with a RuntimeWarning.
+    cannot promise this, a matrix is computed in float64. float16 and bfloat16 are computed in float32. Each
+    decomposition is checked against its matrix; one that is wrong is computed again by another solver, with a
+    RuntimeWarning.
 
     An int rank that is at least a sixth of the short side (a quarter, where that has more than 512 entries and the
     matrix is not four times as long) is exact too, since that takes no longer (float64: from half of it on). A smaller
     one is that of `truncated_svd`: its residual is within 1.02 times the best, but L is another matrix. The largest 5 %
     of its entries share with those of the exact L, for 384 to 1024 columns: 97 to 100 % where directions stand out from
     noise, 88 to 97 % where singular values fall as i**-0.5, and 20 to 70 % of pure noise, where nothing sets the first
-    r directions apart. More iterations come
-    closer: with n_iter = 8, 99 % of the second kind and 75 to 90 % of the third; with 32, 99 %.
+    r directions apart. More iterations come closer: with n_iter = 8, 99 % of the second kind and 75 to 90 % of the
+    third; with 32, 99 %.
 
     Args:
         delta: a tensor [..., m, n] (a batch of matrices), a mapping or a sequence of such tensors. Tensors of fewer
@@ -91,9 +119,9 @@ def svd_denoise(
             the rank of L, the share of the sum of squares that L holds, and |delta - result| / |delta| (Frobenius
             norms; 0 where delta is 0).
         oversample, n_iter, generator: as in `truncated_svd`; used with an int `rank`.
-        batch_bytes: memory for the matrices that are worked on together, beside arguments and result; one matrix at a
-            time where that is not enough for two. By default 8 MiB (16 MiB without a test matrix) for
-            each thread on the CPU, and a quarter of the free memory of a GPU.
+        batch_bytes: memory for the matrices that are computed together, beside arguments and result; one matrix at a
+            time where that is less than two need. By default 8 MiB (16 MiB without a test matrix) for each thread on
+            the CPU, and a quarter of the free memory of a GPU.
         progress: called with (matrices done, matrices in all).
 
     Returns:
@@ -104,6 +132,14 @@ def svd_denoise(
         ValueError: not exactly one of rank and energy, a value out of range, a NaN or infinite entry (the tensor is
             named).
         TypeError: something is not a floating-point tensor.
+
+    Example:
+        >>> delta = {"weight": torch.diag(torch.tensor([3.0, 2.0, 0.5])), "bias": torch.ones(3)}
+        >>> denoised, info = svd_denoise(delta, energy=0.9, return_info=True)
+        >>> denoised["weight"].diagonal()
+        tensor([3., 2., 0.])
+        >>> int(info["weight"]["rank"])
+        2
     """
     rule = check_rule(rank, energy, residual_density, oversample, n_iter, generator, batch_bytes)
     tensors: dict[Any, Tensor]
@@ -123,11 +159,11 @@ def svd_denoise(
     results: dict[Any, Tensor] = {}
     infos: dict[Any, dict[str, Tensor] | None] = dict.fromkeys(tensors)
     for (name, tensor), label in zip(tensors.items(), labels):
-        written = name in matrices and residual_density < 1
-        if not written:
+        is_written = name in matrices and not rule.keeps_all
+        if not is_written:
             check_finite(tensor, label)
-        results[name] = (torch.empty_like if written else torch.clone)(tensor, memory_format=torch.contiguous_format)
-    if residual_density < 1 or return_info:
+        results[name] = (torch.empty_like if is_written else torch.clone)(tensor, memory_format=torch.contiguous_format)
+    if return_info or not rule.keeps_all:
         infos |= denoise(matrices, results, dict(zip(tensors, labels)), rule, progress)
     result: Any
     info: Any

@@ -1,22 +1,21 @@
-"""Matrix products of float32 accuracy at the speed of the matrix units, whatever the user's precision flags say.
+"""Matrix products of float32 accuracy at the speed of the matrix units, whatever the user's precision flags are.
 
 On CUDA float32 products are made of bfloat16 ones, summed in float32: cuBLAS' float32 product would be slow, or as
 inaccurate as the user's TF32 flag. With x = x0 + x1, both bfloat16, a @ b is a0 b0 + a0 b1 + a1 b0; left out is 2**-16
-of the whole. Entries must be finite. Every operand is split in one pass that writes its parts where the product wants
+of the whole. Entries must be finite. Every operand is split in one pass that writes its parts where the product reads
 them. There are two forms:
 
     deep    [a1 | a0 | a0] @ [b0; b1; b0]: one product, 3 times as deep, whose result is written once (`matmul`,
-    `matmul_`) wide    a0 @ [b0 | b1], then a1 @ b0: a large a is split once for many products with matrices of few
-    columns (`Parts`)
+            `matmul_`)
+    wide    a0 @ [b0 | b1], then a1 @ b0: a large a is split once for many products with matrices of few columns
+            (`SplitBF16`)
 
 Bytes were counted, see "Denoising: products" in bench/NOTES.md; no GPU has timed them yet.
 """
 
 import contextlib
-import functools
-import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,91 +24,79 @@ from torch import Tensor
 LEFT, RIGHT = (1, 0, 0), (0, 1, 0)  # the parts of a deep product's operands, pair by pair
 
 
-def splits(x: Tensor) -> bool:
+def uses_split_products(x: Tensor) -> bool:
     """Whether products of x are made of bfloat16 ones."""
     return x.is_cuda and x.dtype == torch.float32
 
 
 def matmul(a: "Tensor | Operand", b: "Tensor | Operand") -> Tensor:
-    """a @ b for matrices [..., m, k] and [..., k, n] of one dtype, float32 or float64. On the CPU inside
-    `full_precision`.
-    """
+    """a @ b of [m, k] and [k, n] or [b, m, k] and [b, k, n], float32 or float64. On the CPU inside `full_precision`."""
     if not isinstance(a, Tensor):
         assert isinstance(b, Tensor)
         return a.times(b)
     if not isinstance(b, Tensor):
         return b.after(a)
-    return split_matmul(a, b) if splits(a) else a @ b
+    if not uses_split_products(a):
+        return a @ b
+    if a.dim() == 2:
+        return matmul(a[None], b[None])[0]
+    out = a.new_empty(len(a), a.shape[1], b.shape[2])
+    return product_(out, split(a, LEFT, -1), split(b, RIGHT, -2))
 
 
 def rough_matmul(a: "Tensor | Operand", b: "Tensor | Operand") -> Tensor:
-    """As `matmul`, of `Parts` by their first part alone: a third of the work, and an error of 2**-8 of the whole at
-    most.
-    """
-    if isinstance(a, Parts) and isinstance(b, Tensor):
+    """As `matmul`, but of `SplitBF16` only the first part: a third of the work, an error of at most 2**-8."""
+    if isinstance(a, SplitBF16) and isinstance(b, Tensor):
         left, right, count = a.first, b.to(torch.bfloat16), len(a)
-    elif isinstance(b, Parts) and isinstance(a, Tensor):
+    elif isinstance(b, SplitBF16) and isinstance(a, Tensor):
         left, right, count = a.to(torch.bfloat16), b.first, len(b)
     else:
         return matmul(a, b)
-    out = torch.empty(count, left.shape[-2], right.shape[-1], device=left.device)
+    out = torch.empty(count, left.shape[-2], right.shape[-1], dtype=torch.float32, device=left.device)
     return product_(out, left.expand(count, -1, -1), right.expand(count, -1, -1))
 
 
 def matmul_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out [m, n] = a @ b, as `matmul`."""
-    if splits(a):
-        product_(out[None], left_operand(a[None]), right_operand(b[None]))
+    if uses_split_products(a):
+        product_(out[None], split(a[None], LEFT, -1), split(b[None], RIGHT, -2))
     else:
         torch.mm(a, b, out=out)
 
 
-def split_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of float32 matrices as one product of bfloat16 ones, 3 times as deep."""
-    left, right = split(a, LEFT, -1), split(b, RIGHT, -2)
-    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    left, right = (x.expand(*batch, -1, -1).reshape(math.prod(batch), *x.shape[-2:]) for x in (left, right))
-    out = a.new_empty(len(left), left.shape[-2], right.shape[-1])
-    return product_(out, left, right).view(*batch, *out.shape[-2:])
-
-
 @dataclass(frozen=True)
-class Parts:
+class SplitBF16:
     """Float32 matrices [b, m, n], split once for many products with matrices of a few columns or rows."""
 
     first: Tensor  # bfloat16 [b, m, n]
     second: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> "Parts":  # [b, m, n]
+    def of(cls, x: Tensor) -> "SplitBF16":  # [b, m, n]
         return cls(*split(x, (0, 1), -1).tensor_split(2, -1))
 
     @classmethod
-    def stacked(cls, matrices: Sequence[Tensor], workspace: Tensor) -> "Parts":
+    def stacked(cls, matrices: Sequence[Tensor], workspace: Tensor) -> "SplitBF16":
         """Of matrices [m, n] of one shape, written into a contiguous float32 workspace of at least as many entries."""
         count, (m, n) = len(matrices), matrices[0].shape
-        places = workspace.view(-1)[: count * m * n].view(torch.bfloat16).view(count, m, 2 * n)
-        for x, place in zip(matrices, places):
-            split(x, (0, 1), -1, out=place)
-        return cls(*places.tensor_split(2, -1))
+        parts = workspace.view(-1)[: count * m * n].view(torch.bfloat16).view(count, m, 2 * n)
+        for x, out in zip(matrices, parts):
+            split(x, (0, 1), -1, out=out)
+        return cls(*parts.tensor_split(2, -1))
 
     @property
     def shape(self) -> torch.Size:
         return self.first.shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    @property
-    def mT(self) -> "Parts":
-        return Parts(self.first.mT, self.second.mT)
+    def mT(self) -> "SplitBF16":
+        return SplitBF16(self.first.mT, self.second.mT)
 
     def __len__(self) -> int:
         return len(self.first)
 
-    def __getitem__(self, chosen: Tensor) -> "Parts":
-        return Parts(self.first[chosen], self.second[chosen])
+    def __getitem__(self, chosen: list[int]) -> "SplitBF16":
+        return SplitBF16(self.first[chosen], self.second[chosen])
 
     def times(self, b: Tensor) -> Tensor:  # [b or none, n, l] -> [b, m, l]
         """self @ b."""
@@ -134,10 +121,9 @@ class Parts:
 
 @dataclass(frozen=True)
 class SeparateMatrices:
-    """Matrices [m, n] of one shape where they lie, for many products with matrices of a few columns or rows, one after
-    the other.
+    """Matrices [m, n] of one shape, for many products with matrices of a few columns or rows, one after the other.
 
-    A BLAS gives each all threads; of a batch it may give each thread a matrix, and threads are idle at the end.
+    A BLAS uses all threads for each; of a batch it may give each thread a matrix, and threads are idle at the end.
     """
 
     each: Sequence[Tensor]
@@ -146,15 +132,11 @@ class SeparateMatrices:
     def shape(self) -> torch.Size:
         return torch.Size((len(self.each), *self.each[0].shape))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.each[0].dtype
-
     def __len__(self) -> int:
         return len(self.each)
 
-    def __getitem__(self, chosen: Tensor) -> "SeparateMatrices":
-        return SeparateMatrices([self.each[i] for i in chosen.tolist()])
+    def __getitem__(self, chosen: list[int]) -> "SeparateMatrices":
+        return SeparateMatrices([self.each[i] for i in chosen])
 
     def times(self, b: Tensor) -> Tensor:  # [b or none, n, l] -> [b, m, l]
         """self @ b."""
@@ -173,12 +155,11 @@ class SeparateMatrices:
         return out.mT
 
 
-Operand = Parts | SeparateMatrices
+Operand = SplitBF16 | SeparateMatrices
 
 
 def gram_(out: Tensor, chunks: Sequence[Tensor]) -> None:  # [b, n, n], each [b, rows, n]
-    """out = w.mT @ w of the matrices w of all rows, from three parts each (left out is 2**-24 of the whole); exactly
-    symmetric.
+    """out = w.mT @ w, exactly symmetric, of w from three parts (left out is 2**-24 of the whole).
 
     Four products where any two matrices take six: those of different parts are each other's transposes.
     """
@@ -204,46 +185,34 @@ def product_(
     if not a.is_cuda:  # products of bfloat16 numbers are exact in float32
         product = a.float() @ b.float()
         return out.add_(product, alpha=add) if add else out.copy_(product)
-    # The addend must be `out` itself: some releases of torch add to what `out` holds, others copy the addend there
-    # first.
+    # The addend must be `out`: some releases of torch add to what `out` holds, others copy the addend there first.
     return torch.baddbmm(out, a, b, out_dtype=torch.float32, beta=1 if add else 0, alpha=add or 1, out=out)
 
 
 def left_operand(x: Tensor) -> Tensor:
     """x [..., m, k] as the left operand of `product_`."""
-    return split(x, LEFT, -1) if splits(x) else x
+    return split(x, LEFT, -1) if uses_split_products(x) else x
 
 
 def right_operand(x: Tensor) -> Tensor:
     """x [..., k, n] as the right operand of `product_`."""
-    return split(x, RIGHT, -2) if splits(x) else x
+    return split(x, RIGHT, -2) if uses_split_products(x) else x
 
 
 def split(x: Tensor, slots: Sequence[int], dim: int, out: Tensor | None = None) -> Tensor:
-    """Parts of x [..., m, n] beside each other along the columns (dim -1) or rows (dim -2): slot s holds number
-    slots[s] of them.
+    """Parts of x [..., m, n] beside each other along the columns (dim -1) or rows (dim -2): slot s holds part slots[s].
 
-    float32 [..., m, n] -> bfloat16 [..., m, s * n] or [..., s * m, n], one pass with triton. `out`, if given, is
-    contiguous.
+    float32 [..., m, n] -> bfloat16 [..., m, s * n] or [..., s * m, n]. `out`, if given, is contiguous. A transposed x
+    gives a transposed result: it is read as it lies in memory.
     """
-    return (_split_on_gpu() if x.is_cuda else split_plainly)(x, slots, dim, out)
-
-
-def split_plainly(x: Tensor, slots: Sequence[int], dim: int, out: Tensor | None = None) -> Tensor:
-    found = []
-    for _ in range(max(slots) + 1):
-        found.append(x.to(torch.bfloat16))
-        x = x - found[-1].float()
-    return torch.cat([found[s] for s in slots], dim, out=out)
-
-
-@functools.cache
-def _split_on_gpu() -> Callable[..., Tensor]:
-    try:
-        from deftx_kernels.kernels.split import split as kernel
-    except ImportError:  # no triton
-        return split_plainly
-    return kernel
+    if out is None:
+        if x.stride(-1) != 1 and x.stride(-2) == 1:
+            return split(x.mT, slots, -3 - dim).mT
+        shape = list(x.shape)
+        shape[dim] *= len(slots)
+        out = x.new_empty(shape, dtype=torch.bfloat16)
+    torch.ops.deftx.split_bf16_(x, out, list(slots), dim)
+    return out
 
 
 _precision_lock = threading.Lock()
@@ -251,18 +220,19 @@ _precision_users: list[str] = []  # the setting to restore, once for each caller
 
 
 @contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 products on the CPU in float32: torch.set_float32_matmul_precision("medium") makes them bfloat16 ones
-    there.
+def full_precision(device_type: str = "cpu") -> Iterator[None]:
+    """Without gradients and autocast, and with float32 products on the CPU in float32, which
+    torch.set_float32_matmul_precision("medium") would compute in bfloat16.
 
-    The setting is the process's: of callers in several threads the first one sets it and the last one restores it.
+    That setting is the process's: of callers in several threads the first one changes it, the last one restores it.
     """
     flags = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     with _precision_lock:
         _precision_users.append(_precision_users[0] if _precision_users else flags.fp32_precision)
         flags.fp32_precision = "ieee"
     try:
-        yield
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+            yield
     finally:
         with _precision_lock:
             before = _precision_users.pop()

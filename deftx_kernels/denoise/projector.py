@@ -1,6 +1,4 @@
-"""Spectral projectors of symmetric matrices by matrix products alone, for devices with a slow batched
-eigendecomposition.
-"""
+"""Spectral projectors of symmetric matrices by matrix products, for devices with a slow batched eigendecomposition."""
 
 import math
 
@@ -9,16 +7,13 @@ from torch import Tensor
 
 from deftx_kernels.denoise.products import left_operand, product_, right_operand
 
-# Bound of the error of float32 eigenvalues, as a share of sqrt(n) times the largest (torch.linalg.eigvalsh, n = 768:
-# 2e-7).
+# Error bound of float32 eigenvalues, as a share of sqrt(n) times the largest (torch.linalg.eigvalsh, n = 768: 2e-7).
 EIGENVALUE_ERROR = 3e-7
 # Smallest |x| (largest: 1) that the steps are made for, and the distance from 1 at which they end.
 SMALLEST, TOLERANCE = 1e-6, 4e-6
-# Smallest `short`: rounding errors of products of bfloat16 parts, about 1e-5 of the largest |x|, must stay well within
-# it.
+# Smallest `short`: rounding errors of products of bfloat16 parts, about 1e-5 of the largest |x|, must be far below it.
 SHORTEST = 1e-4
-# No step makes |x| smaller than about 2.5 * CUSHION of the largest: rounding errors there turn eigenvectors, or change
-# signs.
+# No step makes |x| smaller than about 2.5 * CUSHION of the largest: rounding there turns eigenvectors or changes signs.
 CUSHION = 0.05
 
 
@@ -31,7 +26,7 @@ def spectral_projector(
 
     tau is the middle of the gap at the cut. The number of products follows from the batch's smallest gap (`schedule`);
     two numbers go to the host for it. Where a gap is too small, eigenvalues of P stay between 0 and 1 and sum(P * P) is
-    not `rank`. trace(P) alone does not tell: those at the two sides of the cut err in opposite directions.
+    not `rank`; trace(P) may be, since the errors at the two sides of the cut have opposite signs.
     """
     b, n = eigenvalues.shape
     if b == 0 or n == 0:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.denoise import products
-from deftx_kernels.denoise.decompositions import eigh, eigvalsh, orthonormal_rows_fit, svd
+from deftx_kernels.denoise.decompositions import are_rows_orthonormal, eigh, eigvalsh, svd
 from deftx_kernels.denoise.matrices import (
     as_tall,
     gram64,
@@ -16,31 +16,37 @@ from deftx_kernels.denoise.matrices import (
     prune_from_factors,
     sums_of_squares,
 )
-from deftx_kernels.denoise.products import Operand, Parts, SeparateMatrices, matmul, matmul_, rough_matmul
+from deftx_kernels.denoise.products import (
+    Operand,
+    SeparateMatrices,
+    SplitBF16,
+    matmul,
+    matmul_,
+    rough_matmul,
+)
+from deftx_kernels.denoise.rule import Rule
 
 
 def orthonormal_rows(z: Tensor) -> Tensor:  # [b, l, n], l <= n
-    """An orthonormal basis of the span of the rows, by Cholesky QR with a float64 Gram matrix (Yamazaki, Tomov &
-    Dongarra 2015).
-
-    Twice for matrices with rows of very different size, since rounding grows with the ratio; Householder QR where rows
-    are too nearly dependent. Signs are those of Gram-Schmidt.
+    """An orthonormal basis of the rows' span, by Cholesky QR with a float64 Gram matrix (Yamazaki, Tomov & Dongarra
+    2015): twice where rows differ much in size, since rounding grows with the ratio; by Householder QR where rows are
+    nearly dependent. Signs are those of Gram-Schmidt.
     """
     lower, info = torch.linalg.cholesky_ex(gram64(z, -1))
     diagonal = lower.diagonal(dim1=-2, dim2=-1)
     ratio = diagonal.amin(-1) / diagonal.amax(-1)
-    hopeless = (info != 0) | ~(ratio > (1e-10 if z.dtype == torch.float64 else 1e-6))
-    again = ~hopeless & (ratio < 1e-2)
+    is_dependent = (info != 0) | ~(ratio > (1e-10 if z.dtype == torch.float64 else 1e-6))
+    again = ~is_dependent & (ratio < 1e-2)
     identity = torch.eye(z.shape[-2], dtype=torch.float64, device=z.device).expand_as(lower)
     q = matmul(torch.linalg.solve_triangular(lower, identity, upper=False).to(z.dtype), z)
-    hopeless |= ~again & ~orthonormal_rows_fit(q)
-    if bool((hopeless | again).any()):
+    is_dependent = is_dependent | ~again & ~are_rows_orthonormal(q)
+    if bool((is_dependent | again).any()):
         if bool(again.any()):
             q[again] = orthonormal_rows(q[again])
-        for i in hopeless.nonzero().view(-1).tolist():
+        for i in is_dependent.nonzero().view(-1).tolist():
             basis, r = torch.linalg.qr(z[i].mT)
             q[i] = (basis * torch.where(r.diagonal() < 0, -1.0, 1.0)).mT
-        if not bool(orthonormal_rows_fit(q).all()):
+        if not bool(are_rows_orthonormal(q).all()):
             raise RuntimeError(
                 "Cholesky and Householder QR both failed: values that are not finite, or a broken LAPACK"
             )
@@ -60,16 +66,15 @@ def subspace_factors(
     """
     b, _, n = a.shape
     columns = test_matrix.shape[1]
-    # Errors of 2**-8 in the start are a few more directions to be rid of. Simulated (noise, power laws, steps,
-    # exponentials): as many iterations as from an exact start, but one more for some matrices whose singular values
-    # fall below 2**-8 of the first.
-    q = orthonormal_rows(rough_matmul(rough_matmul(a, test_matrix.to(a.dtype)).mT, a))
+    # Errors of 2**-8 in the start cost at most one iteration, for some matrices whose singular values fall below 2**-8
+    # of the first (simulated: noise, power laws, steps, exponentials).
+    q = orthonormal_rows(rough_matmul(rough_matmul(a, test_matrix).mT, a))
     y = matmul(a, q.mT)
     seen = sums_of_squares(y)
     half: Tensor | None = None
     results: list[tuple[Tensor, ...]] = [()] * b
     index = list(range(b))
-    for k in range(2, 2 + n_iter + _MORE):
+    for k in range(2, 2 + n_iter + _EXTRA_ITERATIONS):
         z = matmul(y.mT, a)
         if half is None:  # singular values of a.mT a q are at most those of a.mT a
             half = eigvalsh(gram64(z, -1))[:, columns - rank].clamp(min=0).sqrt() / 2
@@ -82,35 +87,36 @@ def subspace_factors(
         squares, vectors = _ritz(y, rank)
         residual = totals - squares.sum(-1)
         rounding = _ROUNDING[y.dtype]
-        done = seen - before <= _enough(k, rank, columns, n) * residual + rounding.gain * totals
+        done = seen - before <= _convergence_tolerance(k, rank, columns, n) * residual + rounding.gain * totals
         if k < rounding.steps:
-            done &= residual > rounding.residual * totals
-        done |= (k == 1 + n_iter + _MORE) | (totals == 0)
-        finished, rest = (x.nonzero().view(-1) for x in (done, ~done))
-        if len(finished):
-            some = slice(None) if not len(rest) else finished
+            done = done & (residual > rounding.residual * totals)
+        done = done | (k == 1 + n_iter + _EXTRA_ITERATIONS) | (totals == 0)
+        is_done = [bool(x) for x in done.cpu()]
+        finished, rest = ([i for i, x in enumerate(is_done) if x == wanted] for wanted in (True, False))
+        if finished:
+            some = finished if rest else slice(None)
             c = vectors[some].to(y.dtype)
             factors = zip(matmul(y[some], c), matmul(c.mT, q[some]), squares[some])
-            for i, found in zip(finished.tolist(), factors):
+            for i, found in zip(finished, factors):
                 results[index[i]] = found
-        if not len(rest):
+        if not rest:
             break
-        index = [index[i] for i in rest.tolist()]
+        index = [index[i] for i in rest]
         a = a[rest]
         q, y, totals, seen, half = (x[rest] for x in (q, y, totals, seen, half))
     return tuple(map(list, zip(*results)))
 
 
 class _Rounding(NamedTuple):
-    """What is lost in the rounding of the sums, as shares of all energy."""
+    """Rounding of the sums, as shares of the sum of squares."""
 
-    gain: float  # gains below it are rounding
-    residual: float  # of a residual below it the gains are: iterate on unseen
-    steps: int  # so often
+    gain: float  # smaller gains are rounding
+    residual: float  # the gains of a smaller residual are rounding: at least `steps` iterations are made
+    steps: int
 
 
 _ROUNDING = {torch.float32: _Rounding(1e-7, 1e-6, 4), torch.float64: _Rounding(1e-15, 1e-13, 8)}
-_MORE = 24  # iterations beyond n_iter at most
+_EXTRA_ITERATIONS = 24  # iterations beyond n_iter at most
 
 
 def _ritz(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:  # [b, m, l] -> float64 [b, r], [b, l, r]
@@ -122,13 +128,13 @@ def _ritz(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:  # [b, m, l] -> float6
     return squares.flip(-1)[:, :rank], basis.flip(-1)[..., :rank]
 
 
-def _enough(k: int, rank: int, columns: int, n: int) -> float:
-    """Of the residual's square: what iteration k may still gain for the residual to be within 1.02 of the optimal one.
+def _convergence_tolerance(k: int, rank: int, columns: int, n: int) -> float:
+    """The share of the squared residual that iteration k may gain where the residual is within 1.02 of the best.
 
     Found on simulated spectra: noise, low rank and noise, power laws, exponentials, steps, plateaus; n = 160 to 1500, r
-    = 1 to 150. With few columns to spare a small gain says little. Neither does it at the second iteration if the
-    columns are more than a seventh of all: a step of 1.1 to 1.3 at the rank left 1.02 to 1.024 where the gain was 0.01
-        to 0.03 (n = 160 to 1000).
+    = 1 to 150. With few columns to spare a small gain says little, nor does it at the second iteration if the columns
+    are more than a seventh of all: a step of 1.1 to 1.3 at the rank left 1.02 to 1.024 where the gain was 0.01 to 0.03
+    (n = 160 to 1000).
     """
     room, spare = 1 - 2 * columns / n, columns - rank
     share = 1.0 if spare >= 16 else 0.6 * (spare / 16) ** 4 + 0.05
@@ -136,22 +142,30 @@ def _enough(k: int, rank: int, columns: int, n: int) -> float:
     return {2: second, 3: 0.045 * room + 0.01}.get(k, 0.01) * share
 
 
-def by_subspace(
-    matrices: Sequence[Tensor],
+def denoise_by_subspace(
+    matrices: Sequence[Tensor],  # each [m, n]
     out: Sequence[Tensor],
     workspace: Tensor,  # contiguous [at least as many, m, n]; empty where products are not split
     totals: Tensor,
-    rank: int,
-    keep: int,
-    n_iter: int,
+    rule: Rule,  # of a fixed rank
     test_matrix: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    left, right, squares = subspace_factors(_operand(matrices, workspace), totals, rank, n_iter, test_matrix)
+    """Writes L + prune(H) to `out`. The ranks int64, and the sums of squares of L and of what is lost, float64."""
+    rank, keep = rule.fixed_rank(matrices[0].shape), rule.kept_entries(matrices[0].shape)
+    assert rank is not None
+    is_split = products.uses_split_products(matrices[0])
+    operand: Operand
+    if is_split:
+        operand = SplitBF16.stacked(matrices, workspace)
+        operand = operand if operand.shape[1] >= operand.shape[2] else operand.mT
+    else:
+        operand = SeparateMatrices([as_tall(w) for w in matrices])
+    left, right, squares = subspace_factors(operand, totals, rank, rule.n_iter, test_matrix)
     captured = torch.stack([x.sum() for x in squares])
     lost = totals - captured
     measured = is_mostly_rounding(lost, totals, matrices[0].dtype).tolist()
     for i, w in enumerate(matrices):
-        if keep and products.splits(w):
+        if keep and is_split:
             lost[i] = prune_from_factors(w, left[i], right[i].mT, out[i], keep)
             continue
         low = torch.empty_like(w) if keep or measured[i] else out[i]
@@ -161,8 +175,13 @@ def by_subspace(
     return torch.full_like(totals, rank, dtype=torch.int64), captured, lost
 
 
-def _operand(matrices: Sequence[Tensor], workspace: Tensor) -> Operand:  # [b, m, n], m >= n
-    if products.splits(matrices[0]):
-        parts = Parts.stacked(matrices, workspace)
-        return parts if parts.shape[1] >= parts.shape[2] else parts.mT
-    return SeparateMatrices([as_tall(w) for w in matrices])
+def singular_triplets(
+    batch: Tensor, rank: int, n_iter: int, test_matrix: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # [b, m, n] -> U [b, m, r], S float64 [b, r], Vh [b, r, n]
+    tall = as_tall(batch)
+    operand = SplitBF16.of(tall) if products.uses_split_products(tall) else SeparateMatrices(tall.unbind())
+    factors = subspace_factors(operand, sums_of_squares(batch), rank, n_iter, test_matrix)
+    left, right, squares = map(torch.stack, factors)
+    U = orthonormal_rows(left.mT.contiguous()).mT
+    S = squares.clamp(min=0).sqrt()
+    return (U, S, right) if tall is batch else (right.mT, S, U.mT)

@@ -7,27 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_HERE: AbstractContextManager = nullcontext()
+_CURRENT: AbstractContextManager = nullcontext()
 
 
 def cdiv(x: int, y: int) -> int:
-    """As `triton.cdiv`, which takes 2.5 us of the host's time (EPYC), because kernels may call it, too."""
+    """As `triton.cdiv`, which takes 2.5 us of the host's time (EPYC) because kernels may call it too."""
     return -(-x // y)
 
 
 def on(device: torch.device) -> AbstractContextManager:
-    """In which the device is torch's current one, as it nearly always is."""
+    """A context in which the device is torch's current one; nothing is done where it already is."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _HERE
+        return _CURRENT
     return torch.cuda.device(device)
 
 
 class Launcher:
     """A Triton kernel that is launched with what an earlier call compiled.
 
-    `kernel[grid](...)` binds and inspects all arguments anew, and looks for the compiled kernel under a string made of
-    what it
-    finds: 14 us for 20 arguments, where the kernel that it returns takes 3 to 5 (EPYC, Triton 3.6).
+    `kernel[grid](...)` binds and inspects all arguments and looks for the compiled kernel under a string made of them:
+    14 us for 20 arguments, where the kernel that it returns takes 3 to 5 (EPYC, Triton 3.6).
     """
 
     def __init__(self, kernel: Any, **options: int) -> None:
@@ -42,11 +41,11 @@ class Launcher:
         numbers: Sequence[int],
         *constants: Any,
     ) -> None:
-        """A launch on torch's current device, on which the tensors lie; the first is not None.
+        """A launch on torch's current device, which holds the tensors; the first is not None.
 
         The arguments are those of the kernel in their order: tensors, numbers, compile-time constants. Triton compiles
-        another kernel where a dtype or the alignment of a tensor differs, which is seen to here, and where a number is
-        of another kind (32 or 64 bits wide, divisible by 16) or a constant is another, which `kind` has to tell.
+        again where a tensor's dtype or alignment differs, which the key has, and where a number's type (32 or 64 bits
+        wide, divisible by 16) or a constant differs, which `kind` must have.
         """
         device = tensors[0].device  # type: ignore[union-attr]
         key = (device, kind, *[None if t is None else (t.dtype, t.data_ptr() & 15 == 0) for t in tensors])

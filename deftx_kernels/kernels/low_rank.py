@@ -1,20 +1,19 @@
-"""The low-rank part, the cut of the residual and the selection on their sum, from factors: no [m, n] matrix of L or H
-is written.
+"""L + prune(H) of a matrix from the factors of L, and the cut that prune needs: no [m, n] matrix of L or H is written.
 
-Every pass makes L anew, tile by tile, from left and right. A threshold found by one pass must hold exactly in the next,
-so all passes are one kernel with several epilogues: the tiles, the order of the products and with them every bit of L
-    are the same.
+Every pass makes L anew, tile by tile, from left and right. A threshold found by one pass must hold exactly in the next.
+So all passes are one kernel with several epilogues: the tiles, the order of the products and with them every bit of L
+are the same.
 """
-
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Fixed, not tuned: other tiles could sum in another order. Larger tiles, or more of r at a time, spill registers. No
-# GPU has timed these figures yet.
+from deftx_kernels.kernels.launch import cdiv, on
+
+# Fixed, not tuned: other tiles could sum in another order. Larger tiles, or more of r at a time, spill registers. Not
+# timed yet.
 BLOCK_M, BLOCK_N, BLOCK_K = 64, 128, 16
 NUM_WARPS = 8
 NUM_STAGES = 3
@@ -23,68 +22,30 @@ _BINS = 1 << 16
 _INFINITY = 0x7F80_0000  # the magnitude bits of float32's
 
 
-@triton.jit
-def _magnitude_bits(x):
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def _taken(bits, threshold, end, row, column, n):
-    """Entries above the threshold, and those equal to it whose flat index is below `end`."""
-    # columns of each row that come before `end`
-    first = tl.minimum(tl.maximum(end - row.to(tl.int64) * n, 0), n).to(tl.int32)
-    return (bits > threshold) | ((bits == threshold) & (column[None, :] < first[:, None]))
-
-
-@triton.jit
-def _scores(
-    delta, left, right, cut, i, row, column, m, n, r,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """A tile of H or, with a cut, of L + prune(H)."""
-    # Rows outside the matrices repeat the last one: loads without a mask, and what they make is used nowhere.
-    k = tl.arange(0, BLOCK_K)[None, :]
-    left_row = left + (i * m + tl.minimum(row, m - 1))[:, None] * r
-    right_row = right + (i * n + tl.minimum(column, n - 1))[:, None] * r
-    low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, r, BLOCK_K):
-        u = tl.load(left_row + (start + k))
-        v = tl.load(right_row + (start + k))
-        low = tl.dot(u, v.T, low, input_precision="tf32x3")
-    place = (i * m + row)[:, None] * n + column[None, :]
-    d = tl.load(delta + place, mask=(row < m)[:, None] & (column < n)[None, :], other=0.0)
-    score = d - low
-    if cut is not None:
-        threshold = tl.load(cut + 2 * i).to(tl.int32)
-        score = tl.where(_taken(_magnitude_bits(score), threshold, tl.load(cut + 2 * i + 1), row, column, n), d, low)
-    return score
-
-
 @triton.jit(do_not_specialize=["m", "shift", "out_stride"])
 def _low_rank_kernel(
     delta,  # [b, m, n]
     left,  # [b, m, r], r a multiple of BLOCK_K
     right,  # [b, n, r]
-    cut,  # int64 [b, 2]; None: the scores are H, else L + prune(H)
-    key,  # int64 [b]: the prefix for "histogram", magnitude bits for "ties" and "mask", which tile of rows for "rows"
-    end,  # int64 [b]: "mask" takes the scores equal to the key at flat indices below it
+    # int64 [b]: the prefix for "histogram", magnitude bits for "ties", which tile of rows for "rows";
+    # int64 [b, 2]: the cut for "denoised"
+    key,
     out,  # see EPILOGUE
     m,
     n,
     r,
     shift,
-    out_stride,  # from one matrix to the next, in "histogram", "ties" and "rows"
-    # "values": out float32 [b, m, n] = the scores
-    # "histogram": out int64 [b or 1, _BINS] += the counts of the operator magnitude_histogram
-    # "ties": out int64 [b, tiles of rows] += how many scores have the bits key[i]
-    # "rows": out int32 [b, at most BLOCK_M, n] = the bits of the scores in the rows of tile key[i]
-    # "mask": out uint8 [b, m, n] = whether a score is above the key, or equal to it and before `end`
+    out_stride,  # from one matrix to the next, but in "denoised"
+    # "denoised": out float32 [b, m, n] = L + prune(H)
+    # "histogram": out int64 [b, _BINS] += the counts of the operator magnitude_histogram, of H
+    # "ties": out int64 [b, tiles of rows] += how many entries of H have the bits key[i]
+    # "rows": out int32 [b, at most BLOCK_M, n] = the bits of H in the rows of tile key[i]
     EPILOGUE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of one matrix's scores, and what is wanted of it."""
+    """One tile of one matrix's L and H, and one of the epilogues."""
     program = tl.program_id(0).to(tl.int64)
     tiles_n = tl.cdiv(n, BLOCK_N)
     if EPILOGUE == "rows":
@@ -96,18 +57,30 @@ def _low_rank_kernel(
         tile_m = program // tiles_n % tiles_m
     row = (tile_m * BLOCK_M).to(tl.int32) + tl.arange(0, BLOCK_M)
     column = (program % tiles_n * BLOCK_N).to(tl.int32) + tl.arange(0, BLOCK_N)
-    score = _scores(delta, left, right, cut, i, row, column, m, n, r, BLOCK_M, BLOCK_N, BLOCK_K)
+    # Rows outside the matrices repeat the last one: loads without a mask, and their products are used nowhere.
+    k = tl.arange(0, BLOCK_K)[None, :]
+    left_row = left + (i * m + tl.minimum(row, m - 1))[:, None] * r
+    right_row = right + (i * n + tl.minimum(column, n - 1))[:, None] * r
+    low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, r, BLOCK_K):
+        u = tl.load(left_row + (start + k))
+        v = tl.load(right_row + (start + k))
+        low = tl.dot(u, v.T, low, input_precision="tf32x3")
     inside = (row < m)[:, None] & (column < n)[None, :]
-    bits = _magnitude_bits(score)
-    place = (i * m + row)[:, None] * n + column[None, :]
+    offset = (i * m + row)[:, None] * n + column[None, :]
+    d = tl.load(delta + offset, mask=inside, other=0.0)
+    bits = (d - low).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
-    if EPILOGUE == "values":
-        tl.store(out + place, score, mask=inside)
+    if EPILOGUE == "denoised":
+        threshold = tl.load(key + 2 * i).to(tl.int32)
+        end = tl.load(key + 2 * i + 1)  # entries equal to the threshold are kept at flat indices below it
+        before_end = tl.minimum(tl.maximum(end - row.to(tl.int64) * n, 0), n).to(tl.int32)  # columns of each row
+        kept = (bits > threshold) | ((bits == threshold) & (column[None, :] < before_end[:, None]))
+        tl.store(out + offset, tl.where(kept, d, low), mask=inside)
     elif EPILOGUE == "histogram":
         prefix = tl.load(key + i).to(tl.int32)
         counts = out + i * out_stride
-        # Zeros may be most of a matrix (rows that training never touched); on their own, one addition a tile counts
-        # them.
+        # Zeros may be most of a matrix (rows that training never touched): one addition a tile counts them.
         zeros = tl.sum((inside & (bits == 0)).to(tl.int32))
         tl.atomic_add(counts, zeros.to(tl.int64), mask=(prefix == 0) & (zeros > 0), sem="relaxed")
         # Two shifts: one by 32 is undefined.
@@ -118,91 +91,53 @@ def _low_rank_kernel(
     elif EPILOGUE == "ties":
         ties = tl.sum((inside & (bits == tl.load(key + i).to(tl.int32))).to(tl.int32))
         tl.atomic_add(out + i * out_stride + tile_m, ties.to(tl.int64), mask=ties > 0, sem="relaxed")
-    elif EPILOGUE == "rows":
-        place = (row - tile_m * BLOCK_M)[:, None] * n + column[None, :]  # 64 bits, as tile_m
-        tl.store(out + i * out_stride + place, bits, mask=inside)
-    else:
-        threshold = tl.load(key + i).to(tl.int32)
-        tl.store(out + place, _taken(bits, threshold, tl.load(end + i), row, column, n).to(tl.uint8), mask=inside)
+    else:  # "rows"
+        offset = (row - tile_m * BLOCK_M)[:, None] * n + column[None, :]  # 64 bits, as tile_m
+        tl.store(out + i * out_stride + offset, bits, mask=inside)
 
 
 # ---- launcher ----
-class _Scores:
-    """H or, with a cut, L + prune(H) of b matrices; each method is one launch, none waits for the device."""
+class LowRankScores:
+    """L and H of b matrices; each method is a launch or two, none waits for the device."""
 
-    def __init__(self, delta: Tensor, left: Tensor, right: Tensor, cut: Tensor | None = None) -> None:
-        self.delta, self.cut = delta, cut
+    def __init__(self, delta: Tensor, left: Tensor, right: Tensor) -> None:
+        self.delta = delta
         padding = (0, -left.shape[2] % BLOCK_K)
         self.left, self.right = (torch.nn.functional.pad(x, padding) if padding[1] else x for x in (left, right))
         self.b, self.m, self.n = delta.shape
         if max(self.m, self.n) > 2**31 - max(BLOCK_M, BLOCK_N):  # a tile counts its rows and columns in 32 bits
             raise ValueError(
-                f"matrices of {self.m} x {self.n}: the Triton kernel takes fewer than 2**31 - {BLOCK_N} rows and columns"
+                f"matrices of {self.m} x {self.n}: the Triton kernel takes fewer than 2**31 - {BLOCK_N} rows or columns"
             )
 
-    def _launch(
-        self,
-        epilogue: str,
-        out: Tensor,
-        key: Tensor | None = None,
-        end: Tensor | None = None,
-        shift: int = 0,
-        stride: int = 0,
-    ) -> Tensor:
-        tiles = triton.cdiv(self.n, BLOCK_N) * (1 if epilogue == "rows" else triton.cdiv(self.m, BLOCK_M))
-        if self.b * tiles == 0:
-            return out
-        device = self.delta.device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            _low_rank_kernel[(self.b * tiles,)](
-                self.delta,
-                self.left,
-                self.right,
-                self.cut,
-                key,
-                end,
-                out,
-                self.m,
-                self.n,
-                self.left.shape[2],
-                shift,
-                stride,
-                EPILOGUE=epilogue,
-                BLOCK_M=BLOCK_M,
-                BLOCK_N=BLOCK_N,
-                BLOCK_K=BLOCK_K,
-                num_warps=NUM_WARPS,
-                num_stages=NUM_STAGES,
-            )
+    def launch(self, epilogue: str, out: Tensor, key: Tensor, shift: int = 0, stride: int = 0) -> Tensor:
+        tiles = cdiv(self.n, BLOCK_N) * (1 if epilogue == "rows" else cdiv(self.m, BLOCK_M))
+        if self.b * tiles:
+            with on(self.delta.device):
+                _low_rank_kernel[(self.b * tiles,)](
+                    self.delta, self.left, self.right, key, out, self.m, self.n, self.left.shape[2], shift, stride,
+                    EPILOGUE=epilogue, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+                    num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+                )  # fmt: skip
         return out
 
     def full(self, *shape: int, value: int = 0, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.full(shape, value, dtype=dtype, device=self.delta.device)
 
-    def values(self) -> Tensor:
-        return self._launch("values", torch.empty_like(self.delta))
-
     def histograms(self, prefix: Tensor, shift: int) -> Tensor:
         """int64 [b, _BINS], one for each matrix and its prefix."""
-        return self._launch("histogram", self.full(self.b, _BINS), prefix, shift=shift, stride=_BINS)
-
-    def histogram(self, prefix: int, shift: int) -> Tensor:
-        """int64 [_BINS], one for all matrices."""
-        return self._launch("histogram", self.full(_BINS), self.full(self.b, value=prefix), shift=shift)
-
-    def mask(self, threshold: Tensor, end: Tensor) -> Tensor:
-        return self._launch("mask", torch.empty_like(self.delta, dtype=torch.uint8), threshold, end).view(torch.bool)
+        return self.launch("histogram", self.full(self.b, _BINS), prefix, shift, _BINS)
 
     def end_of_ties(self, threshold: Tensor, ties: Tensor) -> Tensor:
         """int64 [b]: among so many of the first entries of matrix i, ties[i] have the bits threshold[i]."""
         rows = min(self.m, BLOCK_M)
-        tiles_m = triton.cdiv(self.m, BLOCK_M)
-        counts = self._launch("ties", self.full(self.b, tiles_m), threshold, stride=tiles_m)
+        tiles_m = cdiv(self.m, BLOCK_M)
+        counts = self.launch("ties", self.full(self.b, tiles_m), threshold, stride=tiles_m)
         passed = counts.cumsum(1)
-        tile = torch.searchsorted(passed, ties[:, None]).clamp_(max=tiles_m - 1)  # the one in which the last of them is
+        tile = torch.searchsorted(passed, ties[:, None]).clamp_(max=tiles_m - 1)  # the one that holds the last of them
         remaining = ties[:, None] - (passed - counts).gather(1, tile)
         bits = self.full(self.b, rows * self.n, value=-1, dtype=torch.int32)
-        self._launch("rows", bits, tile.view(-1), stride=rows * self.n)
+        self.launch("rows", bits, tile.view(-1), stride=rows * self.n)
         position = torch.searchsorted((bits == threshold[:, None]).cumsum(1), remaining)
         return torch.where(ties > 0, (tile * BLOCK_M * self.n + position).view(-1) + 1, 0)
 
@@ -217,7 +152,7 @@ def residual_cut(
 
     The host waits once, to learn whether some matrix keeps only a part of the entries that are equal to its threshold.
     """
-    residual = _Scores(delta, left, right)
+    residual = LowRankScores(delta, left, right)
     b, m, n = delta.shape
     if keep == 0:
         return torch.stack([residual.full(b, value=_INFINITY), residual.full(b)], 1)
@@ -239,4 +174,4 @@ def residual_cut(
 
 def low_rank_denoised(delta: Tensor, left: Tensor, right: Tensor, cut: Tensor) -> Tensor:
     """The operator `deftx::low_rank_denoised`."""
-    return _Scores(delta, left, right, cut).values()
+    return LowRankScores(delta, left, right).launch("denoised", torch.empty_like(delta), cut)

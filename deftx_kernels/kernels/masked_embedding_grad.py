@@ -1,12 +1,11 @@
 """The masked entries of an embedding's weight gradient: sums of the rows of grad_output with equal index, at masked
 columns only.
 
-The tokens are sorted by index. A segment is what a run of equal indices has within one of the stretches of SEGMENT
-positions. Each segment has a program, the one at its first position: as many as are launched find none and end at once,
-because only the device knows the segments. A run that is one segment is finished there. A longer one, a frequent word
-or unmarked padding, leaves a partial sum for each segment, and a second launch adds them up: no program sums more than
-SEGMENT rows or their partial sums. No atomics, and an order of summation that the indices alone decide: the same bits
-in every run.
+The tokens are sorted by index. A segment is the part of a run of equal indices within one block of SEGMENT positions.
+One program is launched for each position, because only the device knows the segments; the program at a segment's first
+position sums it, the others end at once. A run of one segment is finished there. A longer one (a frequent word, or
+unmarked padding) leaves a partial sum for each segment, and a second launch adds them up. No atomics, and an order of
+summation that the indices alone decide: the same bits in every run.
 """
 
 import torch
@@ -25,7 +24,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def _key(keys, position, size, rows, padding_idx):
-    """The index at a position of the sorted ones, or -1 where there is none, or it is padding, or no row of the mask."""
+    """The index at a position of the sorted ones; -1 outside them, for padding and for an index that is no row."""
     key = tl.load(keys + position, mask=(position >= 0) & (position < size), other=-1).to(tl.int64)
     return tl.where((key == padding_idx) | (key >= rows), -1, key)
 
@@ -81,8 +80,8 @@ def _segment_kernel(
             token = tl.load(order + occurrence, mask=occurrence < end, other=0)
             # Entries come first: where Triton knows of no contiguity, neighbours along the first axis go to
             # neighbouring lanes.
-            place = token[None, :] * d + column[:, None]
-            x = tl.load(grad_output + place, mask=known[:, None] & (occurrence < end)[None, :], other=0.0)
+            offset = token[None, :] * d + column[:, None]
+            x = tl.load(grad_output + offset, mask=known[:, None] & (occurrence < end)[None, :], other=0.0)
             sums += x.to(sums.dtype)
         total = tl.sum(sums, 1)
         if finished:
@@ -123,8 +122,8 @@ def _finish_kernel(
         while more:
             part = start + tl.arange(0, PARTS)
             equal = _key(keys, part * SEGMENT, tokens, rows, padding_idx) == key
-            place = (2 * part).to(tl.int64)[:, None] * d + (entry - first)[None, :]
-            total += tl.sum(tl.load(partial_sums + place, mask=equal[:, None] & inside[None, :], other=0.0), 0)
+            offset = (2 * part).to(tl.int64)[:, None] * d + (entry - first)[None, :]
+            total += tl.sum(tl.load(partial_sums + offset, mask=equal[:, None] & inside[None, :], other=0.0), 0)
             start += PARTS
             more = tl.sum(equal.to(tl.int32), 0) == PARTS
         tl.store(out + entry, total.to(out.dtype.element_ty), mask=inside)

@@ -3,10 +3,10 @@ stored.
 
 Each program makes one tile of the product in registers. Which of its entries are in the mask, it reads off the CSR
 structure before it starts: one bit each, 32 columns to a word. A tile without entries ends there, before an input is
-read. At the end, the entry at a set bit goes to its row's first place plus the number of bits set before it. No [m, n]
-buffer exists. Where the tiles are too few for the device, the tokens are split as well, into compact partial sums that
-a second launch adds up. No atomics, and an order of summation that depends on shapes and device alone: the same bits in
-every run.
+read. At the end, the entry at a set bit goes to its row's first position plus the number of bits set before it. There
+is no [m, n] buffer. Where the tiles are too few for the device, the tokens are split as well, into compact partial sums
+that a second launch adds up. No atomics, and an order of summation that depends on shapes and device alone: the same
+bits in every run.
 """
 
 import functools
@@ -151,13 +151,13 @@ def _masked_linear_grad_kernel(
         grad_tile += step * grad_stride
         input_tile += step * input_stride
 
-    # Bits and places are made with the rows last, as in words: so a thread adds up the bits of a word by itself.
+    # Bits and positions are made with the rows last, as in words: so each thread adds up the bits of a word.
     ones = _popcount(words)
-    place = first[None, :] + (tl.cumsum(ones, 0) - ones)  # of the first entry of a word
+    position = first[None, :] + (tl.cumsum(ones, 0) - ones)  # of the first entry of a word
     bit = ((words[None, :, :] >> tl.arange(0, 32)[:, None, None]) & 1).to(tl.int32)
-    place = tl.permute(place[None, :, :] + (tl.cumsum(bit, 0) - bit), (2, 1, 0))
+    position = tl.permute(position[None, :, :] + (tl.cumsum(bit, 0) - bit), (2, 1, 0))
     value = acc.to(out.dtype.element_ty).reshape(BLOCK_M, BLOCK_N // 32, 32)
-    tl.store(out + place, value, mask=tl.permute(bit, (2, 1, 0)) != 0)
+    tl.store(out + position, value, mask=tl.permute(bit, (2, 1, 0)) != 0)
 
 
 @triton.jit(do_not_specialize=["splits", "nnz"])

@@ -1,9 +1,9 @@
 """What the kernels over the entries of a mask share: which row, tensor and address an entry has, and tables of
 addresses.
 
-A program owns a stretch of the compact order. It knows neither the rows nor the tensors of its entries: both are
-searched for, first those of its first and last entry, then each entry's between the two. So a launch depends on nothing
-but nnz, and no table of tiles has to be built, kept or synchronised with a mask.
+A program works on a range of the compact order. It searches for the rows and tensors of its entries: first those of its
+first and last entry, then each entry's between the two. So a launch depends on nnz alone, and no table of tiles has to
+be built, kept or synchronised with a mask.
 """
 
 import functools
@@ -55,7 +55,7 @@ def _search(table, size, first_key, last_key, WAYS: tl.constexpr):
 @triton.jit
 def _search_each(table, first, last, keys):
     """For each key the last i in [first, last] with table[i] <= key, less `first`; table[first] <= key holds."""
-    # 64 bits would cost registers; `tensor_table` sees to it that these are enough
+    # 64 bits would cost registers; `tensor_table` checks that 32 suffice
     found = tl.zeros_like(keys).to(tl.int32)
     extra = (last - first).to(tl.int32)
     while extra > 0:
@@ -100,7 +100,7 @@ def locate(
     first_row, last_row = _search(crow_indices, rows, start, end - 1, WAYS)
     row = first_row + _search_each(crow_indices, first_row, last_row, entry)
     first, last = _search(table + n_tensors, n_tensors, first_row, last_row, WAYS)
-    if first == last:  # the rule; on its own it costs fewer loads and about 12 registers less than the general case
+    if first == last:  # common case: fewer loads and about 12 registers less than the general case
         element, other = _addresses_in(table, other_table, n_tensors, first, row, columns, DTYPE, OTHER)
     else:
         tensor = first + _search_each(table + n_tensors, first, last, row)
@@ -115,7 +115,7 @@ def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _layout(shapes: tuple[torch.Size, ...]) -> tuple[tuple[int, ...], tuple[int, ...], int, dict[int, int]]:
-    """First row and last column of each tensor, the number of rows of all, and index → rows of those without columns."""
+    """First row and last column of each tensor, the rows of all, and index → rows of the tensors without columns."""
     first_rows, last_columns, row, empty = [], [], 0, {}
     for i, shape in enumerate(shapes):
         rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
@@ -138,8 +138,8 @@ def tensor_table(
     """int64 [3, n_tensors]: address, first row, last column. `order` as below; `at`: the tensors' addresses; `rows`: of
     the mask.
 
-    Throws unless the tensors are those of such a mask. Where they lie is looked at when the table is made: each time,
-    it would take as long as all that the host does beside it.
+    Raises unless the tensors fit the mask. Device, layout and overlap are checked when the table is made: at each call,
+    they would double the host's time.
     """
     first_rows, last_columns, end, empty = _layout(tuple([t.shape for t in tensors]))
     if end != rows or not 0 < rows < 2**31:  # _search_each counts the rows of a program in 32 bits
@@ -150,7 +150,7 @@ def tensor_table(
     at = _with_scratch(at, empty, device) if empty else at
 
     def check() -> None:
-        _check_places(tensors, device)
+        _check_layout(tensors, device)
         spans = sorted((a, a + t.numel() * t.element_size()) for a, t in zip(at, tensors) if t.numel())
         if written and any(before[1] > after[0] for before, after in zip(spans, spans[1:])):
             raise ValueError("two tensors that are written share memory")
@@ -161,19 +161,19 @@ def tensor_table(
 def gradient_table(
     device: torch.device, order: tuple[int, ...], grads: Sequence[Tensor], params: Sequence[Tensor]
 ) -> Tensor:
-    """int64 [n_tensors]: the addresses of dense gradients. Throws unless they have the shapes of the parameters."""
+    """int64 [n_tensors]: the addresses of dense gradients. Raises unless they have the shapes of the parameters."""
     if [g.shape for g in grads] != [p.shape for p in params]:
         raise ValueError("every gradient must have the shape of its parameter")
     check_dtype(grads)
     at, empty = addresses(grads), _layout(tuple([g.shape for g in grads]))[3]
     at = _with_scratch(at, empty, device) if empty else at
-    return device_table(device, order, at, lambda: _check_places(grads, device))
+    return device_table(device, order, at, lambda: _check_layout(grads, device))
 
 
 def _with_scratch(at: tuple[int, ...], empty: dict[int, int], device: torch.device) -> tuple[int, ...]:
-    """Addresses where tensors without columns have one, for a mask that gives entries to their rows."""
-    place = _scratch(device, max(empty.values())).data_ptr()
-    return tuple([place if i in empty else a for i, a in enumerate(at)])
+    """The addresses, with scratch memory for tensors without columns: a wrong mask may have entries in their rows."""
+    scratch = _scratch(device, max(empty.values())).data_ptr()
+    return tuple([scratch if i in empty else a for i, a in enumerate(at)])
 
 
 @functools.lru_cache
@@ -187,7 +187,7 @@ def check_dtype(tensors: Sequence[Tensor]) -> None:
         raise TypeError(f"tensors must have one floating dtype, got {', '.join(sorted(map(str, dtypes)))}")
 
 
-def _check_places(tensors: Sequence[Tensor], device: torch.device) -> None:
+def _check_layout(tensors: Sequence[Tensor], device: torch.device) -> None:
     for i, t in enumerate(tensors):
         if t.device != device or t.layout != torch.strided or not t.is_contiguous():
             raise ValueError(f"tensor {i} must be contiguous and on {device}, where the mask is")
@@ -195,21 +195,20 @@ def _check_places(tensors: Sequence[Tensor], device: torch.device) -> None:
 
 _TABLES_KEPT = 64
 _tables: OrderedDict[tuple, Tensor] = OrderedDict()
-# Kept tables that a captured graph reads. A graph does not say when it ends, so they stay for good: 24 bytes a tensor.
+# Kept tables that a captured graph reads. When the graph ends is unknown, so they stay: 24 bytes a tensor.
 _captured: set[Tensor] = set()
 
 
 def device_table(
     device: torch.device, order: tuple[int, ...], numbers: tuple[int, ...], check: Callable[[], None] | None = None
 ) -> Tensor:
-    """`numbers` as an int64 tensor, kept for later calls with the same arguments; `check` is called where it is not
-    kept.
+    """`numbers` as an int64 tensor, kept for later calls with the same arguments; `check` is called where it is new.
 
-    The numbers travel as kernel arguments (`_foreach_add_` with a list of scalars takes 96 a launch) rather than by a
-    copy from pinned memory: there is no host buffer that has to outlive the copy, and a stream capture may contain it
-    with every torch. A kept table may be used on another stream than the one that filled it. `order` makes that safe:
-    calls with the same one run one after the other, because they write the tensors at the addresses in it (so their
-    caller has to order them anyway), or because it names their stream.
+    The numbers are passed as kernel arguments (`_foreach_add_` with a list of scalars takes 96 a launch), not by a copy
+    from pinned memory: no host buffer has to outlive the copy, and a stream capture may contain it with every torch. A
+    kept table may be used on another stream than the one that filled it. `order` makes that safe: calls with the same
+    one run one after the other, because they write the tensors at the addresses in it (so their caller has to order
+    them), or because it names their stream.
     """
     key = (device, order, numbers)
     table = _tables.get(key)

@@ -1,22 +1,20 @@
 """AdamW at the entries of a mask: one launch for all tensors, in place, nothing read back by the host.
 
-Program p owns the entries [p * BLOCK, (p + 1) * BLOCK) of the compact order, which it finds as rows.py says.
+Program p updates the entries [p * BLOCK, (p + 1) * BLOCK) of the compact order, which it finds as rows.py says.
 """
 
 import math
 import struct
-from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from deftx_kernels.kernels.launch import Launcher, cdiv, on
 from deftx_kernels.kernels.rows import TRITON_DTYPE, WAYS, addresses, gradient_table, locate, tensor_table
 
 # Fixed, not tuned: an autotuner would run the in-place update several times. 4 entries a thread make 16-byte loads of
-# the float32 state; 69 to 102 registers (float64: 110) leave 4 to 7 programs a multiprocessor. No GPU has timed these
-# two figures yet.
+# the float32 state; 69 to 102 registers (float64: 110) leave 4 to 7 programs a multiprocessor. Not timed yet.
 BLOCK = 512
 NUM_WARPS = 4
 
@@ -40,9 +38,7 @@ def _sqrt(x):
 
 @triton.jit
 def _words(seed, step, entry, HAS_SEED: tl.constexpr):
-    """Philox4x32-10 at (entry, step), each of two 32-bit words, the lower first. Words that nobody uses are not
-    computed.
-    """
+    """Philox4x32-10 at (entry, step), each of two 32-bit words, the lower first."""
     word0, word1, word2 = 0, 0, 0
     if HAS_SEED:
         number = tl.load(step).to(tl.int64)
@@ -70,8 +66,8 @@ def _step(
 ):  # fmt: skip
     state: tl.constexpr = exp_avg.dtype.element_ty
     compute: tl.constexpr = tl.float64 if state == tl.float64 else tl.float32
-    round_param: tl.constexpr = HAS_SEED and values is None  # a master keeps what rounding to nearest drops
-    # Everything whose address is known is asked for before the search, which then runs while those loads are under way.
+    round_param: tl.constexpr = HAS_SEED and values is None  # a float32 master keeps what rounding to nearest loses
+    # Loads whose addresses are known come before the search, so that both run at the same time.
     columns = tl.load(col_indices + entry, mask=inside)
     m = tl.load(exp_avg + entry, mask=inside).to(compute)
     v = tl.load(exp_avg_sq + entry, mask=inside).to(compute)
@@ -122,20 +118,10 @@ def _step(
     tl.store(param, _round(w, word0, PARAM, round_param), mask=inside)
 
 
-# Numbers that may change from step to step or from mask to mask: none of their values shall mean another compilation.
+# Numbers that change from step to step or from mask to mask: Triton must not compile again for some of their values.
 _ANY_VALUE = [
-    "nnz",
-    "rows",
-    "n_tensors",
-    "beta1",
-    "beta2",
-    "log_beta1",
-    "log_beta2",
-    "eps",
-    "weight_decay",
-    "l1",
-    "seed",
-]
+    "nnz", "rows", "n_tensors", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "l1", "seed",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
@@ -194,15 +180,15 @@ def _sparse_adamw_kernel(
         # Two copies of the body, because a load masked by `entry < nnz` cannot be a vector load: nnz has no alignment.
         if end - start == BLOCK:
             _step(
-                table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr, grad_scale,
-                rows, n_tensors, start, end, entry, None, beta1, beta2, log_beta1, log_beta2, eps, weight_decay, l1,
-                seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, WAYS,
+                table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr,
+                grad_scale, rows, n_tensors, start, end, entry, None, beta1, beta2, log_beta1, log_beta2, eps,
+                weight_decay, l1, seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, WAYS,
             )  # fmt: skip
         else:
             _step(
-                table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr, grad_scale,
-                rows, n_tensors, start, end, entry, entry < end, beta1, beta2, log_beta1, log_beta2, eps, weight_decay, l1,
-                seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, WAYS,
+                table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr,
+                grad_scale, rows, n_tensors, start, end, entry, entry < end, beta1, beta2, log_beta1, log_beta2, eps,
+                weight_decay, l1, seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, WAYS,
             )  # fmt: skip
 
 
@@ -218,47 +204,30 @@ def _log(beta: float) -> float:
 _launch = Launcher(_sparse_adamw_kernel, num_warps=NUM_WARPS)
 
 
-def sparse_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    compact_grads: bool,
-    exp_avg: Tensor,  # [nnz]
-    exp_avg_sq: Tensor,  # [nnz]
-    values: Tensor | None,  # [nnz]
-    crow_indices: Tensor,  # int64 [rows + 1]
-    col_indices: Tensor,  # uint16 or int32 [nnz]
-    step: Tensor,  # [1] or []
-    lr: Tensor,  # [1] or []
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decay_to: Tensor | None,  # [nnz]
-    l1: float,
-    maximize: bool,
-    grad_scale: Tensor | None,  # [1] or []
-    found_inf: Tensor | None,  # [1] or []
-    seed: int | None,
-) -> None:
+def sparse_adamw_(args: Any) -> None:
     """The operator `deftx::sparse_adamw_` on tensors of one CUDA device. No value is read back; capturable in a CUDA
     graph.
+
+    args: the operator's arguments as attributes, `deftx_kernels.ops.schemas.AdamWArgs`.
     """
-    nnz = col_indices.numel()
+    nnz, rows = args.col_indices.numel(), args.crow_indices.numel() - 1
     if nnz == 0:
         return
-    rows = crow_indices.numel() - 1
-    device, written = exp_avg.device, addresses(params)
-    has_seed, dtype, grad_dtype = seed is not None, params[0].dtype, grads[0].dtype
+    device, written = args.exp_avg.device, addresses(args.params)
+    dtype, grad_dtype = args.params[0].dtype, args.grads[0].dtype
+    flags = (args.maximize, args.l1 != 0, args.seed is not None)
     with on(device):
-        table = tensor_table(device, written, params, written, rows, written=True)
-        grad_table = None if compact_grads else gradient_table(device, written, grads, params)
+        table = tensor_table(device, written, args.params, written, rows, written=True)
+        grad_table = None if args.compact_grads else gradient_table(device, written, args.grads, args.params)
         tensors = (
-            table, grad_table, grads[0] if compact_grads else None, exp_avg, exp_avg_sq, values,
-            decay_to if weight_decay or l1 else None, crow_indices, col_indices, step, lr, grad_scale, found_inf,
+            table, grad_table, args.grads[0] if args.compact_grads else None, args.exp_avg, args.exp_avg_sq,
+            args.values, args.decay_to if args.weight_decay or args.l1 else None, args.crow_indices, args.col_indices,
+            args.step, args.lr, args.grad_scale, args.found_inf,
         )  # fmt: skip
-        scalars = _bits(beta1, beta2, _log(beta1), _log(beta2), eps, weight_decay, l1)
+        beta1, beta2 = args.beta1, args.beta2
+        scalars = _bits(beta1, beta2, _log(beta1), _log(beta2), args.eps, args.weight_decay, args.l1)
         _launch(
-            (cdiv(nnz, BLOCK), 1, 1), (maximize, l1 != 0, has_seed, dtype, grad_dtype), tensors,
-            (nnz, rows, len(params), *scalars, seed or 0),
-            maximize, l1 != 0, has_seed, TRITON_DTYPE[dtype], TRITON_DTYPE[grad_dtype], BLOCK, WAYS,
+            (cdiv(nnz, BLOCK), 1, 1), (*flags, dtype, grad_dtype), tensors,
+            (nnz, rows, len(args.params), *scalars, args.seed or 0),
+            *flags, TRITON_DTYPE[dtype], TRITON_DTYPE[grad_dtype], BLOCK, WAYS,
         )  # fmt: skip

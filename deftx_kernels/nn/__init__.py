@@ -1,10 +1,10 @@
-"""Masked modules: `sparsify` puts them into a model, `densify` takes them out again.
+"""`masked_linear`, `masked_embedding`, and masked modules: `sparsify` converts a model to them, `densify` back.
 
-Each masked parameter keeps its dense tensor, frozen, and gets a compact trainable `values` parameter. Gradients,
-optimizer state and all-reduce are then of size nnz. `entries` keeps the two alike, `modules` computes with them.
+Each masked parameter keeps its dense tensor, frozen, and gets a compact trainable `values` parameter, so that
+gradients, optimizer state and all-reduce are of size nnz.
 """
 
-from deftx_kernels.nn.entries import Entry, MaskedParameter, entries_of, values_name
+from deftx_kernels.nn.entries import Entry, MaskedParameter, entries_of
 from deftx_kernels.nn.functional import masked_embedding, masked_linear
 from deftx_kernels.nn.modules import (
     MaskedEmbedding,
@@ -27,5 +27,4 @@ __all__ = [
     "masked_parameters",
     "plain_tensors",
     "sparsify",
-    "values_name",
 ]

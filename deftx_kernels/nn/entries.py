@@ -1,9 +1,9 @@
-"""A masked parameter: its dense tensor and its compact values, and how the two are kept alike.
+"""An entry is a masked parameter: its dense tensor and its compact values, which are synchronised when they are used.
 
-The step of any torch optimizer writes the values into the dense tensors (`SparseAdamW` does so in its own launch).
-Whatever else changes one of the two is found at the next use: by torch's version counters, or, where `.data` goes round
-these, because the parameters tell when someone asks for it. A use that finds nothing costs two comparisons and no work
-on the device.
+An optimizer step over the values writes them into the dense tensor: in `SparseAdamW`'s own launch, or in a hook after
+the step of any other torch optimizer. All other changes are detected at the next use, by comparing the version counters
+of the two tensors. Writes through `.data` do not move these, so the parameters also record who reads their `.data`.
+A use without changes compares two integers and launches nothing on the device.
 """
 
 import copy
@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -20,56 +20,49 @@ from torch.utils.weak import TensorWeakRef
 
 from deftx_kernels.mask import CSRMask
 
-if TYPE_CHECKING:
-    from deftx_kernels.nn.modules import Masked
-
 
 class MaskedParameter(NamedTuple):
-    """A masked parameter: the dense tensor, its compact values, and the mask of that one tensor (named as in the
-    model).
-    """
+    """The tensors of a masked parameter, and the mask of that one tensor (under its name in the model)."""
 
     dense: nn.Parameter  # any shape
     values: nn.Parameter  # [nnz]
     mask: CSRMask
 
 
-def values_name(leaf: str) -> str:
-    """The name of the compact parameter beside the parameter `leaf`."""
-    return "values" if leaf == "weight" else f"{leaf}_values"
+def values_name(attribute: str) -> str:
+    """The name of the compact parameter beside a module's parameter."""
+    return "values" if attribute == "weight" else f"{attribute}_values"
 
 
-class WatchedParameter(nn.Parameter):
-    """A parameter that tells its watch when someone asks for its `data`: what is written there moves no version of its
-    own.
-    """
+class TrackedParameter(nn.Parameter):
+    """A parameter whose tracker records reads and assignments of `.data`."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    watch: Optional["Watch"] = None
+    tracker: Optional["ChangeTracker"] = None
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
         alias = Tensor.data.__get__(self)  # type: ignore[attr-defined]
-        if self.watch is not None and not torch.compiler.is_compiling():
-            self.watch.hand_out(alias)
+        if self.tracker is not None and not torch.compiler.is_compiling():
+            self.tracker.add_alias(alias)
         return alias
 
     @data.setter
     def data(self, tensor: Tensor) -> None:
-        if self.watch is not None:
-            self.watch.check_dtype(self, tensor)
+        if self.tracker is not None:
+            self.tracker.check_dtype(self, tensor)
         Tensor.data.__set__(self, tensor)  # type: ignore[attr-defined]
-        if self.watch is not None:
-            self.watch.replace(tensor)
+        if self.tracker is not None:
+            self.tracker.set_assigned(tensor)
 
     def __deepcopy__(self, memo):
-        """Values that are views of one buffer are so in a copy, too. The copy's entry will watch it."""
+        """Copies of values are views of one buffer again. The copied entry will set their tracker."""
         entry = _entry_of(self)
         if entry is not None and entry.values is self and not self.is_meta:
             storage = self.untyped_storage()
-            if storage._cdata not in memo.get("torch", {}):  # all of the buffer is copied now
-                for other in list(entry.flat.entries):
-                    other.update_before_a_copy()
+            if storage._cdata not in memo.get("torch", {}):  # the whole buffer is copied now
+                for other in list(entry.buffer.entries):
+                    other.synchronise_if_possible()
             data = torch.empty(0, dtype=self.dtype, device=self.device)
             storage = copy.deepcopy(storage, memo)
             data.set_(storage, self.storage_offset(), self.shape, self.stride())  # type: ignore[arg-type]
@@ -78,63 +71,7 @@ class WatchedParameter(nn.Parameter):
         return type(self)(data, self.requires_grad)
 
     def __reduce_ex__(self, protocol):  # files hold plain parameters
-        plain = self.detach()
-        return torch._utils._rebuild_parameter, (plain, self.requires_grad, OrderedDict())
-
-
-class Watch:
-    """Whether one of an entry's two tensors was changed since they were alike: by itself, or as another tensor over its
-    memory.
-    """
-
-    def __init__(self, entry: "Entry", is_values: bool) -> None:
-        self.entry, self.is_values = weakref.ref(entry), is_values
-        self.forget(-1)
-
-    def forget(self, version: int) -> None:
-        """Nothing is known of it but this version."""
-        self.version = version
-        self.changed = False
-        self.handed_out = False  # `data`, whose memory NumPy may write, too
-        self.aliases: list[tuple[Tensor, int]] = []  # with their versions
-        self.assigned: Tensor | None = None  # as `data`; perhaps a view of someone's buffer
-
-    def hand_out(self, alias: Tensor) -> None:
-        if len(self.aliases) > 16:
-            self._drop_the_unused()
-        self.aliases.append((alias, _version(alias)))
-        self.handed_out = True
-
-    def check_dtype(self, tensor: Tensor, data: Tensor) -> None:
-        entry = self.entry()
-        if self.is_values and entry is not None and data.dtype != tensor.dtype and not entry.is_moving:
-            raise TypeError(
-                f"the values of {entry.name!r} are {tensor.dtype}, got {data.dtype}: cast the model with .to(dtype)"
-            )
-
-    def replace(self, data: Tensor) -> None:
-        self.changed, self.assigned = True, data
-        self.aliases.append((data, _version(data)))
-
-    def has_changed(self, tensor: Tensor) -> bool:
-        if self.changed or _version(tensor) != self.version:
-            return True
-        return bool(self.aliases) and any(_version(alias) != version for alias, version in self.aliases)
-
-    def settle(self, tensor: Tensor) -> None:
-        """What the tensor holds now is known."""
-        if self.aliases:
-            self._drop_the_unused()
-            self.aliases = [(alias, _version(alias)) for alias, _ in self.aliases]
-        self.version, self.changed, self.handed_out = _version(tensor), False, False
-
-    def _drop_the_unused(self) -> None:
-        """Forget the aliases that nobody else holds, but not that they were written to."""
-        aliases, self.aliases = self.aliases, []
-        self.changed |= any(_version(alias) != version for alias, version in aliases)
-        weak = [(TensorWeakRef(alias), version) for alias, version in aliases]
-        del aliases
-        self.aliases += [(alias, version) for ref, version in weak if (alias := ref()) is not None]
+        return torch._utils._rebuild_parameter, (self.detach(), self.requires_grad, OrderedDict())
 
 
 def _version(tensor: Tensor) -> int:
@@ -144,186 +81,238 @@ def _version(tensor: Tensor) -> int:
         return 0
 
 
-class Entry:
-    """What the modules that own one masked tensor share."""
+class ChangeTracker:
+    """Detects whether one of an entry's two tensors was written since they were last synchronised, directly or through
+    another tensor with the same memory (an alias).
+    """
 
-    def __init__(self, mask: CSRMask, dense: nn.Parameter, flat: "Flat", start: int) -> None:
-        self.mask, self.flat, self.start = mask, flat, start  # of its values in the flat buffer
-        self.required_grad = dense.requires_grad  # before
-        self.held = dense.dtype  # of what the dense tensor held when the two were alike
-        self.is_moving = False
-        flat.entries.add(self)
-        self.owners: weakref.WeakSet[Masked] = weakref.WeakSet()
+    def __init__(self, entry: "Entry", is_values: bool) -> None:
+        self.entry, self.is_values = weakref.ref(entry), is_values
+        self.reset()
+
+    def reset(self) -> None:
+        self.version = -1  # differs from all
+        self.has_new_data = False
+        self.data_was_read = False  # by code that may write through NumPy, which moves no version
+        self.aliases: list[tuple[Tensor, int]] = []  # with their versions
+        self.assigned: Tensor | None = None  # to `.data`; kept, as it may be a view of a buffer that is written later
+
+    def add_alias(self, alias: Tensor) -> None:
+        if len(self.aliases) > 16:
+            self._drop_unused_aliases()
+        self.aliases.append((alias, _version(alias)))
+        self.data_was_read = True
+
+    def check_dtype(self, tensor: Tensor, data: Tensor) -> None:
+        entry = self.entry()
+        if self.is_values and entry is not None and data.dtype != tensor.dtype and not entry.is_replaceable:
+            types = f"{tensor.dtype}, got {data.dtype}"
+            raise TypeError(f"the values of {entry.name!r} are {types}: cast the model with .to(dtype)")
+
+    def set_assigned(self, data: Tensor) -> None:
+        self.has_new_data, self.assigned = True, data
+        self.aliases.append((data, _version(data)))
+
+    def has_changed(self, tensor: Tensor) -> bool:
+        if self.has_new_data or _version(tensor) != self.version:
+            return True
+        return bool(self.aliases) and any(_version(alias) != version for alias, version in self.aliases)
+
+    def mark_synchronised(self, tensor: Tensor) -> None:
+        if self.aliases:
+            self._drop_unused_aliases()
+            self.aliases = [(alias, _version(alias)) for alias, _ in self.aliases]
+        self.version, self.has_new_data, self.data_was_read = _version(tensor), False, False
+
+    def _drop_unused_aliases(self) -> None:
+        """Drop the aliases that only this list refers to, after recording whether they were written."""
+        aliases, self.aliases = self.aliases, []
+        self.has_new_data |= any(_version(alias) != version for alias, version in aliases)
+        weak = [(TensorWeakRef(alias), version) for alias, version in aliases]
+        del aliases
+        self.aliases += [(alias, version) for ref, version in weak if (alias := ref()) is not None]
+
+
+class Entry:
+    """The state of one masked parameter, shared by all modules that own it (tied weights)."""
+
+    def __init__(self, mask: CSRMask, dense: nn.Parameter, buffer: "ValuesBuffer", start: int) -> None:
+        self.mask, self.buffer, self.start = mask, buffer, start  # of its values in the buffer
+        self.dense_required_grad = dense.requires_grad  # before sparsify
+        self.synchronised_dtype = dense.dtype  # of the dense tensor
+        self.is_replaceable = False  # while torch casts or loads all parameters of a module
+        buffer.entries.add(self)
+        self.owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         dense.requires_grad_(False)
-        self._watch(dense, WatchedParameter(flat.part(self, mask.device)))
-        self.settle()
+        self._track(dense, TrackedParameter(buffer.view_of(self, mask.device)))
+        self.mark_synchronised()
 
     @property
     def name(self) -> str:
         return self.mask.names[0]
 
-    def _watch(self, dense: nn.Parameter, values: nn.Parameter) -> None:
-        self.watches = Watch(self, False), Watch(self, True)
-        self._dense, self.values = weakref.ref(dense), values
-        self.adopt(dense, values)
-
     @property
     def dense(self) -> Any:
-        """The dense tensor, which the modules keep alive; None where a wrapper (FSDP2) has put others in its place."""
+        """The dense tensor, which the modules keep alive; None where a wrapper (FSDP2) has replaced it."""
         return self._dense()
 
-    def adopt(self, dense: nn.Parameter, values: nn.Parameter) -> None:
-        """These are its tensors from now on."""
-        for old, new in ((self.dense, dense), (self.values, values)):
-            if old is not new and isinstance(old, WatchedParameter):
-                old.watch = None
+    @property
+    def replaced_message(self) -> str:
+        return f"{self.name!r} is sparsified and has been replaced or resized since: densify the model first"
+
+    def _track(self, dense: nn.Parameter, values: nn.Parameter) -> None:
+        self.dense_tracker, self.values_tracker = ChangeTracker(self, False), ChangeTracker(self, True)
         self._dense, self.values = weakref.ref(dense), values
-        for tensor, watch in zip((dense, values), self.watches):
+        self.set_tensors(dense, values)
+
+    def set_tensors(self, dense: nn.Parameter, values: nn.Parameter) -> None:
+        for old, new in ((self.dense, dense), (self.values, values)):
+            if old is not new and isinstance(old, TrackedParameter):
+                old.tracker = None
+        self._dense, self.values = weakref.ref(dense), values
+        for tensor, tracker in ((dense, self.dense_tracker), (values, self.values_tracker)):
             if type(tensor) is nn.Parameter:
-                tensor.__class__ = WatchedParameter  # type: ignore[assignment]
-            if isinstance(tensor, WatchedParameter):
-                if tensor.watch is not watch:
-                    watch.forget(-1)
-                tensor.watch = watch
+                tensor.__class__ = TrackedParameter  # type: ignore[assignment]
+            if isinstance(tensor, TrackedParameter):
+                if tensor.tracker is not tracker:
+                    tracker.reset()
+                tensor.tracker = tracker
 
     def release(self) -> None:
-        """The dense tensor is a plain parameter again."""
+        """Make the dense tensor a plain parameter again."""
         for tensor in (self.dense, self.values):
-            if isinstance(tensor, WatchedParameter):
-                tensor.watch = None
-        if type(self.dense) is WatchedParameter:
+            if isinstance(tensor, TrackedParameter):
+                tensor.tracker = None
+        if type(self.dense) is TrackedParameter:
             self.dense.__class__ = nn.Parameter  # type: ignore[assignment]
-        self.dense.requires_grad_(self.required_grad)
+        self.dense.requires_grad_(self.dense_required_grad)
 
-    def __getstate__(self) -> dict[str, Any]:  # of a copy or a pickle, whose modules say that they own it
-        kept = {k: v for k, v in vars(self).items() if k not in ("owners", "watches", "_dense")}
-        return {**kept, "dense": self.dense}
+    def __getstate__(self) -> dict[str, Any]:  # the copied modules add themselves to the owners
+        left_out = ("owners", "dense_tracker", "values_tracker", "_dense")
+        return {**{k: v for k, v in vars(self).items() if k not in left_out}, "dense": self.dense}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         dense = state.pop("dense")
         vars(self).update(state, owners=weakref.WeakSet())
-        self.flat.entries.add(self)
-        self._watch(dense, self.values)
+        self.buffer.entries.add(self)
+        self._track(dense, self.values)
 
-    # ---- keeping the two alike ----
+    # ---- synchronisation ----
+    def synchronise(self) -> None:
+        """Write changed values into the dense tensor; if only that was changed, read the values from it."""
+        if self.values_tracker.has_changed(self.values):
+            self.write_values()
+        elif self.dense_tracker.has_changed(self.dense):
+            self.read_values()
+        elif self.values_tracker.data_was_read or self.dense_tracker.data_was_read:
+            # perhaps NumPy has written: compare the contents
+            if self.values.device.type == "cpu" and not self.is_synchronised():
+                (self.write_values if self.values_tracker.data_was_read else self.read_values)()
+            self.mark_synchronised()
 
-    def update(self) -> None:
-        """Make the two alike: the dense tensor takes the values; where it alone was changed, these take what it holds."""
-        dense, values = self.watches
-        if values.has_changed(self.values):
-            self.write()
-        elif dense.has_changed(self.dense):
-            self.read()
-        elif values.handed_out or dense.handed_out:
-            # NumPy, which counts no versions, has written
-            if self.values.device.type == "cpu" and not self.are_alike():
-                (self.write if values.handed_out else self.read)()
-            self.settle()
-
-    def update_before_a_copy(self) -> None:
-        """The same, of an entry that may be in pieces (resized, sharded) or without memory."""
+    def synchronise_if_possible(self) -> None:
+        """`synchronise`, unless the dense tensor is resized, sharded or on meta."""
         if self.dense is not None and self.dense.shape == self.mask.shapes[0] and not self.dense.is_meta:
-            self.update()
+            self.synchronise()
 
-    def settle(self) -> None:
-        """The two are alike now."""
-        self.watches[0].settle(self.dense)
-        self.watches[1].settle(self.values)
-        self.held = self.dense.dtype
+    def mark_synchronised(self) -> None:
+        self.dense_tracker.mark_synchronised(self.dense)
+        self.values_tracker.mark_synchronised(self.values)
+        self.synchronised_dtype = self.dense.dtype
 
-    def replaced(self) -> str:
-        """The message where the dense tensor is another one."""
-        return f"{self.name!r} is sparsified and has been replaced or resized since: densify the model first"
-
-    def write(self) -> None:
-        """The values into the dense tensor."""
+    def write_values(self) -> None:
+        """Write the values into the dense tensor."""
         if self.dense is None or self.dense.shape != self.mask.shapes[0]:
-            raise RuntimeError(self.replaced())
-        if self.dense.is_contiguous():  # mask.scatter_ without its checks: the hook calls this for every tensor
+            raise RuntimeError(self.replaced_message)
+        if self.dense.is_contiguous():  # mask.scatter_ without its checks, since the hook runs this for every tensor
             values = self.values.detach().to(self.dense.dtype).contiguous()
             torch.ops.deftx.csr_scatter_([self.dense.detach()], self.mask.crow_indices, self.mask.col_indices, values)
             if not self.dense.is_inference():
                 torch.autograd.graph.increment_version(self.dense)
         else:
             self.mask.scatter_({self.name: self.dense}, self.values)
-        self.settle()
+        self.mark_synchronised()
 
-    def read(self) -> None:
-        """The values from the dense tensor; where they are what was rounded to it, they keep their precision."""
+    def read_values(self) -> None:
+        """Read the values from the dense tensor. Values that round to what it holds stay, in their precision."""
         with torch.no_grad():
             found = self.mask.gather({self.name: self.dense})
-            kept = self.values.to(self.held).to(found.dtype) == found
-            if not bool(kept.all()):
-                self.values.copy_(torch.where(kept, self.values, found.to(self.values.dtype)))
-        if self.held != self.dense.dtype:  # cast tensor by tensor: it can hold more of the values now, or less
-            self.write()
-        self.settle()
+            same = self.values.to(self.synchronised_dtype).to(found.dtype) == found
+            if not bool(same.all()):
+                self.values.copy_(torch.where(same, self.values, found.to(self.values.dtype)))
+        if (
+            self.synchronised_dtype != self.dense.dtype
+        ):  # cast on its own: it can hold more digits of the values, or less
+            self.write_values()
+        self.mark_synchronised()
 
-    def fits(self, dense: Tensor, values: Tensor) -> bool:
-        """Whether a dense tensor has these values at the mask's entries; other shapes are for torch to refuse.
+    def write_values_resized(self) -> None:
+        """Write changed values into a dense tensor that has got or lost rows (`resize_token_embeddings`)."""
+        if not self.values_tracker.has_changed(self.values):
+            return
+        rows = min(len(self.dense), self.mask.shapes[0][0])
+        chosen = self.mask.to_dense()[self.name][:rows]
+        self.dense.detach()[:rows][chosen] = self.values.detach()[: int(chosen.sum())].to(self.dense.dtype)
+        self.mark_synchronised()
 
-        Exactly, or in 16 bits as nearly as one rounding allows: states that are averaged or cast round the two for
-            themselves.
+    def matches(self, dense: Tensor, values: Tensor) -> bool:
+        """Whether a dense tensor has these values at the mask's entries: exactly, or in 16 bits within one rounding,
+        since states that are averaged or cast round the two separately. True for other shapes, which torch reports.
         """
         if dense.shape != self.mask.shapes[0] or values.shape != self.values.shape:
             return True
         found = self.mask.to(dense.device).gather({self.name: dense})
-        kinds = [torch.finfo(dtype) for dtype in (found.dtype, values.dtype, self.held)]
-        rtol, atol = max(((i.eps, i.tiny) for i in kinds if i.bits == 16), default=(0.0, 0.0))
+        dtypes = [torch.finfo(dtype) for dtype in (found.dtype, values.dtype, self.synchronised_dtype)]
+        rtol, atol = max(((i.eps, i.tiny) for i in dtypes if i.bits == 16), default=(0.0, 0.0))
         wanted = values.to(found).to(torch.float64)
         return torch.allclose(found.to(torch.float64), wanted, rtol=rtol, atol=atol, equal_nan=True)
 
-    def are_alike(self) -> bool:
-        """Whether the dense tensor holds the values."""
+    def is_synchronised(self) -> bool:
+        """Whether the dense tensor holds the values: compares the contents."""
         found, wanted = self.mask.gather({self.name: self.dense}), self.values.detach().to(self.dense.dtype)
-        return bool(((found == wanted) | ((found != found) & (wanted != wanted))).all())
-
-    def write_resized(self) -> None:
-        """The values into a dense tensor that has got or lost rows (`resize_token_embeddings`) and holds the others of
-        the old.
-        """
-        if not self.watches[1].has_changed(self.values):
-            return
-        places = self.mask._keys()
-        inside = places < self.dense.numel()
-        with torch.no_grad():
-            flat = self.dense.detach().flatten()
-            flat[places[inside]] = self.values.detach().to(self.dense.dtype)[inside]
-            self.dense.copy_(flat.view_as(self.dense))
-        self.settle()
+        return torch.allclose(found, wanted, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-class Flat:
-    """The one buffer of all values of a dtype, of which each values parameter is a view."""
+class ValuesBuffer:
+    """One flat buffer for all values of a dtype. Each values parameter is a view of it."""
 
-    def __init__(self, buffer: Tensor) -> None:
-        self.buffer: Tensor | None = buffer  # [nnz]; None in a copy, whose values know their memory
-        self.nnz, self.dtype = buffer.numel(), buffer.dtype
+    def __init__(self, data: Tensor | None, nnz: int, dtype: torch.dtype) -> None:
+        self.data, self.nnz, self.dtype = (
+            data,
+            nnz,
+            dtype,
+        )  # [nnz]; None in a copy, whose values share a storage already
         self.entries: weakref.WeakSet[Entry] = weakref.WeakSet()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"nnz": self.nnz, "dtype": self.dtype}
+    def __reduce__(self):
+        return ValuesBuffer, (None, self.nnz, self.dtype)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, buffer=None, entries=weakref.WeakSet())
-
-    def part(self, entry: Entry, device: torch.device) -> Tensor:
-        """The memory of an entry's values on a device."""
-        if self.buffer is None or self.buffer.device != device:
-            self.buffer = torch.empty(self.nnz, dtype=self.dtype, device=device)
-        # No slice, which would have one version counter with all others.
+    def view_of(self, entry: Entry, device: torch.device) -> Tensor:
+        """The memory of an entry's values on a device, as a tensor with its own version counter (slices share one)."""
+        if self.data is None or self.data.device != device:
+            self.data = torch.empty(self.nnz, dtype=self.dtype, device=device)
         with torch.inference_mode(False):
-            part = torch.empty(0, dtype=self.dtype, device=device)
-            return part.set_(self.buffer.untyped_storage(), entry.start, (entry.mask.nnz,), (1,))  # type: ignore[arg-type]
+            view = torch.empty(0, dtype=self.dtype, device=device)
+            return view.set_(self.data.untyped_storage(), entry.start, (entry.mask.nnz,), (1,))  # type: ignore[arg-type]
 
 
-# ---- the weight as an attribute ----
-class LiveWeight(Tensor):
-    """A masked parameter as others read it, outside of its module's forward: its gradient reaches the values."""
+class DifferentiableWeight(Tensor):
+    """A masked parameter that is read as an attribute of its module: its gradient becomes that of the values, and its
+    `.data` is that of the dense tensor.
+    """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    _is_param = True  # isinstance(weight, nn.Parameter), as `Module.get_parameter` asks
+    _is_param = True  # isinstance(weight, nn.Parameter), as `Module.get_parameter` requires
     entry: Entry
+
+    @classmethod
+    def of(cls, weight: Tensor, entry: Entry) -> Tensor:
+        """`weight`, a function of the entry's values, as this class; under a tracer, as it is."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return weight
+        weight = weight.as_subclass(cls)
+        weight.entry = entry
+        return weight
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
@@ -340,19 +329,10 @@ class LiveWeight(Tensor):
         return self.entry.dense.__reduce_ex__(protocol)
 
 
-def live_weight(weight: Tensor, entry: Entry) -> Tensor:
-    """A tensor with a gradient for the entry's values, whose `data` is that of the dense tensor."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return weight
-    live = weight.as_subclass(LiveWeight)
-    live.entry = entry
-    return live
-
-
 # ---- optimizers ----
 def _entry_of(parameter: Tensor) -> Entry | None:
-    watch = getattr(parameter, "watch", None) if isinstance(parameter, WatchedParameter) else None
-    return watch.entry() if watch is not None else None
+    tracker = parameter.tracker if isinstance(parameter, TrackedParameter) else None
+    return None if tracker is None else tracker.entry()
 
 
 def entries_of(parameters: Iterable[Tensor]) -> dict[int, Entry]:
@@ -361,26 +341,26 @@ def entries_of(parameters: Iterable[Tensor]) -> dict[int, Entry]:
     return {id(parameter): entry for parameter, entry in found if entry is not None and entry.values is parameter}
 
 
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _write_values_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if getattr(optimizer, "writes_masked_weights", False):
         return
-    ours: list[Entry] = []
+    trained: list[Entry] = []
     frozen: list[Entry] = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if (entry := _entry_of(parameter)) is not None:
-                (ours if entry.values is parameter else frozen).append(entry)
-    for entry in ours:
+                (trained if entry.values is parameter else frozen).append(entry)
+    for entry in trained:
         if entry.values.grad is None:
-            entry.update()
-        else:  # whatever wrote the values: not every optimizer moves their version
-            entry.write()
-    if frozen and not ours:
+            entry.synchronise()
+        else:  # not every optimizer moves the version counter
+            entry.write_values()
+    if frozen and not trained:
         warnings.warn(
-            f"this {type(optimizer).__name__} was made before sparsify: it trains nothing of {min(e.name for e in frozen)!r} and "
-            "others, which are frozen now. Make it after sparsify, over the values",
+            f"this {type(optimizer).__name__} was made before sparsify: it trains nothing of "
+            f"{min(e.name for e in frozen)!r} and others, which are frozen now. Make it after sparsify for the values",
             stacklevel=4,
         )
 
 
-register_optimizer_step_post_hook(_after_step)
+register_optimizer_step_post_hook(_write_values_after_step)

@@ -1,7 +1,5 @@
-"""The autograd functions of masked parameters: forward reads the dense tensor, backward gives its compact values their
-gradient.
-
-Arguments have been checked: by `functional`, or by `nn` when a model was sparsified.
+"""`masked_linear` and `masked_embedding`, and the autograd functions of masked parameters: forward reads the dense
+tensor, backward computes the gradient of its compact values.
 """
 
 from collections.abc import Callable
@@ -15,72 +13,78 @@ from deftx_kernels.validation import check_float, check_plain
 
 
 def _is_traced() -> bool:
-    """Whether the arguments are not what they will be: under torch.compile and torch.func."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _apply(function: type[torch.autograd.Function], *arguments):
-    """`function.apply`, without binding the arguments to the signature of `forward` in Python (35 us of 50 on a Xeon)."""
+    """`function.apply` without binding the arguments to `forward`'s signature in Python (35 us of 50 on a Xeon)."""
     if _is_traced():
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
-class _NoSecondDerivative(torch.autograd.Function):
-    """The gradients as they are; whoever differentiates them, by one of `sources`, is told that they cannot be."""
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def _not_a_view(out: Tensor) -> Tensor:
+    """The same memory as a tensor that is no view. F.linear and F.embedding return views for more than two dimensions,
+    and a view that a Function returns cannot be modified in place (`nn.ReLU(inplace=True)`).
+    """
+    if out.dim() == 2:
+        return out
+    # `.data` takes half of the time
+    return torch.ops.aten._unsafe_view(out, out.shape) if _is_traced() else out.data
+
+
+# ---- autograd functions ----
+class _RaiseInBackward(torch.autograd.Function):
+    """Returns `tensors[sources:]` unchanged. They depend on all tensors, and their backward raises RuntimeError."""
 
     @staticmethod
-    def forward(name, sources, *rest):
-        return tuple(None if g is None else g.view_as(g) for g in rest[sources:])
+    def forward(message, sources, *tensors):
+        return tuple(None if t is None else t.view_as(t) for t in tensors[sources:])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.name = inputs[0]
+        ctx.message = inputs[0]
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(f"{ctx.name} cannot be differentiated twice: its second derivatives are not available")
+        raise RuntimeError(ctx.message)
 
 
-def _first_derivative(name: str):
-    """Of a backward: its result cannot be differentiated again, and autocast, whose casts forward has made, is off."""
+def _first_derivative_only(name: str):
+    """Decorates a backward: it runs without autocast (forward has cast already), and differentiating its results raises
+    RuntimeError.
+    """
+    message = f"{name} cannot be differentiated twice: its second derivatives are not available"
 
     def decorate(backward: Callable) -> Callable:
         def run(ctx, grad_output):
-            kind = grad_output.device.type
-            again = torch.is_grad_enabled()  # create_graph=True
-            if torch.compiler.is_compiling() or not (again or _autocast_dtype(kind)):
+            device_type = grad_output.device.type
+            create_graph = torch.is_grad_enabled()
+            if torch.compiler.is_compiling() or not (create_graph or _autocast_dtype(device_type)):
                 return backward(ctx, grad_output)
-            with torch.no_grad(), torch.autocast(kind, enabled=False):
+            with torch.no_grad(), torch.autocast(device_type, enabled=False):
                 grads = backward(ctx, grad_output)
-            if not again:
+            if not create_graph:
                 return grads
-            # Also where grad_output needs no gradient (that of a sum): the gradient of x depends on the values, theirs
-            # on x.
+            # The saved tensors, too: the gradient of x depends on the values and theirs on x, also where grad_output
+            # needs no gradient (that of a sum).
             sources = [grad_output, *(t for t in ctx.saved_tensors if t is not None and t.is_floating_point())]
-            return _NoSecondDerivative.apply(name, len(sources), *sources, *grads)
+            return _RaiseInBackward.apply(message, len(sources), *sources, *grads)
 
         return run
 
     return decorate
 
 
-def _autocast_dtype(kind: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
-
-
-def _own(out: Tensor) -> Tensor:
-    """What F.linear and F.embedding make of more than two dimensions is a view, and a view that a Function returns
-    could not be modified in place afterwards (`nn.ReLU(inplace=True)`)."""
-    if out.dim() == 2:
-        return out
-    return torch.ops.aten._unsafe_view(out, out.shape) if _is_traced() else out.data  # for half of the time
-
-
 class _MaskedMatmul(torch.autograd.Function):
-    """x @ weight.T + bias (x @ weight + bias where `transposed`, as in transformers' Conv1D) with compact gradients:
-    that of the weight, and that of the bias where it has values of its own. `dtype` is autocast's, of which x and bias
-    are already.
+    """x @ weight.T + bias (x @ weight + bias where `transposed`) with a compact gradient of the weight, and of the bias
+    where it has values. `dtype`: that of autocast, to which x and bias are cast already.
     """
 
     @staticmethod
@@ -88,7 +92,7 @@ class _MaskedMatmul(torch.autograd.Function):
         x, weight, values, crow_indices, col_indices, bias, bias_values, bias_crow, bias_col, transposed, dtype
     ):
         weight = weight if dtype is None else weight.to(dtype)
-        return _own(F.linear(x, weight.mT if transposed else weight, bias))
+        return _not_a_view(F.linear(x, weight.mT if transposed else weight, bias))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -98,7 +102,7 @@ class _MaskedMatmul(torch.autograd.Function):
         ctx.save_for_backward(x, weight, crow, col, bias_crow, bias_col, None if weight is None else values)
 
     @staticmethod
-    @_first_derivative("masked_linear")
+    @_first_derivative_only("masked_linear")
     def backward(ctx, grad_output):
         x, weight, crow, col, bias_crow, bias_col, _ = ctx.saved_tensors
         d_x = d_values = d_bias = d_bias_values = None
@@ -123,7 +127,7 @@ class _MaskedMatmul(torch.autograd.Function):
 class _MaskedEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ids, weight, values, crow_indices, col_indices, padding_idx):
-        return _own(F.embedding(ids, weight))
+        return _not_a_view(F.embedding(ids, weight))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -132,7 +136,7 @@ class _MaskedEmbedding(torch.autograd.Function):
         ctx.save_for_backward(ids, crow_indices, col_indices)
 
     @staticmethod
-    @_first_derivative("masked_embedding")
+    @_first_derivative_only("masked_embedding")
     def backward(ctx, grad_output):
         ids, crow_indices, col_indices = ctx.saved_tensors
         flat = grad_output.reshape(ids.numel(), grad_output.shape[-1]).contiguous()
@@ -143,8 +147,6 @@ class _MaskedEmbedding(torch.autograd.Function):
 
 
 class _GatherGradient(torch.autograd.Function):
-    """The dense tensor as it is, with a gradient for its compact values alone."""
-
     @staticmethod
     def forward(dense, values, crow_indices, col_indices):
         return dense.view_as(dense)
@@ -156,7 +158,7 @@ class _GatherGradient(torch.autograd.Function):
         ctx.save_for_backward(crow_indices, col_indices)
 
     @staticmethod
-    @_first_derivative("a masked parameter")
+    @_first_derivative_only("a masked parameter")
     def backward(ctx, grad_output):
         crow_indices, col_indices = ctx.saved_tensors
         if not torch.compiler.is_compiling() and grad_output.layout != torch.strided:  # of EmbeddingBag(sparse=True)
@@ -165,25 +167,7 @@ class _GatherGradient(torch.autograd.Function):
         return None, compact.to(ctx.dtype), None, None
 
 
-class _RefusedGradient(torch.autograd.Function):
-    """The dense tensor as it is; a backward through it raises an error that says why there is no gradient."""
-
-    @staticmethod
-    def forward(dense, values, reason):
-        return dense.view_as(dense)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.reason = inputs[2]
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        raise RuntimeError(ctx.reason)
-
-
-class _Scattered(torch.autograd.Function):
-    """A copy of the dense tensor that holds other values; no gradient."""
-
+class _ScatteredCopy(torch.autograd.Function):
     @staticmethod
     def forward(dense, values, crow_indices, col_indices):
         copy = dense.clone(memory_format=torch.contiguous_format)
@@ -199,22 +183,22 @@ class _Scattered(torch.autograd.Function):
         return None, None, None, None
 
 
-def masked_matmul(
+# ---- what the masked modules call ----
+def masked_linear_unchecked(
     x: Tensor,  # [..., n]
-    weight: Tensor,  # [m, n]; [n, m] where transposed, as transformers' Conv1D has it
+    weight: Tensor,  # [m, n]; [n, m] where transposed
     values: Tensor,  # [nnz]
     mask: CSRMask,
     bias: Tensor | None,  # [m]
-    bias_values: Tensor | None = None,  # compact: then these have the bias's gradient
+    bias_values: Tensor | None = None,  # compact; where given, they get the bias's gradient
     bias_mask: CSRMask | None = None,
     *,
-    transposed: bool = False,
+    transposed: bool = False,  # transformers' Conv1D
 ) -> Tensor:
-    """`masked_linear` without its checks."""
     if not torch.is_grad_enabled():
         return F.linear(x, weight.mT if transposed else weight, bias)
     dtype = _autocast_dtype(x.device.type)
-    # autocast's own rule
+    # autocast does not cast float64
     if dtype and x.is_floating_point() and x.dtype != torch.float64 and weight.dtype != torch.float64:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     else:
@@ -222,68 +206,59 @@ def masked_matmul(
     if bias_values is not None and bias is not None:
         bias = bias.detach()
     bias_crow, bias_col = (None, None) if bias_mask is None else (bias_mask.crow_indices, bias_mask.col_indices)
-    return _apply(
-        _MaskedMatmul, x, weight.detach(), values, mask.crow_indices, mask.col_indices, bias, bias_values, bias_crow, bias_col,
-        transposed, dtype,
-    )  # fmt: skip
+    mask_and_bias = mask.crow_indices, mask.col_indices, bias, bias_values, bias_crow, bias_col
+    return _apply(_MaskedMatmul, x, weight.detach(), values, *mask_and_bias, transposed, dtype)
 
 
-def masked_lookup(ids: Tensor, weight: Tensor, values: Tensor, mask: CSRMask, padding_idx: int | None) -> Tensor:
-    """`masked_embedding` without its checks."""
+def masked_embedding_unchecked(
+    ids: Tensor, weight: Tensor, values: Tensor, mask: CSRMask, padding_idx: int | None
+) -> Tensor:
     if not torch.is_grad_enabled():
         return F.embedding(ids, weight)
     padding_idx = -1 if padding_idx is None else padding_idx
     return _apply(_MaskedEmbedding, ids, weight.detach(), values, mask.crow_indices, mask.col_indices, padding_idx)
 
 
-def masked_tensor(dense: Tensor, values: Tensor, mask: CSRMask) -> Tensor:
-    """The dense tensor, whose gradient is gathered into that of its compact values [nnz]."""
+def gather_gradient(dense: Tensor, values: Tensor, mask: CSRMask) -> Tensor:
+    """The dense tensor; in backward, the mask's entries of its gradient become the gradient of `values` [nnz]."""
     if not torch.is_grad_enabled():
         return dense
     return _apply(_GatherGradient, dense.detach(), values, mask.crow_indices, mask.col_indices)
 
 
-def without_gradient(dense: Tensor, values: Tensor, reason: str) -> Tensor:
-    """The dense tensor, whose gradient is an error for this reason."""
-    return _apply(_RefusedGradient, dense.detach(), values, reason)
+def raise_in_backward(dense: Tensor, values: Tensor, message: str) -> Tensor:
+    """The dense tensor; a backward through it raises RuntimeError."""
+    return _apply(_RaiseInBackward, message, 1, values, dense.detach())[0]
 
 
-def scattered(dense: Tensor, values: Tensor, mask: CSRMask) -> Tensor:
-    """A copy of the dense tensor with these values [nnz] at the mask's entries; without gradient."""
-    return _apply(_Scattered, dense.detach(), values, mask.crow_indices, mask.col_indices)
+def scattered_copy(dense: Tensor, values: Tensor, mask: CSRMask) -> Tensor:
+    """A copy of the dense tensor with `values` [nnz] at the mask's entries, without gradient."""
+    return _apply(_ScatteredCopy, dense.detach(), values, mask.crow_indices, mask.col_indices)
 
 
 # ---- public functions ----
-
-
 def _check_masked(
-    source: Tensor, argument: str, weight: Tensor, values: Tensor, mask: CSRMask, bias: Tensor | None = None
+    input: Tensor, argument: str, weight: Tensor, values: Tensor, mask: CSRMask, bias: Tensor | None = None
 ) -> None:
-    """`source`: x or ids."""
     for label, tensor in (("weight", weight), ("values", values), ("bias", bias)):
         if tensor is not None:
             check_float(tensor, label)
     if len(mask.names) != 1 or mask.shapes[0] != weight.shape or weight.dim() != 2:
-        raise ValueError(
-            f"mask must cover one tensor of weight's shape {list(weight.shape)}, it covers {[list(s) for s in mask.shapes]}"
-        )
+        covered = [list(s) for s in mask.shapes]
+        raise ValueError(f"mask must cover one tensor of weight's shape {list(weight.shape)}, it covers {covered}")
     mask.check_compact(values, "values")
     if weight.device != mask.device:
         raise ValueError(f"weight is on {weight.device}, the mask on {mask.device}: move one with .to()")
-    for label, tensor in ((argument, source), ("bias", bias)):
+    for label, tensor in ((argument, input), ("bias", bias)):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{label} is on {tensor.device}, weight on {weight.device}: move one with .to()")
-    # what backward needs must not be an inference tensor
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        for label, tensor, other in (
-            (argument, source, values),
-            ("weight", weight, source),
-            ("values", values, source),
-        ):
-            if tensor.is_inference() and other.requires_grad:
-                raise ValueError(
-                    f"{label} was made in inference_mode, so that backward cannot use it: clone it outside of that"
-                )
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    for label, saved, other in ((argument, input, values), ("weight", weight, input), ("values", values, input)):
+        if saved.is_inference() and other.requires_grad:
+            raise ValueError(
+                f"{label} was made in inference_mode, so that backward cannot use it: clone it outside of that"
+            )
 
 
 def masked_linear(
@@ -295,15 +270,14 @@ def masked_linear(
 ) -> Tensor:
     """`torch.nn.functional.linear` whose weight is trained at the mask's entries only.
 
-    Forward reads the dense `weight`, which already holds `values` at its entries, and makes no copy of it. Backward
-    gives the gradient of `values` (compact, in their dtype), of `x` and of `bias`; no dense weight gradient exists.
-    Autocast is honoured, as forward found it, in backward too. First derivatives only: differentiating a gradient again
-    is a RuntimeError.
+    Forward reads the dense `weight`, which must hold `values` at the mask's entries, and does not copy it. Backward
+    computes the gradients of `values` (compact, in their dtype), `x` and `bias`; no dense weight gradient is made.
+    Under autocast, backward uses the dtypes of forward. Gradients cannot be differentiated again.
 
     Args:
-        x: floating point [..., n], of the weight's dtype (any float but float64, under autocast).
+        x: floating point [..., n], of the weight's dtype (under autocast, any but float64).
         weight: float32, float64, float16 or bfloat16 [m, n].
-        values: floating point [nnz], by preference float32 beside a 16-bit weight.
+        values: floating point [nnz]; float32 is recommended for a 16-bit weight.
         mask: of one [m, n] tensor.
         bias: [m].
 
@@ -314,11 +288,19 @@ def masked_linear(
         ValueError: `mask` is not the mask of one tensor of `weight`'s shape, `values` is not compact [nnz], the devices
             differ, or backward would need a tensor that was made in inference_mode.
         TypeError: `x`, `weight`, `values` or `bias` is not a dense floating-point tensor.
-        RuntimeError: of `torch.nn.functional.linear`: dtypes or shapes do not fit.
+        RuntimeError: from `torch.nn.functional.linear`: dtypes or shapes do not match.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> mask = CSRMask.from_dense({"weight": torch.tensor([[True, False], [False, True]])})
+        >>> values = mask.gather({"weight": weight}).requires_grad_()
+        >>> masked_linear(torch.tensor([[1.0, 10.0]]), weight, values, mask).sum().backward()
+        >>> values.grad
+        tensor([ 1., 10.])
     """
     check_plain(x, "x")
     _check_masked(x, "x", weight, values, mask, bias)
-    return masked_matmul(x, weight, values, mask, bias)
+    return masked_linear_unchecked(x, weight, values, mask, bias)
 
 
 def masked_embedding(
@@ -335,14 +317,22 @@ def masked_embedding(
         weight: floating point [vocabulary, d].
         values: floating point [nnz].
         mask: of one [vocabulary, d] tensor.
-        padding_idx: masked entries of this row receive no gradient; negative ones count from the end.
+        padding_idx: the masked entries of this row receive no gradient; negative numbers count from the end.
 
     Returns:
         [..., d], of the weight's dtype, also under autocast.
 
     Raises:
-        ValueError, TypeError: as `masked_linear`; `ids` that are not integer; `padding_idx` outside the vocabulary.
-        IndexError: of `torch.nn.functional.embedding`: ids out of range.
+        ValueError, TypeError: as `masked_linear`; `ids` is not an integer tensor; `padding_idx` is out of range.
+        IndexError: from `torch.nn.functional.embedding`: ids are out of range.
+
+    Example:
+        >>> weight = torch.zeros(3, 2)
+        >>> mask = CSRMask.from_dense({"weight": torch.tensor([[1, 0], [0, 0], [1, 1]]).bool()})
+        >>> values = mask.gather({"weight": weight}).requires_grad_()
+        >>> masked_embedding(torch.tensor([2, 2, 0]), weight, values, mask).sum().backward()
+        >>> values.grad
+        tensor([1., 2., 2.])
     """
     check_plain(ids, "ids")
     if ids.dtype not in (torch.int64, torch.int32):
@@ -352,4 +342,4 @@ def masked_embedding(
         if not -weight.shape[0] <= padding_idx < weight.shape[0]:
             raise ValueError(f"padding_idx must be within the {weight.shape[0]} rows of weight, got {padding_idx}")
         padding_idx %= weight.shape[0]
-    return masked_lookup(ids, weight, values, mask, padding_idx)
+    return masked_embedding_unchecked(ids, weight, values, mask, padding_idx)

@@ -1,23 +1,28 @@
-"""What an operator's arguments must be, for the implementations that Python registers: one function for each operator.
+"""Checks of the arguments of direct operator calls, for the implementations that Python registers.
 
-`functional` and the classes above it have checked what users gave. A direct call of `torch.ops.deftx.*` reaches an
-implementation as it is, and a size or an index that does not fit would let a kernel read or write other memory. The
-compiled libraries check the same in C++. Nothing here reads a tensor's elements: a GPU would have to be waited for.
-`contents` does, for the reference.
+Public functions have checked what users passed. A direct call of `torch.ops.deftx.*` reaches an implementation as it
+is, and a wrong size or index would let a kernel read or write other memory. The compiled libraries check the same in
+C++, and `reference` itself checks what has no Triton kernel. Nothing here reads the elements of a tensor, which would
+wait for a GPU; only `CONTENTS`, for the reference, does.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-_WIDE_FLOATS = frozenset((torch.float32, torch.float64))
-_COLUMNS = frozenset((torch.uint16, torch.int32))
-_SCALARS = frozenset((torch.float32, torch.float64, torch.int32, torch.int64))
+from deftx_kernels.ops.schemas import AdamWArgs, compute_dtype, rows_and_columns
+
+Dtypes = frozenset[torch.dtype]
+
+_FLOATS: Dtypes = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_WIDE_FLOATS: Dtypes = frozenset((torch.float32, torch.float64))
+_COLUMNS: Dtypes = frozenset((torch.uint16, torch.int32))
+_INDICES: Dtypes = frozenset((torch.int32, torch.int64))
+_SCALARS: Dtypes = frozenset((torch.float32, torch.float64, torch.int32, torch.int64))
+_INT64: Dtypes = frozenset((torch.int64,))
 
 
 def checked(op: str, function: Callable, *, reads_contents: bool = False, looks_at_tensors: bool = False) -> Callable:
@@ -30,7 +35,7 @@ def checked(op: str, function: Callable, *, reads_contents: bool = False, looks_
     check = (_WITHOUT_TENSORS if looks_at_tensors else CHECKS).get(op)
     if check is None:
         return function
-    contents = _CONTENTS.get(op) if reads_contents else None
+    contents = CONTENTS.get(op) if reads_contents else None
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
@@ -42,31 +47,36 @@ def checked(op: str, function: Callable, *, reads_contents: bool = False, looks_
     return run
 
 
-_STRIDED = torch.strided
-
-
-# ---- tensors and numbers ----
-def _tensor(t: Tensor, name: str, device: torch.device, dtypes: frozenset[torch.dtype]) -> None:
-    if t.dtype in dtypes and t.device == device and t.layout is _STRIDED:
+# ---- one tensor or number ----
+def _tensor(t: Tensor, name: str, device: torch.device, dtypes: Dtypes) -> None:
+    if t.dtype in dtypes and t.device == device and t.layout is torch.strided:
         return
     if t.dtype not in dtypes:
-        raise TypeError(
-            f"{name} must be {' or '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}, got {t.dtype}"
-        )
+        names = " or ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+        raise TypeError(f"{name} must be {names}, got {t.dtype}")
     if t.device != device:
         raise ValueError(f"{name} is on {t.device}, the other arguments are on {device}")
     raise TypeError(f"{name} must be a dense (strided) tensor, got layout {t.layout}")
 
 
-def _contiguous(t: Tensor, name: str, device: torch.device, dtypes: frozenset[torch.dtype]) -> None:
+def _contiguous(t: Tensor, name: str, device: torch.device, dtypes: Dtypes) -> None:
     _tensor(t, name, device, dtypes)
     if not t.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
 
 
-def _shape(t: Tensor, name: str, shape: tuple[int, ...], what: str) -> None:
-    if t.shape != shape:
-        raise ValueError(f"{name} must have shape {what} = {list(shape)}, got {list(t.shape)}")
+def _compact(t: Tensor | None, name: str, device: torch.device, dtypes: Dtypes, nnz: int) -> None:
+    if t is not None:
+        _contiguous(t, name, device, dtypes)
+        if t.shape != (nnz,):
+            raise ValueError(f"{name} must have shape [nnz] = [{nnz}], got {list(t.shape)}")
+
+
+def _scalar(t: Tensor | None, name: str, device: torch.device) -> None:
+    if t is not None:
+        _tensor(t, name, device, _SCALARS)
+        if t.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {list(t.shape)}")
 
 
 def _number(value: float, name: str, low: float, high: float) -> None:
@@ -74,27 +84,125 @@ def _number(value: float, name: str, low: float, high: float) -> None:
         raise ValueError(f"{name} must be from {low} to {high}, got {value}")
 
 
-def _compact(t: Tensor, name: str, device: torch.device, dtypes: frozenset[torch.dtype], nnz: int) -> None:
-    _contiguous(t, name, device, dtypes)
-    _shape(t, name, (nnz,), "[nnz]")
+def _float_dtype(dtype: torch.dtype, name: str) -> None:
+    if dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
-def _scalar(t: Tensor, name: str, device: torch.device) -> None:
-    _tensor(t, name, device, _SCALARS)
-    if t.numel() != 1:
-        raise ValueError(f"{name} must have one element, got shape {list(t.shape)}")
+# ---- operators of a fixed number of tensors: a row for each ----
+class _Argument(NamedTuple):
+    name: str
+    dtypes: Dtypes | str  # str: the dtype of the argument of this name
+    shape: tuple[str | int, ...]  # equal letters stand for equal sizes; "m + 1" is one more than "m"
+    contiguous: bool = False
 
 
-# ---- masks ----
-_INT64 = frozenset((torch.int64,))
+_MATRICES = (_Argument("matrices", _WIDE_FLOATS, ("b", "n", "n")),)
+_FACTORS = (
+    _Argument("delta", _WIDE_FLOATS, ("b", "m", "n"), True),
+    _Argument("left", "delta", ("b", "m", "r"), True),
+    _Argument("right", "delta", ("b", "n", "r"), True),
+)
 
 
-def _mask(
-    crow_indices: Tensor,  # int64 [rows + 1]
-    col_indices: Tensor,  # uint16 or int32 [nnz]
-    device: torch.device,
-    rows: int | None = None,
-) -> None:
+def _mask_arguments(rows: str) -> tuple[_Argument, ...]:
+    return (
+        _Argument("crow_indices", _INT64, (f"{rows} + 1",), True),
+        _Argument("col_indices", _COLUMNS, ("nnz",), True),
+    )
+
+
+_ARGUMENTS: dict[str, tuple[_Argument, ...]] = {
+    "masked_linear_grad": (
+        _Argument("grad_output", _FLOATS, ("N", "m")),
+        _Argument("input", _FLOATS, ("N", "n")),
+        *_mask_arguments("m"),
+    ),
+    "masked_embedding_grad": (
+        _Argument("grad_output", _FLOATS, ("N", "d")),
+        _Argument("indices", _INDICES, ("N",)),
+        *_mask_arguments("rows"),
+    ),
+    "eigh": _MATRICES,
+    "eigvalsh": _MATRICES,
+    "residual_cut": _FACTORS,
+    "low_rank_denoised": (*_FACTORS, _Argument("cut", _INT64, ("b", 2), True)),
+}
+
+
+def _check_arguments(op: str, *tensors: Tensor) -> dict[str, int]:
+    """Checks the tensors, which come first among the operator's arguments. Returns the sizes by their letters."""
+    sizes: dict[str, int] = {}
+    dtypes: dict[str, Dtypes] = {}
+    for argument, t in zip(_ARGUMENTS[op], tensors):
+        wanted = argument.dtypes if isinstance(argument.dtypes, frozenset) else dtypes[argument.dtypes]
+        (_contiguous if argument.contiguous else _tensor)(t, argument.name, tensors[0].device, wanted)
+        dtypes[argument.name] = frozenset((t.dtype,))
+        known = dict(sizes)
+        if t.dim() != len(argument.shape) or not all(map(functools.partial(_fits, sizes), argument.shape, t.shape)):
+            letters = {word.removesuffix(" + 1") for word in argument.shape if isinstance(word, str)}
+            given = ", ".join(f"{letter} = {known[letter]}" for letter in sorted(letters & known.keys()))
+            shape = ", ".join(map(str, argument.shape))
+            raise ValueError(
+                f"{argument.name} must have shape [{shape}]{f' with {given}' if given else ''}, got {list(t.shape)}"
+            )
+    if sizes.get("nnz") and sizes.get("rows", sizes.get("m")) == 0:
+        raise ValueError(f"a mask without rows must have no entries, col_indices has {sizes['nnz']}")
+    return sizes
+
+
+def _fits(sizes: dict[str, int], word: str | int, size: int) -> bool:
+    if isinstance(word, int):
+        return size == word
+    letter = word.removesuffix(" + 1")
+    size -= letter != word
+    return size >= 0 and sizes.setdefault(letter, size) == size
+
+
+def masked_linear_grad(*arguments: Any) -> None:
+    sizes = _check_arguments("masked_linear_grad", *arguments[:4])
+    if sizes["n"] == 0 and sizes["nnz"]:
+        raise ValueError(f"input has no columns, so that the mask must have no entries; col_indices has {sizes['nnz']}")
+    _float_dtype(arguments[4], "dtype")
+
+
+def masked_embedding_grad(*arguments: Any) -> None:
+    _check_arguments("masked_embedding_grad", *arguments[:4])
+    _float_dtype(arguments[5], "dtype")
+
+
+def eigh(matrices: Tensor, rank: int = 0, energy: float = 0.0, median: float = 0.0) -> None:
+    sizes = _check_arguments("eigh", matrices)
+    _number(rank, "rank", 0, sizes["n"])
+    _number(energy, "energy", 0.0, 1.0)
+    _number(median, "median", 0.0, 1e30)
+    if (rank > 0) + (energy > 0) + (median > 0) > 1:
+        raise ValueError(f"at most one of rank, energy and median may be above 0, got {rank}, {energy} and {median}")
+
+
+def residual_cut(delta: Tensor, left: Tensor, right: Tensor, keep: int) -> None:
+    sizes = _check_arguments("residual_cut", delta, left, right)
+    _number(keep, "keep", 0, sizes["m"] * sizes["n"])
+
+
+def split_bf16_(x: Tensor, out: Tensor, slots: Sequence[int], dim: int) -> None:
+    _tensor(x, "x", x.device, frozenset((torch.float32,)))
+    _contiguous(out, "out", x.device, frozenset((torch.bfloat16,)))
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape [..., m, n], got {list(x.shape)}")
+    if dim not in (-1, -2):
+        raise ValueError(f"dim must be -1 or -2, got {dim}")
+    if not slots or not all(0 <= s <= 2 for s in slots):
+        raise ValueError(f"slots must be a list of 0, 1 and 2, got {list(slots)}")
+    shape = list(x.shape)
+    shape[dim] *= len(slots)
+    if list(out.shape) != shape:
+        raise ValueError(f"out must have shape {shape}, got {list(out.shape)}")
+
+
+# ---- operators of the tensors of a mask ----
+def _mask(crow_indices: Tensor, col_indices: Tensor, rows: int | None = None) -> None:
+    device = col_indices.device
     _contiguous(crow_indices, "crow_indices", device, _INT64)
     _contiguous(col_indices, "col_indices", device, _COLUMNS)
     if crow_indices.dim() != 1 or col_indices.dim() != 1 or crow_indices.numel() == 0:
@@ -109,13 +217,7 @@ def _mask(
         raise ValueError(f"a mask without rows must have no entries, col_indices has {col_indices.shape[0]}")
 
 
-def _rows_and_columns(t: Tensor) -> tuple[int, int]:
-    return (t.shape[0], math.prod(t.shape[1:])) if t.dim() > 1 else (1, t.numel())
-
-
-def _dense(
-    tensors: Sequence[Tensor], name: str, device: torch.device, dtypes: frozenset[torch.dtype] | None = None
-) -> None:
+def _dense(tensors: Sequence[Tensor], name: str, device: torch.device, dtypes: Dtypes | None = None) -> None:
     """Tensors of a mask: contiguous, of one dtype."""
     for i, t in enumerate(tensors):
         _contiguous(t, f"{name}[{i}]", device, frozenset((tensors[0].dtype,)) if i or dtypes is None else dtypes)
@@ -128,229 +230,84 @@ def _apart(tensors: Sequence[Tensor], name: str) -> None:
         raise ValueError(f"two of {name} share memory")
 
 
-def _csr(
-    tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, dtypes: frozenset[torch.dtype] | None = None
+def csr_gather(
+    tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, dtypes: Dtypes | None = None
 ) -> None:
-    device = col_indices.device
-    _mask(crow_indices, col_indices, device, sum(_rows_and_columns(t)[0] for t in tensors))
-    _dense(tensors, "tensors", device, dtypes)
+    _mask(crow_indices, col_indices, sum(rows_and_columns(t.shape)[0] for t in tensors))
+    _dense(tensors, "tensors", col_indices.device, dtypes)
 
 
-def csr_gather(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor) -> None:
-    _csr(tensors, crow_indices, col_indices)
+def csr_square_sum(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor) -> None:
+    csr_gather(tensors, crow_indices, col_indices, _FLOATS)
 
 
-def csr_scatter_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> None:
-    _csr(tensors, crow_indices, col_indices)
+def csr_scatter_(
+    tensors: Sequence[Tensor],
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    dtypes: Dtypes | None = None,
+    values_dtypes: Dtypes = frozenset(),
+) -> None:
+    csr_gather(tensors, crow_indices, col_indices, dtypes)
     if tensors:
-        _compact(values, "values", col_indices.device, frozenset((tensors[0].dtype,)), col_indices.shape[0])
+        _compact(values, "values", col_indices.device, values_dtypes | {tensors[0].dtype}, col_indices.shape[0])
     _apart(tensors, "tensors")
 
 
 def csr_add_(
     tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, alpha: float
 ) -> None:
-    _csr(tensors, crow_indices, col_indices, _FLOATS)
-    if tensors:
-        _compact(
-            values, "values", col_indices.device, frozenset((torch.float32, tensors[0].dtype)), col_indices.shape[0]
-        )
-    _apart(tensors, "tensors")
+    csr_scatter_(tensors, crow_indices, col_indices, values, _FLOATS, frozenset((torch.float32,)))
 
 
-def csr_square_sum_mask(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor) -> None:
-    _mask(crow_indices, col_indices, col_indices.device)
+def sparse_adamw_(*arguments: Any) -> None:
+    args = AdamWArgs(*arguments)
+    csr_gather(args.params, args.crow_indices, args.col_indices, _FLOATS)
+    if args.params:
+        sparse_adamw_compact(*arguments)
+        if not args.compact_grads:
+            dtype = args.params[0].dtype
+            _dense(args.grads, "grads", args.col_indices.device, frozenset((dtype, compute_dtype(dtype))))
+            for i, (p, g) in enumerate(zip(args.params, args.grads)):
+                if g.shape != p.shape:
+                    raise ValueError(
+                        f"grads[{i}] must have shape of its parameter = {list(p.shape)}, got {list(g.shape)}"
+                    )
+    written = [args.exp_avg, args.exp_avg_sq, *([] if args.values is None else [args.values])]
+    _apart([*args.params, *written], "params, exp_avg, exp_avg_sq and values")
 
 
-def csr_square_sum(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor) -> None:
-    _csr(tensors, crow_indices, col_indices, _FLOATS)
-
-
-# ---- AdamW ----
-def sparse_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    compact_grads: bool,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    values: Tensor | None,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    *rest: Any,
-) -> None:
-    _csr(params, crow_indices, col_indices, _FLOATS)
-    if params:
-        sparse_adamw_compact(
-            params, grads, compact_grads, exp_avg, exp_avg_sq, values, crow_indices, col_indices, *rest
-        )
-        if not compact_grads:
-            _dense(grads, "grads", col_indices.device, _gradient_dtypes(params[0].dtype))
-            for i, (p, g) in enumerate(zip(params, grads)):
-                _shape(g, f"grads[{i}]", p.shape, "of its parameter")
-    written = [exp_avg, exp_avg_sq, *([] if values is None else [values])]
-    _apart([*params, *written], "params, exp_avg, exp_avg_sq and values")
-
-
-def _gradient_dtypes(param: torch.dtype) -> frozenset[torch.dtype]:
-    return frozenset((param,)) if param == torch.float64 else frozenset((param, torch.float32))
-
-
-def sparse_adamw_compact(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    compact_grads: bool,
-    exp_avg: Tensor,  # [nnz]
-    exp_avg_sq: Tensor,  # [nnz]
-    values: Tensor | None,  # [nnz]
-    crow_indices: Tensor,  # int64 [rows + 1]
-    col_indices: Tensor,  # uint16 or int32 [nnz]
-    step: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decay_to: Tensor | None,  # [nnz]
-    l1: float,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    seed: int | None,
-) -> None:
+def sparse_adamw_compact(*arguments: Any) -> None:
     """All but the dense tensors."""
-    if not params:
+    args = AdamWArgs(*arguments)
+    if not args.params:
         raise ValueError("params must hold at least one tensor")
-    device, nnz, dtype = col_indices.device, col_indices.shape[0], params[0].dtype
-    if dtype not in _FLOATS:
-        raise TypeError(f"params must be float16, bfloat16, float32 or float64, got {dtype}")
-    wide = dtype == torch.float64
-    compute = frozenset((torch.float64 if wide else torch.float32,))
-    state = compute if wide else compute | {torch.bfloat16}
-    _mask(crow_indices, col_indices, device)
-    _compact(exp_avg, "exp_avg", device, state, nnz)
-    _compact(exp_avg_sq, "exp_avg_sq", device, frozenset((exp_avg.dtype,)), nnz)
-    if values is not None:
-        _compact(values, "values", device, compute, nnz)
-    if decay_to is not None:
-        _compact(decay_to, "decay_to", device, compute | {dtype}, nnz)
-    if len(grads) != (1 if compact_grads else len(params)):
-        raise ValueError(
-            f"grads must be {'one compact tensor' if compact_grads else 'one tensor for each of params'}, got {len(grads)}"
-        )
-    if compact_grads:
-        _compact(grads[0], "grads", device, _FLOATS, nnz)
-    _scalar(step, "step", device)
-    _scalar(lr, "lr", device)
-    if grad_scale is not None:
-        _scalar(grad_scale, "grad_scale", device)
-    if found_inf is not None:
-        _scalar(found_inf, "found_inf", device)
-    if seed is not None and seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
-
-
-# ---- masked weight gradients ----
-def masked_linear_grad(
-    grad_output: Tensor, input: Tensor, crow_indices: Tensor, col_indices: Tensor, dtype: torch.dtype
-) -> None:
-    device = col_indices.device
-    _tensor(grad_output, "grad_output", device, _FLOATS)
-    _tensor(input, "input", device, _FLOATS)
-    if grad_output.dim() != 2 or input.dim() != 2 or grad_output.shape[0] != input.shape[0]:
-        raise ValueError(
-            f"grad_output [N, m] and input [N, n] must be matrices of as many rows, got {list(grad_output.shape)} and"
-            f" {list(input.shape)}"
-        )
-    _mask(crow_indices, col_indices, device, grad_output.shape[1])
-    if input.shape[1] == 0 and col_indices.shape[0]:
-        raise ValueError(
-            f"input has no columns, so that the mask must have no entries; col_indices has {col_indices.shape[0]}"
-        )
-    if dtype not in _FLOATS:
-        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-
-
-_INDICES = frozenset((torch.int32, torch.int64))
-
-
-def masked_embedding_grad(
-    grad_output: Tensor,
-    indices: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    padding_idx: int,
-    dtype: torch.dtype,
-) -> None:
-    device = col_indices.device
-    _tensor(grad_output, "grad_output", device, _FLOATS)
-    _tensor(indices, "indices", device, _INDICES)
-    if grad_output.dim() != 2 or indices.dim() != 1 or grad_output.shape[0] != indices.shape[0]:
-        raise ValueError(
-            f"grad_output [N, d] must have a row for each of the indices [N], got {list(grad_output.shape)} and"
-            f" {list(indices.shape)}"
-        )
-    _mask(crow_indices, col_indices, device)
-    if dtype not in _FLOATS:
-        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-
-
-# ---- truncated SVD ----
-
-
-def eigvalsh(matrices: Tensor) -> None:
-    _tensor(matrices, "matrices", matrices.device, _WIDE_FLOATS)
-    if matrices.dim() != 3 or matrices.shape[1] != matrices.shape[2]:
-        raise ValueError(f"matrices must have shape [b, n, n], got {list(matrices.shape)}")
-
-
-def eigh(matrices: Tensor, rank: int = 0, energy: float = 0.0, median: float = 0.0) -> None:
-    eigvalsh(matrices)
-    _number(rank, "rank", 0, matrices.shape[1])
-    _number(energy, "energy", 0.0, 1.0)
-    _number(median, "median", 0.0, 1e30)
-    if (rank > 0) + (energy > 0) + (median > 0) > 1:
-        raise ValueError(f"at most one of rank, energy and median may be above 0, got {rank}, {energy} and {median}")
-
-
-# ---- L + prune(H) from factors ----
-def _factors(
-    delta: Tensor,  # [b, m, n]
-    left: Tensor,  # [b, m, r]
-    right: Tensor,  # [b, n, r]
-    cut: Tensor | None = None,  # int64 [b, 2]
-) -> None:
-    device = delta.device
-    _contiguous(delta, "delta", device, _WIDE_FLOATS)
-    same = frozenset((delta.dtype,))
-    _contiguous(left, "left", device, same)
-    _contiguous(right, "right", device, same)
-    if delta.dim() != 3 or left.dim() != 3:
-        raise ValueError(
-            f"delta must have shape [b, m, n] and left [b, m, r], got {list(delta.shape)} and {list(left.shape)}"
-        )
-    b, m, n = delta.shape
-    r = left.shape[2]
-    _shape(left, "left", (b, m, r), "[b, m, r]")
-    _shape(right, "right", (b, n, r), "[b, n, r]")
-    if cut is not None:
-        _contiguous(cut, "cut", device, _INT64)
-        _shape(cut, "cut", (b, 2), "[b, 2]")
-
-
-def residual_cut(delta: Tensor, left: Tensor, right: Tensor, keep: int) -> None:
-    _factors(delta, left, right)
-    _number(keep, "keep", 0, delta.shape[1] * delta.shape[2])
-
-
-def low_rank_denoised(delta: Tensor, left: Tensor, right: Tensor, cut: Tensor) -> None:
-    _factors(delta, left, right, cut)
+    device, nnz, dtype = args.col_indices.device, args.col_indices.shape[0], args.params[0].dtype
+    _float_dtype(dtype, "params")
+    compute = frozenset((compute_dtype(dtype),))
+    _mask(args.crow_indices, args.col_indices)
+    state = compute if dtype == torch.float64 else compute | {torch.bfloat16}
+    _compact(args.exp_avg, "exp_avg", device, state, nnz)
+    _compact(args.exp_avg_sq, "exp_avg_sq", device, frozenset((args.exp_avg.dtype,)), nnz)
+    _compact(args.values, "values", device, compute, nnz)
+    _compact(args.decay_to, "decay_to", device, compute | {dtype}, nnz)
+    if len(args.grads) != (1 if args.compact_grads else len(args.params)):
+        wanted = "one compact tensor" if args.compact_grads else "one tensor for each of params"
+        raise ValueError(f"grads must be {wanted}, got {len(args.grads)}")
+    if args.compact_grads:
+        _compact(args.grads[0], "grads", device, _FLOATS, nnz)
+    for name in ("step", "lr", "grad_scale", "found_inf"):
+        _scalar(getattr(args, name), name, device)
+    if args.seed is not None and args.seed < 0:
+        raise ValueError(f"seed must be at least 0, got {args.seed}")
 
 
 _WITHOUT_TENSORS: dict[str, Callable[..., None]] = {
-    "csr_square_sum": csr_square_sum_mask,
+    "csr_square_sum": lambda tensors, crow_indices, col_indices: _mask(crow_indices, col_indices),
     "sparse_adamw_": sparse_adamw_compact,
 }
-CHECKS: dict[str, Callable[..., None]] = {
+CHECKS: dict[str, Callable[..., Any]] = {
     "csr_gather": csr_gather,
     "csr_scatter_": csr_scatter_,
     "csr_add_": csr_add_,
@@ -359,13 +316,14 @@ CHECKS: dict[str, Callable[..., None]] = {
     "masked_linear_grad": masked_linear_grad,
     "masked_embedding_grad": masked_embedding_grad,
     "eigh": eigh,
-    "eigvalsh": eigvalsh,
+    "eigvalsh": functools.partial(_check_arguments, "eigvalsh"),
     "residual_cut": residual_cut,
-    "low_rank_denoised": low_rank_denoised,
+    "low_rank_denoised": functools.partial(_check_arguments, "low_rank_denoised"),
+    "split_bf16_": split_bf16_,
 }
 
 
-# ---- what the arrays hold, for the reference ----
+# ---- the elements of index tensors, for the reference ----
 def _ascends(
     crow_indices: Tensor,  # int64 [rows + 1]
     col_indices: Tensor,  # [nnz]
@@ -385,27 +343,22 @@ def _ascends(
 
 
 def _csr_contents(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, *rest: Any) -> None:
-    columns = [torch.full((r,), c, device=col_indices.device) for r, c in map(_rows_and_columns, tensors)]
+    sizes = [rows_and_columns(t.shape) for t in tensors]
+    columns = [torch.full((r,), c, device=col_indices.device) for r, c in sizes]
     _ascends(crow_indices, col_indices, torch.cat(columns) if columns else crow_indices[:0])
 
 
-def _adamw_contents(params: Sequence[Tensor], *rest: Any) -> None:
-    _csr_contents(params, rest[5], rest[6])
+def _adamw_contents(*arguments: Any) -> None:
+    args = AdamWArgs(*arguments)
+    _csr_contents(args.params, args.crow_indices, args.col_indices)
 
 
-def _linear_contents(
-    grad_output: Tensor, input: Tensor, crow_indices: Tensor, col_indices: Tensor, dtype: torch.dtype
-) -> None:
+def _linear_contents(grad_output: Tensor, input: Tensor, crow_indices: Tensor, col_indices: Tensor, *rest: Any) -> None:
     _ascends(crow_indices, col_indices, torch.full_like(crow_indices[1:], input.shape[1]))
 
 
 def _embedding_contents(
-    grad_output: Tensor,
-    indices: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    padding_idx: int,
-    dtype: torch.dtype,
+    grad_output: Tensor, indices: Tensor, crow_indices: Tensor, col_indices: Tensor, *rest: Any
 ) -> None:
     rows = crow_indices.shape[0] - 1
     _ascends(crow_indices, col_indices, torch.full_like(crow_indices[1:], grad_output.shape[1]))
@@ -413,11 +366,8 @@ def _embedding_contents(
         raise ValueError(f"indices must be at least 0 and less than {rows}")
 
 
-_CONTENTS: dict[str, Callable[..., None]] = {
-    "csr_gather": _csr_contents,
-    "csr_scatter_": _csr_contents,
-    "csr_add_": _csr_contents,
-    "csr_square_sum": _csr_contents,
+CONTENTS: dict[str, Callable[..., None]] = {
+    **dict.fromkeys(("csr_gather", "csr_scatter_", "csr_add_", "csr_square_sum"), _csr_contents),
     "sparse_adamw_": _adamw_contents,
     "masked_linear_grad": _linear_contents,
     "masked_embedding_grad": _embedding_contents,

@@ -1,9 +1,9 @@
 """Loads the compiled libraries once, remembers why one is missing, and says which implementation serves each op on each
 device.
 
-Five implementations can serve an op: "c++" (csrc/cpu) and "cuda" (csrc/cuda), which register themselves when their
-library is loaded; "triton" and "blas" (torch's own products and decompositions), registered from Python, which say so
-here with `register`; and "reference", plain torch, wherever none of these does.
+Four implementations can serve an op: "c++" (csrc/cpu) and "cuda" (csrc/cuda), which register themselves when their
+library is loaded; "triton", registered from Python, which calls `register`; and "reference", plain torch, where none of
+these does.
 """
 
 import json
@@ -28,11 +28,26 @@ _registered: dict[tuple[str, str], str] = {}  # (op, device) -> implementation, 
 _absent: dict[str, str] = {}  # implementation -> why it serves nothing here
 
 
+# Rows above which denoise/decompositions.py leaves a GPU's matrices to torch.linalg (cuSOLVER): our kernels keep one
+# multiprocessor busy for each matrix.
+MAX_EIGH_ROWS = 1024
+# (op, implementation) -> condition -> what runs instead. The conditions are decided in denoise/decompositions.py,
+# registrations.py and csrc/cpu/masked_linear_grad.cpp.
+LIMITS: dict[tuple[str, str], dict[str, str]] = {
+    ("eigh", "cuda"): {f"more than {MAX_EIGH_ROWS} rows": "torch.linalg"},
+    ("eigvalsh", "cuda"): {f"more than {MAX_EIGH_ROWS} rows": "torch.linalg"},
+    ("residual_cut", "triton"): {"float64": "reference"},
+    ("low_rank_denoised", "triton"): {"float64": "reference"},
+    ("masked_linear_grad", "c++"): {"density above 0.2": "torch.matmul"},
+}
+
+
 class Backend(NamedTuple):
     """Which implementation serves an op on a device."""
 
-    name: str  # "c++", "cuda", "triton", "blas", "reference"; "none" where nothing does
+    name: str  # "c++", "cuda", "triton", "reference"; "none" where nothing does
     others: dict[str, str]  # every other implementation there is for this device -> why it does not serve
+    limits: dict[str, str]  # condition -> what serves the op instead where it holds
 
 
 def register(op: str, device: str, name: str) -> None:
@@ -75,9 +90,8 @@ def _load(device: str) -> str | None:
     if not path.exists():
         if not info:
             return "not built: the package runs from a source tree that was never installed"
-        return (
-            f"not built: {info.get(device, {}).get('reason') or f'{path.name} is missing from the installed package'}"
-        )
+        reason = info.get(device, {}).get("reason")
+        return f"not built: {reason or f'{path.name} is missing from the installed package'}"
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
@@ -104,8 +118,8 @@ def load() -> None:
         if (device != "cuda" or torch.version.cuda) and _served_here(device):
             tool = "nvcc" if device == "cuda" else "a C++ compiler"
             warnings.warn(
-                f"deftx_kernels: the {device} library is missing ({reason}). Its ops run on slower implementations, which"
-                f" deftx_kernels.backends() lists. To build it, reinstall where {tool} is present:"
+                f"deftx_kernels: the {device} library is missing ({reason}). Its ops run on slower implementations, "
+                f"which deftx_kernels.backends() lists. To build it, reinstall where {tool} is present:"
                 " pip install --no-build-isolation --no-deps --force-reinstall deftx-kernels, or -e . in a source tree",
                 RuntimeWarning,
                 stacklevel=2,
@@ -136,10 +150,21 @@ def _why_not(op: str, device: str, name: str, serving: str) -> str:
 
 
 def backends() -> dict[str, dict[str, Backend]]:
-    """Which implementation serves each op on each device: `backends()["csr_gather"]["cpu"].name`, and `.others`, why
-    not another.
+    """Which implementation serves each op on each device, and why the others do not.
 
     Read from the dispatcher, so it is what a call would run. Devices are listed whether or not this machine has them.
+
+    Returns:
+        Op → device → `Backend`: `name`, `others` (implementation → why it does not serve) and `limits` (condition →
+        what serves instead of `name` where the condition holds).
+
+    Example:
+        >>> import deftx_kernels
+        >>> served = deftx_kernels.backends()["csr_gather"]["cpu"]
+        >>> sorted([served.name, *served.others])
+        ['c++', 'reference']
+        >>> deftx_kernels.backends()["csr_gather"]["cuda"].limits
+        {}
     """
     result: dict[str, dict[str, Backend]] = {}
     for op in schemas.SCHEMAS:
@@ -148,5 +173,5 @@ def backends() -> dict[str, dict[str, Backend]]:
             serving = _serving(op, device)
             names = [_COMPILED[device], *(["triton"] if device == "cuda" else []), "reference"]
             others = {name: _why_not(op, device, name, serving) for name in names if name != serving}
-            result[op][device] = Backend(serving, others)
+            result[op][device] = Backend(serving, others, dict(LIMITS.get((op, serving), {})))
     return result

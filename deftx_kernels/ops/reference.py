@@ -1,7 +1,7 @@
 """One plain-torch implementation per operator: the oracle in float64, and the portable fallback on every device.
 
 Written to be read and trusted, not to be fast: the compiled kernels are compared with these functions.
-The argument conventions stand at the top of `schemas.py`.
+Argument conventions: see the top of `schemas.py`.
 """
 
 import functools
@@ -11,17 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from deftx_kernels.ops.schemas import OPERATIONS, SCOPES
+from deftx_kernels.ops.schemas import OPERATIONS, SCOPES, AdamWArgs, column_dtype, compute_dtype, rows_and_columns
 
 _CHUNK = 1 << 22  # elements of temporary memory per step
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _matrix(tensor: Tensor) -> Tensor:
     """The [rows, columns] view of a contiguous tensor that a CSRMask uses."""
-    if tensor.dim() < 2:
-        return tensor.view(1, tensor.numel())
-    return tensor.view(tensor.shape[0], math.prod(tensor.shape[1:]))
+    return tensor.view(rows_and_columns(tensor.shape))
 
 
 def _require(condition: bool, message: str) -> None:
@@ -29,48 +28,41 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _entries(
     tensors: Sequence[Tensor],
     crow_indices: Tensor,  # int64 [rows + 1]
     col_indices: Tensor,  # [nnz]
 ) -> Iterator[tuple[Tensor, Tensor, slice]]:
-    """For each tensor: its flat view, the flat indices of its entries (int64) and their place in the compact order."""
-    matrices = [_matrix(t) for t in tensors]
-    first_rows = [0]
-    for matrix in matrices:
-        first_rows.append(first_rows[-1] + matrix.shape[0])
-    bounds = crow_indices[first_rows].tolist()
-    for i, matrix in enumerate(matrices):
-        rows, columns = matrix.shape
-        counts = crow_indices[first_rows[i] : first_rows[i + 1] + 1].diff()
+    """For each tensor: its flat view, the flat indices of its entries (int64) and their range in the compact order."""
+    first_row = start = 0
+    for tensor in tensors:
+        rows, columns = rows_and_columns(tensor.shape)
+        counts = crow_indices[first_row : first_row + rows + 1].diff()
         row = torch.repeat_interleave(torch.arange(rows, device=counts.device), counts)
-        place = slice(bounds[i], bounds[i + 1])
-        yield matrix.view(-1), row * columns + col_indices[place].to(torch.int64), place
+        span = slice(start, start + len(row))
+        yield tensor.view(-1), row * columns + col_indices[span].to(torch.int64), span
+        first_row, start = first_row + rows, span.stop
 
 
 # ---- CSR ----
 def csr_gather(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     out = tensors[0].new_empty(col_indices.shape)
-    for flat, index, place in _entries(tensors, crow_indices, col_indices):
-        out[place] = flat[index]
+    for flat, index, span in _entries(tensors, crow_indices, col_indices):
+        out[span] = flat[index]
     return out
 
 
 def csr_scatter_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> None:
-    for flat, index, place in _entries(tensors, crow_indices, col_indices):
-        flat[index] = values[place]
+    for flat, index, span in _entries(tensors, crow_indices, col_indices):
+        flat[index] = values[span]
 
 
 def csr_add_(
     tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, alpha: float
 ) -> None:
-    for flat, index, place in _entries(tensors, crow_indices, col_indices):
-        compute = _compute_dtype(flat.dtype)
-        total = torch.add(flat[index].to(compute), values[place].to(compute), alpha=alpha)
+    for flat, index, span in _entries(tensors, crow_indices, col_indices):
+        compute = compute_dtype(flat.dtype)
+        total = torch.add(flat[index].to(compute), values[span].to(compute), alpha=alpha)
         flat[index] = total.to(flat.dtype)
 
 
@@ -140,10 +132,8 @@ def _csr(index: Sequence[Tensor], matrices: Sequence[Tensor]) -> tuple[Tensor, T
         row = flat // max(columns, 1)
         counts.append(torch.bincount(row, minlength=rows))
         columns_found.append((flat - row * columns).to(torch.int32))
-    crow_indices = torch.zeros(sum(m.shape[0] for m in matrices) + 1, dtype=torch.int64, device=matrices[0].device)
-    torch.cumsum(torch.cat(counts), 0, out=crow_indices[1:])
-    narrow = all(m.shape[1] <= 65_536 for m in matrices)
-    return crow_indices, torch.cat(columns_found).to(torch.uint16 if narrow else torch.int32)
+    crow_indices = torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0))
+    return crow_indices, torch.cat(columns_found).to(column_dtype([m.shape for m in matrices]))
 
 
 # ---- exact top-k ----
@@ -155,9 +145,6 @@ def magnitude_bits(x: Tensor) -> Tensor:
 
 def infinity_bits(dtype: torch.dtype) -> int:
     return int(magnitude_bits(torch.tensor([math.inf], dtype=dtype)))
-
-
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _check_scores(scores: Sequence[Tensor], name: str = "scores") -> None:
@@ -304,9 +291,7 @@ def topk_mask(
     return *_csr(found, [_matrix(s) for s in scores]), torch.tensor(bad)
 
 
-# ---- truncated SVD ----
-
-
+# ---- denoising ----
 def eigh(matrices: Tensor, rank: int = 0, energy: float = 0.0, median: float = 0.0) -> tuple[Tensor, Tensor]:
     return torch.linalg.eigh(matrices)
 
@@ -315,7 +300,14 @@ def eigvalsh(matrices: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(matrices)
 
 
-# ---- L + prune(H) from factors ----
+def split_bf16_(x: Tensor, out: Tensor, slots: Sequence[int], dim: int) -> None:
+    parts = []
+    for _ in range(max(slots) + 1):
+        parts.append(x.to(torch.bfloat16))
+        x = x - parts[-1].float()
+    torch.cat([parts[s] for s in slots], dim, out=out)
+
+
 def _residual(delta: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """L and H of one matrix."""
     low = left @ right.mT
@@ -381,62 +373,46 @@ def round_stochastically(x: Tensor, words: Tensor) -> Tensor:
     return torch.where(x.isnan(), x.to(torch.bfloat16), bits.to(torch.int16).view(torch.bfloat16))
 
 
-def sparse_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    compact_grads: bool,
-    exp_avg: Tensor,  # [nnz]
-    exp_avg_sq: Tensor,  # [nnz]
-    values: Tensor | None,  # [nnz]
-    crow_indices: Tensor,  # int64 [rows + 1]
-    col_indices: Tensor,  # [nnz]
-    step: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decay_to: Tensor | None,  # [nnz]
-    l1: float,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    seed: int | None,
-) -> None:
+def sparse_adamw_(*arguments) -> None:
     """`torch.optim.AdamW`'s arithmetic (Loshchilov & Hutter 2019, algorithm 2) on the gathered entries."""
-    old_param = csr_gather(params, crow_indices, col_indices)
-    compute = _compute_dtype(old_param.dtype)
-    counter, step, lr = step, step.to(torch.float64).view(()), lr.to(torch.float64).view(())
-    weight = old_param.to(compute) if values is None else values
-    gradient = (grads[0] if compact_grads else csr_gather(grads, crow_indices, col_indices)).to(compute)
-    if grad_scale is not None:
-        gradient = gradient / grad_scale.to(compute).view(())
-    if maximize:
+    args = AdamWArgs(*arguments)
+    mask = args.crow_indices, args.col_indices
+    old_param = csr_gather(args.params, *mask)
+    compute = compute_dtype(old_param.dtype)
+    step, lr = args.step.to(torch.float64).view(()), args.lr.to(torch.float64).view(())
+    weight = old_param.to(compute) if args.values is None else args.values
+    gradient = (args.grads[0] if args.compact_grads else csr_gather(args.grads, *mask)).to(compute)
+    if args.grad_scale is not None:
+        gradient = gradient / args.grad_scale.to(compute).view(())
+    if args.maximize:
         gradient = -gradient
-    origin = 0.0 if decay_to is None else decay_to.to(compute)
-    if l1:
-        gradient = gradient + l1 * torch.sign(weight - origin)
-    new_weight = weight - (lr * weight_decay).to(compute) * (weight - origin) if weight_decay else weight
-    new_exp_avg = torch.lerp(exp_avg.to(compute), gradient, 1 - beta1)
-    new_exp_avg_sq = beta2 * exp_avg_sq.to(compute) + (1 - beta2) * gradient * gradient
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    denominator = (new_exp_avg_sq.sqrt() / correction2.sqrt().to(compute)).add_(eps)
+    distance = weight - (0.0 if args.decay_to is None else args.decay_to.to(compute))
+    if args.l1:
+        gradient = gradient + args.l1 * torch.sign(distance)
+    new_weight = weight - (lr * args.weight_decay).to(compute) * distance if args.weight_decay else weight
+    new_exp_avg = torch.lerp(args.exp_avg.to(compute), gradient, 1 - args.beta1)
+    new_exp_avg_sq = args.beta2 * args.exp_avg_sq.to(compute) + (1 - args.beta2) * gradient * gradient
+    correction1, correction2 = 1 - args.beta1**step, 1 - args.beta2**step
+    denominator = (new_exp_avg_sq.sqrt() / correction2.sqrt().to(compute)).add_(args.eps)
     new_weight = new_weight - (lr / correction1).to(compute) * (new_exp_avg / denominator)
 
-    words = None if seed is None else philox(seed, counter, len(col_indices))
+    words = None if args.seed is None else philox(args.seed, args.step, len(args.col_indices))
 
     def stored(x: Tensor, old: Tensor, word: int, exact: bool = False) -> Tensor:
-        """x in the dtype of what it replaces; that itself in a step that is skipped."""
-        stochastic = words is not None and old.dtype == torch.bfloat16 and not exact
-        new = round_stochastically(x, words[word]) if stochastic else x.to(old.dtype)  # type: ignore[index]
-        return new if found_inf is None else torch.where(found_inf.view(()) != 0, old, new)
+        """x in the dtype of `old`, which it replaces; `old` itself in a step that is skipped."""
+        if words is not None and old.dtype == torch.bfloat16 and not exact:
+            new = round_stochastically(x, words[word])
+        else:
+            new = x.to(old.dtype)
+        return new if args.found_inf is None else torch.where(args.found_inf.view(()) != 0, old, new)
 
-    new_param = stored(new_weight, old_param, 0, exact=values is not None)  # a master keeps what nearest rounding drops
-    if values is not None:
-        values.copy_(stored(new_weight, values, 0))
-    exp_avg.copy_(stored(new_exp_avg, exp_avg, 1))
-    exp_avg_sq.copy_(stored(new_exp_avg_sq, exp_avg_sq, 2))
-    csr_scatter_(params, crow_indices, col_indices, new_param)
+    # A float32 master keeps what rounding to nearest loses.
+    new_param = stored(new_weight, old_param, 0, exact=args.values is not None)
+    if args.values is not None:
+        args.values.copy_(stored(new_weight, args.values, 0))
+    args.exp_avg.copy_(stored(new_exp_avg, args.exp_avg, 1))
+    args.exp_avg_sq.copy_(stored(new_exp_avg_sq, args.exp_avg_sq, 2))
+    csr_scatter_(args.params, *mask, new_param)
 
 
 # ---- masked weight gradients ----
@@ -448,7 +424,7 @@ def masked_linear_grad(
     dtype: torch.dtype,
 ) -> Tensor:
     """Row blocks of grad_output.T @ input, of which only the masked entries are kept: no [m, n] buffer exists."""
-    compute = _compute_dtype(dtype)
+    compute = compute_dtype(dtype)
     x = input.to(compute)
     m, n = grad_output.shape[1], input.shape[1]
     out = torch.empty(col_indices.shape, dtype=dtype, device=grad_output.device)
@@ -475,11 +451,11 @@ def masked_embedding_grad(
     out = torch.zeros(col_indices.shape, dtype=dtype, device=grad_output.device)
     used = indices != padding_idx
     rows, inverse = torch.unique(indices[used].to(torch.int64), return_inverse=True)
-    sums = torch.zeros(len(rows), grad_output.shape[1], dtype=_compute_dtype(dtype), device=grad_output.device)
+    sums = torch.zeros(len(rows), grad_output.shape[1], dtype=compute_dtype(dtype), device=grad_output.device)
     sums.index_add_(0, inverse, grad_output[used].to(sums.dtype))
     start, counts = crow_indices[rows], crow_indices[rows + 1] - crow_indices[rows]
     row = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
     within = torch.arange(len(row), device=rows.device) - (counts.cumsum(0) - counts)[row]
-    place = start[row] + within
-    out[place] = sums[row, col_indices.to(torch.int64)[place]].to(dtype)
+    position = start[row] + within
+    out[position] = sums[row, col_indices.to(torch.int64)[position]].to(dtype)
     return out

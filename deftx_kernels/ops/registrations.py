@@ -7,41 +7,48 @@ import torch
 
 from deftx_kernels.ops import checks, library, reference, schemas
 
-_LOW_RANK = ("residual_cut", "low_rank_denoised")
+# The operators that have a Triton kernel.
+TRITON = (
+    "csr_square_sum", "sparse_adamw_", "masked_linear_grad", "masked_embedding_grad", "residual_cut",
+    "low_rank_denoised", "split_bf16_",
+)  # fmt: skip
 
 
-def _float32_or(kernel: Callable, plain: Callable) -> Callable:
-    """`kernel` for float32 matrices, else the plain-torch function."""
+def reference_functions() -> dict[str, Callable]:
+    """Each operator's plain-torch function, behind the operator's checks."""
+    return {op: checks.checked(op, getattr(reference, op), reads_contents=True) for op in schemas.SCHEMAS}
+
+
+def triton_kernels() -> dict[str, Callable]:
+    """Each operator's Triton launcher, behind the operator's checks."""
+    from deftx_kernels.kernels import low_rank, masked_embedding_grad, masked_linear_grad, split_bf16, square_sum
+    from deftx_kernels.kernels import sparse_adamw as adamw
+
+    def sparse_adamw_(*arguments):
+        adamw.sparse_adamw_(schemas.AdamWArgs(*arguments))
+
+    launchers: dict[str, Callable] = {
+        "csr_square_sum": square_sum.csr_square_sum,
+        "sparse_adamw_": sparse_adamw_,
+        "masked_linear_grad": masked_linear_grad.masked_linear_grad,
+        "masked_embedding_grad": masked_embedding_grad.masked_embedding_grad,
+        "residual_cut": _unless_float64("residual_cut", low_rank.residual_cut),
+        "low_rank_denoised": _unless_float64("low_rank_denoised", low_rank.low_rank_denoised),
+        "split_bf16_": split_bf16.split_bf16_,
+    }
+    # Two of the launchers check the mask's tensors themselves, and only where they are not those of an earlier call.
+    own_checks = ("csr_square_sum", "sparse_adamw_")
+    return {op: checks.checked(op, launchers[op], looks_at_tensors=op in own_checks) for op in TRITON}
+
+
+def _unless_float64(op: str, kernel: Callable) -> Callable:
+    """`kernel`, but the reference for float64 matrices: a limit that `library.LIMITS` lists."""
 
     @functools.wraps(kernel)
-    def op(delta, *rest):
-        return (kernel if delta.dtype == torch.float32 else plain)(delta, *rest)
+    def run(delta, *rest):
+        return (getattr(reference, op) if delta.dtype == torch.float64 else kernel)(delta, *rest)
 
-    return op
-
-
-def kernels() -> dict[str, Callable]:
-    """Each operator's kernel, behind the operator's checks."""
-    from deftx_kernels.kernels import low_rank
-    from deftx_kernels.kernels.masked_embedding_grad import masked_embedding_grad
-    from deftx_kernels.kernels.masked_linear_grad import masked_linear_grad
-    from deftx_kernels.kernels.sparse_adamw import sparse_adamw_
-    from deftx_kernels.kernels.square_sum import csr_square_sum
-
-    return {
-        # Of two ops the kernels look at the mask's tensors themselves: not each time anew.
-        "sparse_adamw_": checks.checked("sparse_adamw_", sparse_adamw_, looks_at_tensors=True),
-        "csr_square_sum": checks.checked("csr_square_sum", csr_square_sum, looks_at_tensors=True),
-        "masked_linear_grad": checks.checked("masked_linear_grad", masked_linear_grad),
-        "masked_embedding_grad": checks.checked("masked_embedding_grad", masked_embedding_grad),
-        **{op: checks.checked(op, _float32_or(getattr(low_rank, op), getattr(reference, op))) for op in _LOW_RANK},
-    }
-
-
-def _register_reference() -> None:
-    for op in schemas.SCHEMAS:
-        function = checks.checked(op, getattr(reference, op), reads_contents=True)
-        schemas.LIBRARY.impl(op, function, "CompositeExplicitAutograd")
+    return run
 
 
 def _register_triton() -> None:
@@ -49,14 +56,15 @@ def _register_triton() -> None:
         library.absent("triton", f"torch {torch.__version__} has no CUDA")
         return
     try:
-        functions = kernels()
+        kernels = triton_kernels()
     except ImportError as error:
         library.absent("triton", f"triton cannot be imported ({error}); pip install 'deftx-kernels[triton]'")
         return
-    for op, function in functions.items():
-        schemas.LIBRARY.impl(op, function, "CUDA")
+    for op, kernel in kernels.items():
+        schemas.LIBRARY.impl(op, kernel, "CUDA")
         library.register(op, "cuda", "triton")
 
 
-_register_reference()
+for _op, _function in reference_functions().items():
+    schemas.LIBRARY.impl(_op, _function, "CompositeExplicitAutograd")
 _register_triton()

@@ -8,13 +8,13 @@ Conventions shared by all operators
     col_indices               uint16 or int32 [nnz], strictly ascending within each row
     compact tensors           [nnz], in that order
 
-Arguments have been validated by `functional` when an operator runs; kernels repeat only what memory safety needs.
+Public functions validate their arguments; kernels repeat only the checks that memory safety needs.
 """
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,8 @@ NAMESPACE = "deftx"
 # Lives as long as the process: a Library that is collected takes its operators with it.
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
-# Choices that operators take as integers; csrc/stable.h has the same codes. They are no strings, since each string that
-# a compiled operator is given leaks (LibTorch's stable ABI, 2.10), and what is never freed keeps the heap around it
-# from shrinking.
+# Choices that operators take as integers; csrc/stable.h has the same codes. They are not strings: each string passed to
+# a compiled operator leaks (LibTorch's stable ABI, 2.10).
 SCOPES = {"global": 0, "tensor": 1, "row": 2}
 OPERATIONS = {"and": 0, "or": 1, "sub": 2}
 
@@ -51,7 +50,9 @@ SCHEMAS = {
     # compared exactly. SCOPES "global": k = [k]; "tensor": k[i] entries of tensor i; "row": k[i] entries of each row of
     # tensor i. `bad` int64 [2], on the CPU, is (tensor, flat index) of the first NaN or infinite score, or (-1, -1);
     # then the rest is meaningless.
-    "topk_mask": "(Tensor[] scores, Tensor[] base, int[] k, int scope) -> (Tensor crow_indices, Tensor col_indices, Tensor bad)",
+    "topk_mask": (
+        "(Tensor[] scores, Tensor[] base, int[] k, int scope) -> (Tensor crow_indices, Tensor col_indices, Tensor bad)"
+    ),
     # The two steps of a radix select, for callers that add histograms up over ranks or over tensors that are not all in
     # memory. Magnitude bits: the bits of |score| as an integer, which has the order of the magnitudes. All scores have
     # one dtype. Counts the scores whose bits >> (shift + 16) are `prefix` by the next 16 bits, (bits >> shift) &
@@ -61,10 +62,10 @@ SCHEMAS = {
     # The mask of the scores whose bits are above `threshold` and of each tensor's first ties[i] whose bits equal it
     # (all of them where they are fewer); ties[i] is at most the number of the tensor's elements.
     "threshold_mask": "(Tensor[] scores, int threshold, int[] ties) -> (Tensor crow_indices, Tensor col_indices)",
-    # Eigenvalues, ascending, and eigenvectors (columns) of symmetric matrices [b, n, n]. With a rank, an energy or a
-    # median, as above, of matrices whose singular values' squares these are, vectors may be zero that the truncation
-    # does not need: it needs those of the values that are kept or of the others, whichever are fewer, and the 16 next
-    # to them.
+    # Eigenvalues, ascending, and eigenvectors (columns) of symmetric matrices [b, n, n]. For Gram matrices of which a
+    # truncation keeps `rank` values, the share `energy` of their sum, or the singular values above `median` times their
+    # median, the vectors that it does not need may be zero. It needs those of the kept values or of the others,
+    # whichever are fewer, and the 16 next to them.
     "eigh": (
         "(Tensor matrices, int rank=0, float energy=0., float median=0.) -> (Tensor eigenvalues, Tensor eigenvectors)"
     ),
@@ -73,23 +74,27 @@ SCHEMAS = {
     # The last step of denoising, of matrices delta [b, m, n] whose low-rank parts L = left @ right.mT are given as
     # factors left [b, m, r] and right [b, n, r], all float32 or all float64; H = delta - L. An entry of H is kept where
     # its magnitude bits are above cut[i, 0], or equal to it at a flat index (within the matrix) below cut[i, 1]; there
-    # the denoised entry is delta's own, elsewhere L's. Nothing but the results is written to memory.
+    # the denoised entry is delta's own, elsewhere L's. Only the results are written to memory.
     # The cut that keeps the `keep` largest entries of each H, of equal ones the first: int64 [b, 2].
     "residual_cut": "(Tensor delta, Tensor left, Tensor right, int keep) -> Tensor",
     # L + prune(H) [b, m, n].
     "low_rank_denoised": "(Tensor delta, Tensor left, Tensor right, Tensor cut) -> Tensor",
+    # float32 matrices x [..., m, n] as sums of bfloat16 ones: x0 = x rounded, x1 = (x - x0) rounded, x2 likewise.
+    # Slot s of out, along the columns (dim -1: [..., m, len(slots) * n]) or rows (dim -2), becomes part slots[s].
+    "split_bf16_": "(Tensor x, Tensor(a!) out, int[] slots, int dim) -> ()",
     # One AdamW step at the masked entries. grads: the dense gradients, or one compact tensor where compact_grads.
     # Computed in float32 (float64 for float64 params). values, decay_to: compact, of that dtype; decay_to may have the
     # params'. exp_avg, exp_avg_sq: compact, of that dtype or, both, bfloat16 (float64 params: float64).
     # step, lr, grad_scale, found_inf: one-element tensors on the params' device, float32, float64, int32 or int64.
     # seed, in [0, 2**63): bfloat16 state, and bfloat16 params without values, are rounded stochastically: the words 1,
     # 2 and 0 of Philox4x32-10 with the key seed and the counter (entry, step), both as (low 32 bits, high 32 bits), are
-    # of exp_avg, exp_avg_sq and the parameter; a word's low 16 bits are added to the float32 bits, whose upper 16 are
+    # for exp_avg, exp_avg_sq and the parameter; a word's low 16 bits are added to the float32 bits, whose upper 16 are
     # kept (NaN: rounded to nearest).
     "sparse_adamw_": (
-        "(Tensor(a!)[] params, Tensor[] grads, bool compact_grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? values,"
-        " Tensor crow_indices, Tensor col_indices, Tensor step, Tensor lr, float beta1, float beta2, float eps, float weight_decay,"
-        " Tensor? decay_to, float l1, bool maximize, Tensor? grad_scale, Tensor? found_inf, int? seed) -> ()"
+        "(Tensor(a!)[] params, Tensor[] grads, bool compact_grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
+        " Tensor(d!)? values, Tensor crow_indices, Tensor col_indices, Tensor step, Tensor lr, float beta1,"
+        " float beta2, float eps, float weight_decay, Tensor? decay_to, float l1, bool maximize, Tensor? grad_scale,"
+        " Tensor? found_inf, int? seed) -> ()"
     ),
     # The sum of the masked entries' squares, in float64 and in an order that depends on nothing but their number:
     # float64 [].
@@ -102,7 +107,8 @@ SCHEMAS = {
     # The masked entries of an embedding's weight gradient: grad_output [N, d], indices int [N] -> dtype [nnz].
     # Rows equal to padding_idx receive no gradient (-1: none).
     "masked_embedding_grad": (
-        "(Tensor grad_output, Tensor indices, Tensor crow_indices, Tensor col_indices, int padding_idx, ScalarType dtype) -> Tensor"
+        "(Tensor grad_output, Tensor indices, Tensor crow_indices, Tensor col_indices, int padding_idx,"
+        " ScalarType dtype) -> Tensor"
     ),
 }
 
@@ -114,6 +120,11 @@ def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What tensors of a dtype are computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def column_dtype(shapes: Sequence[Sequence[int]]) -> torch.dtype:
@@ -146,127 +157,88 @@ class AdamWArgs(NamedTuple):
     seed: int | None
 
 
-for _name, _schema in SCHEMAS.items():
-    LIBRARY.define(_name + _schema)
+def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
+    """The tensors among an operator's arguments, those in lists included."""
+    flat = [x for a in arguments for x in (a if isinstance(a, list | tuple) else (a,))]
+    return [x for x in flat if isinstance(x, Tensor)]
 
 
-def _fake(name):
-    """Registers a fake kernel, behind a check that no other one has: with some tensors on "meta" and some with data,
-    torch calls the fake kernel, which would return memory that nobody has filled."""
-
-    def register(function):
-        @functools.wraps(function)
-        def run(*arguments):
-            flat = [
-                t
-                for a in arguments
-                for t in (a if isinstance(a, list | tuple) else (a,))
-                if isinstance(t, torch.Tensor)
-            ]
-            devices = {t.device for t in flat}
-            if len(devices) > 1:
-                raise ValueError(
-                    f"{NAMESPACE}::{name}: all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}"
-                )
-            return function(*arguments)
-
-        return torch.library.register_fake(f"{NAMESPACE}::{name}", run, lib=LIBRARY)
-
-    return register
-
-
-@_fake("csr_gather")
-def _(tensors, crow_indices, col_indices):
-    return tensors[0].new_empty(col_indices.shape)
-
-
-@_fake("csr_scatter_")
-def _(tensors, crow_indices, col_indices, values):
+# ---- fake kernels ----
+def _returns_nothing(*arguments: Any) -> None:
     return None
 
 
-@_fake("csr_add_")
-def _(tensors, crow_indices, col_indices, values, alpha):
-    return None
-
-
-def _data_dependent(like, rows, dtype):
-    nnz = torch.library.get_ctx().new_dynamic_size()
+def _indices(like: Tensor, rows: int, nnz: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return like.new_empty(rows + 1, dtype=torch.int64), like.new_empty(nnz, dtype=dtype)
 
 
-@_fake("csr_combine")
-def _(crow_indices, col_indices, other_crow_indices, other_col_indices, operation):
-    return _data_dependent(crow_indices, crow_indices.shape[0] - 1, col_indices.dtype)
+def _indices_of(tensors: Sequence[Tensor], nnz: Any = None) -> tuple[Tensor, Tensor]:
+    """crow_indices and col_indices over the tensors. nnz None: it depends on the data."""
+    shapes = [t.shape for t in tensors]
+    nnz = torch.library.get_ctx().new_dynamic_size() if nnz is None else nnz
+    return _indices(tensors[0], sum(rows_and_columns(s)[0] for s in shapes), nnz, column_dtype(shapes))
 
 
-@_fake("dense_to_csr")
-def _(dense):
-    return _data_dependent(
-        dense[0], sum(rows_and_columns(t.shape)[0] for t in dense), column_dtype([t.shape for t in dense])
-    )
+def _csr_combine(crow_indices, col_indices, other_crow_indices, other_col_indices, operation):
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    return _indices(crow_indices, crow_indices.shape[0] - 1, nnz, col_indices.dtype)
 
 
-@_fake("magnitude_histogram")
-def _(scores, prefix, shift):
-    return scores[0].new_empty(1 << 16, dtype=torch.int64)
-
-
-@_fake("threshold_mask")
-def _(scores, threshold, ties):
-    return _data_dependent(
-        scores[0], sum(rows_and_columns(s.shape)[0] for s in scores), column_dtype([s.shape for s in scores])
-    )
-
-
-@_fake("topk_mask")
-def _(scores, base, k, scope):
+def _topk_mask(scores, base, k, scope):
     rows = [rows_and_columns(s.shape)[0] for s in scores]
     nnz = sum(n * r for n, r in zip(k, rows, strict=True)) if scope == SCOPES["row"] else sum(k)
-    like = scores[0]
-    crow_indices = like.new_empty(sum(rows) + 1, dtype=torch.int64)
-    col_indices = like.new_empty(nnz, dtype=column_dtype([s.shape for s in scores]))
-    return crow_indices, col_indices, torch.empty(2, dtype=torch.int64, device="cpu")
+    return *_indices_of(scores, nnz), torch.empty(2, dtype=torch.int64, device="cpu")
 
 
-@_fake("eigh")
-def _(matrices, rank=0, energy=0.0, median=0.0):
+def _masked_linear_grad(grad_output, input, crow_indices, col_indices, dtype):
+    return grad_output.new_empty(col_indices.shape, dtype=dtype)
+
+
+def _masked_embedding_grad(grad_output, indices, crow_indices, col_indices, padding_idx, dtype):
+    return grad_output.new_empty(col_indices.shape, dtype=dtype)
+
+
+def _eigh(matrices, rank=0, energy=0.0, median=0.0):
     return matrices.new_empty(matrices.shape[:-1]), torch.empty_like(matrices).mT
 
 
-@_fake("eigvalsh")
-def _(matrices):
-    return matrices.new_empty(matrices.shape[:-1])
+FAKES: dict[str, Callable] = {
+    "csr_gather": lambda tensors, crow_indices, col_indices: tensors[0].new_empty(col_indices.shape),
+    "csr_scatter_": _returns_nothing,
+    "csr_add_": _returns_nothing,
+    "csr_combine": _csr_combine,
+    "dense_to_csr": _indices_of,
+    "topk_mask": _topk_mask,
+    "magnitude_histogram": lambda scores, prefix, shift: scores[0].new_empty(1 << 16, dtype=torch.int64),
+    "threshold_mask": lambda scores, threshold, ties: _indices_of(scores),
+    "eigh": _eigh,
+    "eigvalsh": lambda matrices: matrices.new_empty(matrices.shape[:-1]),
+    "residual_cut": lambda delta, left, right, keep: delta.new_empty(delta.shape[0], 2, dtype=torch.int64),
+    "low_rank_denoised": lambda delta, left, right, cut: torch.empty_like(delta),
+    "split_bf16_": _returns_nothing,
+    "sparse_adamw_": _returns_nothing,
+    "csr_square_sum": lambda tensors, crow_indices, col_indices: col_indices.new_empty((), dtype=torch.float64),
+    "masked_linear_grad": _masked_linear_grad,
+    "masked_embedding_grad": _masked_embedding_grad,
+}
 
 
-@_fake("residual_cut")
-def _(delta, left, right, keep):
-    return delta.new_empty(delta.shape[0], 2, dtype=torch.int64)
+def _on_one_device(op: str, fake: Callable) -> Callable:
+    """`fake` behind a check: for tensors on "meta" and others with data torch calls the fake kernel, which would return
+    uninitialized memory."""
+
+    @functools.wraps(fake)
+    def run(*arguments):
+        devices = {t.device for t in tensors_of(arguments)}
+        if len(devices) > 1:
+            raise ValueError(
+                f"{NAMESPACE}::{op}: all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}"
+            )
+        return fake(*arguments)
+
+    return run
 
 
-@_fake("low_rank_denoised")
-def _(delta, left, right, cut):
-    return torch.empty_like(delta)
-
-
-@_fake("sparse_adamw_")
-def _(
-    params, grads, compact_grads, exp_avg, exp_avg_sq, values, crow_indices, col_indices, step, lr, beta1, beta2, eps,
-    weight_decay, decay_to, l1, maximize, grad_scale, found_inf, seed,
-):  # fmt: skip
-    return None
-
-
-@_fake("csr_square_sum")
-def _(tensors, crow_indices, col_indices):
-    return col_indices.new_empty((), dtype=torch.float64)
-
-
-@_fake("masked_linear_grad")
-def _(grad_output, input, crow_indices, col_indices, dtype):
-    return grad_output.new_empty(col_indices.shape, dtype=dtype)
-
-
-@_fake("masked_embedding_grad")
-def _(grad_output, indices, crow_indices, col_indices, padding_idx, dtype):
-    return grad_output.new_empty(col_indices.shape, dtype=dtype)
+for _op, _schema in SCHEMAS.items():
+    LIBRARY.define(_op + _schema)
+    torch.library.register_fake(f"{NAMESPACE}::{_op}", _on_one_device(_op, FAKES[_op]), lib=LIBRARY)

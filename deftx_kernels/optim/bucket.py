@@ -8,178 +8,169 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.mask import CSRMask
-from deftx_kernels.optim.functional import check_targets, step_targets
+from deftx_kernels.nn import entries_of
+from deftx_kernels.ops.schemas import compute_dtype
+from deftx_kernels.optim.functional import CompactState, StepOptions, apply_step, check_targets
 from deftx_kernels.validation import scalar
+
+# Name in the mask → (dense tensor, parameter), of parameters that the mask covers. The parameter is the dense tensor
+# itself or the compact values [nnz] of a sparsified model.
+Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 class Bucket:
-    """Masked parameters of one group, dtype and device: their compact state is one flat buffer, a step one launch."""
+    """Masked parameters of one group, dtype and device. Their compact state is one flat buffer, a step one launch.
 
-    def __init__(self, group: dict[str, Any], state: dict[Tensor, Any], compact: bool) -> None:
-        self.group, self.state, self.compact = group, state, compact
-        # name in the mask → (dense tensor, the optimizer's parameter)
-        self.members: dict[str, tuple[Tensor, Tensor]] = {}
-        # name in the mask → what tells changes of its dense tensor, of a sparsified model
-        self.watches: dict[str, Any] = {}
+    Args:
+        group: the parameter group, whose options are read at each step.
+        optimizer_state: of all parameters. The bucket's buffers take what is there, and views of them replace it.
+        pairs: the parameters, all dense or all compact.
+        mask, decay_to: of the whole optimizer.
+    """
 
-    def build(self, mask: CSRMask, decay_to: dict[str, Tensor] | None) -> None:
-        self.members = dict(sorted(self.members.items()))
-        for name, (tensor, _) in self.members.items():
+    def __init__(
+        self,
+        group: dict[str, Any],
+        optimizer_state: dict[Tensor, Any],
+        pairs: Pairs,
+        mask: CSRMask,
+        decay_to: dict[str, Tensor] | None,
+    ) -> None:
+        self.arguments = group, optimizer_state, pairs, mask, decay_to
+        self.group, self.optimizer_state = group, optimizer_state
+        self.names = sorted(pairs)
+        self.dense, self.params = ([pairs[name][i] for name in self.names] for i in (0, 1))
+        for name, tensor in zip(self.names, self.dense):
             if tensor.is_meta:
                 raise ValueError(
                     f"named_params[{name!r}] is on meta: the model needs its weights before the first step"
                 )
-        self.positions = {name: mask.places[name] for name in self.members}
-        self.mask = mask if len(self.members) == len(mask) else mask.restrict(list(self.members))
-        dense, _ = next(iter(self.members.values()))
-        self.mask = self.mask.to(dense.device)
-        self.parts: dict[str, CSRMask] = {}  # of members that were stepped on their own
-        compute = torch.float64 if dense.dtype == torch.float64 else torch.float32
-        self.decay_to = (
-            None if decay_to is None else torch.cat([decay_to[n] for n in self.members]).to(dense.device, compute)
+        self.is_compact = self.params[0] is not self.dense[0]
+        self.device, dtype = self.dense[0].device, self.dense[0].dtype
+        # Launches of one step share no random number: the seed's upper half is the index of the first tensor.
+        self.seed_offset = mask.names.index(self.names[0]) << 32
+        if len(self.names) < len(mask):
+            mask = mask[self.names[0]] if len(self.names) == 1 else mask.restrict(self.names)
+        self.mask = mask.to(self.device)
+        compute = compute_dtype(dtype)
+        moments = compute if compute == torch.float64 else group["state_dtype"] or compute
+        has_master = not self.is_compact and group["master"] and dtype in (torch.float16, torch.bfloat16)
+        self.states = [optimizer_state[p] for p in self.params]
+        self.views: list[tuple[dict[str, Any], str, Tensor]] = []  # a parameter's state, key and the tensor there
+        self.state = CompactState(
+            self._flat_state("exp_avg", moments),
+            self._flat_state("exp_avg_sq", moments),
+            self._flat_state("values", compute) if has_master else None,
+            None if decay_to is None else torch.cat([decay_to[n] for n in self.names]).to(self.device, compute),
         )
-        state_dtype = compute if compute == torch.float64 else self.group["state_dtype"] or compute
-        self.dense, self.params = [d for d, _ in self.members.values()], [p for _, p in self.members.values()]
-        self.entries = [self.state[p] for p in self.params]
-        self.views: list[tuple[dict[str, Any], str, Tensor]] = []  # a parameter's state, key and tensor in it
-        self.flat = {key: self._flat(key, state_dtype) for key in ("exp_avg", "exp_avg_sq")}
-        if not self.compact and self.group["master"] and dense.dtype in (torch.float16, torch.bfloat16):
-            self.flat["values"] = self._flat("values", compute)
-        self.steps, self.step_of = self._steps(dense.device)
-        # One launch has one step number; parameters that once were without a gradient are stepped on their own.
-        self.together = len(set(self.steps.tolist())) == 1
-        self.values: Tensor | None = None  # of the members, one after the other
-        self.apart = False  # the members' values are no views of one buffer
-        self.places: tuple | None = None  # of the tensors that a step writes, when they were checked
+        self.steps = self._flat_state("step", torch.float32)
+        self.first_step = self.steps[0]
+        self.steps_differ = len(set(self.steps.tolist())) > 1
+        self.must_copy_values = False  # compact values that are not views of one buffer: copied before and after a step
+        self.checked_storage: tuple | None = None  # `_storage_keys` of what a step writes, when last checked
+        # In a sparsified model, the trackers of changes of the dense tensors
+        self.trackers = [entry.dense_tracker for entry in entries_of(self.params).values()]
 
-    def _steps(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-        """float32 [members]: the numbers of steps, and the view of each in its member's state."""
-        steps = torch.zeros(len(self.members), dtype=torch.float32, device=device)
-        for entry, view in zip(self.entries, views := list(steps.unbind())):
-            if "step" in entry:
-                view.copy_(entry["step"])
-            entry["step"] = view
-            self.views.append((entry, "step", view))
-        return steps, views
-
-    def _flat(self, key: str, dtype: torch.dtype) -> Tensor:
-        """[nnz]: the members' state one after the other, of which each member's state is a view."""
-        old = dict(zip(self.members, [entry.get(key) for entry in self.entries]))
-        saved = next((t.dtype for t in old.values() if t is not None), dtype)  # a loaded state keeps its dtype
-        if key == "values":
-            flat = self.mask.gather({n: d for n, (d, _) in self.members.items()}).to(saved)
+    def _flat_state(self, key: str, dtype: torch.dtype) -> Tensor:
+        """The parameters' state one after the other, [nnz] or, for "step", [parameters], of which theirs becomes views.
+        For a single parameter it is that parameter's state itself: `split` copies nothing.
+        """
+        saved = [state.get(key) for state in self.states]
+        if key != "step":  # a loaded state keeps its dtype
+            dtype = next((t.dtype for t in saved if t is not None), dtype)
+        if len(saved) == 1 and saved[0] is not None:
+            flat = saved[0].to(self.device, dtype).contiguous().view(-1)
+        elif key == "values":
+            flat = self.mask.gather(dict(zip(self.names, self.dense))).to(dtype)
         else:
-            flat = torch.zeros(self.mask.nnz, dtype=saved, device=self.mask.device)
-        for before, entry, view in zip(old.values(), self.entries, self.mask.split(flat).values()):
+            size = len(saved) if key == "step" else self.mask.nnz
+            flat = torch.zeros(size, dtype=dtype, device=self.device)
+        views = flat.unbind() if key == "step" else self.mask.split(flat).values()
+        for before, state, view in zip(saved, self.states, views):
             if before is not None:
                 view.copy_(before)
-            entry[key] = view
-            self.views.append((entry, key, view))
+            state[key] = view
+            self.views.append((state, key, view))
         return flat
 
-    def is_stale(self) -> bool:
-        """Whether someone has put other tensors into the optimizer's state, or taken these out."""
-        if not all(map(is_, map(self.state.get, self.params), self.entries)):
+    def needs_rebuild(self) -> bool:
+        """Whether other code has replaced or removed tensors of the optimizer's state, or densified the model."""
+        if not all(map(is_, map(self.optimizer_state.get, self.params), self.states)):
             return True
-        if self.compact and any(p.watch is None for p in self.params):  # type: ignore[attr-defined]  # densified
+        if self.is_compact and any(p.tracker is None for p in self.params):  # type: ignore[attr-defined]  # densified
             return True
-        return any(entry.get(key) is not view for entry, key, view in self.views)
+        return any(state.get(key) is not view for state, key, view in self.views)
 
-    def part(self, name: str) -> CSRMask:
-        if name not in self.parts:
-            self.parts[name] = self.mask[name]
-        return self.parts[name]
+    def split(self) -> list["Bucket"]:
+        """The bucket, or one for each parameter if only some have a gradient: a launch has one step number."""
+        if not self.steps_differ and len({p.grad is None for p in self.params}) == 1:
+            return [self]
+        group, optimizer_state, pairs, mask, decay_to = self.arguments
+        return [Bucket(group, optimizer_state, {name: pairs[name]}, mask, decay_to) for name in self.names]
 
-    def square_sums(self) -> Tensor:
-        """float64 [any number]: sums of the squares of masked gradients, which together are those of all members."""
-        grads = {name: p.grad for name, p in zip(self.members, self.params) if p.grad is not None}
-        if self.compact:
+    def square_sums(self) -> list[Tensor]:
+        """float64, each [any number]: sums of squares of masked gradients, which add up to that of all."""
+        grads = {name: p.grad for name, p in zip(self.names, self.params) if p.grad is not None}
+        if not grads:
+            return []
+        if self.is_compact:
             norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads.values()]
-            return (
-                torch.stack(norms).square() if norms else torch.zeros(0, dtype=torch.float64, device=self.mask.device)
-            )
-        if len(grads) == len(self.members):
-            return self.mask.square_sum(grads)[None]
-        sums = [self.part(name).square_sum({name: grad}) for name, grad in grads.items()]
-        return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=self.mask.device)
+            return [torch.stack(norms).square()]
+        if len(grads) == len(self.names):
+            return [self.mask.square_sum(grads).view(1)]
+        return [self.mask[name].square_sum({name: grad}).view(1) for name, grad in grads.items()]
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        grads = [p.grad for p in self.params]
-        present = [g is not None for g in grads]
-        if not any(present):
+        """One step of all parameters; nothing if they have no gradients."""
+        grads: Any = {name: p.grad for name, p in zip(self.names, self.params)}
+        if grads[self.names[0]] is None:
             return
-        if self.together and all(present):
-            self._step_all(grads, grad_scale, found_inf)  # type: ignore[arg-type]
-            return
-        self.together = False
-        flat = {key: self.mask.split(tensor) for key, tensor in self.flat.items()}
-        decay = {} if self.decay_to is None else self.mask.split(self.decay_to)
-        for name, dense, param, step in zip(self.members, self.dense, self.params, self.step_of):
-            if param.grad is None:
-                continue
-            mask, own = self.part(name), {key: parts[name] for key, parts in flat.items()}
-            values = param.detach() if self.compact else own.get("values")
-            check_targets({name: dense}, own["exp_avg"], own["exp_avg_sq"], values, mask)
-            grad = param.grad if self.compact else {name: param.grad}
-            self._launch(mask, [dense], grad, own, values, decay.get(name), step, step, grad_scale, found_inf)
-
-    def _step_all(self, present: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        places = *_places(self.dense), *(_places(self.params) if self.compact else ())
-        if places != self.places:  # as nearly never: between two steps a model may have been moved, cast or loaded
-            self.values = _adjacent([p.detach() for p in self.params]) if self.compact else self.flat.get("values")
-            self.apart = self.compact and self.values is None
-            if self.apart:
-                self.values = torch.cat([p.detach() for p in self.params])
-            params = dict(zip(self.members, self.dense))
-            check_targets(params, self.flat["exp_avg"], self.flat["exp_avg_sq"], self.values, self.mask)
-            self.places = places
-        elif self.apart:
-            torch.cat([p.detach() for p in self.params], out=self.values)
-        grads = torch.cat(present) if self.compact else dict(zip(self.members, present))
-        step = self.step_of[0]
-        self._launch(
-            self.mask, self.dense, grads, self.flat, self.values, self.decay_to, self.steps, step, grad_scale, found_inf
-        )  # fmt: skip
-        if self.apart and self.values is not None:
-            # The owners of this memory (other processes, FSDP) see the step there.
-            parts = self.values.split([p.numel() for p in self.params])
-            torch._foreach_copy_([p.detach() for p in self.params], list(parts))
-
-    def _launch(
-        self, mask: CSRMask, targets: list[Tensor], grads: Any, flat: dict[str, Tensor], values: Tensor | None,
-        decay_to: Tensor | None, steps: Tensor, step: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None,
-    ) -> None:  # fmt: skip
-        group = self.group
-        # A schedule may end a rounding error below 0, so that the sign is checked where a group is added, not here.
-        lr = group["lr"] if isinstance(group["lr"], Tensor) else scalar(float(group["lr"]), "lr", mask.device)
-        # The first tensor's place in the upper half: launches of one step share no random number.
-        seed = group["seed"] + (self.positions[mask.names[0]] << 32)
-        steps.add_(1.0)
+        if self.is_compact:
+            grads = torch.cat(list(grads.values()))
+        self._check_storage()
+        options = StepOptions(**{key: self.group[key] for key in StepOptions._fields})
+        # A schedule may end at a rounding error below 0: the sign is checked where a group is added, not here.
+        lr = options.lr if isinstance(options.lr, Tensor) else scalar(float(options.lr), "lr", self.device)
+        options = options._replace(lr=lr, seed=options.seed + self.seed_offset)
+        self.steps.add_(1.0)
         try:
-            step_targets(
-                targets, grads, flat["exp_avg"], flat["exp_avg_sq"], step, mask, lr=lr, betas=group["betas"], eps=group["eps"],
-                weight_decay=group["weight_decay"], decay_to=decay_to, l1=group["l1"], maximize=group["maximize"], values=values,
-                grad_scale=grad_scale, found_inf=found_inf, stochastic_rounding=group["stochastic_rounding"], seed=seed,
-            )  # fmt: skip
+            apply_step(self.dense, grads, self.state, self.first_step, self.mask, options, grad_scale, found_inf)
         except Exception:
-            steps.sub_(1.0)
+            self.steps.sub_(1.0)
             raise
         if found_inf is not None:  # a skipped step does not count
-            steps.sub_(found_inf.to(steps).view(()))
-        for name, dense in zip(mask.names, targets):  # the dense tensors were changed by what changed the values
-            if name in self.watches:
-                self.watches[name].version = dense._version
+            self.steps.sub_(found_inf.to(self.steps).view(()))
+        for tracker, dense in zip(self.trackers, self.dense):  # the step wrote the values into the dense tensors
+            tracker.version = dense._version
+        if self.must_copy_values and self.state.values is not None:
+            # The owners of this memory (other processes, FSDP) see the step there.
+            parts = self.state.values.split([p.numel() for p in self.params])
+            torch._foreach_copy_([p.detach() for p in self.params], list(parts))
+
+    def _check_storage(self) -> None:
+        """Check the tensors that a step writes, unless they are unchanged since the last step, and put the values of a
+        sparsified model into the state.
+        """
+        keys = *_storage_keys(self.dense), *(_storage_keys(self.params) if self.is_compact else ())
+        if keys != self.checked_storage:  # the first step, or the model was moved, cast or loaded since the last one
+            if self.is_compact:
+                values = [p.detach() for p in self.params]
+                buffer = _common_buffer(values)
+                self.must_copy_values = buffer is None
+                self.state = self.state._replace(values=torch.cat(values) if buffer is None else buffer)
+            check_targets(dict(zip(self.names, self.dense)), self.state, self.mask)
+            self.checked_storage = keys
+        elif self.must_copy_values:
+            torch.cat([p.detach() for p in self.params], out=self.state.values)
 
 
-def _places(tensors: list[Tensor]) -> list[tuple]:
-    """What tells that a tensor, known to be the same object, still is what it was when it was checked."""
+def _storage_keys(tensors: list[Tensor]) -> list[tuple]:
+    """Unchanged as long as each tensor object has the memory, dtype and shape that were checked."""
     return [(t.data_ptr(), t.dtype, t.shape) for t in tensors]
 
 
-def _adjacent(parts: Sequence[Tensor]) -> Tensor | None:
-    """The one tensor of which the parts are successive views, as `sparsify` makes them; None where something moved them
-    apart.
-    """
+def _common_buffer(parts: Sequence[Tensor]) -> Tensor | None:
+    """The one tensor of which the parts are successive views, as `sparsify` makes them; None if they are not."""
     filled = [p for p in parts if p.numel()]
     if not filled:
         return parts[0]

@@ -1,14 +1,15 @@
 """`topk_mask`, `select_mask` and `low_rank_mask`: the public functions. Arguments are checked here, once."""
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deftx_kernels.denoise.batches import Rule, check_rule, denoise
+from deftx_kernels.denoise.batches import denoise
+from deftx_kernels.denoise.rule import Rule, check_rule
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.ops.schemas import SCOPES
 from deftx_kernels.select.streaming import select_by_groups
@@ -18,9 +19,11 @@ from deftx_kernels.validation import (
     check_finite,
     check_floats,
     check_int,
+    check_mapping,
     check_readable,
     is_number,
     named_tensors,
+    raise_not_finite,
     tied_in_either,
     tied_names,
     with_tied_names,
@@ -37,51 +40,44 @@ def topk_mask(
     """The mask of exactly the k entries of largest |score|.
 
     Ties go to the tensor whose name comes first, then to the smaller flat index: the same on every device and in every
-    run. The scores are read once; those that are not contiguous are copied first. Beside the mask the compiled kernels
-    need, for each score, a quarter of a byte and 1/32 of its size on the CPU, and about 0.45 bytes (float32) on a GPU,
-    where the host waits once, at the end. Each tensor adds about 400 bytes, on a GPU 0.9 KB and, with scope "tensor",
-    up to 12 KB more (float32; 12 bytes for each of its first 1024 entries); each thread of the CPU adds 1 MB at most, a
-    GPU 13 MB.
+    run. The scores are read once; those that are not contiguous are copied first. Besides the mask, the compiled
+    kernels need 1/4 byte and 1/32 of its size for each score on the CPU (and at most 1 MB per thread), and about
+    0.45 bytes (float32) on a GPU (and 13 MB), where the host waits once, at the end. Each tensor adds about 400 bytes,
+    on a GPU 0.9 KB and, with scope "tensor", up to 12 KB more (float32; 12 bytes for each of its first 1024 entries).
 
     Args:
         scores: name → floating-point tensor on one device; a single tensor counts as {"tensor": scores}. Of several
             names of one tensor (the tied weights of a state dict) the first is in the mask.
-        k: how many entries; with scope "tensor" or "row": of each tensor or row.
-        density: or: their share, 0 <= density <= 1; round(density * numel) entries are selected.
+        k: the number of entries; with scope "tensor" or "row": of each tensor or row.
+        density: instead of k, a fraction, 0 <= density <= 1; round(density * numel) entries are selected.
         scope: "global" selects over all tensors together, "tensor" within each tensor, "row" within each row.
 
     Raises:
         ValueError: not exactly one of k and density, one out of range, an unknown scope, tensors on several devices, a
             score that is NaN or infinite (the tensor and the flat index are named).
         TypeError: a score is not a floating-point tensor.
+
+    Example:
+        >>> mask = topk_mask({"w": torch.tensor([[0.1, -3.0], [2.0, 0.5]])}, k=2)
+        >>> mask.to_dense()["w"]
+        tensor([[False,  True],
+                [ True, False]])
     """
     if isinstance(scores, Tensor):
         scores = {"tensor": scores}
-    if not isinstance(scores, Mapping):
-        raise TypeError(f"scores must be a tensor or a mapping of names to tensors, got {type(scores).__name__}")
+    check_mapping(scores, "scores", "a tensor or ")
     check_floats(list(scores.values()), list(scores), "scores")
     check_devices(scores, "scores")
     names = sorted(n for n, first in tied_names(scores, "scores").items() if n == first)
-    tensors = [scores[n] for n in names]
-    shapes = [t.shape for t in tensors]
-    CSRMask.check_layout(names, shapes)
-    counts = selected_counts(names, shapes, k, density, scope)
-    with torch.no_grad():
-        crow, col, bad = torch.ops.deftx.topk_mask([t.contiguous() for t in tensors], [], counts, SCOPES[scope])
-    if (i := int(bad[0])) >= 0:
-        _raise_not_finite(scores[names[i]], f"scores[{names[i]!r}]", int(bad[1]))
-    return CSRMask._trusted(names, shapes, crow, col)
-
-
-def _raise_not_finite(tensor: Tensor, label: str, index: int) -> NoReturn:
-    value = float(tensor.detach().reshape(-1)[index])
-    raise ValueError(f"{label} holds {value} at flat index {index}: every entry must be finite")
+    chosen = {n: scores[n].detach() for n in names}
+    counts = _checked_counts(chosen, k, density, scope)
+    return _select(chosen, {}, "scores[{!r}]", set(), None, counts, scope)
 
 
 def selected_counts(
     names: Sequence[str], shapes: Sequence[torch.Size], k: int | None, density: float | None, scope: str
 ) -> list[int]:
-    """What the operator takes as `k`: one number, or one for each tensor."""
+    """`k` as the operator takes it: one number, or one for each tensor."""
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
     if (k is None) == (density is None):
@@ -122,27 +118,33 @@ def select_mask(
     2022) without.
 
     The differences are taken in float32 (float64 where one tensor is), denoised by `svd_denoise` and selected by
-    `topk_mask`. Without denoising both models are read once, where they lie, and no difference is stored. With it, one
-    group of tensors is denoised after the other: beside the models there exist the differences of one group and 7.5 to
-    10 bytes (float64: to 15) for each selected entry. A group has as many elements as the largest tensor, but at least
-    2**20 (2**25 on a GPU): many small tensors are worked on together. Where the selected entries would take more than a
-    quarter of the model (from a density of about 0.13), no score is kept and every group is denoised three times.
+    `topk_mask`. Without denoising both models are read once, and no difference is stored. With it, groups of tensors
+    are denoised one after the other: besides the models there exist the differences of one group and 7.5 to 10 bytes
+    (float64: to 15) for each selected entry. A group has as many elements as the largest tensor, but at least 2**20
+    (2**25 on a GPU). Where the selected entries would take more than a quarter of the model (from a density of about
+    0.13), no score is kept and every group is denoised three times (float64: five times).
 
     Args:
         tuned, base: θ1 and θ0: modules (their named parameters) or mappings of names to tensors, of any floating
-            dtypes. Tensors may lie on different devices; the mask lies where `base` does. Tied tensors count once,
+            dtypes. Tensors may be on different devices; the mask is on the device of `base`. Tied tensors count once,
             under the first name in `base`; they are tied in `base`, or in `tuned` where `base` has equal copies.
         k, density, scope: as in `topk_mask`.
         rank, energy, residual_density: as in `svd_denoise`; neither rank nor energy: no denoising.
-        names: the tensors to choose from; by default all floating-point ones of `base`.
+        names: the tensors to select from; by default all floating-point ones of `base`.
         denoise_names: those of them to denoise; by default all of two or more dimensions.
-        return_info: also return what denoising found, as `svd_denoise` does: a pair (mask, {name: info, or None}).
+        return_info: also return the information of `svd_denoise`: a pair (mask, {name: info, or None}).
         progress: called with (tensors done, tensors in all).
 
     Raises:
         ValueError: as `topk_mask` and `svd_denoise`; also a tensor that is missing in `tuned` or has another shape
             there, tensors of `base` that share part of their memory or are tied and differ in `tuned`, a model that is
             sparsified.
+
+    Example:
+        >>> base = {"w": torch.zeros(2, 3)}
+        >>> tuned = {"w": torch.tensor([[0.0, 4.0, 0.0], [1.0, 0.0, -2.0]])}
+        >>> select_mask(tuned, base, k=2).to_dense()["w"].nonzero().tolist()
+        [[0, 1], [1, 2]]
     """
     rule = check_rule(rank, energy, residual_density) if rank is not None or energy is not None else None
     if rule is None and (residual_density != 0 or denoise_names is not None):
@@ -151,37 +153,13 @@ def select_mask(
     old = all_tensors(base, "base")
     new = with_tied_names(all_tensors(tuned, "tuned"), tied_names(old, "base"))
     chosen = _chosen_names(new, old, names)
-    noisy = _noisy_names(chosen, old, denoise_names) if rule is not None else set()
-    shapes = [old[n].shape for n in chosen]
-    CSRMask.check_layout(chosen, shapes)
-    counts = selected_counts(chosen, shapes, k, density, scope)
-    dtype = torch.float32
-    for name in chosen:
-        dtype = torch.promote_types(dtype, torch.promote_types(new[name].dtype, old[name].dtype))
+    matrices = set() if rule is None else _names_to_denoise(chosen, old, denoise_names)
+    new, old = ({n: model[n] for n in chosen} for model in (new, old))
+    counts = _checked_counts(new, k, density, scope)
     if rule is not None and rule.residual_density == 1 and not return_info:
-        noisy = set()  # L + H is the difference itself
-    infos: dict[str, dict[str, Tensor] | None] = dict.fromkeys(chosen)
-    labels = {n: f"tuned[{n!r}] - base[{n!r}]" for n in chosen}
-    device = old[chosen[0]].device
-
-    def difference(name: str) -> Tensor:
-        return (new[name].to(device, dtype) - old[name].to(dtype)).contiguous()
-
-    if not noisy and all(new[n].device == old[n].device for n in chosen):
-        if progress is not None:
-            progress(0, len(chosen))
-        crow, col, bad = torch.ops.deftx.topk_mask(
-            [new[n].contiguous() for n in chosen], [old[n].contiguous() for n in chosen], counts, SCOPES[scope]
-        )
-        if (i := int(bad[0])) >= 0:
-            _raise_not_finite(difference(chosen[i]), labels[chosen[i]], int(bad[1]))
-    else:
-        scores = _denoised(difference, noisy, labels, rule, infos)
-        crow, col = select_by_groups(scores, chosen, shapes, counts, scope, dtype, device, progress)
-    if progress is not None:
-        progress(len(chosen), len(chosen))
-    mask = CSRMask._trusted(chosen, shapes, crow, col)
-    return (mask, infos) if return_info else mask
+        matrices = set()  # L + H is the difference itself
+    label = "tuned[{0!r}] - base[{0!r}]"
+    return _select(new, old, label, matrices, rule, counts, scope, return_info, progress)
 
 
 def low_rank_mask(
@@ -194,65 +172,91 @@ def low_rank_mask(
     return_info: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
-    """The largest entries of the weights' approximations of low rank: LIFT (Liu et al. 2025, arXiv 2506.00772).
+    """The largest entries of low-rank approximations of the weights: LIFT (Liu et al. 2025, arXiv 2506.00772).
 
-    The mask of `topk_mask(svd_denoise(weights, rank=rank), ...)`, in the memory that `select_mask` needs: one group of
-    weights is approximated after the other. Approximations of 16-bit weights are compared in float32.
+    The mask of `topk_mask(svd_denoise(weights, rank=rank), ...)`, in the memory that `select_mask` needs: groups of
+    weights are approximated one after the other. Approximations of 16-bit weights are compared in float32.
 
     Args:
         weights: a module (its named parameters) or a mapping of names to floating-point tensors, on one device.
         rank: of the approximation of each matrix, as in `svd_denoise`; tensors of fewer than two dimensions are taken
-        as they are. k, density, scope: as in `topk_mask`.
+            as they are.
+        k, density, scope: as in `topk_mask`.
         return_info, progress: as in `select_mask`.
 
     Raises:
         ValueError, TypeError: as `topk_mask` and `svd_denoise`.
+
+    Example:
+        >>> from deftx_kernels.select import low_rank_mask
+        >>> low_rank_mask({"w": torch.tensor([[9.0, 0.0], [0.0, 1.0]])}, rank=1, k=1).col_indices.tolist()
+        [0]
     """
     rule = check_rule(rank, None, 0.0)
     tensors = dict(sorted(named_tensors(weights, "weights").items()))
-    names = list(tensors)
-    dtype = functools.reduce(torch.promote_types, check_floats(list(tensors.values()), names, "weights"), torch.float32)
-    shapes = [t.shape for t in tensors.values()]
-    CSRMask.check_layout(names, shapes)
+    check_floats(list(tensors.values()), list(tensors), "weights")
+    counts = _checked_counts(tensors, k, density, scope)
     check_devices(tensors, "weights")
-    counts = selected_counts(names, shapes, k, density, scope)
+    matrices = {n for n, t in tensors.items() if t.dim() >= 2}
+    return _select(tensors, {}, "weights[{!r}]", matrices, rule, counts, scope, return_info, progress)
+
+
+def _checked_counts(tensors: Mapping[str, Tensor], k: int | None, density: float | None, scope: str) -> list[int]:
+    shapes = [t.shape for t in tensors.values()]
+    CSRMask.check_layout(list(tensors), shapes)
+    return selected_counts(list(tensors), shapes, k, density, scope)
+
+
+def _select(
+    new: Mapping[str, Tensor],
+    old: Mapping[str, Tensor],
+    label: str,  # format of a tensor's name in errors
+    matrices: set[str],
+    rule: Rule | None,
+    counts: list[int],
+    scope: str,
+    return_info: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
+    """The mask of the largest entries of `new`, or of new - old where `old` is not empty; `matrices` are denoised."""
+    names, shapes = list(new), {n: t.shape for n, t in new.items()}
+    device = next(iter((old or new).values())).device
+    dtype = reduce(torch.promote_types, (t.dtype for t in (*new.values(), *old.values())), torch.float32)
+    labels = {n: label.format(n) for n in names}
     infos: dict[str, dict[str, Tensor] | None] = dict.fromkeys(names)
-    scores = _denoised(
-        lambda name: tensors[name].to(dtype, copy=True, memory_format=torch.contiguous_format),
-        {n for n in names if tensors[n].dim() >= 2}, {n: f"weights[{n!r}]" for n in names}, rule, infos,
-    )  # fmt: skip
-    crow, col = select_by_groups(scores, names, shapes, counts, scope, dtype, tensors[names[0]].device, progress)
+
+    def score(name: str) -> Tensor:
+        if not old:
+            return new[name].to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return (new[name].to(device, dtype) - old[name].to(dtype)).contiguous()
+
+    def denoised_scores(group: Sequence[str]) -> list[Tensor]:
+        found = {n: score(n) for n in group}
+        noisy = {n: t for n, t in found.items() if n in matrices}
+        for name in group:
+            if name not in noisy:
+                check_finite(found[name], labels[name])
+        if rule is not None:
+            infos.update(denoise(noisy, noisy, labels, rule))
+        return list(found.values())
+
+    if matrices or any(t.device != device for t in new.values()):
+        crow, col = select_by_groups(denoised_scores, shapes, counts, scope, dtype, device, progress)
+    else:
+        if progress is not None:
+            progress(0, len(names))
+        tensors = [[t.contiguous() for t in model.values()] for model in (new, old)]
+        with torch.no_grad():
+            crow, col, bad = torch.ops.deftx.topk_mask(*tensors, counts, SCOPES[scope])
+        if (i := int(bad[0])) >= 0:
+            raise_not_finite(score(names[i]), labels[names[i]], int(bad[1]))
     if progress is not None:
         progress(len(names), len(names))
-    mask = CSRMask._trusted(names, shapes, crow, col)
+    mask = CSRMask.unchecked(names, list(shapes.values()), crow, col)
     return (mask, infos) if return_info else mask
 
 
-def _denoised(
-    make: Callable[[str], Tensor],
-    noisy: set[str],
-    labels: Mapping[str, str],
-    rule: Rule | None,
-    infos: dict[str, dict[str, Tensor] | None],
-) -> Callable[[Sequence[str]], list[Tensor]]:
-    """What `select_by_groups` takes: a group's tensors by `make`, those that `noisy` has denoised in place; `infos` is
-    updated.
-    """
-
-    def scores(group: Sequence[str]) -> list[Tensor]:
-        found = {n: make(n) for n in group}
-        for name in set(group).difference(noisy):
-            check_finite(found[name], labels[name])
-        if rule is not None:
-            matrices = {n: found[n] for n in group if n in noisy}
-            infos.update(denoise(matrices, matrices, labels, rule))
-        return list(found.values())
-
-    return scores
-
-
-def _noisy_names(chosen: list[str], old: Mapping[str, Tensor], names: Iterable[str] | None) -> set[str]:
-    """Which of the chosen tensors are to be denoised."""
+def _names_to_denoise(chosen: list[str], old: Mapping[str, Tensor], names: Iterable[str] | None) -> set[str]:
     matrices = {n for n in chosen if old[n].dim() >= 2}
     if names is None:
         return matrices
@@ -260,7 +264,7 @@ def _noisy_names(chosen: list[str], old: Mapping[str, Tensor], names: Iterable[s
         raise TypeError("denoise_names must be an iterable of names, got one string")
     wanted = set(names)
     if unknown := sorted(wanted.difference(chosen)):
-        raise ValueError(f"denoise_names holds {unknown[0]!r}, which is not among the tensors to choose from")
+        raise ValueError(f"denoise_names holds {unknown[0]!r}, which is not among the tensors to select from")
     return matrices & wanted
 
 
@@ -278,11 +282,11 @@ def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: I
         check_floats([mapping[n] for n in chosen], chosen, argument)
     for name in chosen:
         check_readable(new[name], f"tuned[{name!r}]")
-        if new[name].shape != old[name].shape:
-            raise ValueError(
-                f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base"
-            )
-    check_devices({n: old[n] for n in chosen}, "base")
+        shapes = [list(new[name].shape), list(old[name].shape)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"tensor {name!r} has shape {shapes[0]} in tuned and {shapes[1]} in base")
     wanted = set(chosen)
-    tied = tied_in_either({n: t for n, t in old.items() if n in wanted}, {n: new[n] for n in chosen})
+    known = {n: t for n, t in old.items() if n in wanted}
+    check_devices(known, "base")
+    tied = tied_in_either(known, {n: new[n] for n in chosen})
     return [n for n in chosen if tied[n] == n]

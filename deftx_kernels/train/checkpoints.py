@@ -1,51 +1,129 @@
-"""Trainer's checkpoints in a phase's folder: the newest complete one, whatever a kill or a full disk left beside it."""
+"""What a phase keeps in its folder: Trainer's checkpoints, its result, and phase.json, written last.
+
+Until there is a phase.json, the newest complete checkpoint lets the phase continue after a crash.
+"""
 
 import errno
+import os
 import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from deftx_kernels.files import read_json, write_json
 
 # what torch.save wrote: archives with a checksum of every member
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+_WRITER_ERRORS = ("inline_container", "unexpected pos", "iostream error")  # the RuntimeErrors of torch's file writer
+
+
+# ---- finished phases ----
+
+
+def finished(folder: Path, read: Callable[[], object] | None = None) -> dict | None:
+    """The metrics of a finished phase, or None where there is no phase.json.
+
+    Args:
+        read: reads the phase's results; where they are missing or damaged, the phase is not finished.
+
+    Raises:
+        ValueError: phase.json is damaged.
+    """
+    path = folder / "phase.json"
+    if not path.is_file():
+        return None
+    metrics = read_json(path)
+    if not isinstance(metrics, dict):
+        raise ValueError(f"{path} is damaged: an object is expected, not {type(metrics).__name__}")
+    if read is not None and (error := damage_found(read)) is not None:
+        message = f"{folder} is made again, as its result is missing or damaged: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return None
+    return metrics
+
+
+def finished_model(folder: Path, model: Path) -> dict | None:
+    """`finished`, of a phase whose result is the model folder `model`."""
+
+    def read() -> None:
+        read_json(model / "config.json")
+        check_weights(model)
+
+    return finished(folder, read)
+
+
+def finish(folder: Path, metrics: dict) -> None:
+    """Mark a phase as finished, and delete its checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "phase.json", metrics)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def save_model(model, folder: Path) -> None:
+    """Write a transformers model folder, replacing the one of an unfinished phase, if any.
+
+    Raises:
+        OSError: it cannot be written; its name is in the message.
+    """
+    with saving(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        model.save_pretrained(folder)
+        for path in folder.iterdir():  # on the disk before phase.json says so
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """`with saving(path):` errors of torch.save and safetensors on a full disk become an OSError that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _WRITER_ERRORS):
+            raise
+        raise OSError(f"{path} cannot be written: the disk is full or fails") from error
+
+
+# ---- checkpoints ----
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`. The incomplete ones are deleted: Trainer would count them among its
-    own.
+    """The newest complete checkpoint in `folder`. Incomplete ones are deleted: Trainer would count them as its own.
 
     Complete: trainer_state.json (which Trainer writes last) is of this step, and the weights, the states of optimizer,
-    schedule and random generators, and the best checkpoint so far, which lies beside it, can be read.
+    schedule and random generators, and the best checkpoint so far, in the same folder, can be read.
 
     Raises:
         OSError: the system cannot read a file that is there; nothing is deleted then.
     """
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     found.sort(key=lambda path: int(path.name.partition("-")[2]), reverse=True)
-    faults = {path: fault_of(partial(_check_complete, path)) for path in found}
-    complete = [path for path, fault in faults.items() if fault is None]
-    for path, fault in faults.items():
-        if fault is not None:
-            warnings.warn(f"{path} is incomplete or damaged and is deleted: {fault}", RuntimeWarning, stacklevel=2)
+    errors = {path: damage_found(partial(_check_complete, path)) for path in found}
+    complete = [path for path, error in errors.items() if error is None]
+    for path, error in errors.items():
+        if error is not None:
+            warnings.warn(f"{path} is incomplete or damaged and is deleted: {error}", RuntimeWarning, stacklevel=2)
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if not complete:
         return None
-    _find_best(complete[0])
+    _correct_best_path(complete[0])
     return complete[0]
 
 
-def fault_of(read: Callable[[], object]) -> Exception | None:
+def damage_found(read: Callable[[], object]) -> Exception | None:
     """What `read` raises because a file is missing or damaged; None where it raises nothing.
 
     Raises:
-        OSError, MemoryError: what says nothing about the files: too many of them are open, a disk fails for a moment.
+        OSError, MemoryError: errors that say nothing about the files: too many are open, a disk fails for a moment.
     """
     try:
         read()
@@ -53,7 +131,7 @@ def fault_of(read: Callable[[], object]) -> Exception | None:
         return error
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # whatever damaged content makes of its reader
+    except Exception as error:  # whatever a reader raises on damaged content
         return error
     return None
 
@@ -70,16 +148,16 @@ def _check_complete(checkpoint: Path) -> None:
 
 
 def _beside(checkpoint: Path, best: str) -> Path:
-    """The best checkpoint: Trainer notes an absolute path, which is another's once the run folder was moved or copied."""
+    """The best checkpoint. Trainer stores an absolute path, which is wrong once the run folder was moved or copied."""
     return checkpoint.parent.absolute() / Path(best).name
 
 
-def _find_best(checkpoint: Path) -> None:
-    """Let Trainer find the best checkpoint where it lies now."""
+def _correct_best_path(checkpoint: Path) -> None:
+    """Correct the path of the best checkpoint in trainer_state.json, where the folder was moved."""
     path = checkpoint / "trainer_state.json"
     state = read_json(path)
-    noted = state["best_model_checkpoint"]
-    if noted is not None and noted != (best := str(_beside(checkpoint, noted))):
+    stored = state["best_model_checkpoint"]
+    if stored is not None and stored != (best := str(_beside(checkpoint, stored))):
         write_json(path, {**state, "best_model_checkpoint": best})
 
 
@@ -89,13 +167,13 @@ def _check_archive(path: Path) -> None:
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of the part {damaged!r} of {path.name} is wrong")
     except OSError as error:
-        if error.errno == errno.EINVAL:  # it points to places before its beginning
+        if error.errno == errno.EINVAL:  # an offset in its directory is negative
             raise ValueError(f"the directory of {path.name} is damaged") from error
         raise
 
 
 def check_weights(folder: Path) -> None:
-    """Raise whatever missing or damaged weights of a model folder raise."""
+    """Raise what reading a model folder's weights raises where they are missing or damaged."""
     index = folder / "model.safetensors.index.json"
     names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     for name in names:
@@ -104,8 +182,3 @@ def check_weights(folder: Path) -> None:
             pass
         with safe_open(folder / name, "np"):  # raises where the file is shorter than its header says
             pass
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Delete a finished phase's checkpoints."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -5,11 +5,12 @@ The same key ("territory/FR") has a name in every language, so the split is made
 """
 
 import hashlib
+from collections import Counter
 from functools import lru_cache
 
 KINDS = ("currency", "language", "script", "territory", "time zone", "unit")
 
-# A locale whose names for one kind number fewer than this is left out: its macro-F1 would rest on a handful of strings.
+# Names of each kind that a locale must have: macro-F1 over fewer strings says little.
 MIN_PER_KIND = 30
 
 
@@ -56,31 +57,12 @@ def display_names(language: str) -> dict[tuple[str, str], str]:
 
 
 def split_of(kind: str, key: str) -> str:
-    """The split of a key, the same in every language and every run: "train" (70 %), "validation" (10 %) or "test" (20
-    %).
-    """
-    place = int.from_bytes(hashlib.blake2b(f"{kind}/{key}".encode(), digest_size=8).digest()) % 100
-    return "train" if place < 70 else "validation" if place < 80 else "test"
+    """The split of a key, the same in every language and run: "train" (70 %), "validation" (10 %) or "test" (20 %)."""
+    percent = int.from_bytes(hashlib.blake2b(f"{kind}/{key}".encode(), digest_size=8).digest()) % 100
+    return "train" if percent < 70 else "validation" if percent < 80 else "test"
 
 
-def kind_counts(language: str) -> dict[str, int]:
-    """How many names of each kind `language` has."""
-    counts = dict.fromkeys(KINDS, 0)
-    for kind, _ in display_names(language):
-        counts[kind] += 1
-    return counts
-
-
-def covered_languages(candidates=None, minimum: int = MIN_PER_KIND) -> list[str]:
-    """The locales (all of Babel's languages by default) that have at least `minimum` names of every kind."""
-    if candidates is None:
-        from babel.localedata import locale_identifiers
-
-        candidates = [name for name in locale_identifiers() if "_" not in name]
-    return sorted(name for name in candidates if min(kind_counts(name).values()) >= minimum)
-
-
-def load_cldr(languages: list[str], minimum: int = MIN_PER_KIND) -> dict[str, dict[str, list[dict]]]:
+def load_cldr(languages: list[str]) -> dict[str, dict[str, list[dict]]]:
     """The CLDR task in several languages: {language: {"train" | "validation" | "test": rows}}.
 
     A row is {"id": "kind/key", "text", "label"}. No key is in two splits, and no validation or test string equals
@@ -90,11 +72,11 @@ def load_cldr(languages: list[str], minimum: int = MIN_PER_KIND) -> dict[str, di
         ValueError: a language that CLDR does not have or covers too thinly, naming the kind.
     """
     for language in languages:
-        kind, count = min(kind_counts(language).items(), key=lambda item: item[1])
-        if count < minimum:
-            raise ValueError(
-                f"language {language!r}: CLDR has only {count} names of kind {kind!r}, at least {minimum} are needed"
-            )
+        counts = Counter(kind for kind, _ in display_names(language))
+        kind = min(KINDS, key=lambda kind: counts[kind])
+        if counts[kind] < MIN_PER_KIND:
+            fault = f"CLDR has only {counts[kind]} names of kind {kind!r}, at least {MIN_PER_KIND} are needed"
+            raise ValueError(f"language {language!r}: {fault}")
     splits: dict[str, dict[str, list[dict]]] = {}
     for language in languages:
         splits[language] = {"train": [], "validation": [], "test": []}
@@ -106,3 +88,13 @@ def load_cldr(languages: list[str], minimum: int = MIN_PER_KIND) -> dict[str, di
             splits[language][name] = [row for row in splits[language][name] if row["text"].casefold() not in seen]
         seen |= {row["text"].casefold() for language in languages for row in splits[language][name]}
     return splits
+
+
+def language_name(code: str) -> str:
+    """English name of a CLDR code, or the name as it is."""
+    try:
+        from babel import Locale
+
+        return Locale.parse(code).get_display_name("en") or code
+    except Exception:  # not a CLDR code, such as a folder's name
+        return code.capitalize()

@@ -17,6 +17,7 @@ import tyro
 MINILM = "minilm"
 
 Recipe = Literal["deft-x", "lt-sft", "lift", "full"]
+METHODS = {"full": "full fine-tuning", "deft-x": "DeFT-X", "lt-sft": "LT-SFT", "lift": "LIFT"}  # recipes in reports
 TaskKind = Literal["classification", "token-classification"]
 Device = Literal["auto", "cpu"]
 Scope = Literal["global", "tensor", "row"]
@@ -38,11 +39,11 @@ def _check_choice(name: str, value: Any, choices: Any) -> None:
 
 
 def _check_list(name: str, values: Sequence) -> None:
-    """Not empty, and nothing twice."""
+    """ValueError unless there are values, all of them different."""
     if not values:
         raise ValueError(f"{name}: at least one is needed")
-    if twice := [value for i, value in enumerate(values) if value in values[:i]]:
-        raise ValueError(f"{name}: {str(twice[0])!r} is given twice")
+    if repeated := [value for i, value in enumerate(values) if value in values[:i]]:
+        raise ValueError(f"{name}: {str(repeated[0])!r} is given twice")
 
 
 def _check_seed(name: str, seed: Any) -> None:
@@ -52,7 +53,7 @@ def _check_seed(name: str, seed: Any) -> None:
 
 
 def _check_languages(name: str, values: Sequence[str]) -> None:
-    """Each names a folder."""
+    """ValueError unless each can name a folder."""
     _check_list(name, values)
     for value in values:
         if not value.strip() or value.strip(".") == "" or any(character in value for character in "/\\\0"):
@@ -66,21 +67,25 @@ def _check_transfer(sources: Sequence[str], targets: Sequence[str]) -> None:
         raise ValueError(f"targets: {both[0]!r} is a source as well, so it has labels and is no target")
 
 
-def _check_columns(text: str, pair: str | None, label: str, kind: TaskKind) -> None:
-    _check_choice("kind", kind, TaskKind)
-    _check_list("text_column, pair_column and label_column", [name for name in (text, pair, label) if name is not None])
-    if pair is not None and kind == "token-classification":
-        raise ValueError("pair_column: token classification has no pairs of texts")
+def _check_recipe(recipe: Recipe, settings: "VectorConfig") -> None:
+    _check_choice("recipe", recipe, Recipe)
+    if recipe == "deft-x" and settings.selection.rank is None and settings.selection.energy is None:
+        raise ValueError("selection: deft-x needs one of rank and energy")
 
 
 def parse_pairs(pairs: list[str], argument: str) -> dict[str, Path]:
     """{"id": Path("x.csv")} from ["id=x.csv"]. Raises ValueError naming the argument."""
+    if not pairs:
+        return {}
     split = [pair.partition("=") for pair in pairs]
     for pair, (name, equals, path) in zip(pairs, split):
         if not (name and equals and path):
             raise ValueError(f"{argument}: {pair!r} should be written as language=path")
     _check_languages(argument, [name for name, _, _ in split])
     return {name: Path(path) for name, _, path in split}
+
+
+# ---- training ----
 
 
 @dataclass
@@ -98,7 +103,7 @@ class SelectionConfig:
     residual_density: float = 0.0
     """deft-x: fraction of the residual's entries added back, per matrix. 1 gives LT-SFT."""
     scope: Scope = "global"
-    """Where entries compete for their place in the mask."""
+    """Whether entries are selected from all tensors together, from each tensor or from each row."""
     denoise_embeddings: bool = True
     """deft-x: apply the SVD to embedding matrices too."""
     refresh_every: int = 100
@@ -165,13 +170,13 @@ class VectorConfig:
 
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     dense: PhaseConfig = field(default_factory=PhaseConfig)
-    """First phase: full fine-tuning, which tells the entries that matter."""
+    """First phase: full fine-tuning, from which the entries are selected."""
     sparse: PhaseConfig = field(default_factory=PhaseConfig)
-    """Second phase: from the start again, with only the selected entries and the head moving."""
-    batch_size: int = 8
+    """Second phase: from the start again, training only the selected entries and the head."""
+    batch_size: int = 4
     """Examples a step and device."""
-    accumulation: int = 1
-    """Steps whose gradients are added up before the optimizer moves."""
+    accumulation: int = 2
+    """Batches whose gradients are added up for one optimizer step."""
     max_length: int = 128
     """Tokens; longer texts are cut (task) or continued in the next block (language, with pack)."""
     group_by_length: bool = False
@@ -184,34 +189,27 @@ class VectorConfig:
 
 @dataclass
 class TaskConfig(VectorConfig):
-    """A task vector, from labelled text. Defaults: LT-SFT on NusaX (its k as a share of XLM-R base's maskable entries)."""
+    """A task vector, from labelled text. Defaults: LT-SFT on NusaX (k as a share of XLM-R base's maskable entries)."""
 
     selection: SelectionConfig = field(default_factory=lambda: SelectionConfig(density=0.051))
-    dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(lr=2e-5, epochs=5))
-    sparse: PhaseConfig = field(default_factory=lambda: PhaseConfig(lr=2e-5, epochs=5))
-    batch_size: int = 4
-    accumulation: int = 2
-    max_length: int = 128
+    dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=5))
+    sparse: PhaseConfig = field(default_factory=lambda: PhaseConfig(epochs=5))
 
 
 @dataclass
 class LanguageConfig(VectorConfig):
-    """A language vector, by masked language modelling on unlabelled text. Defaults: LT-SFT's (k as a share, like the
-    task's).
-    """
+    """A language vector, by masked language modelling on unlabelled text. Defaults: LT-SFT's (k as a share)."""
 
     selection: SelectionConfig = field(default_factory=lambda: SelectionConfig(density=0.0276))
     dense: PhaseConfig = field(default_factory=lambda: PhaseConfig(lr=5e-5, epochs=100, l1=0.1))
     sparse: PhaseConfig = field(default_factory=lambda: PhaseConfig(lr=5e-5, epochs=100, l1=0.1))
-    batch_size: int = 4
-    accumulation: int = 2
     max_length: int = 256
     mlm_probability: float = 0.15
     """Share of the tokens that are masked (at least one a text)."""
     pack: bool = True
     """Join the texts and cut them into blocks of max_length tokens; otherwise one text is one example."""
     tie_decoder: bool = False
-    """Let the output layer share (and move with) the word embeddings; otherwise it is a frozen copy of them."""
+    """Let the output layer share the word embeddings; otherwise it is a frozen copy of them."""
     head_steps: int = 500
     """Steps of training of a newly made MLM head with the body frozen; a pretrained head needs none."""
     head_lr: float = 1e-3
@@ -223,6 +221,29 @@ class LanguageConfig(VectorConfig):
             raise ValueError(f"mlm_probability must be between 0 and 1, not {self.mlm_probability}")
         _check_int("head_steps", self.head_steps, 0)
         _check_number("head_lr", self.head_lr, positive=True)
+
+
+# ---- data ----
+
+
+@dataclass(kw_only=True)
+class Columns:
+    """The columns of labelled rows."""
+
+    text_column: str = "text"
+    """Column of the text (or of the tokens: a list, or separated by spaces)."""
+    pair_column: str | None = None
+    """Column of the second text of a pair, such as hypothesis."""
+    label_column: str = "label"
+    """Column of the label (or of the tags: a list, or separated by spaces)."""
+    kind: TaskKind = "classification"
+
+    def __post_init__(self):
+        _check_choice("kind", self.kind, TaskKind)
+        names = (self.text_column, self.pair_column, self.label_column)
+        _check_list("text_column, pair_column and label_column", [name for name in names if name is not None])
+        if self.pair_column is not None and self.kind == "token-classification":
+            raise ValueError("pair_column: token classification has no pairs of texts")
 
 
 @dataclass
@@ -256,7 +277,7 @@ class NusaxData:
 
 
 @dataclass
-class FilesData:
+class FilesData(Columns):
     """Your own files: CSV, TSV, JSONL (by their ending), or plain text for language modelling."""
 
     train: list[Path]
@@ -267,27 +288,20 @@ class FilesData:
     """Unlabelled texts of the target languages, each as language=path."""
     validation: list[Path] = field(default_factory=list)
     """Labelled files for choosing the best checkpoint."""
-    text_column: str = "text"
-    """Column of the text (or of the tokens, separated by spaces)."""
-    pair_column: str | None = None
-    """Column of the second text of a pair, such as hypothesis."""
-    label_column: str = "label"
-    """Column of the label (or of the tags, separated by spaces)."""
-    kind: TaskKind = "classification"
 
     def __post_init__(self):
+        super().__post_init__()
         _check_list("train", self.train)
-        tests = parse_pairs(self.test, "test")
-        texts = parse_pairs(self.text, "text") if self.text else {}
-        for name in tests:
+        _check_list("test", self.test)
+        texts = parse_pairs(self.text, "text")
+        for name in parse_pairs(self.test, "test"):
             if name not in texts:
                 raise ValueError(f"text: no unlabelled text for the test language {name!r}; give text {name}=path")
-        _check_columns(self.text_column, self.pair_column, self.label_column, self.kind)
 
 
 @dataclass
-class HubData:
-    """A data set of the Hugging Face hub, with a configuration per language and the splits train, validation and test."""
+class HubData(Columns):
+    """A data set of the Hugging Face hub: a configuration per language, with the splits train, validation and test."""
 
     dataset: str
     """Name for datasets.load_dataset."""
@@ -295,23 +309,13 @@ class HubData:
     """Configurations with labelled training data."""
     targets: list[str]
     """Configurations to transfer to."""
-    text_column: str = "text"
-    """Column of the text (or of the list of tokens)."""
-    pair_column: str | None = None
-    """Column of the second text of a pair."""
-    label_column: str = "label"
-    """Column of the label (or of the list of tags)."""
-    kind: TaskKind = "classification"
 
     def __post_init__(self):
+        super().__post_init__()
         _check_transfer(self.sources, self.targets)
-        _check_columns(self.text_column, self.pair_column, self.label_column, self.kind)
 
 
-def _check_recipe(recipe: Recipe, settings: VectorConfig) -> None:
-    _check_choice("recipe", recipe, Recipe)
-    if recipe == "deft-x" and settings.selection.rank is None and settings.selection.energy is None:
-        raise ValueError("selection: deft-x needs one of rank and energy")
+# ---- commands ----
 
 
 @dataclass
@@ -324,7 +328,7 @@ class RunConfig:
     run_dir: Path = Path("runs/run")
     """Folder for everything that is written. An interrupted run continues where it stopped."""
     recipes: list[Recipe] = field(default_factory=lambda: ["deft-x", "lt-sft"])
-    """Methods to compare; full fine-tuning comes by itself with deft-x and lt-sft, whose first phase it is."""
+    """Methods to compare; deft-x and lt-sft include full fine-tuning, which is their first phase."""
     task: TaskConfig = field(default_factory=TaskConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     source_vector: bool = False
@@ -350,78 +354,71 @@ class RunConfig:
             _check_seed("seeds", seed)
         _check_int("cost_steps", self.cost_steps, 0)
         _check_choice("device", self.device, Device)
+        if not self.source_vector:
+            return
         sources = getattr(self.data, "sources", ["source"])
-        if self.source_vector and len(sources) != 1:
+        if len(sources) != 1:
             raise ValueError(f"source_vector needs exactly one source language, not {sources}")
-        if (
-            self.source_vector
-            and isinstance(self.data, FilesData)
-            and "source" not in parse_pairs(self.data.text, "text")
-        ):
+        if isinstance(self.data, FilesData) and "source" not in parse_pairs(self.data.text, "text"):
             raise ValueError("source_vector: give the source language's unlabelled text as text source=path")
 
 
+@dataclass(kw_only=True)
+class TrainConfig:
+    """What the commands that learn one vector share."""
+
+    run_dir: Path
+    """Folder for everything that is written; the vector is run_dir/deltas/<recipe>/ with its name."""
+    model: str = "xlm-roberta-base"
+    """A model folder, a hub id, or "minilm"."""
+    recipe: Recipe = "deft-x"
+    seed: int = 0
+    device: Device = "auto"
+    overwrite: bool = False
+    """Delete what run_dir holds of a run with other settings or data."""
+
+    def __post_init__(self):
+        _check_seed("seed", self.seed)
+        _check_choice("device", self.device, Device)
+
+
 @dataclass
-class TrainLanguageConfig:
+class TrainLanguageConfig(TrainConfig):
     """Learn one language vector by masked language modelling on unlabelled text."""
 
     text: Path
     """Plain text (a line is a text), or CSV, TSV, JSONL."""
     language: str
-    """Its name, for the vector's folder and metadata."""
-    run_dir: Path
-    """Folder for everything that is written; the vector is run_dir/deltas/<recipe>/language-<language>."""
-    model: str = "xlm-roberta-base"
-    """A model folder, a hub id, or "minilm"."""
-    recipe: Recipe = "deft-x"
+    """Its name, for the vector's folder (language-<name>) and metadata."""
     settings: Annotated[LanguageConfig, tyro.conf.arg(name="")] = field(default_factory=LanguageConfig)
     validation: Path | None = None
     """Text for choosing the best checkpoint; by default 5 % of `text` are held out."""
     text_column: str = "text"
     """Column of the text in CSV, TSV and JSONL."""
-    seed: int = 0
-    device: Device = "auto"
-    overwrite: bool = False
-    """Delete what run_dir holds of a run with other settings or data."""
 
     def __post_init__(self):
-        _check_languages("language", [self.language])
+        super().__post_init__()
         _check_recipe(self.recipe, self.settings)
-        _check_seed("seed", self.seed)
-        _check_choice("device", self.device, Device)
+        _check_languages("language", [self.language])
 
 
 @dataclass
-class TrainTaskConfig:
-    """Learn one task vector from labelled text."""
+class TrainTaskConfig(TrainConfig, Columns):
+    """Learn one task vector from labelled text; its name is task."""
 
     train: list[Path]
     """Labelled CSV, TSV or JSONL files."""
-    run_dir: Path
-    """Folder for everything that is written; the vector is run_dir/deltas/<recipe>/task."""
-    model: str = "xlm-roberta-base"
-    """A model folder, a hub id, or "minilm"."""
-    recipe: Recipe = "deft-x"
     settings: Annotated[TaskConfig, tyro.conf.arg(name="")] = field(default_factory=TaskConfig)
     validation: list[Path] = field(default_factory=list)
     """Labelled files for choosing the best checkpoint."""
     start_from: list[str] = field(default_factory=list)
     """Vectors to add to the model first, such as the source language's."""
-    text_column: str = "text"
-    pair_column: str | None = None
-    label_column: str = "label"
-    kind: TaskKind = "classification"
-    seed: int = 0
-    device: Device = "auto"
-    overwrite: bool = False
-    """Delete what run_dir holds of a run with other settings or data."""
 
     def __post_init__(self):
-        _check_list("train", self.train)
+        TrainConfig.__post_init__(self)
+        Columns.__post_init__(self)
         _check_recipe(self.recipe, self.settings)
-        _check_columns(self.text_column, self.pair_column, self.label_column, self.kind)
-        _check_seed("seed", self.seed)
-        _check_choice("device", self.device, Device)
+        _check_list("train", self.train)
 
 
 @dataclass
@@ -449,15 +446,3 @@ class EvalConfig:
 def to_dict(config: Any) -> dict:
     """A dataclass as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """The settings in which two `to_dict` results differ, as "task.dense.lr: 0.1 → 0.2"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        return [
-            line
-            for key in keys
-            for line in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
-        ]
-    return [] if old == new else [f"{prefix}: {old} → {new}"]

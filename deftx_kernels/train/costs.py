@@ -11,41 +11,41 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from deftx_kernels.files import reading
-from deftx_kernels.train.tensors import gradient_bytes, saving, state_bytes
+from deftx_kernels.train.checkpoints import saving
+from deftx_kernels.train.tensors import gradient_bytes, memory_in_use, peak_bytes, state_bytes
 
 BAD_INPUT = 2  # exit code where a file cannot be read
-WARM_UP = 2  # steps before the clock starts: the optimizer allocates its state in the first
+WARM_UP = 2  # steps that are not timed: the optimizer allocates its state in the first
+_TRAINED = "weights, gradients, optimizer state and activations"
 
 
 def compare(
     start: Path, mask: Path, batches: list[dict], steps: int, device: str = "auto", task: str = "classification"
 ) -> dict:
-    """{"dense": facts, "sparse": facts} of fine-tuning the classifier in folder `start`, all of it or the entries of
-    `mask`.
+    """{"dense": metrics, "sparse": metrics} of fine-tuning the classifier in folder `start`: all of it, or only `mask`.
 
-    Facts: step_seconds (p20, p50, p80), peak_bytes (see `peak_bytes_are`), gradient_bytes, optimizer_state_bytes,
+    Metrics: step_seconds (p20, p50, p80), peak_bytes (see `peak_bytes_are`), gradient_bytes, optimizer_state_bytes,
     trained_entries, threads, device. `batches` are used in turn.
 
     Raises:
         ValueError: the model or the mask cannot be read.
         RuntimeError: a process failed otherwise.
     """
+    result = {}
     with tempfile.TemporaryDirectory() as folder:
-        with saving(Path(folder)):
-            torch.save(batches, Path(folder) / "batches.pt")
-        result = {}
+        file, request_file = Path(folder) / "batches.pt", Path(folder) / "request.json"
+        with saving(file):
+            torch.save(batches, file)
+        request = {"start": str(start), "batches": str(file), "steps": steps, "device": device, "task": task}
         for kind in ("dense", "sparse"):
-            request = {
-                "start": str(start), "mask": str(mask) if kind == "sparse" else None, "batches": str(Path(folder) / "batches.pt"),
-                "steps": steps, "device": device, "task": task,
-            }  # fmt: skip
-            (Path(folder) / "request.json").write_text(json.dumps(request))
-            command = [sys.executable, "-m", "deftx_kernels.train.costs", str(Path(folder) / "request.json")]
+            request_file.write_text(json.dumps({**request, "mask": str(mask) if kind == "sparse" else None}))
+            command = [sys.executable, "-m", "deftx_kernels.train.costs", str(request_file)]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             if run.returncode != 0:
                 fault = ValueError if run.returncode == BAD_INPUT else RuntimeError
@@ -55,38 +55,55 @@ def compare(
 
 
 def measure(start: str, mask: str | None, batches: str, steps: int, device: str, task: str) -> dict:
-    """The facts of one kind of step, in this process."""
-    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
-
+    """The metrics of one kind of step, in this process."""
     from deftx_kernels.mask import CSRMask
     from deftx_kernels.nn import sparsify
     from deftx_kernels.optim import SparseAdamW
-    from deftx_kernels.train.models import freeze_for_vector
+    from deftx_kernels.train.models import CLASSIFIERS, freeze_for_vector
 
     cuda = device != "cpu" and torch.cuda.is_available()
-    where = torch.device("cuda" if cuda else "cpu")
-    inputs = [
-        {name: tensor.to(where) for name, tensor in batch.items()} for batch in torch.load(batches, weights_only=True)
-    ]
-    _load_libraries(where)
-    before = _resident_bytes()
-    auto = AutoModelForTokenClassification if task == "token-classification" else AutoModelForSequenceClassification
+    target = torch.device("cuda" if cuda else "cpu")
+    inputs = [{name: x.to(target) for name, x in batch.items()} for batch in torch.load(batches, weights_only=True)]
+    _load_libraries(target)
+    before = 0 if cuda else memory_in_use() or _peak_of_process()
     with reading(start, "model folder"):
-        model = auto.from_pretrained(start, dtype=torch.float32).to(where).train()
+        model = CLASSIFIERS[task].from_pretrained(start, dtype=torch.float32).to(target).train()
     freeze_for_vector(model)
     optimizer: torch.optim.Optimizer
     if mask is None:
-        optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0, fused=True
-        )
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=1e-5, weight_decay=0.0, fused=True)
     else:
-        selected = CSRMask.load(mask, device=where)
+        selected = CSRMask.load(mask, device=target)
         sparsify(model, selected)
         optimizer = SparseAdamW(model.named_parameters(), selected, lr=1e-5, weight_decay=0.0)
-    reset = _reset_peak(cuda)
+    result: dict = {}
+
+    def train() -> None:
+        result.update(_train(model, optimizer, inputs, steps))
+
+    peak = peak_bytes(train, target, before)
+    since = "while training"
+    if peak is None:
+        train()
+        peak, since = _peak_of_process() - before, "since the process began"
+    meaning = f"peak resident memory {since}, less that before the model was loaded: {_TRAINED}"
+    return {
+        **result,
+        "peak_bytes": peak,
+        "peak_bytes_are": f"torch.cuda.max_memory_allocated: {_TRAINED}" if cuda else meaning,
+        "steps": steps,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+    }
+
+
+def _train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs: list[dict], steps: int) -> dict:
+    cuda = next(model.parameters()).is_cuda
+    synchronize: Callable[[], None] = torch.cuda.synchronize if cuda else lambda: None
     seconds = []
     for step in range(WARM_UP + steps):
-        _synchronize(cuda)
+        synchronize()
         began = time.perf_counter()
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda and torch.cuda.is_bf16_supported()):
             loss = model(**inputs[step % len(inputs)]).loss
@@ -94,77 +111,27 @@ def measure(start: str, mask: str | None, batches: str, steps: int, device: str,
         gradients, entries = gradient_bytes(model), sum(p.numel() for p in model.parameters() if p.grad is not None)
         optimizer.step()
         optimizer.zero_grad()
-        _synchronize(cuda)
+        synchronize()
         seconds.append(time.perf_counter() - began)
-    seconds = sorted(seconds[WARM_UP:])
+    ordered = sorted(seconds[WARM_UP:])
+    p20, p80 = (ordered[len(ordered) * percent // 100] for percent in (20, 80))
     return {
-        "step_seconds": {f"p{q}": _quantile(seconds, q) for q in (20, 50, 80)},
-        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else _peak_resident_bytes(reset) - before,
-        "peak_bytes_are": _meaning(cuda, reset),
+        "step_seconds": {"p20": p20, "p50": statistics.median(ordered), "p80": p80},
         "gradient_bytes": gradients,
         "optimizer_state_bytes": state_bytes(optimizer),
         "trained_entries": entries,
-        "steps": steps,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
     }
 
 
-def _load_libraries(where: torch.device) -> None:
+def _load_libraries(device: torch.device) -> None:
     """A step of a small model, so that the code of the libraries is resident before memory is measured."""
-    layers = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).to(where)
+    layers = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).to(device)
     optimizer = torch.optim.AdamW(layers.parameters(), fused=True)
-    layers(torch.randn(4, 16, 64, device=where)).sum().backward()
+    layers(torch.randn(4, 16, 64, device=device)).sum().backward()
     optimizer.step()
 
 
-def _quantile(ordered: list[float], percent: int) -> float:
-    return (
-        statistics.median(ordered) if percent == 50 else ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
-    )
-
-
-def _synchronize(cuda: bool) -> None:
-    if cuda:
-        torch.cuda.synchronize()
-
-
-def _meaning(cuda: bool, reset: bool) -> str:
-    if cuda:
-        return "torch.cuda.max_memory_allocated: weights, gradients, optimizer state and activations"
-    since = "while training" if reset else "since the process began"
-    return f"peak resident memory {since}, less that before the model was loaded: weights, gradients, optimizer state and activations"
-
-
-def _reset_peak(cuda: bool) -> bool:
-    """Start the peak anew, so that loading the model does not count; on the CPU that needs Linux."""
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _status(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
-
-
-def _resident_bytes() -> int:
-    now = _status("VmRSS")
-    return now if now is not None else _peak_resident_bytes(False)
-
-
-def _peak_resident_bytes(reset: bool) -> int:
-    peak = _status("VmHWM") if reset else None
-    if peak is not None:
-        return peak
+def _peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

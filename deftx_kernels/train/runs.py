@@ -1,6 +1,4 @@
-"""A run's folder: the marker that says whose it is and what it was made from, and the lock of the process that works in
-it.
-"""
+"""A run's folder: its marker file with the settings and inputs of the run, and the lock of the process that uses it."""
 
 import os
 import re
@@ -13,7 +11,7 @@ from typing import Any
 import filelock
 
 from deftx_kernels.files import read_json, write_json
-from deftx_kernels.train.config import differences, to_dict
+from deftx_kernels.train.config import to_dict
 
 MARKER = "deftx_run.json"
 FORMAT = "deftx_run"
@@ -22,8 +20,8 @@ LOCK = ".lock"
 CONTENTS = ("config.json", "metrics.json", "report.md", "deltas", "phases")
 FIGURES = ("scores.png", "costs.png", "spectra.png", "density.png")
 # Settings that change no result (a device changes rounding, which "auto" does as well).
-FREE = ("overwrite", "run_dir", "report_to", "device", "cost_steps")
-# Settings that are paths, of which the fingerprints compare the content; of language=path, the language is a setting.
+NOT_COMPARED = ("overwrite", "run_dir", "report_to", "device", "cost_steps")
+# Settings that are paths: the fingerprints compare their content. Of language=path, the language is compared.
 PATHS = ("data_dir", "train", "validation", "start_from")
 PAIRS = ("test", "text")
 
@@ -32,32 +30,29 @@ PAIRS = ("test", "text")
 def open_run(
     config: Any, run_dir: Path, fingerprints: dict[str, str], inputs: Iterable[str | Path] = ()
 ) -> Iterator[None]:
-    """`with open_run(...):` the folder is this run's alone. Writes its marker and config.json, or checks those that are
-    there.
+    """`with open_run(...):` no other process uses the folder. Writes its marker and config.json, or checks the marker.
 
     Args:
         config: the settings; with `config.overwrite`, what the folder holds of a run with other settings or inputs is
             deleted. Those that change no result, and the names of local files and folders, are not compared.
         fingerprints: name → hash of each input (the model, the training data); a run continues only with the same ones.
-        inputs: paths that the run reads, none of which may lie in run_dir or hold it; names that are no paths are
-            ignored.
+        inputs: paths that the run reads, none of which may be in run_dir or hold it; other names are ignored.
 
     Raises:
-        ValueError: the folder holds a run with other settings or inputs (and not `overwrite`), another process works in
-            it, it holds files that are no run's, or it is a place where nothing may be deleted; or several processes
-            run this, each of which would write the folder.
+        ValueError: the folder holds a run with other settings or inputs (and not `overwrite`), or files but no run;
+            another process uses it; it is, holds or is in the current or home directory, an input or another run; or
+            several processes run this (WORLD_SIZE), each of which would write the folder.
         OSError: a file cannot be written; the file system has no locks.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE is above 1: deftx runs in one process; start it without torchrun")
-    _check_place(run_dir, inputs)
+    _check_run_dir(run_dir, inputs)
     marker = run_dir / MARKER
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run_dir {run_dir} is a file")
     if run_dir.is_dir() and not marker.is_file() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
-        raise ValueError(
-            f"run_dir {run_dir} is not empty and holds no run of this version (no {MARKER}): choose another"
-        )
+        what = f"run_dir {run_dir} is not empty and holds no run of this version (no {MARKER})"
+        raise ValueError(f"{what}: choose another")
     run_dir.mkdir(parents=True, exist_ok=True)
     settings = to_dict(config)
     made_from = {"settings": compared(settings), "fingerprints": fingerprints}
@@ -65,11 +60,10 @@ def open_run(
         old = _read_marker(marker) if marker.is_file() else made_from
         changed = [] if old is None else _changes(old, made_from)
         if changed and not config.overwrite:
-            raise ValueError(
-                f"run_dir {run_dir} holds a run with other {'; '.join(changed[:3])}: choose another run_dir, or overwrite it"
-            )
+            what = f"run_dir {run_dir} holds a run with other {'; '.join(changed[:3])}"
+            raise ValueError(f"{what}: choose another run_dir, or overwrite it")
         if changed or old is None:
-            _write_marker(marker, None)  # from here on the folder is no run's, also where deleting is cut off
+            _write_marker(marker, None)  # in case deleting is interrupted
             _delete_contents(run_dir)
         _write_marker(marker, made_from)
         written = {name: value for name, value in settings.items() if name not in ("overwrite", "run_dir")}
@@ -79,7 +73,7 @@ def open_run(
 
 def compared(settings: dict) -> dict:
     """The settings (of `to_dict`) that a run must share with the one that it continues."""
-    kept = {name: value for name, value in settings.items() if name not in (*FREE, *PATHS)}
+    kept = {name: value for name, value in settings.items() if name not in (*NOT_COMPARED, *PATHS)}
     for name in PAIRS:
         if isinstance(kept.get(name), list):
             kept[name] = [pair.partition("=")[0] for pair in kept[name]]
@@ -91,37 +85,35 @@ def compared(settings: dict) -> dict:
     return kept
 
 
-def _check_place(run_dir: Path, inputs: Iterable[str | Path]) -> None:
-    """run_dir may not be or hold the current, the home or the root directory, nor meet an input or lie in another run."""
-    place = run_dir.resolve()
+def _check_run_dir(run_dir: Path, inputs: Iterable[str | Path]) -> None:
+    """run_dir may not be or hold the current or the home directory, nor be, hold or be in an input or another run."""
+    resolved = run_dir.resolve()
     for what, path in {"current": Path.cwd(), "home": Path(os.path.expanduser("~"))}.items():
-        if path.resolve().is_relative_to(place):
+        if path.resolve().is_relative_to(resolved):
             raise ValueError(f"run_dir {run_dir} is or holds the {what} directory: choose a folder of its own")
     for name in inputs:
         path = Path(name).resolve()
-        if path.exists() and (path.is_relative_to(place) or place.is_relative_to(path)):
-            raise ValueError(f"run_dir {run_dir} is, holds or lies in the input {name}: choose a folder of its own")
-    for folder in place.parents:
+        if path.exists() and (path.is_relative_to(resolved) or resolved.is_relative_to(path)):
+            raise ValueError(f"run_dir {run_dir} is, holds or is in the input {name}: choose a folder of its own")
+    for folder in resolved.parents:
         if (folder / MARKER).is_file():
-            raise ValueError(f"run_dir {run_dir} lies in the folder of another run, {folder}")
+            raise ValueError(f"run_dir {run_dir} is in the folder of another run, {folder}")
 
 
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
-    """The system's lock of a file, which ends with the process, however that ends."""
+    """A lock of the operating system on a file, which ends with the process, also when it is killed."""
     lock = filelock.FileLock(run_dir / LOCK, blocking=False)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise ValueError(
-            f"run_dir {run_dir}: another process works in it; wait for its end, or choose another run_dir"
-        ) from None
+        advice = "wait for its end, or choose another run_dir"
+        raise ValueError(f"run_dir {run_dir}: another process uses it; {advice}") from None
     except OSError as error:
         if error.filename is not None:  # it cannot be opened
             raise
-        raise OSError(
-            f"{run_dir / LOCK} cannot be locked ({error.strerror}): its file system has no locks; choose a run_dir on another"
-        ) from error
+        reason = f"({error.strerror}): its file system has no locks; choose a run_dir on another"
+        raise OSError(f"{run_dir / LOCK} cannot be locked {reason}") from error
     try:
         yield
     finally:
@@ -152,6 +144,14 @@ def _changes(old: dict, new: dict) -> list[str]:
     return found + ([f"content of its inputs ({', '.join(inputs[:3])})"] if inputs else [])
 
 
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The settings in which two `to_dict` results differ, as "task.dense.lr: 0.1 → 0.2"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = {key: f"{prefix}.{key}" if prefix else key for key in [*old, *new]}
+        return [line for key, name in names.items() for line in differences(old.get(key), new.get(key), name)]
+    return [] if old == new else [f"{prefix}: {old} → {new}"]
+
+
 def _delete_contents(run_dir: Path) -> None:
     seeds = [path.name for path in run_dir.iterdir() if re.fullmatch(r"seed-\d+", path.name) and path.is_dir()]
     for path in (run_dir / name for name in (*CONTENTS, *seeds)):
@@ -160,5 +160,5 @@ def _delete_contents(run_dir: Path) -> None:
     if not figures.is_symlink():
         for name in FIGURES:
             (figures / name).unlink(missing_ok=True)
-        with suppress(OSError):  # it holds other files, or is not there
+        with suppress(OSError):  # it holds other files, or does not exist
             figures.rmdir()

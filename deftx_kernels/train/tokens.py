@@ -6,17 +6,13 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import (
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-)
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-IGNORED = -100  # label of positions that do not count
+IGNORED = -100  # label of positions that do not enter the loss
 
 
 def tokenize_task(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, labels: list[str], max_length: int) -> Dataset:
-    """Task rows as input_ids, attention_mask and labels. A word's tag goes to its first token; the others are ignored."""
+    """Task rows as input_ids, attention_mask and labels. A word's first token has its tag, the others IGNORED."""
     ids = {label: i for i, label in enumerate(labels)}
 
     def texts(batch):
@@ -48,14 +44,16 @@ def tokenize_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_leng
     """Unlabelled rows as input_ids, for `MaskedLanguageCollator`.
 
     With `pack`, all texts are joined and cut into blocks of max_length tokens (the last, shorter one included). Rows of
-    special tokens alone (nothing that the vocabulary knows) are left out: no token of them can be asked for.
+    special tokens alone (texts without a token of the vocabulary) are left out: none of their tokens can be masked.
 
     Raises:
         ValueError: nothing is left.
     """
     texts = list(dataset["text"])
     if pack:
-        before, after = special_tokens_around(tokenizer)
+        word, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        start = next(i for i in range(len(whole)) if whole[i : i + len(word)] == word)
+        before, after = whole[:start], whole[start + len(word) :]  # such as [CLS] and [SEP]
         joined = [token for text in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in text]
         size = max_length - len(before) - len(after)
         rows = [before + joined[start : start + size] + after for start in range(0, len(joined), size)]
@@ -68,21 +66,13 @@ def tokenize_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_leng
     return Dataset.from_dict({"input_ids": rows})
 
 
-def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and after a text, such as ([CLS], [SEP])."""
-    word = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    start = next(i for i in range(len(whole)) if whole[i : i + len(word)] == word)
-    return whole[:start], whole[start + len(word) :]
-
-
 @dataclass
 class MaskedLanguageCollator:
     """Pads a batch and masks tokens for masked language modelling: 80 % <mask>, 10 % a random token, 10 % unchanged.
 
-    Every text has at least one masked token, so that short strings teach something too. The masks of a text depend on
-    its tokens, `seed` and `epoch` alone: they change from epoch to epoch, and a resumed run sees the same ones. Rows
-    that already have labels (`mask_once`) are only padded.
+    Every text has at least one masked token, also a short one. The masks of a text depend on its tokens, `seed` and
+    `epoch` alone: they change from epoch to epoch, and are the same in a resumed run. Rows that already have labels
+    (`mask_once`) are only padded.
 
     Raises:
         ValueError: the tokenizer has no mask token.
@@ -106,7 +96,7 @@ class MaskedLanguageCollator:
         return dict(batch)
 
     def mask(self, input_ids: list[int]) -> tuple[list[int], list[int]]:
-        """(masked ids, labels) of one text; IGNORED where nothing is asked."""
+        """(masked ids, labels) of one text; IGNORED where no token is masked."""
         ids = torch.tensor(input_ids)  # [length]
         content = hashlib.blake2b(repr((self.seed, self.epoch, list(input_ids))).encode(), digest_size=7).digest()
         random = torch.Generator().manual_seed(int.from_bytes(content))
@@ -121,6 +111,6 @@ class MaskedLanguageCollator:
 
 
 def mask_once(dataset: Dataset, collator: MaskedLanguageCollator) -> Dataset:
-    """Tokenized text with its masks drawn once and for all: a validation loss that can be compared between steps."""
+    """Tokenized text with masks that stay the same, so that validation losses can be compared between steps."""
     pairs = [collator.mask(ids) for ids in dataset["input_ids"]]
     return Dataset.from_dict({"input_ids": [ids for ids, _ in pairs], "labels": [labels for _, labels in pairs]})

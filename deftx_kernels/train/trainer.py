@@ -1,46 +1,45 @@
-"""One training phase over transformers.Trainer, and what it costs.
+"""One training phase over transformers.Trainer, what it costs, and evaluation."""
 
-A phase has a folder. `phase.json`, written last, says that it is finished; until then Trainer's own checkpoints in the
-folder let it continue after a crash.
-"""
-
+import contextlib
 import math
+import os
 import shutil
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, f1_score
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalPrediction
 
+from deftx_kernels.delta import SparseDelta, compose
 from deftx_kernels.files import read_json
 from deftx_kernels.nn import masked_parameters
-from deftx_kernels.train.checkpoints import newest_checkpoint
+from deftx_kernels.train.checkpoints import newest_checkpoint, saving
 from deftx_kernels.train.config import PhaseConfig, VectorConfig
 from deftx_kernels.train.models import check_finite
-from deftx_kernels.train.tensors import gradient_bytes, saving, state_bytes
+from deftx_kernels.train.tensors import gradient_bytes, state_bytes
 from deftx_kernels.train.tokens import IGNORED, MaskedLanguageCollator
 
 
 @dataclass
 class Runtime:
-    """Where and how phases run; the same for a whole run."""
+    """Settings of a run that all its phases share."""
 
     seed: int = 0
     device: str = "auto"
     """ "auto" or "cpu"."""
     report_to: tuple[str, ...] = ()
-    progress: bool | None = None
-    """Progress bars; by default where the error stream is a terminal."""
     callbacks: tuple[TrainerCallback, ...] = ()
     """Further callbacks for every phase."""
 
@@ -49,10 +48,17 @@ class Runtime:
         """Whether training uses bfloat16 autocast: on GPUs that have it."""
         return self.device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
+    @property
+    def torch_device(self) -> torch.device:
+        """Where training runs: the current CUDA device, or the CPU."""
+        if self.device == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
 
 @dataclass
 class Examples:
-    """What a phase is trained on."""
+    """The tokenized data of a phase."""
 
     train: Dataset
     validation: Dataset | None
@@ -60,11 +66,13 @@ class Examples:
     masked_lm: bool = False
 
 
-class VectorTrainer(Trainer):
-    """A Trainer whose checkpoints are sound.
+# ---- trainers ----
 
-    Those of sparsified models hold tied values once, which `save_pretrained` refuses to write. None is made of weights
-    that diverged, and of one that a full disk cut off nothing stays.
+
+class VectorTrainer(Trainer):
+    """A Trainer that also saves sparsified models, whose tied values `save_pretrained` refuses to write.
+
+    A checkpoint of weights that diverged is not written, and one that a full disk cut off is deleted.
     """
 
     def _save_checkpoint(self, model, trial):
@@ -86,35 +94,32 @@ class VectorTrainer(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             state = self.model.state_dict()
             once = {id(tensor): name for name, tensor in self.model.state_dict(keep_vars=True).items()}
-            save_file(
-                {name: state[name].contiguous() for name in once.values()},
-                folder / "model.safetensors",
-                {"format": "pt"},
-            )
+            tensors = {name: state[name].contiguous() for name in once.values()}
+            save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 class MaskedLanguageTrainer(VectorTrainer):
-    """A Trainer whose MLM loss computes logits only where a token is asked for.
+    """A Trainer whose MLM loss computes logits only at the masked positions.
 
-    15 % of the positions carry a label; the [batch, length, vocabulary] logits of the others, the largest tensor of
-    the step, are never made.
+    15 % of the positions are masked; the [batch, length, vocabulary] logits of the others, the largest tensor of the
+    step, are never computed.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        asked = labels != IGNORED  # [batch, length]
+        masked = labels != IGNORED  # [batch, length]
 
-        def keep_asked(_, arguments):
-            return (arguments[0][asked], *arguments[1:])
+        def keep_masked(_, arguments):
+            return (arguments[0][masked], *arguments[1:])
 
-        hook = mlm_head(self.accelerator.unwrap_model(model)).register_forward_pre_hook(keep_asked)
+        hook = mlm_head(self.accelerator.unwrap_model(model)).register_forward_pre_hook(keep_masked)
         try:
             outputs = model(**inputs)
         finally:
             hook.remove()
-        total = nn.functional.cross_entropy(outputs.logits.float(), labels[asked], reduction="sum")
-        loss = total / (num_items_in_batch if num_items_in_batch is not None else asked.sum())
+        total = nn.functional.cross_entropy(outputs.logits.float(), labels[masked], reduction="sum")
+        loss = total / (num_items_in_batch if num_items_in_batch is not None else masked.sum())
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
 
@@ -127,11 +132,14 @@ def mlm_head(model: PreTrainedModel) -> nn.Module:
     raise ValueError(f"{type(model).__name__}: its MLM head is not beside its base model")
 
 
+# ---- callbacks ----
+
+
 class DivergenceGuard(TrainerCallback):
     """Stops a phase whose loss, gradients or weights are NaN or infinite, before a checkpoint is made of it.
 
     Args:
-        phase: what the phase is called in errors.
+        phase: the phase's name in errors.
         lr: its learning rate.
     """
 
@@ -139,8 +147,7 @@ class DivergenceGuard(TrainerCallback):
         self.phase, self.lr = phase, lr
 
     def on_step_end(self, args, state, control, **_):
-        # A loss for each checkpoint: it is checked before, and a resumed run logs the means that an undisturbed one
-        # logs.
+        # A loss for each checkpoint: checked before it, and a resumed run logs the same means as an undisturbed one.
         control.should_log |= control.should_save
 
     on_epoch_end = on_step_end
@@ -160,15 +167,13 @@ class DivergenceGuard(TrainerCallback):
     def error(self, what: str, step: int) -> ValueError:
         """The error to raise."""
         return ValueError(
-            f"{self.phase}: training diverged at step {step} with learning rate {self.lr:g} ({what}); nothing of it counts as "
-            "finished: choose a smaller learning rate"
+            f"{self.phase}: training diverged at step {step} with learning rate {self.lr:g} ({what}); nothing of it "
+            "counts as finished: choose a smaller learning rate"
         )
 
 
 class CostMeter(TrainerCallback, ExportableState):
-    """Measures a phase: seconds of each optimizer step, bytes of gradients and of optimizer state (of the real
-    tensors).
-    """
+    """Measures seconds of each optimizer step, and bytes of gradients and optimizer state, counted from tensors."""
 
     def __init__(self):
         self.step_seconds: list[float] = []
@@ -196,12 +201,13 @@ class CostMeter(TrainerCallback, ExportableState):
         names = ("gradient_bytes", "state_bytes", "trained_entries")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
-    def restore(self, attributes: dict) -> None:
-        """Go on from the attributes in a checkpoint's state."""
-        for name, value in attributes.items():
+    def restore(self, checkpoint: Path) -> None:
+        """Continue from the state in a checkpoint."""
+        state = read_json(checkpoint / "trainer_state.json")["stateful_callbacks"]["CostMeter"]["attributes"]
+        for name, value in state.items():
             setattr(self, name, value)
 
-    def facts(self) -> dict:
+    def metrics(self) -> dict:
         """The measurements as JSON values."""
         return {
             "trained_entries": self.trained_entries,
@@ -226,7 +232,7 @@ class L1Toward(TrainerCallback):
 
 
 class EpochToCollator(TrainerCallback):
-    """Tells the MLM collator the epoch, on which its masks depend."""
+    """Sets the MLM collator's epoch, on which its masks depend."""
 
     def __init__(self, collator: MaskedLanguageCollator):
         self.collator = collator
@@ -243,22 +249,7 @@ class QuietProgress(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
 
-def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Macro-F1 and accuracy over the labelled positions."""
-    return score(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))
-
-
-def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """{"macro_f1", "accuracy", "n"}: logits [..., classes], labels [...]; classes without examples do not enter
-    macro-F1.
-    """
-    counted = labels != IGNORED
-    truth, guess = labels[counted].numpy(), logits.argmax(-1)[counted].numpy()
-    return {
-        "macro_f1": float(f1_score(truth, guess, labels=sorted(set(truth.tolist())), average="macro", zero_division=0)),
-        "accuracy": float(accuracy_score(truth, guess)),
-        "n": len(truth),
-    }
+# ---- training ----
 
 
 def training_arguments(
@@ -266,11 +257,11 @@ def training_arguments(
 ) -> TrainingArguments:
     """Trainer's arguments for one phase."""
     every = phase.eval_every
-    # Without keep_best and eval_every a phase is short enough to be run again: no checkpoints.
-    saving = "steps" if every is not None else "epoch" if phase.keep_best else "no"
+    # Without keep_best and eval_every a phase is short, and is run again from its start: no checkpoints.
+    save_strategy = "steps" if every is not None else "epoch" if phase.keep_best else "no"
     best = phase.keep_best and validated
     return TrainingArguments(
-        output_dir=str(folder.absolute() / "checkpoints"),  # which Trainer remembers: a run may go on from elsewhere
+        output_dir=str(folder.absolute() / "checkpoints"),  # Trainer stores it: a run may continue from elsewhere
         per_device_train_batch_size=vector.batch_size,
         per_device_eval_batch_size=max(32, vector.batch_size),
         gradient_accumulation_steps=vector.accumulation,
@@ -286,9 +277,9 @@ def training_arguments(
         bf16=runtime.bf16,
         use_cpu=runtime.device == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
-        eval_strategy=saving if validated else "no",
+        eval_strategy=save_strategy if validated else "no",
         eval_steps=every,
-        save_strategy=saving,
+        save_strategy=save_strategy,
         save_steps=every or 500,
         save_total_limit=2,
         load_best_model_at_end=best,
@@ -297,7 +288,7 @@ def training_arguments(
         prediction_loss_only=masked_lm,
         logging_steps=10,
         logging_nan_inf_filter=False,
-        disable_tqdm=not (sys.stderr.isatty() if runtime.progress is None else runtime.progress),
+        disable_tqdm=not sys.stderr.isatty(),
         report_to=list(runtime.report_to) or "none",
         **({"train_sampling_strategy": "group_by_length"} if vector.group_by_length else {}),
     )
@@ -314,14 +305,13 @@ def train_phase(
     optimizer: torch.optim.Optimizer | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
 ) -> dict:
-    """Train `model` in place; the parameters that require gradients move. Continues from a checkpoint in `folder`, if
-    any.
+    """Train `model`'s trainable parameters in place. Continues from a checkpoint in `folder`, if any.
 
     Args:
         optimizer: fused AdamW over the trainable parameters by default.
 
     Returns:
-        Facts as JSON values: costs, losses by step, the best validation score.
+        Metrics as JSON values: costs, losses by step, the best validation score.
 
     Raises:
         ValueError: the loss or the weights became NaN or infinite; checkpoints from before stay.
@@ -349,19 +339,78 @@ def train_phase(
         trainer.add_callback(EpochToCollator(examples.collator))
     last = newest_checkpoint(folder / "checkpoints")
     if last is not None:
-        meter.restore(read_json(last / "trainer_state.json")["stateful_callbacks"]["CostMeter"]["attributes"])
+        meter.restore(last)
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     guard.check_weights(model, trainer.state.global_step)
-    with torch.no_grad(), trainer.compute_loss_context_manager():  # finite weights can be so large that no output is
-        batch = {name: value.to(args.device) for name, value in next(iter(trainer.get_train_dataloader())).items()}
-        loss = trainer.compute_loss(model.eval(), batch).item()
+    _check_loss(trainer, guard)
+    return {
+        **meter.metrics(),
+        "seconds": time.perf_counter() - began,
+        "steps": trainer.state.global_step,
+        "loss": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
+        "best_validation": trainer.state.best_metric,
+        "resumed_from": None if last is None else last.name,
+    }
+
+
+def _check_loss(trainer: Trainer, guard: DivergenceGuard) -> None:
+    """ValueError where the trained model's loss is not finite: finite weights can be too large for finite outputs."""
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        batch = next(iter(trainer.get_train_dataloader()))
+        batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
+        loss = trainer.compute_loss(trainer.model.eval(), batch).item()
     if not math.isfinite(loss):
         raise guard.error(f"the loss after it is {loss}", trainer.state.global_step)
-    facts = meter.facts()
-    facts["seconds"] = time.perf_counter() - began
-    facts["steps"] = trainer.state.global_step
-    facts["loss"] = [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log]
-    facts["best_validation"] = trainer.state.best_metric
-    facts["resumed_from"] = None if last is None else last.name
-    return facts
+
+
+# ---- evaluation ----
+
+
+def evaluate(
+    model: PreTrainedModel, dataset: Dataset, collator, runtime: Runtime, batch_size: int = 64
+) -> dict[str, float]:
+    """{"macro_f1", "accuracy", "n"} of a classifier on a tokenized data set.
+
+    Raises:
+        ValueError: an output of the model is NaN or infinite.
+    """
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    by_length = dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__))  # less padding
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder,
+            per_device_eval_batch_size=batch_size,
+            bf16=runtime.bf16,
+            use_cpu=runtime.device == "cpu",
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+            report_to="none",
+        )
+        prediction = Trainer(model=model, args=args, data_collator=collator).predict(by_length)
+    if not np.isfinite(prediction.predictions).all():
+        raise ValueError("evaluation: outputs of the model are NaN or infinite, so it is not scored")
+    return classification_metrics(prediction)
+
+
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """{"macro_f1", "accuracy", "n"} over the labelled positions; classes without examples do not enter macro-F1."""
+    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+    counted = labels != IGNORED
+    truth, guess = labels[counted].numpy(), logits.argmax(-1)[counted].numpy()
+    return {
+        "macro_f1": float(f1_score(truth, guess, labels=sorted(set(truth.tolist())), average="macro", zero_division=0)),
+        "accuracy": float(accuracy_score(truth, guess)),
+        "n": len(truth),
+    }
+
+
+@contextlib.contextmanager
+def with_deltas(model: PreTrainedModel, deltas: Sequence[SparseDelta]):
+    """`model` with the sum of `deltas` added, and exactly as before afterwards."""
+    if not deltas:
+        yield model
+        return
+    total = deltas[0] if len(deltas) == 1 else compose(*deltas)
+    with total.applied(model):
+        yield model

@@ -1,23 +1,187 @@
-"""Vectors that the commands are given: folders or hub ids. Needs only the core."""
+"""A vector to learn: the model that it starts from (theta0, as a model folder) and its tokenized examples."""
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import set_seed
+
 from deftx_kernels.delta import SparseDelta
-from deftx_kernels.delta.interop import SFT_NAME, SHIRA_CONFIG
+from deftx_kernels.select.functional import selected_counts
+from deftx_kernels.train import models
+from deftx_kernels.train.checkpoints import finish, finished_model, save_model
+from deftx_kernels.train.config import LanguageConfig, PhaseConfig, Recipe, TaskConfig, VectorConfig
+from deftx_kernels.train.data import Corpus
+from deftx_kernels.train.tokens import MaskedLanguageCollator, mask_once, task_collator, tokenize_task, tokenize_text
+from deftx_kernels.train.trainer import DivergenceGuard, Examples, Runtime, train_phase
 
-OTHER_FORMATS = {SFT_NAME: "composable-sft", SHIRA_CONFIG: "PEFT"}
+VALIDATION_SHARE = 0.05  # of unlabelled text, where there is no validation text
 
 
-def load_vector(path: str) -> SparseDelta:
-    """A vector from a folder or the hub.
+@dataclass
+class Vector:
+    """One vector to learn: its start, its examples and its folders."""
+
+    name: str
+    start: Path
+    """Folder of theta0, a transformers model folder."""
+    load: Callable[[Path], PreTrainedModel]
+    examples: Examples
+    config: VectorConfig
+    folder: Path
+    """Of its phases."""
+    deltas: Path
+    """The delta by a recipe is saved as deltas/<recipe>/<name>."""
+    keep_head: bool
+    """Whether the head belongs to the vector (a task) or is dropped (a language)."""
+    base: Path | None = None
+    """Folder of the model that the vector will be added to, where that is not theta0 (a task trained on top of a source
+    language vector)."""
+    metadata: dict = field(default_factory=dict)
+
+
+@dataclass
+class VectorBuilder:
+    """Makes the vectors of one model, corpus and seed; the folders of their starts are in `folder`/phases."""
+
+    model: str
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    runtime: Runtime
+    folder: Path
+
+    def language(self, language: str, start: Path, config: LanguageConfig) -> Vector:
+        """A language vector on `mlm_start`; the MLM head is no part of it."""
+        text, validation = self.corpus.text[language], self.corpus.text_validation.get(language)
+        examples = language_examples(text, validation, self.tokenizer, config, self.runtime.seed)
+        return self._vector(
+            f"language-{language}", start, partial(_load_masked_lm, tie_decoder=config.tie_decoder), examples, config,
+            keep_head=False, metadata={"language": language},
+        )  # fmt: skip
+
+    def task(
+        self,
+        config: TaskConfig,
+        added: Sequence[SparseDelta] = (),
+        start: str = "start",
+        folder: str = "task",
+        **metadata,
+    ) -> Vector:
+        """A task vector with its head, on the pretrained model plus the deltas `added`.
+
+        Args:
+            start: folder of that sum, in phases.
+            folder: folder of the vector's phases, in phases.
+        """
+        corpus, base = self.corpus, self.base()
+        train, validation = (
+            None if rows is None else tokenize_task(rows, self.tokenizer, corpus.labels, config.max_length)
+            for rows in (corpus.train, corpus.validation)
+        )
+        examples = Examples(train, validation, task_collator(self.tokenizer, corpus.task))
+        metadata |= {"labels": corpus.labels, "task": corpus.task, "max_length": config.max_length}
+        return self._vector(
+            "task", self._classifier(start, added) if added else base,
+            partial(models.load_classifier, labels=corpus.labels, task=corpus.task), examples, config,
+            keep_head=True, folder=folder, base=base if added else None, metadata=metadata,
+        )  # fmt: skip
+
+    def _vector(self, name, start, load, examples, config, *, keep_head, metadata, folder=None, base=None) -> Vector:
+        metadata = {"base_model": str(self.model), "seed": self.runtime.seed, **metadata}
+        phases, deltas = self.folder / "phases" / (folder or name), self.folder / "deltas"
+        return Vector(name, start, load, examples, config, phases, deltas, keep_head, base, metadata)
+
+    def base(self) -> Path:
+        """The folder of the pretrained model with an untrained head, to which vectors are added."""
+        return self._classifier("base")
+
+    def _classifier(self, name: str, added: Sequence[SparseDelta] = ()) -> Path:
+        folder = self.folder / "phases" / name
+        if finished_model(folder, folder) is None:
+            set_seed(self.runtime.seed)  # of the head
+            classifier = models.load_classifier(self.model, self.corpus.labels, self.corpus.task)
+            for delta in added:
+                delta.apply_(classifier)
+            save_model(classifier, folder)
+            finish(folder, {"vectors": len(added)})
+        return folder
+
+    def mlm_start(self, config: LanguageConfig, languages: Sequence[str]) -> Path:
+        """The folder of theta0 for language vectors: the model with its MLM head. A new head is trained with the body
+        frozen, on the text of all `languages`.
+        """
+        folder = self.folder / "phases/mlm-head"
+        if finished_model(folder, folder / "model") is not None:
+            return folder / "model"
+        set_seed(self.runtime.seed)
+        masked_lm, new_head = models.load_masked_lm(self.model, config.tie_decoder)
+        metrics = {"new_head": new_head}
+        if new_head and config.head_steps:
+            models.freeze_for_head(masked_lm)
+            phase = PhaseConfig(lr=config.head_lr, max_steps=config.head_steps, keep_best=False)
+            text = Dataset.from_dict({"text": [line for name in languages for line in self.corpus.text[name]["text"]]})
+            examples = language_examples(text, None, self.tokenizer, config, self.runtime.seed)
+            guard = DivergenceGuard("MLM head", config.head_lr)
+            metrics |= train_phase(masked_lm, examples, config, phase, folder, self.runtime, guard)
+        save_model(masked_lm.to("cpu"), folder / "model")
+        finish(folder, metrics)
+        return folder / "model"
+
+
+def _load_masked_lm(folder: Path, tie_decoder: bool) -> PreTrainedModel:
+    return models.load_masked_lm(folder, tie_decoder)[0]
+
+
+def language_examples(
+    text: Dataset, validation: Dataset | None, tokenizer, config: LanguageConfig, seed: int
+) -> Examples:
+    """Unlabelled rows, tokenized. Without validation text 5 % are held out where a best checkpoint is to be chosen."""
+    choose = config.dense.keep_best or config.sparse.keep_best
+    if validation is None and choose and len(text) >= 1 / VALIDATION_SHARE:
+        parts = text.train_test_split(VALIDATION_SHARE, seed=seed)
+        text, validation = parts["train"], parts["test"]
+    collator = MaskedLanguageCollator(tokenizer, config.mlm_probability, seed)
+    train = tokenize_text(text, tokenizer, config.max_length, config.pack)
+    if validation is not None:
+        validation = mask_once(tokenize_text(validation, tokenizer, config.max_length, config.pack), collator)
+    return Examples(train, validation, collator, masked_lm=True)
+
+
+def check_fit(
+    model: str, tokenizer: PreTrainedTokenizerBase, task: str, config: VectorConfig, recipes: Iterable[Recipe]
+) -> None:
+    """Whether settings fit a model, from its configuration alone: before any training, without its weights.
+
+    Args:
+        task: "classification", "token-classification" or "masked-lm".
 
     Raises:
-        ValueError: there is none, it is damaged, or it is of another library; the message names it.
+        ValueError: a tokenizer with more tokens than the model has embeddings; max_length above the model's positions;
+            a selection of more entries than it has, or of none.
     """
-    try:
-        return SparseDelta.from_pretrained(path)
-    except FileNotFoundError as error:
-        for name, library in OTHER_FORMATS.items():
-            if (Path(path) / name).is_file():
-                raise ValueError(f"vector {path!r} is of {library}: run `deftx convert {path} FOLDER` first") from None
-        raise ValueError(f"vector {path!r}: {error}") from error
+    outline = models.outline(model, task)
+    if len(tokenizer) > (rows := len(outline.get_input_embeddings().weight)):
+        what = f"its tokenizer has {len(tokenizer)} tokens, but the model embeddings for {rows}"
+        raise ValueError(f"model {model!r}: {what}")
+    positions = models.position_count(outline)
+    if positions is not None and config.max_length > positions:
+        limit = f"{positions}, the positions of model {model!r}"
+        raise ValueError(f"max_length must be at most {limit}, not {config.max_length}")
+    selection = config.selection
+    density = selection.density if selection.k is None else None
+    for recipe in recipes:
+        if recipe == "full":
+            continue
+        names, scope = models.maskable_names(outline), str(selection.scope)
+        if recipe == "lift":  # its density holds for each matrix, its k for all together
+            names, scope = models.linear_names(outline), "tensor" if selection.k is None else "global"
+        shapes = [outline.get_parameter(name).shape for name in names]
+        try:
+            counts = selected_counts(names, shapes, selection.k, density, scope)
+        except ValueError as error:
+            raise ValueError(f"selection, {recipe} on model {model!r}: {error}") from None
+        if not any(counts):
+            raise ValueError(f"selection.density = {density} is less than one entry of model {model!r}")

@@ -1,9 +1,9 @@
 """Damaged and hostile files: the right content, or a ValueError or FileNotFoundError, in bounded time and memory.
 
-`python tests/delta/test_damaged_files.py FORMAT COUNT SEED` damages one format's files COUNT times, with little memory to
-take.
+`python tests/delta/test_damaged_files.py FORMAT COUNT SEED` damages one format's files COUNT times, in limited memory.
 """
 
+import functools
 import hashlib
 import json
 import random
@@ -31,10 +31,10 @@ from deftx_kernels.delta.storage import checksum
 SECONDS = 2.0
 MEMORY = 3 << 30  # of address space, beside what the process has when it begins
 OUT_OF_MEMORY = ("MemoryError", "allocate memory", "bad_alloc")
-HOSTILE: list[Any] = [
-    -1, 0, 1, 7, 1.5, -(2**31), 2**31, 2**53, 2**63 - 1, 2**63, 10**30, 10**6, 10**9, True, None, "", "a", "F32", "I64", "int64",
-    "../../x", "é", [], {}, [[]], {"a": 1}, [-1], [2, 3], [1 << 40], [0, 10**12], [True, 2], ["2"], float("nan"), float("inf"),
-]  # fmt: skip
+NUMBERS = [-1, 0, 1, 7, 1.5, -(2**31), 2**31, 2**53, 2**63 - 1, 2**63, 10**30, 10**6, 10**9, True, float("nan")]
+LISTS = [[], {}, [[]], {"a": 1}, [-1], [2, 3], [1 << 40], [0, 10**12], [True, 2], ["2"], float("inf")]
+HOSTILE: list[Any] = [*NUMBERS, *LISTS, None, "", "a", "F32", "I64", "int64", "../../x", "é"]
+DTYPES = [torch.int32, torch.int64, torch.uint16, torch.float16, torch.bool, torch.complex64, torch.float8_e4m3fn]
 
 
 def example() -> SparseDelta:
@@ -46,7 +46,7 @@ def example() -> SparseDelta:
 
 
 def content(found: CSRMask | SparseDelta) -> tuple:
-    """What a reader of the file gets, to be compared; with the checks that every mask and delta passes."""
+    """The content that was read, for comparison; with the checks that every mask and delta passes."""
     mask = found if isinstance(found, CSRMask) else found.mask
     CSRMask(mask.names, mask.shapes, mask.crow_indices, mask.col_indices)
     assert all(type(n) is str for n in mask.names)
@@ -55,17 +55,13 @@ def content(found: CSRMask | SparseDelta) -> tuple:
         return (mask.fingerprint(),)
     assert found.values.dtype == torch.float32
     low = [] if found.low is None else [t.tolist() for t in found.low]
-    dense = {n: (t.dtype, t.shape, t.tolist()) for n, t in found.dense.items()}
-    return (
-        mask.fingerprint(),
-        found.values.tolist(),
-        low,
-        repr(sorted(dense.items())),
-        json.dumps(found.metadata, sort_keys=True),
-    )
+    dense = repr([(n, t.dtype, t.shape, t.tolist()) for n, t in sorted(found.dense.items())])
+    return mask.fingerprint(), found.values.tolist(), low, dense, json.dumps(found.metadata, sort_keys=True)
 
 
 # ---- damage ----
+
+
 def damage_bytes(data: bytes, chance: random.Random) -> bytes:
     """Flipped bits, a shorter file, bytes that are copied over others, inserted, left out or zeroed."""
     data = bytearray(data)
@@ -86,7 +82,7 @@ def damage_bytes(data: bytes, chance: random.Random) -> bytes:
 
 
 def damage_value(value: Any, chance: random.Random) -> Any:
-    """One place in nested lists and dictionaries is replaced, left out, doubled or renamed."""
+    """One item in nested lists and dictionaries is replaced, left out, doubled or renamed."""
     if isinstance(value, dict) and value and chance.random() < 0.9:
         key = chance.choice(list(value))
         kind = chance.randrange(8)
@@ -94,9 +90,7 @@ def damage_value(value: Any, chance: random.Random) -> Any:
         if kind == 0:
             return rest
         if kind == 1:
-            return rest | {
-                chance.choice(["", "x", "names", "w", key + "x" if isinstance(key, str) else "y"]): value[key]
-            }
+            return rest | {chance.choice(["", "x", "names", "w", f"{key}x"]): value[key]}
         return {k: damage_value(v, chance) if k == key else v for k, v in value.items()}
     if isinstance(value, list | tuple) and value and chance.random() < 0.8:
         at, kind = chance.randrange(len(value)), chance.randrange(8)
@@ -135,21 +129,12 @@ def damage_tensor(tensor: torch.Tensor, chance: random.Random) -> torch.Tensor:
     if kind == 2:
         return torch.cat([tensor.view(-1), tensor.view(-1)])
     if kind == 3:
-        dtypes = [
-            torch.int32,
-            torch.int64,
-            torch.uint16,
-            torch.float16,
-            torch.bool,
-            torch.complex64,
-            torch.float8_e4m3fn,
-        ]
-        return tensor.to(torch.float32).to(chance.choice(dtypes))
+        return tensor.to(torch.float32).to(chance.choice(DTYPES))
     return tensor.view(1, -1)
 
 
 def damage_safetensors(data: bytes, chance: random.Random, sign: Callable[[dict, dict], None] | None = None) -> bytes:
-    """The header, the JSON within it, or a tensor; in half of the cases with the checksum that this content would have."""
+    """The header, the JSON within it, or a tensor; in half of the cases, `sign` corrects the checksum."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     if chance.random() < 0.3:  # the format itself
@@ -166,9 +151,8 @@ def damage_safetensors(data: bytes, chance: random.Random, sign: Callable[[dict,
         metadata[key] = chance.choice(["", "x", "5", "[]", "{}", "null"])
     elif target == "names":
         name = chance.choice(sorted(tensors))
-        tensors[chance.choice(["x", "", "dense.x", name + "2"])] = (
-            tensors[name] if chance.random() < 0.5 else tensors.pop(name)
-        )
+        moved = tensors[name] if chance.random() < 0.5 else tensors.pop(name)
+        tensors[chance.choice(["x", "", "dense.x", name + "2"])] = moved
     else:
         name = chance.choice(sorted(tensors))
         tensors[name] = damage_tensor(tensors[name], chance)
@@ -196,25 +180,17 @@ def damage_pickle(data: bytes, chance: random.Random) -> bytes:
 
 def damage_sft(data: bytes, chance: random.Random) -> bytes:
     """The objects that were saved."""
-    with torch.serialization.safe_globals(
-        [np.dtype, np.dtypes.Int64DType, (np._core.multiarray.scalar, "numpy._core.multiarray.scalar")]
-    ):
+    scalar = (np._core.multiarray.scalar, "numpy._core.multiarray.scalar")
+    with torch.serialization.safe_globals([np.dtype, np.dtypes.Int64DType, scalar]):
         saved = torch.load(_written(data), weights_only=True)
     name = chance.choice(list(saved["diffs"]))
-    encoded = saved["diffs"][name]
+    encoded, values = saved["diffs"][name], saved["diffs"][name]["values"]
     kind = chance.randrange(4)
     if kind == 0:
-        encoded["values"] = damage_tensor(encoded["values"], chance)
+        encoded["values"] = damage_tensor(values, chance)
     elif kind == 1:
-        encoded["values"] = chance.choice(
-            [
-                encoded["values"].to_sparse(),
-                torch.empty(3, device="meta"),
-                encoded["values"][:1].expand(10**6),
-                np.float32(1),
-                [1.0],
-            ]
-        )
+        no_values = [torch.empty(3, device="meta"), np.float32(1), [1.0]]
+        encoded["values"] = chance.choice([values.to_sparse(), values[:1].expand(10**6), *no_values])
     elif kind == 2:
         saved["diffs"][name] = damage_value(encoded, chance)
     else:
@@ -257,23 +233,25 @@ def sign_delta(tensors: dict, metadata: dict) -> None:
 
 
 # ---- formats ----
+
+
 class Format(NamedTuple):
     write: Callable[[Path], None]
     read: Callable[[Path], Any]
-    damages: list[tuple[str, Callable[[bytes, random.Random], bytes]]]  # file, what damages it
-    checked: tuple[Callable, ...]  # the damages that a checksum must find: what loads then is the right content
+    damages: list[tuple[str, Callable]]  # file, function (content, random.Random) -> damaged content
+    checked: tuple[Callable, ...]  # damages that a checksum must detect: what loads then is the right content
+
+
+def damages(file: str, *functions: Callable) -> list[tuple[str, Callable]]:
+    return [(file, function) for function in functions]
 
 
 def text_damage(data: bytes, chance: random.Random) -> bytes:
     return damage_json(data.decode(), chance).encode("utf-8", "surrogatepass")
 
 
-def signed_mask(data: bytes, chance: random.Random) -> bytes:
-    return damage_safetensors(data, chance, sign_mask)
-
-
-def signed_delta(data: bytes, chance: random.Random) -> bytes:
-    return damage_safetensors(data, chance, sign_delta)
+signed_mask = functools.partial(damage_safetensors, sign=sign_mask)
+signed_delta = functools.partial(damage_safetensors, sign=sign_delta)
 
 
 def write_sft(folder: Path) -> None:
@@ -297,40 +275,34 @@ FORMATS = {
     "mask": Format(
         lambda folder: example().mask.save(folder / "mask"),
         lambda folder: CSRMask.load(folder / "mask"),
-        [("mask", damage_bytes), ("mask", damage_safetensors), ("mask", signed_mask)],
+        damages("mask", damage_bytes, damage_safetensors, signed_mask),
         (damage_bytes, damage_safetensors),
     ),
     "delta": Format(
         lambda folder: example().save_pretrained(folder),
         SparseDelta.from_pretrained,
-        [
-            *((WEIGHTS_NAME, damage) for damage in (damage_bytes, damage_safetensors, signed_delta, signed_delta)),
-            *((CONFIG_NAME, damage) for damage in (damage_bytes, text_damage)),
-        ],
+        damages(WEIGHTS_NAME, damage_bytes, damage_safetensors, signed_delta, signed_delta)
+        + damages(CONFIG_NAME, damage_bytes, text_damage),
         (damage_bytes, damage_safetensors, text_damage),
     ),
     "composable-sft": Format(
         write_sft,
         interop.from_composable_sft,
-        [(interop.SFT_NAME, damage) for damage in (damage_bytes, damage_pickle, damage_pickle, damage_sft, damage_sft)],
+        damages(interop.SFT_NAME, damage_bytes, damage_pickle, damage_pickle, damage_sft, damage_sft),
         (damage_bytes,),
     ),
     "shira": Format(
         write_shira,
         interop.from_peft_shira,
-        [
-            *((interop.SHIRA_WEIGHTS, damage) for damage in (damage_bytes, damage_safetensors)),
-            *((interop.SHIRA_CONFIG, damage) for damage in (damage_bytes, text_damage)),
-        ],
+        damages(interop.SHIRA_WEIGHTS, damage_bytes, damage_safetensors)
+        + damages(interop.SHIRA_CONFIG, damage_bytes, text_damage),
         (),  # PEFT's files have no checksum
     ),
 }
 
 
 def fuzz(name: str, folder: Path, count: int, seed: int) -> Counter:
-    """Damage the format's files `count` times: how often what came out. An AssertionError holds the file that went
-    wrong.
-    """
+    """Damage the format's files `count` times and count the outcomes. An AssertionError has the file that failed."""
     form = FORMATS[name]
     form.write(folder)
     whole = {path: path.read_bytes() for path in folder.iterdir()}
@@ -363,7 +335,7 @@ def fuzz(name: str, folder: Path, count: int, seed: int) -> Counter:
             fault = f"memory was taken: {error}"
         else:
             found[type(error).__name__] += 1
-        assert fault is None, f"{damage.__name__}, number {number}: {fault}. {file} in hexadecimal: {data.hex()}"
+        assert fault is None, f"{damage}, number {number}: {fault}. {file} in hexadecimal: {data.hex()}"
         (folder / file).write_bytes(whole[folder / file])
     return found
 

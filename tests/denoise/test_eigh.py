@@ -1,12 +1,12 @@
-"""eigh and eigvalsh of batches, of every provider, against float64 torch.linalg."""
+"""eigh and eigvalsh of batches, of every implementation, against float64 torch.linalg."""
 
 import pytest
 import torch
 
 from deftx_kernels.denoise import decompositions
-from deftx_kernels.denoise.matrices import ranks_of
-from tests.conftest import Provider
+from tests.conftest import Implementation
 
+OPS = ("eigh", "eigvalsh")
 DTYPES = [torch.float32, torch.float64]
 
 
@@ -23,13 +23,13 @@ def with_eigenvalues(values, dtype):
     return ((a + a.mT) / 2).to(dtype)[None]
 
 
-def assert_decomposed(provider, a, limit=60):
-    """Errors in units of rounding of the largest eigenvalue; those of LAPACK and of ours grow more slowly than with n."""
+def assert_decomposed(implementation, a, limit=60):
+    """Errors in units of rounding of the largest eigenvalue; LAPACK's and ours grow more slowly than with n."""
     n, eps = a.shape[-1], torch.finfo(a.dtype).eps
     exact = torch.linalg.eigvalsh(a.double())
     one = exact.abs().amax(-1).clamp(min=1e-300) * eps * limit
-    there = a.to(provider.device)
-    alone, (values, vectors) = provider.ops.eigvalsh(there), provider.ops.eigh(there)
+    there = a.to(implementation.device)
+    alone, (values, vectors) = implementation.ops.eigvalsh(there), implementation.ops.eigh(there)
     for found in (alone, values):
         assert found.dtype == a.dtype
         assert found.shape == exact.shape
@@ -43,10 +43,10 @@ def assert_decomposed(provider, a, limit=60):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "n"), [(1, 1), (3, 2), (4, 17), (2, 34), (5, 64)])
-def test_random_matrices(provider, count, n, dtype):
-    if provider.name == "emulated" and n > 40:
+def test_random_matrices(implementation, count, n, dtype):
+    if implementation.name == "emulated" and n > 40:
         pytest.skip("a minute in the emulator")
-    assert_decomposed(provider, symmetric(count, n, dtype))
+    assert_decomposed(implementation, symmetric(count, n, dtype))
 
 
 def spectra(n):
@@ -81,44 +81,49 @@ def special(n, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_special_matrices(provider, dtype):
+def test_special_matrices(implementation, dtype):
     n = 18
     matrices = [with_eigenvalues(values, dtype)[0] for values in spectra(n).values()]
-    assert_decomposed(provider, torch.stack([*matrices, *special(n, dtype).values()]))  # a batch: quick in the emulator
+    assert_decomposed(
+        implementation, torch.stack([*matrices, *special(n, dtype).values()])
+    )  # a batch: quick in the emulator
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows(provider, bad):
-    if provider.name == "reference":
+def test_what_is_not_finite_shows(implementation, bad):
+    if implementation.name == "reference":
         pytest.skip("LAPACK refuses, or gives NaN, by its version")
     a = symmetric(2, 12, torch.float32)
     a[1, 3, 5] = a[1, 5, 3] = bad
-    for values in (provider.ops.eigvalsh(a.to(provider.device)), provider.ops.eigh(a.to(provider.device))[0]):
+    for values in (
+        implementation.ops.eigvalsh(a.to(implementation.device)),
+        implementation.ops.eigh(a.to(implementation.device))[0],
+    ):
         assert values[1].isnan().all()
         assert values[0].isfinite().all()
 
 
-def test_equal_calls_give_equal_bits_and_leave_the_argument(provider):
-    a = symmetric(3, 20, torch.float32).to(provider.device)
+def test_equal_calls_give_equal_bits_and_leave_the_argument(implementation):
+    a = symmetric(3, 20, torch.float32).to(implementation.device)
     kept = a.clone()
-    values, vectors = provider.ops.eigh(a)
-    alone = provider.ops.eigvalsh(a)
+    values, vectors = implementation.ops.eigh(a)
+    alone = implementation.ops.eigvalsh(a)
     with torch.inference_mode():
-        again = provider.ops.eigh(a.clone())
-        assert torch.equal(provider.ops.eigvalsh(a.clone()), alone)
+        again = implementation.ops.eigh(a.clone())
+        assert torch.equal(implementation.ops.eigvalsh(a.clone()), alone)
     assert torch.equal(again[0], values)
     assert torch.equal(again[1], vectors)
     assert torch.equal(a, kept)
-    last = provider.ops.eigh(a[2:].contiguous())  # whatever else is in the batch
+    last = implementation.ops.eigh(a[2:].contiguous())  # whatever else is in the batch
     assert torch.equal(last[0][0], values[2])
     assert torch.equal(last[1][0], vectors[2])
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 0)])
-def test_nothing(provider, shape):
-    a = torch.zeros(shape, device=provider.device)
-    assert provider.ops.eigvalsh(a).shape == shape[:2]
-    values, vectors = provider.ops.eigh(a)
+def test_nothing(implementation, shape):
+    a = torch.zeros(shape, device=implementation.device)
+    assert implementation.ops.eigvalsh(a).shape == shape[:2]
+    values, vectors = implementation.ops.eigh(a)
     assert values.shape == shape[:2]
     assert vectors.shape == shape
 
@@ -127,7 +132,7 @@ def test_nothing(provider, shape):
 @pytest.mark.parametrize("n", [96, 300])
 def test_spectra_of_many_rows_on_the_cpu(n, dtype):
     """Clusters, equal eigenvalues, low rank and rounding, blocks: what inverse iteration is sensitive to."""
-    ours = Provider("c++", "cpu", torch.ops.deftx)
+    ours = Implementation("c++", "cpu", torch.ops.deftx)
     i, generator = torch.arange(n, dtype=torch.float64), torch.Generator().manual_seed(5)
     low = torch.randn(n, 7, generator=generator, dtype=torch.float64)
     matrices = {
@@ -165,6 +170,19 @@ def test_threads(threads, count, n):
     assert all(torch.equal(x, y) for x, y in zip(found, expected))
 
 
+def kept(eigenvalues, rank=0, energy=0.0, median=0.0):  # [n], ascending
+    """How many of them a truncation keeps."""
+    if rank:
+        return rank
+    squares = eigenvalues.clamp(min=0).flip(0)
+    if squares[0] == 0:
+        return 0
+    if energy:
+        sums = squares.cumsum(0)
+        return int((sums < energy * sums[-1]).sum()) + 1
+    return int((squares.sqrt() > median * squares.sqrt().quantile(0.5)).sum())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "rule",
@@ -190,11 +208,9 @@ def test_the_vectors_that_a_truncation_needs(rule, dtype):
     all_values = torch.ops.deftx.eigh(a)[0]
     values, vectors = torch.ops.deftx.eigh(a, **rule)
     assert torch.equal(values, all_values)
-    rules = {"rank": 0, "energy": 0.0, "median": 0.0} | rule
-    kept = ranks_of(values.double().clamp(min=0).flip(-1), **rules)
     limit = 200 * torch.finfo(dtype).eps
-    for w, v, matrix, count in zip(values.double(), vectors.double(), a.double(), kept.tolist()):
-        needed = torch.zeros(n, dtype=torch.bool)
+    for w, v, matrix in zip(values.double(), vectors.double(), a.double()):
+        count, needed = kept(w, **rule), torch.zeros(n, dtype=torch.bool)
         if 2 * count > n:
             needed[: n - count + beyond] = True
         else:

@@ -7,25 +7,15 @@ from, moves bytes, and adds in float64.
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-DTYPES = [
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float64,
-    torch.bool,
-    torch.uint8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-]
+from tests.operators import FLOATS, MANY, SHAPES, bits, csr_of, explore, matrix_shape, replaced, with_threads
+
+OPS = ("csr_gather", "csr_scatter_", "csr_add_")
+
+DTYPES = [*FLOATS, torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64]
 UNUSUAL = [torch.float8_e4m3fn, torch.uint16, torch.complex64]  # torch itself cannot index some of them
-FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SHAPES = [(), (1,), (7,), (0,), (1, 1), (3, 0), (0, 5), (4, 9), (3, 2, 5), (2, 1, 3, 2), (40, 3), (2, 300)]
-MANY = 330  # tensors: more than two kernel launches take
 ROUNDING = {torch.float32: 2.0**-24, torch.float64: 2.0**-53, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
 
@@ -36,16 +26,12 @@ class Case:
     def __init__(self, shapes, dtype, density=0.3, seed=0, wide=False, device="cpu", masks=None):
         self.rng = np.random.default_rng(seed)
         self.dtype, self.device = dtype, device
-        matrices = [(1, int(np.prod(s))) if len(s) < 2 else (s[0], int(np.prod(s[1:]))) for s in shapes]
+        matrices = [matrix_shape(s) for s in shapes]
         self.masks = masks or [self.rng.random(m) < density for m in matrices]
         self.nnz = int(sum(m.sum() for m in self.masks))
         self.tensors = [self.random(s) for s in shapes]
-        self.crow = torch.from_numpy(
-            np.cumsum([0, *np.concatenate([m.sum(1) for m in self.masks])], dtype=np.int64)
-        ).to(device)
-        columns = np.concatenate([np.nonzero(m)[1] for m in self.masks])
         wide = wide or any(c > 65_536 for _, c in matrices)
-        self.col = torch.from_numpy(columns.astype(np.int32 if wide else np.uint16)).to(device)
+        self.crow, self.col = (torch.from_numpy(x).to(device) for x in csr_of(self.masks, [np.uint16, np.int32][wide]))
 
     def random(self, shape) -> Tensor:
         """Random bits, one element into their storage, so that nothing is aligned by chance."""
@@ -72,34 +58,26 @@ class Case:
             np.testing.assert_array_equal(now, then)
 
 
-def bits(t: Tensor) -> np.ndarray:  # [numel, bytes of an element]
-    if t.numel() == 0:  # NumPy's empty arrays have stride 0, which `view` refuses
-        return np.empty((0, t.dtype.itemsize), np.uint8)
-    return t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().reshape(t.numel(), t.dtype.itemsize).copy()
-
-
-def check_moves(provider, case: Case):
+def check_moves(implementation, case: Case):
     """csr_gather and csr_scatter_ move bytes, and csr_scatter_ touches nothing else."""
-    gathered = provider.ops.csr_gather(case.tensors, case.crow, case.col)
+    gathered = implementation.ops.csr_gather(case.tensors, case.crow, case.col)
     assert gathered.shape == (case.nnz,)
     assert gathered.dtype == case.dtype
     np.testing.assert_array_equal(bits(gathered), case.entries(case.tensors))
     values, before = case.random((case.nnz,)), case.rest(case.tensors)
-    assert provider.ops.csr_scatter_(case.tensors, case.crow, case.col, values) is None
+    assert implementation.ops.csr_scatter_(case.tensors, case.crow, case.col, values) is None
     np.testing.assert_array_equal(case.entries(case.tensors), bits(values))
     case.check_rest(before)
 
 
-def check_add(provider, case: Case, values_dtype, alpha: float):
-    """csr_add_ computes in float32 (float64) and rounds once; outside the mask stay random bits, NaN and infinities
-    among them.
-    """
+def check_add(implementation, case: Case, values_dtype, alpha: float):
+    """csr_add_ computes in float32 (float64) and rounds once; the other entries keep their bits, NaN included."""
     for t, m in zip(case.tensors, case.masks):
         inside = torch.from_numpy(m.reshape(-1)).to(case.device)
         t.view(-1)[inside] = case.normal(int(m.sum()), case.dtype)
     values, before = case.normal(case.nnz, values_dtype), case.rest(case.tensors)
-    old = provider.ops.csr_gather(case.tensors, case.crow, case.col).cpu()
-    provider.ops.csr_add_(case.tensors, case.crow, case.col, values, alpha)
+    old = implementation.ops.csr_gather(case.tensors, case.crow, case.col).cpu()
+    implementation.ops.csr_add_(case.tensors, case.crow, case.col, values, alpha)
     new = torch.cat([t.cpu().view(-1)[torch.from_numpy(m.reshape(-1))] for t, m in zip(case.tensors, case.masks)])
     case.check_rest(before)
     product = alpha * values.double().cpu().numpy()
@@ -107,54 +85,39 @@ def check_add(provider, case: Case, values_dtype, alpha: float):
     compute = ROUNDING[torch.float64 if case.dtype == torch.float64 else torch.float32]
     error = compute * (np.abs(product) + np.abs(exact)) + ROUNDING[case.dtype] * np.abs(exact)
     assert np.all(np.abs(new.double().numpy() - exact) <= 2 * error + SMALLEST[case.dtype])
-    if provider.name != "reference":  # the compiled kernels round product and sum one by one, on every device alike
+    if (
+        implementation.name != "reference"
+    ):  # the compiled kernels round product and sum one by one, on every device alike
         real = np.float64 if case.dtype == torch.float64 else np.float32
         total = old.to(torch.float64).numpy().astype(real) + real(alpha) * values.double().cpu().numpy().astype(real)
         np.testing.assert_array_equal(bits(new), bits(torch.from_numpy(total).to(case.dtype)))
 
 
-def explore(provider, strategy, check):
-    """Runs hypothesis, with fewer examples for the slow ones."""
-    examples = 25 if provider.name in ("reference", "emulated") else 100
-    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    settings(max_examples=examples, deadline=None, suppress_health_check=quiet, database=None)(given(strategy)(check))()
-
-
-few = st.lists(st.sampled_from(SHAPES), min_size=1, max_size=6)
-many = st.builds(lambda s: (s * MANY)[:MANY], st.lists(st.sampled_from(SHAPES[:7]), min_size=1, max_size=4))
-densities = st.sampled_from([0.0, 0.02, 0.3, 0.9, 1.0])
-
-
 def cases(dtypes):
-    def make(shapes, dtype, density, seed, wide):
-        return lambda device: Case(shapes, dtype, density, seed, wide, device)
-
-    return st.builds(
-        make,
-        st.one_of(few, few, few, many),
-        st.sampled_from(dtypes),
-        densities,
-        st.integers(0, 2**32 - 1),
-        st.booleans(),
-    )
+    few = st.lists(st.sampled_from(SHAPES), min_size=1, max_size=6)
+    many = st.builds(lambda s: (s * MANY)[:MANY], st.lists(st.sampled_from(SHAPES[:7]), min_size=1, max_size=4))
+    densities = st.sampled_from([0.0, 0.02, 0.3, 0.9, 1.0])
+    seeds = st.integers(0, 2**32 - 1)
+    arguments = st.tuples(st.one_of(few, few, few, many), st.sampled_from(dtypes), densities, seeds, st.booleans())
+    return arguments.map(lambda a: lambda device: Case(*a, device))
 
 
-def test_moves(provider):
-    dtypes = DTYPES if provider.name == "reference" else DTYPES + UNUSUAL
-    explore(provider, cases(dtypes), lambda make: check_moves(provider, make(provider.device)))
+def test_moves(implementation):
+    dtypes = DTYPES if implementation.name == "reference" else DTYPES + UNUSUAL
+    explore(implementation, cases(dtypes), lambda make: check_moves(implementation, make(implementation.device)))
 
 
-def test_add(provider):
+def test_add(implementation):
     def check(example):
         make, same, alpha = example
-        case = make(provider.device)
-        check_add(provider, case, case.dtype if same else torch.float32, float(np.float32(alpha)))
+        case = make(implementation.device)
+        check_add(implementation, case, case.dtype if same else torch.float32, float(np.float32(alpha)))
 
     alphas = st.sampled_from([1.0, -1.0, 0.0, 0.3, -2.5, 1e-3])
-    explore(provider, st.tuples(cases(FLOATS), st.booleans(), alphas), check)
+    explore(implementation, st.tuples(cases(FLOATS), st.booleans(), alphas), check)
 
 
-# Around the sizes at which the CUDA kernel changes its ways: a tile of 2048 entries, 512 rows to a tile, several tiles
+# Around the sizes at which the CUDA kernel takes another path: a tile of 2048 entries, 512 rows to a tile, many tiles
 # to a block.
 @pytest.mark.parametrize(
     ("shapes", "density"),
@@ -173,82 +136,70 @@ def test_add(provider):
     ],
     ids=str,
 )
-def test_tile_edges(provider, shapes, density):
-    check_moves(provider, Case(shapes, torch.float32, density, device=provider.device))
-    check_add(provider, Case(shapes, torch.bfloat16, density, device=provider.device), torch.float32, 0.5)
+def test_tile_edges(implementation, shapes, density):
+    check_moves(implementation, Case(shapes, torch.float32, density, device=implementation.device))
+    check_add(implementation, Case(shapes, torch.bfloat16, density, device=implementation.device), torch.float32, 0.5)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("same", [True, False], ids=["values of the tensors' dtype", "values float32"])
-def test_add_rounds_once(provider, dtype, same):
-    case = Case([(50, 60), (9,)], dtype, 0.5, device=provider.device)
-    check_add(provider, case, dtype if same else torch.float32, float(np.float32(0.3)))
+def test_add_rounds_once(implementation, dtype, same):
+    case = Case([(50, 60), (9,)], dtype, 0.5, device=implementation.device)
+    check_add(implementation, case, dtype if same else torch.float32, float(np.float32(0.3)))
 
 
-def test_uneven_rows(provider):
+def test_uneven_rows(implementation):
     """Full rows beside thousands of empty ones, in tensors of many sizes."""
     masks = [np.zeros((3000, 8), bool), np.ones((2, 5000), bool), np.zeros((1, 64), bool), np.zeros((600, 30), bool)]
     masks[0][[0, 1500, 2999]] = True
     masks[3][-1, -1] = True
     shapes = [m.shape for m in masks]
-    check_moves(provider, Case(shapes, torch.int16, masks=masks, device=provider.device))
+    check_moves(implementation, Case(shapes, torch.int16, masks=masks, device=implementation.device))
 
 
-def test_no_tensors(provider):
-    if provider.name == "reference":
+def test_no_tensors(implementation):
+    if implementation.name == "reference":
         pytest.skip("the reference takes the dtype of its result from the first tensor")
-    crow, col = (
-        torch.zeros(1, dtype=torch.int64, device=provider.device),
-        torch.zeros(0, dtype=torch.int32, device=provider.device),
-    )
-    assert provider.ops.csr_gather([], crow, col).shape == (0,)
-    provider.ops.csr_scatter_([], crow, col, torch.zeros(0, device=provider.device))
-    provider.ops.csr_add_([], crow, col, torch.zeros(0, device=provider.device), 1.0)
+    sizes = {1: torch.int64, 0: torch.int32}
+    crow, col = (torch.zeros(n, dtype=dtype, device=implementation.device) for n, dtype in sizes.items())
+    assert implementation.ops.csr_gather([], crow, col).shape == (0,)
+    implementation.ops.csr_scatter_([], crow, col, torch.zeros(0, device=implementation.device))
+    implementation.ops.csr_add_([], crow, col, torch.zeros(0, device=implementation.device), 1.0)
 
 
-def test_offsets_beyond_32_bits(provider, request):
+def test_offsets_beyond_32_bits(implementation, request):
     """Elements beyond 2^31 and 2^32. The memory is never touched elsewhere, so that the test needs little of it."""
-    if provider.name == "emulated":  # it compares all bytes of read-only arguments before and after
+    if implementation.name == "emulated":  # it compares all bytes of read-only arguments before and after
         emulated = request.getfixturevalue("emulated")
         request.addfinalizer(lambda: setattr(emulated, "check_mutation", True))
         emulated.check_mutation = False
     columns = 2**31 - 1
-    tensors = [torch.empty(n, dtype=torch.uint8, device=provider.device) for n in (5, 3 * columns)]
+    tensors = [torch.empty(n, dtype=torch.uint8, device=implementation.device) for n in (5, 3 * columns)]
     tensors[1] = tensors[1].view(3, columns)
-    places = [(0, 4), (1, 0), (1, columns - 1), (2, 7), (3, 0), (3, columns - 1)]  # (stacked row, column)
-    col = torch.tensor([c for _, c in places], dtype=torch.int32, device=provider.device)
-    crow = torch.tensor([0, 1, 3, 4, 6], device=provider.device)
-    values = torch.arange(1, 7, dtype=torch.uint8, device=provider.device)
-    provider.ops.csr_scatter_(tensors, crow, col, values)
-    found = [tensors[0][c] if r == 0 else tensors[1][r - 1, c] for r, c in places]
+    entries = [(0, 4), (1, 0), (1, columns - 1), (2, 7), (3, 0), (3, columns - 1)]  # (stacked row, column)
+    col = torch.tensor([c for _, c in entries], dtype=torch.int32, device=implementation.device)
+    crow = torch.tensor([0, 1, 3, 4, 6], device=implementation.device)
+    values = torch.arange(1, 7, dtype=torch.uint8, device=implementation.device)
+    implementation.ops.csr_scatter_(tensors, crow, col, values)
+    found = [tensors[0][c] if r == 0 else tensors[1][r - 1, c] for r, c in entries]
     assert torch.stack(found).tolist() == values.tolist()
-    assert provider.ops.csr_gather(tensors, crow, col).tolist() == values.tolist()
+    assert implementation.ops.csr_gather(tensors, crow, col).tolist() == values.tolist()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_threads_do_not_matter(provider, dtype):
-    if provider.name != "c++":
+def test_threads_do_not_matter(implementation, dtype):
+    if implementation.name != "c++":
         pytest.skip("about the CPU library's threads")
-    results = []
-    for threads in (1, 2, 3, 7):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            case = Case([(300, 1000), (2, 30_000), (9,)], dtype, 0.5)
-            values = case.normal(case.nnz, dtype)
-            provider.ops.csr_add_(case.tensors, case.crow, case.col, values, 0.7)
-            results.append([bits(provider.ops.csr_gather(case.tensors, case.crow, case.col)), *map(bits, case.tensors)])
-        finally:
-            torch.set_num_threads(before)
-    for result in results[1:]:
-        for one, other in zip(results[0], result):
-            np.testing.assert_array_equal(one, other)
 
+    def results():
+        case = Case([(300, 1000), (2, 30_000), (9,)], dtype, 0.5)
+        implementation.ops.csr_add_(case.tensors, case.crow, case.col, case.normal(case.nnz, dtype), 0.7)
+        return [bits(implementation.ops.csr_gather(case.tensors, case.crow, case.col)), *map(bits, case.tensors)]
 
-def _replaced(t: Tensor, at: int, value: int) -> Tensor:
-    t = t.to(torch.int32).clone() if t.dtype == torch.uint16 else t.clone()
-    t[at] = value
-    return t
+    first, *others = with_threads(results)
+    for other in others:
+        for one, two in zip(first, other):
+            np.testing.assert_array_equal(one, two)
 
 
 # What is wrong -> (the case, csr_add_'s arguments) -> csr_add_'s arguments
@@ -269,77 +220,71 @@ WRONG_STRUCTURE = {
     "integers": lambda c, a: [[t.int() for t in a[0]], *a[1:]],
 }
 WRONG_CONTENT = {
-    "column too large": lambda c, a: [*a[:2], _replaced(a[2], 3, 20), a[3]],
-    "last column too large": lambda c, a: [*a[:2], _replaced(a[2], -1, 6), a[3]],
-    "column negative": lambda c, a: [*a[:2], _replaced(a[2], 0, -1), a[3]],
-    "column very negative": lambda c, a: [*a[:2], _replaced(a[2], 20, -(2**31)), a[3]],
-    "columns repeat": lambda c, a: [*a[:2], _replaced(a[2], 5, 4), a[3]],
-    "columns descend": lambda c, a: [*a[:2], _replaced(a[2], 5, 3), a[3]],
-    "crow begins late": lambda c, a: [a[0], _replaced(a[1], 0, 1), *a[2:]],
-    "crow ends early": lambda c, a: [a[0], _replaced(a[1], -1, c.nnz - 1), *a[2:]],
-    "crow ends late": lambda c, a: [a[0], _replaced(a[1], -1, c.nnz + 1), *a[2:]],
-    "crow descends": lambda c, a: [a[0], _replaced(a[1], 2, 5), *a[2:]],
-    "crow overshoots": lambda c, a: [a[0], _replaced(a[1], 2, 2**40), *a[2:]],
-    "crow negative": lambda c, a: [a[0], _replaced(a[1], 1, -(2**40)), *a[2:]],
+    "column too large": lambda c, a: [*a[:2], replaced(a[2], 3, 20), a[3]],
+    "last column too large": lambda c, a: [*a[:2], replaced(a[2], -1, 6), a[3]],
+    "column negative": lambda c, a: [*a[:2], replaced(a[2], 0, -1), a[3]],
+    "column very negative": lambda c, a: [*a[:2], replaced(a[2], 20, -(2**31)), a[3]],
+    "columns repeat": lambda c, a: [*a[:2], replaced(a[2], 5, 4), a[3]],
+    "columns descend": lambda c, a: [*a[:2], replaced(a[2], 5, 3), a[3]],
+    "crow begins late": lambda c, a: [a[0], replaced(a[1], 0, 1), *a[2:]],
+    "crow ends early": lambda c, a: [a[0], replaced(a[1], -1, c.nnz - 1), *a[2:]],
+    "crow ends late": lambda c, a: [a[0], replaced(a[1], -1, c.nnz + 1), *a[2:]],
+    "crow descends": lambda c, a: [a[0], replaced(a[1], 2, 5), *a[2:]],
+    "crow overshoots": lambda c, a: [a[0], replaced(a[1], 2, 2**40), *a[2:]],
+    "crow negative": lambda c, a: [a[0], replaced(a[1], 1, -(2**40)), *a[2:]],
 }
 
 
 @pytest.mark.parametrize("at", [1, 49_999, 50_000, 50_001, 99_999])
-def test_a_repeated_column_is_found_where_threads_meet(provider, at):
-    if provider.name != "c++":
+def test_a_repeated_column_is_found_where_threads_meet(implementation, at):
+    if implementation.name != "c++":
         pytest.skip("about the CPU library's threads")
     case = Case([(1, 100_000)], torch.uint8, 1.0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    for _ in with_threads(lambda: None, [2]):
         with pytest.raises(RuntimeError, match="ascend"):
-            provider.ops.csr_gather(case.tensors, case.crow, _replaced(case.col, at, at - 1))
-    finally:
-        torch.set_num_threads(before)
+            implementation.ops.csr_gather(case.tensors, case.crow, replaced(case.col, at, at - 1))
 
 
-def _wrong_case(provider, wrong):
-    case = Case([(5, 20), (6,)], torch.float32, 1.0, device=provider.device)
+def _wrong_case(implementation, wrong):
+    case = Case([(5, 20), (6,)], torch.float32, 1.0, device=implementation.device)
     tensors, crow, col, values = wrong(case, [case.tensors, case.crow, case.col, case.normal(case.nnz, torch.float32)])
     return case, tensors, crow, col, values
 
 
 @pytest.mark.parametrize("wrong", [*WRONG_STRUCTURE, *WRONG_CONTENT])
-def test_bad_arguments_raise_and_change_nothing(provider, wrong):
-    if provider.name == "reference" or (wrong in WRONG_CONTENT and provider.name != "c++"):
-        pytest.skip(
-            "the reference relies on `functional`, and a GPU's host code cannot see the contents: see the next test"
-        )
-    case, tensors, crow, col, values = _wrong_case(provider, (WRONG_STRUCTURE | WRONG_CONTENT)[wrong])
+def test_bad_arguments_raise_and_change_nothing(implementation, wrong):
+    if implementation.name == "reference" or (wrong in WRONG_CONTENT and implementation.name != "c++"):
+        pytest.skip("the reference checks nothing, and a GPU's host code cannot see the contents: see the next test")
+    case, tensors, crow, col, values = _wrong_case(implementation, (WRONG_STRUCTURE | WRONG_CONTENT)[wrong])
     before = [bits(t) for t in [*case.tensors, *tensors]]
-    with pytest.raises(RuntimeError, match=r"must|has|dtype"):
-        provider.ops.csr_add_(tensors, crow, col, values, 1.0)
+    calls = [lambda: implementation.ops.csr_add_(tensors, crow, col, values, 1.0)]
     if wrong != "integers":
+        calls.append(lambda: implementation.ops.csr_scatter_(tensors, crow, col, values))
+        if "values" not in wrong:
+            calls.append(lambda: implementation.ops.csr_gather(tensors, crow, col))
+    for call in calls:
         with pytest.raises(RuntimeError, match=r"must|has|dtype"):
-            provider.ops.csr_scatter_(tensors, crow, col, values)
-    if "values" not in wrong and wrong != "integers":
-        with pytest.raises(RuntimeError, match=r"must|has|dtype"):
-            provider.ops.csr_gather(tensors, crow, col)
+            call()
     for t, then in zip([*case.tensors, *tensors], before):
         np.testing.assert_array_equal(bits(t), then)
 
 
 @pytest.mark.parametrize("wrong", WRONG_CONTENT)
-def test_bad_contents_stay_inside_memory(provider, wrong):
-    if provider.name not in ("emulated", "cuda"):
+def test_bad_contents_stay_inside_memory(implementation, wrong):
+    if implementation.name not in ("emulated", "cuda"):
         pytest.skip("about kernels whose host code cannot see the contents")
-    _, tensors, crow, col, values = _wrong_case(provider, WRONG_CONTENT[wrong])
-    provider.ops.csr_gather(tensors, crow, col)  # the emulator faults on any access outside the arguments
-    provider.ops.csr_scatter_(tensors, crow, col, values)
-    provider.ops.csr_add_(tensors, crow, col, values, 1.0)
+    _, tensors, crow, col, values = _wrong_case(implementation, WRONG_CONTENT[wrong])
+    implementation.ops.csr_gather(tensors, crow, col)  # the emulator faults on any access outside the arguments
+    implementation.ops.csr_scatter_(tensors, crow, col, values)
+    implementation.ops.csr_add_(tensors, crow, col, values, 1.0)
 
 
-def test_sixteen_byte_elements_are_refused(provider):
-    if provider.name == "reference":
+def test_sixteen_byte_elements_are_refused(implementation):
+    if implementation.name == "reference":
         pytest.skip("the reference takes any dtype")
-    case = Case([(5, 20)], torch.complex128, device=provider.device)
+    case = Case([(5, 20)], torch.complex128, device=implementation.device)
     with pytest.raises(RuntimeError, match="16 bytes"):
-        provider.ops.csr_gather(case.tensors, case.crow, case.col)
+        implementation.ops.csr_gather(case.tensors, case.crow, case.col)
 
 
 @pytest.mark.gpu

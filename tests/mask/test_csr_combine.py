@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from deftx_kernels.ops.schemas import OPERATIONS as CODES
+from tests.operators import explore, replaced, with_threads
+
+OPS = ("csr_combine",)
 
 OPERATIONS = {
     "and": np.intersect1d,
@@ -18,9 +20,9 @@ WIDTHS = [torch.uint16, torch.int32]
 
 
 @pytest.fixture(autouse=True)
-def _served(provider):
-    if not provider.can_run("csr_combine"):
-        pytest.skip(f"the installed {provider.name} library has no csr_combine: build it again")
+def _served(implementation):
+    if not implementation.can_run("csr_combine"):
+        pytest.skip(f"the installed {implementation.name} library has no csr_combine: build it again")
 
 
 def keys_of(crow: Tensor, col: Tensor) -> np.ndarray:
@@ -45,11 +47,11 @@ def random_keys(rng, rows: int, columns: int, density: float) -> np.ndarray:
     return (flat // max(columns, 1) << 32) + flat % max(columns, 1)
 
 
-def check(provider, mine: np.ndarray, theirs: np.ndarray, rows: int, dtype: torch.dtype):
-    a, b = mask_of(mine, rows, dtype, provider.device), mask_of(theirs, rows, dtype, provider.device)
+def check(implementation, mine: np.ndarray, theirs: np.ndarray, rows: int, dtype: torch.dtype):
+    a, b = mask_of(mine, rows, dtype, implementation.device), mask_of(theirs, rows, dtype, implementation.device)
     before = [t.clone() for t in (*a, *b)]
     for operation, expected in OPERATIONS.items():
-        crow, col = provider.ops.csr_combine(*a, *b, CODES[operation])
+        crow, col = implementation.ops.csr_combine(*a, *b, CODES[operation])
         assert (crow.dtype, col.dtype) == (torch.int64, dtype)
         assert crow.shape == (rows + 1,)
         crow_expected, col_expected = mask_of(expected(mine, theirs), rows, dtype)
@@ -74,33 +76,27 @@ def random_pair(rows, columns, densities, seed, relation="any", empty=0.0):
     return mine, theirs
 
 
-def test_random(provider):
+def test_random(implementation):
     """Empty rows, no rows, empty and full masks, equal and disjoint ones."""
-    shapes = st.sampled_from(
-        [(0, 0), (1, 0), (1, 1), (1, 7), (3, 5), (5, 1), (40, 3), (2, 300), (1, 900), (700, 2), (1500, 1)]
+    shapes = [(0, 0), (1, 0), (1, 1), (1, 7), (3, 5), (5, 1), (40, 3), (2, 300), (1, 900), (700, 2), (1500, 1)]
+    density = st.sampled_from([0.0, 0.02, 0.3, 0.9, 1.0])
+    examples = st.tuples(
+        st.sampled_from(shapes),
+        st.tuples(density, density),
+        st.integers(0, 2**32 - 1),
+        st.sampled_from(["any", "any", "equal", "disjoint", "subset"]),
+        st.sampled_from([0.0, 0.5, 0.95]),
+        st.sampled_from(WIDTHS),
     )
-    densities = st.sampled_from([0.0, 0.02, 0.3, 0.9, 1.0])
-    relations = st.sampled_from(["any", "any", "equal", "disjoint", "subset"])
 
-    def example(shape, mine, theirs, relation, empty, seed, dtype):
-        check(provider, *random_pair(*shape, (mine, theirs), seed, relation, empty), shape[0], dtype)
+    def check_example(example):
+        shape, densities, seed, relation, empty, dtype = example
+        check(implementation, *random_pair(*shape, densities, seed, relation, empty), shape[0], dtype)
 
-    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    run = settings(
-        max_examples=20 if provider.name == "emulated" else 150,
-        deadline=None,
-        suppress_health_check=quiet,
-        database=None,
-    )
-    seeds = st.integers(0, 2**32 - 1)
-    run(
-        given(
-            shapes, densities, densities, relations, st.sampled_from([0.0, 0.5, 0.95]), seeds, st.sampled_from(WIDTHS)
-        )(example)
-    )()
+    explore(implementation, examples, check_example, few=20 if implementation.name == "emulated" else 150, many=150)
 
 
-# Around the sizes at which the kernels change their ways: words of 32 entries, tiles of 2048, 1024 rows to a tile,
+# Around the sizes at which the kernels take another path: words of 32 entries, tiles of 2048, 1024 rows to a tile,
 # several tiles to a block.
 @pytest.mark.parametrize("dtype", WIDTHS, ids=str)
 @pytest.mark.parametrize(
@@ -120,17 +116,17 @@ def test_random(provider):
     ],
     ids=str,
 )
-def test_tile_edges(provider, rows, columns, densities, dtype):
-    check(provider, *random_pair(rows, columns, densities, seed=rows), rows, dtype)
+def test_tile_edges(implementation, rows, columns, densities, dtype):
+    check(implementation, *random_pair(rows, columns, densities, seed=rows), rows, dtype)
 
 
 @pytest.mark.parametrize("dtype", WIDTHS, ids=str)
-def test_columns_at_the_ends(provider, dtype):
+def test_columns_at_the_ends(implementation, dtype):
     """The smallest and the largest column there can be, at either side of a row's end."""
     last = 65_535 if dtype == torch.uint16 else 2**31 - 2
     mine = np.array([0, last, (1 << 32) + last, 2 << 32, (2 << 32) + last])
     theirs = np.array([last, 1 << 32, (1 << 32) + last, 2 << 32, (3 << 32) + last])
-    check(provider, mine, theirs, 5, dtype)
+    check(implementation, mine, theirs, 5, dtype)
 
 
 LARGE = {
@@ -147,53 +143,40 @@ LARGE = {
 
 
 @pytest.mark.parametrize("case", LARGE)
-def test_large(provider, case):
-    """Many pieces of work, cut within rows and between them."""
-    if provider.name == "emulated":
+def test_large(implementation, case):
+    """Many chunks, with boundaries within rows and between them."""
+    if implementation.name == "emulated":
         pytest.skip("too slow in the emulator")
     rows, columns, densities, relation, empty = LARGE[case]
     for dtype in WIDTHS if columns <= 65_536 else [torch.int32]:
-        check(provider, *random_pair(rows, columns, densities, 5, relation, empty), rows, dtype)
+        check(implementation, *random_pair(rows, columns, densities, 5, relation, empty), rows, dtype)
 
 
-def test_one_long_row_among_short_ones(provider):
-    scale = 1 if provider.name == "emulated" else 60
+def test_one_long_row_among_short_ones(implementation):
+    scale = 1 if implementation.name == "emulated" else 60
     rng = np.random.default_rng(3)
     short = [random_keys(rng, 500 * scale, 3, 0.3) for _ in range(2)]
     long = [random_keys(rng, 1, 5000 * scale, 0.5) + (200 << 32) for _ in range(2)]
     mine, theirs = (np.union1d(s, k) for s, k in zip(short, long))
-    check(provider, mine, theirs, 500 * scale, torch.int32)
+    check(implementation, mine, theirs, 500 * scale, torch.int32)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_threads_do_not_matter(provider, operation):
+def test_threads_do_not_matter(implementation, operation):
     """Not even where the columns are not sorted and the result has no meaning."""
-    if provider.name != "c++":
+    if implementation.name != "c++":
         pytest.skip("about the CPU library's threads")
     rng = np.random.default_rng(0)
     sorted_pair = [mask_of(k, 3000, torch.int32) for k in random_pair(3000, 400, (0.5, 0.4), 1)]
     unsorted = [(crow, torch.from_numpy(rng.integers(-9, 400, len(col), dtype=np.int32))) for crow, col in sorted_pair]
     for (a, b), is_sorted in [(sorted_pair, True), (unsorted, False)]:
-        results = []
-        for threads in (1, 2, 3, 7):
-            before = torch.get_num_threads()
-            torch.set_num_threads(threads)
-            try:
-                results.append(provider.ops.csr_combine(*a, *b, CODES[operation]))
-            finally:
-                torch.set_num_threads(before)
+        results = list(with_threads(lambda a=a, b=b: implementation.ops.csr_combine(*a, *b, CODES[operation])))
         for crow, col in results:
             assert torch.equal(crow, results[0][0])
             assert torch.equal(col, results[0][1])
         if is_sorted:
             expected = OPERATIONS[operation](keys_of(*a), keys_of(*b))
             np.testing.assert_array_equal(keys_of(*results[0]), expected)
-
-
-def _replaced(t: Tensor, at, value: int) -> Tensor:
-    t = t.clone()
-    t[at] = value
-    return t
 
 
 # What is wrong -> (csr_combine's arguments -> csr_combine's arguments, what the message names)
@@ -212,61 +195,53 @@ WRONG_STRUCTURE = {
     "col not contiguous": (lambda a: [a[0], a[1].repeat_interleave(2)[::2], *a[2:]], "^col_indices must be contiguous"),
 }
 WRONG_CROW = {
-    "begins late": lambda crow: _replaced(crow, 0, 1),
-    "ends early": lambda crow: _replaced(crow, -1, int(crow[-1]) - 1),
-    "ends late": lambda crow: _replaced(crow, -1, int(crow[-1]) + 1),
-    "descends": lambda crow: _replaced(crow, 5, int(crow[4]) - 1),
-    "overshoots": lambda crow: _replaced(crow, 2, 2**40),
-    "negative": lambda crow: _replaced(crow, 3, -(2**40)),
+    "begins late": lambda crow: replaced(crow, 0, 1),
+    "ends early": lambda crow: replaced(crow, -1, int(crow[-1]) - 1),
+    "ends late": lambda crow: replaced(crow, -1, int(crow[-1]) + 1),
+    "descends": lambda crow: replaced(crow, 5, int(crow[4]) - 1),
+    "overshoots": lambda crow: replaced(crow, 2, 2**40),
+    "negative": lambda crow: replaced(crow, 3, -(2**40)),
 }
 
 
-def _arguments(provider, operation="or"):
-    mine, theirs = random_pair(20, 30, (0.5, 0.5), 0)
-    return [
-        *mask_of(mine, 20, torch.int32, provider.device),
-        *mask_of(theirs, 20, torch.int32, provider.device),
-        CODES[operation],
-    ]
+def _arguments(implementation, operation="or"):
+    pair = [mask_of(k, 20, torch.int32, implementation.device) for k in random_pair(20, 30, (0.5, 0.5), 0)]
+    return [*pair[0], *pair[1], CODES[operation]]
 
 
 @pytest.mark.parametrize("wrong", WRONG_STRUCTURE)
-def test_bad_arguments_raise(provider, wrong):
+def test_bad_arguments_raise(implementation, wrong):
     change, message = WRONG_STRUCTURE[wrong]
     with pytest.raises((RuntimeError, ValueError), match=message.replace("^", r"(^|\n|: )")):
-        provider.ops.csr_combine(*change(_arguments(provider)))
+        implementation.ops.csr_combine(*change(_arguments(implementation)))
 
 
-@pytest.mark.parametrize("place", [0, 2], ids=["crow_indices", "other_crow_indices"])
+@pytest.mark.parametrize(("i", "message"), [(0, "(?<!other_)crow_indices must"), (2, "other_crow_indices must")])
 @pytest.mark.parametrize("wrong", WRONG_CROW)
-def test_bad_crow(provider, wrong, place):
-    """The CPU library and the reference name it; the GPU's host code cannot see it, and the kernels stay inside memory."""
+def test_bad_crow(implementation, wrong, i, message):
+    """The CPU library and the reference name it; a GPU's host code cannot see it, the kernels stay inside memory."""
     for operation in OPERATIONS:
-        arguments = _arguments(provider, operation)
-        arguments[place] = WRONG_CROW[wrong](arguments[place])
-        if provider.name in ("c++", "reference"):
-            with pytest.raises(
-                (RuntimeError, ValueError),
-                match="other_crow_indices must" if place else r"(?<!other_)crow_indices must",
-            ):
-                provider.ops.csr_combine(*arguments)
+        arguments = _arguments(implementation, operation)
+        arguments[i] = WRONG_CROW[wrong](arguments[i])
+        if implementation.name in ("c++", "reference"):
+            with pytest.raises((RuntimeError, ValueError), match=message):
+                implementation.ops.csr_combine(*arguments)
         else:
-            provider.ops.csr_combine(*arguments)
+            implementation.ops.csr_combine(*arguments)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_unsorted_columns_stay_inside_memory(provider, operation):
+def test_unsorted_columns_stay_inside_memory(implementation, operation):
     """The emulator faults on any other access; on the CPU the result's structure shows that all pieces met."""
-    if provider.name == "reference":
+    if implementation.name == "reference":
         pytest.skip("the reference sorts")
     rng = np.random.default_rng(7)
-    crow, _, other_crow, _, _ = _arguments(provider)
-    for _ in range(3 if provider.name == "emulated" else 50):
+    crow, _, other_crow, _, _ = _arguments(implementation)
+    for _ in range(3 if implementation.name == "emulated" else 50):
         col, other_col = (
-            torch.from_numpy(rng.integers(-(2**31), 2**31, int(c[-1])).astype(np.int32)).to(provider.device)
+            torch.from_numpy(rng.integers(-(2**31), 2**31, int(c[-1])).astype(np.int32)).to(implementation.device)
             for c in (crow, other_crow)
         )
-        result, col_out = provider.ops.csr_combine(crow, col, other_crow, other_col, CODES[operation])
-        assert int(result[0]) == 0
-        assert int(result[-1]) == len(col_out)
+        result, col_out = implementation.ops.csr_combine(crow, col, other_crow, other_col, CODES[operation])
+        assert (int(result[0]), int(result[-1])) == (0, len(col_out))
         assert bool((result.diff() >= 0).all())

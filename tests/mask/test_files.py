@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: kills, full disks, several writers; errors name the file."""
+"""Atomic file writes: kills, full disks, several writers; errors name the file."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_what_is_written_and_what_is_left_behind(tmp_path):
+def test_writes_are_atomic_and_remove_abandoned_folders(tmp_path):
     path = tmp_path / "[a]*.json"
     files.write_json(path, {"a": float("inf")})
     assert files.read_json(path) == {"a": float("inf")}
@@ -73,7 +73,7 @@ def test_what_is_written_and_what_is_left_behind(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 10_000])
-def test_what_is_no_json_is_named(tmp_path, content):
+def test_invalid_json_is_named(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(f"{path} is not readable JSON")):
@@ -82,21 +82,14 @@ def test_what_is_no_json_is_named(tmp_path, content):
         files.read_json(tmp_path / "nowhere")
 
 
-def test_reading_turns_every_fault_of_content_into_a_value_error(tmp_path):
+def test_reading_makes_every_error_of_the_content_a_value_error(tmp_path):
     path = tmp_path / "a.bin"
     with pytest.raises(FileNotFoundError), files.reading(path, "thing"):
         pass
     path.touch()
-    for error in (
-        ValueError("x"),
-        KeyError("x"),
-        RecursionError("x"),
-        MemoryError("x"),
-        ZeroDivisionError("x"),
-        EOFError("x"),
-    ):
+    for error in (ValueError, KeyError, RecursionError, MemoryError, ZeroDivisionError, EOFError):
         with pytest.raises(ValueError, match="a.bin is no readable thing: .*x"), files.reading(path, "thing"):
-            raise error
+            raise error("x")
     for passes in (PermissionError("x"), KeyboardInterrupt()):
         with pytest.raises(type(passes)), files.reading(path, "thing"):
             raise passes
@@ -120,11 +113,10 @@ def test_a_full_and_a_read_only_disk_leave_the_old_files(small_disk):
     disk, make_read_only = small_disk
     old, large = delta(1.0), delta(2.0, 500)
     large.dense["large"] = torch.zeros(200_000)
+    masks = {1.0: old.mask, 2.0: topk_mask({"w": torch.rand(500, 500)}, density=1.0)}
     writes = {
         WEIGHTS_NAME: lambda d: d.save_pretrained(disk),
-        "mask": lambda d: (d.mask if d is old else topk_mask({"w": torch.rand(500, 500)}, density=1.0)).save(
-            disk / "mask"
-        ),
+        "mask": lambda d: masks[d.metadata["value"]].save(disk / "mask"),
         "pytorch_diff.bin": lambda d: interop.to_composable_sft(d, disk),
     }
 
@@ -175,7 +167,8 @@ for kill in range(300):
         found = SparseDelta.from_pretrained(folder)
     ahead += len(caught)
     value = int(found.metadata["value"])
-    assert torch.equal(found.values, deltas[value].values) and torch.equal(found.dense["head"], deltas[value].dense["head"])
+    assert torch.equal(found.values, deltas[value].values)
+    assert torch.equal(found.dense["head"], deltas[value].dense["head"])
     seen[value] += 1
     most = max(most, len(os.listdir(folder)))
 deltas[1].save_pretrained(folder)

@@ -4,23 +4,23 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import deftx_kernels
-from deftx_kernels.ops import library, schemas
+from deftx_kernels.denoise import decompositions
+from deftx_kernels.ops import library, reference, registrations, schemas
 
 
 def test_every_op_is_served_and_every_other_implementation_has_a_reason():
     table = deftx_kernels.backends()
     assert list(table) == list(schemas.SCHEMAS)
-    for op, devices in table.items():
+    for devices in table.values():
         assert list(devices) == ["cpu", "cuda"]
         for device, backend in devices.items():
             known = {"c++", "reference"} if device == "cpu" else {"cuda", "triton", "reference"}
-            if op in ("truncated_svd", "svd_denoise_"):
-                known.add("blas")
             assert {backend.name, *backend.others} == known
             assert backend.name not in backend.others
             assert all(backend.others.values())
@@ -53,11 +53,66 @@ def test_python_backends_are_listed(monkeypatch):
     table = library.backends()
     assert table["topk_mask"]["cuda"].name == "triton"
     assert table["topk_mask"]["cuda"].others["reference"] == "triton comes first"
-    assert table["svd_denoise_"]["cuda"].others["triton"] == "triton was not found"
+    assert table["eigh"]["cuda"].others["triton"] == "triton was not found"
     with pytest.raises(ValueError, match="no_op"):
         library.register("no_op", "cuda", "triton")
     with pytest.raises(ValueError, match="tpu"):
         library.register("topk_mask", "tpu", "triton")
+
+
+# ---- limits: what runs where a condition holds, seen by what is called ----
+def test_limits_belong_to_the_serving_implementation(monkeypatch):
+    assert {op for op, _ in library.LIMITS} == {
+        "eigh", "eigvalsh", "residual_cut", "low_rank_denoised", "masked_linear_grad",
+    }  # fmt: skip
+    table = deftx_kernels.backends()
+    for op, devices in table.items():
+        for backend in devices.values():
+            assert backend.limits == library.LIMITS.get((op, backend.name), {})
+    monkeypatch.setattr(library, "_serving", lambda op, device: "triton")
+    assert library.backends()["residual_cut"]["cuda"].limits == {"float64": "reference"}
+    monkeypatch.setattr(library, "_serving", lambda op, device: "cuda")
+    assert library.backends()["eigh"]["cuda"].limits == {f"more than {library.MAX_EIGH_ROWS} rows": "torch.linalg"}
+
+
+@pytest.mark.parametrize("op", ["eigh", "eigvalsh"])
+@pytest.mark.parametrize("rows", [library.MAX_EIGH_ROWS, library.MAX_EIGH_ROWS + 1])
+def test_limit_of_rows(monkeypatch, op, rows):
+    """Of matrices on a GPU, for which anything with their shape stands here."""
+    called = []
+    monkeypatch.setattr(torch.ops.deftx, op, lambda a: called.append("deftx") or (a, a))
+    monkeypatch.setattr(torch.linalg, op, lambda a: called.append("torch.linalg") or (a, a))
+    monkeypatch.setattr(decompositions, "_checked", lambda matrices, found, *rest: found)
+    getattr(decompositions, op)(SimpleNamespace(is_cuda=True, shape=(1, rows, rows)))
+    instead = library.LIMITS[op, "cuda"][f"more than {library.MAX_EIGH_ROWS} rows"]
+    assert called == [instead if rows > library.MAX_EIGH_ROWS else "deftx"]
+
+
+@pytest.mark.parametrize("op", ["residual_cut", "low_rank_denoised"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_limit_of_dtypes(monkeypatch, op, dtype):
+    pytest.importorskip("triton")
+    from deftx_kernels.kernels import low_rank
+
+    called = []
+    monkeypatch.setattr(low_rank, op, lambda *arguments: called.append("triton"))
+    monkeypatch.setattr(reference, op, lambda *arguments: called.append("reference"))
+    factors = [torch.ones(shape, dtype=dtype) for shape in ((2, 3, 4), (2, 3, 1), (2, 4, 1))]
+    last = 3 if op == "residual_cut" else torch.zeros(2, 2, dtype=torch.int64)
+    registrations.triton_kernels()[op](*factors, last)
+    assert called == [library.LIMITS[op, "triton"]["float64"] if dtype == torch.float64 else "triton"]
+
+
+@pytest.mark.parametrize("density", [0.19, 0.21])
+def test_limit_of_density(density):
+    if library.backends()["masked_linear_grad"]["cpu"].name != "c++":
+        pytest.skip("a limit of the C++ kernel")
+    nnz = round(density * 100)
+    crow, col = torch.arange(101) * nnz, torch.arange(nnz).repeat(100).to(torch.uint16)
+    with torch.profiler.profile() as profile:
+        torch.ops.deftx.masked_linear_grad(torch.ones(8, 100), torch.ones(8, 100), crow, col, torch.float32)
+    called = {event.key.replace("aten::", "torch.") for event in profile.key_averages()}
+    assert (library.LIMITS["masked_linear_grad", "c++"]["density above 0.2"] in called) == (density > 0.2)
 
 
 @pytest.mark.skipif(bool(torch.version.cuda), reason="about a torch without CUDA")

@@ -1,4 +1,4 @@
-"""Operators and training take as little memory as promised and give back what they took, measured in fresh processes."""
+"""Operators and training take no more memory than documented and free it again, measured in fresh processes."""
 
 import ctypes
 import math
@@ -31,7 +31,8 @@ import torch
 from deftx_kernels.ops import schemas
 
 class Heap(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_size_t) for n in "arena ordblks smblks hblks hblkhd usmblks fsmblks used free keepcost".split()]
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks used free keepcost"
+    _fields_ = [(n, ctypes.c_size_t) for n in names.split()]
 
 mallinfo = ctypes.CDLL(None).mallinfo2
 mallinfo.restype = Heap
@@ -41,7 +42,8 @@ def used():
     heap = mallinfo()
     return heap.used + heap.hblkhd
 
-tensors, mask = [torch.randn(4, 6), torch.randn(5)], [torch.tensor([0, 1, 1, 2, 2, 3]), torch.tensor([0, 2, 3], dtype=torch.uint16)]
+tensors = [torch.randn(4, 6), torch.randn(5)]
+mask = [torch.tensor([0, 1, 1, 2, 2, 3]), torch.tensor([0, 2, 3], dtype=torch.uint16)]
 one = [torch.tensor([0, 1, 1, 2, 2]), torch.tensor([0, 2], dtype=torch.uint16)]  # of tensors[0] alone
 values, scalar = torch.ones(3), torch.ones(())
 cases = {
@@ -60,8 +62,12 @@ cases = {
     "eigvalsh": [(torch.eye(5).repeat(2, 1, 1),)],
     "threshold_mask": [(tensors, 100, [1, 1])],
     "sparse_adamw_": [
-        (tensors, tensors, False, values, values, values, *mask, scalar, scalar, 0.9, 0.999, 1e-8, 0.0, values, 0.0, False,
-         scalar, scalar, 1)
+        schemas.AdamWArgs(
+            params=tensors, grads=tensors, compact_grads=False, exp_avg=values, exp_avg_sq=values.clone(),
+            values=values.clone(), crow_indices=mask[0], col_indices=mask[1], step=scalar, lr=scalar, beta1=0.9,
+            beta2=0.999, eps=1e-8, weight_decay=0.0, decay_to=values, l1=0.0, maximize=False, grad_scale=scalar,
+            found_inf=scalar, seed=1,
+        )
     ],
     "csr_square_sum": [(tensors, *mask)],
     "masked_linear_grad": [(torch.ones(8, 4), torch.ones(8, 6), *one, torch.float32)],
@@ -85,7 +91,7 @@ def test_no_operator_leaks():
     if not served:
         pytest.skip("the cpu library was " + library.errors["cpu"])
     if not hasattr(ctypes.CDLL(None), "mallinfo2"):
-        pytest.skip("only glibc tells how much of the heap is used")
+        pytest.skip("only glibc reports how much of the heap is used")
     grown = {op: int(n) for op, n in (line.split() for line in printed(LEAKS).splitlines())}
     assert grown.keys() == served
     assert {op: n for op, n in grown.items() if n > 4096} == {}  # 600 calls: less than 7 bytes a call
@@ -110,7 +116,8 @@ def peak(count, shape, dtype, scope, with_base):
     ctypes.CDLL(None).malloc_trim(0)
     open("/proc/self/clear_refs", "w").write("5")  # VmHWM becomes VmRSS
     before = read("VmRSS")
-    mask = topk_mask(scores, density=0.05, scope=scope) if base is None else select_mask(scores, base, density=0.05, scope=scope)
+    options = {"density": 0.05, "scope": scope}
+    mask = topk_mask(scores, **options) if base is None else select_mask(scores, base, **options)
     taken = read("VmHWM") - before
     return taken - sum(t.numel() * t.element_size() for t in (mask.crow_indices, mask.col_indices))
 
@@ -137,7 +144,7 @@ PEAK_CASES = [  # tensors, shape, dtype, scope, whether differences are selected
 ]
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux tells a process's peak memory")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux reports peak memory")
 def test_topk_mask_needs_the_memory_that_its_docstring_says():
     if "cpu" in library.errors:
         pytest.skip("the cpu library was " + library.errors["cpu"])
@@ -154,7 +161,7 @@ def test_topk_mask_needs_the_memory_that_its_docstring_says():
 def test_32_linears_take_half_of_dense_at_most():
     """Of 1024 x 1024; `python -m bench --family steps --size linears` measures 2048 x 2048."""
     if peak_extra(lambda: None, "cpu") is None:
-        pytest.skip("this system does not tell a process's peak memory")
+        pytest.skip("this system does not report peak memory")
     work = step_work("small linears", "cpu", torch.float32, 0.02)
     ours, dense = (alone(work, name, 1).peak for name in (OURS, DENSE))
     weights = 32 * 1024 * 1024 * 4 / 1e6

@@ -1,8 +1,8 @@
 """Every CPU operator at sizes of real layers, in fresh processes with 1, 2, 3, 8 and the default number of threads.
 
-The rest of the suite runs on one thread for each process, and on small inputs. Here the results of each process
-(threads_worker.py) are compared with those on one thread: bit for bit where an operator promises that, else within its
-tolerance; and what comes from decompositions with float64, computed here.
+The other tests run on one thread for each process, and on small inputs. Here the results of each process
+(threads_worker.py) are compared with those on one thread: bit for bit where an operator documents that, else within its
+tolerance. Results of decompositions are compared with float64.
 """
 
 import os
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import threads_worker
+import threads_inputs
 import torch
 from threads_worker import CASES
 from torch import Tensor
 
-from deftx_kernels.denoise.batches import gavish_donoho_multiple
+from deftx_kernels.denoise.rule import gavish_donoho_multiple
 from deftx_kernels.ops import schemas
 
 pytestmark = pytest.mark.multithreaded
@@ -30,39 +30,37 @@ class Setting(NamedTuple):
     threads: int | None  # that torch must have; None: the machine's
 
 
-# Threads that wait without spinning, since 8 of them on two busy cores take many times as long; users have the default,
-# so one has.
+# Threads that wait without spinning: 8 that spin on two busy cores take many times as long. "default threads" spin.
 PASSIVE = {"OMP_WAIT_POLICY": "passive"}
 ONE = "1 thread"
 SETTINGS = {
-    ONE: Setting({"OMP_NUM_THREADS": "1"}, [], 1),
+    ONE: Setting({"OMP_NUM_THREADS": "1"}, ["--once"], 1),
     "2 threads": Setting({"OMP_NUM_THREADS": "2", **PASSIVE}, ["--start", "5"], None),  # on one core torch takes one
     # By torch.set_num_threads: of what the variable asks for, torch takes no more than there are cores.
     "3 threads": Setting({"OMP_NUM_THREADS": "1", **PASSIVE}, ["--threads", "3", "--start", "12"], 3),
     "8 threads": Setting(PASSIVE, ["--threads", "8", "--start", "20"], 8),
     "default threads": Setting({}, ["--once"], None),
+    "2 callers": Setting(PASSIVE, ["--callers", "2"], None),
     "4 callers": Setting(PASSIVE, ["--callers", "4"], None),
 }
-OTHERS = [name for name in SETTINGS if name != ONE]
+QUICK = ("default threads", "2 callers")
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
-# Of a truncation, relative: what svd_denoise promises against the exact one, and so twice that between two of them.
+# Relative error of a truncation that svd_denoise documents; two of them differ by twice that at most.
 TRUNCATION = 5e-5
 
 
 def start(setting: str, out: Path, cases: str) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES} | SETTINGS[setting].environment
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    command = [
-        sys.executable,
-        str(ROOT / "tests/ops/threads_worker.py"),
-        str(out),
-        "--cases",
-        cases,
-        *SETTINGS[setting].options,
-    ]
+    worker = [sys.executable, str(ROOT / "tests/ops/threads_worker.py"), str(out), "--cases", cases]
     return subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*worker, *SETTINGS[setting].options],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -126,16 +124,11 @@ def one(tmp_path_factory) -> dict:
     """The results on one thread, and the oracle of some, made at the same time."""
     out = tmp_path_factory.mktemp("threads") / "one.pt"
     process = start(ONE, out, "default")
-    matrices = threads_worker.matrices()
-    some = [
-        "low rank 0, 768x768",
-        "low rank 1, 768x768",
-        "smooth, 768x768",
-        "low rank, 3072x768",
-        "low rank 0, 1024x1024",
-    ]
-    oracle = {name: decomposed(matrices[name]) for name in some}
-    values = {size: of_known_values(a[1]) for size, a in threads_worker.symmetric_matrices().items()}
+    matrices = threads_inputs.matrices()
+    sizes = ["low rank 0, 768x768", "low rank 1, 768x768", "smooth, 768x768", "low rank, 3072x768"]
+    sizes.append("low rank 0, 1024x1024")
+    oracle = {name: decomposed(matrices[name]) for name in sizes}
+    values = {size: of_known_values(a[1]) for size, a in threads_inputs.symmetric_matrices().items()}
     return finish(ONE, process, out) | {"matrices": matrices, "oracle": oracle, "values": values}
 
 
@@ -177,7 +170,7 @@ def faults(setting: str, found: dict, expected: dict) -> list[str]:
     return wrong
 
 
-def untrue(setting: str, found: dict, expected: dict) -> list[str]:
+def inexact(setting: str, found: dict, expected: dict) -> list[str]:
     """Where results of decompositions are not what float64 gives."""
     wrong = []
     checked: set[tuple] = set()
@@ -218,7 +211,7 @@ def fault(name: str, key: str, results: dict[str, Tensor], expected: dict) -> st
 
 def eigen_fault(kind: str, result: Tensor, values: Tensor, exact: Tensor, size: str) -> str | None:
     """Errors in units of float32's rounding of the largest eigenvalue, as in test_eigh.py."""
-    matrices = threads_worker.symmetric_matrices()[size].double()
+    matrices = threads_inputs.symmetric_matrices()[size].double()
     unit = 200 * torch.finfo(torch.float32).eps * float(exact.abs().max())
     if kind == "values":
         error = float((result[1] - exact).abs().max())
@@ -238,24 +231,23 @@ def test_every_operator_has_a_case():
 
 
 def test_one_thread(one):
-    wrong = faults(ONE, one, one) + untrue(ONE, one, one)
+    wrong = faults(ONE, one, one) + inexact(ONE, one, one)
     assert not wrong, "\n".join(wrong)
 
 
-# Minutes on two cores: `make test` runs one and the default number of threads, and 4 callers.
+# Minutes on two cores: `make test` runs one and the default number of threads, and 2 callers.
 @pytest.mark.parametrize(
-    "setting",
-    [pytest.param(s, marks=pytest.mark.slow) if s in ("2 threads", "3 threads", "8 threads") else s for s in OTHERS],
+    "setting", [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in SETTINGS if s != ONE]
 )
 def test_threads(setting, one, tmp_path):
     out = tmp_path / "found.pt"
     found = finish(setting, start(setting, out, "default"), out)
-    wrong = faults(setting, found, one) + untrue(setting, found, one)
+    wrong = faults(setting, found, one) + inexact(setting, found, one)
     assert not wrong, "\n".join(wrong)
 
 
 def test_a_fault_is_named(one):
-    """Of an exact operator another bit, of a truncation a few rows in error and another rank, of an eigenvector zeros."""
+    """Another bit of an exact operator, wrong rows and another rank of a truncation, zeros of an eigenvector."""
     adamw, energy, eigh = (
         next(n for n in CASES if n.startswith(x)) for x in ("sparse_adamw_, layers", "svd_denoise(energy)", "eigh,")
     )
@@ -278,10 +270,10 @@ def test_a_fault_is_named(one):
         f"3 threads, first call: {energy}: {key} is not what one thread gives",
         f"3 threads, first call: {energy}: {rank} is not what one thread gives",
     ]
-    told = untrue("3 threads", found, one)
-    assert len(told) == 2
-    assert told[0].startswith(f"3 threads, first call: {energy}: {key}: rank ")
-    assert told[1].startswith(f"3 threads, first call: {eigh}: {vectors}: not orthonormal")
+    reported = inexact("3 threads", found, one)
+    assert len(reported) == 2
+    assert reported[0].startswith(f"3 threads, first call: {energy}: {key}: rank ")
+    assert reported[1].startswith(f"3 threads, first call: {eigh}: {vectors}: not orthonormal")
     changed[adamw] = {"error": "RuntimeError: no"}
     assert any("RuntimeError: no" in line for line in faults("3 threads", found, one))
 
@@ -303,8 +295,8 @@ def test_one_thread_slow(slow_one):
     wrong = faults(ONE, slow_one, slow_one)
     assert not wrong, "\n".join(wrong)
     results = {k: slow_one["tensors"][d] for case in slow_one["calls"]["first"].values() for k, d in case.items()}
-    w = threads_worker.slow_matrices()["low rank 0, 3072x3072"].double()
-    table = threads_worker.slow_table().double()
+    w = threads_inputs.slow_matrices()["low rank 0, 3072x3072"].double()
+    table = threads_inputs.slow_table().double()
     for matrix, name, rows in (
         (w, "low rank 0, 3072x3072", slice(None)),
         (table, "every 100th row", slice(None, None, 100)),
@@ -318,7 +310,7 @@ def test_one_thread_slow(slow_one):
         assert int(results[key]) == rank
         assert distance(results[name], exact) <= TRUNCATION
     a, values, v = (
-        threads_worker.slow_symmetric().double(),
+        threads_inputs.slow_symmetric().double(),
         results["values 4096"].double(),
         results["vectors 4096"].double(),
     )
@@ -329,7 +321,7 @@ def test_one_thread_slow(slow_one):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", OTHERS[:-1])
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if s != ONE and "callers" not in s])
 def test_threads_slow(setting, slow_one, tmp_path):
     out = tmp_path / "found.pt"
     wrong = faults(setting, finish(setting, start(setting, out, "slow"), out), slow_one)

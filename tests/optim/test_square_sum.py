@@ -1,178 +1,108 @@
-"""csr_square_sum against NumPy in float64, the same tests for every implementation.
+"""csr_square_sum against a float64 sum, the same tests for every implementation.
 
-The oracle never looks at crow_indices or col_indices: it takes the entries of the boolean arrays that the mask was made
-from. Outside the mask, tensors hold NaN and infinities.
+The oracle never looks at crow_indices or col_indices: it takes the entries of the boolean tensors that the mask was
+made from. Outside the mask, tensors hold NaN and infinities.
 """
 
-import importlib
 import math
-from collections.abc import Callable, Sequence
 
-import numpy as np
 import pytest
 import torch
+from adamw_problem import BLOCK, LAYOUTS, Layout, Options, Problem, same_bits
 from torch import Tensor
 
-import deftx_kernels  # noqa: F401  (registers the operators)
-from deftx_kernels.ops import library, reference
+from tests.conftest import implementations
 
+OPS = ("csr_square_sum",)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-BLOCK = 512  # entries of one Triton program
-
-Op = Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]
-
-
-@pytest.fixture(
-    params=[
-        "reference",
-        "c++",
-        pytest.param("triton-sm80", marks=pytest.mark.cuda_on_cpu),
-        pytest.param("triton", marks=pytest.mark.gpu),
-    ]
-)
-def square_sum(request) -> Op:
-    """The operator on CPU tensors."""
-    if request.param == "reference":
-        return reference.csr_square_sum
-    if request.param == "c++":
-        if "cpu" in library.errors:
-            pytest.skip(f"the cpu library was {library.errors['cpu']}")
-        return torch.ops.deftx.csr_square_sum
-    if request.param == "triton":
-
-        def on_gpu(tensors, crow, col):
-            total = torch.ops.deftx.csr_square_sum([t.cuda() for t in tensors], crow.cuda(), col.cuda())
-            assert total.is_cuda
-            return total.cpu()
-
-        return on_gpu
-    pytest.importorskip("triton")
-    tool = importlib.import_module(f"{request.getfixturevalue('cuda_on_cpu').__name__}.triton_on_cpu")
-    from deftx_kernels.kernels.square_sum import csr_square_sum
-
-    def emulated(tensors, crow, col):
-        with tool.override(racecheck=True, extra=tensors) as launches:
-            total = csr_square_sum(tensors, crow, col)
-        assert len(launches) == (col.numel() > 0), "one launch for all tensors"
-        return total
-
-    return emulated
+LAYOUTS = LAYOUTS | {
+    "one entry more": Layout([(BLOCK + 1,)], 1.0),
+    "one entry less": Layout([(BLOCK - 1,)], 1.0),
+    "more dimensions": Layout([(3, 2, 5), (2, 1, 3, 2)], 0.5),
+    "int32 columns of narrow tensors": Layout([(40, 33), (7,)], 0.5, torch.int32),
+    "no element": Layout([(0,), (0, 3), (4, 0)], 0.0),
+}
 
 
-class Case:
+class Case(Problem):
     """Normal numbers at the entries of a random mask."""
 
-    def __init__(self, shapes, dtype=torch.float32, density=0.5, wide=False, seed=0) -> None:
-        self.rng = np.random.default_rng(seed)
-        matrices = [(1, math.prod(s)) if len(s) < 2 else (s[0], math.prod(s[1:])) for s in shapes]
-        self.masks = [self.rng.random(m) < density for m in matrices]
-        self.nnz = int(sum(m.sum() for m in self.masks))
-        self.tensors = []
-        for shape, mask in zip(shapes, self.masks):
-            x = self.rng.standard_normal(mask.shape)
-            x[~mask] = self.rng.choice([np.nan, np.inf, -np.inf], int((~mask).sum()))
-            self.tensors.append(torch.from_numpy(x).reshape(shape).to(dtype))
-        # [rows + 1]
-        self.crow = torch.from_numpy(np.cumsum([0, *np.concatenate([m.sum(1) for m in self.masks])], dtype=np.int64))
-        columns = np.concatenate([np.nonzero(m)[1] for m in self.masks])
-        wide = wide or any(c > 65_536 for _, c in matrices)
-        self.col = torch.from_numpy(columns.astype(np.int32 if wide else np.uint16))  # [nnz]
+    def __init__(self, shapes, dtype=torch.float32, density=0.5) -> None:
+        layout = shapes if isinstance(shapes, Layout) else Layout(shapes, density)
+        super().__init__(layout, Options(dtype))
 
-    def entries(self) -> np.ndarray:  # float64 [nnz]
-        flat = [t.double().numpy().reshape(-1)[m.reshape(-1)] for t, m in zip(self.tensors, self.masks)]
-        return np.concatenate(flat)
+    def sum(self, implementation) -> Tensor:
+        total = implementation.on_cpu("csr_square_sum", self.params, self.crow_indices, self.col_indices)
+        if implementation.name == "triton-sm80":
+            assert len(implementation.ops.launches) == (self.nnz > 0), "one launch for all tensors"
+        return total
 
-    def check(self, square_sum: Op) -> None:
-        before = [t.clone() for t in self.tensors]
-        total = square_sum(self.tensors, self.crow, self.col)
+    def check(self, implementation) -> None:
+        before = self.snapshot()
+        total = self.sum(implementation)
         assert total.shape == ()
         assert total.dtype == torch.float64
-        want = math.fsum(x * x for x in self.entries().tolist())
+        want = math.fsum(x * x for x in self.weight().double().tolist())
         # All terms are positive: n - 1 additions in any order, and a product before them, n times 2**-53 in all.
         assert abs(total.item() - want) <= max(self.nnz, 1) * 2.0**-53 * want
-        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, self.tensors))
-
-
-LAYOUTS = {
-    "one entry": ([(0, 3), (), (0,)], 1.0),
-    "three programs": ([(7,), (), (5, 9), (0, 6), (1, 300), (60, 33), (4, 0)], 0.6),
-    "exactly two programs": ([(2 * BLOCK,)], 1.0),
-    "one full program": ([(8, BLOCK // 8)], 1.0),
-    "one entry more": ([(BLOCK + 1,)], 1.0),
-    "one entry less": ([(BLOCK - 1,)], 1.0),
-    "many tensors": ([(2, 3), (5,), ()] * 70, 0.7),
-    "mostly empty rows": ([(3000, 4), (0, 4), (2000, 1)], 0.01),
-    "wide rows": ([(3, 70_000), (2, 2)], 0.003),
-    "more dimensions": ([(3, 2, 5), (2, 1, 3, 2)], 0.5),
-}
+        assert same_bits(before, self.snapshot())
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_layout(square_sum, name, dtype):
-    shapes, density = LAYOUTS[name]
-    Case(shapes, dtype, density).check(square_sum)
-
-
-def test_int32_columns(square_sum):
-    Case([(40, 33), (7,)], wide=True).check(square_sum)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shapes", [[(3, 4), (5,)], [(0,), (0, 3), (4, 0)]], ids=str)
-def test_an_empty_mask_sums_to_zero(square_sum, shapes, dtype):
-    case = Case(shapes, dtype, density=0.0)
-    case.check(square_sum)
-    assert square_sum(case.tensors, case.crow, case.col).item() == 0
+def test_every_layout(implementation, name, dtype):
+    case = Case(LAYOUTS[name], dtype)
+    case.check(implementation)
+    assert case.nnz or case.sum(implementation).item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e30, 1e-30])
-def test_squares_beyond_float32(square_sum, dtype, size):
+def test_squares_beyond_float32(implementation, dtype, size):
     case = Case([(30, 40), (9,)], dtype)
-    for t in case.tensors:
+    for t in case.params:
         t.mul_(size)
-    case.check(square_sum)
-    assert 0 < square_sum(case.tensors, case.crow, case.col).item() < math.inf
+    case.check(implementation)
+    assert 0 < case.sum(implementation).item() < math.inf
 
 
-def test_small_terms_count_beside_large_ones(square_sum):
+def test_small_terms_count_beside_large_ones(implementation):
     """2**24 and a thousand ones: a sum in float32 would stay at 2**24."""
     case = Case([(1001,)], density=1.0)
-    case.tensors[0].fill_(1.0)
-    case.tensors[0][0] = 2.0**12
-    assert square_sum(case.tensors, case.crow, case.col).item() == 2.0**24 + 1000
+    case.params[0].fill_(1.0)
+    case.params[0][0] = 2.0**12
+    assert case.sum(implementation).item() == 2.0**24 + 1000
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("value", "want"), [(math.nan, math.nan), (math.inf, math.inf), (-math.inf, math.inf)])
-def test_nan_and_infinities_at_an_entry_are_seen(square_sum, dtype, value, want):
+def test_nan_and_infinities_at_an_entry_are_seen(implementation, dtype, value, want):
     for place in (0, 600, -1):
         case = Case([(20, 30), (40, 20)], dtype, density=1.0)
-        case.tensors[0 if 0 <= place < 600 else 1].view(-1)[0 if place == 600 else place] = value
-        total = square_sum(case.tensors, case.crow, case.col).item()
+        case.params[0 if 0 <= place < 600 else 1].view(-1)[0 if place == 600 else place] = value
+        total = case.sum(implementation).item()
         assert math.isnan(total) if math.isnan(want) else total == want
 
 
-def test_the_same_call_gives_the_same_bits(square_sum):
-    case = Case([(50, 60), (9,)], torch.bfloat16)
-    first = square_sum(case.tensors, case.crow, case.col)
-    assert torch.equal(first, square_sum([t.clone() for t in case.tensors], case.crow, case.col))
+def test_the_same_call_gives_the_same_bits(implementation):
+    one, other = (Case([(50, 60), (9,)], torch.bfloat16) for _ in range(2))
+    assert torch.equal(one.sum(implementation), other.sum(implementation))
 
 
+@implementations("c++")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_do_not_matter(dtype):
+def test_threads_do_not_matter(implementation, dtype):
     case = Case([(300, 1000), (2, 30_000), (9,)], dtype)
     assert case.nnz > 100_000
     totals, before = [], torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
-            totals.append(torch.ops.deftx.csr_square_sum(case.tensors, case.crow, case.col).item())
+            totals.append(case.sum(implementation).item())
         finally:
             torch.set_num_threads(before)
     assert totals[0] == totals[1] == totals[2]
-    case.check(torch.ops.deftx.csr_square_sum)
+    case.check(implementation)
 
 
 # What is wrong -> (tensors, crow_indices, col_indices) -> those
@@ -180,11 +110,7 @@ WRONG = {
     "crow too short": lambda t, crow, col: (t, crow[:-1], col),
     "crow ends early": lambda t, crow, col: (t, torch.cat([crow[:-1], crow[-1:] - 1]), col),
     "columns descend": lambda t, crow, col: (t, crow, col.to(torch.int32).flip(0)),
-    "column too large": lambda t, crow, col: (
-        t,
-        crow,
-        torch.cat([col[:-1].to(torch.int32), torch.tensor([6], dtype=torch.int32)]),
-    ),
+    "column too large": lambda t, crow, col: (t, crow, torch.cat([col[:-1].int(), torch.tensor([6]).int()])),
     "integers": lambda t, crow, col: ([x.int() for x in t], crow, col),
     "tensor missing": lambda t, crow, col: (t[:-1], crow, col),
 }
@@ -194,34 +120,38 @@ WRONG = {
 def test_bad_arguments_raise(wrong):
     case = Case([(5, 20), (6,)], density=1.0)
     with pytest.raises(RuntimeError, match=r"must|has|dtype"):
-        torch.ops.deftx.csr_square_sum(*WRONG[wrong](case.tensors, case.crow, case.col))
+        torch.ops.deftx.csr_square_sum(*WRONG[wrong](case.params, case.crow_indices, case.col_indices))
 
 
-@pytest.mark.gpu
-def test_cuda_graph():
-    """Nothing waits for the device or copies from the host: the sum can be captured, and replayed on new values."""
+def cuda_case():
     case = Case([(300, 200)] * 100 + [(7,)], density=0.2)
-    tensors, crow, col = [torch.ones_like(t, device="cuda") for t in case.tensors], case.crow.cuda(), case.col.cuda()
-    assert torch.ops.deftx.csr_square_sum(tensors, crow, col).item() == case.nnz  # compiles
+    ones = [torch.ones_like(t, device="cuda") for t in case.params]
+    return ones, case.crow_indices.cuda(), case.col_indices.cuda(), case.nnz
+
+
+@implementations("cuda")
+def test_cuda_graph(implementation):
+    """Nothing waits for the device or copies from the host: the sum can be captured, and replayed on new values."""
+    tensors, crow, col, nnz = cuda_case()
+    assert implementation.ops.csr_square_sum(tensors, crow, col).item() == nnz  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        total = torch.ops.deftx.csr_square_sum(tensors, crow, col)
+        total = implementation.ops.csr_square_sum(tensors, crow, col)
     for value in (1.0, 3.0):
         for t in tensors:
             t.fill_(value)
         graph.replay()
-        assert total.item() == value**2 * case.nnz
+        assert total.item() == value**2 * nnz
 
 
-@pytest.mark.gpu
-def test_two_streams_may_sum_the_same_tensors():
-    case = Case([(300, 200)] * 100, density=0.2)
-    tensors, crow, col = [torch.ones_like(t, device="cuda") for t in case.tensors], case.crow.cuda(), case.col.cuda()
+@implementations("cuda")
+def test_two_streams_may_sum_the_same_tensors(implementation):
+    tensors, crow, col, nnz = cuda_case()
     torch.cuda.synchronize()
     totals = []
     for _ in range(20):
         for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
             with torch.cuda.stream(stream):
-                totals.append(torch.ops.deftx.csr_square_sum(tensors, crow, col))
+                totals.append(implementation.ops.csr_square_sum(tensors, crow, col))
     torch.cuda.synchronize()
-    assert {t.item() for t in totals} == {case.nnz}
+    assert {t.item() for t in totals} == {nnz}

@@ -17,24 +17,25 @@ from deftx_kernels import distributed
 WORLD = 2
 
 
-def run(function, tmp_path):
+def test_two_processes():
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_entry, args=(function, port, str(tmp_path)), nprocs=WORLD)
+    mp.spawn(_process, args=(port,), nprocs=WORLD)
 
 
-def _entry(rank, function, port, folder):
+def _process(rank, port):
     torch.set_num_threads(1)
     if sys.platform == "linux":  # whatever the host's name resolves to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
     try:
-        function(rank, folder)
+        for function in (_selection, _agreement, _ddp):
+            function(rank)
         gc.collect()  # a DDP wrapper's reducer ends before the group that it uses
-        dist.barrier()  # and no rank leaves while another one still talks to it
+        dist.barrier()  # no rank ends while the other one still communicates with it
     finally:
         dist.destroy_process_group()
 
@@ -48,7 +49,7 @@ def tied_scores():
     }
 
 
-def _selection(rank, folder):
+def _selection(rank):
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
     full = tied_scores()
@@ -65,10 +66,9 @@ def _selection(rank, folder):
     with pytest.raises(TypeError, match=r"scores\['b'\] must be a plain tensor, got a DTensor"):
         dk.topk_mask(sharded, k=20)
     alone = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("across", "alone"))["alone"]
-    with pytest.raises(
-        ValueError, match=rf"scores\['b'\] lies on the ranks \[\d\], the group consists of \[0, {WORLD - 1}\]"
-    ):
-        distributed.topk_mask({n: distribute_tensor(t, alone, [Shard(0)]) for n, t in full.items()}, k=20)
+    elsewhere = {n: distribute_tensor(t, alone, [Shard(0)]) for n, t in full.items()}
+    with pytest.raises(ValueError, match=r"scores\['b'\] is on the ranks \[\d\], the group consists of \[0, 1\]"):
+        distributed.topk_mask(elsewhere, k=20)
     with pytest.raises(TypeError, match=r"params\['b'\] must be a torch.Tensor, got list"):
         distributed.local_mask(mask, sharded | {"b": []})
     mine = distributed.local_mask(mask, sharded)
@@ -78,27 +78,27 @@ def _selection(rank, folder):
         assert torch.equal(mine.to_dense()[name], expected), name
 
 
-def _agreement(rank, folder):
+def _agreement(rank):
     mask = dk.topk_mask(tied_scores(), k=20)
     assert distributed.broadcast_mask(mask if rank == 0 else None) == mask
     distributed.check_same_mask(mask)
     with pytest.raises(ValueError, match=r"ranks \[1\]"):
         distributed.check_same_mask(mask if rank else mask - mask)
-    with pytest.raises(ValueError, match=r"rank 1: scores\['a'\] on this rank holds nan at flat index 1"):
-        distributed.topk_mask({"a": torch.tensor([1.0, float("nan") if rank else 1.0])}, k=1)
-    with pytest.raises(ValueError, match="rank 0: scores must be a mapping"):
-        distributed.topk_mask({} if rank == 0 else {"a": torch.ones(2)}, k=1)
-    with pytest.raises(ValueError, match=r"rank 1: scores\['a'\] is on meta"):
-        distributed.topk_mask({"a": torch.ones(2, device="meta" if rank else "cpu")}, k=1)
-    with pytest.raises(ValueError, match="k and density must be the same on all ranks"):
-        distributed.topk_mask({"a": torch.ones(2)}, k=rank)
-    with pytest.raises(ValueError, match="same names"):
-        distributed.topk_mask({f"a{rank}": torch.ones(2)}, k=1)
+    nan = float("nan") if rank else 1.0
+    for scores, k, message in (
+        ({"a": torch.tensor([1.0, nan])}, 1, r"rank 1: scores\['a'\] on this rank holds nan at flat index 1"),
+        ({} if rank == 0 else {"a": torch.ones(2)}, 1, "rank 0: scores must be a mapping"),
+        ({"a": torch.ones(2, device="meta" if rank else "cpu")}, 1, r"rank 1: scores\['a'\] is on meta"),
+        ({"a": torch.ones(2)}, rank, "k and density must be the same on all ranks"),
+        ({f"a{rank}": torch.ones(2)}, 1, "same names"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distributed.topk_mask(scores, k=k)
     with pytest.raises(ValueError, match="rank 0 has none"):
         distributed.broadcast_mask(None)
 
 
-def _ddp(rank, folder):
+def _ddp(rank):
     """Two ranks with half a batch each take the steps of one process with the whole batch."""
 
     def model_and_mask():
@@ -121,8 +121,3 @@ def _ddp(rank, folder):
         results.append([p.detach().clone() for p in dk.densify(model).parameters()])
     for one, two in zip(*results):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("function", [_selection, _agreement, _ddp])
-def test_two_processes(function, tmp_path):
-    run(function, tmp_path)

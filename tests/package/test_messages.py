@@ -1,6 +1,4 @@
-"""Tensors of unusual kinds, and modes of torch that are active during a call: the right result, or an error that names
-them.
-"""
+"""Unusual tensors, and modes of torch that are active during a call: the right result, or an error that names them."""
 
 import contextlib
 
@@ -51,7 +49,7 @@ def distributed(t, mesh):
     return distribute_tensor(t, mesh, [Shard(0)])
 
 
-# Kind -> a tensor of that kind of another one's values.
+# Kind -> a tensor of that kind with the values of another one.
 KINDS = {
     "DTensor": distributed,
     "nested": lambda t, _: torch.nested.nested_tensor([t, t]),
@@ -65,20 +63,14 @@ NOT_FLOATING = {"complex": lambda t, _: t.to(torch.complex64), "float8": lambda 
 
 
 def adamw(**given):
-    """One step in which the given arguments stand for the usual ones."""
-    usual = {
-        "params": {"w": W.clone()},
-        "grads": {"w": W},
-        "exp_avg": ONES.clone(),
-        "exp_avg_sq": ONES.clone(),
-        "step": 1,
-    }
-    arguments = usual | {"mask": MASK, "lr": 0.1} | given
+    """One step, with some arguments replaced."""
+    arguments = dict(params={"w": W.clone()}, grads={"w": W}, exp_avg=ONES.clone(), exp_avg_sq=ONES.clone(), step=1)
+    arguments |= dict(mask=MASK, lr=0.1) | given
     sparse_adamw(**arguments)
     return arguments["params"]["w"]
 
 
-# What is called, on a tensor made from the one given; the name that its errors have.
+# A function of a tensor; the tensor from which the unusual one is made, and the name in the function's errors.
 FLOATING = {
     "topk_mask": (W, lambda t: topk_mask({"w": t}, k=7), "scores['w']"),
     "topk_mask, one tensor": (W, lambda t: topk_mask(t, density=0.5, scope="row"), "scores"),
@@ -117,7 +109,7 @@ CASES = [(call, kind) for call in FLOATING | OTHERS for kind in (KINDS if call i
 
 
 @pytest.mark.parametrize(("call", "kind"), CASES)
-def test_a_tensor_that_does_not_fit_is_named(call, kind, request):
+def test_an_unusual_tensor_is_named(call, kind, request):
     source, function, name = (FLOATING | OTHERS)[call]
     mesh = request.getfixturevalue("mesh") if kind == "DTensor" else None
     tensor = (KINDS | NOT_FLOATING)[kind](source.clone(), mesh)
@@ -127,7 +119,7 @@ def test_a_tensor_that_does_not_fit_is_named(call, kind, request):
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS | NOT_FLOATING if k not in ("no tensor", "quantized")])
-def test_a_parameter_that_does_not_fit_is_named(kind, request):
+def test_an_unusual_parameter_is_named(kind, request):
     mesh = request.getfixturevalue("mesh") if kind == "DTensor" else None
     model = nn.Module()
     model.w = nn.Parameter((KINDS | NOT_FLOATING)[kind](W.clone(), mesh))
@@ -145,7 +137,7 @@ def test_a_parameter_that_does_not_fit_is_named(kind, request):
 
 
 @pytest.mark.parametrize("name", ["step", "lr", "grad_scale", "found_inf"])
-def test_a_scalar_that_does_not_fit_is_named(name, mesh):
+def test_an_unusual_scalar_is_named(name, mesh):
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     one = torch.tensor(1.0)
@@ -155,7 +147,7 @@ def test_a_scalar_that_does_not_fit_is_named(name, mesh):
             adamw(**{name: tensor})
 
 
-def test_what_cannot_be_written_is_refused_before_anything_is(mesh):
+def test_tensors_that_cannot_be_written_raise_before_any_write(mesh):
     both = topk_mask({"a": W, "b": -W}, k=20)
     moments = [torch.zeros(20) for _ in range(2)]
     for bad, message in (
@@ -194,12 +186,19 @@ def test_what_cannot_be_written_is_refused_before_anything_is(mesh):
 
 def test_tracers_and_transforms_are_named():
     fake = FakeTensorMode().from_tensor(W)
-    with pytest.raises(ValueError, match=r"scores\['w'\] is being traced"):
-        topk_mask({"w": fake}, k=7)
-    with pytest.raises(ValueError, match=r"delta is batched by torch\.vmap"):
-        torch.vmap(lambda x: svd_denoise(x, rank=1))(torch.randn(3, 6, 4))
-    with pytest.raises(ValueError, match=r"scores\['tensor'\] is batched by torch\.vmap"):
-        torch.vmap(lambda x: topk_mask(x, k=2).nnz * x)(torch.randn(3, 6, 4))
+    for call, message in (
+        (lambda: topk_mask({"w": fake}, k=7), r"scores\['w'\] is being traced"),
+        (
+            lambda: torch.vmap(lambda x: svd_denoise(x, rank=1))(torch.randn(3, 6, 4)),
+            r"delta is batched by torch\.vmap",
+        ),
+        (
+            lambda: torch.vmap(lambda x: topk_mask(x, k=2).nnz * x)(torch.randn(3, 6, 4)),
+            r"scores\['tensor'\] is batched by torch\.vmap",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
     chosen = []
     # values are there: they can be chosen from
     torch.func.grad(lambda x: (chosen.append(topk_mask(x, k=7)), x.sum())[1])(W)
@@ -218,8 +217,7 @@ def test_subclasses_that_hold_their_own_elements_are_taken():
 
 # ---- inference_mode ----
 def inference(function):
-    with torch.inference_mode():
-        return function()
+    return torch.inference_mode()(function)()
 
 
 CHOICES = {
@@ -229,6 +227,7 @@ CHOICES = {
     "from_dense": lambda: CSRMask.from_dense(MASK.to_dense()),
     "CSRMask": lambda: CSRMask(MASK.names, MASK.shapes, MASK.crow_indices.clone(), MASK.col_indices.clone()),
     "[]": lambda: (MASK | CSRMask.from_dense({"v": W > 0}))["w"],
+    "|": lambda: MASK | MASK,
     "restrict": lambda: MASK.restrict(["w"]),
 }
 
@@ -262,12 +261,13 @@ def test_inference_tensors_are_taken_where_torch_takes_them():
     values, x = ONES.clone().requires_grad_(), torch.ones(2, 4, requires_grad=True)
     masked_linear(x.detach(), made, values, MASK).sum().backward()  # backward does not need the weight
     assert torch.equal(values.grad, torch.full((7,), 2.0))
-    with pytest.raises(ValueError, match="x was made in inference_mode"):
-        masked_linear(inference(x.clone), W, values, MASK)
-    with pytest.raises(ValueError, match="weight was made in inference_mode"):
-        masked_linear(x, made, values, MASK)
-    with pytest.raises(ValueError, match="ids was made in inference_mode"):
-        masked_embedding(inference(lambda: torch.tensor([1])), W, values, MASK)
+    for name, call in {
+        "x": lambda: masked_linear(inference(x.clone), W, values, MASK),
+        "weight": lambda: masked_linear(x, made, values, MASK),
+        "ids": lambda: masked_embedding(inference(lambda: torch.tensor([1])), W, values, MASK),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} was made in inference_mode"):
+            call()
     with torch.no_grad():
         assert torch.equal(masked_linear(inference(x.clone), made, values, MASK), nn.functional.linear(x, W))
 
@@ -348,7 +348,7 @@ RUNS = {
     "topk_mask": lambda: topk_mask(TUNED, density=0.1, scope="row"),
     "select_mask": lambda: select_mask(TUNED, BASE, k=50),
     "select_mask, rank": lambda: select_mask(TUNED, BASE, density=0.3, rank=2),
-    "select_mask, factors": lambda: select_mask(TUNED, BASE, k=50, rank=2, residual_density=0.1, keep_factors=True),
+    "select_mask, residual": lambda: select_mask(TUNED, BASE, k=50, rank=2, residual_density=0.1),
     "select_mask, Gavish-Donoho": lambda: select_mask(TUNED, BASE, k=50, rank="gavish-donoho"),
     "low_rank_mask": lambda: low_rank_mask(TUNED, density=0.2, rank=2),
     "svd_denoise": lambda: svd_denoise(
@@ -376,7 +376,7 @@ def leaves(found):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("run", RUNS)
 def test_default_device_and_dtype_do_not_matter(run, mode):
-    from deftx_kernels.denoise.batches import gavish_donoho_multiple
+    from deftx_kernels.denoise.rule import gavish_donoho_multiple
 
     expected = leaves(RUNS[run]())
     gavish_donoho_multiple.cache_clear()

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from deftx_kernels import CSRMask, select_mask, svd_denoise, topk_mask
 from deftx_kernels.select import low_rank_mask, streaming
-from deftx_kernels.select.streaming import StreamingTopK, by_rounds
+from deftx_kernels.select.streaming import StreamingTopK, topk_in_passes
+from tests.operators import matrix_shape
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SHAPES = st.lists(st.sampled_from([(), (1,), (0,), (9,), (3, 5), (4, 0), (2, 3, 4)]), min_size=1, max_size=4)
+SHAPE = st.sampled_from([(), (1,), (0,), (9,), (3, 5), (4, 0), (2, 3, 4)])
+SHAPES = st.lists(SHAPE, min_size=1, max_size=4)
 
 
 def oracle(vector, k):
@@ -57,18 +59,13 @@ def test_tensor_and_row_scope(shapes, seed, dtype, tied, density):
     scores = random_scores(shapes, seed, dtype, tied)
     dense = topk_mask(scores, density=density, scope="tensor").to_dense()
     for name, tensor in scores.items():
-        assert np.array_equal(
-            dense[name].numpy().reshape(-1), oracle(vector(tensor), round(density * tensor.numel()))
-        ), name
+        expected = oracle(vector(tensor), round(density * tensor.numel()))
+        assert np.array_equal(dense[name].numpy().reshape(-1), expected), name
     dense = topk_mask(scores, density=density, scope="row").to_dense()
     for name, tensor in scores.items():
-        rows = (
-            vector(tensor).reshape(1 if tensor.dim() < 2 else tensor.shape[0], -1)
-            if tensor.numel()
-            else np.zeros((0, 0))
-        )
-        for got, row in zip(dense[name].numpy().reshape(rows.shape), rows):
-            assert np.array_equal(got, oracle(row, round(density * len(row))))
+        rows, columns = matrix_shape(tensor.shape)
+        for got, row in zip(dense[name].view(rows, columns).numpy(), vector(tensor).reshape(rows, columns)):
+            assert np.array_equal(got, oracle(row, round(density * columns)))
 
 
 def test_all_equal_scores_still_give_exactly_k():
@@ -91,27 +88,9 @@ def test_subnormals_signed_zeros_and_extremes():
     assert topk_mask(scores, k=4).col_indices.tolist() == [0, 1, 2, 4]
 
 
-def test_thread_count_does_not_matter():
-    scores = {"a": torch.randn(300, 70).round(decimals=1), "b": torch.randn(501).round(decimals=1)}
-    before = torch.get_num_threads()
-    try:
-        masks = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            masks.append(topk_mask(scores, density=0.1))
-    finally:
-        torch.set_num_threads(before)
-    assert masks[0] == masks[1] == masks[2]
-
-
 def test_mixed_dtypes_are_compared_exactly():
-    scores = {
-        "a": torch.tensor([1.0, 1.0 + 2**-20], dtype=torch.float32),
-        "b": torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16),
-    }
-    dense = topk_mask(scores, k=2).to_dense()
-    assert dense["a"].tolist() == [False, True]
-    assert dense["b"].tolist() == [False, True]
+    scores = {"a": torch.tensor([1.0, 1.0 + 2**-20]), "b": torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16)}
+    assert [t.tolist() for t in topk_mask(scores, k=2).to_dense().values()] == [[False, True], [False, True]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -149,7 +128,7 @@ def test_bad_scores():
         topk_mask({"w": torch.ones(3, dtype=torch.int32)}, k=1)
     with pytest.raises(TypeError, match="must be a tensor or a mapping"):
         topk_mask([torch.ones(3)], k=1)
-    with pytest.raises(ValueError, match="several devices"):
+    with pytest.raises(ValueError, match=r"scores\['b'\] is on meta, scores\['a'\] on cpu: one device"):
         topk_mask({"a": torch.ones(3), "b": torch.ones(3, device="meta")}, k=1)
 
 
@@ -189,9 +168,7 @@ def test_select_mask_with_ties_across_groups():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("distinct", [1, 3, 50])
 def test_groups_with_ties(dtype, distinct):
-    """The two ways over groups of tensors, where ties lie in several tensors and groups, and k falls on, before and
-    after them.
-    """
+    """Both algorithms over groups of tensors: ties in several tensors and groups; k at, before and after them."""
     generator = torch.Generator().manual_seed(distinct)
     scores = [
         torch.randint(1 - distinct, distinct, s, generator=generator).to(dtype)
@@ -201,12 +178,9 @@ def test_groups_with_ties(dtype, distinct):
     numel = sum(t.numel() for t in scores)
     for k in range(numel + 1):
         want = topk_mask({str(i): t for i, t in enumerate(scores)}, k=k)
-        for crow, col in (
-            streamed(groups, k, dtype),
-            by_rounds(lambda: groups, k, torch.uint16, dtype, torch.device("cpu")),
-        ):
-            assert torch.equal(crow, want.crow_indices), k
-            assert torch.equal(col.to(torch.int32), want.col_indices.to(torch.int32)), k
+        in_passes = topk_in_passes(lambda: groups, k, torch.uint16, dtype, torch.device("cpu"))
+        for indices in (streamed(groups, k, dtype), in_passes):
+            assert CSRMask(want.names, want.shapes, *indices) == want, k
 
 
 def streamed(groups, k, dtype):
@@ -218,22 +192,18 @@ def streamed(groups, k, dtype):
 
 @pytest.fixture
 def small_buffers(monkeypatch):
-    """Buffers that are cut often, in pieces."""
-    monkeypatch.setattr(streaming, "_LEAST_ROOM", 3)
-    monkeypatch.setattr(streaming, "_PIECE", 5)
+    """Buffers that are reduced often, in chunks."""
+    monkeypatch.setattr(streaming, "_MIN_ROOM", 3)
+    monkeypatch.setattr(streaming, "_CHUNK", 5)
 
 
-GROUPS = st.lists(
-    st.lists(st.sampled_from([(), (1,), (0,), (9,), (3, 5), (4, 0), (2, 3, 4)]), min_size=1, max_size=3), max_size=12
-)
+GROUPS = st.lists(st.lists(SHAPE, min_size=1, max_size=3), max_size=12)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(GROUPS, st.integers(0, 999), st.sampled_from([torch.float32, torch.float64]), st.integers(1, 60), st.data())
 def test_many_small_groups(small_buffers, groups, seed, dtype, distinct, data):
-    """Of `distinct` magnitudes, 0 among them, in no order, ascending and descending: what is selected is that of all at
-    once.
-    """
+    """The selection from all at once: `distinct` magnitudes, 0 among them, in random, ascending or descending order."""
     generator = torch.Generator().manual_seed(seed)
     groups = [[(0,)], *groups]  # a group without elements
     sizes = [math.prod(s) for group in groups for s in group]
@@ -247,30 +217,27 @@ def test_many_small_groups(small_buffers, groups, seed, dtype, distinct, data):
     flat = [t for group in groups for t in group]
     want = topk_mask({f"{i:03}": t for i, t in enumerate(flat)}, k=k)
     crow, col = streamed(groups, k, dtype)
-    assert torch.equal(crow, want.crow_indices)
-    assert torch.equal(col.to(torch.int32), want.col_indices.to(torch.int32))
+    assert CSRMask(want.names, want.shapes, crow, col) == want
     assert col.untyped_storage().nbytes() == 2 * k
 
 
-def test_the_buffer_is_seldom_cut(monkeypatch):
-    """Scores in no order: about 4 log(n / k) times, however many groups there are; ascending ones: once for k / 4 of
-    them.
-    """
-    cuts, cut = [], StreamingTopK._cut
-    monkeypatch.setattr(StreamingTopK, "_cut", lambda self, more: cuts.append(1) or cut(self, more))
+def test_the_buffer_is_seldom_reduced(monkeypatch):
+    """Random order: about 4 log(n / k) times, however many groups there are; ascending order: once per k / 4 scores."""
+    calls, reduce = [], StreamingTopK._reduce
+    monkeypatch.setattr(StreamingTopK, "_reduce", lambda self, more: calls.append(1) or reduce(self, more))
     generator = torch.Generator().manual_seed(0)
     k, scores = 1 << 15, torch.rand(1 << 19, generator=generator)
     for groups in (512, 2048):
-        cuts.clear()
+        calls.clear()
         streamed([[part] for part in scores.chunk(groups)], k, torch.float32)
-        assert len(cuts) <= 14  # 4 log(16) = 11
-    cuts.clear()
+        assert len(calls) <= 14  # 4 log(16) = 11
+    calls.clear()
     streamed([[part] for part in scores.sort().values.chunk(2048)], k, torch.float32)
-    assert len(cuts) <= 4 * (1 << 19) / k + 1
-    cuts.clear()
-    # a tie with the k-th comes too late
+    assert len(calls) <= 4 * (1 << 19) / k + 1
+    calls.clear()
+    # later ties with the k-th are not selected
     streamed([[part] for part in torch.ones(1 << 19).chunk(2048)], k, torch.float32)
-    assert len(cuts) <= 2
+    assert len(calls) <= 2
 
 
 def test_select_mask_differences_are_float32_or_better():
@@ -283,8 +250,8 @@ def test_select_mask_differences_are_float32_or_better():
 
 def test_select_mask_residual_density_one_is_lt_sft():
     tuned, base = models()
-    assert select_mask(tuned, base, k=40, energy=0.9, residual_density=1.0) == select_mask(tuned, base, k=40)
-    assert select_mask(tuned, base, k=40, rank=1, residual_density=1) == select_mask(tuned, base, k=40)
+    for rule in ({"energy": 0.9}, {"rank": 1}):
+        assert select_mask(tuned, base, k=40, residual_density=1, **rule) == select_mask(tuned, base, k=40)
 
 
 def test_select_mask_of_modules_and_names():
@@ -298,32 +265,39 @@ def test_select_mask_of_modules_and_names():
     assert calls[-1] == (4, 4)
 
 
-def test_select_mask_bad_arguments():
+@pytest.mark.parametrize(
+    ("changed", "arguments", "message"),
+    [
+        ({"l3.weight": None}, {}, "tuned lacks tensor 'l3.weight'"),
+        ({}, {"names": ["head"]}, "base lacks tensor 'head'"),
+        ({"l0.weight": torch.ones(2)}, {}, "'l0.weight' has shape"),
+        ({}, {"residual_density": 0.5}, "residual_density = 0.5 needs a rank or an energy"),
+        ({}, {"rank": 1, "energy": 0.5}, "exactly one of rank and energy"),
+        ({}, {"names": ["l0.weight", "l0.weight"]}, "twice"),
+        (
+            {"l1.weight": torch.full((6, 8), math.nan)},
+            {},
+            r"tuned\['l1.weight'\] - base\['l1.weight'\] holds nan at flat index 0",
+        ),
+        (
+            {"l1.weight": torch.full((6, 8), math.nan)},
+            {"energy": 0.9},
+            r"tuned\['l1.weight'\] - .* holds nan at flat index 0",
+        ),
+    ],
+)
+def test_select_mask_bad_arguments(changed, arguments, message):
     tuned, base = models()
-    with pytest.raises(ValueError, match="tuned lacks tensor 'l3.weight'"):
-        select_mask({n: t for n, t in tuned.items() if n != "l3.weight"}, base, k=1)
-    with pytest.raises(ValueError, match="base lacks tensor 'head'"):
-        select_mask(tuned, base, k=1, names=["head"])
-    with pytest.raises(ValueError, match="'l0.weight' has shape"):
-        select_mask(tuned | {"l0.weight": torch.ones(2)}, base, k=1)
-    with pytest.raises(ValueError, match="residual_density = 0.5 needs a rank or an energy"):
-        select_mask(tuned, base, k=1, residual_density=0.5)
-    with pytest.raises(ValueError, match="exactly one of rank and energy"):
-        select_mask(tuned, base, k=1, rank=1, energy=0.5)
-    with pytest.raises(ValueError, match="twice"):
-        select_mask(tuned, base, k=1, names=["l0.weight", "l0.weight"])
-    broken = tuned | {"l1.weight": torch.full((6, 8), float("nan"))}
-    for rule in ({}, {"energy": 0.9}):
-        with pytest.raises(ValueError, match=r"tuned\['l1.weight'\] - base\['l1.weight'\] holds nan at flat index 0"):
-            select_mask(broken, base, k=1, **rule)
+    tuned = {n: t for n, t in (tuned | changed).items() if t is not None}
+    with pytest.raises(ValueError, match=message):
+        select_mask(tuned, base, k=1, **arguments)
 
 
 def test_empty_and_full_masks():
     scores = {"a": torch.randn(3, 4), "b": torch.empty(0, 2)}
     assert topk_mask(scores, k=0).nnz == 0
-    assert topk_mask(scores, density=1.0) == CSRMask.from_dense(
-        {"a": torch.ones(3, 4, dtype=torch.bool), "b": torch.ones(0, 2, dtype=torch.bool)}
-    )
+    full = CSRMask.from_dense({n: torch.ones_like(t, dtype=torch.bool) for n, t in scores.items()})
+    assert topk_mask(scores, density=1.0) == full
 
 
 def available_bytes():
@@ -335,58 +309,69 @@ def available_bytes():
 
 @pytest.mark.skipif(available_bytes() < 8e9, reason="needs 8 GB of free memory")
 def test_more_than_two_to_the_31_scores():
-    """Every row holds all finite magnitudes of bfloat16, ascending, so that the mask is known: each row's last columns."""
+    """Rows of all finite magnitudes of bfloat16, ascending, so the mask is known: the last columns of each row."""
     columns = 0x7F80  # the bits of infinity
     rows = 2**31 // columns + 9
     scores = torch.arange(columns, dtype=torch.int16).repeat(rows, 1).view(torch.bfloat16)
     assert scores.numel() > 2**31
     mask = topk_mask(scores, k=100 * rows + 12_345)
-    assert mask.nnz == 100 * rows + 12_345
-    counts = mask.crow_indices.diff()
-    assert bool((counts[:12_345] == 101).all())
-    assert bool((counts[12_345:] == 100).all())
-    col = mask.col_indices.to(torch.int32)
-    assert torch.equal(
-        col[: 101 * 12_345].view(-1, 101), torch.arange(columns - 101, columns, dtype=torch.int32).expand(12_345, -1)
-    )
-    assert torch.equal(
-        col[101 * 12_345 :].view(-1, 100),
-        torch.arange(columns - 100, columns, dtype=torch.int32).expand(rows - 12_345, -1),
-    )
+    counts = torch.full((rows,), 100)
+    counts[:12_345] += 1
+    assert torch.equal(mask.crow_indices.diff(), counts)
+    col = mask.col_indices.to(torch.int32).split([101 * 12_345, mask.nnz - 101 * 12_345])
+    for part, n in zip(col, (101, 100)):
+        part = part.view(-1, n)
+        assert torch.equal(part, torch.arange(columns - n, columns, dtype=torch.int32).expand_as(part))
 
 
-MEASURED_SELECTION = """
-import sys, torch
-from deftx_kernels import select_mask
+ONE = 1 / 32  # of the model: a tensor
+MOST_MEMORY = {  # as a fraction of the model: the resulting mask included, and what the denoising of one tensor needs
+    "select_mask(tuned, base, density=0.5)": 0.3,
+    "select_mask(tuned, base, density=0.05, energy=0.5)": 0.3 + 3 * ONE,
+    "select_mask(tuned, base, density=0.5, energy=0.5)": 0.3 + 3 * ONE,
+    "select_mask(tuned, base, density=0.13, rank=8)": 0.3 + 3 * ONE,
+    # the mask: 2 bytes for each of its entries
+    "low_rank_mask(tuned, density=0.05, scope='tensor', rank=8)": 0.05 * 2 / 4 + 6 * ONE,
+    # a score beside each column, and room for a quarter more
+    "low_rank_mask(tuned, density=0.05, scope='global', rank=8)": 0.05 * 2 / 4 * 3.75 + 6 * ONE,
+}
+MEASURE_MEMORY = """
+import os, sys, torch
+from deftx_kernels.select import low_rank_mask, select_mask
 generator = torch.Generator().manual_seed(0)
 base = {f"{i:02}": torch.randn(256, 4096, generator=generator) for i in range(32)}
 tuned = {n: t + t.roll(7) for n, t in base.items()}
 few = dict(list(base.items())[:1])
-rule = eval(sys.argv[1])
-select_mask(few, {n: t + 1 for n, t in few.items()}, density=0.1, **rule)  # what libraries take the first time
 def read(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
-open("/proc/self/clear_refs", "w").write("5")  # VmHWM becomes VmRSS
-before = read("VmRSS")
-select_mask(tuned, base, density=float(sys.argv[2]), **rule)
-print(1024 * (read("VmHWM") - before) / (4 * sum(t.numel() for t in base.values())))
+for call in sys.argv[1:]:
+    if not os.fork():  # each call in a process of its own
+        for rule in ({}, {"energy": 0.5}, {"rank": 8}):  # memory that libraries keep, and their own pages
+            select_mask(few, {n: t + 1 for n, t in few.items()}, density=0.1, **rule)
+        open("/proc/self/clear_refs", "w").write("5")  # VmHWM becomes VmRSS
+        before = read("VmRSS")
+        eval(call)
+        print(1024 * (read("VmHWM") - before) / (4 * sum(t.numel() for t in base.values())), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, call
 """
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux tells a process's peak memory")
-@pytest.mark.parametrize(
-    ("rule", "density"),
-    [("{}", 0.5), ("dict(energy=0.5)", 0.05), ("dict(energy=0.5)", 0.5), ("dict(rank=8)", 0.13)],
-)
-def test_select_mask_needs_little_memory(rule, density):
-    """0.3 of the model, the resulting mask included, and what the denoising of one tensor (1/32 of the model) needs."""
+@pytest.fixture(scope="module")
+def measured_memory():
     exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # no holes in glibc's heap
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURED_SELECTION, rule, str(density)], capture_output=True, text=True, env=exact
-    )
+    command = [sys.executable, "-c", MEASURE_MEMORY, *MOST_MEMORY]
+    run = subprocess.run(command, capture_output=True, text=True, env=exact)
     assert run.returncode == 0, run.stderr
-    share = float(run.stdout)
-    assert share <= 0.3 + (0 if rule == "{}" else 3 / 32)
+    return dict(zip(MOST_MEMORY, map(float, run.stdout.split())))
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux reports a process's peak memory"
+)
+@pytest.mark.parametrize("call", MOST_MEMORY)
+def test_selection_needs_little_memory(measured_memory, call):
+    assert 0 < measured_memory[call] <= MOST_MEMORY[call]
 
 
 # ---- LIFT's selection ----
@@ -417,31 +402,17 @@ def test_low_rank_mask_of_16_bit_weights_compares_in_float32():
     )
 
 
-def test_low_rank_mask_bad_arguments():
+@pytest.mark.parametrize(
+    ("changed", "arguments", "message"),
+    [
+        ({}, {"rank": 0.5}, "rank must be an int"),
+        ({}, {"rank": 0}, "rank must be at least 1"),
+        ({}, {"k": None}, "exactly one of k and density"),
+        ({"i": torch.ones(2, 2, dtype=torch.int32)}, {}, r"weights\['i'\] must be float32"),
+        ({"l1.weight": torch.full((6, 8), math.nan)}, {}, r"weights\['l1.weight'\] holds nan at flat index 0"),
+    ],
+)
+def test_low_rank_mask_bad_arguments(changed, arguments, message):
     weights, _ = models()
-    with pytest.raises(TypeError, match="rank must be an int"):
-        low_rank_mask(weights, rank=0.5, k=1)
-    with pytest.raises(ValueError, match="rank must be at least 1"):
-        low_rank_mask(weights, rank=0, k=1)
-    with pytest.raises(ValueError, match="exactly one of k and density"):
-        low_rank_mask(weights, rank=1)
-    with pytest.raises(TypeError, match=r"weights\['i'\] must be float32"):
-        low_rank_mask(weights | {"i": torch.ones(2, 2, dtype=torch.int32)}, rank=1, k=1)
-    with pytest.raises(ValueError, match=r"weights\['l1.weight'\] holds nan at flat index 0"):
-        low_rank_mask(weights | {"l1.weight": torch.full((6, 8), float("nan"))}, rank=1, k=1)
-
-
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux tells a process's peak memory")
-@pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_low_rank_mask_needs_little_memory(scope):
-    """The mask, 2 bytes for each of its entries, and what one tensor needs (1/32 of the model), not a second model."""
-    exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    call = f'low_rank_mask(tuned, density=0.05, scope="{scope}", rank=8)'
-    assert "select_mask(tuned, base, density=float(sys.argv[2]), **rule)" in MEASURED_SELECTION
-    script = MEASURED_SELECTION.replace("select_mask(tuned, base, density=float(sys.argv[2]), **rule)", call)
-    script = "from deftx_kernels.select import low_rank_mask" + script
-    run = subprocess.run([sys.executable, "-c", script, "dict(rank=8)"], capture_output=True, text=True, env=exact)
-    assert run.returncode == 0, run.stderr
-    # or a score beside each column, and room for a quarter more
-    mask = 0.05 * 2 / 4 * (1 if scope == "tensor" else 3.75)
-    assert float(run.stdout) <= mask + 6 / 32
+    with pytest.raises((TypeError, ValueError), match=message):
+        low_rank_mask(weights | changed, **({"rank": 1, "k": 1} | arguments))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_tiny import sentence, tiny_bert, write_csv  # noqa: F401
+from train_tiny import sentence, write_csv
 
 from deftx_kernels import CSRMask, SparseDelta, cli, doctor
 
@@ -75,34 +75,22 @@ def test_convert_there_and_back(vectors, tmp_path, capsys):
     assert torch.equal(first.values, back.values)
 
 
-def test_what_would_replace_its_source_or_is_of_another_library(vectors, tmp_path, capsys):
-    def refused(message: str, *arguments: str) -> None:
+def test_an_output_that_would_replace_its_source_and_other_formats(vectors, tmp_path, capsys):
+    first, sft, out = vectors[0], str(tmp_path / "sft"), str(tmp_path / "out")
+
+    def check_error(message: str, *arguments: str) -> None:
         code, _, err = run(*arguments, capsys=capsys)
         assert code == 2
         assert message in err
 
-    first, sft = vectors[0], str(tmp_path / "sft")
     for source in (first, f"{first}/sparse_delta.safetensors"):
-        refused("which it would replace", "convert", source, f"{first}/../vector0", "--dtype", "bfloat16")
-    refused("which it would replace", "compose", *vectors, "-o", first)
-    refused(
-        "dtype must be float32 for composable-sft, not bfloat16",
-        "convert",
-        first,
-        sft,
-        "--to=composable-sft",
-        "--dtype=bfloat16",
-    )
-    assert run("convert", first, sft, "--to", "composable-sft", capsys=capsys)[0] == 0
-    refused(
-        f"is of composable-sft: run `deftx convert {sft} FOLDER` first",
-        "compose",
-        first,
-        sft,
-        "-o",
-        str(tmp_path / "out"),
-    )
-    assert not (tmp_path / "out").exists()
+        check_error("which it would replace", "convert", source, f"{first}/../vector0", "--dtype", "bfloat16")
+    check_error("which it would replace", "compose", *vectors, "-o", first)
+    to_sft = ("convert", first, sft, "--to", "composable-sft")
+    check_error("dtype must be float32 for composable-sft, not bfloat16", *to_sft, "--dtype=bfloat16")
+    assert run(*to_sft, capsys=capsys)[0] == 0
+    check_error(f"is of composable-sft: run `deftx convert {sft} FOLDER` first", "compose", first, sft, "-o", out)
+    assert not Path(out).exists()
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no fixtures beside the repository")
@@ -225,38 +213,30 @@ print(cli.main(["run", "demo"]))
     assert "Traceback" not in done.stderr
 
 
-def test_train_task_language_and_eval(tmp_path, capsys, tiny_bert):  # noqa: F811
+def test_train_task_language_and_eval(tmp_path, capsys, tiny_bert):
     train = write_csv(tmp_path / "train.csv", [(i, *sentence(i)) for i in range(32)])
     test = write_csv(tmp_path / "test.csv", [(i, *sentence(i)) for i in range(100, 116)])
     (tmp_path / "text.txt").write_text("\n".join(sentence(i)[0] for i in range(200, 232)) + "\n")
     phases = [
         option
         for phase in ("dense", "sparse")
-        for option in (f"--{phase}.max-steps", "3", f"--{phase}.lr", "0.01", f"--{phase}.no-keep-best")
+        for option in f"--{phase}.max-steps 3 --{phase}.lr 0.01 --{phase}.no-keep-best".split()
     ]
-    shared = ["--model", tiny_bert, "--device", "cpu", "--batch-size", "8", "--max-length", "24", *phases]
-    language = [
-        "train-language",
-        "--text",
-        str(tmp_path / "text.txt"),
-        "--language",
-        "xx",
-        "--run-dir",
-        str(tmp_path / "language"),
-    ]
-    code, out, err = run(*language, *shared, "--head-steps", "2", capsys=capsys)
+    shared = ["--model", tiny_bert, *["--device", "cpu", "--batch-size", "8", "--max-length", "24"], *phases]
+    language = ["train-language", "--text", str(tmp_path / "text.txt"), "--language", "xx"]
+    language += ["--run-dir", str(tmp_path / "language"), "--head-steps", "2"]
+    code, out, err = run(*language, *shared, capsys=capsys)
     assert code == 0, err
     phi_language = out.strip().splitlines()[-1]
     task = ["train-task", "--train", str(train), "--run-dir", str(tmp_path / "task")]
     code, out, err = run(*task, *shared, "--start-from", phi_language, capsys=capsys)
     assert code == 0, err
     phi_task = out.strip().splitlines()[-1]
-    code, out, err = run(
-        "eval", "--test", str(test), "--vectors", phi_task, phi_language, "--device", "cpu", capsys=capsys
-    )
+    evaluate = ["eval", "--test", str(test), "--device", "cpu", "--vectors"]
+    code, out, err = run(*evaluate, phi_task, phi_language, capsys=capsys)
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["n"] == 16
-    code, _, err = run("eval", "--test", str(test), "--vectors", phi_language, capsys=capsys)
+    code, _, err = run(*evaluate, phi_language, capsys=capsys)
     assert code == 2
     assert "exactly one task vector" in err
     code, _, err = run(*task, *shared, "--start-from", phi_language, "--seed", "1", capsys=capsys)

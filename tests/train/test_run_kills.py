@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_tiny import sentence, tiny_bert, write_csv  # noqa: F401
+from train_tiny import sentence, write_csv
 
 from deftx_kernels import cli
 
@@ -23,7 +23,7 @@ TIMES = {"seconds", "median_step_seconds", "resumed_from"}  # what may differ fr
 PHASE = {"lr": "0.01", "max-steps": "6", "eval-every": "2", "weight-decay": "0.01"}
 
 
-def work(arguments: list[str], log: Path, file_size: int | None = None) -> None:
+def run_command(arguments: list[str], log: Path, file_size: int | None = None) -> None:
     """In a process of its own: the command, its messages in `log`."""
     os.setsid()
     sys.stdout = sys.stderr = log.open("w")
@@ -44,29 +44,18 @@ class Small:
             for split, start, count in (("train", 0, 48), ("valid", 100, 16), ("test", 200, 24)):
                 rows = [(i, *sentence(i + 31 * number)) for i in range(start, start + count)]
                 write_csv(folder / "data" / language / f"{split}.csv", rows)
+        options = {"batch-size": "8", "accumulation": "1", "max-length": "24"}
+        options |= {f"{phase}.{name}": value for phase in ("dense", "sparse") for name, value in PHASE.items()}
         phases = [
             item
             for vector in ("task", "language")
-            for option, value in {"batch-size": "8", "accumulation": "1", "max-length": "24"}.items()
-            for item in (f"--{vector}.{option}", value)
-        ] + [
-            item
-            for vector in ("task", "language")
-            for phase in ("dense", "sparse")
-            for option, value in PHASE.items()
-            for item in (f"--{vector}.{phase}.{option}", value)
+            for name, value in options.items()
+            for item in (f"--{vector}.{name}", value)
         ]
         self.folder = folder
         self.arguments = ["run", "nusax", "--data-dir", str(folder / "data"), "--sources", "source", "--model", model]
         self.arguments += [
-            "--device",
-            "cpu",
-            "--cost-steps",
-            "0",
-            "--language.head-steps",
-            "3",
-            "--recipes",
-            "deft-x",
+            *["--device", "cpu", "--cost-steps", "0", "--language.head-steps", "3", "--recipes", "deft-x"],
             *phases,
         ]
         self.context = multiprocessing.get_context("forkserver")
@@ -78,7 +67,9 @@ class Small:
         self.bytes = sum(path.stat().st_size for path in (folder / "whole").rglob("*"))
 
     def start(self, run_dir: Path, log: Path, file_size: int | None = None):
-        process = self.context.Process(target=work, args=([*self.arguments, "--run-dir", str(run_dir)], log, file_size))
+        process = self.context.Process(
+            target=run_command, args=([*self.arguments, "--run-dir", str(run_dir)], log, file_size)
+        )
         process.start()
         return process
 
@@ -102,7 +93,7 @@ def metrics(run_dir: Path):
 
 
 @pytest.fixture(scope="module")
-def small(tiny_bert, tmp_path_factory) -> Small:  # noqa: F811
+def small(tiny_bert, tmp_path_factory) -> Small:
     return Small(tiny_bert, tmp_path_factory.mktemp("small"))
 
 
@@ -139,7 +130,7 @@ def disk(folder: Path, size: int):
 @pytest.mark.parametrize("number", range(10))
 def test_a_disk_that_fills_up(small, tmp_path, number):
     """Where no disk can be mounted, files may not grow beyond a size instead."""
-    share = 0.17 * (number + random.Random(number).random())  # 1.9 is enough: checkpoints need more than what stays
+    share = 0.17 * (number + random.Random(number).random())  # up to 1.7: checkpoints need more than the final folder
     with disk(tmp_path / "disk", int(share * small.bytes)) as mounted:
         run_dir = tmp_path / "disk/run"
         code = small.run(run_dir, tmp_path / "log", None if mounted else int(share * 200_000))
@@ -171,5 +162,5 @@ def test_two_runs_in_one_folder(small, tmp_path, number):
     first.join()
     codes = [first.exitcode, second.exitcode]
     assert sorted(codes) == [0, 2], [log.read_text() for log in logs]
-    assert "another process works in it" in logs[codes.index(2)].read_text()
+    assert "another process uses it" in logs[codes.index(2)].read_text()
     assert metrics(tmp_path / "run") == metrics(small.folder / "whole")

@@ -1,4 +1,4 @@
-"""The whole run on a tiny BERT and a NusaX-like folder: run folder, scores, report, and what happens the second time."""
+"""The whole run on a tiny BERT and a NusaX-like folder: run folder, scores, report, and a second run."""
 
 import dataclasses
 import io
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from train_tiny import nusax_folder, tiny_bert  # noqa: F401
 
 from deftx_kernels import CSRMask, SparseDelta
 from deftx_kernels.train import costs, figures, models, pipeline, recipes, report, runs
+from deftx_kernels.train.checkpoints import finished
 from deftx_kernels.train.config import LanguageConfig, NusaxData, PhaseConfig, SelectionConfig, TaskConfig
 from deftx_kernels.train.data import load_corpus
 from deftx_kernels.train.presets import NusaxRun
@@ -23,11 +23,11 @@ def settings(model: str, nusax, folder, **changes) -> NusaxRun:
         return PhaseConfig(**{"lr": 1e-2, "max_steps": 3, "keep_best": False, **more})
 
     shape = {"batch_size": 8, "accumulation": 1, "max_length": 24}
+    selection, l1 = SelectionConfig(density=0.05), phase(l1=0.1)
     return NusaxRun(**{
-        "data": NusaxData(nusax, sources=["source"]), "model": model, "run_dir": folder, "device": "cpu", "cost_steps": 2,
-        "task": TaskConfig(SelectionConfig(density=0.05), phase(), phase(), **shape),
-        "language": LanguageConfig(SelectionConfig(density=0.05), phase(l1=0.1), phase(l1=0.1), pack=False, head_steps=2, **shape),
-        **changes,
+        "data": NusaxData(nusax, ["source"]), "model": model, "run_dir": folder, "device": "cpu", "cost_steps": 2,
+        "task": TaskConfig(selection, phase(), phase(), **shape),
+        "language": LanguageConfig(selection, l1, l1, pack=False, head_steps=2, **shape), **changes,
     })  # fmt: skip
 
 
@@ -35,14 +35,14 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
-def test_a_run_folder(tiny_bert, nusax_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_folder(tiny_bert, nusax_folder, tmp_path, monkeypatch):
     folder, console = nusax_folder / "runs/run", quiet()  # the default beside `--data-dir .`
     config = settings(tiny_bert, nusax_folder, folder)
     metrics = pipeline.run(config, console)
 
-    assert {(s["method"], s["kind"], s["language"]) for s in metrics["scores"]} >= {
-        ("full", "task", "first"), ("deft-x", "task", "second"), ("deft-x", "composed", "first"), ("lt-sft", "composed", "second")
-    }  # fmt: skip
+    found = {(s["method"], s["kind"], s["language"]) for s in metrics["scores"]}
+    assert found >= {("full", "task", "first"), ("deft-x", "task", "second"), ("deft-x", "composed", "first")}
+    assert ("lt-sft", "composed", "second") in found
     assert all(0 <= s["macro_f1"] <= 1 and s["n"] == 16 for s in metrics["scores"])
     dense, sparse = metrics["costs"]["dense"], metrics["costs"]["sparse"]
     assert dense["gradient_bytes"] == 4 * dense["trained_entries"]
@@ -54,13 +54,13 @@ def test_a_run_folder(tiny_bert, nusax_folder, tmp_path, monkeypatch):  # noqa: 
 
     assert json.loads((folder / "metrics.json").read_text())["scores"] == metrics["scores"]
     text = (folder / "report.md").read_text()
-    for word in (
+    for words in (
         "DeFT-X, task + language vector",
         "| First | Second | mean | sources |",
         "entries trained",
         "One seed",
     ):
-        assert word in text
+        assert words in text
     for name in ("scores", "costs", "spectra", "density"):
         assert f"figures/{name}.png" in text
         assert (folder / f"figures/{name}.png").stat().st_size > 5000
@@ -89,10 +89,10 @@ def test_a_run_folder(tiny_bert, nusax_folder, tmp_path, monkeypatch):  # noqa: 
         pipeline.run(config, quiet())
     (folder / "phases/evaluation/phase.json").write_text("[]")
     with pytest.raises(ValueError, match=r"evaluation/phase.json is damaged"):
-        recipes.finished(folder / "phases/evaluation")
+        finished(folder / "phases/evaluation")
 
 
-def test_settings_that_do_not_fit_the_model_fail_before_anything_is_written(tiny_bert, nusax_folder, tmp_path):  # noqa: F811
+def test_settings_that_do_not_fit_the_model_fail_before_anything_is_written(tiny_bert, nusax_folder, tmp_path):
     def refused(message: str, **changes):
         config = settings(tiny_bert, nusax_folder, tmp_path / "run", **changes)
         with pytest.raises(ValueError, match=message):
@@ -110,13 +110,13 @@ def test_settings_that_do_not_fit_the_model_fail_before_anything_is_written(tiny
         recipes=["lift"],
         **fits,
     )
-    for place in (nusax_folder, nusax_folder / "first", Path(tiny_bert) / "run"):
-        with pytest.raises(ValueError, match="is, holds or lies in the input"):
-            pipeline.run(settings(tiny_bert, nusax_folder, place), quiet())
+    for run_dir in (nusax_folder, nusax_folder / "first", Path(tiny_bert) / "run"):
+        with pytest.raises(ValueError, match="is, holds or is in the input"):
+            pipeline.run(settings(tiny_bert, nusax_folder, run_dir), quiet())
     assert not (Path(tiny_bert) / "run").exists()
 
 
-def test_source_vector_lift_and_two_seeds(tiny_bert, nusax_folder, tmp_path):  # noqa: F811
+def test_source_vector_lift_and_two_seeds(tiny_bert, nusax_folder, tmp_path):
     config = settings(
         tiny_bert, nusax_folder, tmp_path / "run", recipes=["deft-x"], source_vector=True, seeds=[0, 1], cost_steps=0,
         data=NusaxData(nusax_folder, ["source"], ["first"]),

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from datasets import Dataset
-from train_tiny import tiny_bert  # noqa: F401
 
 from deftx_kernels.train.models import load_tokenizer
 from deftx_kernels.train.tokens import (
@@ -17,7 +16,7 @@ from deftx_kernels.train.tokens import (
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_bert):  # noqa: F811
+def tokenizer(tiny_bert):
     return load_tokenizer(tiny_bert)
 
 

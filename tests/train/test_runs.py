@@ -1,4 +1,4 @@
-"""The run folder: whose it is, what is deleted in it, who may work in it, and what it was made from."""
+"""The run folder: its marker, what is deleted in it, its lock, and the comparison of settings and inputs."""
 
 import errno
 import fcntl
@@ -72,7 +72,7 @@ def test_what_changes_no_result_is_not_compared(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["config.json", "phases"])
-def test_a_folder_without_the_marker_is_nobody_s_run(tmp_path, name):
+def test_a_folder_without_the_marker_is_no_run(tmp_path, name):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("{}")
     with pytest.raises(ValueError, match="holds no run of this version .*choose another"):
@@ -94,12 +94,12 @@ def test_deleting_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     assert not (run_dir / "phases").exists()
 
 
-def test_places_where_no_run_may_be(tmp_path, monkeypatch):
+def test_folders_where_no_run_may_be(tmp_path, monkeypatch):
     (tmp_path / "data/inner").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "data")
     monkeypatch.chdir(tmp_path / "data")
     monkeypatch.setenv("HOME", str(tmp_path / "home/me"))
-    for place, what in (
+    for folder, what in (
         (".", "current"),
         ("..", "current"),
         ("/", "current"),
@@ -107,13 +107,13 @@ def test_places_where_no_run_may_be(tmp_path, monkeypatch):
         (tmp_path / "link", "current"),
     ):
         with pytest.raises(ValueError, match=f"is or holds the {what} directory"):
-            opened(Path(place), overwrite=True)
+            opened(Path(folder), overwrite=True)
     monkeypatch.chdir(tmp_path)
-    for place in ("data", "data/inner", "link/inner/new", "data/inner/new"):
-        with pytest.raises(ValueError, match="is, holds or lies in the input"):
-            opened(Path(place), inputs=["data/inner", "no/such/path"])
+    for folder in ("data", "data/inner", "link/inner/new", "data/inner/new"):
+        with pytest.raises(ValueError, match="is, holds or is in the input"):
+            opened(Path(folder), inputs=["data/inner", "no/such/path"])
     opened(tmp_path / "run")
-    with pytest.raises(ValueError, match="lies in the folder of another run"):
+    with pytest.raises(ValueError, match="is in the folder of another run"):
         opened(tmp_path / "run/phases/new")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file"):
@@ -160,7 +160,7 @@ sys.stdin.read()
     opened(tmp_path / "run")
     other = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
-    with pytest.raises(ValueError, match="another process works in it"):
+    with pytest.raises(ValueError, match="another process uses it"):
         opened(tmp_path / "run", seed=1, overwrite=True)
     other.kill()
     other.communicate()

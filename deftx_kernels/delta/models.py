@@ -1,0 +1,156 @@
+"""The tensors of models that deltas are made of and written to."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deftx_kernels.delta.exact import SUMMABLE, same_tensor
+from deftx_kernels.mask import CSRMask
+from deftx_kernels.nn import masked_parameters, plain_tensors
+from deftx_kernels.validation import (
+    all_tensors,
+    check_plain,
+    check_readable,
+    check_writable,
+    plain_name,
+    tied_in_either,
+    tied_names,
+    unwrapped,
+    with_tied_names,
+)
+
+Model = nn.Module | Mapping[str, Tensor]
+
+
+def current_tensors(model: Model) -> dict[str, Any]:
+    """Name → parameter or buffer as the model has it now, tied ones under each name."""
+    if not isinstance(model, nn.Module):
+        return dict(model)
+    inner = unwrapped(model)
+    found = (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False))
+    return {plain_name(n): t for n, t in found}
+
+
+def _persistent_buffers(model: Model) -> dict[str, Tensor]:
+    found = {}
+    for prefix, module in (
+        unwrapped(model).named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ()
+    ):
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in module._non_persistent_buffers_set:
+                found[plain_name(f"{prefix}.{name}" if prefix else name)] = buffer.detach()
+    return found
+
+
+def _tensors_and_buffers(model: Model, argument: str) -> tuple[dict[str, Tensor], set[str]]:
+    """Name → tensor, tied ones under each name, of a sparsified model those of the plain one; the names of a module's
+    buffers.
+    """
+    if isinstance(model, nn.Module) and masked_parameters(model):
+        tensors = {plain_name(n): t for n, t in all_tensors(plain_tensors(unwrapped(model)), argument).items()}
+    else:
+        tensors = all_tensors(model, argument)
+    buffers = _persistent_buffers(model)
+    tensors |= buffers
+    for name, tensor in tensors.items():
+        check_plain(tensor, f"{argument}[{name!r}]")
+        check_readable(tensor, f"{argument}[{name!r}]")
+    return tensors, set(buffers)
+
+
+class Matched(NamedTuple):
+    """The tensors of a tuned model and of its base. Names are the first in `base` of tied tensors."""
+
+    tuned: dict[str, Tensor]
+    base: dict[str, Tensor]
+    tied: dict[str, str]  # name in `base` → first name of the same tensor
+    shared: list[str]  # names of tensors to be compared, of one shape in both
+    buffers: set[str]  # names in both that are a buffer in one
+    whole: set[str]  # names of tensors to be kept whole
+
+
+def match_tensors(tuned: Model, base: Model, mask: CSRMask | None, dense: Iterable[str]) -> Matched:
+    """Match tensors by name; arguments and errors as in `SparseDelta.from_models`."""
+    old, old_buffers = _tensors_and_buffers(base, "base")
+    new, new_buffers = _tensors_and_buffers(tuned, "tuned")
+    wanted, covered = set(dense), () if mask is None else mask.names
+    buffers = (old_buffers | new_buffers) & old.keys() & new.keys()
+    old = {n: t for n, t in old.items() if n in new or n not in old_buffers}
+    tied = tied_names(old, "base")
+    new = with_tied_names({n: t for n, t in new.items() if n in old or n in wanted or n not in new_buffers}, tied)
+    tied_in_tuned = tied_names({n: new[n] for n in sorted(new, key=lambda n: n not in old)}, "tuned")
+    for name, first in tied_in_either(old, new).items():
+        if name not in covered and not (name in wanted and first in covered):  # else they are two tensors
+            tied[name] = first
+    for name in sorted(wanted - new.keys()):
+        raise ValueError(f"dense names {name!r}, which tuned lacks")
+    whole = {tied.get(n, n) for n in wanted} | {n for n in new.keys() - old.keys() if tied_in_tuned[n] == n}
+    shared = sorted(n for n in old if n not in whole and tied[n] == n)
+    for name in shared:
+        if name not in new:
+            raise ValueError(f"tuned lacks tensor {name!r} of base")
+        if new[name].shape != old[name].shape:
+            raise ValueError(
+                f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base"
+            )
+    return Matched(new, old, tied, shared, buffers, whole)
+
+
+def checked_targets(
+    model: Model, mask: CSRMask, dense: Mapping[str, Tensor], tied: Mapping[str, str], strict: bool
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The model's tensors that a delta is written to, by name, and which of them are copies: name → name in the delta.
+
+    Args:
+        mask, dense, tied: of the delta. strict: as in `SparseDelta.apply_`.
+
+    Raises:
+        ValueError, TypeError: as `SparseDelta.apply_` does before it reads the tensors' content.
+    """
+    if isinstance(model, nn.Module) and masked_parameters(model):
+        raise ValueError("model is sparsified: densify(model) before a delta is applied")
+    if not isinstance(model, nn.Module):
+        all_tensors(model, "model")
+    present = current_tensors(model)
+    shapes = dict(zip(mask.names, mask.shapes)) | {n: t.shape for n, t in dense.items()}
+    copies = {n: first for n, first in tied.items() if first in shapes and n not in shapes and n in present}
+    shapes |= {n: shapes[first] for n, first in copies.items()}
+    labels = {n: f"model's tensor {n!r}" for n in shapes}
+    for name, shape in shapes.items():
+        if name not in present:
+            wrapped = [w + name for w in ("_orig_mod.", "module.") if w + name in present]
+            has = f", but has {wrapped[0]!r}: give the tensors of the model inside its wrapper" if wrapped else ""
+            raise ValueError(f"model lacks tensor {name!r} of the delta{has}")
+        needs_sum = copies.get(name, name) in mask
+        _check_target(present[name], labels[name], shape, needs_sum, dense.get(name))
+    targets = {n: present[n] for n in shapes}
+    for name, first in tied_names(targets, "model").items():
+        if name != first:
+            if copies.get(name) != copies.get(first, first):
+                raise ValueError(f"model has one tensor as {first!r} and {name!r}, the delta changes both")
+            del targets[name], copies[name]
+    for name, first in list(copies.items()):
+        if not same_tensor(targets[name], targets[first]):
+            if strict:
+                raise ValueError(
+                    f"{labels[name]} was tied to {first!r} in the base of this delta, here it has other values "
+                    "(strict=False leaves it as it is)"
+                )
+            del targets[name], copies[name]
+    check_writable({labels[n]: t for n, t in targets.items()})
+    return targets, copies
+
+
+def _check_target(tensor: Tensor, label: str, shape: torch.Size, needs_sum: bool, whole: Tensor | None) -> None:
+    check_plain(tensor, label)
+    check_readable(tensor, label)
+    if tensor.shape != shape:
+        raise ValueError(f"{label} has shape {list(tensor.shape)}, the delta was made for {list(shape)}")
+    if needs_sum and tensor.dtype not in SUMMABLE:
+        raise ValueError(f"{label} is {tensor.dtype}, a difference needs floating point")
+    if whole is not None and not torch.can_cast(whole.dtype, tensor.dtype):
+        raise ValueError(f"{label} is {tensor.dtype}, the delta has it as {whole.dtype}")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{label} was made in inference_mode and can be written only there")

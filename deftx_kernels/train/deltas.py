@@ -1,0 +1,38 @@
+"""Deltas and masks that the commands read: folders, files or hub ids. Needs only the core."""
+
+from pathlib import Path
+
+from deftx_kernels.delta import CONFIG_NAME, SparseDelta
+from deftx_kernels.delta.interop import SFT_NAME, SHIRA_CONFIG, from_composable_sft, from_peft_shira
+from deftx_kernels.mask import CSRMask
+
+OTHER_FORMATS = {SFT_NAME: "composable-sft", SHIRA_CONFIG: "PEFT"}
+
+
+def load_delta(path: str) -> SparseDelta:
+    """A delta from a folder or the hub.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it is of another library; the message names it.
+    """
+    try:
+        return SparseDelta.from_pretrained(path)
+    except FileNotFoundError as error:
+        for name, library in OTHER_FORMATS.items():
+            if (Path(path) / name).is_file():
+                raise ValueError(f"vector {path!r} is of {library}: run `deftx convert {path} FOLDER` first") from None
+        raise ValueError(f"vector {path!r}: {error}") from error
+
+
+def load_any(path: str) -> SparseDelta | CSRMask:
+    """The delta or mask at `path`, in any format that this library reads."""
+    folder = Path(path)
+    if folder.is_file():
+        if folder.suffix == ".safetensors" and not (folder.parent / CONFIG_NAME).is_file():
+            return CSRMask.load(folder)
+        folder = folder.parent
+    if (folder / SFT_NAME).is_file():
+        return from_composable_sft(folder)
+    if (folder / SHIRA_CONFIG).is_file():
+        return from_peft_shira(folder)
+    return SparseDelta.from_pretrained(str(folder))

@@ -1,0 +1,155 @@
+"""split_bf16_ and `products.split` before it: the same bits from every implementation, wherever they are written."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from deftx_kernels import svd_denoise
+from deftx_kernels.denoise import products
+from tests.conftest import IMPLEMENTATIONS, Implementation, implementations
+
+OPS = ("split_bf16_",)
+# Triton's own interpreter rounds to bfloat16 wrongly.
+no_interpreter = implementations(*(n for n in IMPLEMENTATIONS if n not in ("c++", "emulated", "triton-interpreter")))
+
+# (batch..., m, n); a tile is 32 x 128.
+SHAPES = [
+    (1, 1), (5, 130), (40, 16), (3, 1, 7), (2, 70, 1), (2, 33, 144), (2, 3, 4, 5), (1, 32, 128), (0, 3), (2, 5, 0),
+    (0, 3, 4),
+]  # fmt: skip
+SLOTS = [(0, 1), (1, 0, 0), (0, 1, 0), (0, 1, 2), (2,)]
+
+
+def split(implementation: Implementation, x: Tensor, slots: tuple[int, ...], dim: int) -> Tensor:
+    """The op's result on the CPU; x keeps its strides on every device."""
+    memory = x.untyped_storage()
+    if implementation.device == "cuda":
+        x = torch.empty(0, device="cuda").set_(memory.cuda(), x.storage_offset(), x.shape, x.stride())
+    shape = list(x.shape)
+    shape[dim] *= len(slots)
+    out = torch.full((math.prod(shape) + 2,), 7.0, dtype=torch.bfloat16, device=x.device)
+    implementation.ops.split_bf16_(x, out[1:-1].view(shape), list(slots), dim)
+    if implementation.name == "triton-sm80":
+        assert len(implementation.ops.launches) == (x.numel() > 0), "one launch for all matrices"
+    assert bool((out[[0, -1]] == 7).all())  # nothing beside it was written
+    return out[1:-1].view(shape).cpu()
+
+
+def expected(x: Tensor, slots: tuple[int, ...], dim: int) -> Tensor:
+    parts = []
+    for _ in range(3):
+        parts.append(x.to(torch.bfloat16))
+        x = x - parts[-1].float()
+    return torch.cat([parts[s] for s in slots], dim)
+
+
+def numbers(*shape: int) -> Tensor:
+    """Of all magnitudes that denoising may meet, both zeros, halves of the last bit kept, and numbers that bfloat16
+    holds.
+    """
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-60, 60, shape, generator=generator)
+    special = [0.0, -0.0, 1.0, -3.0, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8 - 2**-17, 1 + 2**-9, 1e-40, -3e-45, 2.0**126]
+    chosen = torch.randint(4 * len(special), shape, generator=generator)
+    return torch.where(chosen < len(special), torch.tensor(special)[chosen % len(special)], x)
+
+
+def assert_same(found: Tensor, want: Tensor) -> None:
+    assert found.dtype == torch.bfloat16
+    assert found.shape == want.shape
+    different = found.contiguous().view(torch.int16) != want.contiguous().view(torch.int16)
+    assert not different.any(), f"{int(different.sum())} entries differ"
+
+
+def test_parts_add_up():
+    x = numbers(50, 60).clamp(-(2.0**60), 2.0**60)
+    for count, error in ((2, 2.0**-16), (3, 2.0**-24)):
+        parts = products.split(x, range(count), -1).double().view(50, count, 60)
+        assert bool(((parts.sum(1) - x.double()).abs() <= error * x.double().abs() + 1e-40).all())
+
+
+@no_interpreter
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_are_those_of_rounding_part_after_part(implementation, shape, dim):
+    x = numbers(*shape)
+    for slots in SLOTS:
+        assert_same(split(implementation, x, slots, dim), expected(x, slots, dim))
+
+
+@no_interpreter
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_strided_matrices(implementation, dim):
+    x = numbers(3, 41, 66)
+    views = [x.mT, x[:, 3:20, 5:30], x[::2, ::3, :64], x[:, ::2, ::2], x[1].expand(2, 41, 66), x[:1].mT, x[..., 7:8]]
+    for view in [*views, x[:, 7:8].mT]:
+        assert_same(split(implementation, view, (0, 1), dim), expected(view, (0, 1), dim))
+        assert_same(products.split(view, (0, 1), dim), expected(view, (0, 1), dim))
+
+
+def test_transposed_matrices_are_split_as_they_lie():
+    assert products.split(numbers(2, 40, 20).mT, (0, 1), -1).stride() == (1600, 1, 20)
+
+
+def test_into_a_given_tensor():
+    x = numbers(2, 9, 130)
+    out = torch.empty(2, 9, 260, dtype=torch.bfloat16)
+    assert products.split(x, (0, 1), -1, out) is out
+    assert_same(out, expected(x, (0, 1), -1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (lambda x, out: (x.double(), out, [0, 1], -1), "x must be float32"),
+        (lambda x, out: (x[0], out, [0, 1], -1), "x must have shape"),
+        (lambda x, out: (x, out.float(), [0, 1], -1), "out must be bfloat16"),
+        (lambda x, out: (x, out.mT, [0, 1], -1), "out must be contiguous"),
+        (lambda x, out: (x, out, [0, 1], -2), "out must have shape"),
+        (lambda x, out: (x, out, [0], -1), "out must have shape"),
+        (lambda x, out: (x, out, [], -1), "slots"),
+        (lambda x, out: (x, out, [0, 3], -1), "slots"),
+        (lambda x, out: (x, out, [0, 1], 0), "dim"),
+    ],
+)
+def test_bad_arguments_raise(arguments, named):
+    with pytest.raises((TypeError, ValueError), match=named):
+        torch.ops.deftx.split_bf16_(*arguments(torch.ones(3, 5), torch.empty(3, 10, dtype=torch.bfloat16)))
+
+
+@pytest.mark.cuda_on_cpu
+def test_offsets_beyond_31_bits(triton_on_cpu):
+    """Address space of which a few pages are touched: matrices and rows more than 2**31 entries apart, in x and in the
+    result.
+    """
+    from deftx_kernels.kernels.split_bf16 import split_into
+
+    far = 2**31 + 16
+    for strides in ((far, 5, 1), (5, far, 1)):
+        x = torch.empty(far + 20).as_strided((2, 2, 5), strides)
+        x.copy_(numbers(2, 2, 5))
+        for out_strides in ((far, 10, 5, 1), (10, far, 5, 1), (10, 5, far, 1)):
+            out = torch.empty(far + 40, dtype=torch.bfloat16).as_strided((2, 2, 2, 5), out_strides)  # [b, s, m, n]
+            with triton_on_cpu.override():
+                split_into(out, x, (0, 1))
+            assert_same(out.reshape(2, 4, 5), expected(x, (0, 1), -2))
+
+
+@implementations("triton-sm80")
+@pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.9}])
+def test_denoising_by_the_kernel(implementation, monkeypatch, rule):
+    """All that it splits, contiguous and not, wide and tall."""
+    monkeypatch.setattr(products, "uses_split_products", lambda x: x.dtype == torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"tall": (2, 60, 50), "wide": (50, 70)}
+    delta = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    want = svd_denoise(delta, oversample=4, **rule)
+    calls = []
+    kernel = implementation.ops.split_bf16_
+    monkeypatch.setattr(torch.ops.deftx, "split_bf16_", lambda *arguments: calls.append(kernel(*arguments)))
+    with implementation.without_racecheck():
+        found = svd_denoise(delta, oversample=4, **rule)
+    assert len(calls) > 10
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=0)
