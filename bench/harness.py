@@ -41,6 +41,7 @@ from torch import Tensor
 
 from bench.rows import OURS, package_of
 from deftx_kernels import backends
+from deftx_kernels.train.tensors import peak_bytes
 
 Setting = tuple[torch.dtype, float]
 Call = Callable[[], Any]
@@ -286,26 +287,8 @@ def trim() -> None:
 
 def peak_extra(call: Call, device: str) -> float | None:
     """Megabytes that one call takes beyond those in use before it; None where the system does not report them."""
-    trim()
-    if device == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        synchronize(device)
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    status = Path("/proc/self/status")
-
-    def read(key: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
-        before_kib = read("VmRSS")
-        call()
-        return 1024 * max(0, read("VmHWM") - before_kib) / 1e6
-    except (OSError, StopIteration):
-        return None
+    peak = peak_bytes(call, device)
+    return None if peak is None else peak / 1e6
 
 
 def two_steps(make: Callable[[], Call]) -> None:
