@@ -73,12 +73,12 @@ def test_newest_rows(tmp_path, rows, expected, several_files):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "package"),
+    ("name", "package"),
     [("numpy.take", "numpy"), ("PEFT LoRA", "peft"), ("scipy csr", "scipy"), ("torch index", ""), (OURS, "")],
 )
-def test_package_of_an_implementation(monkeypatch, implementation, package):
+def test_package_of_an_implementation(monkeypatch, name, package):
     monkeypatch.setattr(bench_rows, "version", lambda name: "7.1")
-    assert package_of(implementation) == (f"{package} 7.1" if package else "")
+    assert package_of(name) == (f"{package} 7.1" if package else "")
 
 
 def test_each_workload_is_of_the_machine_that_timed_it_last():
