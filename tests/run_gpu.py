@@ -206,12 +206,14 @@ def absent(source: Path, seen: set[Path] | None = None) -> set[str]:
             continue
         for name in names:
             top = name.partition(".")[0]
-            if top in ("deftx_kernels", "bench"):
-                path = ROOT.joinpath(*name.split("."))
-                for file in (path.with_suffix(".py"), path / "__init__.py"):
-                    if file.exists() and file not in seen:
-                        missing |= absent(file, seen)
-            elif not installed(top) and not (ROOT / "tests" / f"{top}.py").exists():
+            path = ROOT.joinpath(*name.split("."))
+            if top not in ("deftx_kernels", "bench"):  # a module of the tests, or a package
+                path = next((ROOT / "tests").rglob(f"{top}.py"), path)
+            files = [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()]
+            for file in files:
+                if file not in seen:
+                    missing |= absent(file, seen)
+            if not files and top not in ("deftx_kernels", "bench") and not installed(top):
                 missing.add(top)
     return missing
 
