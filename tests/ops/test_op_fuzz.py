@@ -449,18 +449,8 @@ def sanitized() -> tuple[Path, dict[str, str]]:
     # A copy of no bytes may begin at no address.
     folder, flags = ROOT / "build/asan", "-fsanitize=address,undefined -fno-sanitize=nonnull-attribute"
     programs = Path(cmake.CMAKE_BIN_DIR)
-    configure = [
-        programs / "cmake",
-        "-S",
-        ROOT,
-        "-B",
-        folder,
-        "-G",
-        "Ninja",
-        f"-DTORCH_DIR={torch.__path__[0]}",
-        f"-DCMAKE_CXX_FLAGS={flags} -fno-omit-frame-pointer -g1",
-        f"-DCMAKE_MODULE_LINKER_FLAGS={flags}",
-    ]
+    configure = [programs / "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DTORCH_DIR={torch.__path__[0]}"]
+    configure += [f"-DCMAKE_CXX_FLAGS={flags} -fno-omit-frame-pointer -g1", f"-DCMAKE_MODULE_LINKER_FLAGS={flags}"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for command in (configure, [programs / "cmake", "--build", folder]):
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
