@@ -313,11 +313,27 @@ def _adamw_case(width: int) -> list[Any]:
     crow, col = _tensors_mask(width)
     exp_avg, exp_avg_sq = (torch.linspace(0.1, 1, len(col)) for _ in range(2))
     arguments = schemas.AdamWArgs(
-        params=_tensors(width), grads=_flipped(width), compact_grads=False, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq,
-        values=None, crow_indices=crow, col_indices=col, step=torch.tensor(3.0), lr=torch.tensor(0.01), beta1=0.9,
-        beta2=0.999, eps=1e-8, weight_decay=0.01, decay_to=None, l1=0.0, maximize=False, grad_scale=None,
-        found_inf=None, seed=None,
-    )  # fmt: skip
+        params=_tensors(width),
+        grads=_flipped(width),
+        compact_grads=False,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        values=None,
+        crow_indices=crow,
+        col_indices=col,
+        step=torch.tensor(3.0),
+        lr=torch.tensor(0.01),
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.01,
+        decay_to=None,
+        l1=0.0,
+        maximize=False,
+        grad_scale=None,
+        found_inf=None,
+        seed=None,
+    )
     return list(arguments)
 
 

@@ -106,9 +106,12 @@ def _result_for(w: Tensor, out: Tensor, rule: Rule) -> Tensor:
 
 
 def _denoise_large(
-    sources: Mapping[Any, Tensor], outs: Mapping[Any, Tensor], totals: Mapping[Any, list[float]], rule: Rule,
+    sources: Mapping[Any, Tensor],
+    outs: Mapping[Any, Tensor],
+    totals: Mapping[Any, list[float]],
+    rule: Rule,
     found: Found,
-) -> Iterator[int]:  # fmt: skip
+) -> Iterator[int]:
     """`denoise` of the other tensors. Yields, before each batch, how many matrices it has."""
     groups: dict[tuple, list[_Matrix]] = {}  # by shape (with an energy: by its short side), dtype and device
     for name, t in sources.items():

@@ -9,9 +9,14 @@ from deftx_kernels.ops import checks, library, reference, schemas
 
 # The operators that have a Triton kernel.
 TRITON = (
-    "csr_square_sum", "sparse_adamw_", "masked_linear_grad", "masked_embedding_grad", "residual_cut",
-    "low_rank_denoised", "split_bf16_",
-)  # fmt: skip
+    "csr_square_sum",
+    "sparse_adamw_",
+    "masked_linear_grad",
+    "masked_embedding_grad",
+    "residual_cut",
+    "low_rank_denoised",
+    "split_bf16_",
+)
 
 
 def reference_functions() -> dict[str, Callable]:

@@ -55,10 +55,14 @@ class Corpus:
     def sizes(self) -> dict:
         """What metrics.json says of the data."""
         return {
-            "task": self.task, "labels": self.labels, "sources": self.sources, "targets": self.targets,
-            "train": len(self.train), "test": {name: len(rows) for name, rows in self.test.items()},
+            "task": self.task,
+            "labels": self.labels,
+            "sources": self.sources,
+            "targets": self.targets,
+            "train": len(self.train),
+            "test": {name: len(rows) for name, rows in self.test.items()},
             "text": {name: len(rows) for name, rows in self.text.items()},
-        }  # fmt: skip
+        }
 
 
 class Split(NamedTuple):
@@ -73,9 +77,13 @@ class Split(NamedTuple):
 def load_corpus(config: CldrData | NusaxData | FilesData | HubData | TrainTaskConfig | TrainLanguageConfig) -> Corpus:
     """The labelled and unlabelled text that a configuration stands for. Raises ValueError naming file and column."""
     loaders: dict[type, Callable[[Any], Corpus]] = {
-        CldrData: _load_cldr, NusaxData: _load_nusax, FilesData: _load_files, HubData: _load_hub,
-        TrainTaskConfig: _load_files, TrainLanguageConfig: _load_text,
-    }  # fmt: skip
+        CldrData: _load_cldr,
+        NusaxData: _load_nusax,
+        FilesData: _load_files,
+        HubData: _load_hub,
+        TrainTaskConfig: _load_files,
+        TrainLanguageConfig: _load_text,
+    }
     return loaders[type(config)](config)
 
 

@@ -20,21 +20,44 @@ from matplotlib import pyplot as plt
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 COLORS = {"full": "#9ca3af", "deft-x": "#2563eb", "lt-sft": "#f59e0b", "lift": "#10b981"}
 STYLE = {
-    "figure.dpi": 160, "savefig.dpi": 160, "font.size": 9, "font.family": "DejaVu Sans", "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "figure.dpi": 160,
+    "savefig.dpi": 160,
+    "font.size": 9,
+    "font.family": "DejaVu Sans",
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
     "legend.frameon": False,
-}  # fmt: skip
+}
 LAYER = re.compile(r"^(?P<before>.*?)\.(?:layers?|h|blocks?)\.(?P<layer>\d+)\.(?P<kind>.*)$")
 MAX_SPECTRUM_LAYERS = 4
 SHORT_KINDS = {
-    "attention.output.dense": "attention output", "intermediate.dense": "intermediate", "output.dense": "output",
+    "attention.output.dense": "attention output",
+    "intermediate.dense": "intermediate",
+    "output.dense": "output",
     "pooler.dense": "pooler",
-}  # fmt: skip
+}
 KINDS_IN_ORDER = (
-    "word embeddings", "position embeddings", "token type embeddings", "query", "key", "value", "attention output",
-    "intermediate", "output", "pooler", "biases", "",
-)  # fmt: skip
+    "word embeddings",
+    "position embeddings",
+    "token type embeddings",
+    "query",
+    "key",
+    "value",
+    "attention output",
+    "intermediate",
+    "output",
+    "pooler",
+    "biases",
+    "",
+)
 
 
 def draw_all(run_dir: Path, config: dict, metrics: dict) -> dict[str, str]:
@@ -76,10 +99,16 @@ def scores(run_dir: Path, config: dict, metrics: dict):
         light = kind == "task" and method != "full"
         means = [float(np.mean(v)) for v in each]
         axes.bar(
-            x, means, width * 0.9, label=METHODS[method] + suffix, color=COLORS[method], alpha=0.38 if light else 1.0,
-            linewidth=0, yerr=[float(np.std(v, ddof=1)) for v in each] if len(each[0]) > 1 else None,
+            x,
+            means,
+            width * 0.9,
+            label=METHODS[method] + suffix,
+            color=COLORS[method],
+            alpha=0.38 if light else 1.0,
+            linewidth=0,
+            yerr=[float(np.std(v, ddof=1)) for v in each] if len(each[0]) > 1 else None,
             error_kw={"ecolor": INK, "elinewidth": 0.8},
-        )  # fmt: skip
+        )
         style = {"textcoords": "offset points", "ha": "center", "fontsize": 6.5, "color": MUTED}
         for position, mean in zip(x, means):
             axes.annotate(f"{mean:.2f}".removeprefix("0"), (position, mean), (0, 2), **style)
@@ -112,9 +141,15 @@ def costs(run_dir: Path, config: dict, metrics: dict):
             inside = number > 0.6 * max(numbers)
             label = f"{number:,.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}"
             axis.annotate(
-                label, (number, y), (-4 if inside else 4, 0), textcoords="offset points", va="center",
-                ha="right" if inside else "left", fontsize=8, color="white" if inside else INK,
-            )  # fmt: skip
+                label,
+                (number, y),
+                (-4 if inside else 4, 0),
+                textcoords="offset points",
+                va="center",
+                ha="right" if inside else "left",
+                fontsize=8,
+                color="white" if inside else INK,
+            )
         axis.set_title(title, fontsize=9)
         axis.set_xticks([])
         axis.spines["bottom"].set_visible(False)

@@ -23,9 +23,14 @@ def _demo_task() -> TaskConfig:
 def _demo_language() -> LanguageConfig:
     # mlm_probability: a name has only a few tokens
     return LanguageConfig(
-        SelectionConfig(density=0.05), _phase(1e-4, 50), _phase(2e-4, 50), pack=False, mlm_probability=0.3,
-        head_steps=150, **DEMO,
-    )  # fmt: skip
+        SelectionConfig(density=0.05),
+        _phase(1e-4, 50),
+        _phase(2e-4, 50),
+        pack=False,
+        mlm_probability=0.3,
+        head_steps=150,
+        **DEMO,
+    )
 
 
 @dataclass

@@ -83,9 +83,13 @@ def sparse_phase(vector: Vector, mask: CSRMask, folder: Path, runtime: Runtime) 
     start = mask.gather(dict(model.named_parameters()))
     sparsify(model, mask)
     optimizer = SparseAdamW(
-        model.named_parameters(), mask, lr=phase.lr, weight_decay=phase.weight_decay, l1=l1,
+        model.named_parameters(),
+        mask,
+        lr=phase.lr,
+        weight_decay=phase.weight_decay,
+        l1=l1,
         decay_to=start if l1 or phase.weight_decay else None,
-    )  # fmt: skip
+    )
     guard = DivergenceGuard(f"vector {vector.name!r}, sparse phase of {folder.name}", phase.lr)
     metrics = train_phase(model, vector.examples, vector.config, phase, folder, runtime, guard, optimizer=optimizer)
     return densify(model), metrics
@@ -102,9 +106,15 @@ def select(
         return select_mask(tuned, base, **arguments), {}
     raw = () if selection.denoise_embeddings else models.embedding_names(base)
     mask, info = select_mask(
-        tuned, base, rank=selection.rank, energy=selection.energy, residual_density=selection.residual_density,
-        denoise_names=[name for name in names if name not in raw], return_info=True, **arguments,
-    )  # fmt: skip
+        tuned,
+        base,
+        rank=selection.rank,
+        energy=selection.energy,
+        residual_density=selection.residual_density,
+        denoise_names=[name for name in names if name not in raw],
+        return_info=True,
+        **arguments,
+    )
     return mask, _denoising(info)
 
 
@@ -181,9 +191,12 @@ def _lift(vector: Vector, folder: Path, runtime: Runtime) -> tuple[CSRMask, dict
         model, vector.examples, vector.config, phase, folder, runtime, guard, optimizer=optimizer, callbacks=(refresh,)
     )
     metrics["selection"] = {
-        "seconds": seconds, "refreshes": refresh.refreshes, **_sizes(mask), "trained_in_all": refresh.union.nnz,
+        "seconds": seconds,
+        "refreshes": refresh.refreshes,
+        **_sizes(mask),
+        "trained_in_all": refresh.union.nnz,
         "denoising": denoising,
-    }  # fmt: skip
+    }
     head = sum(model.get_parameter(name).numel() for name in models.trained_head(model))
     metrics["trained_entries"] = mask.nnz + head
     return refresh.union, metrics, model

@@ -168,12 +168,19 @@ def phase_table(metrics: dict) -> Rows:
         if phase["seed"] != metrics["phases"][0]["seed"]:
             continue
         selection, step, method = phase.get("selection"), phase["median_step_seconds"], phase["method"]
-        table.append([
-            phase["vector"], "dense" if method == "dense" else f"{METHODS[method]}, sparse", str(phase["steps"]),
-            f"{phase['trained_entries']:,}", "–" if selection is None else f"{selection['seconds']:.2f} s",
-            megabytes(phase["gradient_bytes"]), megabytes(phase["optimizer_state_bytes"]),
-            "–" if step is None else milliseconds(step), f"{phase['loss'][-1][1]:.3f}" if phase["loss"] else "–",
-        ])  # fmt: skip
+        table.append(
+            [
+                phase["vector"],
+                "dense" if method == "dense" else f"{METHODS[method]}, sparse",
+                str(phase["steps"]),
+                f"{phase['trained_entries']:,}",
+                "–" if selection is None else f"{selection['seconds']:.2f} s",
+                megabytes(phase["gradient_bytes"]),
+                megabytes(phase["optimizer_state_bytes"]),
+                "–" if step is None else milliseconds(step),
+                f"{phase['loss'][-1][1]:.3f}" if phase["loss"] else "–",
+            ]
+        )
     return table
 
 

@@ -58,9 +58,14 @@ class VectorBuilder:
         text, validation = self.corpus.text[language], self.corpus.text_validation.get(language)
         examples = language_examples(text, validation, self.tokenizer, config, self.runtime.seed)
         return self._vector(
-            f"language-{language}", start, partial(_load_masked_lm, tie_decoder=config.tie_decoder), examples, config,
-            keep_head=False, metadata={"language": language},
-        )  # fmt: skip
+            f"language-{language}",
+            start,
+            partial(_load_masked_lm, tie_decoder=config.tie_decoder),
+            examples,
+            config,
+            keep_head=False,
+            metadata={"language": language},
+        )
 
     def task(
         self,
@@ -84,10 +89,16 @@ class VectorBuilder:
         examples = Examples(train, validation, task_collator(self.tokenizer, corpus.task))
         metadata |= {"labels": corpus.labels, "task": corpus.task, "max_length": config.max_length}
         return self._vector(
-            "task", self._classifier(start, added) if added else base,
-            partial(models.load_classifier, labels=corpus.labels, task=corpus.task), examples, config,
-            keep_head=True, folder=folder, base=base if added else None, metadata=metadata,
-        )  # fmt: skip
+            "task",
+            self._classifier(start, added) if added else base,
+            partial(models.load_classifier, labels=corpus.labels, task=corpus.task),
+            examples,
+            config,
+            keep_head=True,
+            folder=folder,
+            base=base if added else None,
+            metadata=metadata,
+        )
 
     def _vector(self, name, start, load, examples, config, *, keep_head, metadata, folder=None, base=None) -> Vector:
         metadata = {"base_model": str(self.model), "seed": self.runtime.seed, **metadata}

@@ -225,11 +225,17 @@ def test_the_vectors_that_a_truncation_needs(rule, dtype):
 @pytest.mark.parametrize(
     "rule",
     [
-        {"rank": -1}, {"rank": 6}, {"energy": -1.0}, {"energy": 1.5}, {"energy": float("nan")}, {"median": -1.0},
-        {"median": float("inf")}, {"rank": 2, "energy": 0.5},
+        {"rank": -1},
+        {"rank": 6},
+        {"energy": -1.0},
+        {"energy": 1.5},
+        {"energy": float("nan")},
+        {"median": -1.0},
+        {"median": float("inf")},
+        {"rank": 2, "energy": 0.5},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_an_impossible_rule_is_an_error(rule):
     with pytest.raises(RuntimeError, match=next(iter(rule))):
         torch.ops.deftx.eigh(symmetric(2, 5, torch.float32), **rule)

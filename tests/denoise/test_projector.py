@@ -182,9 +182,17 @@ def apply(steps, x, rounding=0.0):
 
 
 INTERVALS = [
-    (1e-6, 1), (1e-6, 1e-6), (1e-4, 0.13), (1e-4, 0.6), (0.01, 0.2), (0.3, 0.4), (0.9, 0.9), (1e-5, 0.45), (0.1, 0.15),
+    (1e-6, 1),
+    (1e-6, 1e-6),
+    (1e-4, 0.13),
+    (1e-4, 0.6),
+    (0.01, 0.2),
+    (0.3, 0.4),
+    (0.9, 0.9),
+    (1e-5, 0.45),
+    (0.1, 0.15),
     (1, 1),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("low", "short"), INTERVALS)
@@ -215,10 +223,15 @@ def test_rounding_errors_change_no_sign_and_are_not_amplified(low, short):
 @pytest.mark.parametrize(
     ("low", "short", "most"),
     [
-        (1.0, 1.0, 0), (0.1, 1.0, 12), (1e-2, 1.0, 16), (1e-3, 1.0, 22), (1e-4, 1.0, 26), (1e-3, 0.18, 20),
+        (1.0, 1.0, 0),
+        (0.1, 1.0, 12),
+        (1e-2, 1.0, 16),
+        (1e-3, 1.0, 22),
+        (1e-4, 1.0, 26),
+        (1e-3, 0.18, 20),
         (1e-3, 1e-3, 14),
     ],
-)  # fmt: skip
+)
 def test_schedule_is_short(low, short, most):
     assert sum(degree - 1 for degree, _ in projector.schedule(low, short)[0]) <= most
 

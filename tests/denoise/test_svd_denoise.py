@@ -29,9 +29,14 @@ DTYPES = [torch.float32, torch.float64]
 # ---- a fixed rank ----
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(SHAPES), st.sampled_from(list(SPECTRA)), st.integers(1, 48), st.integers(0, 99),
-    st.sampled_from(DTYPES), st.integers(0, 3), st.sampled_from([0, 4, 16]),
-)  # fmt: skip
+    st.sampled_from(SHAPES),
+    st.sampled_from(list(SPECTRA)),
+    st.integers(1, 48),
+    st.integers(0, 99),
+    st.sampled_from(DTYPES),
+    st.integers(0, 3),
+    st.sampled_from([0, 4, 16]),
+)
 @example((160, 160), "step at the rank", 23, 0, torch.float32, 0, 4)
 @example((400, 150), "step at the rank", 24, 3, torch.float32, 0, 8)
 @example((300, 300), "steps", 59, 3, torch.float32, 0, 12)
@@ -77,11 +82,17 @@ def test_more_iterations_where_the_residual_is_not_yet_near(monkeypatch):
 @pytest.mark.parametrize(
     ("n", "rank", "second", "rest"),
     [
-        (64, 20, 1e-3, 1e-6), (256, 100, 1e-2, 1e-6), (128, 25, 1e-2, 1e-6), (256, 50, 1e-2, 2e-7),
-        (256, 100, 1e-2, 1e-5), (64, 20, 1e-2, 1e-5), (256, 100, 1e-2, 1e-4), (256, 100, 1e-3, 1e-4),
+        (64, 20, 1e-3, 1e-6),
+        (256, 100, 1e-2, 1e-6),
+        (128, 25, 1e-2, 1e-6),
+        (256, 50, 1e-2, 2e-7),
+        (256, 100, 1e-2, 1e-5),
+        (64, 20, 1e-2, 1e-5),
+        (256, 100, 1e-2, 1e-4),
+        (256, 100, 1e-3, 1e-4),
         (256, 100, 1e-2, 1e-3),
     ],
-)  # fmt: skip
+)
 def test_a_given_rank_of_a_matrix_that_is_almost_of_that_rank(n, rank, second, rest):
     """Errors of float32 eigenvectors, small beside the matrix, are as large as what is left of it."""
     singular = torch.full((n,), rest, dtype=torch.float64)
@@ -96,10 +107,14 @@ def test_a_given_rank_of_a_matrix_that_is_almost_of_that_rank(n, rank, second, r
 @pytest.mark.parametrize(
     ("shape", "rank", "spikes"),
     [
-        ((384, 384), 64, 0), ((384, 384), 64, 20), ((384, 384), 128, 3), ((768, 768), 256, 0), ((768, 768), 256, 20),
+        ((384, 384), 64, 0),
+        ((384, 384), 64, 20),
+        ((384, 384), 128, 3),
+        ((768, 768), 256, 0),
+        ((768, 768), 256, 20),
         ((1024, 256), 80, 0),
     ],
-)  # fmt: skip
+)
 def test_a_rank_that_is_a_large_share_is_exact(shape, rank, spikes):
     """Noise is the hard case: subspace iteration found 70 to 86 % of the largest 5 % of the entries there."""
     a = noise(*shape, seed=rank)
@@ -118,8 +133,10 @@ def test_a_rank_that_is_a_large_share_is_exact(shape, rank, spikes):
 @given(
     st.sampled_from([*SHAPES, (40, 40), (90, 30)]),
     st.sampled_from([s for s in SPECTRA if s not in ("flat", "deficient")]),
-    st.floats(0.02, 0.9999), st.integers(0, 99), st.sampled_from(DTYPES),
-)  # fmt: skip
+    st.floats(0.02, 0.9999),
+    st.integers(0, 99),
+    st.sampled_from(DTYPES),
+)
 def test_energy_gives_the_rank_and_the_truncation_of_exact_arithmetic(shape, spectrum, energy, seed, dtype):
     a = matrix(shape, spectrum, seed, dtype)
     assert_exact_truncation(a, *svd_denoise(a, energy=energy, return_info=True), energy)
@@ -127,9 +144,12 @@ def test_energy_gives_the_rank_and_the_truncation_of_exact_arithmetic(shape, spe
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(SMALL_SHAPES), st.sampled_from(list(SMALL_SPECTRA)), st.floats(0.05, 0.999), st.integers(0, 99),
+    st.sampled_from(SMALL_SHAPES),
+    st.sampled_from(list(SMALL_SPECTRA)),
+    st.floats(0.05, 0.999),
+    st.integers(0, 99),
     st.sampled_from(DTYPES),
-)  # fmt: skip
+)
 def test_energy_of_small_matrices(shape, spectrum, energy, seed, dtype):
     a = matrix(shape, spectrum, seed, dtype)
     result, info = svd_denoise(a, energy=energy, return_info=True)
@@ -232,9 +252,14 @@ def test_residual_density_one_is_the_difference_itself():
 def model(dtype=torch.float32):
     generator = torch.Generator().manual_seed(6)
     shapes = {
-        "a": (90, 60), "b": (60, 90), "c": (90, 60), "bias": (60,), "conv": (4, 3, 40, 50), "d": (90, 60),
+        "a": (90, 60),
+        "b": (60, 90),
+        "c": (90, 60),
+        "bias": (60,),
+        "conv": (4, 3, 40, 50),
+        "d": (90, 60),
         "row": (1, 70),
-    }  # fmt: skip
+    }
     return {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
 
 
@@ -306,9 +331,14 @@ def test_entries_whose_squares_leave_the_range_of_the_dtype(dtype, scale):
     b = a.clone()
     b[1] *= scale
     for rule in (
-        {"rank": 8}, {"rank": 40}, {"rank": 90}, {"energy": 0.8}, {"energy": 1.0}, {"rank": 8, "residual_density": 0.1},
+        {"rank": 8},
+        {"rank": 40},
+        {"rank": 90},
+        {"energy": 0.8},
+        {"energy": 1.0},
+        {"rank": 8, "residual_density": 0.1},
         {"rank": "gavish-donoho"},
-    ):  # fmt: skip
+    ):
         expected, info = svd_denoise(a, return_info=True, **rule)
         result, its_info = svd_denoise(b, return_info=True, **rule)
         torch.testing.assert_close(result[0], expected[0])
@@ -343,9 +373,13 @@ def test_a_default_batch_is_within_its_memory_limit(threads, monkeypatch):
 def small_tensors():
     """Filters of convolutions, experts of a few rows, and matrices whose squares leave the range of float64."""
     shapes = {
-        "conv": (8, 5, 3, 3), "other conv": (7, 3, 3), "wide": (4, 3, 5, 7), "expert": (32, 50), "column": (70, 1),
+        "conv": (8, 5, 3, 3),
+        "other conv": (7, 3, 3),
+        "wide": (4, 3, 5, 7),
+        "expert": (32, 50),
+        "column": (70, 1),
         "one": (1, 1),
-    }  # fmt: skip
+    }
     tensors = {n: noise(*s, seed=i) for i, (n, s) in enumerate(shapes.items())}
     tensors["wide"] = tensors["wide"].to(torch.bfloat16)
     tensors["zero"] = torch.zeros(4, 3, 3)
@@ -363,9 +397,13 @@ def small_tensors():
 def test_small_matrices(rule, batch_bytes, residual_density):
     delta, calls = small_tensors(), []
     result, info = svd_denoise(
-        delta, **rule, residual_density=residual_density, return_info=True, batch_bytes=batch_bytes,
+        delta,
+        **rule,
+        residual_density=residual_density,
+        return_info=True,
+        batch_bytes=batch_bytes,
         progress=lambda *done: calls.append(done),
-    )  # fmt: skip
+    )
     assert calls[-1] == (sum(t[..., 0, 0].numel() for t in delta.values()),) * 2
     for name, tensor in delta.items():
         scale = {"huge": 1e200, "tiny": 1e-200}.get(name, 1.0)

@@ -19,9 +19,12 @@ def product(U, S, Vh):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(SMALL_SHAPES), st.sampled_from(list(SMALL_SPECTRA)), st.integers(1, 12), st.integers(0, 99),
+    st.sampled_from(SMALL_SHAPES),
+    st.sampled_from(list(SMALL_SPECTRA)),
+    st.integers(1, 12),
+    st.integers(0, 99),
     st.sampled_from([torch.float32, torch.float64]),
-)  # fmt: skip
+)
 def test_fixed_rank_is_near_the_optimal_one(shape, spectrum, rank, seed, dtype):
     a = matrix(shape, spectrum, seed, dtype)
     U, S, Vh = truncated_svd(a, rank)

@@ -189,10 +189,14 @@ WRONG_ARGUMENTS = {  # (arguments, the one that the message names)
     "not a matrix": (lambda g, i, crow, col: (g.view(-1), i, crow, col), "grad_output"),
     **{
         name: (lambda g, i, crow, col, broken=BROKEN_CSR[name]: (g, i, *broken(crow, col)), argument)
-        for name, argument in [("negative column", "col_indices"), ("crow ends late", "crow_indices"),
-                               ("crow too short", "indices"), ("crow descends", "crow_indices")]
+        for name, argument in [
+            ("negative column", "col_indices"),
+            ("crow ends late", "crow_indices"),
+            ("crow too short", "indices"),
+            ("crow descends", "crow_indices"),
+        ]
     },
-}  # fmt: skip
+}
 
 
 @implementations("c++")

@@ -105,10 +105,19 @@ def test_shapes(implementation, shape, dtype):
 
 @pytest.mark.parametrize(
     "dtypes",  # of grad_output, the input and the result
-    [(BF16, BF16, BF16), (FP16, FP16, FP32), (FP16, FP16, FP16), (FP64, FP64, FP64), (BF16, FP32, FP32),
-     (FP16, BF16, FP32), (FP64, FP32, FP32), (BF16, BF16, FP64), (FP32, FP32, BF16)],
+    [
+        (BF16, BF16, BF16),
+        (FP16, FP16, FP32),
+        (FP16, FP16, FP16),
+        (FP64, FP64, FP64),
+        (BF16, FP32, FP32),
+        (FP16, BF16, FP32),
+        (FP64, FP32, FP32),
+        (BF16, BF16, FP64),
+        (FP32, FP32, BF16),
+    ],
     ids=lambda dtypes: "-".join(str(d).removeprefix("torch.") for d in dtypes),
-)  # fmt: skip
+)
 @pytest.mark.parametrize("density", [0.15, 0.7])
 def test_dtypes(implementation, dtypes, density):
     if implementation.name.startswith("triton") and density > 0.5:
@@ -309,11 +318,27 @@ def test_offsets_beyond_31_bits(implementation):
     out = torch.empty(len(case.csr[1]))
     with implementation.ops.emulator.override():
         module._masked_linear_grad_kernel[(1,)](
-            module._operand(case.grad_output, BF16), x, *case.csr, out, tokens, 3, 16, stride, tokens, len(out),
-            ACC=module.TRITON_DTYPE[FP32], PRECISION="ieee", BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            GROUP=module.GROUP, WAYS=module.WAYS, CHUNK=module.CHUNK, num_warps=module.NUM_WARPS,
+            module._operand(case.grad_output, BF16),
+            x,
+            *case.csr,
+            out,
+            tokens,
+            3,
+            16,
+            stride,
+            tokens,
+            len(out),
+            ACC=module.TRITON_DTYPE[FP32],
+            PRECISION="ieee",
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            GROUP=module.GROUP,
+            WAYS=module.WAYS,
+            CHUNK=module.CHUNK,
+            num_warps=module.NUM_WARPS,
             num_stages=module.NUM_STAGES,
-        )  # fmt: skip
+        )
     assert_within(out, case.entries(), case.bound())
 
 

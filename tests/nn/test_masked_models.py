@@ -101,7 +101,7 @@ def gradient(parameter):
         *((a, "everything", torch.bfloat16, 0.3) for a in ("xlm-r, classes", "gpt2", "llama")),
         ("bert, classes", "everything", torch.float32, 0.0),
     ],
-)  # fmt: skip
+)
 def test_gradients_of_architectures(architecture, which, dtype, density):
     model, plain = make(architecture, dtype), make(architecture, dtype)
     mask = mask_of(model, density, only=MASKS[which]) if density else topk_mask(dict(model.named_parameters()), k=1)

@@ -175,9 +175,20 @@ def test_modules(kind):
 # ---- torch.compile ----
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
-    "kind", ["linear", "conv1d", "tied", "layer norm", "conv2d", "attention", "encoder layer", "subclass", "unusual",
-             "used twice"],
-)  # fmt: skip
+    "kind",
+    [
+        "linear",
+        "conv1d",
+        "tied",
+        "layer norm",
+        "conv2d",
+        "attention",
+        "encoder layer",
+        "subclass",
+        "unusual",
+        "used twice",
+    ],
+)
 def test_compile_without_graph_breaks(kind, autocast):
     torch._dynamo.reset()
     model, inputs = made(kind)

@@ -63,8 +63,12 @@ def test_python_backends_are_listed(monkeypatch):
 # ---- limits: what runs where a condition holds, seen by what is called ----
 def test_limits_belong_to_the_serving_implementation(monkeypatch):
     assert {op for op, _ in library.LIMITS} == {
-        "eigh", "eigvalsh", "residual_cut", "low_rank_denoised", "masked_linear_grad",
-    }  # fmt: skip
+        "eigh",
+        "eigvalsh",
+        "residual_cut",
+        "low_rank_denoised",
+        "masked_linear_grad",
+    }
     table = deftx_kernels.backends()
     for op, devices in table.items():
         for backend in devices.values():

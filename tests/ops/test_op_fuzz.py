@@ -146,14 +146,10 @@ def _adamw(make: Maker) -> list[Any]:
 
     grads = [make.floats(nnz, dtype=dtype)] if compact else [make.floats(*p.shape, dtype=dtype) for p in params]
     moments = [make.floats(nnz, dtype=state), make.floats(nnz, dtype=state).abs() + 0.1]
-    arguments = schemas.AdamWArgs(
-        params=params, grads=grads, compact_grads=compact, exp_avg=moments[0], exp_avg_sq=moments[1],
-        values=maybe(make.floats(nnz, dtype=compute)), crow_indices=crow, col_indices=col, step=torch.tensor(3.0),
-        lr=torch.tensor(0.01), beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01,
-        decay_to=maybe(make.floats(nnz, dtype=compute)), l1=0.0, maximize=False, grad_scale=maybe(torch.tensor(2.0)),
-        found_inf=maybe(torch.tensor(0.0)), seed=maybe(7),
-    )  # fmt: skip
-    return list(arguments)
+    values, decay_to = maybe(make.floats(nnz, dtype=compute)), maybe(make.floats(nnz, dtype=compute))
+    tensors = [params, grads, compact, *moments, values, crow, col, torch.tensor(3.0), torch.tensor(0.01)]
+    numbers = [0.9, 0.999, 1e-8, 0.01, decay_to, 0.0, False]
+    return list(schemas.AdamWArgs(*tensors, *numbers, maybe(torch.tensor(2.0)), maybe(torch.tensor(0.0)), maybe(7)))
 
 
 def _split(make: Maker) -> list[Any]:
@@ -207,17 +203,13 @@ VALID: dict[str, Callable[[Maker], list[Any]]] = {
 }
 
 # ---- damage ----
-INTEGERS = [
-    -1, 0, 1, 2, 15, 16, 17, 31, 32, 48, 64, 65_535, 2**20, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1,
-    -(2**31), -(2**63),
-]  # fmt: skip
+INTEGERS = [-1, 0, 1, 2, 15, 16, 17, 31, 32, 48, 64, 65_535]
+INTEGERS += [2**20, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -(2**31), -(2**63)]
 NUMBERS = [float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1.0, 2.0, 1e308, 1e-320]
-DTYPES = [
-    *FLOATS, torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.bool, torch.complex64,
-]  # fmt: skip
-HOSTILE_SHAPES = [
-    (), (0,), (1,), (3,), (0, 3), (3, 0), (2, 2), (1, 2, 3), (0, 2**62), (2**62, 0), (3, 2**40, 0), (2, 0, 0),
-]  # fmt: skip
+DTYPES = [*FLOATS, torch.bool, torch.complex64]
+DTYPES += [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64]
+HOSTILE_SHAPES = [(), (0,), (1,), (3,), (0, 3), (3, 0), (2, 2), (1, 2, 3)]
+HOSTILE_SHAPES += [(0, 2**62), (2**62, 0), (3, 2**40, 0), (2, 0, 0)]
 
 
 def hostile_tensor(t: Tensor, rng: random.Random) -> Tensor:
@@ -247,29 +239,36 @@ def hostile_tensor(t: Tensor, rng: random.Random) -> Tensor:
         return change(t, rng.randrange(t.dim())) if t.dim() else t.view(1)
 
     damages: list[Callable[[], Tensor]] = [
-        contents, contents, contents,
+        *[contents] * 3,
         lambda: t.to(rng.choice(DTYPES)),
         lambda: one_dimension(lambda x, d: x.narrow(d, 0, max(x.shape[d] - 1, 0)).contiguous()),
         lambda: one_dimension(lambda x, d: torch.cat([x, x.narrow(d, 0, min(1, x.shape[d]))], d)),
-        lambda: t.unsqueeze(0), lambda: t.reshape(-1),
+        lambda: t.unsqueeze(0),
+        lambda: t.reshape(-1),
         lambda: t.new_zeros(rng.choice(HOSTILE_SHAPES)),
-        lambda: t.to("meta"), lambda: t.to("meta"),
+        lambda: t.to("meta"),
+        lambda: t.to("meta"),
         lambda: torch.stack([t, t], -1)[..., 0],
         lambda: t.mT if t.dim() > 1 else t,
-        lambda: t.new_zeros(()).expand(t.shape), lambda: t.new_zeros(1, 1).expand(3, 2),
+        lambda: t.new_zeros(()).expand(t.shape),
+        lambda: t.new_zeros(1, 1).expand(3, 2),
         lambda: t[torch.arange(len(t) - 1, -1, -1)] if t.dim() else t,
         lambda: t.to_sparse() if t.dim() and t.dtype in FLOATS else t,
         lambda: torch._neg_view(t) if t.dtype in FLOATS else t,
         lambda: torch.conj(t) if t.is_complex() else t.to(torch.complex64),
-    ]  # fmt: skip
+    ]
     return rng.choice(damages)()
 
 
 def hostile_list(values: list, rng: random.Random) -> list:
     others = [
-        list, lambda: values[:-1], lambda: values[1:], lambda: [*values, *values[-1:]], lambda: values[::-1],
+        list,
+        lambda: values[:-1],
+        lambda: values[1:],
+        lambda: [*values, *values[-1:]],
+        lambda: values[::-1],
         lambda: values[:1] * max(len(values), 2),
-    ]  # fmt: skip
+    ]
     if values and rng.random() < 0.7:
         at = rng.randrange(len(values))
         return [*values[:at], hostile(values[at], rng), *values[at + 1 :]]
@@ -450,10 +449,8 @@ def sanitized() -> tuple[Path, dict[str, str]]:
     # A copy of no bytes may begin at no address.
     folder, flags = ROOT / "build/asan", "-fsanitize=address,undefined -fno-sanitize=nonnull-attribute"
     programs = Path(cmake.CMAKE_BIN_DIR)
-    configure = [
-        programs / "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DTORCH_DIR={torch.__path__[0]}",
-        f"-DCMAKE_CXX_FLAGS={flags} -fno-omit-frame-pointer -g1", f"-DCMAKE_MODULE_LINKER_FLAGS={flags}",
-    ]  # fmt: skip
+    configure = [programs / "cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DTORCH_DIR={torch.__path__[0]}"]
+    configure += [f"-DCMAKE_CXX_FLAGS={flags} -fno-omit-frame-pointer -g1", f"-DCMAKE_MODULE_LINKER_FLAGS={flags}"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for command in (configure, [programs / "cmake", "--build", folder]):
         done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -25,9 +25,14 @@ def randn(*shape: int, seed: int) -> Tensor:
 def layers() -> dict[str, Tensor]:
     """27 million entries in layers of real shapes, a bias and a scalar."""
     shapes = {
-        "attention": (768, 768), "bias": (3072,), "down": (768, 3072), "large": (1024, 1024), "mlp": (4096, 4096),
-        "scale": (), "up": (3072, 768),
-    }  # fmt: skip
+        "attention": (768, 768),
+        "bias": (3072,),
+        "down": (768, 3072),
+        "large": (1024, 1024),
+        "mlp": (4096, 4096),
+        "scale": (),
+        "up": (3072, 768),
+    }
     return {name: randn(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
 
 

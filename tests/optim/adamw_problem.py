@@ -154,10 +154,26 @@ class Problem:
         scale, found_inf = (None if x is None else torch.tensor(x) for x in (o.grad_scale, o.found_inf))
         step, lr = torch.tensor(number, dtype=o.step_dtype), torch.tensor([o.lr], dtype=o.lr_dtype)
         return AdamWArgs(
-            self.params, grads, o.compact_grads, self.exp_avg, self.exp_avg_sq, self.values,
-            self.crow_indices, self.col_indices, step, lr, *o.betas, o.eps, o.weight_decay,
-            self.decay_to, o.l1, o.maximize, scale, found_inf, o.seed,
-        )  # fmt: skip
+            self.params,
+            grads,
+            o.compact_grads,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.values,
+            self.crow_indices,
+            self.col_indices,
+            step,
+            lr,
+            *o.betas,
+            o.eps,
+            o.weight_decay,
+            self.decay_to,
+            o.l1,
+            o.maximize,
+            scale,
+            found_inf,
+            o.seed,
+        )
 
     def step(self, implementation, grads: list[Tensor], number: int) -> None:
         implementation.on_cpu("sparse_adamw_", *self.arguments(grads, number))

@@ -287,9 +287,14 @@ def make_bert():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=6, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40,
-        max_position_embeddings=16, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=6,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=40,
+        max_position_embeddings=16,
+        initializer_range=0.2,
+    )
     return transformers.BertForSequenceClassification(config)  # with dropout: resuming restores random numbers, too
 
 
@@ -321,10 +326,19 @@ def run_trainer(folder, sparsified, stop=None, resume=None, **options):
     optimizer = SparseAdamW(model.named_parameters(), mask, lr=LR, **options)
     scheduler = lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, seed=3, max_steps=STEPS, save_steps=HALF,
-        per_device_train_batch_size=5, gradient_accumulation_steps=2, max_grad_norm=0.5, logging_steps=1,
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        seed=3,
+        max_steps=STEPS,
+        save_steps=HALF,
+        per_device_train_batch_size=5,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.5,
+        logging_steps=1,
         dataloader_pin_memory=False,
-    )  # fmt: skip
+    )
     optimizers = optimizer, scheduler
     trainer = transformers.Trainer(
         model, arguments, train_dataset=Examples(), optimizers=optimizers, callbacks=[Watch()]

@@ -103,9 +103,12 @@ def bad_groups():
         "another mask": (list(ELSEWHERE.named_parameters()), {}, ValueError, "another mask"),
         "no leaf": ([("a", leaf * 2)], {}, ValueError, "non-leaf"),
         "a name that is taken": (
-            [("1.weight", nn.Parameter(torch.ones(6, 4, dtype=torch.float64)))], {}, ValueError, "another group already"
+            [("1.weight", nn.Parameter(torch.ones(6, 4, dtype=torch.float64)))],
+            {},
+            ValueError,
+            "another group already",
         ),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("case", bad_groups())

@@ -52,8 +52,18 @@ CASES = {
     "bf16": Options(dtype=bf16, lr=0.05, grad_scale=8.0),
     "bf16, master": Options(dtype=bf16, master=True, lr=1e-3),
     "bf16, compact, all": Options(
-        dtype=bf16, grad_dtype=f16, compact_grads=True, master=True, decay_to=bf16, l1=0.02, maximize=True,
-        grad_scale=0.25, found_inf=0.0, weight_decay=0.2, lr=1e-3, step_dtype=torch.int32,
+        dtype=bf16,
+        grad_dtype=f16,
+        compact_grads=True,
+        master=True,
+        decay_to=bf16,
+        l1=0.02,
+        maximize=True,
+        grad_scale=0.25,
+        found_inf=0.0,
+        weight_decay=0.2,
+        lr=1e-3,
+        step_dtype=torch.int32,
     ),
     "bf16 state": Options(state=bf16, decay_to=f32, weight_decay=0.3),
     "bf16 state, compact": Options(state=bf16, grad_dtype=bf16, compact_grads=True, first_step=1000),
@@ -68,7 +78,7 @@ CASES = {
     "seed, bf16 state, f16, master": Options(seed=0, dtype=f16, state=bf16, master=True, lr=1e-3),
     "seed, bf16 state, bf16": Options(seed=2**32, dtype=bf16, state=bf16, first_step=100_000, l1=0.01),
     "seed, bf16 state, bf16, master": Options(seed=3, dtype=bf16, state=bf16, master=True, lr=1e-3, step_dtype=f32),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -262,10 +262,19 @@ def test_trl(make_trainer, tied, tokenizer, tmp_path):
     from datasets import Dataset
 
     options = {
-        "output_dir": str(tmp_path), "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "seed": 0,
-        "max_grad_norm": 0.0, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no",
-        "disable_tqdm": True, "max_length": 16,
-    }  # fmt: skip
+        "output_dir": str(tmp_path),
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "seed": 0,
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_length": 16,
+    }
     start = llama(tied)
     mask, results = mask_of(start), []
     for dense in (True, False):

@@ -331,10 +331,15 @@ def combined():
     other = topk_mask({"w": -W.flip(0), "v": W[0]}, k=9)
     both, values = MASK | other, MASK.gather({"w": W})
     return [
-        MASK.project(values, both), both.crow_indices, (both - other).crow_indices, (both & MASK).to_dense()["w"],
-        MASK.sparse_csr("w", values).to_dense(), other.restrict(["w"]).crow_indices, MASK.square_sum({"w": W}),
+        MASK.project(values, both),
+        both.crow_indices,
+        (both - other).crow_indices,
+        (both & MASK).to_dense()["w"],
+        MASK.sparse_csr("w", values).to_dense(),
+        other.restrict(["w"]).crow_indices,
+        MASK.square_sum({"w": W}),
         CSRMask(MASK.names, MASK.shapes, MASK.crow_indices, MASK.col_indices).crow_indices,
-    ]  # fmt: skip
+    ]
 
 
 def gradients():

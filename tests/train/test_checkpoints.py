@@ -76,10 +76,17 @@ def interrupted(tiny_bert, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        (None, 0), ("", 0), ("trainer_state.json", 0.5), ("trainer_state.json", 0), ("model.safetensors", 0.9),
-        ("optimizer.pt", 0.9), ("optimizer.pt", -1), ("scheduler.pt", 0), ("rng_state.pth", None),
+        (None, 0),
+        ("", 0),
+        ("trainer_state.json", 0.5),
+        ("trainer_state.json", 0),
+        ("model.safetensors", 0.9),
+        ("optimizer.pt", 0.9),
+        ("optimizer.pt", -1),
+        ("scheduler.pt", 0),
+        ("rng_state.pth", None),
     ],
-)  # fmt: skip
+)
 def test_an_unfinished_checkpoint_blocks_nothing(interrupted, tmp_path, name, size):
     """A file truncated to a share of its size, with a changed byte (-1), or missing (None); "" is an empty folder."""
     vector, _ = interrupted

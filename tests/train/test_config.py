@@ -48,7 +48,7 @@ NEITHER = TaskConfig(SelectionConfig(energy=None))
         (partial(TrainTaskConfig, train=["a"], run_dir="r"), {"train": [[]], "recipe": ["x"], "settings": [NEITHER]}),
         (partial(EvalConfig, "a", vectors=["v"]), {"vectors": [[]], "batch_size": [0]}),
     ],
-)  # fmt: skip
+)
 def test_each_wrong_value_is_refused_by_name(make, wrong):
     make()
     names = {"settings": "selection", "task": "selection", "test": "te[sx]t", "recipes": "recipe"}

@@ -24,11 +24,18 @@ def settings(model: str, nusax, folder, **changes) -> NusaxRun:
 
     shape = {"batch_size": 8, "accumulation": 1, "max_length": 24}
     selection, l1 = SelectionConfig(density=0.05), phase(l1=0.1)
-    return NusaxRun(**{
-        "data": NusaxData(nusax, ["source"]), "model": model, "run_dir": folder, "device": "cpu", "cost_steps": 2,
-        "task": TaskConfig(selection, phase(), phase(), **shape),
-        "language": LanguageConfig(selection, l1, l1, pack=False, head_steps=2, **shape), **changes,
-    })  # fmt: skip
+    return NusaxRun(
+        **{
+            "data": NusaxData(nusax, ["source"]),
+            "model": model,
+            "run_dir": folder,
+            "device": "cpu",
+            "cost_steps": 2,
+            "task": TaskConfig(selection, phase(), phase(), **shape),
+            "language": LanguageConfig(selection, l1, l1, pack=False, head_steps=2, **shape),
+            **changes,
+        }
+    )
 
 
 def quiet() -> Console:
@@ -118,9 +125,15 @@ def test_settings_that_do_not_fit_the_model_fail_before_anything_is_written(tiny
 
 def test_source_vector_lift_and_two_seeds(tiny_bert, nusax_folder, tmp_path):
     config = settings(
-        tiny_bert, nusax_folder, tmp_path / "run", recipes=["deft-x"], source_vector=True, seeds=[0, 1], cost_steps=0,
+        tiny_bert,
+        nusax_folder,
+        tmp_path / "run",
+        recipes=["deft-x"],
+        source_vector=True,
+        seeds=[0, 1],
+        cost_steps=0,
         data=NusaxData(nusax_folder, ["source"], ["first"]),
-    )  # fmt: skip
+    )
     metrics = pipeline.run(config, quiet())
     assert {s["seed"] for s in metrics["scores"]} == {0, 1}
     assert "±" in (tmp_path / "run/report.md").read_text()
@@ -160,11 +173,13 @@ def test_score_tables():
 
 
 def test_densities_add_up(tmp_path):
-    mask = CSRMask.from_dense({
-        "bert.encoder.layer.0.attention.self.query.weight": torch.tensor([[True, False], [False, False]]),
-        "bert.encoder.layer.0.attention.self.query.bias": torch.tensor([True, False]),
-        "bert.embeddings.word_embeddings.weight": torch.tensor([[True, True]]),
-    })  # fmt: skip
+    mask = CSRMask.from_dense(
+        {
+            "bert.encoder.layer.0.attention.self.query.weight": torch.tensor([[True, False], [False, False]]),
+            "bert.encoder.layer.0.attention.self.query.bias": torch.tensor([True, False]),
+            "bert.embeddings.word_embeddings.weight": torch.tensor([[True, True]]),
+        }
+    )
     assert figures.mask_densities(mask) == {("word embeddings", -1): 1.0, ("query", 0): 0.25, ("biases", 0): 0.5}
 
 

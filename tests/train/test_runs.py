@@ -47,8 +47,11 @@ def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
     assert not (run_dir / "deltas").is_symlink()
     assert (tmp_path / "elsewhere").exists()
     assert {"notes.txt", "figures", "seed-old"} == {path.name for path in run_dir.iterdir()} & {
-        "notes.txt", "figures", "seed-old", "seed-1"
-    }  # fmt: skip
+        "notes.txt",
+        "figures",
+        "seed-old",
+        "seed-1",
+    }
     assert os.listdir(run_dir / "figures") == ["mine.png"]
     assert json.loads((run_dir / "config.json").read_text())["seed"] == 1
 
@@ -127,10 +130,14 @@ def test_folders_where_no_run_may_be(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "content",
     [
-        "", "{}", "[1]", '{"format": "deftx_run", "made_from": 3}', '{"format": "deftx_run", "made_from": {}}',
+        "",
+        "{}",
+        "[1]",
+        '{"format": "deftx_run", "made_from": 3}',
+        '{"format": "deftx_run", "made_from": {}}',
         '{"format": "deftx_run", "made_from": {"settings": {}, "fingerprints": []}}',
     ],
-)  # fmt: skip
+)
 def test_a_damaged_marker_is_named(tmp_path, content):
     opened(tmp_path / "run")
     (tmp_path / "run" / runs.MARKER).write_text(content)
