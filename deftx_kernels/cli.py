@@ -36,7 +36,7 @@ class Run:
 
 @dataclass
 class Compose:
-    """Add vectors of one base model and save the sum."""
+    """Add deltas (vectors) of one base model and save the sum."""
 
     vectors: tyro.conf.Positional[list[str]]
     """Folders or hub ids."""
@@ -46,17 +46,17 @@ class Compose:
 
 @dataclass
 class Inspect:
-    """Show what a vector or a mask holds: method, base model, size, density of each tensor."""
+    """Show the content of a delta or a mask: method, base model, size, density of each tensor."""
 
     path: tyro.conf.Positional[str]
-    """Folder or hub id of a vector, a mask.safetensors file, or a folder of composable-sft or PEFT SHiRA."""
+    """Folder or hub id of a delta, a mask.safetensors file, or a folder of composable-sft or PEFT SHiRA."""
     all: bool = False
     """List every tensor, not only those with the most entries."""
 
 
 @dataclass
 class Convert:
-    """Convert a vector between formats; the source's format is recognised by its files."""
+    """Convert a delta between formats; the source's format is recognised by its files."""
 
     source: tyro.conf.Positional[Path]
     """Folder of this library, of composable-sft, or of a PEFT SHiRA adapter."""
@@ -64,7 +64,7 @@ class Convert:
     """Folder to write."""
     to: Literal["deftx", "composable-sft"] = "deftx"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the values in a deftx folder; the 16-bit ones are smaller and lossy. composable-sft takes float32 alone."""
+    """Dtype of the values in a deftx folder; 16 bits are smaller and lossy. composable-sft takes only float32."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Doctor:
     """Versions, devices, and each operator on each backend: checked against its oracle, with its speed."""
 
     device: str | None = None
-    """Only this one, such as cpu or cuda."""
+    """Check only this device, cpu or cuda."""
 
 
 Command = (
@@ -119,7 +119,7 @@ def _fail(message: str, code: int = 2) -> int:
     return code
 
 
-def _quiet() -> None:
+def _silence_transformers() -> None:
     """Turn off the messages of transformers and datasets.
 
     Raises:
@@ -138,7 +138,7 @@ def _quiet() -> None:
 
 
 def _drive(command: Run | TrainLanguageConfig | TrainTaskConfig | EvalConfig) -> int:
-    _quiet()
+    _silence_transformers()
     from deftx_kernels.train import pipeline
 
     if isinstance(command, Run):
@@ -211,7 +211,7 @@ def _convert(command: Convert) -> int:
         raise ValueError(f"dtype must be float32 for composable-sft, not {command.dtype}")
     delta = load_any(str(command.source))
     if not isinstance(delta, SparseDelta):
-        raise ValueError(f"{command.source} is a mask, not a vector")
+        raise ValueError(f"{command.source} is a mask, not a delta")
     if command.to == "composable-sft":
         to_composable_sft(delta, command.output)
     else:

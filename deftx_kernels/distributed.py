@@ -1,9 +1,9 @@
-"""One mask for a whole process group.
+"""One mask for a process group.
 
-DDP needs only a common mask: a sparsified model's trainable parameters are ordinary (compact) ones. Where parameters
-are sharded by rows (FSDP2's `Shard(0)`), `topk_mask` selects over all ranks' shards and `local_mask` gives the mask of
-this rank's rows, for `deftx_kernels.sparse_adamw` on local tensors. Ranks exchange histograms and the mask, never
-scores.
+DDP needs only the same mask on all ranks: a sparsified model's trainable parameters are ordinary (compact) ones.
+Where parameters are sharded by rows (FSDP2's `Shard(0)`), `topk_mask` selects over all ranks' shards and `local_mask`
+returns the mask of this rank's rows, for `deftx_kernels.sparse_adamw` on local tensors. Ranks exchange histograms and
+the mask, never scores.
 """
 
 from collections.abc import Callable, Mapping

@@ -58,7 +58,7 @@ def run(
     devices = [d for d in library.DEVICES if device in (None, d) and (d != "cuda" or torch.cuda.is_available())]
     if not devices:
         raise ValueError(f"device {device!r}: {absent().get('cuda', 'there is no CUDA device')}")
-    # All calls come before the first float64 reference: nothing has run, or been set, that could hide a fault.
+    # All calls come before the first float64 reference, so that nothing that it runs or sets can hide a fault.
     calls = {
         name: [call for d in devices for call in _calls(name, d, repeats, width)]
         for name in (CASES if names is None else names)
@@ -72,7 +72,7 @@ def run(
 
 
 def absent() -> dict[str, str]:
-    """Implementation that is not on this machine → why ("no kernel for this op" is no reason of the machine's)."""
+    """Implementation that is not on this machine → why ("no kernel for this op" does not depend on the machine)."""
     backends = [b for served in library.backends().values() for b in served.values()]
     serving = {b.name for b in backends}
     names = ("c++", "cuda", "triton")
@@ -155,7 +155,7 @@ def outputs(name: str, result: Any, arguments: list[Any]) -> list[Tensor]:
     if name == "eigh":
         values, vectors = returned
         return [values, (vectors * values[..., None, :]) @ vectors.mT, vectors.mT @ vectors]
-    if name == "residual_cut":  # bits are those of a dtype, and several ends of the ties keep the same entries
+    if name == "residual_cut":  # bits depend on the dtype, and several ends of the ties keep the same entries
         dtype = arguments[0].dtype
         return [returned[0][:, 0].to({4: torch.int32, 8: torch.int64}[dtype.itemsize]).view(dtype)]
     return returned + (schemas.tensors_of(arguments) if name.endswith("_") else [])
@@ -201,15 +201,15 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-# ---- the oracle: plain torch in float64, on one thread; its eigenvectors are proved ----
+# ---- the oracle: plain torch in float64, on one thread; its eigenvectors are verified ----
 
 
 class _NoOracle(RuntimeError):
-    """LAPACK is wrong in float64, too."""
+    """LAPACK's float64 result is wrong, too: nothing to compare with."""
 
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:  # float64 [..., n, n]
-    """torch.linalg.eigh, whose result is proved: orthonormal vectors, A V = V L, the trace and the norm."""
+    """torch.linalg.eigh with its result verified: orthonormal vectors, A V = V L, the trace and the norm."""
     values, vectors = torch.linalg.eigh(matrices)
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1))
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype)
@@ -224,7 +224,7 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:  # float64 [..., n, n]
     for what, error in errors.items():
         if not bool((error < 1e-10).all()):
             raise _NoOracle(
-                "torch.linalg.eigh in float64 is wrong on this machine, so nothing is known:"
+                "torch.linalg.eigh in float64 is wrong on this machine, so results cannot be checked:"
                 f" {what}: {float(error.max()):.0e}"
             )
     return values, vectors
@@ -399,7 +399,7 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "csr_combine": lambda n: [*_tensors_mask(n), *_mask(_flipped(n)), _OR],
     "dense_to_csr": lambda n: [[t > 1.5 for t in _tensors(n)]],
     "topk_mask": lambda n: [_tensors(n), [], [n * n // 5], _GLOBAL],
-    # Bits are those of a dtype, so these two have float64 scores from the start.
+    # Magnitude bits depend on the dtype, so these two have float64 scores from the start.
     "magnitude_histogram": lambda n: [[t.double() for t in _tensors(n)], 0, 48],
     "threshold_mask": lambda n: [[t.double() for t in _tensors(n)], 0x4000 << 48, [0] * 4],  # above 2
     "eigh": lambda n: [_grams(n)],

@@ -27,8 +27,8 @@ _DAY = 86_400  # seconds
 def replaced(path: str | os.PathLike) -> Iterator[Path]:
     """`with replaced(path) as partial:` the file written at `partial` becomes `path` at the end, atomically and synced.
 
-    A crash, a kill or a full disk leaves the old file. Of several concurrent writers the last one wins. Of a symbolic
-    link the target is written.
+    After a crash, a kill or an error (a full disk) the old file is unchanged. Of several concurrent writers the last
+    one wins. If `path` is a symbolic link, its target is written.
 
     Raises:
         OSError: the file cannot be written; its name is in the message.
@@ -110,7 +110,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write JSON, by `replaced`. TypeError, before any file is touched, for values that JSON does not have."""
+    """Write JSON, by `replaced`. TypeError, before any file is changed, for values that JSON cannot represent."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -148,7 +148,7 @@ def parse_json(text: str) -> Any:
 def reading(path: str | os.PathLike, kind: str) -> Iterator[None]:
     """`with reading(path, "mask file"):` an error that damaged content causes becomes a ValueError that names the file.
 
-    An OSError (the file is missing, its disk fails) passes.
+    An OSError (the file is missing, its disk fails) is raised as it is.
     """
     if not Path(path).is_dir():
         open(path, "rb").close()  # safetensors reports every OSError as a missing file
@@ -158,4 +158,4 @@ def reading(path: str | os.PathLike, kind: str) -> Iterator[None]:
         raise
     except Exception as error:  # of safetensors, torch.load, and of the code that uses their results
         fault = f"{error}" if isinstance(error, (ValueError, SafetensorError)) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is no readable {kind}: {fault}") from error
+        raise ValueError(f"{path} is not a readable {kind}: {fault}") from error

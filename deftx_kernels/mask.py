@@ -241,7 +241,7 @@ class CSRMask:
         return self._write("csr_scatter_", tensors, compact)
 
     def add_(self, tensors: Mapping[str, Tensor], compact: Tensor, alpha: float = 1) -> dict[str, Tensor]:
-        """Add alpha times the compact values to the entries, in float32 or better, rounded once; the tensors again."""
+        """Add alpha times the compact values, in float32 or better and rounded once. Returns the tensors."""
         check_floats(self.checked_tensors(tensors, "tensors"), self.names, "tensors")
         return self._write("csr_add_", tensors, compact, float(alpha))
 
@@ -347,8 +347,8 @@ class CSRMask:
         return CSRMask.unchecked(sorted(names), [p.shapes[0] for p in parts], crow, col)
 
     def flat_indices(self, offsets: Mapping[str, int] | None = None) -> Tensor:
-        """int64 [nnz], ascending: the entries' indices in all tensors, flattened and concatenated by name; or where
-        each tensor's first element has the index offsets[name].
+        """int64 [nnz], ascending: the entries' indices in all tensors, flattened and concatenated in the order of the
+        names. With `offsets`, the first element of each tensor has the index offsets[name].
         """
         starts = None if offsets is None else [offsets[n] for n in self.names]
         row_starts = _row_starts(self.shapes, starts).to(self.device)
@@ -356,7 +356,7 @@ class CSRMask:
 
     @classmethod
     def from_flat_indices(cls, names: Sequence[str], shapes: Sequence[torch.Size], flat: Tensor) -> "CSRMask":
-        """The mask whose `flat_indices()` these are; int64, ascending, not checked."""
+        """The mask with these `flat_indices()`: int64, ascending, not checked."""
         row_starts = _row_starts(shapes).to(flat.device)
         crow = torch.searchsorted(
             flat, torch.cat([row_starts, row_starts.new_tensor([sum(s.numel() for s in shapes)])])
@@ -397,7 +397,7 @@ class CSRMask:
         return CSRMask.unchecked(list(shapes), list(shapes.values()), crow, col)
 
     def _crow_of(self, shapes: Mapping[str, torch.Size]) -> Tensor:
-        """crow_indices over the rows of more tensors; those that the mask does not cover are empty."""
+        """crow_indices over the rows of more tensors; rows of those that the mask does not cover are empty."""
         if len(shapes) == len(self.names):
             return self.crow_indices
         parts = [self.crow_indices[:1]]

@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 SCALARS = frozenset({torch.float32, torch.float64, torch.int32, torch.int64})
 _PLAIN = frozenset({Tensor, nn.Parameter})  # the classes of nearly all tensors
-_TRACED = (FakeTensor, FunctionalTensor)  # what torch.export and other tracers put in the place of tensors
+_TRACED = (FakeTensor, FunctionalTensor)  # what torch.export and other tracers use instead of tensors
 _ASYNC = "AsyncCollectiveTensor"  # the result of a collective, which every operator waits for
 
 # ---- numbers ----
@@ -48,7 +48,7 @@ def check_hyperparameters(lr, betas, eps, weight_decay, l1) -> tuple[float, floa
 
 
 def scalar(value: float | Tensor, name: str, device: torch.device, least: int | None = None) -> Tensor:
-    """A one-element tensor on the device; a 16-bit one is refused, since a bfloat16 counter never passes 256."""
+    """A one-element tensor on the device. ValueError for a 16-bit one: a bfloat16 counter does not count beyond 256."""
     if isinstance(value, Tensor):
         check_plain(value, name)
         if value.numel() != 1 or value.dtype not in SCALARS:
@@ -181,7 +181,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def _memory_span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of the tensor's first byte and behind its last one."""
+    """The addresses of the tensor's first byte and of the byte after its last one."""
     length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
     return tensor.data_ptr(), tensor.data_ptr() + length * tensor.element_size()
 
@@ -189,7 +189,7 @@ def _memory_span(tensor: Tensor) -> tuple[int, int]:
 def check_writable(tensors: Mapping[str, Tensor]) -> None:
     """ValueError, naming a label, unless the tensors can be written in place: no two elements share memory.
 
-    The operators find most of this themselves: it is called where they do not, and to name the tensors.
+    The operators check most of this themselves. Called where they cannot, and to name the tensors in the error.
     """
     if torch.compiler.is_compiling():
         return
@@ -232,7 +232,7 @@ def plain_name(name: str) -> str:
 
 
 def all_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
-    """A module's named parameters, or a mapping's items, detached. Tied tensors are there under each of their names.
+    """A module's named parameters, or a mapping's items, detached. Tied tensors are under each of their names.
 
     Raises:
         ValueError: a model that is sparsified.

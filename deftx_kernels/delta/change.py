@@ -1,4 +1,4 @@
-"""A delta on the tensors of a model: all of it is written or nothing, and it can be taken off bit for bit."""
+"""The addition of a delta to the tensors of a model: all or nothing, and it can be undone bit for bit."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ class Change:
         self.dense = self.dense | {n: self.dense[first] for n, first in self.copies.items() if first in self.dense}
 
     def check_not_open(self) -> None:
-        """ValueError if an open change holds one of the tensors, which it would restore."""
+        """ValueError if one of the tensors is in an open change, whose end would restore it."""
         for change in _OPEN:
             held = change.memory()
             for name, tensor in self.tensors.items():
@@ -53,7 +53,7 @@ class Change:
         return self.histories
 
     def write(self, until_closed: bool = False) -> None:
-        """Add the delta, so that the tensors count as their base with it. If that fails, they are as they were."""
+        """Add the delta and record it in the tensors' histories. If that fails, the tensors are restored."""
         self.written = []
         for mask, part in _groups(self.mask, self.tensors, split=bool(self.copies)):
             values, low = self.values[part].to(mask.device), _low_within(self.low, part, mask.device)
@@ -85,17 +85,17 @@ class Change:
         _OPEN.append(self)
 
     def close(self) -> tuple[str, str]:
-        """Restore every touched entry. Changes that were opened later on the same tensors are taken off first and
-        written again afterwards.
+        """Restore every touched entry. Changes that were opened later on the same tensors are undone first and applied
+        again afterwards.
 
         Returns:
             Two messages, "" if there is nothing to report: what could not be restored, and what other code had written.
         """
         later: list[Change] = []
-        former = {id(self): self._follow()}
+        former = {id(self): self._update_tensors()}
         touched = self.memory()
         for change in _OPEN[_OPEN.index(self) + 1 :]:
-            former[id(change)] = change._follow()
+            former[id(change)] = change._update_tensors()
             if touched & change.memory():
                 later.append(change)
                 touched |= change.memory()
@@ -121,7 +121,7 @@ class Change:
         if misfits:
             not_restored = (
                 f"model's tensors {sorted(set(misfits))} have another shape or kind than when a delta was applied and "
-                "were left as they are; all others were restored, and deltas still open on these tensors are off"
+                "were left as they are; all others were restored. Open deltas on these tensors are no longer applied"
             )
         if overwritten:
             others = (
@@ -134,8 +134,8 @@ class Change:
         """The memory of the tensors: that of a module is also that of its state dict."""
         return {_memory(t) for t in self.tensors.values()} - {()}
 
-    def _follow(self) -> dict[str, Tensor]:
-        """Replace the tensors by those that the model has now; name → former tensor of what was replaced."""
+    def _update_tensors(self) -> dict[str, Tensor]:
+        """Replace the tensors by those that the model has now. Returns the replaced ones by name."""
         current = self.current_tensors()
         former: dict[str, Tensor] = {}
         for name, tensor in self.tensors.items():
@@ -147,7 +147,7 @@ class Change:
         return former
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Restore every tensor that fits; the names of the others."""
+        """Restore every tensor that can be restored. Returns the names of the others."""
         misfits = self._misfits(tensors)
         for whole, before, _ in self.written:
             for mask, part in _groups(whole, tensors, misfits):
@@ -158,13 +158,13 @@ class Change:
         return misfits
 
     def _misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """The tensors that cannot be given back what they held."""
+        """Names of the tensors that cannot hold their former content, because their shape or kind has changed."""
         held = [(n, old.dtype, shape) for mask, old, _ in self.written for n, shape in zip(mask.names, mask.shapes)]
         held += [(n, old.dtype, old.shape) for n, old in self.replaced.items()]
         return [n for n, dtype, shape in held if not _can_hold(tensors[n], dtype, shape)]
 
     def _overwritten(self) -> list[str]:
-        """The tensors that do not hold what was written. Those that were cast since are not compared."""
+        """Names of the tensors that other code has changed since. Tensors that were cast are not compared."""
         found: list[str] = []
         misfits = self._misfits(self.tensors)
         for whole, _, after in self.written:
@@ -214,7 +214,7 @@ def _low_within(low: Low | None, part: slice, device: torch.device) -> Low | Non
 
 
 def _can_hold(tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> bool:
-    """Whether what a tensor of this dtype and shape held can be written to `tensor`."""
+    """Whether the content of a tensor of this dtype and shape can be written to `tensor`."""
     usable = has_memory(tensor) or (tensor.numel() == 0 and not tensor.is_meta)
     writable = not tensor.is_inference() or torch.is_inference_mode_enabled()
     return usable and writable and tensor.shape == shape and torch.can_cast(dtype, tensor.dtype)

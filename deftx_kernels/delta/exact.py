@@ -12,7 +12,7 @@ from deftx_kernels.validation import FLOATS
 SUMMABLE = FLOATS | {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 _CHUNK = 1 << 22  # entries
-# 0 plus this is rounded to -0.0 in every dtype below float64. A normal float64 number: no mode flushes it to zero.
+# 0 plus this is rounded to -0.0 in every dtype smaller than float64. Not subnormal, so never flushed to zero.
 _NEGATIVE_ZERO = -1e-300
 
 Low = tuple[Tensor, Tensor]  # int64 [m], ascending positions in the compact order; float64 [m], second terms there
@@ -99,5 +99,5 @@ def _exact_difference(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor, Tens
     for candidate in (nearest, *neighbours):
         better = off & ~bits_differ((sums + candidate).to(base.dtype), tuned)
         terms, off = torch.where(better, candidate, terms), off & ~better
-    kept = terms.isfinite() if base.dtype == torch.float64 else ~off  # in float64 the nearest is better than none
+    kept = terms.isfinite() if base.dtype == torch.float64 else ~off  # in float64 an inexact term is kept, too
     return values, positions[kept], terms[kept], int(off.sum())

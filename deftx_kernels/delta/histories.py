@@ -1,6 +1,6 @@
 """Which deltas this library has added to a tensor, found by the tensor's content.
 
-So deltas can be stacked on a tensor, on a copy of it, or on what was saved and loaded, and none is added twice.
+With them several deltas can be added to a tensor, to a copy of it or to a saved and loaded one, and none of them twice.
 """
 
 import itertools
@@ -27,7 +27,7 @@ class History(NamedTuple):
 
 
 class Addition(NamedTuple):
-    """A delta was added to a tensor, and the result has not been hashed."""
+    """The addition of a delta to a tensor, whose result has not been hashed."""
 
     mask: CSRMask  # of this tensor
     before: Tensor  # [nnz], the tensor's entries
@@ -79,7 +79,7 @@ def _find_addition(tensor: Tensor, content: str) -> tuple[Addition, int] | None:
 
 
 def record(additions: Sequence[Addition], tensors: Mapping[str, Tensor], until_forgotten: bool) -> None:
-    """Keep what additions made of `tensors`: as it is until `forget`, or for good, by its fingerprint."""
+    """Record the results of additions to `tensors`: permanently by fingerprint, or unhashed, until `forget`."""
     if until_forgotten:  # hashed only if another delta follows
         _ADDITIONS.extend((a, next(_numbers)) for a in additions)
         return

@@ -34,7 +34,8 @@ __all__ = [
 
 SFT_NAME = "pytorch_diff.bin"
 SHIRA_WEIGHTS, SHIRA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_MAX_ROWS = 1 << 25  # of a composable-sft file's tensors, beside one for each of its bytes: each row takes 8 bytes
+# Rows of the tensors of a composable-sft file, besides one for each of its bytes: a row takes 8 bytes of memory.
+_MAX_ROWS = 1 << 25
 
 _INTEGERS = {torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64}
 
@@ -84,7 +85,7 @@ def from_composable_sft(directory: str | os.PathLike) -> SparseDelta:
                 "it is of the oldest format ('body', 'head'): load and save it with composable-sft 1.0 first"
             )
         if not content.keys() & {"diffs", "abs"}:
-            raise ValueError("neither 'diffs' nor 'abs' is in it")
+            raise ValueError("it has neither 'diffs' nor 'abs'")
         diffs, dense = content.get("diffs", {}), content.get("abs", {})
         if any(not isinstance(m, dict) or any(not isinstance(n, str) for n in m) for m in (diffs, dense)):
             raise ValueError("'diffs' and 'abs' must map names to tensors")
@@ -119,7 +120,7 @@ def _load_sft(path: Path) -> Any:
 
 
 class _Int64:
-    """Replaces numpy.dtype while a file is read: NumPy's own makes any dtype, also of pointers and of gigabytes."""
+    """Replaces numpy.dtype while a file is read: NumPy's own makes any dtype, also of pointers or huge items."""
 
     def __init__(self, code: str, *_: object) -> None:
         if code != "i8":
@@ -132,7 +133,7 @@ class _Int64:
 
 def _int64_scalar(dtype: object, data: object) -> int:
     if not isinstance(dtype, _Int64) or not isinstance(data, bytes) or len(data) != 8:
-        raise ValueError("it holds a NumPy scalar that is no int64")
+        raise ValueError("it holds a NumPy scalar that is not int64")
     return int.from_bytes(data, "little", signed=True)
 
 
@@ -143,7 +144,7 @@ def _check_sizes(diffs: Mapping[str, Any], file_size: int) -> None:
         if not isinstance(encoded, dict) or not {"size", "index_steps", "values"} <= encoded.keys():
             raise ValueError(f"tensor {name!r} lacks size, index_steps or values")
         if not isinstance(encoded["index_steps"], list):
-            raise ValueError(f"the index_steps of tensor {name!r} are no list")
+            raise ValueError(f"the index_steps of tensor {name!r} are not a list")
         CSRMask.check_layout([name], [encoded["size"]])
         steps += len(encoded["index_steps"])
         rows += rows_and_columns(encoded["size"])[0]
@@ -187,7 +188,7 @@ def to_composable_sft(delta: SparseDelta, directory: str | os.PathLike) -> None:
         one = delta.mask[name].to("cpu")
         shape = one.shapes[0]
         if len(shape) > 2:
-            raise ValueError(f"tensor {name!r} has {len(shape)} dimensions; composable-sft's format carries at most 2")
+            raise ValueError(f"tensor {name!r} has {len(shape)} dimensions; composable-sft's format has at most 2")
         rows = rows_and_columns(shape)[0]
         row = torch.repeat_interleave(torch.arange(rows, device="cpu"), one.crow_indices.diff())
         flat, order = (one.col_indices.to(torch.int64) * rows + row).sort()
@@ -226,7 +227,7 @@ def from_peft_shira(directory: str | os.PathLike, base: Model | None = None) -> 
 
     Raises:
         FileNotFoundError: a file of the adapter is missing.
-        ValueError: it is damaged, no SHiRA adapter, or a weight's shape is unknown without `base`.
+        ValueError: it is damaged or not a SHiRA adapter, or a weight's shape is unknown without `base`.
     """
     folder = Path(directory)
     check_files(folder, SHIRA_CONFIG, SHIRA_WEIGHTS)

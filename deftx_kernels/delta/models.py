@@ -45,8 +45,8 @@ def _persistent_buffers(model: Model) -> dict[str, Tensor]:
 
 
 def _tensors_and_buffers(model: Model, argument: str) -> tuple[dict[str, Tensor], set[str]]:
-    """Name → tensor, tied ones under each name, of a sparsified model those of the plain one; the names of a module's
-    buffers.
+    """Name → tensor, tied ones under each name (of a sparsified model, the tensors of the plain one), and the names of
+    a module's buffers.
     """
     if isinstance(model, nn.Module) and masked_parameters(model):
         tensors = {plain_name(n): t for n, t in all_tensors(plain_tensors(unwrapped(model)), argument).items()}

@@ -41,8 +41,8 @@ class SparseDelta:
             `values` alone is the float32 nearest to the difference. None, also as the attribute, if there are none.
 
     Raises:
-        ValueError, TypeError: values that are not compact or not floating point; a tensor both in mask and dense, or no
-            plain tensor in dense (a DTensor, on meta); low terms, a base_fingerprint or a tied of another form.
+        ValueError, TypeError: `values` are not compact or not floating point; a tensor is both in mask and dense, or
+            not plain in dense (a DTensor, on meta); low, base_fingerprint or tied have another form.
 
     Example:
         >>> base, tuned = {"w": torch.zeros(3)}, {"w": torch.tensor([0.0, 0.5, 0.0])}
@@ -120,7 +120,7 @@ class SparseDelta:
         Raises:
             ValueError: a tensor is missing in `tuned`, has another shape, differs outside the mask, or is on the meta
                 device; tensors of `base` share a part of their memory, or are tied and differ in `tuned`.
-            TypeError: the mask covers a tensor that is not floating point; something is no plain tensor (a DTensor).
+            TypeError: the mask covers a tensor that is not floating point; a tensor is not plain (a DTensor).
         """
         matched = match_tensors(tuned, base, mask, dense)
         new, old, tied, whole = matched.tuned, matched.base, matched.tied, matched.whole
@@ -149,11 +149,10 @@ class SparseDelta:
         Raises:
             ValueError: the model lacks a tensor, has it in another shape or where it cannot be written, has two of the
                 delta's tensors in the same memory, or has one in an open `applied` block; with `strict` also if its
-                tensors are not the base's (by fingerprint; content that this library made by adding deltas counts as
-                the base that it was), copies of a tied tensor differ (without `strict` they stay as they are) or the
-                model has this delta already, unless `alpha` takes it off. The tensors are named. Nothing has changed
-                then, nor after any other error.
-            TypeError: a tensor is not floating point or no plain tensor (a DTensor).
+                tensors are not the base's (by fingerprint; deltas that this library added before do not count), copies
+                of a tied tensor differ (without `strict` they stay as they are) or the delta has been added already,
+                unless `alpha` removes it. The tensors are named. After any error the model is unchanged.
+            TypeError: a tensor is not floating point or not a plain tensor (a DTensor).
         """
         change = self._change(model, alpha, dense, strict)
         change.check_not_open()
@@ -200,26 +199,26 @@ class SparseDelta:
         return Change(self.mask, self.values, self.low, whole, targets, copies, current, alpha, identity, base)
 
     def _check_base(self, change: Change) -> None:
-        """ValueError if histories count and the tensors are not those of the delta's base or have the delta already."""
+        """ValueError, where histories are read, unless the tensors are the base's and do not have this delta yet."""
         histories = change.read_histories()
         if wrong := [n for n, found in histories.items() if change.base.get(n, found.base) != found.base]:
             model, dtype = self.metadata.get("base_model"), self.metadata.get("base_dtype")
             if dtype is not None and dtype != (now := _dtype_name(change.tensors[wrong[0]].dtype)):
                 raise ValueError(
                     f"model's tensor {wrong[0]!r} is {now}, the delta was made for a base in {dtype} (strict=False "
-                    "applies it all the same)"
+                    "applies it anyway)"
                 )
             raise ValueError(
                 f"model is not the base of this delta{f' ({model})' if model else ''}: {len(wrong)} of "
-                f"{len(self.mask)} tensors have other values, the first is {wrong[0]!r} (strict=False applies it all "
-                "the same)"
+                f"{len(self.mask)} tensors have other values, the first is {wrong[0]!r} (strict=False applies it "
+                "anyway)"
             )
         for name, found in histories.items():
             present = found.deltas.get(str(change.identity), 0.0)
             if present and present + change.alpha:
                 raise ValueError(
-                    f"this delta is on model's tensor {name!r} already, with alpha = {present}: alpha = {-present} "
-                    "takes it off (strict=False adds it again)"
+                    f"this delta has been added to model's tensor {name!r} already, with alpha = {present}: "
+                    f"alpha = {-present} removes it (strict=False adds it again)"
                 )
 
     def _content_hash(self) -> str:
@@ -259,7 +258,7 @@ class SparseDelta:
         for i, delta in enumerate(deltas):
             for name, tensor in delta.dense.items():
                 if not same_tensor(dense.setdefault(name, tensor), tensor):
-                    raise ValueError(f"dense tensor {name!r} stands in two deltas with different values")
+                    raise ValueError(f"dense tensor {name!r} is in two deltas with different values")
             for name, value in delta.metadata.get("base_fingerprint", {}).items():
                 if base.setdefault(name, value) != value:
                     raise ValueError(f"deltas[{i}] was made for another base: tensor {name!r} has another fingerprint")
@@ -285,7 +284,8 @@ class SparseDelta:
     def save_pretrained(self, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write `sparse_delta.safetensors` and `sparse_delta_config.json`.
 
-        A crash, a kill or a full disk leave the old delta or the new one, whole; of several savers the last one counts.
+        After a crash, a kill or an error (a full disk), the folder holds either the old delta or the new one. Of
+        several concurrent writers the last one wins.
 
         Args:
             dtype: float32 by default; float16 or bfloat16 give the smaller, lossy form (without low terms). Config and
@@ -398,7 +398,7 @@ def _checked_low(low: Low | None, mask: CSRMask) -> Low | None:
 
 
 def _checked_mask(matched: Matched, mask: CSRMask | None) -> CSRMask:
-    """The mask of `from_models`, by default of all entries that differ. Buffers outside it that differ go to
+    """The mask of `from_models`, by default of all entries that differ. Adds buffers that differ outside it to
     `matched.whole`; ValueError for other differences outside it.
     """
     new, old = matched.tuned, matched.base
@@ -412,7 +412,7 @@ def _checked_mask(matched: Matched, mask: CSRMask | None) -> CSRMask:
         mask = CSRMask.from_dense({n: differing[n] for n in changed})
     for name, tensor in zip(mask.names, mask.checked_tensors(old, "base")):
         if (first := matched.tied[name]) != name:
-            raise ValueError(f"mask covers {name!r}, which is the tensor {first!r} of base: its mask goes by that name")
+            raise ValueError(f"mask covers {name!r}, which is the tensor {first!r} of base: use that name in the mask")
         if not {tensor.dtype, new[name].dtype} <= SUMMABLE:
             raise TypeError(f"mask covers {name!r}, which is {tensor.dtype} in base and {new[name].dtype} in tuned")
         if name in differing:
@@ -457,5 +457,5 @@ def _download(repo_id: str, revision: str | None) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"{repo_id!r} is neither a folder nor a repository that the hub gave: {error}"
+            f"{repo_id!r} is neither a folder nor a repository that can be downloaded: {error}"
         ) from error

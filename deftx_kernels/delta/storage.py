@@ -24,7 +24,7 @@ FORMAT, VERSION = "deftx_sparse_delta", 2
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write both files. A failure, a kill or other processes that save leave one whole delta.
+    """Write both files. After an error, a kill or concurrent saves, the folder holds one complete delta.
 
     Raises:
         TypeError, ValueError: the configuration cannot be written as JSON; no file has been written then.
@@ -56,7 +56,7 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if version != VERSION:
             age = "an older" if version < VERSION else "a newer"
             raise ValueError(f"written by {age} version of deftx-kernels, in format version {version}, not {VERSION}")
-        tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
+        tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (a safe_open is not a mapping)
         content = config.pop("content", None)
         if content != checksum(config, tensors):
             raise ValueError("its content does not have the checksum that it was saved with")
@@ -84,9 +84,7 @@ def _check_copy(path: Path, text: str, content: str) -> None:
             raise ValueError("it has no checksum `content`")
         if found["content"] == content:
             raise ValueError(f"it was changed after it was saved: {WEIGHTS_NAME} holds another text")
-    warnings.warn(
-        f"{path} is of another save than {WEIGHTS_NAME} beside it, which was read", RuntimeWarning, stacklevel=4
-    )
+    warnings.warn(f"{path} is of another save than {WEIGHTS_NAME}, which was read", RuntimeWarning, stacklevel=4)
 
 
 def checksum(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -18,7 +18,7 @@ from deftx_kernels.denoise.subspace import denoise_by_subspace
 from deftx_kernels.ops.schemas import compute_dtype
 from deftx_kernels.validation import check_finite
 
-_MATRICES_PER_CALL = 16  # of `progress`, at least
+_MATRICES_PER_CALL = 16  # matrices between two calls of `progress`, at least
 _SMALL_SIDE = 32  # the short side of small matrices is at most this
 _SMALL_BATCH = 1 << 20  # entries of the small matrices of one batch
 
@@ -101,7 +101,7 @@ def _denoise_small(
 
 
 def _result_for(w: Tensor, out: Tensor, rule: Rule) -> Tensor:
-    """Where the result is computed: `out`, or memory of its own for another dtype or a result that is not kept."""
+    """Where the result is computed: `out`, or new memory if the dtype differs or the result is not kept."""
     return torch.empty_like(w) if rule.keeps_all or out.dtype != w.dtype else out
 
 
@@ -116,10 +116,10 @@ def _denoise_large(
     groups: dict[tuple, list[_Matrix]] = {}  # by shape (with an energy: by its short side), dtype and device
     for name, t in sources.items():
         m, n = t.shape[-2:]
-        # A GPU decomposes the Gram matrices of all layers at once: one after the other they would keep it idle.
-        kind = (m, n) if rule.energy is None else min(m, n)
+        # A GPU decomposes the Gram matrices of all layers at once: one after the other would leave it mostly idle.
+        size = (m, n) if rule.energy is None else min(m, n)
         parts = zip(t.reshape(-1, m, n), outs[name].view(-1, m, n), totals[name])
-        group = groups.setdefault((kind, t.dtype, t.device), [])
+        group = groups.setdefault((size, t.dtype, t.device), [])
         group += [_Matrix(source, out, total, name) for source, out, total in parts]
     for (_, dtype, device), group in groups.items():
         group.sort(key=lambda w: w.source.shape)  # stable: a tensor's matrices stay in order
@@ -129,7 +129,7 @@ def _denoise_large(
         approximate = rank is not None and (compute == torch.float64 or not _exact_is_as_fast(rank, shape))
         test_matrix = rule.test_matrix(shape, compute, device) if approximate else None
         count = _batch_size(shape, compute, device, test_matrix, rule.batch_bytes)
-        # Matrices in another dtype, and results that are not kept, take memory of their own.
+        # Matrices in another dtype, and results that are not kept, need additional memory.
         many = count if dtype != compute or rule.keeps_all else max(1, _MATRICES_PER_CALL // count) * count
         for first in range(0, len(group), many):
             batch = group[first : first + many]
@@ -149,7 +149,7 @@ def _denoise_batch(
     sources, outs, scales, totals = [], [], [], []
     for w in batch:
         source, scale, total = w.source.to(dtype), 1.0, w.total
-        # Beyond, the squares of the Gram matrix's entries leave the range of float32.
+        # Outside these limits the squares of the Gram matrix's entries leave the range of float32.
         if not 1e-18 * source.numel() < total < 1e18:
             scale = float(power_of_two_scale(torch.linalg.vector_norm(source, math.inf), dtype))
             source = source * scale
@@ -161,7 +161,7 @@ def _denoise_batch(
     sums = torch.tensor(totals, dtype=torch.float64, device=sources[0].device)
     count = min(count, len(sources))
     n, m = sorted(sources[0].shape)
-    # Allocated once: memory that is new to the process costs more than to copy a matrix into it.
+    # Allocated once: the first use of new memory costs more than copying a matrix into it.
     rows = n if test_matrix is None else m if products.uses_split_products(sources[0]) else 0
     workspace = torch.empty(count, rows, n, dtype=dtype, device=sums.device)
     found = []
@@ -214,10 +214,10 @@ def _batch_size(
 ) -> int:
     """How many matrices are computed at a time."""
     m, n = max(shape), min(shape)
-    # Of each matrix: its products with the test matrix; or its Gram matrix, eigenvectors and LAPACK's workspace.
-    # On CUDA: two bfloat16 parts, as large as itself, and copies of those that take more iterations than the rest; or
-    # two copies of its Gram matrix, what becomes its projector, a power of that, and three operands of products, 1.5
-    # times as large each.
+    # Memory per matrix: its products with the test matrix; or its Gram matrix, eigenvectors and LAPACK's workspace.
+    # On CUDA: two bfloat16 parts, together as large as the matrix, and copies of the matrices that take more iterations
+    # than the rest; or two copies of its Gram matrix, the projector, a power of it, and three operands of products,
+    # each 1.5 times as large.
     cuda = device.type == "cuda"
     if test_matrix is None:
         size = (9 if cuda else 6) * n * n * dtype.itemsize
@@ -227,7 +227,7 @@ def _batch_size(
         limit = torch.cuda.mem_get_info(device)[0] // 4
     if limit is not None:
         return max(1, limit // size)
-    # 8 or 16 MiB a thread: larger batches take longer to page in than they save (measured, 2 threads).
+    # 8 or 16 MiB per thread: larger batches take longer to page in than they save (measured with 2 threads).
     threads = torch.get_num_threads()
     count = (threads << (24 if test_matrix is None else 23)) // size
     return max(1, count // threads * threads if count > threads else count)  # as many matrices for each thread

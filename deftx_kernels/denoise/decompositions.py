@@ -1,11 +1,11 @@
-"""Eigenproblems and singular value decompositions whose results are checked, with another solver behind them.
+"""Eigenproblems and singular value decompositions whose results are checked, with a second solver as fallback.
 
-A library may decompose wrongly on one processor and rightly on all others (LAPACK's eigensolver of one BLAS, called by
-several threads at once, gave vectors of 640 rows that were noise), and what is chosen from such a result looks like any
-other. Each result is compared with its matrix, at a cost of n**2 operations: the trace and the sum of squares, and
-products with a few random vectors, which depend on every eigenvector (Freivalds 1979). What fails is decomposed again
-in float64 by another solver, with a warning; what fails again is an error. Matrices must be scaled so that the squares
-of their entries are in the dtype's range.
+A linear algebra library can be wrong on one processor and right on all others: LAPACK's eigensolver of one BLAS, called
+by several threads at once, returned noise for the eigenvectors of matrices of 640 rows. A mask selected from such a
+result looks like any other mask. So each result is compared with its matrix, in n**2 operations: the trace and the sum
+of squares, and products with a few random vectors, which depend on every eigenvector (Freivalds 1979). A matrix whose
+result fails is decomposed again in float64 by another solver, with a warning; if that fails too, it is an error.
+Matrices must be scaled so that the squares of their entries are in the dtype's range.
 """
 
 import functools
@@ -59,7 +59,7 @@ def _svd_of_transpose(matrices: Tensor) -> tuple[Tensor, ...]:
 def are_rows_orthonormal(q: Tensor) -> Tensor:  # [b, l, n] -> bool [b]
     """As far as products with random vectors show: to about 1e-5 in float32."""
     tolerance = _tolerance(q)
-    q = _exact(q)
+    q = _without_tf32(q)
     z = _probes(q.shape[-2], q)
     return _norm(q @ (q.mT @ z) - z) <= tolerance * _norm(z)
 
@@ -81,16 +81,17 @@ def _checked(
     size = f"{len(wrong)} of {b} matrices of {m} x {n}"
     warnings.warn(
         f"deftx_kernels: the {what} of {size} ({matrices.dtype} on {matrices.device}) failed the check against the"
-        " matrix. Another solver computes again in float64: results are right but slow; please report this with the"
-        " output of `deftx doctor`",
+        " matrix. Another solver computes them again in float64: the results are correct, but slow. Please report this"
+        " with the output of `deftx doctor`",
         RuntimeWarning,
         stacklevel=4,
     )
     second = tuple(x.to(matrices.dtype) for x in other_solver(matrices[wrong].to(torch.float64)))
     if not bool(match(matrices[wrong], *second).all()):
         raise RuntimeError(
-            f"every solver of this machine gets the {what} of {size} ({matrices.dtype} on {matrices.device}) wrong: the"
-            " matrix holds values that are not finite, or a linear algebra library is broken (see `deftx doctor`)"
+            f"every solver on this machine gives wrong results for the {what} of {size} ({matrices.dtype} on"
+            f" {matrices.device}): the matrix holds values that are not finite, or a linear algebra library is"
+            " broken (see `deftx doctor`)"
         )
     found = tuple(x.clone(memory_format=torch.preserve_format) for x in found)
     for x, y in zip(found, second):
@@ -98,7 +99,7 @@ def _checked(
     return found
 
 
-# ---- what a decomposition must satisfy; comparisons are written so that NaN fails ----
+# ---- the checks; comparisons are written so that NaN fails ----
 def _values_match(matrices: Tensor, values: Tensor) -> Tensor:
     """The trace, and the sum of squares."""
     n = values.shape[-1]
@@ -118,8 +119,8 @@ def _vectors_match(
 ) -> Tensor:
     tolerance, is_right = _tolerance(matrices), _values_match(matrices, values)
     wanted = None if needed is None else needed(values)  # bool [b, n]
-    matrices, values, vectors = _exact(matrices), _exact(values), _exact(vectors)
-    # Probes are rows: of products with two columns a BLAS takes five times as long.
+    matrices, values, vectors = map(_without_tf32, (matrices, values, vectors))
+    # Probes are rows: a BLAS takes five times as long for products with two columns.
     z = _probes(matrices.shape[-1], matrices).mT
     z = z.expand(len(matrices), *z.shape) if wanted is None else z * wanted[:, None].to(z.dtype)
     x, scaled = (torch.cat([z, z * values[:, None]], 1) @ vectors.mT).tensor_split(2, 1)
@@ -143,7 +144,7 @@ def _needed(values: Tensor, rule: Rule, shape: torch.Size) -> Tensor:  # ascendi
 
 def _triplets_match(matrices: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     r, tolerance = S.shape[-1], _tolerance(matrices)
-    matrices, U, S, Vh = _exact(matrices), _exact(U), _exact(S), _exact(Vh)
+    matrices, U, S, Vh = map(_without_tf32, (matrices, U, S, Vh))
     z, y = _probes(matrices.shape[-1], matrices), _probes(r, matrices)
     norm = _norm(matrices)
     return (
@@ -155,8 +156,8 @@ def _triplets_match(matrices: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tenso
     )
 
 
-def _exact(x: Tensor) -> Tensor:
-    """On CUDA in float64, whose products are not rounded to TF32 (on the CPU, `full_precision` sees to that)."""
+def _without_tf32(x: Tensor) -> Tensor:
+    """On CUDA a float64 copy, since float32 products may be rounded to TF32 (on the CPU, see `full_precision`)."""
     return x.to(torch.float64) if x.is_cuda else x
 
 
@@ -167,8 +168,8 @@ def _norm(x: Tensor) -> Tensor:  # [..., m, n] -> float64 [...]
 
 def _tolerance(x: Tensor) -> float:
     """Relative to the Frobenius norm: several times the errors of LAPACK's solvers and of ours (float32: at most 10
-    units of rounding at n = 1024; float64: 1e-13, of inverse iteration). A wrong vector among n right ones shows as
-    about n**-0.5.
+    units of rounding at n = 1024; float64: 1e-13, by inverse iteration). One wrong vector among n right ones causes an
+    error of about n**-0.5.
     """
     return (256 + max(x.shape[-2:]) / 4) * torch.finfo(x.dtype).eps if x.dtype == torch.float32 else 1e-11
 

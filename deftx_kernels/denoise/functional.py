@@ -35,8 +35,8 @@ def truncated_svd(
         a: floating point [..., m, n].
         rank: how many triplets, at least 1; no more than min(m, n) are returned.
         oversample: extra columns of the random test matrix.
-        n_iter: power iterations, products with a.mT a, at least. Two are always made, more where the residual asks for
-            them.
+        n_iter: the least number of power iterations (products with a.mT a). At least two are made, and more until the
+            residual has converged.
         generator: source of the test matrix; by default one with a fixed seed, so that equal calls give equal results.
 
     Returns:
@@ -96,32 +96,31 @@ def svd_denoise(
     Matrices of one shape are computed together. An energy or a threshold is applied exactly: L comes from the
     eigenvectors of the Gram matrix of the short side (of small matrices, from their singular value decomposition),
     within a relative error of 5e-5 of the exact truncation, and the rank is that of exact arithmetic: where float32
-    cannot promise this, a matrix is computed in float64. float16 and bfloat16 are computed in float32. Each
-    decomposition is checked against its matrix; one that is wrong is computed again by another solver, with a
-    RuntimeWarning.
+    cannot guarantee this, a matrix is computed in float64. float16 and bfloat16 are computed in float32. Each
+    decomposition is checked against its matrix; a wrong one is computed again by another solver, with a RuntimeWarning.
 
-    An int rank that is at least a sixth of the short side (a quarter, where that has more than 512 entries and the
-    matrix is not four times as long) is exact too, since that takes no longer (float64: from half of it on). A smaller
-    one is that of `truncated_svd`: its residual is within 1.02 times the best, but L is another matrix. The largest 5 %
-    of its entries share with those of the exact L, for 384 to 1024 columns: 97 to 100 % where directions stand out from
-    noise, 88 to 97 % where singular values fall as i**-0.5, and 20 to 70 % of pure noise, where nothing sets the first
-    r directions apart. More iterations come closer: with n_iter = 8, 99 % of the second kind and 75 to 90 % of the
-    third; with 32, 99 %.
+    The truncation is exact too for an int rank of at least a sixth of the short side (a quarter, where that has more
+    than 512 entries and the matrix is not four times as long; in float64 a half), since that takes no longer. For a
+    smaller rank L is computed as by `truncated_svd`: its residual is within 1.02 times the smallest one, but L is not
+    the exact truncation. Of the largest 5 % of its entries, these shares are also among the largest 5 % of the exact L
+    (384 to 1024 columns): 97 to 100 % for low rank plus noise, 88 to 97 % for singular values that fall as i**-0.5, and
+    20 to 70 % for pure noise, whose leading singular values hardly differ from the others. More iterations increase the
+    shares: n_iter = 8 gives 99 % for i**-0.5 and 75 to 90 % for noise, n_iter = 32 gives 99 % for noise.
 
     Args:
         delta: a tensor [..., m, n] (a batch of matrices), a mapping or a sequence of such tensors. Tensors of fewer
             than two dimensions pass through.
         rank: the rank of L, or "gavish-donoho" for the optimal hard threshold of unknown noise (Gavish & Donoho 2014).
-        energy: or: the smallest rank whose singular values hold this share of the sum of squares, 0 < energy <= 1.
-        residual_density: the fraction of H's entries kept, the largest of each matrix. 1 gives `delta` back bit for
-            bit.
+        energy: instead of rank, 0 < energy <= 1: the smallest rank that keeps this share of the sum of squares.
+        residual_density: the fraction of H's entries kept, the largest of each matrix. With 1 the result equals `delta`
+            bit for bit.
         return_info: also return, per tensor, {"rank": int64 [...], "energy": float64 [...], "residual": float64 [...]}:
             the rank of L, the share of the sum of squares that L holds, and |delta - result| / |delta| (Frobenius
             norms; 0 where delta is 0).
         oversample, n_iter, generator: as in `truncated_svd`; used with an int `rank`.
-        batch_bytes: memory for the matrices that are computed together, beside arguments and result; one matrix at a
-            time where that is less than two need. By default 8 MiB (16 MiB without a test matrix) for each thread on
-            the CPU, and a quarter of the free memory of a GPU.
+        batch_bytes: memory for the matrices that are computed together, besides arguments and result; if two matrices
+            do not fit, they are computed one at a time. By default 8 MiB for each thread on the CPU (16 MiB where the
+            truncation is exact), and a quarter of the free memory of a GPU.
         progress: called with (matrices done, matrices in all).
 
     Returns:
@@ -172,6 +171,6 @@ def svd_denoise(
     elif isinstance(delta, Mapping):
         result, info = results, infos
     else:
-        kind = tuple if isinstance(delta, tuple) else list
-        result, info = kind(results.values()), kind(infos.values())
+        sequence = tuple if isinstance(delta, tuple) else list
+        result, info = sequence(results.values()), sequence(infos.values())
     return (result, info) if return_info else result

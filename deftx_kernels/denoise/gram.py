@@ -15,7 +15,7 @@ from deftx_kernels.denoise.products import gram_, matmul, matmul_
 from deftx_kernels.denoise.projector import spectral_projector
 from deftx_kernels.denoise.rule import Rule, gavish_donoho_multiple
 
-ROWS = 1 << 14  # of a tall matrix, multiplied at a time
+ROWS = 1 << 14  # rows of a tall matrix that are multiplied at a time
 
 
 def denoise_by_gram(
@@ -28,19 +28,19 @@ def denoise_by_gram(
     shape, grams = matrices[0].shape, workspace[: len(matrices)]
     runs = _runs(matrices, grams.shape[0] * grams.shape[1])
     _gram_matrices_(grams, matrices, runs)
-    # Products are what a GPU is fast at. Not measured against batched eigenvectors yet.
+    # On a GPU products should be faster than a batched eigendecomposition; not measured yet.
     squares, vectors = (eigvalsh(grams), None) if products.uses_split_products(grams) else eigh(grams, rule, shape)
     values = squares.to("cpu", torch.float64).clamp(min=0).flip(-1)  # all decisions from them are made on the CPU
     ranks = rule.ranks(values, shape)
     is_certain = _rank_is_certain(values, ranks, rule, shape, grams.dtype)
     captured, lost = shares(values, ranks)
-    measured = is_mostly_rounding(lost, captured + lost, grams.dtype).tolist()
+    must_measure = is_mostly_rounding(lost, captured + lost, grams.dtype).tolist()
     lost = lost.to(grams.device)
     projectors = [None] * len(grams) if vectors is not None else _projectors(grams, squares, values, ranks, is_certain)
     keep = [rule.kept_entries(w.shape) for w in matrices]
     for run in runs:
         indices = range(len(matrices))[run]
-        lows = {i: torch.empty_like(out[i]) if keep[i] or measured[i] else out[i] for i in indices}
+        lows = {i: torch.empty_like(out[i]) if keep[i] or must_measure[i] else out[i] for i in indices}
         projected = [(matrices[i], p, lows[i]) for i in indices if (p := projectors[i]) is not None]
         if projected:
             _project_all(*zip(*projected))
@@ -56,13 +56,13 @@ def denoise_by_gram(
                     basis, ranks[i] = precise.to(low.dtype), rule.ranks(spectrum[None], shape)[0]
                     captured[i], lost[i] = (x[0] for x in shares(spectrum[None], ranks[i : i + 1]))
                 _project(w, basis, int(ranks[i]), as_tall(low))
-            if keep[i] or measured[i]:
+            if keep[i] or must_measure[i]:
                 lost[i] = prune_(matrices[i], low, out[i], keep[i])
     return ranks.to(grams.device), captured.to(grams.device), lost
 
 
 def _runs(matrices: Sequence[Tensor], rows: int) -> list[slice]:
-    """Neighbours of one shape, of at most so many rows (of the long side) together, but at least one."""
+    """Runs of consecutive matrices of one shape: at most `rows` rows (of the long side) in all, at least one matrix."""
     runs: list[slice] = []
     for i, w in enumerate(matrices):
         if runs and w.shape == matrices[i - 1].shape and (i + 1 - runs[-1].start) * max(w.shape) <= rows:
@@ -73,11 +73,11 @@ def _runs(matrices: Sequence[Tensor], rows: int) -> list[slice]:
 
 
 def _stacked(matrices: Sequence[Tensor]) -> Tensor:  # [b, m, n]
-    """On a GPU a copy of small matrices costs less than to launch every step for each of them."""
+    """One batch. On a GPU, copying small matrices costs less than launching every step for each of them."""
     return torch.stack(list(matrices)) if len(matrices) > 1 else matrices[0][None]
 
 
-# ---- Gram matrices, and what their eigenvalues tell ----
+# ---- Gram matrices, and whether their eigenvalues determine the ranks ----
 def _gram_matrices_(grams: Tensor, matrices: Sequence[Tensor], runs: list[slice]) -> None:
     if products.uses_split_products(grams):
         for run in runs:
@@ -92,7 +92,7 @@ def _gram_matrix_(gram: Tensor, w: Tensor) -> None:  # [n, n], [m, n]
     n = w.shape[1]
     if n < 256:
         torch.mm(w.mT, w, out=gram)
-    else:  # of the off-diagonal quarters, one is the other's transpose
+    else:  # the two off-diagonal quarters are each other's transposes
         half = (n + 1) // 2
         first, second = w[:, :half], w[:, half:]
         _gram_matrix_(gram[:half, :half], first)
@@ -101,15 +101,15 @@ def _gram_matrix_(gram: Tensor, w: Tensor) -> None:  # [n, n], [m, n]
         gram[half:, :half] = gram[:half, half:].mT
 
 
-# Rounding of a Gram matrix and its eigenvalues, in units of float32's. The largest found: of sums 18 for 256 values, 27
-# for 1600 (two directions and nothing else), of a value 5 of the largest one.
+# Rounding errors of a Gram matrix and its eigenvalues, in units of float32's eps. The largest errors found: 18 in the
+# cumulative sums of 256 values and 27 in those of 1600 (matrices of rank 2); 5 in one value, relative to the largest.
 _SUM_ROUNDING, _VALUE_ROUNDING = 32, 8
 
 
 def _rank_is_certain(
     squares: Tensor, ranks: Tensor, rule: Rule, shape: torch.Size, dtype: torch.dtype
 ) -> Tensor:  # bool [b]
-    """Whether rounding errors of the dtype can neither change a rank nor, where it is given, hide what is lost."""
+    """Whether rounding errors can change neither the rank nor, where the rank is given, most of the residual."""
     eps, n = torch.finfo(dtype).eps, squares.shape[1]
     if rule.fixed_rank(shape) is not None:
         captured, lost = shares(squares, ranks)
@@ -150,7 +150,7 @@ def _projectors(
         if len(chosen) < b:
             grams, eigenvalues = grams[chosen], eigenvalues[chosen]
         projectors = spectral_projector(grams, eigenvalues, rank)
-        # Both: errors at the two sides of the cut cancel in the trace, and one alone hardly shows in the squares.
+        # Both: errors on the two sides of the cut cancel in the trace, and one alone changes the squares little.
         trace = (projectors.diagonal(dim1=-2, dim2=-1).sum(-1) - rank).abs()
         squares = (projectors.square().sum((-2, -1)) - rank).abs()
         for i, p, is_right in zip(chosen, projectors, (torch.maximum(trace, squares) < 1e-2).tolist()):
@@ -172,11 +172,13 @@ def _project_all(matrices: Sequence[Tensor], projectors: Sequence[Tensor], out: 
 # ---- truncation by eigenvectors ----
 _WINDOW = 16  # eigenvectors on either side of the cut; `eigh` gives as many beyond it
 
-# Relative errors of the truncated matrix. An energy or a threshold promises 5e-5. A given rank promises a residual
-# (_RESIDUAL); the largest error found was 1.5e-3 (power laws, spikes of 400 times the noise), where of the largest 5 %
-# of the entries 99.9 % are those of the exact matrix.
+# Relative errors of the truncated matrix. With an energy or a threshold, 5e-5 is documented. With a given rank, the
+# residual is (see _RESIDUAL); the largest error found was 1.5e-3 (power laws, spikes of 400 times the noise), where
+# 99.9 % of the largest 5 % of the entries are those of the exact matrix.
 _ERROR, _RANK_ERROR = 2e-5, 1e-3
-_RESIDUAL = 0.01  # of the best one's square, which a given rank may exceed; 1.02 of the best one is promised
+# With a given rank: by how much the squared residual may exceed the smallest one. A residual of 1.02 times the smallest
+# one is documented.
+_RESIDUAL = 0.01
 
 
 def _accurate_basis(w: Tensor, squares: Tensor, vectors: Tensor, rank: int, given: bool) -> Tensor | None:
@@ -206,14 +208,14 @@ def _accurate_basis(w: Tensor, squares: Tensor, vectors: Tensor, rank: int, give
     if is_small(error):
         return vectors
     mixing[-_WINDOW:, :_WINDOW] = 0
-    # The rest came to 9e-6 at most where this accepted it (low rank and noise, and power laws, n = 256).
+    # The remaining error was at most 9e-6 where this test passed (low rank and noise, and power laws, n = 256).
     if not is_small(10 * error):
         return None
     window = slice(max(rank - _WINDOW, 0), min(rank + _WINDOW, n))
     basis = vectors[:, window].mT.to(torch.float64)
     lower = torch.linalg.cholesky(basis @ basis.mT)
     basis = torch.linalg.solve_triangular(lower, basis, upper=False)
-    # With few rows: of products with few columns a BLAS takes twice as long.
+    # Transposed, so with few rows: a BLAS takes twice as long for products with few columns.
     gram = basis.new_zeros(len(basis), len(basis))
     for rows in w.split(4 * rows_per_chunk(w, n)):
         part = basis @ rows.mT.to(torch.float64)

@@ -1,4 +1,4 @@
-"""What the three kinds of truncation share: accurate sums, scales, and the pruned residual."""
+"""Shared by the three methods of truncation (gram, subspace, small): accurate sums, scales, the pruned residual."""
 
 from collections.abc import Sequence
 
@@ -40,8 +40,8 @@ def gram64(y: Tensor, dim: int = -2) -> Tensor:
 
 
 def power_of_two_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:  # [...] -> float64 [...]
-    """Powers of 2 that bring entries as large as these near 1."""
-    limit = 1000 if dtype == torch.float64 else 120  # the powers are numbers of the dtype
+    """Powers of 2 that scale entries of these magnitudes to about 1."""
+    limit = 1000 if dtype == torch.float64 else 120  # so that the dtype can represent the powers
     exponent = (-torch.frexp(largest).exponent).clamp(-limit, limit)
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
 

@@ -1,16 +1,16 @@
 """Matrix products of float32 accuracy at the speed of the matrix units, whatever the user's precision flags are.
 
 On CUDA float32 products are made of bfloat16 ones, summed in float32: cuBLAS' float32 product would be slow, or as
-inaccurate as the user's TF32 flag. With x = x0 + x1, both bfloat16, a @ b is a0 b0 + a0 b1 + a1 b0; left out is 2**-16
-of the whole. Entries must be finite. Every operand is split in one pass that writes its parts where the product reads
-them. There are two forms:
+inaccurate as the user's TF32 flag. With x = x0 + x1, both bfloat16, a @ b is a0 b0 + a0 b1 + a1 b0; the omitted a1 b1
+is about 2**-16 of the result. Entries must be finite. Every operand is split in one pass that writes its parts where
+the product reads them. There are two forms:
 
     deep    [a1 | a0 | a0] @ [b0; b1; b0]: one product, 3 times as deep, whose result is written once (`matmul`,
             `matmul_`)
     wide    a0 @ [b0 | b1], then a1 @ b0: a large a is split once for many products with matrices of few columns
             (`SplitBF16`)
 
-Bytes were counted, see "Denoising: products" in bench/NOTES.md; no GPU has timed them yet.
+Memory traffic was counted (bench/NOTES.md, "Denoising: products") but not timed on a GPU yet.
 """
 
 import contextlib
@@ -123,7 +123,7 @@ class SplitBF16:
 class SeparateMatrices:
     """Matrices [m, n] of one shape, for many products with matrices of a few columns or rows, one after the other.
 
-    A BLAS uses all threads for each; of a batch it may give each thread a matrix, and threads are idle at the end.
+    A BLAS uses all threads for each matrix. In a batch it may use one thread per matrix: then threads idle at the end.
     """
 
     each: Sequence[Tensor]
@@ -159,9 +159,9 @@ Operand = SplitBF16 | SeparateMatrices
 
 
 def gram_(out: Tensor, chunks: Sequence[Tensor]) -> None:  # [b, n, n], each [b, rows, n]
-    """out = w.mT @ w, exactly symmetric, of w from three parts (left out is 2**-24 of the whole).
+    """out = w.mT @ w, exactly symmetric, of w split into three parts (the omitted products are about 2**-24 of it).
 
-    Four products where any two matrices take six: those of different parts are each other's transposes.
+    Four products instead of the six for two different matrices: w0' w1 and w1' w0, say, are each other's transposes.
     """
     b, n, _ = out.shape
     sums = out.new_empty(b, n, 3 * n)  # w0' w0 + w1' w1 | w0' w1 | w0' w2
@@ -203,7 +203,7 @@ def split(x: Tensor, slots: Sequence[int], dim: int, out: Tensor | None = None) 
     """Parts of x [..., m, n] beside each other along the columns (dim -1) or rows (dim -2): slot s holds part slots[s].
 
     float32 [..., m, n] -> bfloat16 [..., m, s * n] or [..., s * m, n]. `out`, if given, is contiguous. A transposed x
-    gives a transposed result: it is read as it lies in memory.
+    gives a transposed result: it is read in the order of its memory.
     """
     if out is None:
         if x.stride(-1) != 1 and x.stride(-2) == 1:
@@ -224,7 +224,7 @@ def full_precision(device_type: str = "cpu") -> Iterator[None]:
     """Without gradients and autocast, and with float32 products on the CPU in float32, which
     torch.set_float32_matmul_precision("medium") would compute in bfloat16.
 
-    That setting is the process's: of callers in several threads the first one changes it, the last one restores it.
+    The setting is global to the process: of callers in several threads, the first changes it and the last restores it.
     """
     flags = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     with _precision_lock:

@@ -9,11 +9,11 @@ from deftx_kernels.denoise.products import left_operand, product_, right_operand
 
 # Error bound of float32 eigenvalues, as a share of sqrt(n) times the largest (torch.linalg.eigvalsh, n = 768: 2e-7).
 EIGENVALUE_ERROR = 3e-7
-# Smallest |x| (largest: 1) that the steps are made for, and the distance from 1 at which they end.
+# Smallest |x| (largest: 1) for which the steps are chosen, and the distance from 1 at which they end.
 SMALLEST, TOLERANCE = 1e-6, 4e-6
 # Smallest `short`: rounding errors of products of bfloat16 parts, about 1e-5 of the largest |x|, must be far below it.
 SHORTEST = 1e-4
-# No step makes |x| smaller than about 2.5 * CUSHION of the largest: rounding there turns eigenvectors or changes signs.
+# No step makes |x| smaller than about 2.5 * CUSHION of the largest: rounding would rotate eigenvectors or change signs.
 CUSHION = 0.05
 
 
@@ -24,9 +24,9 @@ def spectral_projector(
 ) -> Tensor:  # [b, n, n] float32
     """The orthogonal projectors P = (I + sign(gram - tau I)) / 2 on the eigenvectors of the `rank` largest eigenvalues.
 
-    tau is the middle of the gap at the cut. The number of products follows from the batch's smallest gap (`schedule`);
-    two numbers go to the host for it. Where a gap is too small, eigenvalues of P stay between 0 and 1 and sum(P * P) is
-    not `rank`; trace(P) may be, since the errors at the two sides of the cut have opposite signs.
+    tau is the middle of the gap at the cut. The number of products follows from the batch's smallest gap (`schedule`),
+    for which two numbers are copied to the host. Where a gap is too small, eigenvalues of P stay between 0 and 1 and
+    sum(P * P) is not `rank`; trace(P) may be, since the errors on the two sides of the cut have opposite signs.
     """
     b, n = eigenvalues.shape
     if b == 0 or n == 0:
@@ -65,11 +65,11 @@ def schedule(low: float, short: float) -> tuple[list[tuple[int, float]], float]:
     """Steps x -> x + t x**degree, as (degree, t), taking x in [-short, -low] and [low, 1] to sign(x) times the second
     result.
 
-    Degree 2, one product: a lopsided spectrum (short < 1/2) becomes even, small |x| grow up to fourfold against the
-    largest. Degree 3, two products: the minimax odd cubic on [low, 1], in closed form (Chen and Chow 2014, "A stable
-    scaling of Newton-Schulz for improving the sign function computation of a Hermitian matrix"). Small |x| grow
-    2.6-fold: per product as fast as with the degree-5 steps of Polar Express (Amsel et al. 2025), three products for
-    4.1.
+    Degree 2, one product: makes an asymmetric spectrum (short < 1/2) symmetric; small |x| grow up to fourfold relative
+    to the largest. Degree 3, two products: the minimax odd cubic on [low, 1], in closed form (Chen and Chow 2014, "A
+    stable scaling of Newton-Schulz for improving the sign function computation of a Hermitian matrix"). Small |x| grow
+    2.6-fold: per product as fast as with the degree-5 steps of Polar Express (Amsel et al. 2025), whose three products
+    give 4.1.
     """
     steps: list[tuple[int, float]] = []
     low = max(low, SMALLEST)

@@ -1,5 +1,5 @@
-"""Truncation of many small matrices (the 3 x 3 filters of a convolution, say) by one batched singular value
-decomposition, in float64, so that each rank is that of exact arithmetic.
+"""Truncation of many small matrices, such as the 3 x 3 filters of a convolution, by one batched singular value
+decomposition in float64, so that each rank is that of exact arithmetic.
 """
 
 from collections.abc import Sequence

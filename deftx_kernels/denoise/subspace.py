@@ -60,9 +60,9 @@ def subspace_factors(
     rows, and the squared singular values, descending, float64 [r]. totals [b] are the sums of squares.
 
     Subspace iteration with a.mT a and Rayleigh-Ritz (Halko, Martinsson & Tropp 2011, section 4.5; Saad 2011, chapter
-    5). From the second iteration on it is a.mT a - shift: that weakens the directions that are not wanted, whose mean
-    the shift is about, against those that are. No shift is above half of a wanted eigenvalue: then none is weakened
-    more than one that is not wanted.
+    5). From the second iteration on with a.mT a - shift, which damps the unwanted directions relative to the wanted
+    ones: the shift is about the mean of the unwanted eigenvalues, and at most half of the smallest wanted one, so that
+    no wanted direction is damped more than an unwanted one.
     """
     b, _, n = a.shape
     columns = test_matrix.shape[1]
@@ -129,12 +129,13 @@ def _ritz(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:  # [b, m, l] -> float6
 
 
 def _convergence_tolerance(k: int, rank: int, columns: int, n: int) -> float:
-    """The share of the squared residual that iteration k may gain where the residual is within 1.02 of the best.
+    """The largest gain of iteration k, as a share of the squared residual, that shows the residual to be within 1.02
+    times the smallest one.
 
-    Found on simulated spectra: noise, low rank and noise, power laws, exponentials, steps, plateaus; n = 160 to 1500, r
-    = 1 to 150. With few columns to spare a small gain says little, nor does it at the second iteration if the columns
-    are more than a seventh of all: a step of 1.1 to 1.3 at the rank left 1.02 to 1.024 where the gain was 0.01 to 0.03
-    (n = 160 to 1000).
+    Determined on simulated spectra: noise, low rank and noise, power laws, exponentials, steps, plateaus; n = 160 to
+    1500, r = 1 to 150. A small gain shows little with few spare columns, and at the second iteration if the columns are
+    more than a seventh of all: with a step of 1.1 to 1.3 at the rank, gains of 0.01 to 0.03 left 1.02 to 1.024 times
+    the smallest residual (n = 160 to 1000).
     """
     room, spare = 1 - 2 * columns / n, columns - rank
     share = 1.0 if spare >= 16 else 0.6 * (spare / 16) ** 4 + 0.05
@@ -163,14 +164,14 @@ def denoise_by_subspace(
     left, right, squares = subspace_factors(operand, totals, rank, rule.n_iter, test_matrix)
     captured = torch.stack([x.sum() for x in squares])
     lost = totals - captured
-    measured = is_mostly_rounding(lost, totals, matrices[0].dtype).tolist()
+    must_measure = is_mostly_rounding(lost, totals, matrices[0].dtype).tolist()
     for i, w in enumerate(matrices):
         if keep and is_split:
             lost[i] = prune_from_factors(w, left[i], right[i].mT, out[i], keep)
             continue
-        low = torch.empty_like(w) if keep or measured[i] else out[i]
+        low = torch.empty_like(w) if keep or must_measure[i] else out[i]
         matmul_(as_tall(low), left[i], right[i])
-        if keep or measured[i]:
+        if keep or must_measure[i]:
             lost[i] = prune_(w, low, out[i], keep)
     return torch.full_like(totals, rank, dtype=torch.int64), captured, lost
 

@@ -1,4 +1,4 @@
-"""What the launchers of Triton kernels share: a launch that costs the host little, and the device that it goes to."""
+"""Shared by the launchers of Triton kernels: a launch with little host time, and the context of its device."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +23,7 @@ def on(device: torch.device) -> AbstractContextManager:
 
 
 class Launcher:
-    """A Triton kernel that is launched with what an earlier call compiled.
+    """A Triton kernel whose compiled form is kept and launched directly by later calls.
 
     `kernel[grid](...)` binds and inspects all arguments and looks for the compiled kernel under a string made of them:
     14 us for 20 arguments, where the kernel that it returns takes 3 to 5 (EPYC, Triton 3.6).

@@ -1,8 +1,8 @@
 """L + prune(H) of a matrix from the factors of L, and the cut that prune needs: no [m, n] matrix of L or H is written.
 
-Every pass makes L anew, tile by tile, from left and right. A threshold found by one pass must hold exactly in the next.
-So all passes are one kernel with several epilogues: the tiles, the order of the products and with them every bit of L
-are the same.
+Every pass computes L again, tile by tile, from left and right. A threshold found by one pass must be exact in the next.
+So all passes are one kernel with several epilogues: with the same tiles and the same order of the products, every bit
+of L is the same.
 """
 
 import torch

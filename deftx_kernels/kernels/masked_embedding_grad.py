@@ -1,7 +1,7 @@
 """The masked entries of an embedding's weight gradient: sums of the rows of grad_output with equal index, at masked
 columns only.
 
-The tokens are sorted by index. A segment is the part of a run of equal indices within one block of SEGMENT positions.
+The tokens are sorted by index. A segment is the part of a run of equal indices within one stretch: SEGMENT positions.
 One program is launched for each position, because only the device knows the segments; the program at a segment's first
 position sums it, the others end at once. A run of one segment is finished there. A longer one (a frequent word, or
 unmarked padding) leaves a partial sum for each segment, and a second launch adds them up. No atomics, and an order of

@@ -1,12 +1,12 @@
 """The masked entries of grad_output.T @ input: a dense product on tensor cores of which only the mask's entries are
 stored.
 
-Each program makes one tile of the product in registers. Which of its entries are in the mask, it reads off the CSR
-structure before it starts: one bit each, 32 columns to a word. A tile without entries ends there, before an input is
-read. At the end, the entry at a set bit goes to its row's first position plus the number of bits set before it. There
-is no [m, n] buffer. Where the tiles are too few for the device, the tokens are split as well, into compact partial sums
-that a second launch adds up. No atomics, and an order of summation that depends on shapes and device alone: the same
-bits in every run.
+Each program computes one tile of the product in registers. First it reads from the CSR structure which entries of the
+tile are in the mask: one bit each, 32 columns to a word. The program of a tile without entries ends there, before it
+reads an input. At the end, the entry at a set bit is stored at its row's first position plus the number of bits set
+before it. There is no [m, n] buffer. Where the tiles are too few for the device, the tokens are split as well, into
+compact partial sums that a second launch adds up. No atomics, and an order of summation that depends on shapes and
+device alone: the same bits in every run.
 """
 
 import functools
@@ -67,8 +67,8 @@ def _skip_columns(col_indices, first, count, column, WAYS: tl.constexpr):
 def _mask_words(col_indices, first, count, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
     """uint32 [BLOCK_N // 32, BLOCK_M]: bit j of word w is set where the row has an entry in column `column` + 32 w + j.
 
-    `first` and `count` [BLOCK_M]: each row's entries from `column` on. The rows come last: so a thread has the sums
-    over a chunk to itself: over lanes they cost 128 shuffles.
+    `first` and `count` [BLOCK_M]: each row's entries from `column` on. The rows are the last axis, so that one thread
+    computes the sums over a chunk: across lanes they cost 128 shuffles.
     """
     word = tl.arange(0, BLOCK_N // 32)[None, :, None]
     words = tl.zeros((BLOCK_N // 32, BLOCK_M), tl.uint32)

@@ -1,4 +1,4 @@
-"""What the kernels over the entries of a mask share: which row, tensor and address an entry has, and tables of
+"""Shared by the kernels over the entries of a mask: the search for an entry's row, tensor and address, and tables of
 addresses.
 
 A program works on a range of the compact order. It searches for the rows and tensors of its entries: first those of its
@@ -55,7 +55,7 @@ def _search(table, size, first_key, last_key, WAYS: tl.constexpr):
 @triton.jit
 def _search_each(table, first, last, keys):
     """For each key the last i in [first, last] with table[i] <= key, less `first`; table[first] <= key holds."""
-    # 64 bits would cost registers; `tensor_table` checks that 32 suffice
+    # 64-bit counts would cost registers; `tensor_table` checks that 32 bits suffice
     found = tl.zeros_like(keys).to(tl.int32)
     extra = (last - first).to(tl.int32)
     while extra > 0:
@@ -69,7 +69,7 @@ def _search_each(table, first, last, keys):
 def _addresses_in(table, other_table, n_tensors, tensor, row, columns, DTYPE: tl.constexpr, OTHER: tl.constexpr):
     """Where the entries are in the tensors and in the other tensors. `tensor`: one for all entries, or one for each."""
     last = tl.load(table + 2 * n_tensors + tensor)
-    # A column that is none of its row becomes the last one: a mask would cost registers. A negative one is a large one.
+    # A column outside its row is clamped to the last one (a negative one, too): a load mask would cost registers.
     column = tl.minimum(columns.to(tl.uint32), last.to(tl.uint32))
     index = (row - tl.load(table + n_tensors + tensor)) * (last + 1) + column.to(tl.int64)
     element = tl.load(table + tensor).to(tl.pointer_type(DTYPE)) + index

@@ -29,7 +29,7 @@ def _square_sum_kernel(
     BLOCK: tl.constexpr,
     WAYS: tl.constexpr,
 ):
-    """BLOCK entries of the mask, squared and summed in float64: squares of float32 overflow nowhere."""
+    """BLOCK entries of the mask, squared and summed in float64, in which squares of float32 numbers do not overflow."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     end = tl.minimum(start + BLOCK, nnz.to(tl.int64))
     entry = start + tl.arange(0, BLOCK)

@@ -2,7 +2,7 @@
 
 An optimizer step over the values writes them into the dense tensor: in `SparseAdamW`'s own launch, or in a hook after
 the step of any other torch optimizer. All other changes are detected at the next use, by comparing the version counters
-of the two tensors. Writes through `.data` do not move these, so the parameters also record who reads their `.data`.
+of the two tensors. Writes through `.data` do not change these, so the parameters also record reads of their `.data`.
 A use without changes compares two integers and launches nothing on the device.
 """
 
@@ -91,9 +91,9 @@ class ChangeTracker:
         self.reset()
 
     def reset(self) -> None:
-        self.version = -1  # differs from all
+        self.version = -1  # differs from every version
         self.has_new_data = False
-        self.data_was_read = False  # by code that may write through NumPy, which moves no version
+        self.data_was_read = False  # by code that may write through NumPy, which changes no version
         self.aliases: list[tuple[Tensor, int]] = []  # with their versions
         self.assigned: Tensor | None = None  # to `.data`; kept, as it may be a view of a buffer that is written later
 
@@ -137,7 +137,7 @@ class Entry:
     """The state of one masked parameter, shared by all modules that own it (tied weights)."""
 
     def __init__(self, mask: CSRMask, dense: nn.Parameter, buffer: "ValuesBuffer", start: int) -> None:
-        self.mask, self.buffer, self.start = mask, buffer, start  # of its values in the buffer
+        self.mask, self.buffer, self.start = mask, buffer, start  # `start`: the first of its values in the buffer
         self.dense_required_grad = dense.requires_grad  # before sparsify
         self.synchronised_dtype = dense.dtype  # of the dense tensor
         self.is_replaceable = False  # while torch casts or loads all parameters of a module
@@ -205,7 +205,7 @@ class Entry:
         elif self.dense_tracker.has_changed(self.dense):
             self.read_values()
         elif self.values_tracker.data_was_read or self.dense_tracker.data_was_read:
-            # perhaps NumPy has written: compare the contents
+            # may have been written through NumPy: compare the contents
             if self.values.device.type == "cpu" and not self.is_synchronised():
                 (self.write_values if self.values_tracker.data_was_read else self.read_values)()
             self.mark_synchronised()
@@ -240,14 +240,13 @@ class Entry:
             same = self.values.to(self.synchronised_dtype).to(found.dtype) == found
             if not bool(same.all()):
                 self.values.copy_(torch.where(same, self.values, found.to(self.values.dtype)))
-        if (
-            self.synchronised_dtype != self.dense.dtype
-        ):  # cast on its own: it can hold more digits of the values, or less
+        # The dense tensor alone was cast: now it holds more digits of the values, or fewer.
+        if self.synchronised_dtype != self.dense.dtype:
             self.write_values()
         self.mark_synchronised()
 
     def write_values_resized(self) -> None:
-        """Write changed values into a dense tensor that has got or lost rows (`resize_token_embeddings`)."""
+        """Write changed values into a dense tensor that gained or lost rows (`resize_token_embeddings`)."""
         if not self.values_tracker.has_changed(self.values):
             return
         rows = min(len(self.dense), self.mask.shapes[0][0])
@@ -277,11 +276,8 @@ class ValuesBuffer:
     """One flat buffer for all values of a dtype. Each values parameter is a view of it."""
 
     def __init__(self, data: Tensor | None, nnz: int, dtype: torch.dtype) -> None:
-        self.data, self.nnz, self.dtype = (
-            data,
-            nnz,
-            dtype,
-        )  # [nnz]; None in a copy, whose values share a storage already
+        self.data = data  # [nnz]; None in a copy, whose values share a storage already
+        self.nnz, self.dtype = nnz, dtype
         self.entries: weakref.WeakSet[Entry] = weakref.WeakSet()
 
     def __reduce__(self):
@@ -307,7 +303,7 @@ class DifferentiableWeight(Tensor):
 
     @classmethod
     def of(cls, weight: Tensor, entry: Entry) -> Tensor:
-        """`weight`, a function of the entry's values, as this class; under a tracer, as it is."""
+        """`weight`, a function of the entry's values, as this class; unchanged under a tracer."""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return weight
         weight = weight.as_subclass(cls)
@@ -353,12 +349,12 @@ def _write_values_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> No
     for entry in trained:
         if entry.values.grad is None:
             entry.synchronise()
-        else:  # not every optimizer moves the version counter
+        else:  # not every optimizer increments the version counter
             entry.write_values()
     if frozen and not trained:
         warnings.warn(
-            f"this {type(optimizer).__name__} was made before sparsify: it trains nothing of "
-            f"{min(e.name for e in frozen)!r} and others, which are frozen now. Make it after sparsify for the values",
+            f"this {type(optimizer).__name__} was made before sparsify: it does not train "
+            f"{min(e.name for e in frozen)!r} and others, which are frozen now. Make the optimizer after sparsify",
             stacklevel=4,
         )
 

@@ -271,7 +271,7 @@ def masked_linear(
     """`torch.nn.functional.linear` whose weight is trained at the mask's entries only.
 
     Forward reads the dense `weight`, which must hold `values` at the mask's entries, and does not copy it. Backward
-    computes the gradients of `values` (compact, in their dtype), `x` and `bias`; no dense weight gradient is made.
+    computes the gradients of `values` (compact, in their dtype), `x` and `bias`, but no dense weight gradient.
     Under autocast, backward uses the dtypes of forward. Gradients cannot be differentiated again.
 
     Args:

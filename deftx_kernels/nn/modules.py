@@ -37,7 +37,7 @@ class Masked(nn.Module):
         entry = self._masked_entries[attr]
         parameters, name = self._parameters, values_name(attr)
         dense, values = parameters.get(attr), parameters.get(name)
-        if dense is None or values is None:  # FSDP1 replaces them by views for the time of a forward
+        if dense is None or values is None:  # FSDP1 replaces them by views during a forward
             dense, values = self.__dict__.get(attr), self.__dict__.get(name)
         if dense is None or values is None or dense.shape != entry.mask.shapes[0]:
             raise RuntimeError(entry.replaced_message)
@@ -65,7 +65,7 @@ class Masked(nn.Module):
         for attr, entry in self._masked_entries.items():
             old_dense, old_values = before[attr]
             dense, values = self._parameters[attr], self._parameters[values_name(attr)]
-            if entry.dense is not old_dense:  # torch has made new parameters for another owner: they are for both
+            if entry.dense is not old_dense:  # torch made new parameters for another owner: use them here too
                 if entry.dense is not None:
                     self._parameters[attr], self._parameters[values_name(attr)] = entry.dense, entry.values
                 continue
@@ -104,7 +104,7 @@ class Masked(nn.Module):
             if not keep_vars:
                 destination[name] = _with_own_storage(destination[name])
                 entry.values_tracker.add_alias(destination[name])
-            if len(entry.owners) > 1:  # tied values under the first name only: safetensors refuses shared tensors
+            if len(entry.owners) > 1:  # tied values under the first name only: safetensors raises for shared tensors
                 mine = destination[name]
                 others = (t for n, t in destination.items() if n != name and n.endswith("values"))
                 if any(
@@ -119,7 +119,7 @@ class Masked(nn.Module):
             dense, values = state_dict.get(prefix + attr), state_dict.get(prefix + values_name(attr))
             if dense is not None and values is not None and not entry.matches(dense, values):
                 name = prefix + attr
-                error_msgs.append(f"the values of {name} are not those at this model's mask: saved with another mask.")
+                error_msgs.append(f"the values of {name} do not belong to this model's mask: saved with another mask.")
                 return
         tied = {attr for attr, entry in self._masked_entries.items() if len(entry.owners) > 1}
         if tied:  # load_state_dict(assign=True) would untie them
@@ -182,7 +182,7 @@ def _masked_attribute(attr: str) -> property:
             return dense
         return DifferentiableWeight.of(gather_gradient(dense, values, mask), entry)
 
-    def write(module: Masked, tensor: Tensor) -> None:  # FSDP1, for the time of a forward
+    def write(module: Masked, tensor: Tensor) -> None:  # FSDP1, during a forward
         module.__dict__[attr] = tensor
 
     return property(read, write, lambda module: module.__dict__.pop(attr, None))
@@ -367,7 +367,7 @@ def _make_entries(mask: CSRMask, tensors: dict[str, Any]) -> dict[str, Entry]:
 
 
 def _with_own_storage(view: Tensor) -> Tensor:
-    """The same memory as a tensor that fills its storage, since savers refuse or drop views of one buffer."""
+    """The same memory as a tensor with its own storage: savers raise for views of one buffer, or drop them."""
     if type(view) is not Tensor or view.device.type not in ("cpu", "cuda") or not view.numel():
         return view
     return torch.from_dlpack(view)
@@ -377,8 +377,8 @@ def _with_own_storage(view: Tensor) -> Tensor:
 def densify(model: nn.Module) -> nn.Module:
     """Convert back, in place: modules, names and `requires_grad` as before `sparsify`, with the trained weights.
 
-    A tensor that has got or lost rows since (`resize_token_embeddings`) keeps the trained entries of the rows that are
-    left.
+    A tensor that has gained or lost rows since (`resize_token_embeddings`) keeps the trained entries of the remaining
+    rows.
 
     Raises:
         ValueError: the model is not sparsified, or a masked tensor has been replaced since, or is tied to a masked one

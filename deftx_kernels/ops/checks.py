@@ -1,9 +1,9 @@
 """Checks of the arguments of direct operator calls, for the implementations that Python registers.
 
-Public functions have checked what users passed. A direct call of `torch.ops.deftx.*` reaches an implementation as it
-is, and a wrong size or index would let a kernel read or write other memory. The compiled libraries check the same in
-C++, and `reference` itself checks what has no Triton kernel. Nothing here reads the elements of a tensor, which would
-wait for a GPU; only `CONTENTS`, for the reference, does.
+Public functions check their arguments. A direct call of `torch.ops.deftx.*` bypasses these checks, and with a wrong
+size or index a kernel would read or write other memory. The compiled libraries check the same in C++; for operators
+without a Triton kernel, `reference` contains the checks. The checks do not read the elements of tensors, which would
+wait for a GPU; only those in `CONTENTS` do, for the reference.
 """
 
 import functools
@@ -25,14 +25,14 @@ _SCALARS: Dtypes = frozenset((torch.float32, torch.float64, torch.int32, torch.i
 _INT64: Dtypes = frozenset((torch.int64,))
 
 
-def checked(op: str, function: Callable, *, reads_contents: bool = False, looks_at_tensors: bool = False) -> Callable:
+def checked(op: str, function: Callable, *, reads_contents: bool = False, checks_tensors: bool = False) -> Callable:
     """`function`, an implementation of the operator, behind the operator's checks.
 
     reads_contents: also check the elements of crow_indices, col_indices and indices, for a function that waits for the
         device.
-    looks_at_tensors: the function itself checks the tensors of the mask.
+    checks_tensors: the function itself checks the tensors of the mask.
     """
-    check = (_WITHOUT_TENSORS if looks_at_tensors else CHECKS).get(op)
+    check = (_WITHOUT_TENSORS if checks_tensors else CHECKS).get(op)
     if check is None:
         return function
     contents = CONTENTS.get(op) if reads_contents else None
@@ -89,7 +89,7 @@ def _float_dtype(dtype: torch.dtype, name: str) -> None:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
-# ---- operators of a fixed number of tensors: a row for each ----
+# ---- operators with a fixed number of tensors: one row for each operator ----
 class _Argument(NamedTuple):
     name: str
     dtypes: Dtypes | str  # str: the dtype of the argument of this name
@@ -200,7 +200,7 @@ def split_bf16_(x: Tensor, out: Tensor, slots: Sequence[int], dim: int) -> None:
         raise ValueError(f"out must have shape {shape}, got {list(out.shape)}")
 
 
-# ---- operators of the tensors of a mask ----
+# ---- operators on the tensors of a mask ----
 def _mask(crow_indices: Tensor, col_indices: Tensor, rows: int | None = None) -> None:
     device = col_indices.device
     _contiguous(crow_indices, "crow_indices", device, _INT64)
@@ -224,7 +224,7 @@ def _dense(tensors: Sequence[Tensor], name: str, device: torch.device, dtypes: D
 
 
 def _apart(tensors: Sequence[Tensor], name: str) -> None:
-    """Tensors that are written must not share memory: which of two writes stays would be chance."""
+    """Tensors that are written must not share memory: the order of two writes is undefined."""
     spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors if t.numel())
     if any(end > start for (_, end), (start, _) in zip(spans, spans[1:])):
         raise ValueError(f"two of {name} share memory")
@@ -272,14 +272,14 @@ def sparse_adamw_(*arguments: Any) -> None:
             for i, (p, g) in enumerate(zip(args.params, args.grads)):
                 if g.shape != p.shape:
                     raise ValueError(
-                        f"grads[{i}] must have shape of its parameter = {list(p.shape)}, got {list(g.shape)}"
+                        f"grads[{i}] must have the shape of its parameter, {list(p.shape)}, got {list(g.shape)}"
                     )
     written = [args.exp_avg, args.exp_avg_sq, *([] if args.values is None else [args.values])]
     _apart([*args.params, *written], "params, exp_avg, exp_avg_sq and values")
 
 
 def sparse_adamw_compact(*arguments: Any) -> None:
-    """All but the dense tensors."""
+    """All arguments but the dense tensors."""
     args = AdamWArgs(*arguments)
     if not args.params:
         raise ValueError("params must hold at least one tensor")

@@ -1,9 +1,9 @@
-"""Loads the compiled libraries once, remembers why one is missing, and says which implementation serves each op on each
+"""Loads the compiled libraries once, records why one is missing, and lists which implementation serves each op on each
 device.
 
 Four implementations can serve an op: "c++" (csrc/cpu) and "cuda" (csrc/cuda), which register themselves when their
-library is loaded; "triton", registered from Python, which calls `register`; and "reference", plain torch, where none of
-these does.
+library is loaded; "triton", which is registered from Python with `register`; and "reference", plain torch, where there
+is no other.
 """
 
 import json
@@ -28,8 +28,8 @@ _registered: dict[tuple[str, str], str] = {}  # (op, device) -> implementation, 
 _absent: dict[str, str] = {}  # implementation -> why it serves nothing here
 
 
-# Rows above which denoise/decompositions.py leaves a GPU's matrices to torch.linalg (cuSOLVER): our kernels keep one
-# multiprocessor busy for each matrix.
+# Rows above which denoise/decompositions.py uses torch.linalg (cuSOLVER) on a GPU: our kernels use one multiprocessor
+# for each matrix.
 MAX_EIGH_ROWS = 1024
 # (op, implementation) -> condition -> what runs instead. The conditions are decided in denoise/decompositions.py,
 # registrations.py and csrc/cpu/masked_linear_grad.cpp.
@@ -51,7 +51,7 @@ class Backend(NamedTuple):
 
 
 def register(op: str, device: str, name: str) -> None:
-    """Record that a Python backend has registered its kernel of `op` with the dispatcher for `device`."""
+    """Record that the implementation `name` has registered a kernel of `op` for `device` from Python."""
     if op not in schemas.SCHEMAS or device not in DEVICES:
         raise ValueError(
             f"no op {op!r} on device {device!r}: ops are {', '.join(schemas.SCHEMAS)}; devices are {', '.join(DEVICES)}"
@@ -60,7 +60,7 @@ def register(op: str, device: str, name: str) -> None:
 
 
 def absent(name: str, reason: str) -> None:
-    """Record why a Python backend registers nothing (`name`: "triton", say)."""
+    """Record why no kernel of an implementation, such as "triton", is registered."""
     _absent[name] = reason
 
 
@@ -74,10 +74,8 @@ def build_info() -> dict:
         return {}
 
 
-def _served_here(device: str) -> bool:
-    """Whether this machine has the device. Counting GPUs through NVML leaves CUDA uninitialised, so that forks still
-    work.
-    """
+def _has_device(device: str) -> bool:
+    """Whether this machine has the device. Counting GPUs does not initialise CUDA, so that forks still work."""
     return device == "cpu" or torch.cuda.device_count() > 0
 
 
@@ -115,7 +113,7 @@ def load() -> None:
         if reason is None:
             continue
         errors[device] = reason
-        if (device != "cuda" or torch.version.cuda) and _served_here(device):
+        if (device != "cuda" or torch.version.cuda) and _has_device(device):
             tool = "nvcc" if device == "cuda" else "a C++ compiler"
             warnings.warn(
                 f"deftx_kernels: the {device} library is missing ({reason}). Its ops run on slower implementations, "
@@ -141,7 +139,7 @@ def _serving(op: str, device: str) -> str:
 
 def _why_not(op: str, device: str, name: str, serving: str) -> str:
     if name == "reference":
-        return f"{serving} comes first" if _has_kernel(op, "CompositeExplicitAutograd") else "not registered"
+        return f"{serving} takes precedence" if _has_kernel(op, "CompositeExplicitAutograd") else "not registered"
     if name == _COMPILED[device] and device in errors:
         return errors[device]
     if name == _COMPILED[device] and not _loaded:

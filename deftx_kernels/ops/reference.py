@@ -1,6 +1,6 @@
 """One plain-torch implementation per operator: the oracle in float64, and the portable fallback on every device.
 
-Written to be read and trusted, not to be fast: the compiled kernels are compared with these functions.
+Written for clarity, not for speed: tests compare the compiled kernels with these functions.
 Argument conventions: see the top of `schemas.py`.
 """
 
@@ -158,7 +158,7 @@ def _check_scores(scores: Sequence[Tensor], name: str = "scores") -> None:
 
 
 def _check_one_dtype(scores: Sequence[Tensor]) -> int:
-    """Returns the bits of a score."""
+    """Returns the number of bits of a score."""
     _check_scores(scores)
     _require(
         all(s.dtype == scores[0].dtype for s in scores), f"scores must have one dtype, got {[s.dtype for s in scores]}"
@@ -188,7 +188,7 @@ def kth_magnitude(parts: Callable[[], Iterable[Tensor]], k: int) -> tuple[int, i
     """The bits of the k-th largest |x| over all parts, and how many entries equal to it belong to the first k (radix
     select).
 
-    `parts()` gives the contiguous parts once more for each pass, so that they need not all be in memory.
+    `parts()` makes the contiguous parts anew for each pass, so that they need not all be in memory.
     """
     prefix, remaining = 0, k
     shift = 8 * next(iter(parts())).element_size() - 16
@@ -260,7 +260,7 @@ def topk_mask(
         dtype = torch.promote_types(dtype, tensor.dtype)
     device = scores[0].device
 
-    def score(i: int) -> Tensor:  # made once more for each pass: never are all differences in memory
+    def score(i: int) -> Tensor:  # computed again in each pass, so that not all differences are in memory
         x = scores[i].to(dtype)
         return x - base[i].view_as(x).to(dtype) if base else x
 
@@ -406,7 +406,7 @@ def sparse_adamw_(*arguments) -> None:
             new = x.to(old.dtype)
         return new if args.found_inf is None else torch.where(args.found_inf.view(()) != 0, old, new)
 
-    # A float32 master keeps what rounding to nearest loses.
+    # Beside a float32 master, which keeps the exact values, parameters are rounded to nearest.
     new_param = stored(new_weight, old_param, 0, exact=args.values is not None)
     if args.values is not None:
         args.values.copy_(stored(new_weight, args.values, 0))
@@ -423,7 +423,7 @@ def masked_linear_grad(
     col_indices: Tensor,  # [nnz]
     dtype: torch.dtype,
 ) -> Tensor:
-    """Row blocks of grad_output.T @ input, of which only the masked entries are kept: no [m, n] buffer exists."""
+    """Computed by blocks of rows, of which only the masked entries are kept: there is no [m, n] buffer."""
     compute = compute_dtype(dtype)
     x = input.to(compute)
     m, n = grad_output.shape[1], input.shape[1]
@@ -447,7 +447,7 @@ def masked_embedding_grad(
     padding_idx: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Sums over the rows that occur, of which only the masked entries are kept: no [vocabulary, d] buffer exists."""
+    """Sums only the rows that occur, and keeps only the masked entries: there is no [vocabulary, d] buffer."""
     out = torch.zeros(col_indices.shape, dtype=dtype, device=grad_output.device)
     used = indices != padding_idx
     rows, inverse = torch.unique(indices[used].to(torch.int64), return_inverse=True)

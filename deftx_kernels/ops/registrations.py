@@ -41,9 +41,9 @@ def triton_kernels() -> dict[str, Callable]:
         "low_rank_denoised": _unless_float64("low_rank_denoised", low_rank.low_rank_denoised),
         "split_bf16_": split_bf16.split_bf16_,
     }
-    # Two of the launchers check the mask's tensors themselves, and only where they are not those of an earlier call.
+    # Two of the launchers check the mask's tensors themselves, and skip the check for tensors of an earlier call.
     own_checks = ("csr_square_sum", "sparse_adamw_")
-    return {op: checks.checked(op, launchers[op], looks_at_tensors=op in own_checks) for op in TRITON}
+    return {op: checks.checked(op, launchers[op], checks_tensors=op in own_checks) for op in TRITON}
 
 
 def _unless_float64(op: str, kernel: Callable) -> Callable:

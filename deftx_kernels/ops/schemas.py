@@ -21,7 +21,7 @@ from torch import Tensor
 
 NAMESPACE = "deftx"
 
-# Lives as long as the process: a Library that is collected takes its operators with it.
+# Kept for the life of the process: when a Library is garbage-collected, its operators are removed.
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 # Choices that operators take as integers; csrc/stable.h has the same codes. They are not strings: each string passed to
@@ -48,8 +48,8 @@ SCHEMAS = {
     # The score of an entry is |scores[i]|, or |scores[i] - base[i]| where base is not empty: a difference in float32,
     # in float64 where any tensor of the call is float64. The tensors may have several floating dtypes; scores are
     # compared exactly. SCOPES "global": k = [k]; "tensor": k[i] entries of tensor i; "row": k[i] entries of each row of
-    # tensor i. `bad` int64 [2], on the CPU, is (tensor, flat index) of the first NaN or infinite score, or (-1, -1);
-    # then the rest is meaningless.
+    # tensor i. `bad` int64 [2], on the CPU: (-1, -1), or (tensor, flat index) of the first NaN or infinite score;
+    # then the other results are undefined.
     "topk_mask": (
         "(Tensor[] scores, Tensor[] base, int[] k, int scope) -> (Tensor crow_indices, Tensor col_indices, Tensor bad)"
     ),

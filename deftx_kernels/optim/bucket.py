@@ -1,4 +1,4 @@
-"""The masked parameters of an optimizer, in buckets that are stepped by one launch each."""
+"""The masked parameters of an optimizer, in buckets: a step is one launch for each bucket."""
 
 from collections.abc import Sequence
 from operator import is_
@@ -23,7 +23,7 @@ class Bucket:
 
     Args:
         group: the parameter group, whose options are read at each step.
-        optimizer_state: of all parameters. The bucket's buffers take what is there, and views of them replace it.
+        optimizer_state: of all parameters. It is copied into the bucket's buffers and replaced by views of them.
         pairs: the parameters, all dense or all compact.
         mask, decay_to: of the whole optimizer.
     """
@@ -47,7 +47,7 @@ class Bucket:
                 )
         self.is_compact = self.params[0] is not self.dense[0]
         self.device, dtype = self.dense[0].device, self.dense[0].dtype
-        # Launches of one step share no random number: the seed's upper half is the index of the first tensor.
+        # The launches of a step use different random numbers: the seed's upper half is the index of the first tensor.
         self.seed_offset = mask.names.index(self.names[0]) << 32
         if len(self.names) < len(mask):
             mask = mask[self.names[0]] if len(self.names) == 1 else mask.restrict(self.names)
@@ -72,8 +72,8 @@ class Bucket:
         self.trackers = [entry.dense_tracker for entry in entries_of(self.params).values()]
 
     def _flat_state(self, key: str, dtype: torch.dtype) -> Tensor:
-        """The parameters' state one after the other, [nnz] or, for "step", [parameters], of which theirs becomes views.
-        For a single parameter it is that parameter's state itself: `split` copies nothing.
+        """One tensor for the states, [nnz] or, for "step", [parameters]; the parameters' states become views of it. For
+        a single parameter it is that parameter's own state, so that `split` copies nothing.
         """
         saved = [state.get(key) for state in self.states]
         if key != "step":  # a loaded state keeps its dtype
@@ -102,7 +102,9 @@ class Bucket:
         return any(state.get(key) is not view for state, key, view in self.views)
 
     def split(self) -> list["Bucket"]:
-        """The bucket, or one for each parameter if only some have a gradient: a launch has one step number."""
+        """The bucket itself; or one for each parameter if step numbers differ or only some parameters have a gradient,
+        since a launch has one step number.
+        """
         if not self.steps_differ and len({p.grad is None for p in self.params}) == 1:
             return [self]
         group, optimizer_state, pairs, mask, decay_to = self.arguments
@@ -143,7 +145,7 @@ class Bucket:
         for tracker, dense in zip(self.trackers, self.dense):  # the step wrote the values into the dense tensors
             tracker.version = dense._version
         if self.must_copy_values and self.state.values is not None:
-            # The owners of this memory (other processes, FSDP) see the step there.
+            # Other owners of this memory (other processes, FSDP) read the result of the step from it.
             parts = self.state.values.split([p.numel() for p in self.params])
             torch._foreach_copy_([p.detach() for p in self.params], list(parts))
 

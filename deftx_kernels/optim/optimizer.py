@@ -149,7 +149,7 @@ class SparseAdamW(Optimizer):
         return pairs
 
     def _divide_parameters(self) -> tuple[dict[tuple, Pairs], list[list[Tensor]]]:
-        """The pairs of each bucket, by (group, dtype, device, dense or compact), and each group's other parameters."""
+        """The pairs of each bucket, by (group, dtype, device, is dense), and each group's other parameters."""
         buckets: dict[tuple, Pairs] = {}
         others = []
         for i, (group, pairs) in enumerate(zip(self.param_groups, self._pairs_by_group())):
@@ -177,7 +177,7 @@ class SparseAdamW(Optimizer):
 
     @property
     def writes_masked_weights(self) -> bool:
-        """Read by the hook of `nn`: whether a step itself writes the dense tensors of a sparsified model."""
+        """Whether a step itself writes the dense tensors of a sparsified model. Read by the post-step hook of `nn`."""
         return any(bucket.is_compact for bucket in self._buckets or ())
 
     # ---- a step ----
@@ -276,7 +276,7 @@ class SparseAdamW(Optimizer):
         group["mask_fingerprints"] = ["" if m is None else f"{m.nnz}:{m.fingerprint()[:32]}" for m in masks]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume bit-identically. ValueError, before anything has changed, if the state belongs to another mask."""
+        """Load a state; training resumes bit-identically. ValueError, before any change, for that of another mask."""
         loaded: dict[str, Any] = {}
 
         def check_state_hook(_, adapted: dict[str, Any]) -> None:  # runs last: other hooks may have changed the state
@@ -345,8 +345,8 @@ class SparseAdamW(Optimizer):
     def update_mask(self, mask: CSRMask) -> None:
         """Train another set of entries of the same tensors from now on (LIFT).
 
-        Entries in both masks keep their moments, master copy and the point that they decay to. New entries start with
-        moments of 0 and, with `decay_to`, decay to their present weight.
+        Entries in both masks keep their moments, master copy and `decay_to`. New entries start with moments of 0 and,
+        with `decay_to`, decay to their present weight.
 
         Raises:
             ValueError: the mask covers other tensors, or a covered model is sparsified (densify it and sparsify it

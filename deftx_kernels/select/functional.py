@@ -153,13 +153,13 @@ def select_mask(
     old = all_tensors(base, "base")
     new = with_tied_names(all_tensors(tuned, "tuned"), tied_names(old, "base"))
     chosen = _chosen_names(new, old, names)
-    matrices = set() if rule is None else _names_to_denoise(chosen, old, denoise_names)
+    denoised_names = set() if rule is None else _names_to_denoise(chosen, old, denoise_names)
     new, old = ({n: model[n] for n in chosen} for model in (new, old))
     counts = _checked_counts(new, k, density, scope)
     if rule is not None and rule.residual_density == 1 and not return_info:
-        matrices = set()  # L + H is the difference itself
+        denoised_names = set()  # L + H is the difference itself
     label = "tuned[{0!r}] - base[{0!r}]"
-    return _select(new, old, label, matrices, rule, counts, scope, return_info, progress)
+    return _select(new, old, label, denoised_names, rule, counts, scope, return_info, progress)
 
 
 def low_rank_mask(
@@ -197,8 +197,8 @@ def low_rank_mask(
     check_floats(list(tensors.values()), list(tensors), "weights")
     counts = _checked_counts(tensors, k, density, scope)
     check_devices(tensors, "weights")
-    matrices = {n for n, t in tensors.items() if t.dim() >= 2}
-    return _select(tensors, {}, "weights[{!r}]", matrices, rule, counts, scope, return_info, progress)
+    denoised_names = {n for n, t in tensors.items() if t.dim() >= 2}
+    return _select(tensors, {}, "weights[{!r}]", denoised_names, rule, counts, scope, return_info, progress)
 
 
 def _checked_counts(tensors: Mapping[str, Tensor], k: int | None, density: float | None, scope: str) -> list[int]:
@@ -211,14 +211,14 @@ def _select(
     new: Mapping[str, Tensor],
     old: Mapping[str, Tensor],
     label: str,  # format of a tensor's name in errors
-    matrices: set[str],
+    denoised_names: set[str],
     rule: Rule | None,
     counts: list[int],
     scope: str,
     return_info: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
-    """The mask of the largest entries of `new`, or of new - old where `old` is not empty; `matrices` are denoised."""
+    """The mask of the largest entries of `new`, or of new - old where `old` is not empty, after denoising some."""
     names, shapes = list(new), {n: t.shape for n, t in new.items()}
     device = next(iter((old or new).values())).device
     dtype = reduce(torch.promote_types, (t.dtype for t in (*new.values(), *old.values())), torch.float32)
@@ -232,7 +232,7 @@ def _select(
 
     def denoised_scores(group: Sequence[str]) -> list[Tensor]:
         found = {n: score(n) for n in group}
-        noisy = {n: t for n, t in found.items() if n in matrices}
+        noisy = {n: t for n, t in found.items() if n in denoised_names}
         for name in group:
             if name not in noisy:
                 check_finite(found[name], labels[name])
@@ -240,7 +240,7 @@ def _select(
             infos.update(denoise(noisy, noisy, labels, rule))
         return list(found.values())
 
-    if matrices or any(t.device != device for t in new.values()):
+    if denoised_names or any(t.device != device for t in new.values()):
         crow, col = select_by_groups(denoised_scores, shapes, counts, scope, dtype, device, progress)
     else:
         if progress is not None:
@@ -257,15 +257,15 @@ def _select(
 
 
 def _names_to_denoise(chosen: list[str], old: Mapping[str, Tensor], names: Iterable[str] | None) -> set[str]:
-    matrices = {n for n in chosen if old[n].dim() >= 2}
+    denoised_names = {n for n in chosen if old[n].dim() >= 2}
     if names is None:
-        return matrices
+        return denoised_names
     if isinstance(names, str):
         raise TypeError("denoise_names must be an iterable of names, got one string")
     wanted = set(names)
     if unknown := sorted(wanted.difference(chosen)):
         raise ValueError(f"denoise_names holds {unknown[0]!r}, which is not among the tensors to select from")
-    return matrices & wanted
+    return denoised_names & wanted
 
 
 def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: Iterable[str] | None) -> list[str]:

@@ -175,7 +175,7 @@ class StreamingTopK(SelectedEntries):
             self._reduce([])
         del self.scores
         crow, col = super().csr()
-        return crow, col.clone()  # without the room
+        return crow, col.clone()  # without the unused capacity
 
 
 def topk_in_passes(

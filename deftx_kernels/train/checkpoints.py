@@ -42,7 +42,7 @@ def finished(folder: Path, read: Callable[[], object] | None = None) -> dict | N
     if not isinstance(metrics, dict):
         raise ValueError(f"{path} is damaged: an object is expected, not {type(metrics).__name__}")
     if read is not None and (error := damage_found(read)) is not None:
-        message = f"{folder} is made again, as its result is missing or damaged: {error}"
+        message = f"{folder} is run again, as its result is missing or damaged: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None
     return metrics
@@ -75,7 +75,7 @@ def save_model(model, folder: Path) -> None:
         if folder.exists():
             shutil.rmtree(folder)
         model.save_pretrained(folder)
-        for path in folder.iterdir():  # on the disk before phase.json says so
+        for path in folder.iterdir():  # on the disk before phase.json is
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
 
@@ -120,10 +120,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def damage_found(read: Callable[[], object]) -> Exception | None:
-    """What `read` raises because a file is missing or damaged; None where it raises nothing.
+    """The error that `read` raises because a file is missing or damaged, or None.
 
     Raises:
-        OSError, MemoryError: errors that say nothing about the files: too many are open, a disk fails for a moment.
+        OSError, MemoryError: errors with other causes: too many open files, a disk that fails temporarily.
     """
     try:
         read()
@@ -142,14 +142,14 @@ def _check_complete(checkpoint: Path) -> None:
         raise ValueError(f"its trainer_state.json is of step {state['global_step']}")
     check_weights(checkpoint)
     if (best := state["best_model_checkpoint"]) is not None:
-        check_weights(_beside(checkpoint, best))
+        check_weights(_best_checkpoint(checkpoint, best))
     for name in STATES:
         _check_archive(checkpoint / name)
 
 
-def _beside(checkpoint: Path, best: str) -> Path:
-    """The best checkpoint. Trainer stores an absolute path, which is wrong once the run folder was moved or copied."""
-    return checkpoint.parent.absolute() / Path(best).name
+def _best_checkpoint(checkpoint: Path, stored: str) -> Path:
+    """Trainer stores an absolute path, which is wrong after the run folder has been moved or copied."""
+    return checkpoint.parent.absolute() / Path(stored).name
 
 
 def _correct_best_path(checkpoint: Path) -> None:
@@ -157,7 +157,7 @@ def _correct_best_path(checkpoint: Path) -> None:
     path = checkpoint / "trainer_state.json"
     state = read_json(path)
     stored = state["best_model_checkpoint"]
-    if stored is not None and stored != (best := str(_beside(checkpoint, stored))):
+    if stored is not None and stored != (best := str(_best_checkpoint(checkpoint, stored))):
         write_json(path, {**state, "best_model_checkpoint": best})
 
 

@@ -1,7 +1,7 @@
 """The settings of the driver: plain dataclasses. The command line is made from them, and config.json is what they hold.
 
 The defaults are for a real multilingual model and follow the published settings of LT-SFT and DeFT-X; `DemoRun` is
-small. Nothing here imports transformers.
+small. This file does not import transformers.
 """
 
 import dataclasses
@@ -174,11 +174,11 @@ class VectorConfig:
     sparse: PhaseConfig = field(default_factory=PhaseConfig)
     """Second phase: from the start again, training only the selected entries and the head."""
     batch_size: int = 4
-    """Examples a step and device."""
+    """Examples per step and device."""
     accumulation: int = 2
     """Batches whose gradients are added up for one optimizer step."""
     max_length: int = 128
-    """Tokens; longer texts are cut (task) or continued in the next block (language, with pack)."""
+    """Maximum number of tokens; longer texts are cut (task) or continued in the next block (language, with pack)."""
     group_by_length: bool = False
     """Put texts of similar length into one batch: less padding."""
 
@@ -365,7 +365,7 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """What the commands that learn one vector share."""
+    """Settings shared by the commands that learn one vector."""
 
     run_dir: Path
     """Folder for everything that is written; the vector is run_dir/deltas/<recipe>/ with its name."""

@@ -1,7 +1,7 @@
-"""What one training step costs, dense and sparse: each measured in a fresh process on the same batches.
+"""Time and memory of one training step, dense and sparse: each measured in a fresh process on the same batches.
 
-Run as `python -m deftx_kernels.train.costs REQUEST.json`; prints one line of JSON. Nothing is shared between the two
-processes, so neither sees memory that the other left behind.
+Run as `python -m deftx_kernels.train.costs REQUEST.json`; prints one line of JSON. The two processes share nothing, so
+that neither measurement includes memory of the other.
 """
 
 import json

@@ -53,7 +53,7 @@ class Corpus:
         return {name: content_hash(rows) for name, rows in parts.items() if rows is not None}
 
     def sizes(self) -> dict:
-        """What metrics.json says of the data."""
+        """The numbers on the data in metrics.json."""
         return {
             "task": self.task,
             "labels": self.labels,
@@ -75,7 +75,7 @@ class Split(NamedTuple):
 
 
 def load_corpus(config: CldrData | NusaxData | FilesData | HubData | TrainTaskConfig | TrainLanguageConfig) -> Corpus:
-    """The labelled and unlabelled text that a configuration stands for. Raises ValueError naming file and column."""
+    """Load the data that a configuration describes. Raises ValueError naming file and column."""
     loaders: dict[type, Callable[[Any], Corpus]] = {
         CldrData: _load_cldr,
         NusaxData: _load_nusax,

@@ -20,8 +20,8 @@ def load_delta(path: str) -> SparseDelta:
     except FileNotFoundError as error:
         for name, library in OTHER_FORMATS.items():
             if (Path(path) / name).is_file():
-                raise ValueError(f"vector {path!r} is of {library}: run `deftx convert {path} FOLDER` first") from None
-        raise ValueError(f"vector {path!r}: {error}") from error
+                raise ValueError(f"delta {path!r} is of {library}: run `deftx convert {path} FOLDER` first") from None
+        raise ValueError(f"delta {path!r}: {error}") from error
 
 
 def load_any(path: str) -> SparseDelta | CSRMask:

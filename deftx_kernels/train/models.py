@@ -32,7 +32,7 @@ def resolve_model(model: str | Path) -> str:
     Raises:
         ValueError: the package is not installed.
     """
-    # imported here: config needs tyro, which the benchmark, a user of this module, does without
+    # imported here: config needs tyro, and the benchmark uses this module without tyro
     from deftx_kernels.train.config import MINILM
 
     if str(model) != MINILM:
@@ -45,7 +45,7 @@ def resolve_model(model: str | Path) -> str:
 
 def _load(load, model: str | Path, what: str, **options):
     path = resolve_model(model)
-    if isinstance(model, Path) and not model.is_dir():  # which transformers would take for a hub id
+    if isinstance(model, Path) and not model.is_dir():  # transformers would interpret it as a hub id
         raise ValueError(f"model folder {model} is missing")
     try:
         return load(path, **options)
@@ -157,7 +157,7 @@ def position_count(model: nn.Module) -> int | None:
     """How many tokens a text may have: the rows of learned position embeddings, None where there are none."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa counts positions from the one behind the padding's.
+            # RoBERTa's positions begin after that of the padding.
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
 

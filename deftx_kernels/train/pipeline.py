@@ -79,7 +79,7 @@ def run(config: RunConfig, console: Console | None = None) -> dict:
 
 
 def data_paths(data: Any) -> list[Path]:
-    """The files that a data configuration names. A run folder may be beside them: none of them is ever deleted."""
+    """The files that a data configuration names. A run folder may be beside them, and never deletes them."""
     if isinstance(data, NusaxData):
         return sorted(Path(data.data_dir).glob("*/*.csv"))
     if isinstance(data, FilesData):
@@ -170,7 +170,7 @@ class SeedRun:
         model = load(self.builder.base())
         for recipe in self.recipes:
             task = self.deltas[recipe, "task"]
-            with with_deltas(model, [task, *self._source_deltas(recipe)]):  # as the task was trained
+            with with_deltas(model, [task, *self._source_deltas(recipe)]):  # as in the task's training
                 add(model, recipe, "task", tests)
             for language in corpus.targets:
                 with with_deltas(model, [task, self.deltas[recipe, f"language-{language}"]]):

@@ -19,8 +19,8 @@ from deftx_kernels.train.config import Columns
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
-_CSV_QUOTED = re.compile(r'"(?:[^"]*"")+[^"]*"')  # with quotes inside, all doubled: "He said so" alone may be meant
-_TSV_HINT = "TSV knows no quotes: save the file as CSV"
+_CSV_QUOTED = re.compile(r'"(?:[^"]*"")+[^"]*"')  # with doubled quotes inside: else quotes may be text
+_TSV_HINT = "TSV has no quotes: save the file as CSV"
 
 
 def read_task(path: Path, columns: Columns) -> Dataset:
@@ -82,7 +82,7 @@ def _column(rows: list[dict], name: str, where: str, lists: bool = False) -> lis
         ):
             raise ValueError(f"{where}, row {number}: column {name!r} is empty")
         if any(isinstance(item, (dict, list)) for item in items):
-            raise ValueError(f"{where}, row {number}: column {name!r} is no text but {value!r:.50}")
+            raise ValueError(f"{where}, row {number}: column {name!r} is not text but {value!r:.50}")
     return values
 
 
@@ -111,7 +111,7 @@ def _read(path: Path) -> str:
         raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     if "\0" in text:
         line = len(_lines(text.partition("\0")[0]))
-        raise ValueError(f"{path}, line {line}: a NUL character; this is no text in UTF-8")
+        raise ValueError(f"{path}, line {line}: a NUL character; this is not text in UTF-8")
     return text
 
 
@@ -131,10 +131,10 @@ def _table_rows(text: str, path: Path, tabs: bool) -> Iterable[dict]:
             raise ValueError(f"{path}: the file is empty; its first line should name the columns")
         if repeated := [name for i, name in enumerate(header) if name in header[:i]]:
             raise ValueError(f"{path}, line {reader.line_num}: two columns are named {repeated[0]!r}")
-        for fields in filter(None, reader):  # an empty line is no row
+        for fields in filter(None, reader):  # an empty line is not a row
             where = f"{path}, line {reader.line_num}"
             if len(fields) != len(header):
-                hint = _TSV_HINT if tabs else "a text with a comma stands in double quotes"
+                hint = _TSV_HINT if tabs else "put a text with a comma in double quotes"
                 raise ValueError(f"{where}: {len(fields)} fields, but {len(header)} columns; {hint}")
             if tabs and (quoted := [field for field in fields if _CSV_QUOTED.fullmatch(field)]):
                 raise ValueError(f"{where}: the field {quoted[0]!r:.50} is quoted as in CSV; {_TSV_HINT}")
@@ -157,9 +157,9 @@ def _json_rows(text: str, path: Path) -> Iterable[dict]:
             raise ValueError(f"{where}: not JSON ({fault}); one object a line is expected") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: one JSON object a line is expected, not {type(row).__name__}")
-        # escapes can encode characters that are no text
+        # escapes can encode characters that are not text
         if wrong := [text for text in _strings(row) if _NO_TEXT.search(text)] if "\\u" in line else []:
-            raise ValueError(f"{where}: NUL or half of a surrogate pair, which is no text, in {wrong[0]!r:.50}")
+            raise ValueError(f"{where}: NUL or half of a surrogate pair, which is not text, in {wrong[0]!r:.50}")
         yield row
 
 

@@ -77,7 +77,7 @@ def dense_phase(vector: Vector, runtime: Runtime) -> dict:
 
 
 def sparse_phase(vector: Vector, mask: CSRMask, folder: Path, runtime: Runtime) -> tuple[PreTrainedModel, dict]:
-    """Fine-tune a fresh copy of theta0 at the entries of `mask` (and the head): (theta2, metrics)."""
+    """Fine-tune the entries of `mask` (and the head) of a fresh copy of theta0: (theta2, metrics)."""
     model, phase = load_start(vector, runtime), vector.config.sparse
     l1 = phase.l1 / models.count_parameters(model)
     start = mask.gather(dict(model.named_parameters()))
@@ -148,7 +148,7 @@ def _sizes(mask: CSRMask) -> dict:
 
 
 class RefreshMask(TrainerCallback):
-    """LIFT: selects again every few steps; moments of entries that stay are kept. `union`: every entry ever trained."""
+    """LIFT: selects a new mask every few steps; entries in both keep their moments. `union`: all that were trained."""
 
     def __init__(
         self,

@@ -102,7 +102,7 @@ def _check_run_dir(run_dir: Path, inputs: Iterable[str | Path]) -> None:
 
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
-    """A lock of the operating system on a file, which ends with the process, also when it is killed."""
+    """A file lock of the operating system, which is released when the process ends, also when it is killed."""
     lock = filelock.FileLock(run_dir / LOCK, blocking=False)
     try:
         lock.acquire()
@@ -121,7 +121,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
 
 
 def _read_marker(path: Path) -> dict | None:
-    """What the run was made from, or None where its folder was being emptied."""
+    """What the run was made from, or None if a process was interrupted while it emptied the folder."""
     marker = read_json(path)
     if isinstance(marker, dict) and marker.get("format") == FORMAT and "made_from" in marker:
         made_from = marker["made_from"]

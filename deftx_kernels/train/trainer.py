@@ -1,4 +1,4 @@
-"""One training phase over transformers.Trainer, what it costs, and evaluation."""
+"""One training phase on transformers.Trainer with its costs, and evaluation."""
 
 import contextlib
 import math
@@ -70,9 +70,9 @@ class Examples:
 
 
 class VectorTrainer(Trainer):
-    """A Trainer that also saves sparsified models, whose tied values `save_pretrained` refuses to write.
+    """A Trainer that also saves sparsified models, for whose tied values `save_pretrained` raises.
 
-    A checkpoint of weights that diverged is not written, and one that a full disk cut off is deleted.
+    A checkpoint of diverged weights is not written, and one that is incomplete because the disk is full is deleted.
     """
 
     def _save_checkpoint(self, model, trial):
@@ -147,7 +147,8 @@ class DivergenceGuard(TrainerCallback):
         self.phase, self.lr = phase, lr
 
     def on_step_end(self, args, state, control, **_):
-        # A loss for each checkpoint: checked before it, and a resumed run logs the same means as an undisturbed one.
+        # Logs the loss with each checkpoint, so that it is checked first, and so that the mean losses of a resumed run
+        # are those of an uninterrupted one.
         control.should_log |= control.should_save
 
     on_epoch_end = on_step_end
@@ -167,8 +168,8 @@ class DivergenceGuard(TrainerCallback):
     def error(self, what: str, step: int) -> ValueError:
         """The error to raise."""
         return ValueError(
-            f"{self.phase}: training diverged at step {step} with learning rate {self.lr:g} ({what}); nothing of it "
-            "counts as finished: choose a smaller learning rate"
+            f"{self.phase}: training diverged at step {step} with learning rate {self.lr:g} ({what}); the phase counts "
+            "as not finished: choose a smaller learning rate"
         )
 
 
@@ -197,7 +198,7 @@ class CostMeter(TrainerCallback, ExportableState):
         self.step_seconds.append(time.perf_counter() - self._began)
 
     def state(self) -> dict:
-        """What Trainer keeps in a checkpoint: a phase may be resumed when no step is left to measure."""
+        """The measurements for Trainer's checkpoint: a phase may be resumed when no step is left to measure."""
         names = ("gradient_bytes", "state_bytes", "trained_entries")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
@@ -314,7 +315,7 @@ def train_phase(
         Metrics as JSON values: costs, losses by step, the best validation score.
 
     Raises:
-        ValueError: the loss or the weights became NaN or infinite; checkpoints from before stay.
+        ValueError: the loss or the weights became NaN or infinite; earlier checkpoints are kept.
         OSError: a checkpoint cannot be written.
     """
     validated = examples.validation is not None and len(examples.validation) > 0
@@ -407,7 +408,7 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 @contextlib.contextmanager
 def with_deltas(model: PreTrainedModel, deltas: Sequence[SparseDelta]):
-    """`model` with the sum of `deltas` added, and exactly as before afterwards."""
+    """`model` with the sum of `deltas` added; restored exactly at the end."""
     if not deltas:
         yield model
         return

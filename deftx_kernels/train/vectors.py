@@ -54,7 +54,7 @@ class VectorBuilder:
     folder: Path
 
     def language(self, language: str, start: Path, config: LanguageConfig) -> Vector:
-        """A language vector on `mlm_start`; the MLM head is no part of it."""
+        """A language vector on `mlm_start`; the MLM head is not part of it."""
         text, validation = self.corpus.text[language], self.corpus.text_validation.get(language)
         examples = language_examples(text, validation, self.tokenizer, config, self.runtime.seed)
         return self._vector(
@@ -149,7 +149,7 @@ def _load_masked_lm(folder: Path, tie_decoder: bool) -> PreTrainedModel:
 def language_examples(
     text: Dataset, validation: Dataset | None, tokenizer, config: LanguageConfig, seed: int
 ) -> Examples:
-    """Unlabelled rows, tokenized. Without validation text 5 % are held out where a best checkpoint is to be chosen."""
+    """Unlabelled rows, tokenized. Without validation text, 5 % are held out if a phase keeps its best checkpoint."""
     choose = config.dense.keep_best or config.sparse.keep_best
     if validation is None and choose and len(text) >= 1 / VALIDATION_SHARE:
         parts = text.train_test_split(VALIDATION_SHARE, seed=seed)

@@ -99,7 +99,7 @@ def test_a_delta_is_added_once_unless_it_is_taken_off():
         model = clones(base)
         start.apply_(model)
         before = clones(model)
-        message = r"is on model's tensor '.*' already, with alpha = 1.0: alpha = -1.0 takes it off"
+        message = r"has been added to model's tensor '.*' already, with alpha = 1.0: alpha = -1.0 removes it"
         with pytest.raises(ValueError, match=message):
             again.apply_(model)
         with pytest.raises(ValueError, match="already"), start.applied(model, alpha=0.5):

@@ -122,7 +122,7 @@ def test_compose_refuses_conflicts():
     base = tensors()
     tuned, mask = tune(base)
     one, two = (SparseDelta.from_models(tuned | {"head": torch.full((2,), i)}, base, mask) for i in (0.0, 1.0))
-    with pytest.raises(ValueError, match="'head' stands in two deltas"):
+    with pytest.raises(ValueError, match="'head' is in two deltas"):
         compose(one, two)
     other = tensors(9)
     with pytest.raises(ValueError, match="made for another base"):

@@ -97,7 +97,7 @@ SIZE, ONE = torch.Size((2, 2)), torch.ones(1)
     ("encoded", "message"),
     [
         ({"size": SIZE, "index_steps": [0]}, "lacks size, index_steps or values"),
-        ({"size": SIZE, "index_steps": 0, "values": ONE}, "index_steps of tensor 'w' are no list"),
+        ({"size": SIZE, "index_steps": 0, "values": ONE}, "index_steps of tensor 'w' are not a list"),
         ({"size": (2, -2), "index_steps": [0], "values": ONE}, "negative size"),
         (
             {"size": (1 << 40, 1), "index_steps": [0], "values": ONE},
@@ -118,7 +118,7 @@ SIZE, ONE = torch.Size((2, 2)), torch.ones(1)
 )
 def test_composable_sft_tensors_that_are_not_as_claimed(tmp_path, encoded, message):
     save_sft(tmp_path, {"diffs": {"w": encoded}})
-    with pytest.raises(ValueError, match=f"pytorch_diff.bin is no readable composable-sft file: (?s:.*){message}"):
+    with pytest.raises(ValueError, match=f"pytorch_diff.bin is not a readable composable-sft file: (?s:.*){message}"):
         interop.from_composable_sft(tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_composable_sft_files_of_another_form(tmp_path):
         "oldest format": {"body": {}, "head": {}},
         "neither 'diffs' nor 'abs'": {"x": 1},
         "holds a list": [1],
-        "pytorch_diff.bin is no readable composable-sft file": {"diffs": {"w": Evil(tmp_path / "ran")}},
+        "pytorch_diff.bin is not a readable composable-sft file": {"diffs": {"w": Evil(tmp_path / "ran")}},
     }
     for message, content in contents.items():
         save_sft(tmp_path, content)

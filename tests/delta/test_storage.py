@@ -78,7 +78,7 @@ def test_the_weights_file_is_the_delta(tmp_path):
     assert torch.equal(loaded.values, deltas[0].values)
 
     def check_unreadable(path, message=""):
-        with pytest.raises(ValueError, match=f"{path.name} is no readable .*{message}"):
+        with pytest.raises(ValueError, match=f"{path.name} is not a readable .*{message}"):
             SparseDelta.from_pretrained(folder)
 
     for damaged in (text.replace('"nnz"', '"nNz"'), "[" * 100_000, "{}", "5", text[:-20]):

@@ -87,7 +87,7 @@ def test_what_every_solver_gets_wrong_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", lambda a: (torch.zeros(a.shape[:-1]), torch.zeros(a.shape)))
     with (
         pytest.warns(RuntimeWarning, match="failed the check"),
-        pytest.raises(RuntimeError, match="every solver .* the eigenvectors of 1 of 2 matrices of 30 x 30 .* wrong"),
+        pytest.raises(RuntimeError, match="wrong results for the eigenvectors of 1 of 2 matrices of 30 x 30"),
     ):
         eigh(grams(2, 30))
 

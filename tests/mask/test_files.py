@@ -88,7 +88,7 @@ def test_reading_makes_every_error_of_the_content_a_value_error(tmp_path):
         pass
     path.touch()
     for error in (ValueError, KeyError, RecursionError, MemoryError, ZeroDivisionError, EOFError):
-        with pytest.raises(ValueError, match="a.bin is no readable thing: .*x"), files.reading(path, "thing"):
+        with pytest.raises(ValueError, match="a.bin is not a readable thing: .*x"), files.reading(path, "thing"):
             raise error("x")
     for passes in (PermissionError("x"), KeyboardInterrupt()):
         with pytest.raises(type(passes)), files.reading(path, "thing"):

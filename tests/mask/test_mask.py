@@ -184,7 +184,7 @@ def test_loading_another_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError):
         CSRMask.load(path)
     path.write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="x.safetensors is no readable CSRMask file"):
+    with pytest.raises(ValueError, match="x.safetensors is not a readable CSRMask file"):
         CSRMask.load(path)
     save_file({"a": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="metadata lacks format"):
@@ -229,7 +229,7 @@ def test_layouts_that_no_mask_has(tmp_path, layout, message):
     path = tmp_path / "mask.safetensors"
     metadata = {"format": "deftx_csr_mask", "layout": text, "fingerprint": good.fingerprint()}
     save_file({"crow_indices": good.crow_indices, "col_indices": good.col_indices}, path, metadata=metadata)
-    with pytest.raises(ValueError, match=f"mask.safetensors is no readable CSRMask file: .*{message}"):
+    with pytest.raises(ValueError, match=f"mask.safetensors is not a readable CSRMask file: .*{message}"):
         CSRMask.load(path)
 
 

@@ -139,7 +139,7 @@ def test_an_optimizer_made_before_sparsify_warns(make_optimizer):
     optimizer = make_optimizer(model)
     sparsified(model)
     square(model).backward()
-    with pytest.warns(UserWarning, match=r"was made before sparsify: it trains nothing of '0\.weight'"):
+    with pytest.warns(UserWarning, match=r"was made before sparsify: it does not train '0\.weight'"):
         optimizer.step()
     other = mlp()
     square(other).backward()

@@ -315,7 +315,7 @@ def test_values_alone_are_a_state():
 def test_state_of_another_mask_is_refused():
     one, other = (sparsified(nn.Linear(8, 4, bias=False), mask_of(nn.Linear(8, 4, bias=False), seed=i)) for i in (1, 2))
     before = other.weight.clone()
-    with pytest.raises(RuntimeError, match="values of weight are not those at this model's mask"):
+    with pytest.raises(RuntimeError, match="values of weight do not belong to this model's mask"):
         other.load_state_dict(randomized(one).state_dict())
     assert torch.equal(other.weight, before)
     with pytest.raises(RuntimeError, match="size mismatch for 0.values"):

@@ -52,7 +52,7 @@ def test_python_backends_are_listed(monkeypatch):
     library.absent("triton", "triton was not found")
     table = library.backends()
     assert table["topk_mask"]["cuda"].name == "triton"
-    assert table["topk_mask"]["cuda"].others["reference"] == "triton comes first"
+    assert table["topk_mask"]["cuda"].others["reference"] == "triton takes precedence"
     assert table["eigh"]["cuda"].others["triton"] == "triton was not found"
     with pytest.raises(ValueError, match="no_op"):
         library.register("no_op", "cuda", "triton")

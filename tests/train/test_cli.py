@@ -110,7 +110,7 @@ def test_inspect_other_libraries_files(name, capsys):
         (["run", "demo", "--model", "no/such/model", "--run-dir", "RUN"], "model 'no/such/model'"),
         (["train-task", "--train", "no.csv", "--run-dir", "RUN"], "no.csv: no such file"),
         (["train-language", "--text", "no.txt", "--language", "xx", "--run-dir", "RUN"], "no.txt: no such file"),
-        (["eval", "--test", "no.csv", "--vectors", "no/such/vector"], "vector 'no/such/vector'"),
+        (["eval", "--test", "no.csv", "--vectors", "no/such/vector"], "delta 'no/such/vector'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):

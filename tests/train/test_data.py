@@ -141,7 +141,7 @@ def test_jsonl_of_tokens(tmp_path):
         ("a.csv", "text,label\ngood,a\n \n,b\n", "line 3: 1 fields, but 2 columns"),
         ("a.csv", "text,label\n  ,b\n", "row 1: column 'text' is empty"),
         ("a.csv", "text,label\ngood,a\nhello, world,a\n", "line 3: 3 fields, but 2 columns"),
-        ("a.tsv", "text\tlabel\ngood\n", "line 2: 1 fields, but 2 columns; TSV knows no quotes: save the file as CSV"),
+        ("a.tsv", "text\tlabel\ngood\n", "line 2: 1 fields, but 2 columns; TSV has no quotes: save the file as CSV"),
         ("a.tsv", 'text\tlabel\n"a ""b"""\ta\n', 'line 2: the field \'"a ""b"""\' is quoted as in CSV; TSV'),
         (
             "a.csv",
@@ -159,7 +159,7 @@ def test_jsonl_of_tokens(tmp_path):
         ("a.jsonl", '{"text": "\\ud83d", "label": "a"}\n', "line 1: NUL or half of a surrogate pair"),
         ("a.jsonl", '{"text": [["\\u0000"]], "label": "a"}\n', "line 1: NUL or half"),
         ("a.jsonl", "[" * 100_000 + "\n", "line 1: not JSON"),
-        ("a.jsonl", '{"text": {"a": 1}, "label": "a"}\n', "row 1: column 'text' is no text"),
+        ("a.jsonl", '{"text": {"a": 1}, "label": "a"}\n', "row 1: column 'text' is not text"),
         ("a.jsonl", '{"text": "good", "label": NaN}\n', "row 1: column 'label' is empty"),
         ("a.xlsx", "", "ending must be"),
     ],

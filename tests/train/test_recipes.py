@@ -229,7 +229,7 @@ def test_a_finished_phase_without_its_result_is_run_again(learned, tmp_path, mon
         dense_phase(vector, RUNTIME)
         return learn(vector, "lt-sft", RUNTIME)[0]
 
-    with pytest.warns(RuntimeWarning, match="is made again, as its result is missing or damaged"):
+    with pytest.warns(RuntimeWarning, match="is run again, as its result is missing or damaged"):
         again = learn_again()
     assert torch.equal(again.values, learned.results["task", "lt-sft"][0].values)
     with warnings.catch_warnings():
