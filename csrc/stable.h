@@ -1,7 +1,7 @@
 // Shared by every source file: LibTorch's stable ABI (target 2.10), argument checks, and where device ops are
 // registered.
 //
-// A file defines its ops in an anonymous namespace and registers them at its foot:
+// A file defines its ops in an anonymous namespace and registers them at its end:
 //     STABLE_TORCH_LIBRARY_IMPL(deftx, CPU, m)  { m.impl("op", TORCH_BOX(&op)); }     csrc/cpu/*.cpp
 //     DEFTX_CUDA_LIBRARY_IMPL(m)                { m.impl("op", TORCH_BOX(&op)); }     csrc/cuda/*.cu
 #pragma once
@@ -65,8 +65,8 @@ std::string message(const Parts&... parts) {
 }
 }  // namespace detail
 
-// Choices that operators take as integers: SCOPES and OPERATIONS of deftx_kernels/ops/schemas.py. They are no strings, since
-// at ABI 2.10 each call with a string leaks a copy of it, and what is never freed keeps the heap around it from
+// Choices that operators take as integers: SCOPES and OPERATIONS of deftx_kernels/ops/schemas.py. They are not strings,
+// since at ABI 2.10 each call with a string leaks a copy of it, and leaked blocks keep the heap around them from
 // shrinking.
 enum class Scope : int64_t { kGlobal, kTensor, kRow };
 enum class Operation : int64_t { kAnd, kOr, kSub };

@@ -23,8 +23,8 @@ T scale_of(const T* matrix, int64_t n) {
   return bad + (largest == 0 ? T(1) : std::ldexp(T(1), std::clamp(-std::ilogb(largest), -kMost, kMost)));
 }
 
-// Where the singular values whose squares are the eigenvalues are cut (svd_denoise_): at most one of the three is not
-// 0.
+// Where a truncation cuts the singular values, whose squares are the eigenvalues: by at most one of the three, which is
+// above 0.
 struct Cut {
   int64_t rank = 0;
   double energy = 0, median = 0;
@@ -117,7 +117,7 @@ void decompose_all(const Tensor& matrices, const Cut& cut, T* values, T* vectors
   torch::stable::parallel_for(0, together, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) one(i, {false});
   });
-  constexpr int64_t kSmall = 256;  // rows, below which threads that wait for each other cost more than they bring
+  constexpr int64_t kSmall = 256;  // rows, below which threads that wait for each other cost more than they save
   if (n >= kSmall) {
     for (int64_t i = together; i < count; ++i) one(i, {true});
   } else {

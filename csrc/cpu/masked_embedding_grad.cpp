@@ -1,5 +1,5 @@
 // masked_embedding_grad on the CPU: the tokens are sorted by their row of the embedding; of each row that occurs, the
-// masked columns are summed over its tokens, in the tokens' order. No row that does not occur is looked at.
+// masked columns are summed over its tokens, in the tokens' order. Rows that do not occur are not read.
 #include <cstring>
 #include <type_traits>
 

@@ -27,10 +27,10 @@ constexpr int64_t kColumnBytes = 2048;    // of a packed column, at most
 constexpr int64_t kPackedColumns = 32;    // that a thread packs at a time
 constexpr int64_t kDenseBytes = 8 << 20;  // of a stretch of rows of the matrix product
 
-// Of a packed block: half of the second cache. Asked for once: older C libraries ask the processor each time.
+// Of a packed block: half of the second cache. Kept: older C libraries query the processor in each call.
 int64_t block_bytes() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
-  static const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or -1 where the system does not tell
+  static const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or -1 where the system does not report it
 #else
   constexpr int64_t cache = 0;
 #endif

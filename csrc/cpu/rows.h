@@ -23,7 +23,7 @@ void with_dtype(int32_t dtype, const char* name, const F& f) {
   f(double{});
 }
 
-constexpr int64_t kGrain = 16384;  // entries; below about 50 us of work a second thread costs more than it brings
+constexpr int64_t kGrain = 16384;  // entries; below about 50 us of work a second thread costs more than it saves
 
 // A stretch of entries [begin, end) that lies in one row.
 struct Run {

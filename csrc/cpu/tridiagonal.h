@@ -1,8 +1,8 @@
 // Reduction of a symmetric matrix to tridiagonal form by Householder reflections, A = Q T Q', and products with Q, on
 // the CPU.
 //
-// No BLAS: LAPACK's eigensolvers are not to be called from several threads everywhere (one BLAS returned wrong vectors
-// of 640 rows and more inside an OpenMP region), and one after the other they leave threads idle. The matrix is stored
+// No BLAS: LAPACK's eigensolvers are not thread-safe everywhere (one BLAS returned wrong vectors of 640 rows and more
+// inside an OpenMP region), and one call after the other leaves threads idle. The matrix is stored
 // by rows, of which the part up to the diagonal is used, and rows are eliminated from the last to the first: then every
 // vector is contiguous. Reflections are gathered in panels (LAPACK's latrd): half of the work is a product with the
 // matrix for each row, bound by memory, the other half an update of the whole matrix for each panel.

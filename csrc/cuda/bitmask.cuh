@@ -1,16 +1,16 @@
 // Bit masks over a list of tensors, and the CSR structure made from them.
 //
 // A tensor's elements are cut into tiles of kTile, in order; a tensor begins a tile of its own, and one without
-// elements has one too, which holds its empty rows. Element i of a tensor is bit i of the words of its tiles. Whoever
-// makes the mask also counts each tile's bits. `scan` turns the counts into where a tile's entries begin, `emit` writes
-// crow_indices and col_indices: a warp to a tile, the columns through shared memory so that they are written in whole
-// sectors.
+// elements has one too, which holds its empty rows. Element i of a tensor is bit i of the words of its tiles. The
+// code that makes the mask also counts each tile's bits. `scan` turns the counts into where a tile's entries begin,
+// `emit` writes crow_indices and col_indices: a warp to a tile, the columns through shared memory so that they are
+// written in whole sectors.
 #pragma once
 
 #include "../stable.h"
 
 namespace deftx {
-namespace {  // in every source file its own: kernels of one name do not meet when the library is linked
+namespace {  // one in every source file: kernels of the same name do not clash when the library is linked
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;

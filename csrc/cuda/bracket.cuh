@@ -113,8 +113,7 @@ __device__ void add_bins(const unsigned* bins, Counter* counters, int count) {
   }
 }
 
-// ---- 1. sample
-// ------------------------------------------------------------------------------------------------------------
+// ---- 1. sample ----
 
 __device__ uint32_t scramble(uint64_t x) {  // the finaliser of MurmurHash3
   x ^= x >> 33, x *= 0xff51afd7ed558ccdull, x ^= x >> 33, x *= 0xc4ceb9fe1a85ec53ull;
@@ -180,8 +179,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- 2. stream
-// ------------------------------------------------------------------------------------------------------------
+// ---- 2. stream ----
 
 // What a warp has found inside the bracket, to be listed with one atomic for many.
 template <typename Key>
@@ -314,8 +312,7 @@ __global__ void __launch_bounds__(kThreads, kStreamBlocks<Key, kBase>)
   }
 }
 
-// ---- 3. narrow, apply
-// -----------------------------------------------------------------------------------------------------
+// ---- 3. narrow, apply ----
 
 __device__ uint64_t last_place(const Segment& s) { return static_cast<uint64_t>(s.last_tile) * kTile - 1; }
 

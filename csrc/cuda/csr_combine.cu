@@ -1,4 +1,4 @@
-// csr_combine on the GPU: every entry of one mask looks itself up in the other's row, by binary search.
+// csr_combine on the GPU: every entry of one mask is looked up in the other's row, by binary search.
 //
 // What the look-ups find is kept as one bit an entry and, for each 32 of them, the number of ones before: `rank`, the
 // number of ones before any entry, then takes two reads. "and", "sub": the ones are the entries of the first mask that

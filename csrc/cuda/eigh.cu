@@ -3,12 +3,11 @@
 // torch 2.11, and Jacobi's method after that.
 //
 // 1. `tridiagonal_kernel` (tridiagonal.cuh): Householder's reduction in panels (Dongarra, Hammarling & Sorensen 1989;
-// latrd of
-//    LAPACK). Only the upper triangle is read, once a column: a matrix of n rows moves about n^3 / 6 elements through
-//    the memory.
+//    latrd of LAPACK). Only the upper triangle is read, once a column: a matrix of n rows moves about n^3 / 6 elements
+//    through the memory.
 // 2. `bisection_kernel`: the eigenvalues, a thread to each (Kahan's count of sign changes); or `vectors_kernel`:
-// implicit QL steps
-//    (Wilkinson's shift). One warp finds the rotations of a step while the others apply those of the step before.
+//    implicit QL steps (Wilkinson's shift). One warp finds the rotations of a step while the others apply those of the
+//    step before.
 //
 // Matrices are scaled by a power of 2 to a largest entry near 1. Every sum has one order: the same bits in every run.
 #include "tridiagonal.cuh"
@@ -18,8 +17,7 @@ namespace {
 
 constexpr int kSteps = 30;  // QL steps for an eigenvalue, at most; it takes about 1.7
 
-// ---- 2. eigenvalues alone
-// -------------------------------------------------------------------------------------------------
+// ---- 2. eigenvalues alone ----
 
 // How many eigenvalues of the tridiagonal matrix are below x.
 template <typename Real>
@@ -69,8 +67,7 @@ __global__ void __launch_bounds__(128) bisection_kernel(const Real* __restrict__
   values[matrix * n + rank] = (low + (high - low) / 2) * unscale[matrix];
 }
 
-// ---- 2. eigenvalues and eigenvectors
-// --------------------------------------------------------------------------------------
+// ---- 2. eigenvalues and eigenvectors ----
 
 // Rotations of rows i and i + 1 for i = from, from - 1, ..., to.
 template <typename Real>
@@ -235,8 +232,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   }
 }
 
-// ---- on the host
-// ----------------------------------------------------------------------------------------------------------
+// ---- on the host ----
 
 // One kernel's block: panel_size and warps, whose vectors of n elements fit in shared memory.
 struct Shape {

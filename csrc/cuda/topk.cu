@@ -1,27 +1,26 @@
 // topk_mask, magnitude_histogram, threshold_mask and dense_to_csr on the GPU.
 //
 // topk_mask over all tensors, or over each (a "segment"), reads the scores once and waits for the device once:
-//   1. sample: up to 2^18 scores of a segment, drawn without looking, give two keys between which the k-th largest
-//   lies, six
-//      standard deviations apart on either side. (A segment of up to 2^12 elements is taken whole: the bracket is
+//   1. sample: up to 2^18 scores of a segment, at random places, give a bracket of two keys: six standard deviations of
+//      the rank on either side of the k-th largest. (A segment of up to 2^12 elements is its own sample: the bracket is
 //      exact.)
 //   2. stream: one pass. A score's bit is set where its key is not below the bracket; those inside are listed, (key,
-//   place).
+//      place).
 //   3. narrow: radix select over the list, by key, then by place. A launch a round; the last block of a segment picks
-//   the digit,
-//      and a segment that is decided leaves at once. apply: what was not chosen loses its bit.
+//      the digit, and blocks of a segment that is decided return at once. apply: clears the bits that were not chosen.
 //   4. scan, emit (bitmask.cuh).
-// Where the bracket missed, or more lies inside than the list holds (many equal scores), the mask is made again from
-// the exact threshold: known already where the bracket held a single key, else by radix select over all scores. Ties
-// are then cut by position: their counts in each tile, a scan, and one more look at the tiles with a tie too many.
+// Where the bracket does not hold the threshold, or more lies inside than the list has room for (many equal scores),
+// the mask is made again from the exact threshold: the bracket's key if it is a single one, else found by radix select
+// over all scores. Ties are then cut by position: counted in each tile, scanned, and cleared in the tiles that have too
+// many.
 // scope "row": a block to a row, radix select over the row, which stays in the cache.
 //
-// Steps 1 to 3 are in bracket.cuh, the second way in threshold.cuh, the arithmetic of scores in scores.cuh.
+// Steps 1 to 3 are in bracket.cuh, masks from exact thresholds in threshold.cuh, the keys of scores in scores.cuh.
 //
 // Results are the same in every run: atomics only add integers, or fill a list whose order does not matter.
 // Workspace: N/8 + N/4096 * 4 bytes of mask and counts; a list for 0.016 N + 1024 candidates and half as many again as
 // are expected (0.008 N at N = 2^28 and k = N/20), of 8 bytes and a key; samples and 32 KiB of counters for each of at
-// most 256 segments. In all about 0.4 N bytes there with 32-bit keys. The second way adds 4 bytes a tile. A tensor
+// most 256 segments. In all about 0.4 N bytes there with 32-bit keys. Exact thresholds add 4 bytes a tile. A tensor
 // takes at least a tile (516 bytes) and about 350 bytes of tables; as a segment of its own also the 1024 candidates (12
 // KB), or one for each of its elements if it has fewer.
 #include <cmath>
@@ -36,8 +35,7 @@ namespace {
 constexpr int kHistogramBins = 1 << 16;  // of magnitude_histogram
 constexpr int kSharedBins = 1 << 15;     // of them, those that a magnitude's first 16 bits can reach
 
-// ---- scope "row"
-// ----------------------------------------------------------------------------------------------------------
+// ---- scope "row" ----
 
 // The bits of 32 neighbouring columns, by their warp, into a mask of zeros. Rows begin anywhere in a word.
 __device__ void set_bits(uint32_t* words, int64_t bit, uint32_t set) {
@@ -116,8 +114,7 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const Bits bits, Word
   }
 }
 
-// ---- magnitude_histogram, dense_to_csr
-// ------------------------------------------------------------------------------------
+// ---- magnitude_histogram, dense_to_csr ----
 
 // Counts key >> low by its last 16 bits, of the keys whose key >> high is `prefix`. With shared counters, where at most
 // kSharedBins can be reached; else a score in 2^16 takes part, as a rule, and the counters are added to where they are.
@@ -180,8 +177,7 @@ __global__ void __launch_bounds__(kThreads, 4) dense_kernel(const Bits bits) {
   }
 }
 
-// ---- on the host
-// ----------------------------------------------------------------------------------------------------------
+// ---- on the host ----
 
 // The keys' size for a call, and the key of infinity. Sets the tensors' types.
 struct Keys {
