@@ -230,7 +230,7 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:  # float64 [..., n, n]
     return values, vectors
 
 
-def _svd(a: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # float64 [..., m, n]
+def _svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # float64 [..., m, n]
     """By the eigenvectors of the Gram matrix of the short side: a third of the time, accurate for large
     singular values.
     """
