@@ -30,7 +30,7 @@ def small_masks(draw) -> Tensor:
 
 def run_examples(implementation: Implementation, test) -> None:
     """Runs a hypothesis test, with few examples for the slow implementations."""
-    examples = 100 if implementation.name in ("reference", "c++") else 8
+    examples = {"c++": 100, "reference": 30}.get(implementation.name, 8)
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.nested_given]
     settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=checks)(test)()
 

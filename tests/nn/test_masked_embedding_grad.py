@@ -90,6 +90,8 @@ def test_numbers_of_tokens(implementation, count):
 )
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_dtypes(implementation, dtypes, index):
+    if implementation.name == "triton-sm80" and index == torch.int32 and dtypes[0] != FP32:
+        pytest.skip("reads indices alike for all dtypes")
     skip_unsupported(implementation, *dtypes)
     Case(token_ids(20, 150).to(index), random_mask(20, 30, 0.4), dtypes[0]).check(implementation, dtypes[1])
 

@@ -268,7 +268,7 @@ def test_a_model_with_a_module_of_that_name(wrap):
 
 
 # ---- transformers.Trainer ----
-STEPS, HALF, LR = 40, 20, 1e-2
+STEPS, HALF, LR = 24, 12, 1e-2
 
 
 class Examples(torch.utils.data.Dataset):
@@ -289,7 +289,7 @@ def make_bert():
     config = transformers.BertConfig(
         vocab_size=6,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=40,
         max_position_embeddings=16,
