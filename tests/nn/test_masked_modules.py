@@ -177,7 +177,10 @@ AUTOCAST = ["linear", "conv1d", "tied", "conv2d", "encoder layer"]
 PRECISE = ["linear", "conv1d", "tied", "layer norm", "conv2d", "attention", "subclass", "unusual", "used twice"]
 
 
-@pytest.mark.parametrize(("kind", "autocast"), [(k, False) for k in PRECISE] + [(k, True) for k in AUTOCAST])
+SLOW = [pytest.param(k, True, marks=pytest.mark.slow) for k in PRECISE if k not in AUTOCAST]
+
+
+@pytest.mark.parametrize(("kind", "autocast"), [*((k, False) for k in PRECISE), *((k, True) for k in AUTOCAST), *SLOW])
 def test_compile_without_graph_breaks(kind, autocast):
     torch._dynamo.reset()
     model, inputs = made(kind)

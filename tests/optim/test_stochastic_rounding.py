@@ -93,8 +93,9 @@ def test_seeded_steps_are_the_references_in_every_bit(implementation, seed, comp
 @all_but_reference
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_seeded_steps_of_every_layout_are_the_references_in_every_bit(implementation, name):
-    options = replace(EXACT, grad_dtype=f32, seed=2**32 + 7)
-    check_against_reference(implementation, LAYOUTS[name], options, (2**32 + 1,))
+    for compact_grads in (False, True):
+        options = replace(EXACT, grad_dtype=f32, compact_grads=compact_grads, seed=2**32 + 7)
+        check_against_reference(implementation, LAYOUTS[name], options, (2**32 + 1,))
 
 
 def test_seeds_and_steps_round_differently(implementation):
