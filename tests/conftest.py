@@ -193,6 +193,13 @@ def implementation(request) -> Implementation:
     return Implementation(name, device, torch.ops.deftx)
 
 
+@pytest.fixture
+def no_racecheck(implementation):
+    """For tests that launch, with other data, kernels that another test checks for races."""
+    with implementation.without_racecheck():
+        yield
+
+
 def params_of(names: list[str]) -> list:
     return [pytest.param(n, marks=IMPLEMENTATIONS[n]) for n in names if (n == "triton-interpreter") == INTERPRETED]
 

@@ -79,12 +79,14 @@ def test_parts_add_up():
         assert bool(((parts.sum(1) - x.double()).abs() <= error * x.double().abs() + 1e-40).all())
 
 
+@pytest.mark.usefixtures("no_racecheck")
 @no_interpreter
 @pytest.mark.parametrize("dim", [-1, -2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bits_are_those_of_rounding_part_after_part(implementation, shape, dim):
     x = numbers(*shape)
-    for slots in SLOTS:
+    some = implementation.name == "triton-sm80" and shape not in ((5, 130), (2, 33, 144))
+    for slots in SLOTS[3:4] if some else SLOTS:  # each of the other shapes with all parts
         assert_same(split(implementation, x, slots, dim), expected(x, slots, dim))
 
 

@@ -165,14 +165,15 @@ def test_select_mask_with_ties_across_groups():
     assert mask["t2"].to_dense()["t2"].view(-1).nonzero().view(-1).tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("distinct", [1, 3, 50])
-def test_groups_with_ties(dtype, distinct):
+@pytest.mark.parametrize(
+    ("distinct", "dtype"), [(1, torch.float32), (3, torch.float32), (3, torch.float64), (50, torch.float32)]
+)
+def test_groups_with_ties(distinct, dtype):
     """Both algorithms over groups of tensors: ties in several tensors and groups; k at, before and after them."""
     generator = torch.Generator().manual_seed(distinct)
     scores = [
         torch.randint(1 - distinct, distinct, s, generator=generator).to(dtype)
-        for s in [(5, 7), (9,), (0, 3), (4, 3, 2), (6, 6)]
+        for s in [(3, 5), (4,), (0, 3), (2, 3, 2), (4, 4)]
     ]
     groups = [scores[:2], scores[2:4], scores[4:]]
     numel = sum(t.numel() for t in scores)
@@ -200,7 +201,7 @@ def small_buffers(monkeypatch):
 GROUPS = st.lists(st.lists(SHAPE, min_size=1, max_size=3), max_size=12)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(GROUPS, st.integers(0, 999), st.sampled_from([torch.float32, torch.float64]), st.integers(1, 60), st.data())
 def test_many_small_groups(small_buffers, groups, seed, dtype, distinct, data):
     """The selection from all at once: `distinct` magnitudes, 0 among them, in random, ascending or descending order."""
@@ -226,17 +227,17 @@ def test_the_buffer_is_seldom_reduced(monkeypatch):
     calls, reduce = [], StreamingTopK._reduce
     monkeypatch.setattr(StreamingTopK, "_reduce", lambda self, more: calls.append(1) or reduce(self, more))
     generator = torch.Generator().manual_seed(0)
-    k, scores = 1 << 15, torch.rand(1 << 19, generator=generator)
-    for groups in (512, 2048):
+    k, scores = 1 << 14, torch.rand(1 << 18, generator=generator)
+    for groups in (256, 1024):
         calls.clear()
         streamed([[part] for part in scores.chunk(groups)], k, torch.float32)
         assert len(calls) <= 14  # 4 log(16) = 11
     calls.clear()
-    streamed([[part] for part in scores.sort().values.chunk(2048)], k, torch.float32)
-    assert len(calls) <= 4 * (1 << 19) / k + 1
+    streamed([[part] for part in scores.sort().values.chunk(1024)], k, torch.float32)
+    assert len(calls) <= 4 * (1 << 18) / k + 1
     calls.clear()
     # later ties with the k-th are not selected
-    streamed([[part] for part in torch.ones(1 << 19).chunk(2048)], k, torch.float32)
+    streamed([[part] for part in torch.ones(1 << 18).chunk(1024)], k, torch.float32)
     assert len(calls) <= 2
 
 
@@ -339,7 +340,7 @@ MEASURE_MEMORY = """
 import os, sys, torch
 from deftx_kernels.select import low_rank_mask, select_mask
 generator = torch.Generator().manual_seed(0)
-base = {f"{i:02}": torch.randn(256, 4096, generator=generator) for i in range(32)}
+base = {f"{i:02}": torch.randn(128, 4096, generator=generator) for i in range(32)}
 tuned = {n: t + t.roll(7) for n, t in base.items()}
 few = dict(list(base.items())[:1])
 def read(key):

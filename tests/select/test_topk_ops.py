@@ -154,6 +154,7 @@ def test_topk(implementation, run):
     explore(implementation, examples, lambda example: check_random(run, *example))
 
 
+@pytest.mark.usefixtures("no_racecheck")
 @mixtures
 def test_topk_dtypes(run, dtypes):
     """More elements than a sample holds."""
@@ -163,6 +164,7 @@ def test_topk_dtypes(run, dtypes):
     check_random(run, shapes, dtypes, "global", 0.3, base_dtypes=dtypes[::-1])
 
 
+@pytest.mark.usefixtures("no_racecheck")
 @every_scope
 @pytest.mark.parametrize("size", [TILE - 1, TILE, TILE + 1, 257, 1023])
 def test_topk_tile_edges(run, size, scope):
@@ -171,12 +173,14 @@ def test_topk_tile_edges(run, size, scope):
 
 @every_scope
 def test_topk_unaligned(run, scope):
+    """With race checks: every size of keys and every scope, with and without base."""
     shapes = [(30, 150), (9,), (3, 2, 5)]
     for dtypes in ([torch.float32], [torch.bfloat16], [torch.float64, torch.float16]):
         for base in ([], [torch.bfloat16]):
             check_random(run, shapes, dtypes, scope, 0.3, base_dtypes=base, aligned=False)
 
 
+@pytest.mark.usefixtures("no_racecheck")
 @every_scope
 def test_topk_many_tensors(run, scope):
     for kind in ("normal", "equal") if scope == "global" else ("few",):
@@ -190,6 +194,10 @@ def test_topk_larger_than_the_grid(run):
     check_random(run, shapes, [torch.bfloat16], "tensor", 0.05)
 
 
+# Of the cases below, those with race checks: a restart with keys of each size.
+RACE_CHECKED = [(2, torch.float32, 0.5), (2, torch.bfloat16, 0.5), (2, torch.float64, 0.7)]
+
+
 @pytest.mark.parametrize(
     ("dtype", "share"),
     [(torch.float32, 0.5), (torch.float32, 0.7), (torch.bfloat16, 0.5), (torch.bfloat16, 0.1), (torch.float64, 0.7)],
@@ -197,6 +205,8 @@ def test_topk_larger_than_the_grid(run):
 @pytest.mark.parametrize("distinct", [1, 2, 200])
 def test_topk_heavy_ties(implementation, run, request, distinct, dtype, share):
     """More ties at the threshold than a list of candidates takes: one key in the bracket, two, and too many to know."""
+    if (distinct, dtype, share) not in RACE_CHECKED:
+        request.getfixturevalue("no_racecheck")
     rng = np.random.default_rng(5)
     shapes = [(40, 768), (9,), (20, 500)]
     n = 40 * 768 + 9 + 20 * 500
@@ -215,6 +225,7 @@ def test_topk_heavy_ties(implementation, run, request, distinct, dtype, share):
         check_topk(run, scores, [torch.zeros_like(s) for s in scores], [round(m * share) for m in sizes], "tensor")
 
 
+@pytest.mark.usefixtures("no_racecheck")
 @every_scope
 def test_topk_when_the_sample_misleads(implementation, run, request, scope):
     """The scores that the CUDA kernel samples are all smaller than the others: its bracket holds none of what it
@@ -236,6 +247,7 @@ def test_topk_when_the_sample_misleads(implementation, run, request, scope):
         request.getfixturevalue("emulated").clear()
 
 
+@pytest.mark.usefixtures("no_racecheck")
 @every_scope
 def test_topk_wide_rows(run, scope):
     check_random(run, [(2, 65_537), (3, 5), (1, 65_536), (70_000,)], [torch.bfloat16], scope, 0.1)
@@ -250,6 +262,7 @@ def test_topk_difference_is_taken_in_the_wider_dtype(implementation, run):
         assert (crow.tolist(), col.tolist()) == ([0, 2], [1, 3])
 
 
+@pytest.mark.usefixtures("no_racecheck")
 @every_scope
 @mixtures
 def test_topk_names_the_first_score_that_is_not_finite(implementation, run, dtypes, scope):
@@ -331,12 +344,14 @@ def check_threshold(run, scores, threshold: int, quotas):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", ["normal", "few", "zero", "bits"])
-def test_threshold(implementation, run, dtype, kind):
+def test_threshold(implementation, run, request, dtype, kind):
     rng = np.random.default_rng(11)
     shapes = [(70, 301), (), (0, 3), (9,), (5, 0), (1, TILE), (20, 3)]
     scores = tensors_of(kind, shapes, dtype, rng, implementation.device)
     here = int(key_bits(scores[0])[77])
     highest = 2 ** (8 * dtype.itemsize - 1) - 1
+    if kind != "few":
+        request.getfixturevalue("no_racecheck")
     for threshold, most in ((here, 0), (here, 5000), (here, 10**12), (here + 1, 2), (0, 5000), (highest, 2)):
         if threshold <= highest:
             check_threshold(run, scores, threshold, [int(rng.integers(0, min(most, s.numel()) + 1)) for s in scores])
