@@ -44,7 +44,7 @@ MODELS = {
     "tiny": Shape("bert", 2, 32, batch=2, tokens=16, vocabulary=200, heads=2, inner=64),
     "tiny linears": Shape("linears", 4, 64, batch=4, density=0.02),
     "tiny llama": Shape("llama", 2, 32, batch=2, tokens=16, vocabulary=200, heads=4, key_value_heads=2, inner=64),
-    "small linears": Shape("linears", 32, 1024, batch=64, density=0.02),  # for the test of peak memory
+    "small linears": Shape("linears", 32, 512, batch=64, density=0.02),  # for the test of peak memory
     "minilm": Shape("bert", 6, 384, batch=8, tokens=128, vocabulary=30522, heads=12, inner=1536, rounds=7),
     "linears": Shape("linears", 32, 2048, batch=128, density=0.02, rounds=7),
     "bert": Shape("bert", 12, 768, batch=8, tokens=128, vocabulary=30522, heads=12, inner=3072),

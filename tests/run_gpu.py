@@ -193,10 +193,11 @@ def sanitize(name: str) -> list[list[str]]:
     ]
 
 
-def absent(source: Path, seen: set[Path] | None = None) -> set[str]:
-    """Packages that a file imports, itself or through our files, and that are not installed. `seen`: files to skip."""
-    missing, seen = set(), seen if seen is not None else set()
-    seen.add(source)
+@functools.cache
+def imports(source: Path) -> tuple[set[Path], set[str]]:
+    """(our files, packages that are not installed) that a file imports."""
+    files, missing = set(), set()
+    modules = {file.stem: file for file in (ROOT / "tests").rglob("*.py")}
     for node in ast.parse(source.read_text()).body:
         if isinstance(node, ast.Import):
             names = [a.name for a in node.names]
@@ -208,13 +209,24 @@ def absent(source: Path, seen: set[Path] | None = None) -> set[str]:
             top = name.partition(".")[0]
             path = ROOT.joinpath(*name.split("."))
             if top not in ("deftx_kernels", "bench"):  # a module of the tests, or a package
-                path = next((ROOT / "tests").rglob(f"{top}.py"), path)
-            files = [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()]
-            for file in files:
-                if file not in seen:
-                    missing |= absent(file, seen)
-            if not files and top not in ("deftx_kernels", "bench") and not installed(top):
+                path = modules.get(top, path)
+            found = {file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()}
+            files |= found
+            if not found and top not in ("deftx_kernels", "bench") and not installed(top):
                 missing.add(top)
+    return files, missing
+
+
+def absent(source: Path) -> set[str]:
+    """Packages that a file imports, itself or through our files, and that are not installed."""
+    seen, left, missing = set(), [source], set()
+    while left:
+        file = left.pop()
+        if file not in seen:
+            seen.add(file)
+            files, lacking = imports(file)
+            left += files
+            missing |= lacking
     return missing
 
 

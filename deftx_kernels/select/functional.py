@@ -69,7 +69,7 @@ def topk_mask(
     check_floats(list(scores.values()), list(scores), "scores")
     check_devices(scores, "scores")
     names = sorted(n for n, first in tied_names(scores, "scores").items() if n == first)
-    chosen = {n: scores[n].detach() for n in names}
+    chosen = {n: scores[n] for n in names}  # detached, 20,000 small tensors would need 5 MB more
     counts = _checked_counts(chosen, k, density, scope)
     return _select(chosen, {}, "scores[{!r}]", set(), None, counts, scope)
 
@@ -219,11 +219,10 @@ def _select(
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """The mask of the largest entries of `new`, or of new - old where `old` is not empty, after denoising some."""
-    names, shapes = list(new), {n: t.shape for n, t in new.items()}
+    names = list(new)
     device = next(iter((old or new).values())).device
     dtype = reduce(torch.promote_types, (t.dtype for t in (*new.values(), *old.values())), torch.float32)
-    labels = {n: label.format(n) for n in names}
-    infos: dict[str, dict[str, Tensor] | None] = dict.fromkeys(names)
+    infos: dict[str, dict[str, Tensor] | None] = dict.fromkeys(names) if return_info else {}
 
     def score(name: str) -> Tensor:
         if not old:
@@ -235,12 +234,15 @@ def _select(
         noisy = {n: t for n, t in found.items() if n in denoised_names}
         for name in group:
             if name not in noisy:
-                check_finite(found[name], labels[name])
+                check_finite(found[name], label.format(name))
         if rule is not None:
-            infos.update(denoise(noisy, noisy, labels, rule))
+            found_infos = denoise(noisy, noisy, {n: label.format(n) for n in noisy}, rule)
+            if return_info:
+                infos.update(found_infos)
         return list(found.values())
 
     if denoised_names or any(t.device != device for t in new.values()):
+        shapes = {n: t.shape for n, t in new.items()}
         crow, col = select_by_groups(denoised_scores, shapes, counts, scope, dtype, device, progress)
     else:
         if progress is not None:
@@ -249,10 +251,10 @@ def _select(
         with torch.no_grad():
             crow, col, bad = torch.ops.deftx.topk_mask(*tensors, counts, SCOPES[scope])
         if (i := int(bad[0])) >= 0:
-            raise_not_finite(score(names[i]), labels[names[i]], int(bad[1]))
+            raise_not_finite(score(names[i]), label.format(names[i]), int(bad[1]))
     if progress is not None:
         progress(len(names), len(names))
-    mask = CSRMask.unchecked(names, list(shapes.values()), crow, col)
+    mask = CSRMask.unchecked(names, [t.shape for t in new.values()], crow, col)
     return (mask, infos) if return_info else mask
 
 

@@ -41,9 +41,15 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def memory_in_use(device: str | torch.device = "cpu") -> int | None:
-    """Bytes in use now: allocated by torch on a GPU, resident in this process on a CPU (None where that is unknown)."""
+    """Bytes in use now: allocated by torch on a GPU, resident in this process on a CPU (None where that is unknown).
+
+    Memory that was freed but not returned to the system is returned first: `peak_bytes` would not count its reuse.
+    """
+    gc.collect()
     if torch.device(device).type == "cuda":
         return torch.cuda.memory_allocated(device)
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
     return _process_status("VmRSS")
 
 
@@ -57,19 +63,17 @@ def peak_bytes(call: Callable[[], object], device: str | torch.device = "cpu", b
     Returns:
         None where the system does not report peak memory (only Linux does, on the CPU); `call` is not made then.
     """
-    gc.collect()
     cuda = torch.device(device).type == "cuda"
+    now = memory_in_use(device)
     if cuda:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with suppress(OSError, AttributeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
         except OSError:
             return None
-    before = memory_in_use(device) if before is None else before
+    before = now if before is None else before
     if before is None or (not cuda and _process_status("VmHWM") is None):
         return None
     call()

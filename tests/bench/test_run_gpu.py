@@ -23,7 +23,7 @@ def test_right():
 """
 
 
-@pytest.mark.parametrize("options", [["-n", "2", "--dist=worksteal"], ["-p", "no:xdist"]], ids=["xdist", "alone"])
+@pytest.mark.parametrize("options", [["-n", "1", "--dist=worksteal"], ["-p", "no:xdist"]], ids=["xdist", "alone"])
 def test_each_error_is_printed_once_with_its_tests(tmp_path, options):
     (tmp_path / "test_x.py").write_text(FAILING)
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *options, "test_x.py"]

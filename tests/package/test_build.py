@@ -24,7 +24,7 @@ def tree(tmp_path_factory):
     """The source tree without what builds leave in it; its build/ lives as long as the tests of this file."""
     tree = tmp_path_factory.mktemp("build") / "source"
     ignored = shutil.ignore_patterns(
-        ".git", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", "_build_info.json", ".*_cache"
+        ".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", "_build_info.json", ".*_cache"
     )
     shutil.copytree(ROOT, tree, ignore=ignored)
     if os.name == "posix" and has_cxx():  # half of the time: the optimized build is what all other tests run

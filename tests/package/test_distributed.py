@@ -23,11 +23,18 @@ def test_two_processes():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_process, args=(port,), nprocs=WORLD)
+    mp.spawn(_fork, args=(port,))
+
+
+def _fork(_, port):
+    """In a fresh process of one thread, whose imports its forks share."""
+    from torch.distributed import tensor  # noqa: F401
+
+    torch.set_num_threads(1)
+    mp.start_processes(_process, args=(port,), nprocs=WORLD, start_method="fork")
 
 
 def _process(rank, port):
-    torch.set_num_threads(1)
     if sys.platform == "linux":  # whatever the host's name resolves to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)

@@ -145,7 +145,7 @@ def test_a_phase_resumed_behind_its_last_step_has_the_same_metrics(interrupted, 
 
 @pytest.mark.parametrize("kind", ["task", "language"])
 def test_resume_gives_the_same_vector(tiny_bert, tmp_path, kind):
-    every = phase(max_steps=8, eval_every=3)
+    every = phase(max_steps=4, eval_every=2)
 
     def vector(folder):
         if kind == "task":
@@ -156,12 +156,12 @@ def test_resume_gives_the_same_vector(tiny_bert, tmp_path, kind):
     for folder in ("dense", "deft-x"):  # crashes once in each phase
         broken = vector(tmp_path / "broken")
         with pytest.raises(RuntimeError, match="power"):
-            learn(broken, "deft-x", dataclasses.replace(RUNTIME, callbacks=(Crash(7),)))
-        assert newest_checkpoint(broken.folder / folder / "checkpoints").name == "checkpoint-6"
+            learn(broken, "deft-x", dataclasses.replace(RUNTIME, callbacks=(Crash(3),)))
+        assert newest_checkpoint(broken.folder / folder / "checkpoints").name == "checkpoint-2"
         if folder == "dense":
-            assert dense_phase(broken, RUNTIME)["resumed_from"] == "checkpoint-6"
+            assert dense_phase(broken, RUNTIME)["resumed_from"] == "checkpoint-2"
     resumed, metrics = learn(vector(tmp_path / "broken"), "deft-x", RUNTIME)
-    assert metrics["resumed_from"] == "checkpoint-6"
+    assert metrics["resumed_from"] == "checkpoint-2"
     assert resumed.mask == whole.mask
     assert torch.equal(resumed.values, whole.values)
     assert all(torch.equal(resumed.dense[name], whole.dense[name]) for name in whole.dense)

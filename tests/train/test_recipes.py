@@ -314,7 +314,7 @@ def test_token_classification(tiny_bert, tmp_path):
     tags = [["ADJ" if w in GOOD + BAD else "X" for w in line] for line in words]
     rows = Dataset.from_dict({"tokens": words, "tags": tags})
     vector = builder(tiny_bert, tmp_path, rows, ["ADJ", "X"], "token-classification").task(
-        task_settings(phase(), phase(max_steps=300))
+        task_settings(phase(), phase(lr=3e-2, max_steps=100))
     )
     delta, _ = learn(vector, "lt-sft", RUNTIME)
     with with_deltas(vector.load(vector.start), [delta]) as model:
