@@ -19,6 +19,7 @@ from deftx_kernels.nn.functional import (
     raise_in_backward,
     scattered_copy,
 )
+from deftx_kernels.ops.schemas import compute_dtype
 from deftx_kernels.validation import FLOATS, check_writable
 
 
@@ -69,7 +70,7 @@ class Masked(nn.Module):
                 if entry.dense is not None:
                     self._parameters[attr], self._parameters[values_name(attr)] = entry.dense, entry.values
                 continue
-            if values.dtype != (dtype := _values_dtype(dense)):  # a cast to 16 bits leaves values in 32 bits
+            if values.dtype != (dtype := compute_dtype(dense.dtype)):  # a cast to 16 bits leaves values in 32 bits
                 Tensor.data.__set__(values, old_values.to(dense.device, dtype))  # type: ignore[attr-defined]
                 values.grad = None if values.grad is None else values.grad.to(dtype)
             if values.device != old_values.device and not values.is_meta and values.dtype == entry.buffer.dtype:
@@ -349,15 +350,11 @@ def _gradient_path(module: Any, owned: dict[str, str]) -> tuple[bool, bool]:
     return direct, not direct and not (matmul and set(owned) == {"bias"})
 
 
-def _values_dtype(dense: Tensor) -> torch.dtype:
-    return torch.float64 if dense.dtype == torch.float64 else torch.float32
-
-
 def _make_entries(mask: CSRMask, tensors: dict[str, Any]) -> dict[str, Entry]:
     """Name → entry, with one buffer per dtype of the values."""
     entries = {}
     for dtype in (torch.float32, torch.float64):
-        if names := [n for n, t in tensors.items() if _values_dtype(t) == dtype]:
+        if names := [n for n, t in tensors.items() if compute_dtype(t.dtype) == dtype]:
             part = mask if len(names) == len(mask) else mask.restrict(names)
             buffer, start = ValuesBuffer(usable_in_backward(part.gather(tensors).to(dtype)), part.nnz, dtype), 0
             for name in part.names:

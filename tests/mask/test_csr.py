@@ -104,9 +104,7 @@ def cases(dtypes):
 
 def test_moves(implementation):
     dtypes = DTYPES if implementation.name == "reference" else DTYPES + UNUSUAL
-    explore(
-        implementation, cases(dtypes), lambda make: check_moves(implementation, make(implementation.device)), many=60
-    )
+    explore(implementation, cases(dtypes), lambda make: check_moves(implementation, make(implementation.device)))
 
 
 def test_add(implementation):
@@ -116,7 +114,7 @@ def test_add(implementation):
         check_add(implementation, case, case.dtype if same else torch.float32, float(np.float32(alpha)))
 
     alphas = st.sampled_from([1.0, -1.0, 0.0, 0.3, -2.5, 1e-3])
-    explore(implementation, st.tuples(cases(FLOATS), st.booleans(), alphas), check, many=60)
+    explore(implementation, st.tuples(cases(FLOATS), st.booleans(), alphas), check)
 
 
 # Around the sizes at which the CUDA kernel takes another path: a tile of 2048 entries, 512 rows to a tile, many tiles

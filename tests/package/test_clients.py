@@ -102,7 +102,8 @@ def test_safetensors_save_model(tied, dtype, tmp_path):
     assert_equal(snapshot(loaded), snapshot(model))
 
 
-@pytest.mark.parametrize(("tied", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+@TIED
+@DTYPE
 def test_accelerate_save_state_and_save_model(tied, dtype, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)
