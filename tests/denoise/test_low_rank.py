@@ -168,6 +168,8 @@ def test_a_cut_at_each_matrix(implementation):
 
 
 def test_more_than_65536_columns(implementation):
+    if implementation.name == "triton-sm80":
+        pytest.skip("half a minute; test_offsets_beyond_31_bits goes further")
     check_denoised(implementation, random_problem(1, 2, 65_700, 2), 100)
 
 
