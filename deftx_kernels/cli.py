@@ -1,5 +1,7 @@
 """The `deftx` command. tyro makes its options from `train`'s dataclasses; only training imports transformers."""
 
+import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -7,14 +9,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from deftx_kernels.train.config import EvalConfig, TrainLanguageConfig, TrainTaskConfig
-from deftx_kernels.train.presets import DemoRun, FilesRun, HubRun, NusaxRun
+from deftx_kernels.train.presets import PRESETS, DemoRun, PresetRun, small
 
 # Packages of the extra `train`, by the name under which they are imported.
 TRAIN_PACKAGES = {"transformers", "accelerate", "datasets", "sklearn", "matplotlib", "babel", "pandas", "filelock"}
@@ -25,13 +27,7 @@ DESCRIPTION = "The `deftx` command."  # not the docstring, which python -OO remo
 class Run:
     """The whole pipeline: language and task vectors, composition, zero-shot evaluation, report."""
 
-    preset: Annotated[
-        Annotated[DemoRun, tyro.conf.subcommand("demo")]
-        | Annotated[NusaxRun, tyro.conf.subcommand("nusax")]
-        | Annotated[FilesRun, tyro.conf.subcommand("files")]
-        | Annotated[HubRun, tyro.conf.subcommand("hub")],
-        tyro.conf.arg(name=""),
-    ]
+    preset: DemoRun | PresetRun
 
 
 @dataclass
@@ -75,9 +71,30 @@ class Doctor:
     """Check only this device, cpu or cuda."""
 
 
-Command = (
-    Annotated[Run, tyro.conf.subcommand("run")]
-    | Annotated[TrainLanguageConfig, tyro.conf.subcommand("train-language")]
+def _preset(name: str, preset: type[PresetRun], profile: str) -> Any:
+    """The subcommand of a preset, with the defaults of the profile."""
+    if profile != "small":
+        return Annotated[preset, tyro.conf.subcommand(name)]
+    (data,) = (field.type for field in dataclasses.fields(preset) if field.name == "data")
+    unset = object.__new__(data.__origin__)  # type: ignore[union-attr]  # what is missing is not checked
+    for field in dataclasses.fields(unset):
+        given = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        setattr(unset, field.name, tyro.MISSING if given is dataclasses.MISSING else given)
+    return Annotated[preset, tyro.conf.subcommand(name, default=small(preset, unset))]
+
+
+def _commands(profile: str) -> Any:
+    """The type of all commands. `deftx run PRESET --profile small` has other defaults, also in its help."""
+    presets = [Annotated[DemoRun, tyro.conf.subcommand("demo")]]
+    presets += [_preset(name, preset, profile) for name, preset in PRESETS.items()]
+    union = Annotated[Union[tuple(presets)], tyro.conf.arg(name="")]  # type: ignore[valid-type]  # noqa: UP007
+    run = dataclasses.make_dataclass("Run", [("preset", union)], bases=(Run,))
+    run.__doc__ = Run.__doc__
+    return Annotated[run, tyro.conf.subcommand("run")] | _Others
+
+
+_Others = (
+    Annotated[TrainLanguageConfig, tyro.conf.subcommand("train-language")]
     | Annotated[TrainTaskConfig, tyro.conf.subcommand("train-task")]
     | Annotated[Compose, tyro.conf.subcommand("compose")]
     | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
@@ -96,8 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         try:
-            command = tyro.cli(Command, args=argv, prog="deftx", description=DESCRIPTION)
-            return _HANDLERS[type(command)](command)
+            arguments = list(sys.argv[1:] if argv is None else argv)
+            small = "--profile=small" in arguments or ("--profile", "small") in itertools.pairwise(arguments)
+            commands = _commands("small" if small else "paper")
+            command = tyro.cli(commands, args=arguments, prog="deftx", description=DESCRIPTION)
+            return next(handler for kind, handler in _HANDLERS.items() if isinstance(command, kind))(command)
         finally:
             sys.stdout.flush()  # here, where a closed pipe is caught
     except BrokenPipeError:

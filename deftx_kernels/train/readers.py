@@ -15,16 +15,20 @@ from typing import Any
 from datasets import Dataset
 
 from deftx_kernels.files import parse_json
-from deftx_kernels.train.config import Columns
+from deftx_kernels.train.data_config import Columns
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
+CONLL = (".txt", ".conll")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _CSV_QUOTED = re.compile(r'"(?:[^"]*"")+[^"]*"')  # with doubled quotes inside: else quotes may be text
 _TSV_HINT = "TSV has no quotes: save the file as CSV"
 
 
 def read_task(path: Path, columns: Columns) -> Dataset:
-    """Labelled rows from a CSV, TSV or JSONL file."""
+    """Labelled rows from a CSV, TSV or JSONL file, or of tokens and tags from a CoNLL file."""
+    if columns.kind == "token-classification" and Path(path).suffix.lower() in CONLL:
+        names = Columns(text_column="tokens", label_column="tags", kind=columns.kind)
+        return labelled_dataset(list(_conll_rows(_read(path), path)), names, str(path))
     return labelled_dataset(read_rows(path), columns, str(path))
 
 
@@ -143,6 +147,25 @@ def _table_rows(text: str, path: Path, tabs: bool) -> Iterable[dict]:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     finally:
         csv.field_size_limit(limit)
+
+
+def _conll_rows(text: str, path: Path) -> Iterable[dict]:
+    """Sentences of a CoNLL file: a word a line, its tag in the last column; an empty line ends a sentence."""
+    tokens: list[str] = []
+    tags: list[str] = []
+    columns = None
+    for number, line in enumerate([*_lines(text), ""], start=1):
+        fields = line.split()
+        if fields and fields[0] != "-DOCSTART-":
+            columns = columns or len(fields)
+            if len(fields) != columns or columns < 2:
+                expected = f"{columns} columns, as before" if columns > 1 else "a word and its tag"
+                raise ValueError(f"{path}, line {number}: {len(fields)} columns; expected {expected}")
+            tokens.append(fields[0])
+            tags.append(fields[-1])
+        elif tokens:
+            yield {"tokens": tokens, "tags": tags}
+            tokens, tags = [], []
 
 
 def _json_rows(text: str, path: Path) -> Iterable[dict]:

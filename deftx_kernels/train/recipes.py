@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,43 +18,67 @@ from deftx_kernels.delta import SparseDelta, fingerprint
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import densify, sparsify
 from deftx_kernels.optim import SparseAdamW
-from deftx_kernels.select import low_rank_mask, select_mask
 from deftx_kernels.train import models
-from deftx_kernels.train.checkpoints import finish, finished, finished_model, save_model
+from deftx_kernels.train.checkpoints import finish, finished, finished_model, newest_checkpoint, save_model
 from deftx_kernels.train.config import Recipe, SelectionConfig, to_dict
+from deftx_kernels.train.selection import Denoising, largest_changes, lift_mask
 from deftx_kernels.train.trainer import DivergenceGuard, L1Toward, Runtime, train_phase
 from deftx_kernels.train.vectors import Vector
 
-LIFT_RANK = 128
-Denoising = dict[str, dict[str, float]]  # matrix → rank of its signal, share of the energy in it, relative residual
+LIFT_MASKS = ("mask.safetensors", "union.safetensors")  # in a checkpoint: the current mask, and all that were trained
 
 
-def learn(vector: Vector, recipe: Recipe, runtime: Runtime) -> tuple[SparseDelta, dict]:
-    """The vector by one recipe ("deft-x", "lt-sft" or "lift"): (theta2 - theta0 at the selected entries, metrics).
+def learn(vector: Vector, recipe: Recipe | str, runtime: Runtime) -> tuple[SparseDelta, dict]:
+    """The vector by one recipe (not "full"): (theta2 - theta0 at the selected entries, metrics).
 
-    The dense phase is shared by deft-x and lt-sft. Written to `vector.folder`: dense/model (theta1) and
+    The dense phase is shared by the recipes deft-x and lt-sft. Written to `vector.folder`: dense/model (theta1) and
     <recipe>/mask.safetensors, with a phase.json of metrics in each folder.
     """
-    folder, output = vector.folder / recipe, vector.deltas / recipe / vector.name
+    recipe = Recipe.of(recipe)
+    folder, output = vector.folder / recipe.folder, vector.deltas / recipe.folder / vector.name
     if (metrics := finished(folder, partial(_read_result, folder, output, recipe))) is not None:
         return SparseDelta.from_pretrained(output), metrics
     folder.mkdir(parents=True, exist_ok=True)
-    if recipe == "lift":
+    vector = dataclasses.replace(
+        vector, config=dataclasses.replace(vector.config, selection=recipe.selection(vector.config.selection))
+    )
+    if recipe.name == "lift":
         mask, metrics, trained = _lift(vector, folder, runtime)
     else:
-        dense_phase(vector, runtime)
-        mask, selection = _select(vector, recipe, runtime)
-        mask.save(folder / "mask.safetensors")
-        trained, metrics = sparse_phase(vector, mask, folder, runtime)
-        metrics["selection"] = selection
+        mask, metrics, trained = _lottery_ticket(vector, recipe, folder, runtime)
     delta = difference(vector, trained, mask, recipe)
     delta.save_pretrained(output)
     finish(folder, metrics)
     return delta, metrics
 
 
+def _lottery_ticket(vector: Vector, recipe: Recipe, folder: Path, runtime: Runtime):
+    """LT-SFT and DeFT-X: (mask, metrics, theta2).
+
+    Each iteration begins where the one before it ended, and adds entries: the largest of theta1 minus the first start
+    that are not in the mask yet (Ansell et al., 2022).
+    """
+    iterations, mask, current = vector.config.selection.iterations, None, vector
+    for number in range(1, iterations + 1):
+        part = folder if number == iterations else folder / f"iteration-{number}"
+        if number < iterations and finished_model(part, part / "model") is not None:
+            mask = CSRMask.load(part / "mask.safetensors")
+        else:
+            dense_phase(current, runtime)
+            mask, selection = _select(vector, recipe, runtime, current.folder / "dense/model", number, mask)
+            part.mkdir(parents=True, exist_ok=True)
+            mask.save(part / "mask.safetensors")
+            trained, metrics = sparse_phase(current, mask, part, runtime)
+            metrics["selection"] = selection
+            if number < iterations:
+                save_model(trained.to("cpu"), part / "model")
+                finish(part, metrics)
+        current = dataclasses.replace(vector, start=part / "model", folder=folder / f"iteration-{number + 1}")
+    return mask, metrics, trained
+
+
 def _read_result(folder: Path, output: Path, recipe: Recipe) -> None:
-    if recipe != "lift":  # which has no single mask
+    if recipe.name != "lift":  # which has no single mask
         CSRMask.load(folder / "mask.safetensors")
     if not output.is_dir():  # from_pretrained would look for it on the hub
         raise FileNotFoundError(f"no folder {output}")
@@ -96,49 +119,26 @@ def sparse_phase(vector: Vector, mask: CSRMask, folder: Path, runtime: Runtime) 
 
 
 def select(
-    recipe: Recipe, tuned: PreTrainedModel, base: PreTrainedModel, selection: SelectionConfig
+    recipe: Recipe | str,
+    tuned: PreTrainedModel,
+    base: PreTrainedModel,
+    selection: SelectionConfig,
+    iteration: int | None = None,
+    before: CSRMask | None = None,
 ) -> tuple[CSRMask, Denoising]:
-    """The mask of theta1 and theta0: the largest entries of their difference, which deft-x denoises before."""
-    names = models.maskable_names(base)
-    arguments: dict[str, Any] = {"k": selection.k} if selection.k is not None else {"density": selection.density}
-    arguments |= {"names": names, "scope": selection.scope}
-    if recipe == "lt-sft":
-        return select_mask(tuned, base, **arguments), {}
+    """`largest_changes` over the maskable tensors of theta1 and theta0."""
     raw = () if selection.denoise_embeddings else models.embedding_names(base)
-    mask, info = select_mask(
-        tuned,
-        base,
-        rank=selection.rank,
-        energy=selection.energy,
-        residual_density=selection.residual_density,
-        denoise_names=[name for name in names if name not in raw],
-        return_info=True,
-        **arguments,
-    )
-    return mask, _denoising(info)
+    names = models.maskable_names(base)
+    return largest_changes(recipe, tuned, base, names, selection, iteration, before, raw=raw)
 
 
-def lift_mask(weights: Mapping[str, Tensor], selection: SelectionConfig) -> tuple[CSRMask, Denoising]:
-    """LIFT's mask: in each weight matrix W the largest entries of |W_r|, its rank-r approximation."""
-    rank = selection.rank if selection.rank is not None else LIFT_RANK
-    size = {"density": selection.density} if selection.k is None else {"k": selection.k, "scope": "global"}
-    mask, info = low_rank_mask(weights, rank=rank, return_info=True, **size)
-    return mask, _denoising(info)
-
-
-def _denoising(info: Mapping[str, dict[str, Tensor] | None]) -> Denoising:
-    return {
-        name: {k: v.double().mean().item() for k, v in found.items()}
-        for name, found in info.items()
-        if found is not None
-    }
-
-
-def _select(vector: Vector, recipe: Recipe, runtime: Runtime) -> tuple[CSRMask, dict]:
-    base = load_start(vector, runtime)
-    tuned = vector.load(vector.folder / "dense/model").to(runtime.torch_device)
+def _select(
+    vector: Vector, recipe: Recipe | str, runtime: Runtime, tuned: Path, iteration: int, before: CSRMask | None
+) -> tuple[CSRMask, dict]:
+    """The mask of the model in the folder `tuned` and theta0, and metrics."""
+    base, theta1 = load_start(vector, runtime), vector.load(tuned).to(runtime.torch_device)
     began = _clock()
-    mask, denoising = select(recipe, tuned, base, vector.config.selection)
+    mask, denoising = select(recipe, theta1, base, vector.config.selection, iteration, before)
     metrics = {"seconds": _clock() - began, **_sizes(mask)}
     return mask, {**metrics, "denoising": denoising} if denoising else metrics
 
@@ -150,26 +150,24 @@ def _sizes(mask: CSRMask) -> dict:
 class RefreshMask(TrainerCallback):
     """LIFT: selects a new mask every few steps; entries in both keep their moments. `union`: all that were trained."""
 
-    def __init__(
-        self,
-        optimizer: SparseAdamW,
-        weights: Mapping[str, Tensor],
-        selection: SelectionConfig,
-        mask: CSRMask,
-        guard: DivergenceGuard,
-    ):
-        self.optimizer, self.weights, self.selection, self.union = optimizer, weights, selection, mask
-        self.guard = guard
-        self.refreshes = 0
+    def __init__(self, optimizer: SparseAdamW, weights: Mapping[str, Tensor], selection: SelectionConfig, masks):
+        self.optimizer, self.weights, self.selection = optimizer, weights, selection
+        self.mask, self.union = masks
+        self.guard: DivergenceGuard | None = None
 
     def on_step_end(self, args, state, control, model=None, **_):
         if state.global_step % self.selection.refresh_every or state.global_step >= state.max_steps:
             return
-        self.guard.check_weights(model, state.global_step)
-        mask, _ = lift_mask(self.weights, self.selection)
-        self.optimizer.update_mask(mask)
-        self.union = self.union | mask
-        self.refreshes += 1
+        if self.guard is not None:
+            self.guard.check_weights(model, state.global_step)
+        self.mask, _ = lift_mask(self.weights, self.selection)
+        self.optimizer.update_mask(self.mask)
+        self.union = self.union | self.mask
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the masks into the folder of a checkpoint, whose optimizer state is in the order of the first."""
+        for name, mask in zip(LIFT_MASKS, (self.mask, self.union)):
+            mask.save(checkpoint / name)
 
 
 def _lift(vector: Vector, folder: Path, runtime: Runtime) -> tuple[CSRMask, dict, PreTrainedModel]:
@@ -178,21 +176,30 @@ def _lift(vector: Vector, folder: Path, runtime: Runtime) -> tuple[CSRMask, dict
     for name in set(models.maskable_names(model)) - set(linear):
         model.get_parameter(name).requires_grad_(False)
     weights = {name: model.get_parameter(name).detach() for name in linear}
-    selection = vector.config.selection
-    # The mask changes during training and is not part of a checkpoint, so the phase has none.
-    phase = dataclasses.replace(vector.config.sparse, keep_best=False, eval_every=None)
+    selection, phase = vector.config.selection, vector.config.sparse
     began = time.perf_counter()
     mask, denoising = lift_mask(weights, selection)
     seconds = time.perf_counter() - began
-    optimizer = SparseAdamW(model.named_parameters(), mask, lr=phase.lr, weight_decay=phase.weight_decay)
-    guard = DivergenceGuard(f"vector {vector.name!r}, sparse phase of lift", phase.lr)
-    refresh = RefreshMask(optimizer, weights, selection, mask, guard)
+    checkpoint = newest_checkpoint(folder / "checkpoints", LIFT_MASKS)
+    masks = (mask, mask) if checkpoint is None else _load_masks(checkpoint, runtime)
+    optimizer = SparseAdamW(model.named_parameters(), masks[0], lr=phase.lr, weight_decay=phase.weight_decay)
+    refresh = RefreshMask(optimizer, weights, selection, masks)
+    guard = refresh.guard = DivergenceGuard(f"vector {vector.name!r}, sparse phase of {folder.name}", phase.lr)
     metrics = train_phase(
-        model, vector.examples, vector.config, phase, folder, runtime, guard, optimizer=optimizer, callbacks=(refresh,)
+        model,
+        vector.examples,
+        vector.config,
+        phase,
+        folder,
+        runtime,
+        guard,
+        optimizer=optimizer,
+        callbacks=(refresh,),
+        save_extra=refresh.save,
     )
     metrics["selection"] = {
         "seconds": seconds,
-        "refreshes": refresh.refreshes,
+        "refreshes": (metrics["steps"] - 1) // selection.refresh_every,
         **_sizes(mask),
         "trained_in_all": refresh.union.nnz,
         "denoising": denoising,
@@ -200,6 +207,11 @@ def _lift(vector: Vector, folder: Path, runtime: Runtime) -> tuple[CSRMask, dict
     head = sum(model.get_parameter(name).numel() for name in models.trained_head(model))
     metrics["trained_entries"] = mask.nnz + head
     return refresh.union, metrics, model
+
+
+def _load_masks(checkpoint: Path, runtime: Runtime) -> tuple[CSRMask, ...]:
+    """The masks that `RefreshMask.save` wrote."""
+    return tuple(CSRMask.load(checkpoint / name, device=runtime.torch_device) for name in LIFT_MASKS)
 
 
 def difference(vector: Vector, trained: PreTrainedModel, mask: CSRMask, recipe: Recipe) -> SparseDelta:
@@ -218,7 +230,7 @@ def difference(vector: Vector, trained: PreTrainedModel, mask: CSRMask, recipe: 
         weights = {name: model.get_parameter(name).detach() for name in mask.names}
         delta.metadata["base_fingerprint"] = fingerprint(weights)
     settings = to_dict(vector.config)
-    delta.metadata |= {"method": recipe, "vector": vector.name, "settings": settings, **vector.metadata}
+    delta.metadata |= {"method": str(recipe), "vector": vector.name, "settings": settings, **vector.metadata}
     return delta
 
 

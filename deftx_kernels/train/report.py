@@ -9,7 +9,8 @@ from rich.table import Table
 from deftx_kernels.files import write_text
 from deftx_kernels.train import figures
 from deftx_kernels.train.cldr import language_name
-from deftx_kernels.train.config import METHODS
+from deftx_kernels.train.config import Recipe
+from deftx_kernels.train.metrics import METRICS
 
 KINDS = {"task": "task vector alone", "composed": "task + language vector"}
 Rows = list[list[str]]  # of a table; the first is its header
@@ -35,11 +36,11 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
         f"Model `{config['model']}` · {data['task']} into {len(data['labels'])} classes ({', '.join(data['labels'])}) "
         f"· labelled: {sources} ({data['train']:,} examples) · targets without labels: {targets} · "
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}.",
-        "## Zero-shot macro-F1",
+        f"## Zero-shot {score_name(metrics)}",
         markdown(score_table(metrics)),
         f'Test examples: {tests}. "sources" is the mean over the labelled languages. {seed_note(len(seeds))}',
         *gain_lines(metrics),
-        picture("scores", "Macro-F1 by target language and method"),
+        picture("scores", f"{score_name(metrics)} by target language and method"),
     ]
     if (table := cost_table(metrics)) is not None:
         dense = metrics["costs"]["dense"]
@@ -56,6 +57,10 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
         picture("spectra", "Singular values of the difference matrices"),
         markdown(table) if (table := denoising_table(metrics)) is not None else "",
         picture("density", "Density of the masks by layer and tensor"),
+        markdown(table) if (table := overlap_table(metrics)) is not None else "",
+        "share: of the entries of the smaller vector; by chance: that of two random masks."
+        if metrics["overlaps"]
+        else "",
         "## Phases",
         markdown(phase_table(metrics)),
         "Step times are those of the run itself. The dense phase of a vector is shared by DeFT-X and LT-SFT.",
@@ -80,7 +85,7 @@ def markdown(table: Rows) -> str:
 
 def print_tables(metrics: dict, console: Console) -> None:
     """The scores and the costs on the terminal."""
-    tables = {"Zero-shot macro-F1": score_table(metrics), "A training step": cost_table(metrics)}
+    tables = {f"Zero-shot {score_name(metrics)}": score_table(metrics), "A training step": cost_table(metrics)}
     for title, rows in tables.items():
         if rows is not None:
             table = Table(title=title, title_justify="left")
@@ -98,12 +103,13 @@ def print_tables(metrics: dict, console: Console) -> None:
 
 
 def score_table(metrics: dict) -> Rows:
-    """Macro-F1 by target language, their mean, and for reference the mean of the source languages."""
+    """The score by target language, their mean, and for reference the mean of the source languages."""
     scores, targets = figures.scores_by_method(metrics), metrics["data"]["targets"]
     sources = [name for name in metrics["data"]["sources"] if name in next(iter(scores.values()))]
     table = [["", *map(language_name, targets), "mean", *(["sources"] if sources else [])]]
     for (method, kind), values in scores.items():
-        label = METHODS[method] if method == "full" else f"{METHODS[method]}, {KINDS[kind]}"
+        name = Recipe.of(method).label
+        label = name if method == "full" else f"{name}, {KINDS[kind]}"
         row = [label, *(show(values[name]) for name in targets), show(mean_of(values, targets))]
         if sources:
             row.append(show(mean_of(values, sources)) if sources[0] in values else "–")
@@ -125,15 +131,15 @@ def show(values: list[float]) -> str:
 def gain_lines(metrics: dict) -> list[str]:
     """One sentence per method: what adding the language vector changed."""
     scores, lines = figures.scores_by_method(metrics), []
-    for method, name in METHODS.items():
+    for method in dict.fromkeys(method for method, _ in scores):
         alone, composed = scores.get((method, "task")), scores.get((method, "composed"))
         if not alone or not composed:
             continue
         targets = metrics["data"]["targets"]
         gains = {target: statistics.fmean(composed[target]) - statistics.fmean(alone[target]) for target in targets}
         each = ", ".join(f"{language_name(target)} {gain:+.3f}" for target, gain in gains.items())
-        mean = statistics.fmean(gains.values())
-        lines.append(f"{name}: adding the language vector changed macro-F1 by {each} (mean {mean:+.3f}).")
+        mean, name = statistics.fmean(gains.values()), Recipe.of(method).label
+        lines.append(f"{name}: adding the language vector changed {score_name(metrics)} by {each} (mean {mean:+.3f}).")
     return lines
 
 
@@ -142,7 +148,7 @@ def cost_table(metrics: dict) -> Rows | None:
     costs = metrics["costs"]
     if costs is None:
         return None
-    table = [["", "full fine-tuning", METHODS[costs["recipe"]], "ratio"]]
+    table = [["", "full fine-tuning", Recipe.of(costs["recipe"]).label, "ratio"]]
 
     def add(label: str, dense: float, sparse: float, text) -> None:
         table.append([label, text(dense), text(sparse), f"{dense / sparse:.1f}×" if sparse else "–"])
@@ -162,7 +168,7 @@ def cost_table(metrics: dict) -> Rows | None:
 
 def phase_table(metrics: dict) -> Rows:
     """The phases of the first seed."""
-    header = "vector, phase, steps, entries, selection, gradients, optimizer state, median step, final loss"
+    header = "vector, phase, steps, entries, selection, gradients, optimizer state, median step, final loss, perplexity"
     table = [header.split(", ")]
     for phase in metrics["phases"]:
         if phase["seed"] != metrics["phases"][0]["seed"]:
@@ -171,7 +177,7 @@ def phase_table(metrics: dict) -> Rows:
         table.append(
             [
                 phase["vector"],
-                "dense" if method == "dense" else f"{METHODS[method]}, sparse",
+                "dense" if method == "dense" else f"{Recipe.of(method).label}, sparse",
                 str(phase["steps"]),
                 f"{phase['trained_entries']:,}",
                 "–" if selection is None else f"{selection['seconds']:.2f} s",
@@ -179,9 +185,37 @@ def phase_table(metrics: dict) -> Rows:
                 megabytes(phase["optimizer_state_bytes"]),
                 "–" if step is None else milliseconds(step),
                 f"{phase['loss'][-1][1]:.3f}" if phase["loss"] else "–",
+                perplexities(phase),
             ]
         )
     return table
+
+
+def perplexities(phase: dict) -> str:
+    """Of the validation text, before and after a phase of masked language modelling."""
+    values = phase.get("perplexity")
+    return "–" if values is None else f"{values['before']:,.1f} → {values['after']:,.1f}"
+
+
+def overlap_table(metrics: dict) -> Rows | None:
+    """What the task vector shares with the language vectors: means over seeds."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for row in metrics["overlaps"]:
+        found.setdefault((row["method"], row["language"]), []).append(row)
+    if not found:
+        return None
+    table = [["task vector and vector of", "entries in both", "share", "by chance", "signs differ"]]
+    for (method, language), rows in found.items():
+        shared, *shares = (
+            statistics.fmean(row[key] for row in rows) for key in ("shared", "share", "by_chance", "sign_conflicts")
+        )
+        label = f"{language_name(language)}, {Recipe.of(method).label}"
+        table.append([label, f"{shared:,.0f}", *(f"{value:.1%}" for value in shares)])
+    return table
+
+
+def score_name(metrics: dict) -> str:
+    return METRICS[metrics["data"]["metric"]]
 
 
 def denoising_table(metrics: dict) -> Rows | None:

@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ LOCK = ".lock"
 CONTENTS = ("config.json", "metrics.json", "report.md", "deltas", "phases")
 FIGURES = ("scores.png", "costs.png", "spectra.png", "density.png")
 # Settings that change no result (a device changes rounding, which "auto" does as well).
-NOT_COMPARED = ("overwrite", "run_dir", "report_to", "device", "cost_steps")
+NOT_COMPARED = ("overwrite", "run_dir", "report_to", "device", "cost_steps", "language_vectors")
 # Settings that are paths: the fingerprints compare their content. Of language=path, the language is compared.
 PATHS = ("data_dir", "train", "validation", "start_from")
 PAIRS = ("test", "text")
@@ -28,7 +28,11 @@ PAIRS = ("test", "text")
 
 @contextmanager
 def open_run(
-    config: Any, run_dir: Path, fingerprints: dict[str, str], inputs: Iterable[str | Path] = ()
+    config: Any,
+    run_dir: Path,
+    fingerprints: dict[str, str],
+    inputs: Iterable[str | Path] = (),
+    waiting: Callable[[], None] | None = None,
 ) -> Iterator[None]:
     """`with open_run(...):` no other process uses the folder. Writes its marker and config.json, or checks the marker.
 
@@ -37,6 +41,7 @@ def open_run(
             deleted. Those that change no result, and the names of local files and folders, are not compared.
         fingerprints: name → hash of each input (the model, the training data); a run continues only with the same ones.
         inputs: paths that the run reads, none of which may be in run_dir or hold it; other names are ignored.
+        waiting: called before waiting for another process that uses the folder; by default that is an error.
 
     Raises:
         ValueError: the folder holds a run with other settings or inputs (and not `overwrite`), or files but no run;
@@ -56,7 +61,7 @@ def open_run(
     run_dir.mkdir(parents=True, exist_ok=True)
     settings = to_dict(config)
     made_from = {"settings": compared(settings), "fingerprints": fingerprints}
-    with _locked(run_dir):
+    with _locked(run_dir, waiting):
         old = _read_marker(marker) if marker.is_file() else made_from
         changed = [] if old is None else _changes(old, made_from)
         if changed and not config.overwrite:
@@ -101,14 +106,18 @@ def _check_run_dir(run_dir: Path, inputs: Iterable[str | Path]) -> None:
 
 
 @contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
+def _locked(run_dir: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
     """A file lock of the operating system, which is released when the process ends, also when it is killed."""
     lock = filelock.FileLock(run_dir / LOCK, blocking=False)
     try:
         lock.acquire()
     except filelock.Timeout:
-        advice = "wait for its end, or choose another run_dir"
-        raise ValueError(f"run_dir {run_dir}: another process uses it; {advice}") from None
+        if waiting is not None:
+            waiting()
+            lock.acquire(blocking=True)
+        else:
+            advice = "wait for its end, or choose another run_dir"
+            raise ValueError(f"run_dir {run_dir}: another process uses it; {advice}") from None
     except OSError as error:
         if error.filename is not None:  # it cannot be opened
             raise

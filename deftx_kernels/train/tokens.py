@@ -12,7 +12,10 @@ IGNORED = -100  # label of positions that do not enter the loss
 
 
 def tokenize_task(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, labels: list[str], max_length: int) -> Dataset:
-    """Task rows as input_ids, attention_mask and labels. A word's first token has its tag, the others IGNORED."""
+    """Task rows as input_ids, attention_mask, labels and, where they have it, language.
+
+    A word's first token has its tag, the others IGNORED.
+    """
     ids = {label: i for i, label in enumerate(labels)}
 
     def texts(batch):
@@ -30,7 +33,8 @@ def tokenize_task(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, labels: 
         return {**out, "labels": aligned}
 
     function = words if "tokens" in dataset.column_names else texts
-    return dataset.map(function, batched=True, remove_columns=dataset.column_names)
+    unused = [name for name in dataset.column_names if name != "language"]
+    return dataset.map(function, batched=True, remove_columns=unused)
 
 
 def task_collator(tokenizer: PreTrainedTokenizerBase, task: str):

@@ -9,25 +9,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
-from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalPrediction
 
 from deftx_kernels.delta import SparseDelta, compose
 from deftx_kernels.files import read_json
 from deftx_kernels.nn import masked_parameters
 from deftx_kernels.train.checkpoints import newest_checkpoint, saving
 from deftx_kernels.train.config import PhaseConfig, VectorConfig
+from deftx_kernels.train.metrics import classification_metrics
 from deftx_kernels.train.models import check_finite
+from deftx_kernels.train.sources import LanguageBatches, SourceVectors
 from deftx_kernels.train.tensors import gradient_bytes, state_bytes
 from deftx_kernels.train.tokens import IGNORED, MaskedLanguageCollator
 
@@ -64,6 +66,11 @@ class Examples:
     validation: Dataset | None
     collator: Callable
     masked_lm: bool = False
+    labels: list[str] = field(default_factory=list)
+    metric: str = "macro_f1"
+    """The score that chooses the best checkpoint."""
+    source_vectors: SourceVectors | None = None
+    """Where given, each batch has examples of one language (column `language`), with its vector applied."""
 
 
 # ---- trainers ----
@@ -75,12 +82,48 @@ class VectorTrainer(Trainer):
     A checkpoint of diverged weights is not written, and one that is incomplete because the disk is full is deleted.
     """
 
+    source_vectors: SourceVectors | None = None
+    save_extra: Callable[[Path], None] | None = None
+    """Writes further files of a checkpoint into its folder."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        with self._source_vector(inputs):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with self._source_vector(inputs):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _source_vector(self, inputs: dict) -> contextlib.AbstractContextManager:
+        """The vector of the batch's language in the weights, where there are source vectors."""
+        if self.source_vectors is None:
+            return contextlib.nullcontext()
+        (language,) = set(inputs.pop("language").tolist())
+        return self.source_vectors.applied(self.accelerator.unwrap_model(self.model), language)
+
+    def get_train_dataloader(self):
+        if self.source_vectors is None:
+            return super().get_train_dataloader()
+        return self._batches_of_one_language(self.train_dataset, self.args.train_batch_size, self.args.seed)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if self.source_vectors is None:
+            return super().get_eval_dataloader(eval_dataset)
+        return self._batches_of_one_language(eval_dataset or self.eval_dataset, self.args.eval_batch_size, None)
+
+    def _batches_of_one_language(self, dataset, batch_size: int, seed: int | None) -> DataLoader:
+        batches = LanguageBatches(dataset["language"], batch_size, seed)
+        return self.accelerator.prepare(DataLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator))
+
     def _save_checkpoint(self, model, trial):
         guard = next(callback for callback in self.callback_handler.callbacks if isinstance(callback, DivergenceGuard))
         guard.check_weights(self.model, self.state.global_step)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             with saving(folder):
+                if self.save_extra is not None:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    self.save_extra(folder)
                 super()._save_checkpoint(model, trial)
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)
@@ -254,13 +297,13 @@ class QuietProgress(ProgressCallback):
 
 
 def training_arguments(
-    folder: Path, vector: VectorConfig, phase: PhaseConfig, runtime: Runtime, validated: bool, masked_lm: bool
+    folder: Path, vector: VectorConfig, phase: PhaseConfig, runtime: Runtime, validated: bool, examples: Examples
 ) -> TrainingArguments:
     """Trainer's arguments for one phase."""
     every = phase.eval_every
     # Without keep_best and eval_every a phase is short, and is run again from its start: no checkpoints.
     save_strategy = "steps" if every is not None else "epoch" if phase.keep_best else "no"
-    best = phase.keep_best and validated
+    best, masked_lm = phase.keep_best and validated, examples.masked_lm
     return TrainingArguments(
         output_dir=str(folder.absolute() / "checkpoints"),  # Trainer stores it: a run may continue from elsewhere
         per_device_train_batch_size=vector.batch_size,
@@ -284,7 +327,7 @@ def training_arguments(
         save_steps=every or 500,
         save_total_limit=2,
         load_best_model_at_end=best,
-        metric_for_best_model=("loss" if masked_lm else "macro_f1") if best else None,
+        metric_for_best_model=("loss" if masked_lm else examples.metric) if best else None,
         greater_is_better=(not masked_lm) if best else None,
         prediction_loss_only=masked_lm,
         logging_steps=10,
@@ -305,21 +348,24 @@ def train_phase(
     guard: DivergenceGuard,
     optimizer: torch.optim.Optimizer | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
+    save_extra: Callable[[Path], None] | None = None,
 ) -> dict:
     """Train `model`'s trainable parameters in place. Continues from a checkpoint in `folder`, if any.
 
     Args:
         optimizer: fused AdamW over the trainable parameters by default.
+        save_extra: writes further files of a checkpoint into its folder.
 
     Returns:
-        Metrics as JSON values: costs, losses by step, the best validation score.
+        Metrics as JSON values: costs, losses by step, validation losses and scores by step, the best score; of masked
+        language modelling the perplexity of the validation text before and after.
 
     Raises:
         ValueError: the loss or the weights became NaN or infinite; earlier checkpoints are kept.
         OSError: a checkpoint cannot be written.
     """
     validated = examples.validation is not None and len(examples.validation) > 0
-    args = training_arguments(folder, vector, phase, runtime, validated, examples.masked_lm)
+    args = training_arguments(folder, vector, phase, runtime, validated, examples)
     if args.n_gpu > 1:  # DataParallel would copy masked modules without their masks
         args._n_gpu = 1
     meter = CostMeter()
@@ -329,10 +375,11 @@ def train_phase(
         data_collator=examples.collator,
         train_dataset=examples.train,
         eval_dataset=examples.validation if validated else None,
-        compute_metrics=None if examples.masked_lm else classification_metrics,
+        compute_metrics=None if examples.masked_lm else partial(classification_metrics, labels=examples.labels),
         optimizers=(optimizer, None),
         callbacks=[guard, meter, *callbacks, *runtime.callbacks],
     )
+    trainer.source_vectors, trainer.save_extra = examples.source_vectors, save_extra
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(QuietProgress())
@@ -341,25 +388,36 @@ def train_phase(
     last = newest_checkpoint(folder / "checkpoints")
     if last is not None:
         meter.restore(last)
+    measures_perplexity = examples.masked_lm and validated
+    before = trainer.evaluate()["eval_loss"] if measures_perplexity else None
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     guard.check_weights(model, trainer.state.global_step)
     _check_loss(trainer, guard)
-    return {
+    seconds, history = time.perf_counter() - began, trainer.state.log_history
+    metrics = {
         **meter.metrics(),
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
         "steps": trainer.state.global_step,
-        "loss": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
+        "loss": [[log["step"], log["loss"]] for log in history if "loss" in log],
         "best_validation": trainer.state.best_metric,
         "resumed_from": None if last is None else last.name,
     }
+    for name in ("loss", examples.metric):
+        if values := [[log["step"], log[f"eval_{name}"]] for log in history if f"eval_{name}" in log]:
+            metrics[f"validation_{name}"] = values
+    if before is not None:
+        best = trainer.state.best_metric
+        after = best if best is not None else trainer.evaluate()["eval_loss"]
+        metrics["perplexity"] = {"before": math.exp(before), "after": math.exp(after)}
+    return metrics
 
 
 def _check_loss(trainer: Trainer, guard: DivergenceGuard) -> None:
     """ValueError where the trained model's loss is not finite: finite weights can be too large for finite outputs."""
     with torch.no_grad(), trainer.compute_loss_context_manager():
         batch = next(iter(trainer.get_train_dataloader()))
-        batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
+        batch = {name: value.to(trainer.args.device) for name, value in batch.items() if name != "language"}
         loss = trainer.compute_loss(trainer.model.eval(), batch).item()
     if not math.isfinite(loss):
         raise guard.error(f"the loss after it is {loss}", trainer.state.global_step)
@@ -371,7 +429,7 @@ def _check_loss(trainer: Trainer, guard: DivergenceGuard) -> None:
 def evaluate(
     model: PreTrainedModel, dataset: Dataset, collator, runtime: Runtime, batch_size: int = 64
 ) -> dict[str, float]:
-    """{"macro_f1", "accuracy", "n"} of a classifier on a tokenized data set.
+    """{"macro_f1", "accuracy", "n"} of a classifier on a tokenized data set; with entity tags also "entity_f1".
 
     Raises:
         ValueError: an output of the model is NaN or infinite.
@@ -391,19 +449,8 @@ def evaluate(
         prediction = Trainer(model=model, args=args, data_collator=collator).predict(by_length)
     if not np.isfinite(prediction.predictions).all():
         raise ValueError("evaluation: outputs of the model are NaN or infinite, so it is not scored")
-    return classification_metrics(prediction)
-
-
-def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """{"macro_f1", "accuracy", "n"} over the labelled positions; classes without examples do not enter macro-F1."""
-    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
-    counted = labels != IGNORED
-    truth, guess = labels[counted].numpy(), logits.argmax(-1)[counted].numpy()
-    return {
-        "macro_f1": float(f1_score(truth, guess, labels=sorted(set(truth.tolist())), average="macro", zero_division=0)),
-        "accuracy": float(accuracy_score(truth, guess)),
-        "n": len(truth),
-    }
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    return classification_metrics(prediction, labels)
 
 
 @contextlib.contextmanager

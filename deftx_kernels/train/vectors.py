@@ -15,6 +15,7 @@ from deftx_kernels.train import models
 from deftx_kernels.train.checkpoints import finish, finished_model, save_model
 from deftx_kernels.train.config import LanguageConfig, PhaseConfig, Recipe, TaskConfig, VectorConfig
 from deftx_kernels.train.data import Corpus
+from deftx_kernels.train.sources import SourceVectors
 from deftx_kernels.train.tokens import MaskedLanguageCollator, mask_once, task_collator, tokenize_task, tokenize_text
 from deftx_kernels.train.trainer import DivergenceGuard, Examples, Runtime, train_phase
 
@@ -73,6 +74,7 @@ class VectorBuilder:
         added: Sequence[SparseDelta] = (),
         start: str = "start",
         folder: str = "task",
+        by_source: Sequence[SparseDelta] = (),
         **metadata,
     ) -> Vector:
         """A task vector with its head, on the pretrained model plus the deltas `added`.
@@ -80,14 +82,23 @@ class VectorBuilder:
         Args:
             start: folder of that sum, in phases.
             folder: folder of the vector's phases, in phases.
+            by_source: the vector of each source language, which is in the weights while its examples are trained on.
         """
         corpus, base = self.corpus, self.base()
         train, validation = (
             None if rows is None else tokenize_task(rows, self.tokenizer, corpus.labels, config.max_length)
             for rows in (corpus.train, corpus.validation)
         )
-        examples = Examples(train, validation, task_collator(self.tokenizer, corpus.task))
+        examples = Examples(
+            train,
+            validation,
+            task_collator(self.tokenizer, corpus.task),
+            labels=corpus.labels,
+            metric=corpus.metric,
+            source_vectors=SourceVectors(by_source) if by_source else None,
+        )
         metadata |= {"labels": corpus.labels, "task": corpus.task, "max_length": config.max_length}
+        metadata |= {"source_vectors": corpus.sources} if by_source else {}
         return self._vector(
             "task",
             self._classifier(start, added) if added else base,
@@ -162,7 +173,7 @@ def language_examples(
 
 
 def check_fit(
-    model: str, tokenizer: PreTrainedTokenizerBase, task: str, config: VectorConfig, recipes: Iterable[Recipe]
+    model: str, tokenizer: PreTrainedTokenizerBase, task: str, config: VectorConfig, recipes: Iterable[Recipe | str]
 ) -> None:
     """Whether settings fit a model, from its configuration alone: before any training, without its weights.
 
@@ -181,13 +192,13 @@ def check_fit(
     if positions is not None and config.max_length > positions:
         limit = f"{positions}, the positions of model {model!r}"
         raise ValueError(f"max_length must be at most {limit}, not {config.max_length}")
-    selection = config.selection
-    density = selection.density if selection.k is None else None
-    for recipe in recipes:
-        if recipe == "full":
+    for recipe in map(Recipe.of, recipes):
+        if recipe.name == "full":
             continue
+        selection = recipe.selection(config.selection)
+        density = selection.density if selection.k is None else None
         names, scope = models.maskable_names(outline), str(selection.scope)
-        if recipe == "lift":  # its density holds for each matrix, its k for all together
+        if recipe.name == "lift":  # its density holds for each matrix, its k for all together
             names, scope = models.linear_names(outline), "tensor" if selection.k is None else "global"
         shapes = [outline.get_parameter(name).shape for name in names]
         try:

@@ -6,12 +6,8 @@ from functools import partial
 import pytest
 
 from deftx_kernels.train.config import (
-    CldrData,
     EvalConfig,
-    FilesData,
-    HubData,
     LanguageConfig,
-    NusaxData,
     PhaseConfig,
     RunConfig,
     SelectionConfig,
@@ -19,6 +15,7 @@ from deftx_kernels.train.config import (
     TrainLanguageConfig,
     TrainTaskConfig,
 )
+from deftx_kernels.train.data_config import CldrData, FilesData, HubData, NusaxData
 
 FILES = {"train": ["a.csv"], "test": ["x=a.csv"], "text": ["x=a.txt"]}
 NEITHER = TaskConfig(SelectionConfig(energy=None))
@@ -42,7 +39,10 @@ NEITHER = TaskConfig(SelectionConfig(energy=None))
         (partial(HubData, "d", sources=["a"], targets=["b"]), {"targets": [["a"]], "label_column": ["text"]}),
         (partial(RunConfig, CldrData()), {"seeds": [[], [0, 0], [-1], [1 << 32]], "cost_steps": [-1]}),
         (partial(RunConfig, CldrData()), {"recipes": [[], ["full", "full"], ["x"]], "device": ["tpu"]}),
-        (partial(RunConfig, CldrData()), {"source_vector": [True], "task": [NEITHER]}),
+        (
+            partial(RunConfig, CldrData()),
+            {"task": [NEITHER], "recipes": [["deft-x:x=1"], ["lt-sft:k"]]},
+        ),
         (partial(RunConfig, FilesData(**FILES)), {"source_vector": [True]}),
         (partial(TrainLanguageConfig, "a", language="x", run_dir="r"), {"language": ["a/b", ""], "seed": [-1]}),
         (partial(TrainTaskConfig, train=["a"], run_dir="r"), {"train": [[]], "recipe": ["x"], "settings": [NEITHER]}),

@@ -9,7 +9,7 @@ from train_tiny import write_csv
 
 from deftx_kernels.train import data
 from deftx_kernels.train.cldr import KINDS, display_names, load_cldr, split_of
-from deftx_kernels.train.config import CldrData, Columns, FilesData, HubData, NusaxData
+from deftx_kernels.train.data_config import CldrData, Columns, FilesData, HubData, NusaxData
 from deftx_kernels.train.readers import read_task, read_text
 
 LANGUAGES = ["en", "id", "eu", "sw"]

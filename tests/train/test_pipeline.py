@@ -13,8 +13,9 @@ from rich.console import Console
 from deftx_kernels import CSRMask, SparseDelta
 from deftx_kernels.train import costs, figures, models, pipeline, recipes, report, runs
 from deftx_kernels.train.checkpoints import finished
-from deftx_kernels.train.config import LanguageConfig, NusaxData, PhaseConfig, SelectionConfig, TaskConfig
+from deftx_kernels.train.config import LanguageConfig, PhaseConfig, SelectionConfig, TaskConfig
 from deftx_kernels.train.data import load_corpus
+from deftx_kernels.train.data_config import NusaxData
 from deftx_kernels.train.presets import NusaxRun
 
 
@@ -159,7 +160,7 @@ def test_score_tables():
         for (method, kind), row in values.items()
         for language, value in row.items()
     ]
-    metrics = {"data": {"targets": ["id"], "sources": ["en"]}, "scores": scores}
+    metrics = {"data": {"targets": ["id"], "sources": ["en"], "metric": "macro_f1"}, "scores": scores}
     assert report.score_table(metrics) == [
         ["", "Indonesian", "mean", "sources"],
         ["full fine-tuning", ".500", ".500", ".800"],

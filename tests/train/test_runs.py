@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from deftx_kernels.train import runs
-from deftx_kernels.train.config import FilesData, RunConfig, TrainLanguageConfig, to_dict
+from deftx_kernels.train.config import RunConfig, TrainLanguageConfig, to_dict
+from deftx_kernels.train.data_config import FilesData
 from deftx_kernels.train.runs import open_run
 
 HASHES = {"model": "1", "text": "2"}

@@ -1,0 +1,141 @@
+"""The vectors and scores of one seed."""
+
+import itertools
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from deftx_kernels.delta import SparseDelta
+from deftx_kernels.train import models
+from deftx_kernels.train.checkpoints import finish, finished
+from deftx_kernels.train.config import Recipe, RunConfig
+from deftx_kernels.train.data import Corpus
+from deftx_kernels.train.deltas import overlap
+from deftx_kernels.train.language_store import open_store
+from deftx_kernels.train.recipes import dense_phase, learn
+from deftx_kernels.train.tokens import task_collator, tokenize_task
+from deftx_kernels.train.trainer import Runtime, evaluate, with_deltas
+from deftx_kernels.train.vectors import Vector, VectorBuilder
+
+
+class SeedRun:
+    """The vectors and scores of one seed, in one folder."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        corpus: Corpus,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        folder: Path,
+        console: Console,
+    ):
+        self.config, self.corpus, self.tokenizer, self.seed, self.folder = config, corpus, tokenizer, seed, folder
+        self.console = console
+        self.runtime = Runtime(seed=seed, device=config.device, report_to=tuple(config.report_to))
+        self.builder = VectorBuilder(config.model, corpus, tokenizer, self.runtime, folder)
+        recipes = [Recipe.of(text) for text in config.recipes]
+        self.recipes = [recipe for recipe in recipes if recipe.name != "full"]
+        self.needs_dense = any(recipe.name != "lift" for recipe in recipes)
+        self.languages = list(corpus.targets) + (list(corpus.sources) if config.source_vector else [])
+        self.phases: list[dict] = []
+        self.deltas: dict[tuple[str, str], SparseDelta] = {}  # by recipe and vector
+        dense = self.needs_dense * (len(self.recipes) if config.source_vector else 1)
+        languages = len(self.languages) * (len(self.recipes) + self.needs_dense) if self.recipes else 0
+        self._total = languages + len(self.recipes) + dense
+        self._counter = itertools.count(1)
+
+    def learn_all(self) -> None:
+        """Language vectors first: with source_vector, the task is trained with those of the sources."""
+        if self.recipes:
+            self._learn_languages()
+        sources = self.corpus.sources
+        if not self.config.source_vector:
+            self._learn(self.builder.task(self.config.task, sources=sources), "task", self.recipes)
+            return
+        for recipe in self.recipes:
+            folder, deltas = f"task-{recipe.folder}", self._source_deltas(recipe)
+            options = {"added": deltas} if len(deltas) == 1 else {"by_source": deltas}
+            vector = self.builder.task(
+                self.config.task, start=f"{folder}/start", folder=folder, sources=sources, **options
+            )
+            self._learn(vector, "task", [recipe])
+
+    def _learn_languages(self) -> None:
+        settings, shared = self.config.language, self.config.language_vectors
+        with open_store(self.config, self.builder, self.console) as builder:
+            self.console.print("[bold]MLM head[/] · a new one is trained with the body frozen")
+            start = builder.mlm_start(settings, self.languages)
+            for language in self.languages:
+                vector = builder.language(language, start, settings)
+                title = f"language {language}"
+                self._learn(vector, title, self.recipes, recorded=shared is None or self.seed == self.config.seeds[0])
+
+    def _source_deltas(self, recipe: Recipe) -> list[SparseDelta]:
+        """The source languages' vectors, where the task is trained with them."""
+        sources = self.corpus.sources if self.config.source_vector else []
+        return [self.deltas[str(recipe), f"language-{name}"] for name in sources]
+
+    def _learn(self, vector: Vector, title: str, recipes: list[Recipe], recorded: bool = True) -> None:
+        def heading(what: str) -> None:
+            self.console.print(f"[bold cyan]\\[{next(self._counter)}/{self._total}][/] [bold]{title}[/] · {what}")
+
+        def record(method: str, metrics: dict) -> None:
+            if recorded:
+                self.phases.append({"seed": self.seed, "vector": vector.name, "method": method, **metrics})
+
+        if self.needs_dense:
+            heading("full fine-tuning (dense phase)")
+            record("dense", dense_phase(vector, self.runtime))
+        for recipe in recipes:
+            heading(f"{recipe.label} (selection and sparse phase)")
+            self.deltas[str(recipe), vector.name], metrics = learn(vector, recipe, self.runtime)
+            record(str(recipe), metrics)
+
+    def overlaps(self) -> list[dict]:
+        """What the task vector shares with each language vector, by recipe."""
+        return [
+            {
+                "seed": self.seed,
+                "method": str(recipe),
+                "language": language,
+                **overlap(self.deltas[str(recipe), "task"], self.deltas[str(recipe), f"language-{language}"]),
+            }
+            for recipe in self.recipes
+            for language in self.languages
+        ]
+
+    def evaluate_all(self) -> list[dict]:
+        """Scores by language: of full fine-tuning, and of each recipe alone and with the language's vector.
+
+        A task vector that was trained with a single source vector is scored alone with that vector, as in training.
+        """
+        folder = self.folder / "phases/evaluation"
+        if (saved := finished(folder)) is not None:
+            return saved["scores"]
+        self.console.print("[bold]zero-shot evaluation[/]")
+        corpus, scores = self.corpus, []
+        collator, length = task_collator(self.tokenizer, corpus.task), self.config.task.max_length
+        tests = {name: tokenize_task(rows, self.tokenizer, corpus.labels, length) for name, rows in corpus.test.items()}
+        load = partial(models.load_classifier, labels=corpus.labels, task=corpus.task)
+
+        def add(model, method: str, kind: str, languages: Iterable[str]) -> None:
+            for language in languages:
+                result = evaluate(model, tests[language], collator, self.runtime)
+                scores.append({"seed": self.seed, "method": method, "kind": kind, "language": language, **result})
+
+        if self.needs_dense and not self.config.source_vector:
+            add(load(self.folder / "phases/task/dense/model"), "full", "task", tests)
+        model = load(self.builder.base())
+        for recipe in self.recipes:
+            task, sources = self.deltas[str(recipe), "task"], self._source_deltas(recipe)
+            with with_deltas(model, [task, *(sources if len(sources) == 1 else [])]):
+                add(model, str(recipe), "task", tests)
+            for language in self.languages:
+                with with_deltas(model, [task, self.deltas[str(recipe), f"language-{language}"]]):
+                    add(model, str(recipe), "composed", [language] if language in tests else [])
+        finish(folder, {"scores": scores})
+        return scores
