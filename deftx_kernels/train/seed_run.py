@@ -49,12 +49,13 @@ class SeedRun:
         self._counter = itertools.count(1)
 
     def learn_all(self) -> None:
-        """Language vectors first: with source_vector, the task is trained with those of the sources."""
-        if self.recipes:
-            self._learn_languages()
+        """The task vectors and language vectors. With source_vector, the task is trained with those of the sources."""
         sources = self.corpus.sources
         if not self.config.source_vector:
-            self._learn(self.builder.task(self.config.task, sources=sources), "task", self.recipes)
+            self._learn(self.builder.task(self.config.task, sources=sources), "task", self.recipes, self.runtime)
+        if self.recipes:
+            self._learn_languages()
+        if not self.config.source_vector:
             return
         for recipe in self.recipes:
             folder, deltas = f"task-{recipe.folder}", self._source_deltas(recipe)
@@ -62,24 +63,26 @@ class SeedRun:
             vector = self.builder.task(
                 self.config.task, start=f"{folder}/start", folder=folder, sources=sources, **options
             )
-            self._learn(vector, "task", [recipe])
+            self._learn(vector, "task", [recipe], self.runtime)
 
     def _learn_languages(self) -> None:
-        settings, shared = self.config.language, self.config.language_vectors
-        with open_store(self.config, self.builder, self.console) as builder:
-            self.console.print("[bold]MLM head[/] · a new one is trained with the body frozen")
-            start = builder.mlm_start(settings, self.languages)
-            for language in self.languages:
-                vector = builder.language(language, start, settings)
-                title = f"language {language}"
-                self._learn(vector, title, self.recipes, recorded=shared is None or self.seed == self.config.seeds[0])
+        settings, shared = self.config.language, self.config.language_vectors is not None
+        builder = open_store(self.config, self.builder, self.console) if shared else self.builder
+        self.console.print("[bold]MLM head[/] · a new one is trained with the body frozen")
+        start = builder.mlm_start(settings, self.languages)
+        recorded = not shared or self.seed == self.config.seeds[0]
+        for language in builder.in_turn(self.languages):
+            vector = builder.language(language, start, settings)
+            self._learn(vector, f"language {language}", self.recipes, builder.runtime, recorded)
 
     def _source_deltas(self, recipe: Recipe) -> list[SparseDelta]:
         """The source languages' vectors, where the task is trained with them."""
         sources = self.corpus.sources if self.config.source_vector else []
         return [self.deltas[str(recipe), f"language-{name}"] for name in sources]
 
-    def _learn(self, vector: Vector, title: str, recipes: list[Recipe], recorded: bool = True) -> None:
+    def _learn(
+        self, vector: Vector, title: str, recipes: list[Recipe], runtime: Runtime, recorded: bool = True
+    ) -> None:
         def heading(what: str) -> None:
             self.console.print(f"[bold cyan]\\[{next(self._counter)}/{self._total}][/] [bold]{title}[/] · {what}")
 
@@ -89,10 +92,10 @@ class SeedRun:
 
         if self.needs_dense:
             heading("full fine-tuning (dense phase)")
-            record("dense", dense_phase(vector, self.runtime))
+            record("dense", dense_phase(vector, runtime))
         for recipe in recipes:
             heading(f"{recipe.label} (selection and sparse phase)")
-            self.deltas[str(recipe), vector.name], metrics = learn(vector, recipe, self.runtime)
+            self.deltas[str(recipe), vector.name], metrics = learn(vector, recipe, runtime)
             record(str(recipe), metrics)
 
     def overlaps(self) -> list[dict]:

@@ -1,6 +1,6 @@
 """A vector to learn: the model that it starts from (theta0, as a model folder) and its tokenized examples."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -67,6 +67,10 @@ class VectorBuilder:
             keep_head=False,
             metadata={"language": language},
         )
+
+    def in_turn(self, languages: Sequence[str]) -> Iterator[str]:
+        """The languages in the order in which their vectors can be made."""
+        return iter(languages)
 
     def task(
         self,
