@@ -47,8 +47,9 @@ def largest_changes(
         if denoised:
             cleaned, info = svd_denoise({name: scores[name] for name in denoised}, return_info=True, **options)
             scores |= cleaned
-        largest = torch.full((before.nnz,), torch.finfo(torch.float32).max, device=before.device)
-        before.scatter_(scores, largest)
+        device = scores[names[0]].device
+        largest = torch.full((before.nnz,), torch.finfo(torch.float32).max, device=device)
+        before.to(device).scatter_(scores, largest)
         return topk_mask(scores, **size), denoising_of(info)
     if not denoised:
         return select_mask(tuned, base, names=names, **size), {}

@@ -262,11 +262,15 @@ class CostMeter(TrainerCallback, ExportableState):
 
 
 class L1Toward(TrainerCallback):
-    """Adds the gradient of weight * sum|theta - start| to dense gradients, once an optimizer step."""
+    """Adds the gradient of weight * sum|theta - start| to dense gradients, once an optimizer step.
 
-    def __init__(self, model: nn.Module, weight: float):
+    Args:
+        start: a model; its tensors are copied.
+    """
+
+    def __init__(self, start: nn.Module, weight: float):
         self.weight = weight
-        self.start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.start = {name: p.detach().clone() for name, p in start.named_parameters() if p.requires_grad}
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
         for name, parameter in model.named_parameters():

@@ -28,7 +28,7 @@ class Vector:
 
     name: str
     start: Path
-    """Folder of theta0, a transformers model folder."""
+    """Folder of the model that training begins with (theta0), a transformers model folder."""
     load: Callable[[Path], PreTrainedModel]
     examples: Examples
     config: VectorConfig
@@ -42,6 +42,8 @@ class Vector:
     """Folder of the model that the vector will be added to, where that is not theta0 (a task trained on top of a source
     language vector)."""
     metadata: dict = field(default_factory=dict)
+    theta0: Path | None = None
+    """Folder of theta0 where `start` is that of a later iteration: what L1 and weight decay pull toward."""
 
 
 @dataclass
