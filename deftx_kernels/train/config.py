@@ -243,6 +243,9 @@ class LanguageConfig(VectorConfig):
     """Join the texts and cut them into blocks of max_length tokens; otherwise one text is one example."""
     tie_decoder: bool = False
     """Let the output layer share the word embeddings; otherwise it is a frozen copy of them."""
+    vocabulary: Literal["whole", "text"] = "whole"
+    """The tokens that masked positions are predicted among: all of the model, or those in the text, which makes
+    training with a large vocabulary and little text cheaper. Perplexities are over these tokens."""
     head_steps: int = 500
     """Steps of training of a newly made MLM head with the body frozen; a pretrained head needs none."""
     head_lr: float = 1e-3
@@ -252,6 +255,10 @@ class LanguageConfig(VectorConfig):
         super().__post_init__()
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"mlm_probability must be between 0 and 1, not {self.mlm_probability}")
+        if self.vocabulary not in ("whole", "text"):
+            raise ValueError(f"vocabulary must be whole or text, not {self.vocabulary!r}")
+        if self.vocabulary == "text" and self.tie_decoder:
+            raise ValueError("vocabulary: text needs tie_decoder = False: a tied decoder is trained with all its rows")
         check_int("head_steps", self.head_steps, 0)
         check_number("head_lr", self.head_lr, positive=True)
 

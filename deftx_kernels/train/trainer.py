@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -66,6 +66,8 @@ class Examples:
     validation: Dataset | None
     collator: Callable
     masked_lm: bool = False
+    vocabulary: Tensor | None = None
+    """Ids [tokens] of the tokens that masked positions are predicted among, ascending; None: all."""
     labels: list[str] = field(default_factory=list)
     metric: str = "macro_f1"
     """The score that chooses the best checkpoint."""
@@ -145,8 +147,23 @@ class MaskedLanguageTrainer(VectorTrainer):
     """A Trainer whose MLM loss computes logits only at the masked positions.
 
     15 % of the positions are masked; the [batch, length, vocabulary] logits of the others, the largest tensor of the
-    step, are never computed.
+    step, are never computed. With a `vocabulary`, neither are those of other tokens.
     """
+
+    def use_vocabulary(self, tokens: Tensor) -> None:
+        """Predict masked positions among `tokens` [count], ids in ascending order. The decoder's weight is frozen."""
+        decoder = self.model.get_output_embeddings()
+        tokens = tokens.to(decoder.weight.device)
+        weight = decoder.weight.detach()[tokens]
+        self.column = torch.full((len(decoder.weight),), IGNORED, device=tokens.device)
+        self.column[tokens] = torch.arange(len(tokens), device=tokens.device)
+
+        def forward(hidden: Tensor) -> Tensor:
+            return nn.functional.linear(hidden, weight, None if decoder.bias is None else decoder.bias[tokens])
+
+        decoder.forward = forward
+
+    column: Tensor | None = None  # of each token among the logits
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
@@ -161,7 +178,8 @@ class MaskedLanguageTrainer(VectorTrainer):
             outputs = model(**inputs)
         finally:
             hook.remove()
-        total = nn.functional.cross_entropy(outputs.logits.float(), labels[masked], reduction="sum")
+        targets = labels[masked] if self.column is None else self.column[labels[masked]]
+        total = nn.functional.cross_entropy(outputs.logits.float(), targets, reduction="sum")
         loss = total / (num_items_in_batch if num_items_in_batch is not None else masked.sum())
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
@@ -383,6 +401,8 @@ def train_phase(
         optimizers=(optimizer, None),
         callbacks=[guard, meter, *callbacks, *runtime.callbacks],
     )
+    if examples.vocabulary is not None:
+        trainer.use_vocabulary(examples.vocabulary)
     trainer.source_vectors, trainer.save_extra = examples.source_vectors, save_extra
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
@@ -414,6 +434,8 @@ def train_phase(
         best = trainer.state.best_metric
         after = best if best is not None else trainer.evaluate()["eval_loss"]
         metrics["perplexity"] = {"before": math.exp(before), "after": math.exp(after)}
+    if examples.vocabulary is not None:
+        del model.get_output_embeddings().forward  # that of the class again
     return metrics
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
@@ -175,7 +176,12 @@ def language_examples(
     train = tokenize_text(text, tokenizer, config.max_length, config.pack)
     if validation is not None:
         validation = mask_once(tokenize_text(validation, tokenizer, config.max_length, config.pack), collator)
-    return Examples(train, validation, collator, masked_lm=True)
+    vocabulary = None
+    if config.vocabulary == "text":
+        parts = [train["input_ids"], [] if validation is None else validation["labels"]]
+        ids = torch.unique(torch.tensor([token for rows in parts for row in rows for token in row]))
+        vocabulary = ids[ids >= 0]  # without IGNORED
+    return Examples(train, validation, collator, masked_lm=True, vocabulary=vocabulary)
 
 
 def check_fit(

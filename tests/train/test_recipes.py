@@ -12,7 +12,18 @@ import torch
 from datasets import Dataset
 from safetensors.numpy import load_file
 from train_tiny import BAD, GOOD
-from train_vectors import LABELS, RUNTIME, K, builder, labelled, language_vector, phase, task_settings, task_vector
+from train_vectors import (
+    LABELS,
+    RUNTIME,
+    K,
+    builder,
+    labelled,
+    language_settings,
+    language_vector,
+    phase,
+    task_settings,
+    task_vector,
+)
 
 from deftx_kernels import CSRMask, SparseDelta, compose
 from deftx_kernels.train import models, recipes, trainer
@@ -307,6 +318,30 @@ def test_mlm_loss_at_the_asked_positions_is_the_model_s_own(tiny_bert, tmp_path)
     loss, outputs = ours.compute_loss(model, dict(batch), return_outputs=True)
     assert loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
     assert outputs["logits"].shape[0] == (batch["labels"] != -100).sum()
+
+
+def test_mlm_loss_among_the_tokens_of_the_text(tiny_bert, tmp_path):
+    vector = language_vector(tiny_bert, tmp_path, language_settings(vocabulary="text"))
+    tokens = vector.examples.vocabulary
+    text = {token for row in vector.examples.train["input_ids"] for token in row}
+    assert text <= set(tokens.tolist())
+    model = vector.load(vector.start).eval()
+    assert 4 < len(tokens) < len(model.get_output_embeddings().weight)
+    batch = vector.examples.collator([vector.examples.train[i] for i in range(8)])
+    masked = batch["labels"] != -100
+    logits = model(batch["input_ids"], batch["attention_mask"]).logits[masked][:, tokens]
+    targets = torch.searchsorted(tokens, batch["labels"][masked])
+    ours = trainer.MaskedLanguageTrainer(
+        model=model, args=trainer.training_arguments(tmp_path, vector.config, phase(), RUNTIME, False, vector.examples)
+    )
+    ours.use_vocabulary(tokens)
+    loss, outputs = ours.compute_loss(model, dict(batch), return_outputs=True)
+    assert outputs["logits"].shape == logits.shape
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+    _delta, metrics = learn(vector, "lt-sft", RUNTIME)
+    assert metrics["steps"] == 6
+    with pytest.raises(ValueError, match="vocabulary: text needs tie_decoder"):
+        language_settings(vocabulary="text", tie_decoder=True)
 
 
 def test_token_classification(tiny_bert, tmp_path):
