@@ -135,12 +135,13 @@ def _small_task(density: float = 0.051) -> TaskConfig:
 def _small_language() -> LanguageConfig:
     return LanguageConfig(
         SelectionConfig(density=0.0276),
-        _small_phase(1e-4, 3),
-        _small_phase(5e-4, 3),
+        _small_phase(3e-4, 4),
+        _small_phase(1e-3, 4),
         batch_size=16,
         accumulation=1,
         max_length=64,
-        head_steps=400,
+        vocabulary="text",
+        head_steps=800,
         head_lr=2e-3,
     )
 
