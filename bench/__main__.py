@@ -19,7 +19,7 @@ import torch
 from bench import machine, report
 from bench.families import FAMILIES, OPS, SIZES, workloads
 from bench.harness import Choice, Workload, measure, silence_libraries
-from bench.rows import OURS, RESULTS, ROOT, append, newest, provenance
+from bench.rows import OURS, RESULTS, ROOT, Workloads, append, by_workload, newest, provenance
 from bench.targets import TARGETS
 
 QUICK = ("minilm",)  # the default sizes with --quick
@@ -75,18 +75,20 @@ def run(options: argparse.Namespace) -> int:
     metadata = provenance(device)
     print(", ".join(f"{k} {v}" for k, v in metadata.items() if v))
     print("Medians of interleaved calls with flushed caches; every result is checked first. Peak: without the inputs.")
-    tally = Tally()
+    found, op = [], ""
     for family in options.family:
         for workload in chosen(options, family, device):
-            print_heading(workload, tally)
-            rows = []
+            print_heading(workload, new=workload.op != op)
+            op, rows = workload.op, []
             for row in measured(workload, metadata, options):
                 print_row(row)
-                tally.add(row)
                 rows.append(row)
             append([row for row in rows if "p50_ms" in row], options.out / f"{family}.csv")
-    print(tally.summary(options.out))
-    return 1 if tally.wrong or not tally.workloads else 0
+            found += rows
+    wrong = [f"WRONG: {r['provider']} in {r['op']}, {r['size']}: {r['wrong']}" for r in found if "wrong" in r]
+    timed = by_workload(row for row in found if "p50_ms" in row)
+    print(*summary(timed), f"Rows: {options.out}. {len(wrong)} results were wrong.", *wrong, sep="\n")
+    return 1 if wrong or not timed else 0
 
 
 def measured(workload: Workload, metadata: dict[str, Any], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -112,40 +114,26 @@ def chosen(options: argparse.Namespace, family: str, device: str) -> Iterator[Wo
             yield workload
 
 
-class Tally:
-    """The results of a run."""
-
-    def __init__(self) -> None:
-        self.op = ""  # the last heading
-        self.workloads: dict[tuple, list[tuple[float, str]]] = {}  # → (speedup, baseline)
-        self.wrong: list[str] = []
-
-    def add(self, row: dict[str, Any]) -> None:
-        if "wrong" in row:
-            self.wrong.append(f"WRONG: {row['provider']} in {row['op']}, {row['size']}: {row['wrong']}")
-        elif "p50_ms" in row:
-            speedups = self.workloads.setdefault(tuple(row[k] for k in ("op", "size", "dtype", "density")), [])
-            if not row["provider"].startswith(OURS) and row["times_ours"]:
-                speedups.append((float(row["times_ours"]), row["provider"]))
-
-    def summary(self, out: Path) -> str:
-        compared = {workload: speedups for workload, speedups in self.workloads.items() if speedups}
-        slower = {workload: min(speedups) for workload, speedups in compared.items() if min(speedups)[0] < 1}
-        fastest = f"{len(compared) - len(slower)} of {len(compared)}"
-        lines = ["", f"{OURS} was the fastest in {fastest} workloads with baselines."]
-        for workload, (speedup, baseline) in slower.items():
-            lines.append(f"  slower in {', '.join(filter(None, workload))}: speedup {speedup:.2f} over {baseline}")
-        lines.append(f"Rows: {out}. {len(self.wrong)} results were wrong.")
-        return "\n".join(lines + self.wrong)
+def summary(timed: Workloads) -> list[str]:
+    """In how many workloads ours was the fastest, and where it was not."""
+    compared, slower = 0, []
+    for workload, rows in timed.items():
+        others = [row for name, row in rows.items() if not name.startswith(OURS) and row["times_ours"]]
+        if others:
+            compared += 1
+            fastest = min(others, key=lambda row: float(row["times_ours"]))
+            if (speedup := float(fastest["times_ours"])) < 1:
+                where = ", ".join(filter(None, workload))
+                slower.append(f"  slower in {where}: speedup {speedup:.2f} over {fastest['provider']}")
+    counts = f"{compared - len(slower)} of {compared}"
+    return ["", f"{OURS} was the fastest in {counts} workloads with baselines.", *slower]
 
 
-def print_heading(workload: Workload, tally: Tally) -> None:
-    if workload.op != tally.op:
-        tally.op = workload.op
+def print_heading(workload: Workload, new: bool) -> None:
+    if new:
         print(f"\n{workload.op}: {OPS[workload.op]}")
-    parts = [workload.title, workload.dtype_name]
-    parts += [f"{100 * workload.density:.3g} % of the entries"] if workload.density is not None else []
-    print(f"\n  {', '.join(parts)}", flush=True)
+    entries = "" if workload.density is None else f", {100 * workload.density:.3g} % of the entries"
+    print(f"\n  {workload.title}, {workload.dtype_name}{entries}", flush=True)
     columns = f"{'speedup':>10} {'of the floor':>12} {'host':>10} {'peak':>10}"
     print(f"    {'implementation':38} {'median':>10} {'p20 .. p80':>22} {columns}")
 

@@ -19,9 +19,7 @@ optimizer state, gradients and activations.
 """
 
 import contextlib
-import ctypes
 import functools
-import gc
 import importlib
 import logging
 import os
@@ -41,10 +39,11 @@ from torch import Tensor
 
 from bench.rows import OURS, package_of
 from deftx_kernels import backends
-from deftx_kernels.train.tensors import peak_bytes
+from deftx_kernels.train.tensors import memory_in_use, peak_bytes
 
 Setting = tuple[torch.dtype, float]
 Call = Callable[[], Any]
+GRAPH = ", CUDA graph"  # appended to an implementation's name
 # Milliseconds by which the host is ahead of a GPU: at least, at most; in between twice its time, from so many calls.
 LEAD, LONGEST_LEAD, HOST_CALLS = 1.0, 20.0, 3
 
@@ -162,7 +161,8 @@ def milliseconds(call: Call, device: str) -> float:
 def on_busy_device(call: Call, lead: float) -> tuple[float, float]:
     """(milliseconds of the GPU, with the host `lead` ms ahead of it; milliseconds of the host until it returns)."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(round(lead * cycles()))
+    if lead:
+        torch.cuda._sleep(round(lead * cycles()))
     start.record()
     host = host_milliseconds(call)
     end.record()
@@ -179,15 +179,9 @@ def host_milliseconds(call: Call) -> float:
 @functools.cache
 def cycles() -> float:
     """Clock cycles of `torch.cuda._sleep` per millisecond."""
-    count, taken = 5_000_000, 0.0
-    for _ in range(3):  # the last one counts: the clock is then that of a busy device
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        torch.cuda._sleep(count)
-        end.record()
-        end.synchronize()
-        taken = start.elapsed_time(end)
-    return count / taken
+    count = 5_000_000
+    times = [on_busy_device(lambda: torch.cuda._sleep(count), 0.0)[0] for _ in range(3)]
+    return count / times[-1]  # the clock is then that of a busy device
 
 
 @functools.cache
@@ -280,9 +274,7 @@ def available_bytes() -> int:
 
 def trim() -> None:
     """Return freed memory to the system."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    memory_in_use()
 
 
 def peak_extra(call: Call, device: str) -> float | None:
@@ -291,40 +283,45 @@ def peak_extra(call: Call, device: str) -> float | None:
     return None if peak is None else peak / 1e6
 
 
-def two_steps(make: Callable[[], Call]) -> None:
-    """What the peak of a training case is measured of."""
-    call = make()
-    call()
-    call()
+def peak_of(case: Case, make: Callable[[], Call], call: Call | None, device: str) -> float | None:
+    """The peak of a call; of a training case that of making an implementation and two calls."""
+
+    def two_steps() -> None:
+        step = make()
+        step()
+        step()
+
+    return peak_extra(two_steps if case.training else call or make(), device)
 
 
 @dataclass
-class Alone:
-    """The measurements of one implementation in its own process."""
+class Measured:
+    """What was measured of an implementation."""
 
-    peak: float | None = None
-    times: list[float] = field(default_factory=list)  # of isolated cases only
-    host: float | None = None  # likewise
+    times: list[float] = field(default_factory=list)  # milliseconds
+    host: float | None = None  # milliseconds until a call returns, on a GPU
+    peak: float | None = None  # megabytes
+    wrong: str = ""
 
 
-def alone(workload: Workload, implementation: str, rounds: int) -> Alone | None:
-    """Measure one implementation in its own process; None if that process failed (the reason is printed)."""
+def alone(workload: Workload, implementation: str, rounds: int) -> Measured:
+    """Measure the peak of one implementation, and of an isolated case the times, in its own process."""
     try:
         # Spawned, not forked: a fork would share this process's pages and arenas.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(_alone_here, workload, implementation, rounds, torch.get_num_threads()).result()
     except Exception as error:
         print(f"{implementation} failed in a process of its own: {type(error).__name__}: {error}", flush=True)
-        return None
+        return Measured(wrong="it failed in a process of its own (printed above)")
 
 
-def _alone_here(workload: Workload, implementation: str, rounds: int, threads: int) -> Alone:
+def _alone_here(workload: Workload, implementation: str, rounds: int, threads: int) -> Measured:
     silence_libraries()
     torch.set_num_threads(threads)
     workload.tiny().implementations[implementation]()()
     case = workload.make()
     make = case.implementations[implementation]
-    found = Alone(peak_extra(partial(two_steps, make) if case.training else make(), workload.device))
+    found = Measured(peak=peak_of(case, make, None, workload.device))
     if case.isolated:
         call = make()
         call()
@@ -334,16 +331,6 @@ def _alone_here(workload: Workload, implementation: str, rounds: int, threads: i
 
 
 # ---- one workload ----
-@dataclass
-class Measured:
-    """What was measured of a workload, by implementation."""
-
-    times: dict[str, list[float]] = field(default_factory=dict)
-    host: dict[str, float] = field(default_factory=dict)
-    peaks: dict[str, float | None] = field(default_factory=dict)
-    wrong: dict[str, str] = field(default_factory=dict)
-
-
 def measure(
     workload: Workload, metadata: dict[str, Any], rounds: int | None, chosen: tuple[str, ...], fresh: bool
 ) -> Iterator[dict[str, Any]]:
@@ -359,58 +346,57 @@ def measure(
         if not chosen or name in chosen:
             yield same | {"provider": name, "absent": reason}
     found = run(workload, case, rounds or case.rounds, fresh)
-    for name, fault in found.wrong.items():
-        yield same | {"provider": name, "wrong": fault}
+    for name, one in found.items():
+        if one.wrong:
+            yield same | {"provider": name, "wrong": one.wrong}
     bandwidth, rate = ceilings(device, workload.dtype if workload.dtype.is_floating_point else torch.float32)
     floor = 1e3 * max(case.bytes / bandwidth, case.flops / rate)
     same |= {"bytes": case.bytes, "flops": f"{case.flops:.0f}", "floor_ms": f"{floor:.4f}"}
     same |= {"copy_gb_s": f"{bandwidth / 1e9:.1f}", "product_gflop_s": f"{rate / 1e9:.0f}"}
-    ours = found.times.get(OURS)
-    for name, taken in found.times.items():
-        row = same | {"provider": name, "package": package_of(name), "rounds": len(taken)}
+    ours = found[OURS].times if OURS in found else []
+    for name, one in found.items():
+        if one.wrong:
+            continue
+        row = same | {"provider": name, "package": package_of(name), "rounds": len(one.times)}
         row["backend"] = backend(case.served_by or workload.op, device) if name.startswith(OURS) else ""
-        p20, p50, p80 = quantiles(taken)
+        p20, p50, p80 = quantiles(one.times)
         row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}"}
-        row |= {"share_of_floor": f"{floor / p50:.4f}"}
-        row["host_ms"] = f"{found.host[name]:.4f}" if name in found.host else ""
-        row["times_ours"] = f"{statistics.median(t / o for t, o in zip(taken, ours)):.3f}" if ours else ""
-        peak = found.peaks.get(name)
-        row["peak_extra_mb"] = "" if peak is None else f"{peak:.1f}"
+        row |= {"share_of_floor": f"{floor / p50:.4f}", "host_ms": "" if one.host is None else f"{one.host:.4f}"}
+        row["times_ours"] = f"{statistics.median(t / o for t, o in zip(one.times, ours)):.3f}" if ours else ""
+        row["peak_extra_mb"] = "" if one.peak is None else f"{one.peak:.1f}"
         yield row | (case.footprints[name].columns(case.parameters) if name in case.footprints else {})
 
 
-def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> Measured:
+def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> dict[str, Measured]:
     """Check and time the case, which then lets go of its inputs."""
     device = workload.device
-    found, calls = Measured(), {}
-    found.wrong, calls = checked(case)
+    found, calls = checked(case)
     fresh = case.isolated or (fresh and device == "cpu")
     if not fresh:
         for name, call in calls.items():  # and the warm-up
-            measured = partial(two_steps, case.implementations[name]) if case.training else call
-            found.peaks[name] = peak_extra(measured, device)
+            found[name].peak = peak_of(case, case.implementations[name], call, device)
     if not case.isolated:
-        found.times, found.host = timed(calls, device, rounds, case.once, case.training)
+        times, host = timed(calls, device, rounds, case.once, case.training)
+        for name in calls:
+            found[name].times, found[name].host = times[name], host.get(name)
     names = list(calls)
     case.implementations, case.check = {}, lambda result: None
     del calls
     trim()
     for name in names if fresh else ():
         result = alone(workload, name, rounds)
-        found.peaks[name] = result.peak if result else None
-        if case.isolated and result:
-            found.times[name] = result.times
-            found.host |= {} if result.host is None else {name: result.host}
-        elif case.isolated:
-            found.wrong[name] = "it failed in a process of its own (printed above)"
+        if case.isolated:
+            found[name] = result
+        found[name].peak = result.peak
     return found
 
 
-def checked(case: Case) -> tuple[dict[str, str], dict[str, Call]]:
-    """(what is wrong by implementation, a call of each of the others)."""
-    right, faults = {}, {}
+def checked(case: Case) -> tuple[dict[str, Measured], dict[str, Call]]:
+    """(what is wrong by implementation, a call of each of the right ones)."""
+    right: dict[str, Any] = {}
+    found: dict[str, Measured] = {}
     for name, make in case.implementations.items():
-        call = None
+        call, fault = None, None
         try:
             call = make()
             fault = case.check(call())
@@ -418,13 +404,12 @@ def checked(case: Case) -> tuple[dict[str, str], dict[str, Call]]:
             fault = f"{type(error).__name__}: {error}"
         if fault or case.training:
             call = None  # before the next is made: there may be memory for one only
-        if fault:
-            faults[name] = fault
-        else:
+        found[name] = Measured(wrong=fault or "")
+        if not fault:
             right[name] = call
     if not case.isolated:
         right = {name: call or case.implementations[name]() for name, call in right.items()}
-    return faults, right
+    return found, right
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:

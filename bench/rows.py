@@ -30,6 +30,7 @@ PACKAGES |= {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}  # first word
 RENAMED = {"LT-SFT's way": "LT-SFT", "LIFT's way": "LIFT", "LIFT's way, svd_lowrank": "LIFT, svd_lowrank"}
 
 Row = dict[str, str]
+Workloads = dict[tuple[str, ...], dict[str, Row]]  # op, size, dtype, density → implementation → its row
 
 
 def version(package: str) -> str:
@@ -137,6 +138,13 @@ def of_kind(rows: list[Row], kind: str) -> list[Row]:
 
 def workload_of(row: Row) -> tuple[str, ...]:
     return tuple(row[k] for k in WORKLOAD)
+
+
+def by_workload(rows: Iterable[Row]) -> Workloads:
+    found: Workloads = {}
+    for row in rows:
+        found.setdefault(workload_of(row), {})[row["provider"]] = row
+    return found
 
 
 def of_device(rows: list[Row], kind: str) -> list[Row]:
