@@ -39,7 +39,6 @@ SECTOR = {"cpu": 64, "cuda": 32}  # bytes
 DENSITIES = (0.01, 0.05, 0.1, 0.3)
 ROUNDS = 9
 DENSE_BYTES = {"cpu": 1 << 29, "cuda": 1 << 30}  # of a dense tensor: more than the caches
-POSITIONS = {"cpu": 1, "cuda": 1024}  # their number is a multiple of this
 SIDE = {"cpu": 1536, "cuda": 8192}  # of the matrices
 SECONDS = 80  # for Nsight Compute
 SECTORS = "l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_"
@@ -98,22 +97,13 @@ def memory(device: str) -> dict[str, float]:
 
 
 def products(device: str) -> dict[str, float]:
-    """TFLOP/s of products of random matrices."""
+    """TFLOP/s of products of random matrices; on a GPU also of those that denoising computes."""
     side = SIDE[device]
     matrix = torch.randn(side, side, device=device)
     half = matrix.to(torch.bfloat16)
-
-    def product_tf32() -> Tensor:
-        flags = torch.backends.cuda.matmul
-        before, flags.fp32_precision = flags.fp32_precision, "tf32"
-        try:
-            return matrix @ matrix
-        finally:
-            flags.fp32_precision = before
-
     calls: dict[str, Call] = {"bfloat16": lambda: half @ half, "float32": lambda: matrix @ matrix}
     if device == "cuda":
-        calls |= {"bfloat16 to float32": lambda: torch.mm(half, half, out_dtype=torch.float32), "tf32": product_tf32}
+        calls["bfloat16 to float32"] = lambda: torch.mm(half, half, out_dtype=torch.float32)
     return {name: round(2 * side**3 / ms / 1e9, 3) for name, ms in medians(calls, device).items()}
 
 
@@ -124,28 +114,25 @@ def sector_share(density: float, itemsize: int, device: str) -> float:
 
 
 def scattered(device: str, copy_rate: float) -> Iterator[dict[str, Any]]:
-    for itemsize, dtype in ((2, torch.bfloat16), (4, torch.float32)):
-        dense = torch.ones(DENSE_BYTES[device] // itemsize, dtype=dtype, device=device)
+    for dtype in (torch.bfloat16, torch.float32):
+        dense = torch.ones(DENSE_BYTES[device] // dtype.itemsize, dtype=dtype, device=device)
         for density in DENSITIES:
             position = random_positions(len(dense), density, device)
             compact = torch.ones(len(position), dtype=dtype, device=device)
-            calls: dict[str, Call] = {
-                name: partial(access, dense, position, compact) for name, access in accesses(device).items()
-            }
+            calls = {name: partial(access, dense, position, compact) for name, access in accesses(device).items()}
             beside = position.nbytes + compact.nbytes
-            share = sector_share(len(position) / len(dense), itemsize, device)
+            share = sector_share(len(position) / len(dense), dtype.itemsize, device)
             for name, ms in medians(calls, device).items():
                 rate = (share * dense.nbytes + beside) / ms / 1e6
                 implied = (copy_rate * ms / 1e3 - beside) / dense.nbytes
-                row = {"access": name, "bytes": itemsize, "density": density, "ms": round(ms, 5)}
+                row = {"access": name, "bytes": dtype.itemsize, "density": density, "ms": round(ms, 5)}
                 row |= {"gb_s": round(rate, 1), "sector_share": round(share, 4), "implied_share": round(implied, 4)}
                 yield row
 
 
 def random_positions(count: int, density: float, device: str) -> Tensor:  # int32, ascending
     chosen = torch.rand(count, generator=torch.Generator(device).manual_seed(0), device=device) < density
-    position = chosen.nonzero().view(-1).to(torch.int32)
-    return position[: len(position) // POSITIONS[device] * POSITIONS[device]]
+    return chosen.nonzero().view(-1).to(torch.int32)
 
 
 def accesses(device: str) -> dict[str, Callable[..., Any]]:
@@ -153,7 +140,7 @@ def accesses(device: str) -> dict[str, Callable[..., Any]]:
     if device == "cuda":
         from bench.scattered import access
 
-        return {name: partial(access, name) for name in ("gather", "scatter")}
+        return {"gather": partial(access, False), "scatter": partial(access, True)}
     return {
         "gather": lambda dense, position, out: torch.index_select(dense, 0, position, out=out),
         "scatter": lambda dense, position, values: dense.index_copy_(0, position.long(), values),
@@ -197,13 +184,11 @@ def our_calls(device: str, size: str = "xlmr", side: int = 4096, density: float 
 def run_our_calls() -> None:
     """Under Nsight Compute, which profiles between start and stop: each call once, after one that compiles."""
     calls = our_calls("cuda")
-    for call in calls.values():
-        call()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.start()
-    for call in calls.values():
-        call()
-    torch.cuda.synchronize()
+    for begin in (lambda: None, torch.cuda.profiler.start):
+        begin()
+        for call in calls.values():
+            call()
+        torch.cuda.synchronize()
     torch.cuda.profiler.stop()
 
 
@@ -216,10 +201,8 @@ def counters(out: Path = RESULTS) -> int:
     # The clocks are not locked: that would change the card for every process.
     options = "--clock-control none --profile-from-start off --csv --page raw --print-units base --launch-count 100"
     command = [ncu, *options.split(), "--metrics", ",".join(METRICS), sys.executable, "-m", "bench.machine"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True,
-    )  # fmt: skip
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     try:
         output, _ = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -252,8 +235,7 @@ def counted(output: str) -> list[dict[str, Any]]:
     found = []
     for name, each in launches.items():
         sums = {k: sum(one[k] for one in each) for k in ("ns", "read", "written")}
-        ratios = ("sectors_per_load", "sectors_per_store")
-        means = {k: round(statistics.mean(one[k] for one in each), 2) for k in ratios}
+        means = {k: round(statistics.mean(one[k] for one in each), 2) for k in METRICS.values() if k not in sums}
         found.append({"kernel": name, "launches": len(each)} | sums | means)
     return sorted(found, key=lambda kernel: -kernel["ns"])
 
