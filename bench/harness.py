@@ -43,6 +43,9 @@ from deftx_kernels.train.tensors import memory_in_use, peak_bytes
 
 Setting = tuple[torch.dtype, float]
 Call = Callable[[], Any]
+# First word of an implementation's name → the module it needs.
+MODULES = {"cupy": "cupy", "cupyx": "cupyx", "scipy": "scipy.sparse", "torchao": "torchao.optim"}
+MODULES |= {"bitsandbytes": "bitsandbytes.optim"}
 GRAPH = ", CUDA graph"  # appended to an implementation's name
 # Milliseconds by which the host is ahead of a GPU: at least, at most; in between twice its time, from so many calls.
 LEAD, LONGEST_LEAD, HOST_CALLS = 1.0, 20.0, 3
@@ -97,6 +100,14 @@ class Case:
     training: bool = False  # the peak covers making an implementation and two calls
     isolated: bool = False  # too large to be held side by side: each implementation is timed in its own process
 
+    def __post_init__(self) -> None:
+        """Leave out the implementations that are absent, or whose package does not import."""
+        for name in self.implementations:
+            module = MODULES.get(name.replace(".", " ").split()[0])
+            if module and name not in self.absent and (reason := imported(module)[1]):
+                self.absent = self.absent | {name: reason}
+        self.implementations = {n: make for n, make in self.implementations.items() if n not in self.absent}
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -120,10 +131,17 @@ class Workload:
 
 
 def workload(
-    case: Callable[..., Case], op: str, size: str, setting: Setting, device: str, *more: Any, title: str = ""
+    case: Callable[..., Case],
+    op: str,
+    size: str,
+    setting: Setting,
+    device: str,
+    *more: Any,
+    title: str = "",
+    of: Any = None,
 ) -> Workload:
-    """The workload whose cases are case(size, dtype, density, device, *more) of this size and of size "tiny"."""
-    make, tiny = (partial(case, s, *setting, device, *more) for s in (size, "tiny"))
+    """The workload whose cases are case(x, dtype, density, device, *more), x of `of`: (this size, its tiny one)."""
+    make, tiny = (partial(case, x, *setting, device, *more) for x in of or (size, "tiny"))
     return Workload(op, size, title or size, *setting, device, make, tiny)
 
 
@@ -270,6 +288,17 @@ def available_bytes() -> int:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def too_large(needs: dict[str, float], room: float, together: bool = False) -> dict[str, str]:
+    """Implementation → why it is absent: it needs more bytes than `room`; if all are held `together`, than are left."""
+    absent = {}
+    for name, need in needs.items():
+        if need > room:
+            absent[name] = f"needs {need / 1e9:.1f} GB of memory, {max(0, room) / 1e9:.1f} GB are free"
+        elif together:
+            room -= need
+    return absent
 
 
 def trim() -> None:

@@ -3,9 +3,8 @@
 - Bytes per second of a large copy, of reading and of writing; operations per second of square matrix products.
 - Reads and writes at scattered, ascending positions, as those of a mask. In the model, memory moves in sectors of 32
   bytes (lines of 64 on a CPU), so the share 1 - (1 - density)^(sector / bytes of an element) of a dense tensor moves,
-  and the positions and compact values beside it. `gb_s` is the model's bytes divided by the time; `implied_share` is
-  the share of the tensor that would explain the time at the copy's rate. Where writes imply twice the model's share,
-  partly written sectors are read first.
+  and the positions and compact values beside it. `gb_s` is the model's bytes divided by the time: where it is half of
+  the copy's rate for writes, partly written sectors are read first.
 - `counters`, on a GPU with Nsight Compute (`ncu`): time, bytes from and to memory and sectors per request of every
   kernel that our operators launch (`python -m bench.machine` makes the calls).
 
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from bench.harness import Call, timed
 from bench.rows import RESULTS, ROOT, provenance
-from bench.shapes import SIZES, random_tensors
+from bench.shapes import random_tensors
 from deftx_kernels import sparse_adamw, topk_mask
 
 FILE = "machine.json"
@@ -55,20 +54,19 @@ def measure(device: str, out: Path = RESULTS) -> int:
     """Print and write the machine's rates; returns the exit status."""
     found: dict[str, Any] = provenance(device)
     name = str(found.pop("device"))
-    print(name, *(f"{k} {v}" for k, v in found.items() if v), sep=", ")
-    found["memory"] = memory(device)
-    print("memory, GB/s:", *(f"{k} {v:.0f}" for k, v in found["memory"].items()))
-    found["products"] = products(device)
-    rates = (f"{k} {v:.2f}" for k, v in found["products"].items())
-    print(f"products of {SIDE[device]} x {SIDE[device]}, TFLOP/s:", *rates)
-    print(f"{'':8}{'bytes':>6}{'density':>8}{'ms':>9}{'GB/s':>7}{'share of sectors':>18}{'implied':>9}")
-    found["scattered"] = []
-    for row in scattered(device, 1e9 * found["memory"]["copy"]):
+    print_values({"device": name} | found)
+    found |= {"memory": memory(device), "products": products(device), "scattered": []}
+    print_values(found["memory"], "memory, GB/s: ")
+    print_values(found["products"], f"products of {SIDE[device]} x {SIDE[device]}, TFLOP/s: ")
+    for row in scattered(device):
+        print_values(row)
         found["scattered"].append(row)
-        line = f"{row['access']:8}{row['bytes']:6}{row['density']:8.2f}{row['ms']:9.4f}{row['gb_s']:7.0f}"
-        print(f"{line}{row['sector_share']:18.3f}{row['implied_share']:9.3f}", flush=True)
     write(name, found, out)
     return 0
+
+
+def print_values(values: dict[str, Any], heading: str = "") -> None:
+    print(heading + ", ".join(f"{k} {v}" for k, v in values.items() if v != ""), flush=True)
 
 
 def write(device: str, found: dict[str, Any], out: Path) -> None:
@@ -113,7 +111,7 @@ def sector_share(density: float, itemsize: int, device: str) -> float:
     return 1 - (1 - density) ** (SECTOR[device] / itemsize)
 
 
-def scattered(device: str, copy_rate: float) -> Iterator[dict[str, Any]]:
+def scattered(device: str) -> Iterator[dict[str, Any]]:
     for dtype in (torch.bfloat16, torch.float32):
         dense = torch.ones(DENSE_BYTES[device] // dtype.itemsize, dtype=dtype, device=device)
         for density in DENSITIES:
@@ -124,10 +122,8 @@ def scattered(device: str, copy_rate: float) -> Iterator[dict[str, Any]]:
             share = sector_share(len(position) / len(dense), dtype.itemsize, device)
             for name, ms in medians(calls, device).items():
                 rate = (share * dense.nbytes + beside) / ms / 1e6
-                implied = (copy_rate * ms / 1e3 - beside) / dense.nbytes
                 row = {"access": name, "bytes": dtype.itemsize, "density": density, "ms": round(ms, 5)}
-                row |= {"gb_s": round(rate, 1), "sector_share": round(share, 4), "implied_share": round(implied, 4)}
-                yield row
+                yield row | {"gb_s": round(rate, 1), "sector_share": round(share, 4)}
 
 
 def random_positions(count: int, density: float, device: str) -> Tensor:  # int32, ascending
@@ -150,7 +146,7 @@ def accesses(device: str) -> dict[str, Callable[..., Any]]:
 # ---- our kernels, by Nsight Compute ----
 def our_calls(device: str, size: str = "xlmr", side: int = 4096, density: float = 0.05) -> dict[str, Call]:
     """One call of each operator with kernels of our own, on a model's tensors, on a large weight and an embedding."""
-    float32 = random_tensors(SIZES[size](), torch.float32, device)
+    float32 = random_tensors(size, torch.float32, device)
     params, grads = ({n: t.bfloat16() for n, t in float32.items()} for _ in range(2))
     mask = topk_mask(float32, density=density)
     values, (first, second) = mask.gather(params), (torch.zeros(mask.nnz, device=device) for _ in range(2))
@@ -212,12 +208,9 @@ def counters(out: Path = RESULTS) -> int:
     if status or not kernels:
         print(f"ncu: exit status {status}", *output.splitlines()[-15:], sep="\n")
         return status or 1
-    columns = f"{'launches':>9}{'ms':>9}{'read MB':>9}{'written MB':>11}{'GB/s':>7}"
-    print(f"{'kernel':44}{columns}{'sectors a load, a store':>25}")
-    for k in kernels:
-        rate, ms, read, written = (k["read"] + k["written"]) / max(k["ns"], 1), k["ns"] / 1e6, k["read"], k["written"]
-        line = f"{k['kernel'][:43]:44}{k['launches']:9}{ms:9.4f}{read / 1e6:9.1f}{written / 1e6:11.1f}"
-        print(f"{line}{rate:7.0f}{k['sectors_per_load']:14.2f}{k['sectors_per_store']:11.2f}")
+    for kernel in kernels:
+        rate = (kernel["read"] + kernel["written"]) / max(kernel["ns"], 1)
+        print_values(kernel | {"GB/s": round(rate)})
     write(torch.cuda.get_device_name(), {"kernels": kernels}, out)
     return 0
 

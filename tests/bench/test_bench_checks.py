@@ -66,7 +66,7 @@ def first_step(tmp_path):
     """What the check says of an implementation's first step on a small stack of linear layers."""
 
     def run(name):
-        case = bench_steps.step_case("tiny linears", "cpu", str(tmp_path))
+        case = bench_steps.step_case("tiny linears", F32, 0.02, "cpu", str(tmp_path))
         return case.check(case.implementations[name]()())
 
     return run
@@ -146,7 +146,7 @@ def test_wrong_steps(first_step, monkeypatch, name, replaced, by, part):
 )
 def test_absent_packages_are_named(tmp_path, monkeypatch, package, absent):
     monkeypatch.setattr(bench_steps, "has", lambda name: name != package)
-    case = bench_steps.step_case("tiny", "cpu", str(tmp_path))
+    case = bench_steps.step_case("tiny", F32, 0.05, "cpu", str(tmp_path))
     assert case.absent == dict.fromkeys(absent, f"{package} is not installed")
     assert not absent & case.implementations.keys()
 
@@ -162,7 +162,7 @@ def all_right(case):
 
 
 def test_every_implementation_of_a_language_model_with_tied_weights_is_right(tmp_path):
-    assert all_right(bench_steps.step_case("tiny llama", "cpu", str(tmp_path), F32))
+    assert all_right(bench_steps.step_case("tiny llama", F32, 0.05, "cpu", str(tmp_path)))
 
 
 # ---- an optimizer's step ----
