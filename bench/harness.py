@@ -4,8 +4,7 @@ A `Workload` names what is timed and allocates nothing; `make` builds its `Case`
 implementation is a function that makes a fresh `call` (with its own copies of what it writes); `call()` runs once and
 returns what `check` compares with the truth. An implementation with a wrong result is reported and not timed. The
 others are timed interleaved, in an order that changes from round to round, so that a slower machine slows all of them;
-the ratio to ours is the median over rounds. Before each timed call a buffer of the last cache's size is read: every
-call finds its inputs in main memory.
+the ratio to ours is the median over rounds. Before each timed call the caches are flushed.
 
 On a GPU, events before and after the call give its time while the device is still busy with a pause enqueued before:
 the host runs ahead, as in a training loop, and its time does not count (of a call that waits for the device, what
@@ -375,22 +374,23 @@ def measure(
         if not chosen or name in chosen:
             yield same | {"provider": name, "absent": reason}
     found = run(workload, case, rounds or case.rounds, fresh)
+    bandwidth, rate = ceilings(device, workload.dtype if workload.dtype.is_floating_point else torch.float32)
+    floor = 1e3 * max(case.bytes / bandwidth, case.flops / rate)
+    limits = {"bytes": case.bytes, "flops": f"{case.flops:.0f}", "floor_ms": f"{floor:.4f}"}
+    limits |= {"copy_gb_s": f"{bandwidth / 1e9:.1f}", "product_gflop_s": f"{rate / 1e9:.0f}"}
+    op, ours = case.served_by or workload.op, found[OURS].times if OURS in found else []
+    # The denoising functions are no operators: torch's linear algebra serves them.
+    backend = backends()[op][device].name if op in backends() else "blas"
     for name, one in found.items():
         if one.wrong:
             yield same | {"provider": name, "wrong": one.wrong}
-    bandwidth, rate = ceilings(device, workload.dtype if workload.dtype.is_floating_point else torch.float32)
-    floor = 1e3 * max(case.bytes / bandwidth, case.flops / rate)
-    same |= {"bytes": case.bytes, "flops": f"{case.flops:.0f}", "floor_ms": f"{floor:.4f}"}
-    same |= {"copy_gb_s": f"{bandwidth / 1e9:.1f}", "product_gflop_s": f"{rate / 1e9:.0f}"}
-    ours = found[OURS].times if OURS in found else []
-    for name, one in found.items():
-        if one.wrong:
             continue
-        row = same | {"provider": name, "package": package_of(name), "rounds": len(one.times)}
-        row["backend"] = backend(case.served_by or workload.op, device) if name.startswith(OURS) else ""
-        p20, p50, p80 = quantiles(one.times)
-        row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}"}
-        row |= {"share_of_floor": f"{floor / p50:.4f}", "host_ms": "" if one.host is None else f"{one.host:.4f}"}
+        row = same | limits | {"provider": name, "package": package_of(name), "rounds": len(one.times)}
+        row["backend"] = backend if name.startswith(OURS) else ""
+        deciles = statistics.quantiles(one.times if len(one.times) > 1 else 2 * one.times, n=10, method="inclusive")
+        row |= {f"p{q}_ms": f"{deciles[q // 10 - 1]:.4f}" for q in (20, 50, 80)}
+        row["share_of_floor"] = f"{floor / deciles[4]:.4f}"
+        row["host_ms"] = "" if one.host is None else f"{one.host:.4f}"
         row["times_ours"] = f"{statistics.median(t / o for t, o in zip(one.times, ours)):.3f}" if ours else ""
         row["peak_extra_mb"] = "" if one.peak is None else f"{one.peak:.1f}"
         yield row | (case.footprints[name].columns(case.parameters) if name in case.footprints else {})
@@ -439,16 +439,3 @@ def checked(case: Case) -> tuple[dict[str, Measured], dict[str, Call]]:
     if not case.isolated:
         right = {name: call or case.implementations[name]() for name, call in right.items()}
     return found, right
-
-
-def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """p20, p50, p80"""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return cuts[1], statistics.median(values), cuts[7]
-
-
-def backend(op: str, device: str) -> str:
-    """What serves an operator; the denoising functions are no operators: torch's linear algebra serves them."""
-    return backends()[op][device].name if op in backends() else "blas"
