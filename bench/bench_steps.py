@@ -19,32 +19,29 @@ On a GPU all but Llama have float32 weights and autocast: with bfloat16 weights 
 weights lose nothing in bfloat16, so ours and LoRA also run so ("bfloat16 weights"). All run eagerly; because the host's
 time limits small models, ours, the dense baselines and SHiRA also run as a CUDA graph of the step, replayed.
 
-Peak memory is that of a training run (`Case.training`). Masks are loaded from files, as users load them: holding them
-counts, making them does not. A footprint counts parameters and buffers (ours: the dense tensors and the compact values;
+Peak memory is that of a training run (`Case.training`). An implementation with a mask has its own copy: holding it
+counts, making it does not. A footprint counts parameters and buffers (ours: the dense tensors and the compact values;
 PEFT: the adapters, too), the gradients just before the optimizer's step, the optimizer's state, and the tensors that
 select the trained entries (ours: the CSR indices; "dense + mask": the bool tensors; SHiRA: its indices).
 """
 
-import atexit
+import copy
 import importlib.util
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.harness import GRAPH, Case, Choice, Footprint, Workload, available_bytes, too_large, trim, workload
+from bench.harness import GRAPH, Case, Choice, Workload, available_bytes, too_large, trim, workload
 from bench.rows import OURS
 from bench.shapes import random_tensors
 from bench.step_models import MODELS, TINY, build, make_batch, maskable, on_meta, start_weights_
-from deftx_kernels import CSRMask, SparseAdamW, sparsify, topk_mask
+from deftx_kernels import SparseAdamW, sparsify, topk_mask
 from deftx_kernels.nn import masked_parameters
 from deftx_kernels.train.tensors import gradient_bytes, state_bytes
 
@@ -69,23 +66,7 @@ def workloads(choice: Choice) -> Iterator[Workload]:
 def step_workload(name: str, device: str, dtype: torch.dtype, density: float) -> Workload:
     shape = MODELS[name]
     title, of = f"{name}, {shape}", (name, TINY[shape.family])
-    return workload(step_case, "training_step", name, (dtype, density), device, mask_folder(), title=title, of=of)
-
-
-@cache
-def mask_folder() -> str:
-    """Holds the masks of this run, also for the processes started for single implementations."""
-    folder = tempfile.mkdtemp(prefix="deftx-bench-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def mask_file(name: str, density: float, folder: str, device: str) -> Path:
-    """The file of a model's mask: the largest of random scores."""
-    path = Path(folder) / f"{name}-{density:g}.safetensors"
-    if not path.exists():
-        topk_mask(random_tensors(maskable(MODELS[name]), torch.float32, device, seed=1), density=density).save(path)
-    return path
+    return workload(step_case, "training_step", name, (dtype, density), device, title=title, of=of)
 
 
 # ---- implementations ----
@@ -111,9 +92,9 @@ class Run:
         gradients = gradient_bytes(self.model) if first else 0
         self.optimizer.step()
         if first:
-            weights = bytes_of([*self.model.parameters(), *self.model.buffers()])
-            found = Footprint(weights, gradients, state_bytes(self.optimizer), bytes_of(self.mask))
-            self.trainers.footprints[self.name] = found
+            held = {"weight": bytes_of([*self.model.parameters(), *self.model.buffers()]), "gradient": gradients}
+            held |= {"state": state_bytes(self.optimizer), "mask": bytes_of(self.mask)}
+            self.trainers.footprints[self.name] = held
         self.optimizer.zero_grad()
         self.loss = loss.detach()
         return self
@@ -162,17 +143,18 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 class Trainers:
     """The implementations' models and optimizers for one workload."""
 
-    def __init__(self, name: str, device: str, folder: str, dtype: torch.dtype, density: float) -> None:
-        self.shape, self.device = MODELS[name], device
+    def __init__(self, name: str, dtype: torch.dtype, density: float, device: str) -> None:
+        self.shape, self.device, self.density = MODELS[name], device, density
         self.autocast = dtype if device == "cuda" and dtype != torch.float32 else None
         self.dtype = torch.float32 if self.autocast and self.shape.family != "llama" else dtype  # of the weights
-        self.mask_path = mask_file(name, density, folder, device)
+        scores = random_tensors(maskable(self.shape), torch.float32, device, seed=1)
+        self.mask = topk_mask(scores, density=density)
         self.batch = make_batch(self.shape, self.dtype, device)
         plain = on_meta(self.shape)
         self.names = [n for n, _ in plain.named_parameters()]
         self.numel = sum(p.numel() for p in plain.parameters())
         self.linears = sum(m.weight.numel() for m in plain.modules() if isinstance(m, nn.Linear))
-        self.footprints: dict[str, Footprint] = {}
+        self.footprints: dict[str, dict[str, float]] = {}
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         clear_shira_cache()
@@ -194,7 +176,7 @@ class Trainers:
         return lambda: Captured(replace(make(capturable=True), name=name))
 
     def ours(self, dtype: torch.dtype | None = None, kind: str = "masked", capturable: bool = False) -> Run:
-        model, mask = self.model(dtype), CSRMask.load(self.mask_path, device=self.device)
+        model, mask = self.model(dtype), copy.deepcopy(self.mask)
         sparsify(model, mask)
         settings = SETTINGS | ({"lr": torch.tensor(SETTINGS["lr"], device=self.device)} if capturable else {})
         optimizer = SparseAdamW(model.named_parameters(), mask, **settings)
@@ -208,8 +190,7 @@ class Trainers:
 
     def dense_mask(self, **options: bool) -> Run:
         run = self.dense(**options)
-        mask = CSRMask.load(self.mask_path, device=self.device).to_dense()
-        dropped = {n: keep.logical_not_() for n, keep in mask.items()}
+        dropped = {n: keep.logical_not_() for n, keep in self.mask.to_dense().items()}
         parameters = [run.model.get_parameter(n) for n in dropped]
 
         def drop() -> None:
@@ -218,15 +199,15 @@ class Trainers:
 
         return replace(run, mask=dropped.values(), before_step=drop, kind="masked")
 
-    def peft(self, method: str, values: int, dtype: torch.dtype | None = None, **options: bool) -> Run:
-        """SHiRA of about as many values, or LoRA."""
+    def peft(self, method: str, dtype: torch.dtype | None = None, **options: bool) -> Run:
+        """SHiRA of about as many values as the mask has, or LoRA."""
         import peft
 
         torch.sparse.check_sparse_tensor_invariants.disable()  # the default, set explicitly: else SHiRA warns
         model = self.model(dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = peft.get_peft_model(model, peft_config(method, values, model)).train()
+            model = peft.get_peft_model(model, peft_config(method, self.mask.nnz, model)).train()
         indices = [i for m in model.modules() for i in getattr(m, "shira_indices", {}).values()]
         return Run(self, model, fused_adamw(model, **options), indices, dtype=dtype)
 
@@ -267,13 +248,13 @@ def shira_rank(values: int, model: nn.Module) -> int:
 
 
 # ---- the case ----
-def step_case(name: str, dtype: torch.dtype, density: float, device: str, folder: str) -> Case:
+def step_case(name: str, dtype: torch.dtype, density: float, device: str) -> Case:
     shape = MODELS[name]
     if shape.family != "linears" and not has("transformers"):
         return Case(0, {}, lambda run: None, absent={OURS: "transformers is not installed"})
-    trainers = Trainers(name, device, folder, dtype, density)
-    mask = CSRMask.load(trainers.mask_path, device=device)
-    shira, lora = (partial(trainers.peft, method, mask.nnz) for method in (SHIRA, LORA))
+    trainers = Trainers(name, dtype, density, device)
+    mask = trainers.mask
+    shira, lora = partial(trainers.peft, SHIRA), partial(trainers.peft, LORA)
     makers: dict[str, Callable[..., Run]] = {OURS: trainers.ours, DENSE: trainers.dense}
     makers |= {DENSE_MASK: trainers.dense_mask, SHIRA: shira, LORA: lora}
     if trainers.autocast and trainers.dtype != trainers.autocast:
@@ -284,39 +265,30 @@ def step_case(name: str, dtype: torch.dtype, density: float, device: str, folder
     if device == "cuda" and not shape.isolated:
         graphs = {f"{n}{GRAPH}": makers[n] for n in (OURS, DENSE, DENSE_MASK, SHIRA)}
         implementations |= {n: trainers.captured(n, m) for n, m in graphs.items()}
-    absent = too_large(needs(trainers, mask.nnz), available_bytes()) if device == "cpu" else {}
+    absent = too_large(needs(trainers), available_bytes()) if device == "cpu" else {}
     if not has("peft"):
         absent |= {n: "peft is not installed" for n in implementations if n.startswith("PEFT")}
     # Values and moments are read and written, columns read, every weight of a linear layer read once.
     moved = trainers.dtype.itemsize * trainers.linears + mask.nnz * (24 + mask.col_indices.element_size())
-    return Case(
-        moved,
-        implementations,
-        checker(trainers, mask),
-        flops=flops(trainers, density),
-        rounds=shape.rounds if device == "cpu" else 25,
-        served_by="masked_linear_grad",
-        absent=absent,
-        parameters=trainers.numel,
-        footprints=trainers.footprints,
-        training=True,
-        isolated=shape.isolated,
-    )
+    case = Case(moved, implementations, checker(trainers), flops(trainers), absent=absent, training=True)
+    case.rounds, case.served_by = shape.rounds if device == "cpu" else 25, "masked_linear_grad"
+    case.parameters, case.footprints, case.isolated = trainers.numel, trainers.footprints, shape.isolated
+    return case
 
 
-def flops(trainers: Trainers, density: float) -> float:
+def flops(trainers: Trainers) -> float:
     """Forward, and as many backward to the activations; of the gradients of weights, those of the mask's entries."""
     shape = trainers.shape
     positions = shape.batch * shape.tokens
     attention = shape.layers * 4 * positions * shape.tokens * shape.width if shape.vocabulary else 0
     if shape.family == "llama":  # each token attends to half of the others
         attention //= 2
-    return (2 + density) * 2 * trainers.linears * positions + 3 * attention
+    return (2 + trainers.density) * 2 * trainers.linears * positions + 3 * attention
 
 
-def needs(trainers: Trainers, nnz: int) -> dict[str, float]:
+def needs(trainers: Trainers) -> dict[str, float]:
     """Bytes of main memory: those of training, and of the check the dense model, one gradient at a time."""
-    weights = trainers.numel * trainers.dtype.itemsize
+    weights, nnz = trainers.numel * trainers.dtype.itemsize, trainers.mask.nnz
     # SHiRA keeps each layer's sum for the backward pass.
     training = {OURS: weights + 18 * nnz, DENSE: 4 * weights, DENSE_MASK: 4 * weights + trainers.numel}
     training |= {SHIRA: 2 * weights + 24 * nnz, LORA: weights}
@@ -334,9 +306,9 @@ class Truth:
     outside: dict[str, float]  # the largest gradient outside the mask
 
 
-def truth(trainers: Trainers, mask: CSRMask) -> Truth:
+def truth(trainers: Trainers) -> Truth:
     """One backward pass of the dense model that holds one dense gradient at a time."""
-    model = trainers.model()
+    model, mask = trainers.model(), trainers.mask
     found = Truth(0.0, {}, {})
 
     def keep(name: str, parameter: Tensor) -> None:
@@ -358,9 +330,9 @@ def truth(trainers: Trainers, mask: CSRMask) -> Truth:
     return found
 
 
-def wrong_update(run: Run, mask: CSRMask, found: Truth, tolerance: float) -> str | None:
+def wrong_update(run: Run, found: Truth, tolerance: float) -> str | None:
     """How a first step differs from AdamW's."""
-    after = dict(run.model.named_parameters())
+    after, mask = dict(run.model.named_parameters()), run.trainers.mask
     values = {n: record.values.detach() for n, record in masked_parameters(run.model).items()}
     for name in run.trainers.names:
         now = after[name].detach()
@@ -398,10 +370,10 @@ def distance(after: Tensor, before: Tensor, gradient: Tensor) -> float:
     return float(torch.linalg.vector_norm(error)) / max(length)
 
 
-def checker(trainers: Trainers, mask: CSRMask) -> Callable[[Run], str | None]:
+def checker(trainers: Trainers) -> Callable[[Any], str | None]:
     exact = trainers.dtype == torch.float32 and not trainers.autocast
     loss_tolerance, tolerance = (1e-5, 0.01) if exact else (5e-3, 0.1)
-    start = cache(partial(truth, trainers, mask))
+    start = cache(partial(truth, trainers))
 
     @cache
     def loss_of(dtype: torch.dtype) -> float:
@@ -415,7 +387,7 @@ def checker(trainers: Trainers, mask: CSRMask) -> Callable[[Run], str | None]:
         if not abs(loss - expected) <= loss_tolerance * expected:
             return f"first loss {loss}, of the dense model {expected}"
         if run.kind != "other":
-            return wrong_update(run, mask, start(), tolerance)
+            return wrong_update(run, start(), tolerance)
         for _ in range(1 if exact else 4):  # bfloat16 hides a small step
             later = float(run().loss)
             if later < (1 - loss_tolerance) * loss:

@@ -68,14 +68,13 @@ def topk_case(size: str, dtype: torch.dtype, density: float, device: str) -> Cas
         return np.abs(joined, out=joined)
 
     baselines, absent = selections(magnitudes, numpy_magnitudes, k, numel, device)
-    return Case(
-        bytes=numel * dtype.itemsize + numel // 4 + 4 * k,
-        implementations={OURS: lambda: lambda: topk_mask(scores, density=density)} | baselines,
-        check=lambda result: fault(result, {n: t.shape for n, t in scores.items()}, lambda n: scores[n].abs(), k),
-        rounds=3 if numel > 10**8 else 7,
-        once=slow(numel, device),
-        absent=absent,
-    )
+
+    def check(result: Any) -> str | None:
+        return fault(result, {n: t.shape for n, t in scores.items()}, lambda n: scores[n].abs(), k)
+
+    implementations = {OURS: lambda: lambda: topk_mask(scores, density=density)} | baselines
+    moved, rounds = numel * dtype.itemsize + numel // 4 + 4 * k, 3 if numel > 10**8 else 7
+    return Case(moved, implementations, check, rounds=rounds, once=slow(numel, device), absent=absent)
 
 
 # Bytes of main memory per element beside the inputs: the most measured of float32 and bfloat16, rounded up.
@@ -236,15 +235,10 @@ def select_case(size: str, dtype: torch.dtype, density: float, device: str) -> C
         sizes = {n: t.shape for n, t in base.items()}
         return fault(result, sizes, lambda n: difference(n).abs_(), k, ties=isinstance(result, dict))
 
-    return Case(
-        bytes=2 * dtype.itemsize * numel + numel // 4 + 4 * k,
-        implementations={OURS: lambda: lambda: select_mask(tuned, base, density=density)} | baselines,
-        check=check,
-        rounds=3 if numel > 10**8 else 5,
-        served_by="topk_mask",
-        once=(*slow(numel, device), LT_SFT),
-        absent=absent,
-    )
+    implementations = {OURS: lambda: lambda: select_mask(tuned, base, density=density)} | baselines
+    moved, rounds = 2 * dtype.itemsize * numel + numel // 4 + 4 * k, 3 if numel > 10**8 else 5
+    once = (*slow(numel, device), LT_SFT)
+    return Case(moved, implementations, check, rounds=rounds, served_by="topk_mask", once=once, absent=absent)
 
 
 def lt_sft(difference: Callable[[str], Tensor], names: list[str], k: int) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from bench.harness import (
     Call,
     Case,
     Choice,
-    Footprint,
     Setting,
     Workload,
     available_bytes,
@@ -248,41 +247,43 @@ def free_bytes(device: str) -> int:
 
 
 # ---- the cases ----
-class OurStep:
-    """Ours, with dense or compact gradients, on copies of the parameters."""
+def our_step(problem: Problem, compact: bool, at_once: bool = False) -> Call:
+    """Ours, with dense or compact gradients, on copies of the parameters. The moments are made in the first step like
+    the baselines': a peak counts all moments or none; or else `at_once`."""
+    mask, params = problem.mask, copies(problem.params)
+    gradient = problem.compact if compact else problem.grads
+    step, lr = (torch.tensor(x, device=mask.device) for x in (0.0, SETTINGS["lr"]))
+    options = {k: v for k, v in SETTINGS.items() if k != "lr"}
+    state: list[Tensor] = []
 
-    def __init__(self, problem: Problem, compact: bool) -> None:
-        self.mask, self.params = problem.mask, copies(problem.params)
-        self.gradient = problem.compact if compact else problem.grads
-        self.step, self.lr = (torch.tensor(x, device=self.mask.device) for x in (0.0, SETTINGS["lr"]))
-        self.options = {k: v for k, v in SETTINGS.items() if k != "lr"}
-        self.state: list[Tensor] = []
-
-    def make_state(self) -> None:
-        dtype = torch.promote_types(next(iter(self.params.values())).dtype, torch.float32)
-        self.state = [torch.zeros(self.mask.nnz, dtype=dtype, device=self.mask.device) for _ in range(2)]
-
-    def __call__(self) -> dict[str, Tensor]:
-        if not self.state:  # made in the first step like the baselines': a peak counts all moments or none
-            self.make_state()
-        self.step.add_(1)
-        sparse_adamw(self.params, self.gradient, *self.state, self.step, self.mask, lr=self.lr, **self.options)
-        return self.params
-
-
-def replayed(problem: Problem, compact: bool) -> Callable[[], dict[str, Tensor]]:
-    """Ours as a captured CUDA graph: the kernel without Python and launch."""
-    OurStep(problem, compact)()  # compiles the kernel
-    step, graph = OurStep(problem, compact), torch.cuda.CUDAGraph()
-    step.make_state()
-    with torch.cuda.graph(graph):
-        step()
+    def make_state() -> None:
+        dtype = torch.promote_types(next(iter(params.values())).dtype, torch.float32)
+        state.extend(torch.zeros(mask.nnz, dtype=dtype, device=mask.device) for _ in range(2))
 
     def call() -> dict[str, Tensor]:
-        graph.replay()
-        return step.params
+        if not state:
+            make_state()
+        step.add_(1)
+        sparse_adamw(params, gradient, *state, step, mask, lr=lr, **options)
+        return params
 
+    if at_once:
+        make_state()
     return call
+
+
+def replayed(problem: Problem, compact: bool) -> Call:
+    """Ours as a captured CUDA graph: the kernel without Python and launch."""
+    our_step(problem, compact)()  # compiles the kernel
+    call, graph = our_step(problem, compact, at_once=True), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        params = call()
+
+    def replay() -> dict[str, Tensor]:
+        graph.replay()
+        return params
+
+    return replay
 
 
 def adamw_case(size: str, dtype: torch.dtype, density: float, device: str, kind: str) -> Case:
@@ -290,7 +291,7 @@ def adamw_case(size: str, dtype: torch.dtype, density: float, device: str, kind:
     float32."""
     compact = kind == "compact"
     problem = Problem(size, dtype, density, device)
-    implementations: dict[str, Callable] = {OURS: lambda: OurStep(problem, compact)}
+    implementations: dict[str, Callable] = {OURS: lambda: our_step(problem, compact)}
     if device == "cuda":
         implementations[f"{OURS}{GRAPH}"] = lambda: replayed(problem, compact)
     our_needs = len(implementations) * problem.bytes + 40 * problem.mask.nnz  # moments, and the check's float64
@@ -307,7 +308,7 @@ def optimizer_case(size: str, dtype: torch.dtype, density: float, device: str) -
     """One step of optimizers as users make them, and the bytes that training holds."""
     problem = Problem(size, dtype, density, device)
     mask = problem.mask
-    footprints: dict[str, Footprint] = {}
+    footprints: dict[str, dict[str, float]] = {}
 
     def ours(**options: Any) -> Baseline:
         def optimizer(parameters: Parameters) -> SparseAdamW:
@@ -320,20 +321,15 @@ def optimizer_case(size: str, dtype: torch.dtype, density: float, device: str) -
 
     steps = {OURS: ours(), f"{OURS}, bfloat16 state": ours(state_dtype=torch.bfloat16, stochastic_rounding=True)}
     steps |= {FOREACH: Baseline(torch_adamw(foreach=True))} | dense_baselines(problem)
-    for package in ("bitsandbytes", "torchao"):
-        steps[f"{package} AdamW8bit"] = Baseline(partial(adamw_8bit, package))
+    steps |= {f"{name} AdamW8bit": Baseline(partial(adamw_8bit, name)) for name in ("bitsandbytes", "torchao")}
 
     def note(name: str, parameters: Parameters, optimizer: Any) -> None:
         if name not in footprints:
-            weights, gradients = (sum(t.nbytes for t in each) for each in (parameters.values(), problem.grads.values()))
-            footprints[name] = Footprint(weights, gradients, state_bytes(optimizer), steps[name].mask_bytes)
+            held = {"weight": sum(p.nbytes for p in parameters.values()), "state": state_bytes(optimizer)}
+            held |= {"gradient": sum(p.grad.nbytes for p in parameters.values()), "mask": steps[name].mask_bytes}
+            footprints[name] = held
 
-    return Case(
-        problem.bytes_moved(compact=False),
-        {name: problem.implementation(one, partial(note, name)) for name, one in steps.items()},
-        problem.check,
-        rounds=5,
-        served_by="sparse_adamw_",
-        parameters=mask.numel,
-        footprints=footprints,
-    )
+    implementations = {name: problem.implementation(one, partial(note, name)) for name, one in steps.items()}
+    case = Case(problem.bytes_moved(compact=False), implementations, problem.check, rounds=5)
+    case.served_by, case.parameters, case.footprints = "sparse_adamw_", mask.numel, footprints
+    return case

@@ -71,20 +71,6 @@ class Choice:
 
 
 @dataclass
-class Footprint:
-    """Bytes held throughout training; gradients, while they exist."""
-
-    weights: float = 0.0
-    gradients: float = 0.0
-    state: float = 0.0  # of the optimizer
-    mask: float = 0.0
-
-    def columns(self, parameters: int) -> dict[str, Any]:
-        held = {"weight": self.weights, "gradient": self.gradients, "state": self.state, "mask": self.mask}
-        return {"parameters": parameters} | {f"{k}_bytes_per_param": f"{v / parameters:.3f}" for k, v in held.items()}
-
-
-@dataclass
 class Case:
     bytes: int  # that must cross memory: each input read once, each output written once
     implementations: dict[str, Callable[[], Call]]  # ours is named "deftx"
@@ -95,7 +81,8 @@ class Case:
     once: tuple[str, ...] = ()  # implementations timed in the first round only
     absent: dict[str, str] = field(default_factory=dict)  # implementations unavailable here → the reason
     parameters: int = 0  # of the model, for the footprints
-    footprints: dict[str, Footprint] = field(default_factory=dict)  # filled in by an implementation's first call
+    # implementation → bytes of "weight", "gradient", "state", "mask" in training; filled in by its first call
+    footprints: dict[str, dict[str, float]] = field(default_factory=dict)
     training: bool = False  # the peak covers making an implementation and two calls
     isolated: bool = False  # too large to be held side by side: each implementation is timed in its own process
 
@@ -393,7 +380,10 @@ def measure(
         row["host_ms"] = "" if one.host is None else f"{one.host:.4f}"
         row["times_ours"] = f"{statistics.median(t / o for t, o in zip(one.times, ours)):.3f}" if ours else ""
         row["peak_extra_mb"] = "" if one.peak is None else f"{one.peak:.1f}"
-        yield row | (case.footprints[name].columns(case.parameters) if name in case.footprints else {})
+        if held := case.footprints.get(name):
+            row |= {f"{what}_bytes_per_param": f"{size / case.parameters:.3f}" for what, size in held.items()}
+            row["parameters"] = case.parameters
+        yield row
 
 
 def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> dict[str, Measured]:

@@ -93,25 +93,22 @@ def target_tables(rows: list[Row]) -> list[str]:
     for kind, name in KINDS.items():
         here = of_device(rows, kind)
         lines += [f"### {name}", "", f"{origin(here) if here else NOT_MEASURED.capitalize()}.", ""]
-        cells = [[t.what, against(t), bound(t), verdict(t, measured(t, here))] for t in TARGETS if t.device == kind]
-        header = ["workload", "baseline", "target", "measured"]
-        if len({row["device"] for row in here}) > 1:
-            header.append("on")
-            devices = {workload_of(row): row["device"] for row in here}
-            for line, target in zip(cells, (t for t in TARGETS if t.device == kind)):
-                line.append(devices.get(target.workload, ""))
-        lines += [*table(header, cells), ""]
+        devices = {workload_of(row): row["device"] for row in here}
+        several = len(set(devices.values())) > 1
+        cells = []
+        for t in (t for t in TARGETS if t.device == kind):
+            bound = f"{'at least' if t.at_least else 'at most'} {quantity(t, t.bound)}"
+            cells.append([t.what, against(t), bound, verdict(t, measured(t, here))])
+            cells[-1] += [devices.get(t.workload, "")] if several else []
+        lines += [*table(["workload", "baseline", "target", "measured", *(["on"] if several else [])], cells), ""]
     return lines
 
 
 def against(target: Target) -> str:
     if target.quantity in (MS, FLOOR):
         return "time" if target.quantity == MS else FLOOR
-    return (
-        f"{target.baseline}: speedup"
-        if target.quantity == SPEEDUP
-        else f"{target.baseline or 'bytes of the input'}: peak memory"
-    )
+    what = "speedup" if target.quantity == SPEEDUP else "peak memory"
+    return f"{target.baseline or 'bytes of the input'}: {what}"
 
 
 def quantity(target: Target, value: float) -> str:
@@ -120,10 +117,6 @@ def quantity(target: Target, value: float) -> str:
     if target.quantity == FLOOR:
         return percent(value)
     return f"{value:.2f} x" if value < 10 else f"{value:.1f} x"
-
-
-def bound(target: Target) -> str:
-    return f"{'at least' if target.at_least else 'at most'} {quantity(target, target.bound)}"
 
 
 def verdict(target: Target, value: float | None) -> str:

@@ -62,11 +62,11 @@ def test_baselines_select_exactly_k_of_ties(k):
 
 # ---- a training step ----
 @pytest.fixture
-def first_step(tmp_path):
+def first_step():
     """What the check says of an implementation's first step on a small stack of linear layers."""
 
     def run(name):
-        case = bench_steps.step_case("tiny linears", F32, 0.02, "cpu", str(tmp_path))
+        case = bench_steps.step_case("tiny linears", F32, 0.02, "cpu")
         return case.check(case.implementations[name]()())
 
     return run
@@ -91,8 +91,8 @@ def replay(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["ours", "dense", "dense_mask"])
-def test_steps_as_a_graph(tmp_path, replay, name):
-    trainers = bench_steps.Trainers("tiny linears", "cpu", str(tmp_path), F32, 0.02)
+def test_steps_as_a_graph(replay, name):
+    trainers = bench_steps.Trainers("tiny linears", F32, 0.02, "cpu")
     make = getattr(trainers, name)
     captured = trainers.captured(name, lambda capturable: make() if name != "ours" else make(capturable=capturable))()
     replay.do = captured.run
@@ -144,9 +144,9 @@ def test_wrong_steps(first_step, monkeypatch, name, replaced, by, part):
 @pytest.mark.parametrize(
     ("package", "absent"), [("peft", {bench_steps.SHIRA, bench_steps.LORA}), ("transformers", {OURS})]
 )
-def test_absent_packages_are_named(tmp_path, monkeypatch, package, absent):
+def test_absent_packages_are_named(monkeypatch, package, absent):
     monkeypatch.setattr(bench_steps, "has", lambda name: name != package)
-    case = bench_steps.step_case("tiny", F32, 0.05, "cpu", str(tmp_path))
+    case = bench_steps.step_case("tiny", F32, 0.05, "cpu")
     assert case.absent == dict.fromkeys(absent, f"{package} is not installed")
     assert not absent & case.implementations.keys()
 
@@ -161,8 +161,8 @@ def all_right(case):
     return faults == dict.fromkeys(case.implementations)
 
 
-def test_every_implementation_of_a_language_model_with_tied_weights_is_right(tmp_path):
-    assert all_right(bench_steps.step_case("tiny llama", F32, 0.05, "cpu", str(tmp_path)))
+def test_every_implementation_of_a_language_model_with_tied_weights_is_right():
+    assert all_right(bench_steps.step_case("tiny llama", F32, 0.05, "cpu"))
 
 
 # ---- an optimizer's step ----
