@@ -45,9 +45,8 @@ def parser() -> argparse.ArgumentParser:
     sizes = f"those that a family has; default: {', '.join(FULL)}; {', '.join(QUICK)} with --quick"
     add("--size", nargs="+", choices=SIZES, help=sizes)
     add("--dtype", nargs="+", choices=DTYPES, default=[], help="default: each family's own")
-    add(
-        "--density", nargs="+", type=density, default=[], help="fractions of the entries, 0 to 1; default: the family's"
-    )
+    entries = "fractions of the entries, 0 to 1; default: the family's"
+    add("--density", nargs="+", type=density, default=[], help=entries)
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--implementation", nargs="+", default=[], help=f"only these and {OURS}, by the names in the output")
     add("--target-baselines", action="store_true", help="only the baselines that a target names")
@@ -132,8 +131,7 @@ def summary(timed: Workloads) -> list[str]:
 def print_heading(workload: Workload, new: bool) -> None:
     if new:
         print(f"\n{workload.op}: {OPS[workload.op]}")
-    entries = "" if workload.density is None else f", {100 * workload.density:.3g} % of the entries"
-    print(f"\n  {workload.title}, {workload.dtype_name}{entries}", flush=True)
+    print(f"\n  {workload.label}", flush=True)
     columns = f"{'speedup':>10} {'of the floor':>12} {'host':>10} {'peak':>10}"
     print(f"    {'implementation':38} {'median':>10} {'p20 .. p80':>22} {columns}")
 
@@ -154,21 +152,17 @@ def print_row(row: dict[str, Any]) -> None:
 
 # ---- from the rows ----
 def newest_rows(options: argparse.Namespace) -> list[dict[str, str]]:
-    rows = newest(options.out)
-    if not rows:
-        sys.exit(f"no rows in {options.out}: run python -m bench first")
-    return rows
+    return newest(options.out) or sys.exit(f"no rows in {options.out}: run python -m bench first")
 
 
 def write_tables(options: argparse.Namespace) -> int:
     rows = newest_rows(options)
-    readme = ROOT / "README.md"
+    readme, page = ROOT / "README.md", options.out / "README.md"
     old = readme.read_text()
     if BEGIN not in old or END not in old:
         sys.exit(f"README.md has no {BEGIN} ... {END}")
     text = report.training_table(rows)
     readme.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{text}\n{END}", old, flags=re.DOTALL))
-    page = options.out / "README.md"
     page.write_text(report.results_page(rows))
     print(text, f"\nwritten: {readme}, {page}", sep="\n")
     return 0
@@ -177,8 +171,7 @@ def write_tables(options: argparse.Namespace) -> int:
 def write_figures(options: argparse.Namespace) -> int:
     from bench.figures import plot
 
-    for path in plot(newest_rows(options), options.out):
-        print(path)
+    print(*plot(newest_rows(options), options.out), sep="\n")
     return 0
 
 

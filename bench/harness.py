@@ -48,6 +48,7 @@ MODULES |= {"bitsandbytes": "bitsandbytes.optim"}
 GRAPH = ", CUDA graph"  # appended to an implementation's name
 # Milliseconds by which the host is ahead of a GPU: at least, at most; in between twice its time, from so many calls.
 LEAD, LONGEST_LEAD, HOST_CALLS = 1.0, 20.0, 3
+COPIED, SIDE = {"cpu": 1 << 25, "cuda": 1 << 28}, {"cpu": 1536, "cuda": 4096}  # elements; of square matrices
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,12 @@ class Workload:
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def label(self) -> str:
+        """ "minilm, float32, 5 %" """
+        density = "" if self.density is None else f", {100 * self.density:.3g} %"
+        return f"{self.title}, {self.dtype_name}{density}"
 
     @property
     def density_text(self) -> str:
@@ -216,10 +223,9 @@ def flush_cache(device: str) -> None:
 @functools.cache
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
     """(bytes per second of a large copy, read and written; operations per second of a matrix product)."""
-    n = 1 << (28 if device == "cuda" else 25)
+    n, side = COPIED[device], SIDE[device]
     source, target = torch.ones(n, device=device), torch.empty(n, device=device)
     copy = min(milliseconds(lambda: target.copy_(source), device) for _ in range(8))
-    side = 4096 if device == "cuda" else 1536
     a = torch.randn(side, side, device=device).to(dtype)
     product = min(milliseconds(lambda: a @ a, device) for _ in range(8))
     return 1e3 * 8 * n / copy, 1e3 * 2 * side**3 / product

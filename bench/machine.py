@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Call, timed
+from bench.harness import Call, ceilings, timed
 from bench.rows import RESULTS, ROOT, provenance
 from bench.shapes import random_tensors
 from deftx_kernels import sparse_adamw, topk_mask
@@ -38,7 +38,6 @@ SECTOR = {"cpu": 64, "cuda": 32}  # bytes
 DENSITIES = (0.01, 0.05, 0.1, 0.3)
 ROUNDS = 9
 DENSE_BYTES = {"cpu": 1 << 29, "cuda": 1 << 30}  # of a dense tensor: more than the caches
-SIDE = {"cpu": 1536, "cuda": 8192}  # of the matrices
 SECONDS = 80  # for Nsight Compute
 SECTORS = "l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_"
 METRICS = {  # Nsight Compute's name → ours
@@ -55,9 +54,12 @@ def measure(device: str, out: Path = RESULTS) -> int:
     found: dict[str, Any] = provenance(device)
     name = str(found.pop("device"))
     print_values({"device": name} | found)
-    found |= {"memory": memory(device), "products": products(device), "scattered": []}
+    found["memory"] = memory(device)
     print_values(found["memory"], "memory, GB/s: ")
-    print_values(found["products"], f"products of {SIDE[device]} x {SIDE[device]}, TFLOP/s: ")
+    dtypes = (torch.bfloat16, torch.float32)
+    found["products"] = {str(dtype): float(f"{ceilings(device, dtype)[1] / 1e12:.4g}") for dtype in dtypes}
+    print_values(found["products"], "products, TFLOP/s: ")
+    found["scattered"] = []
     for row in scattered(device):
         print_values(row)
         found["scattered"].append(row)
@@ -87,22 +89,12 @@ def medians(calls: dict[str, Call], device: str) -> dict[str, float]:
 
 def memory(device: str) -> dict[str, float]:
     """GB/s."""
-    source = torch.ones(DENSE_BYTES[device] // 4, device=device)
-    target = torch.empty_like(source)
-    calls = {"copy": lambda: target.copy_(source), "read": source.sum, "write": lambda: target.fill_(1.0)}
-    moved = {"copy": 2 * source.nbytes, "read": source.nbytes, "write": source.nbytes}
-    return {name: round(moved[name] / ms / 1e6, 1) for name, ms in medians(calls, device).items()}
-
-
-def products(device: str) -> dict[str, float]:
-    """TFLOP/s of products of random matrices; on a GPU also of those that denoising computes."""
-    side = SIDE[device]
-    matrix = torch.randn(side, side, device=device)
-    half = matrix.to(torch.bfloat16)
-    calls: dict[str, Call] = {"bfloat16": lambda: half @ half, "float32": lambda: matrix @ matrix}
-    if device == "cuda":
-        calls["bfloat16 to float32"] = lambda: torch.mm(half, half, out_dtype=torch.float32)
-    return {name: round(2 * side**3 / ms / 1e9, 3) for name, ms in medians(calls, device).items()}
+    tensor = torch.ones(DENSE_BYTES[device] // 4, device=device)
+    times = medians({"read": tensor.sum, "write": lambda: tensor.fill_(1.0)}, device)
+    rates = {"copy": ceilings(device, torch.float32)[0] / 1e9} | {
+        n: tensor.nbytes / ms / 1e6 for n, ms in times.items()
+    }
+    return {name: round(rate, 1) for name, rate in rates.items()}
 
 
 # ---- scattered reads and writes ----
@@ -224,20 +216,14 @@ def counted(output: str) -> list[dict[str, Any]]:
         if (row["ID"] or "").isdigit():  # else the line of the units, or output of the program
             name = re.sub(r"<unnamed>::|\(anonymous namespace\)::|^void ", "", row["Kernel Name"])
             each = launches.setdefault(re.split(r"[<(]", name)[0].rpartition("::")[2], [])
-            each.append({ours: number(row.get(theirs)) for theirs, ours in METRICS.items()})
+            numbers = ((ours, (row.get(theirs) or "n/a").replace(",", "")) for theirs, ours in METRICS.items())
+            each.append({ours: 0.0 if text == "n/a" else float(text) for ours, text in numbers})
     found = []
     for name, each in launches.items():
         sums = {k: sum(one[k] for one in each) for k in ("ns", "read", "written")}
         means = {k: round(statistics.mean(one[k] for one in each), 2) for k in METRICS.values() if k not in sums}
         found.append({"kernel": name, "launches": len(each)} | sums | means)
     return sorted(found, key=lambda kernel: -kernel["ns"])
-
-
-def number(text: str | None) -> float:
-    try:
-        return float((text or "").replace(",", ""))
-    except ValueError:  # "n/a"
-        return 0.0
 
 
 if __name__ == "__main__":

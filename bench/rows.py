@@ -88,23 +88,19 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, restval=""))
+
+
 def append(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Add rows to a file. A file with other columns is rewritten atomically; its rows are empty in the new columns."""
+    """Add rows to a file, which is replaced atomically; older rows are empty in new columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    old: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            old, header = list(reader), tuple(reader.fieldnames or ())
-        if header == COLUMNS:
-            with path.open("a", newline="") as file:
-                csv.DictWriter(file, COLUMNS).writerows(rows)
-            return
     new = path.with_suffix(".new")
     with new.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
-        writer.writerows([*old, *rows])
+        writer.writerows([*(read(path) if path.exists() else []), *rows])
     new.replace(path)
 
 
@@ -112,12 +108,11 @@ def newest(folder: Path) -> list[Row]:
     """The rows of the newest run of each workload on each device, from all files: a workload may have changed files."""
     workloads: dict[tuple, dict[str, Row]] = {}  # → implementation → its last row
     for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file, restval=""):
-                name = row["provider"] = RENAMED.get(row["provider"], row["provider"])
-                last = workloads.setdefault(tuple(row[k] for k in ("device", *WORKLOAD)), {})
-                if row["date"] >= last.get(name, row)["date"]:
-                    last[name] = row | {"file": path.name}
+        for row in read(path):
+            name = row["provider"] = RENAMED.get(row["provider"], row["provider"])
+            last = workloads.setdefault((row["device"], *workload_of(row)), {})
+            if row["date"] >= last.get(name, row)["date"]:
+                last[name] = row | {"file": path.name}
     # Workloads last timed with a backend that no longer serves the operator are left out.
     serving = {}  # file, device and op → backend of our newest row
     for ours in sorted((w[OURS] for w in workloads.values() if OURS in w), key=lambda row: row["date"]):
