@@ -19,7 +19,7 @@ import torch
 from bench import machine, report
 from bench.families import FAMILIES, OPS, SIZES, workloads
 from bench.harness import Choice, Workload, measure, silence_libraries
-from bench.rows import OURS, RESULTS, ROOT, Workloads, append, by_workload, newest, provenance
+from bench.rows import OURS, RESULTS, ROOT, WORKLOAD, Workloads, append, by_workload, newest, provenance
 from bench.targets import TARGETS
 
 QUICK = ("minilm",)  # the default sizes with --quick
@@ -47,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", nargs="+", choices=DTYPES, default=[], help="default: each family's own")
     entries = "fractions of the entries, 0 to 1; default: the family's"
     add("--density", nargs="+", type=density, default=[], help=entries)
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cpu", "cuda"), default=device, help="default: cuda where there is one")
     add("--implementation", nargs="+", default=[], help=f"only these and {OURS}, by the names in the output")
     add("--target-baselines", action="store_true", help="only the baselines that a target names")
     add("--rounds", type=int, help="timed calls of each implementation")
@@ -62,21 +63,16 @@ def density(text: str) -> float:
     return value
 
 
-def device_of(options: argparse.Namespace) -> str:
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 # ---- run ----
 def run(options: argparse.Namespace) -> int:
     silence_libraries()
     torch.manual_seed(0)
-    device = device_of(options)
-    metadata = provenance(device)
+    metadata = provenance(options.device)
     print(", ".join(f"{k} {v}" for k, v in metadata.items() if v))
     print("Medians of interleaved calls with flushed caches; every result is checked first. Peak: without the inputs.")
     found, op = [], ""
     for family in options.family:
-        for workload in chosen(options, family, device):
+        for workload in chosen(options, family):
             print_heading(workload, new=workload.op != op)
             op, rows = workload.op, []
             for row in measured(workload, metadata, options):
@@ -101,13 +97,13 @@ def measured(workload: Workload, metadata: dict[str, Any], options: argparse.Nam
     except Exception as error:
         traceback.print_exc(file=sys.stdout)
         fault = f"{type(error).__name__}: {error}"
-        yield {"op": workload.op, "size": workload.title, "provider": OURS, "wrong": fault}
+        yield dict(zip(WORKLOAD, workload.key)) | {"provider": OURS, "wrong": fault}
 
 
-def chosen(options: argparse.Namespace, family: str, device: str) -> Iterator[Workload]:
+def chosen(options: argparse.Namespace, family: str) -> Iterator[Workload]:
     default = SIZES if options.targets else QUICK if options.quick else FULL
     dtypes = tuple(DTYPES[name] for name in options.dtype)
-    choice = Choice(device, tuple(options.size or default), dtypes, tuple(options.density), options.quick)
+    choice = Choice(options.device, tuple(options.size or default), dtypes, tuple(options.density), options.quick)
     for workload in workloads(family, choice):
         if not options.targets or any(target.is_about(workload) for target in TARGETS):
             yield workload
@@ -179,7 +175,7 @@ COMMANDS = {
     "run": run,
     "table": write_tables,
     "plot": write_figures,
-    "machine": lambda options: machine.measure(device_of(options), options.out),
+    "machine": lambda options: machine.measure(options.device, options.out),
     "counters": lambda options: machine.counters(options.out),
 }
 

@@ -4,7 +4,7 @@ The decompositions are timed in float32 (LAPACK and cuSOLVER have no 16-bit ones
 select_mask is left.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -68,12 +68,12 @@ def decompositions(size: str, choice: Choice) -> Iterator[Workload]:
             count, n = SYMMETRIC[size][op]
             yield make(op, f"{count}x{n}x{n}", symmetric_case, op, dtype=dtype)
     if size == "llama7b" and choice.device == "cuda":  # 52 GB with its result
-        yield make("svd_denoise", f"llama7b linears x32, {label(LLAMA7B)}", linears_case, 32, LLAMA7B)
+        yield make("svd_denoise", f"llama7b linears x32, {label(LLAMA7B)}", denoise_case, 32, LLAMA7B)
     if size not in LAYERS:
         return
     layers = 1 if choice.quick else LAYERS[size]
     for rule in RULES:
-        yield make("svd_denoise", f"{size} linears x{layers}, {label(rule)}", linears_case, layers, rule)
+        yield make("svd_denoise", f"{size} linears x{layers}, {label(rule)}", denoise_case, layers, rule)
     if size != "xlmr":
         squares = [shape for shape in linears(size, layers).values() if shape[0] == shape[1]]
         title = f"{len(squares)}x{squares[0][0]}x{squares[0][1]}, rank 64"
@@ -82,7 +82,7 @@ def decompositions(size: str, choice: Choice) -> Iterator[Workload]:
         yield make("lift_mask", f"{size} linears x{layers}, rank {LIFT_RANK}", lift_case, layers, density=density)
     if size == "tiny" or not choice.quick:
         for rule in RULES:
-            yield make("svd_denoise", f"{size} with embedding, {label(rule)}", embedding_case, rule)
+            yield make("svd_denoise", f"{size} with embedding, {label(rule)}", denoise_case, None, rule)
 
 
 def label(rule: Rule) -> str:
@@ -92,7 +92,6 @@ def label(rule: Rule) -> str:
 # ---- matrices ----
 def linears(size: str, layers: int) -> Shapes:
     """The matrices of the linear layers."""
-
     chosen = tuple(f"{i}." for i in range(layers))
     return {n: s for n, s in SHAPES[size].items() if len(s) == 2 and n.startswith(chosen)}
 
@@ -107,12 +106,11 @@ def noisy(shapes: Shapes, device: str, rank: int = 32, strength: float = 2.0) ->
     return tensors
 
 
-def flops(shape: Sequence[int], rule: Rule) -> float:
+def flops(matrices: Iterable[Tensor], rule: Rule) -> float:
     """With a rank, the products of the randomized method; with an energy, those of a Gram matrix and a projection."""
-    m, n = shape
     if rank := rule.get("rank"):
-        return 2.0 * m * n * (rank + OVERSAMPLE) * (2 * POWER_STEPS + 2)
-    return 4.0 * m * n * min(m, n)
+        return sum(2.0 * m.numel() * (rank + OVERSAMPLE) * (2 * POWER_STEPS + 2) for m in matrices)
+    return sum(4.0 * m.numel() * min(m.shape) for m in matrices)
 
 
 # ---- the baselines ----
@@ -214,25 +212,34 @@ def baselines(matrices: Matrices, rule: Rule, device: str) -> dict[str, Callable
 
 
 # ---- svd_denoise ----
-def denoising_case(matrices: Matrices, rule: Rule, device: str, check: Callable[[Matrices], str | None]) -> Case:
+def denoise_case(size: str, dtype: torch.dtype, density: None, device: str, layers: int | None, rule: Rule) -> Case:
+    """Of the linear layers of so many layers; `layers` None: of all matrices of the model, with its embedding."""
+    check: Callable[[Matrices], str | None]
+    if layers is None:
+        matrices = {n: t for n, t in random_tensors(size, torch.float32, device).items() if t.dim() == 2}
+        check = partial(orthogonality, matrices)
+    else:
+        matrices = noisy(linears(size, layers), device)
+        check = truncation(matrices, rule)
+
     def ours() -> Matrices:
         return svd_denoise(matrices, oversample=OVERSAMPLE, n_iter=POWER_STEPS, **rule)
 
     implementations = {OURS: lambda: ours} | baselines(matrices, rule, device)
-    operations = sum(flops(m.shape, rule) for m in matrices.values())
     absent = {}
-    if sum(m.numel() for m in matrices.values()) > 10**9:
+    if size == "llama7b":
         reason = "a full decomposition of matrices of this size takes minutes"
         absent = {n: reason for n in implementations if n not in (OURS, "torch.svd_lowrank")}
-    moved = 2 * sum(m.nbytes for m in matrices.values())
-    return Case(moved, implementations, check, flops=operations, absent=absent)
+    rounds, once = (3, tuple(n for n in implementations if n != OURS)) if layers is None else (5, ONCE)
+    moved, operations = 2 * sum(m.nbytes for m in matrices.values()), flops(matrices.values(), rule)
+    return Case(moved, implementations, check, flops=operations, rounds=rounds, once=once, absent=absent)
 
 
-def linears_case(size: str, dtype: torch.dtype, density: None, device: str, layers: int, rule: Rule) -> Case:
-    matrices = noisy(linears(size, layers), device)
-    case = denoising_case(matrices, rule, device, truncation(matrices, rule))
-    case.rounds, case.once = 5, ONCE
-    return case
+def orthogonality(matrices: Matrices, result: Matrices) -> str | None:
+    """The embedding's residual is orthogonal to its low-rank part, as that of a truncated SVD is."""
+    low, full = result["embedding"], matrices["embedding"]
+    inner = float((low.double() * (full - low).double()).sum() / full.double().square().sum())
+    return None if abs(inner) < 1e-4 else f"embedding: the residual is not orthogonal to the rest: {inner:.1e}"
 
 
 def truncation(matrices: Matrices, rule: Rule) -> Callable[[Matrices], str | None]:
@@ -268,21 +275,6 @@ def truncation(matrices: Matrices, rule: Rule) -> Callable[[Matrices], str | Non
     return check
 
 
-def embedding_case(size: str, dtype: torch.dtype, density: None, device: str, rule: Rule) -> Case:
-    """All matrices of the model, with its embedding."""
-    delta = {n: t for n, t in random_tensors(size, torch.float32, device).items() if t.dim() == 2}
-
-    def check(result: Matrices) -> str | None:
-        """The embedding's residual is orthogonal to its low-rank part, as that of a truncated SVD is."""
-        low, full = result["embedding"], delta["embedding"]
-        inner = float((low.double() * (full - low).double()).sum() / full.double().square().sum())
-        return None if abs(inner) < 1e-4 else f"embedding: the residual is not orthogonal to the rest: {inner:.1e}"
-
-    case = denoising_case(delta, rule, device, check)
-    case.rounds, case.once = 3, tuple(n for n in case.implementations if n != OURS)
-    return case
-
-
 # ---- truncated_svd ----
 def truncated_case(size: str, dtype: torch.dtype, density: None, device: str, layers: int, rank: int) -> Case:
     matrices = noisy(linears(size, layers), device).values()
@@ -312,7 +304,7 @@ def truncated_case(size: str, dtype: torch.dtype, density: None, device: str, la
         "torch.linalg.svd": lambda: full,
     }
     moved = 4 * (batch.numel() + batch.shape[0] * rank * (batch.shape[1] + batch.shape[2] + 1))
-    return Case(moved, implementations, check, flops=len(batch) * flops(batch.shape[1:], {"rank": rank}), rounds=5)
+    return Case(moved, implementations, check, flops=flops(batch, {"rank": rank}), rounds=5)
 
 
 # ---- eigvalsh, eigh ----
@@ -371,7 +363,7 @@ def selection_case(size: str, dtype: torch.dtype, density: float, device: str, r
         return disagreement((mask & expected()).nnz / k)
 
     ours = {OURS: lambda: lambda: select_mask(tuned, base, k=k, **rule)}
-    operations = sum(flops(t.shape, rule) for t in base.values() if t.dim() == 2)
+    operations = flops((t for t in base.values() if t.dim() == 2), rule)
     return Case(2 * dtype.itemsize * numel, ours, check, flops=operations, rounds=3, served_by="svd_denoise")
 
 
@@ -414,8 +406,8 @@ def lift_case(size: str, dtype: torch.dtype, density: float, device: str, layers
         LIFT_LOWRANK: lambda: partial(lift, partial(lowrank_svd, 2 * LIFT_RANK)),
     }
     moved = 4 * sum(w.numel() for w in weights.values()) + 4 * sum(counts.values())
-    operations = sum(flops(w.shape, {"rank": LIFT_RANK}) for w in weights.values())
     once = (LIFT,) if size == "xlmr" else ()
+    operations = flops(weights.values(), {"rank": LIFT_RANK})
     return Case(moved, implementations, check, flops=operations, rounds=3, served_by="svd_denoise", once=once)
 
 

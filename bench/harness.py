@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.rows import OURS, package_of
+from bench.rows import OURS, WORKLOAD, package_of
 from deftx_kernels import backends
 from deftx_kernels.train.tensors import memory_in_use, peak_bytes
 
@@ -118,9 +118,9 @@ class Workload:
         return f"{self.title}, {self.dtype_name}{density}"
 
     @property
-    def density_text(self) -> str:
-        """As the rows have it."""
-        return "" if self.density is None else f"{self.density:g}"
+    def key(self) -> tuple[str, ...]:
+        """As the rows have it: op, size, dtype, density."""
+        return self.op, self.title, self.dtype_name, "" if self.density is None else f"{self.density:g}"
 
 
 def workload(
@@ -361,8 +361,7 @@ def measure(
     case, device = workload.make(), workload.device
     if chosen:
         case.implementations = {n: p for n, p in case.implementations.items() if n == OURS or n in chosen}
-    names = {"op": workload.op, "size": workload.title, "dtype": workload.dtype_name, "density": workload.density_text}
-    same = metadata | names
+    same = metadata | dict(zip(WORKLOAD, workload.key))
     for name, reason in case.absent.items():
         if not chosen or name in chosen:
             yield same | {"provider": name, "absent": reason}

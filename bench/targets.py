@@ -35,8 +35,7 @@ class Target:
         return self.quantity in (SPEEDUP, FLOOR)
 
     def is_about(self, workload: Workload) -> bool:
-        names = (workload.op, workload.title, workload.dtype_name, workload.density_text)
-        return self.device == workload.device and self.workload == names
+        return self.device == workload.device and self.workload == workload.key
 
     def met(self, value: float) -> bool:
         return value >= self.bound if self.at_least else value <= self.bound

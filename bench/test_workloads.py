@@ -7,7 +7,6 @@ pytest bench/ --benchmark-only --benchmark-compare --benchmark-compare-fail=medi
 from functools import lru_cache
 
 import pytest
-import torch
 
 from bench.families import workloads
 from bench.harness import Case, Choice, Workload, flush_cache, synchronize
@@ -15,10 +14,9 @@ from bench.harness import Case, Choice, Workload, flush_cache, synchronize
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
-    device = option("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
     found = {}
     for family in option("--family"):
-        for workload in workloads(family, Choice(device, tuple(option("--size")), quick=True)):
+        for workload in workloads(family, Choice(option("--device"), tuple(option("--size")), quick=True)):
             tiny = workload.tiny()  # has the same implementations
             for name in [*tiny.implementations, *tiny.absent]:
                 found[f"{workload.op}: {workload.label}: {name}"] = (workload, name)

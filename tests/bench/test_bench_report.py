@@ -165,7 +165,7 @@ def test_targets_name_workloads_and_baselines_that_exist():
     for device in ("cpu", "cuda"):
         for family in FAMILIES:
             for one in workloads(family, Choice(device, SIZES)):
-                listed[device, one.op, one.title, one.dtype_name, one.density_text] = one
+                listed[(device, *one.key)] = one
     for target in TARGETS:
         key = (target.device, *target.workload)
         assert key in listed, f"no workload for {target}"
