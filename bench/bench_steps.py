@@ -154,7 +154,7 @@ class Trainers:
         self.names = [n for n, _ in plain.named_parameters()]
         self.numel = sum(p.numel() for p in plain.parameters())
         self.linears = sum(m.weight.numel() for m in plain.modules() if isinstance(m, nn.Linear))
-        self.footprints: dict[str, dict[str, float]] = {}
+        self.footprints: dict[str, dict[str, int]] = {}
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         clear_shira_cache()

@@ -308,7 +308,7 @@ def optimizer_case(size: str, dtype: torch.dtype, density: float, device: str) -
     """One step of optimizers as users make them, and the bytes that training holds."""
     problem = Problem(size, dtype, density, device)
     mask = problem.mask
-    footprints: dict[str, dict[str, float]] = {}
+    footprints: dict[str, dict[str, int]] = {}
 
     def ours(**options: Any) -> Baseline:
         def optimizer(parameters: Parameters) -> SparseAdamW:

@@ -192,10 +192,11 @@ def memory(machines: dict[str, Workloads]) -> Any:
     if not found:
         return None
     names: dict[str, dict[str, int]] = {}  # title → implementation → its line
-    for title, bars in ((title, bars) for each in found.values() for title, bars in each.items()):
-        lines = names.setdefault(title, {})
-        for row in bars:
-            lines.setdefault(row["provider"], len(lines))
+    for each in found.values():
+        for title, shown in each.items():
+            lines = names.setdefault(title, {})
+            for row in shown:
+                lines.setdefault(row["provider"], len(lines))
     heights = list(map(len, names.values()))
     new, cells = figure(0.19 * sum(heights) + 0.35 * len(names) + 0.3, len(names), len(found), height_ratios=heights)
     for i, title in enumerate(names):

@@ -83,7 +83,7 @@ class Case:
     absent: dict[str, str] = field(default_factory=dict)  # implementations unavailable here → the reason
     parameters: int = 0  # of the model, for the footprints
     # implementation → bytes of "weight", "gradient", "state", "mask" in training; filled in by its first call
-    footprints: dict[str, dict[str, float]] = field(default_factory=dict)
+    footprints: dict[str, dict[str, int]] = field(default_factory=dict)
     training: bool = False  # the peak covers making an implementation and two calls
     isolated: bool = False  # too large to be held side by side: each implementation is timed in its own process
 
