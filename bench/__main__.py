@@ -19,7 +19,7 @@ import torch
 from bench import machine, report
 from bench.families import FAMILIES, OPS, SIZES, workloads
 from bench.harness import Choice, Workload, measure, silence_libraries
-from bench.rows import OURS, RESULTS, ROOT, append, newest, provenance
+from bench.rows import OURS, RESULTS, ROOT, WORKLOAD, Workloads, append, by_workload, newest, provenance
 from bench.targets import TARGETS
 
 QUICK = ("minilm",)  # the default sizes with --quick
@@ -45,10 +45,10 @@ def parser() -> argparse.ArgumentParser:
     sizes = f"those that a family has; default: {', '.join(FULL)}; {', '.join(QUICK)} with --quick"
     add("--size", nargs="+", choices=SIZES, help=sizes)
     add("--dtype", nargs="+", choices=DTYPES, default=[], help="default: each family's own")
-    add(
-        "--density", nargs="+", type=density, default=[], help="fractions of the entries, 0 to 1; default: the family's"
-    )
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    entries = "fractions of the entries, 0 to 1; default: the family's"
+    add("--density", nargs="+", type=density, default=[], help=entries)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cpu", "cuda"), default=device, help="default: cuda where there is one")
     add("--implementation", nargs="+", default=[], help=f"only these and {OURS}, by the names in the output")
     add("--target-baselines", action="store_true", help="only the baselines that a target names")
     add("--rounds", type=int, help="timed calls of each implementation")
@@ -63,30 +63,27 @@ def density(text: str) -> float:
     return value
 
 
-def device_of(options: argparse.Namespace) -> str:
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 # ---- run ----
 def run(options: argparse.Namespace) -> int:
     silence_libraries()
     torch.manual_seed(0)
-    device = device_of(options)
-    metadata = provenance(device)
+    metadata = provenance(options.device)
     print(", ".join(f"{k} {v}" for k, v in metadata.items() if v))
     print("Medians of interleaved calls with flushed caches; every result is checked first. Peak: without the inputs.")
-    tally = Tally()
+    found, op = [], ""
     for family in options.family:
-        for workload in chosen(options, family, device):
-            print_heading(workload, tally)
-            rows = []
+        for workload in chosen(options, family):
+            print_heading(workload, new=workload.op != op)
+            op, rows = workload.op, []
             for row in measured(workload, metadata, options):
                 print_row(row)
-                tally.add(row)
                 rows.append(row)
             append([row for row in rows if "p50_ms" in row], options.out / f"{family}.csv")
-    print(tally.summary(options.out))
-    return 1 if tally.wrong or not tally.workloads else 0
+            found += rows
+    wrong = [f"WRONG: {r['provider']} in {r['op']}, {r['size']}: {r['wrong']}" for r in found if "wrong" in r]
+    timed = by_workload(row for row in found if "p50_ms" in row)
+    print(*summary(timed), f"Rows: {options.out}. {len(wrong)} results were wrong.", *wrong, sep="\n")
+    return 1 if wrong or not timed else 0
 
 
 def measured(workload: Workload, metadata: dict[str, Any], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -100,52 +97,37 @@ def measured(workload: Workload, metadata: dict[str, Any], options: argparse.Nam
     except Exception as error:
         traceback.print_exc(file=sys.stdout)
         fault = f"{type(error).__name__}: {error}"
-        yield {"op": workload.op, "size": workload.title, "provider": OURS, "wrong": fault}
+        yield dict(zip(WORKLOAD, workload.key)) | {"provider": OURS, "wrong": fault}
 
 
-def chosen(options: argparse.Namespace, family: str, device: str) -> Iterator[Workload]:
+def chosen(options: argparse.Namespace, family: str) -> Iterator[Workload]:
     default = SIZES if options.targets else QUICK if options.quick else FULL
     dtypes = tuple(DTYPES[name] for name in options.dtype)
-    choice = Choice(device, tuple(options.size or default), dtypes, tuple(options.density), options.quick)
+    choice = Choice(options.device, tuple(options.size or default), dtypes, tuple(options.density), options.quick)
     for workload in workloads(family, choice):
         if not options.targets or any(target.is_about(workload) for target in TARGETS):
             yield workload
 
 
-class Tally:
-    """The results of a run."""
-
-    def __init__(self) -> None:
-        self.op = ""  # the last heading
-        self.workloads: dict[tuple, list[tuple[float, str]]] = {}  # → (speedup, baseline)
-        self.wrong: list[str] = []
-
-    def add(self, row: dict[str, Any]) -> None:
-        if "wrong" in row:
-            self.wrong.append(f"WRONG: {row['provider']} in {row['op']}, {row['size']}: {row['wrong']}")
-        elif "p50_ms" in row:
-            speedups = self.workloads.setdefault(tuple(row[k] for k in ("op", "size", "dtype", "density")), [])
-            if not row["provider"].startswith(OURS) and row["times_ours"]:
-                speedups.append((float(row["times_ours"]), row["provider"]))
-
-    def summary(self, out: Path) -> str:
-        compared = {workload: speedups for workload, speedups in self.workloads.items() if speedups}
-        slower = {workload: min(speedups) for workload, speedups in compared.items() if min(speedups)[0] < 1}
-        fastest = f"{len(compared) - len(slower)} of {len(compared)}"
-        lines = ["", f"{OURS} was the fastest in {fastest} workloads with baselines."]
-        for workload, (speedup, baseline) in slower.items():
-            lines.append(f"  slower in {', '.join(filter(None, workload))}: speedup {speedup:.2f} over {baseline}")
-        lines.append(f"Rows: {out}. {len(self.wrong)} results were wrong.")
-        return "\n".join(lines + self.wrong)
+def summary(timed: Workloads) -> list[str]:
+    """In how many workloads ours was the fastest, and where it was not."""
+    compared, slower = 0, []
+    for workload, rows in timed.items():
+        others = [row for name, row in rows.items() if not name.startswith(OURS) and row["times_ours"]]
+        if others:
+            compared += 1
+            fastest = min(others, key=lambda row: float(row["times_ours"]))
+            if (speedup := float(fastest["times_ours"])) < 1:
+                where = ", ".join(filter(None, workload))
+                slower.append(f"  slower in {where}: speedup {speedup:.2f} over {fastest['provider']}")
+    counts = f"{compared - len(slower)} of {compared}"
+    return ["", f"{OURS} was the fastest in {counts} workloads with baselines.", *slower]
 
 
-def print_heading(workload: Workload, tally: Tally) -> None:
-    if workload.op != tally.op:
-        tally.op = workload.op
+def print_heading(workload: Workload, new: bool) -> None:
+    if new:
         print(f"\n{workload.op}: {OPS[workload.op]}")
-    parts = [workload.title, workload.dtype_name]
-    parts += [f"{100 * workload.density:.3g} % of the entries"] if workload.density is not None else []
-    print(f"\n  {', '.join(parts)}", flush=True)
+    print(f"\n  {workload.label}", flush=True)
     columns = f"{'speedup':>10} {'of the floor':>12} {'host':>10} {'peak':>10}"
     print(f"    {'implementation':38} {'median':>10} {'p20 .. p80':>22} {columns}")
 
@@ -166,21 +148,17 @@ def print_row(row: dict[str, Any]) -> None:
 
 # ---- from the rows ----
 def newest_rows(options: argparse.Namespace) -> list[dict[str, str]]:
-    rows = newest(options.out)
-    if not rows:
-        sys.exit(f"no rows in {options.out}: run python -m bench first")
-    return rows
+    return newest(options.out) or sys.exit(f"no rows in {options.out}: run python -m bench first")
 
 
 def write_tables(options: argparse.Namespace) -> int:
     rows = newest_rows(options)
-    readme = ROOT / "README.md"
+    readme, page = ROOT / "README.md", options.out / "README.md"
     old = readme.read_text()
     if BEGIN not in old or END not in old:
         sys.exit(f"README.md has no {BEGIN} ... {END}")
     text = report.training_table(rows)
     readme.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{text}\n{END}", old, flags=re.DOTALL))
-    page = options.out / "README.md"
     page.write_text(report.results_page(rows))
     print(text, f"\nwritten: {readme}, {page}", sep="\n")
     return 0
@@ -189,8 +167,7 @@ def write_tables(options: argparse.Namespace) -> int:
 def write_figures(options: argparse.Namespace) -> int:
     from bench.figures import plot
 
-    for path in plot(newest_rows(options), options.out):
-        print(path)
+    print(*plot(newest_rows(options), options.out), sep="\n")
     return 0
 
 
@@ -198,7 +175,7 @@ COMMANDS = {
     "run": run,
     "table": write_tables,
     "plot": write_figures,
-    "machine": lambda options: machine.measure(device_of(options), options.out),
+    "machine": lambda options: machine.measure(options.device, options.out),
     "counters": lambda options: machine.counters(options.out),
 }
 

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bench.harness import Call, Case, Choice, Workload, imported, workload
+from bench.harness import Call, Case, Choice, Workload, workload
 from bench.rows import OURS
-from bench.shapes import SIZES as SHAPES
 from bench.shapes import copies, random_tensors
 from deftx_kernels import topk_mask
 
@@ -32,15 +32,14 @@ class Problem:
     """Dense tensors, a mask of them and a compact tensor."""
 
     def __init__(self, size: str, dtype: torch.dtype, density: float, device: str) -> None:
-        shapes = SHAPES[size]()
-        self.tensors = random_tensors(shapes, dtype, device)
-        self.mask = topk_mask(random_tensors(shapes, torch.float32, device, seed=1), density=density)
+        self.tensors = random_tensors(size, dtype, device)
+        self.mask = topk_mask(random_tensors(size, torch.float32, device, seed=1), density=density)
         self.values = torch.randn(self.mask.nnz, generator=torch.Generator().manual_seed(2)).to(device, dtype)
         self.parts = list(self.mask.split(self.values).values())
         # What the baselines index with, made beforehand: int64, flat, for each tensor.
         self.index = [t.view(-1).nonzero().view(-1) for t in self.mask.to_dense().values()]
-        self.on_cpu = device == "cpu"
-        self.in_numpy = self.on_cpu and dtype == torch.float32
+        self.in_numpy = device == "cpu" and dtype == torch.float32
+        self.in_cupy = device != "cpu" and dtype != torch.bfloat16  # a dtype that CuPy has
 
     def bytes(self, dense_accesses: int) -> int:
         mask = self.mask
@@ -50,6 +49,9 @@ class Problem:
     def each(self, tensors: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(flat tensor, positions, values) of each tensor."""
         return zip((t.view(-1) for t in tensors.values()), self.index, self.parts)
+
+    def arrays(self, convert: Callable[[Tensor], Any], tensors: dict[str, Tensor]) -> list[tuple[Any, Any, Any]]:
+        return [tuple(map(convert, x)) for x in self.each(tensors)]
 
     def put(self, tensors: dict[str, Tensor], accumulate: bool) -> None:
         for tensor, i, v in self.each(tensors):
@@ -69,44 +71,33 @@ class Problem:
 
         return make
 
-    def cupy_arrays(self, tensors: dict[str, Tensor]) -> tuple[Any, list[tuple[Any, Any, Any]]]:
-        import cupy
-
-        return cupy, [tuple(map(cupy.from_dlpack, x)) for x in self.each(tensors)]
-
-    def cupy_baseline(self, name: str, make: Callable[[], Call]) -> tuple[dict[str, Callable], dict[str, str]]:
-        """({name: make}, {}) on a GPU with CuPy, in a dtype that CuPy has; ({}, {name: why not}) without CuPy."""
-        if self.on_cpu or self.values.dtype == torch.bfloat16:
-            return {}, {}
-        module, reason = imported("cupy")
-        return ({name: make}, {}) if module else ({}, {name: reason})
-
 
 def gather_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
     problem = Problem(size, dtype, density, device)
     mask, tensors = problem.mask, problem.tensors
     gathered = torch.cat([t[i] for t, i, _ in problem.each(tensors)])
 
+    def numpy_take() -> Call:
+        arrays = problem.arrays(Tensor.numpy, tensors)
+        return lambda: torch.from_numpy(np.concatenate([a.take(i) for a, i, _ in arrays]))
+
     def cupy_take() -> Call:
-        cupy, arrays = problem.cupy_arrays(tensors)
+        import cupy
+
+        arrays = problem.arrays(cupy.from_dlpack, tensors)
         return lambda: torch.from_dlpack(cupy.concatenate([a.take(i) for a, i, _ in arrays]))
+
+    def check(result: Tensor) -> str | None:
+        return None if torch.equal(result, gathered) else "the gathered values differ"
 
     implementations: dict[str, Callable] = {
         OURS: lambda: lambda: mask.gather(tensors),
         "torch index": lambda: lambda: torch.cat([t[i] for t, i, _ in problem.each(tensors)]),
         "torch.take": lambda: lambda: torch.cat([torch.take(t, i) for t, i, _ in problem.each(tensors)]),
     }
-    if problem.in_numpy:
-        import numpy as np
-
-        arrays = [(t.numpy(), i.numpy()) for t, i, _ in problem.each(tensors)]
-        implementations["numpy.take"] = lambda: lambda: torch.from_numpy(np.concatenate([a.take(i) for a, i in arrays]))
-    more, absent = problem.cupy_baseline("cupy.take", cupy_take)
-
-    def check(result: Tensor) -> str | None:
-        return None if torch.equal(result, gathered) else "the gathered values differ"
-
-    return Case(problem.bytes(1), implementations | more, check, absent=absent)
+    implementations |= {"numpy.take": numpy_take} if problem.in_numpy else {}
+    implementations |= {"cupy.take": cupy_take} if problem.in_cupy else {}
+    return Case(problem.bytes(1), implementations, check)
 
 
 def scatter_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
@@ -129,10 +120,11 @@ def add_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case
         tensor[i] += v.double()
 
     def cupy_scatter_add() -> Call:
+        import cupy
         from cupyx import scatter_add
 
         mine = copies(tensors)
-        _, arrays = problem.cupy_arrays(mine)
+        arrays = problem.arrays(cupy.from_dlpack, mine)
 
         def call() -> dict[str, Tensor]:
             for array, i, v in arrays:
@@ -141,24 +133,24 @@ def add_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case
 
         return call
 
-    implementations: dict[str, Callable] = {
-        OURS: problem.in_place(lambda mine: mask.add_(mine, values)),
-        "torch index_put_": problem.in_place(lambda mine: problem.put(mine, accumulate=True)),
-        "torch index_add_": problem.in_place(lambda mine: [t.index_add_(0, i, v) for t, i, v in problem.each(mine)]),
-    }
-    if problem.in_numpy:
+    def scipy_sum() -> Call:
         import scipy.sparse
 
         matrices = {n: mask.sparse_csr(n, values) for n in mask.names}
         parts = {n: [x.numpy() for x in (m.values(), m.col_indices(), m.crow_indices())] for n, m in matrices.items()}
         sparse = {n: scipy.sparse.csr_array(tuple(parts[n]), shape=m.shape) for n, m in matrices.items()}
         dense = {n: tensors[n].numpy().reshape(sparse[n].shape) for n in tensors}
-        implementations["scipy dense + csr"] = lambda: (
-            lambda: {n: torch.from_numpy(dense[n] + sparse[n]).view(tensors[n].shape) for n in tensors}
-        )
-    more, absent = problem.cupy_baseline("cupyx.scatter_add", cupy_scatter_add)
+        return lambda: {n: torch.from_numpy(dense[n] + sparse[n]).view(tensors[n].shape) for n in tensors}
+
+    implementations: dict[str, Callable] = {
+        OURS: problem.in_place(lambda mine: mask.add_(mine, values)),
+        "torch index_put_": problem.in_place(lambda mine: problem.put(mine, accumulate=True)),
+        "torch index_add_": problem.in_place(lambda mine: [t.index_add_(0, i, v) for t, i, v in problem.each(mine)]),
+    }
+    implementations |= {"scipy dense + csr": scipy_sum} if problem.in_numpy else {}
+    implementations |= {"cupyx.scatter_add": cupy_scatter_add} if problem.in_cupy else {}
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-12}.get(dtype, 1e-2)
-    return Case(problem.bytes(2), implementations | more, checker(expected, tolerance), absent=absent)
+    return Case(problem.bytes(2), implementations, checker(expected, tolerance))
 
 
 def checker(expected: dict[str, Tensor], tolerance: float) -> Callable[[dict[str, Tensor]], str | None]:

@@ -5,13 +5,12 @@ flat positions made beforehand, its fastest form. Ours writes float32, the dtype
 """
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from bench.bench_topk import flat_positions
-from bench.harness import Case, Choice, Workload
+from bench.harness import Case, Choice, Workload, workload
 from bench.rows import OURS
 from bench.shapes import token_ids
 from deftx_kernels import CSRMask, topk_mask
@@ -39,12 +38,11 @@ def workloads(choice: Choice) -> Iterator[Workload]:
         default.append((torch.bfloat16, 0.05))
     for size in choice.sizes:
         for setting in choice.settings(default):
-            problems = [("masked_linear_grad", linear_case, shape, *LINEARS["tiny"]) for shape in LINEARS[size]]
-            problems.append(("masked_embedding_grad", embedding_case, EMBEDDINGS[size], EMBEDDINGS["tiny"]))
-            for op, case, shape, tiny in problems:
-                make, make_tiny = (partial(case, s, *setting, device) for s in (shape, tiny))
-                title = f"{TOKENS} tokens, {shape[0]}x{shape[1]}"
-                yield Workload(op, size, title, *setting, device, make, make_tiny)
+            problems = [("masked_linear_grad", linear_case, (shape, *LINEARS["tiny"])) for shape in LINEARS[size]]
+            problems.append(("masked_embedding_grad", embedding_case, (EMBEDDINGS[size], EMBEDDINGS["tiny"])))
+            for op, case, of in problems:
+                title = f"{TOKENS} tokens, {of[0][0]}x{of[0][1]}"
+                yield workload(case, op, size, setting, device, title=title, of=of)
 
 
 def random_mask(shape: tuple[int, int], density: float, device: str) -> CSRMask:
@@ -77,7 +75,7 @@ def linear_case(shape: tuple[int, int], dtype: torch.dtype, density: float, devi
     x = torch.randn(TOKENS, n, generator=generator).to(device, dtype)
     gradient = torch.randn(TOKENS, m, generator=generator).to(device, dtype)
     mask = random_mask((m, n), density, device)
-    positions, indices = flat_positions(mask), (mask.crow_indices, mask.col_indices)
+    positions, indices = mask.flat_indices(), (mask.crow_indices, mask.col_indices)
 
     def sampled() -> Callable[[], Tensor]:
         matrix = mask.sparse_csr("tensor", torch.zeros(mask.nnz, dtype=dtype, device=device))
@@ -90,10 +88,8 @@ def linear_case(shape: tuple[int, int], dtype: torch.dtype, density: float, devi
         "dense product + grad[mask]": lambda: lambda: torch.take(gradient.mT @ x, positions),
         SAMPLED: sampled,
     }
-    absent = {}
-    if dtype not in (torch.float32, torch.float64):
-        del implementations[SAMPLED]
-        absent[SAMPLED] = "torch has it in float32 and float64 only"
+    exists = dtype in (torch.float32, torch.float64)
+    absent = {} if exists else {SAMPLED: "torch has it in float32 and float64 only"}
     check = checker(mask, lambda: gradient.double().mT @ x.double(), torch.finfo(dtype).eps)
     moved = (x.numel() + gradient.numel()) * dtype.itemsize + mask.nnz * (4 + mask.col_indices.element_size())
     flops = 2.0 * TOKENS * mask.nnz  # of the masked entries, at the rate of a matrix product
@@ -107,7 +103,8 @@ def embedding_case(shape: tuple[int, int, int], dtype: torch.dtype, density: flo
     ids = token_ids(TOKENS, vocabulary, generator)
     ids = torch.where(torch.rand(TOKENS, generator=generator) < 0.3, padding, ids).to(device)
     mask = random_mask((vocabulary, width), density, device)
-    positions, indices = flat_positions(mask), (mask.crow_indices, mask.col_indices)
+    positions, indices = mask.flat_indices(), (mask.crow_indices, mask.col_indices)
+    kept = ids != padding
 
     def dense() -> Tensor:
         return torch.ops.aten.embedding_dense_backward(gradient, ids, vocabulary, padding, False)
@@ -116,7 +113,6 @@ def embedding_case(shape: tuple[int, int, int], dtype: torch.dtype, density: flo
         return torch.ops.aten.embedding_sparse_backward(gradient, ids, vocabulary, padding, False).coalesce()
 
     def exact() -> Tensor:
-        kept = ids != padding
         total = torch.zeros(vocabulary, width, dtype=torch.float64, device=device)
         return total.index_add_(0, ids[kept], gradient[kept].double())
 
@@ -127,7 +123,7 @@ def embedding_case(shape: tuple[int, int, int], dtype: torch.dtype, density: flo
         "torch sparse=True, coalesced": lambda: sparse,
     }
     # torch sums the gradients of a row in their own dtype: each addition may round.
-    most = int(ids[ids != padding].bincount().max()) if len(ids[ids != padding]) else 1
+    most = int(ids[kept].bincount().max()) if kept.any() else 1
     check = checker(mask, exact, torch.finfo(dtype).eps * most**0.5)
     rows = len(ids.unique())
     moved = gradient.numel() * dtype.itemsize + ids.numel() * 8 + mask.nnz * 4 + round(rows * width * density) * 4

@@ -15,40 +15,35 @@ tensors.
 
 On the CPU the weights are float32, of Llama bfloat16, as language models are fine-tuned. Dense gradients and the
 moments of torch's AdamW have the same dtype; our values, their gradients and moments and PEFT's adapters stay float32.
+On a GPU all but Llama have float32 weights and autocast: with bfloat16 weights dense AdamW loses small updates. Frozen
+weights lose nothing in bfloat16, so ours and LoRA also run so ("bfloat16 weights"). All run eagerly; because the host's
+time limits small models, ours, the dense baselines and SHiRA also run as a CUDA graph of the step, replayed.
 
-On a GPU all have float32 weights and autocast, as is usual for encoders of this size: with bfloat16 weights dense AdamW
-loses small updates. Frozen weights lose nothing in bfloat16, so ours and LoRA, whose trained values stay float32, also
-run so ("bfloat16 weights"). Of Llama all weights are bfloat16. All run eagerly; because the host's time limits small
-models, ours, the dense baselines and SHiRA also run as a CUDA graph of the step, replayed ("CUDA graph").
-
-Peak memory is that of a training run (`Case.training`). Masks are loaded from files, as users load them: holding them
-counts, making them does not. A footprint counts parameters and buffers (ours: the dense tensors and the compact values;
+Peak memory is that of a training run (`Case.training`). An implementation with a mask has its own copy: holding it
+counts, making it does not. A footprint counts parameters and buffers (ours: the dense tensors and the compact values;
 PEFT: the adapters, too), the gradients just before the optimizer's step, the optimizer's state, and the tensors that
 select the trained entries (ours: the CSR indices; "dense + mask": the bool tensors; SHiRA: its indices).
 """
 
-import atexit
+import copy
 import importlib.util
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.harness import Case, Choice, Footprint, Workload, available_bytes, trim
+from bench.harness import GRAPH, Case, Choice, Workload, available_bytes, too_large, trim, workload
 from bench.rows import OURS
 from bench.shapes import random_tensors
 from bench.step_models import MODELS, TINY, build, make_batch, maskable, on_meta, start_weights_
-from deftx_kernels import CSRMask, SparseAdamW, sparsify, topk_mask
+from deftx_kernels import SparseAdamW, sparsify, topk_mask
 from deftx_kernels.nn import masked_parameters
-from deftx_kernels.train.tensors import state_bytes
+from deftx_kernels.train.tensors import gradient_bytes, state_bytes
 
 OPS = {"training_step": "one step of fine-tuning a model: forward, loss, backward, optimizer"}
 SIZES = ("tiny", "minilm", "linears", "bert", "xlmr", "llama1b")
@@ -57,40 +52,21 @@ SETTINGS: dict[str, Any] = {"lr": 1e-4, "eps": 1e-6, "weight_decay": 0.0}
 DENSE, DENSE_MASK = "dense, torch AdamW fused", "dense + mask, torch AdamW fused"
 SHIRA, LORA = "PEFT SHiRA", "PEFT LoRA"
 LORA_RANK = 16
-GRAPH = ", CUDA graph"  # appended to an implementation's name
 HEADS = ("classifier", "lm_head")  # linear layers that PEFT leaves unchanged
 
 
 def workloads(choice: Choice) -> Iterator[Workload]:
     for size in sorted(choice.sizes, key=SIZES.index):
-        for dtype, density in choice.settings([(default_dtype(size, choice.device), MODELS[size].density)]):
-            yield step_workload(size, choice.device, dtype, density)
+        shape = MODELS[size]
+        dtype = torch.bfloat16 if choice.device == "cuda" or shape.family == "llama" else torch.float32
+        for setting in choice.settings([(dtype, shape.density)]):
+            yield step_workload(size, choice.device, *setting)
 
 
 def step_workload(name: str, device: str, dtype: torch.dtype, density: float) -> Workload:
     shape = MODELS[name]
-    make, tiny = (partial(step_case, n, device, mask_folder(), dtype, density) for n in (name, TINY[shape.family]))
-    return Workload("training_step", name, f"{name}, {shape}", dtype, density, device, make, tiny)
-
-
-def default_dtype(name: str, device: str) -> torch.dtype:
-    return torch.bfloat16 if device == "cuda" or MODELS[name].family == "llama" else torch.float32
-
-
-@cache
-def mask_folder() -> str:
-    """Holds the masks of this run, also for the processes started for single implementations."""
-    folder = tempfile.mkdtemp(prefix="deftx-bench-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def mask_file(name: str, density: float, folder: str, device: str) -> Path:
-    """The file of a model's mask: the largest of random scores."""
-    path = Path(folder) / f"{name}-{density:g}.safetensors"
-    if not path.exists():
-        topk_mask(random_tensors(maskable(MODELS[name]), torch.float32, device, seed=1), density=density).save(path)
-    return path
+    title, of = f"{name}, {shape}", (name, TINY[shape.family])
+    return workload(step_case, "training_step", name, (dtype, density), device, title=title, of=of)
 
 
 # ---- implementations ----
@@ -112,19 +88,16 @@ class Run:
         loss = self.trainers.loss(self.model)
         loss.backward()
         self.before_step()
-        footprint = None if self.name in self.trainers.footprints else self.footprint()
+        first = self.name not in self.trainers.footprints
+        gradients = gradient_bytes(self.model) if first else 0
         self.optimizer.step()
-        if footprint:
-            footprint.state = state_bytes(self.optimizer)
-            self.trainers.footprints[self.name] = footprint
+        if first:
+            held = {"weight": bytes_of([*self.model.parameters(), *self.model.buffers()]), "gradient": gradients}
+            held |= {"state": state_bytes(self.optimizer), "mask": bytes_of(self.mask)}
+            self.trainers.footprints[self.name] = held
         self.optimizer.zero_grad()
         self.loss = loss.detach()
         return self
-
-    def footprint(self) -> Footprint:
-        parameters = list(self.model.parameters())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        return Footprint(bytes_of([*parameters, *self.model.buffers()]), bytes_of(gradients), mask=bytes_of(self.mask))
 
 
 @dataclass
@@ -170,17 +143,18 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 class Trainers:
     """The implementations' models and optimizers for one workload."""
 
-    def __init__(self, name: str, device: str, folder: str, dtype: torch.dtype, density: float) -> None:
-        self.shape, self.device = MODELS[name], device
+    def __init__(self, name: str, dtype: torch.dtype, density: float, device: str) -> None:
+        self.shape, self.device, self.density = MODELS[name], device, density
         self.autocast = dtype if device == "cuda" and dtype != torch.float32 else None
         self.dtype = torch.float32 if self.autocast and self.shape.family != "llama" else dtype  # of the weights
-        self.mask_path = mask_file(name, density, folder, device)
+        scores = random_tensors(maskable(self.shape), torch.float32, device, seed=1)
+        self.mask = topk_mask(scores, density=density)
         self.batch = make_batch(self.shape, self.dtype, device)
         plain = on_meta(self.shape)
         self.names = [n for n, _ in plain.named_parameters()]
         self.numel = sum(p.numel() for p in plain.parameters())
         self.linears = sum(m.weight.numel() for m in plain.modules() if isinstance(m, nn.Linear))
-        self.footprints: dict[str, Footprint] = {}
+        self.footprints: dict[str, dict[str, int]] = {}
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         clear_shira_cache()
@@ -197,15 +171,12 @@ class Trainers:
             # In float32: transformers does so for language models, not for classifiers of 16 bits.
             return nn.functional.cross_entropy(model(self.batch["input_ids"]).logits.float(), self.batch["labels"])
 
-    def eager(self, name: str, make: Callable[[], Run]) -> Callable[[], Run]:
-        return lambda: replace(make(), name=name)
-
     def captured(self, name: str, make: Callable[..., Run]) -> Callable[[], Captured]:
         """`make` takes the option that makes an optimizer's step capturable."""
         return lambda: Captured(replace(make(capturable=True), name=name))
 
     def ours(self, dtype: torch.dtype | None = None, kind: str = "masked", capturable: bool = False) -> Run:
-        model, mask = self.model(dtype), CSRMask.load(self.mask_path, device=self.device)
+        model, mask = self.model(dtype), copy.deepcopy(self.mask)
         sparsify(model, mask)
         settings = SETTINGS | ({"lr": torch.tensor(SETTINGS["lr"], device=self.device)} if capturable else {})
         optimizer = SparseAdamW(model.named_parameters(), mask, **settings)
@@ -219,8 +190,7 @@ class Trainers:
 
     def dense_mask(self, **options: bool) -> Run:
         run = self.dense(**options)
-        mask = CSRMask.load(self.mask_path, device=self.device).to_dense()
-        dropped = {n: keep.logical_not_() for n, keep in mask.items()}
+        dropped = {n: keep.logical_not_() for n, keep in self.mask.to_dense().items()}
         parameters = [run.model.get_parameter(n) for n in dropped]
 
         def drop() -> None:
@@ -229,14 +199,15 @@ class Trainers:
 
         return replace(run, mask=dropped.values(), before_step=drop, kind="masked")
 
-    def peft(self, config: Callable[[nn.Module], Any], dtype: torch.dtype | None = None, **options: bool) -> Run:
+    def peft(self, method: str, dtype: torch.dtype | None = None, **options: bool) -> Run:
+        """SHiRA of about as many values as the mask has, or LoRA."""
         import peft
 
         torch.sparse.check_sparse_tensor_invariants.disable()  # the default, set explicitly: else SHiRA warns
         model = self.model(dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = peft.get_peft_model(model, config(model)).train()
+            model = peft.get_peft_model(model, peft_config(method, self.mask.nnz, model)).train()
         indices = [i for m in model.modules() for i in getattr(m, "shira_indices", {}).values()]
         return Run(self, model, fused_adamw(model, **options), indices, dtype=dtype)
 
@@ -256,17 +227,17 @@ def fused_adamw(model: nn.Module, **options: bool) -> torch.optim.AdamW:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True, **SETTINGS, **options)
 
 
-def peft_options(model: nn.Module) -> dict[str, Any]:
+def peft_config(method: str, values: int, model: nn.Module) -> Any:
     """All linear layers but the head: a classifier's is trained densely, a language model's is the embedding."""
+    import peft
+
+    task = "CAUSAL_LM" if hasattr(model, "lm_head") else "SEQ_CLS"
+    options: dict[str, Any] = {"target_modules": "all-linear", "task_type": task}
     if isinstance(model, nn.Sequential):
-        return {"target_modules": [n for n, _ in model.named_children()]}
-    return {"target_modules": "all-linear", "task_type": "CAUSAL_LM" if hasattr(model, "lm_head") else "SEQ_CLS"}
-
-
-def shira_config(values: int, model: nn.Module) -> Any:
-    from peft import ShiraConfig
-
-    return ShiraConfig(r=shira_rank(values, model), random_seed=0, **peft_options(model))
+        options = {"target_modules": [n for n, _ in model.named_children()]}
+    if method == SHIRA:
+        return peft.ShiraConfig(r=shira_rank(values, model), random_seed=0, **options)
+    return peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.0, **options)
 
 
 def shira_rank(values: int, model: nn.Module) -> int:
@@ -276,76 +247,52 @@ def shira_rank(values: int, model: nn.Module) -> int:
     return max(1, min(round(values / sum(map(sum, shapes))), *(m * n // (m + n) for m, n in shapes)))
 
 
-def lora_config(model: nn.Module) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.0, **peft_options(model))
-
-
 # ---- the case ----
-def step_case(
-    name: str, device: str, folder: str, dtype: torch.dtype | None = None, density: float | None = None
-) -> Case:
+def step_case(name: str, dtype: torch.dtype, density: float, device: str) -> Case:
     shape = MODELS[name]
     if shape.family != "linears" and not has("transformers"):
         return Case(0, {}, lambda run: None, absent={OURS: "transformers is not installed"})
-    dtype, density = dtype or default_dtype(name, device), shape.density if density is None else density
-    trainers = Trainers(name, device, folder, dtype, density)
-    mask = CSRMask.load(trainers.mask_path, device=device)
-    shira, lora = partial(trainers.peft, partial(shira_config, mask.nnz)), partial(trainers.peft, lora_config)
+    trainers = Trainers(name, dtype, density, device)
+    mask = trainers.mask
+    shira, lora = partial(trainers.peft, SHIRA), partial(trainers.peft, LORA)
     makers: dict[str, Callable[..., Run]] = {OURS: trainers.ours, DENSE: trainers.dense}
     makers |= {DENSE_MASK: trainers.dense_mask, SHIRA: shira, LORA: lora}
     if trainers.autocast and trainers.dtype != trainers.autocast:
         # From rounded weights: the first loss is compared with that of a dense model with the same rounding.
         makers[f"{OURS}, bfloat16 weights"] = partial(trainers.ours, torch.bfloat16, kind="other")
         makers[f"{LORA}, bfloat16 weights"] = partial(lora, torch.bfloat16)
-    graphs = {}
+    implementations: dict[str, Callable] = {n: lambda n=n, m=m: replace(m(), name=n) for n, m in makers.items()}
     if device == "cuda" and not shape.isolated:
         graphs = {f"{n}{GRAPH}": makers[n] for n in (OURS, DENSE, DENSE_MASK, SHIRA)}
-    absent = {} if has("peft") else {n: "peft is not installed" for n in [*makers, *graphs] if n.startswith("PEFT")}
-    absent = too_large(trainers, makers, mask.nnz) | absent
-    implementations: dict[str, Callable] = {n: trainers.eager(n, m) for n, m in makers.items() if n not in absent}
-    implementations |= {n: trainers.captured(n, m) for n, m in graphs.items() if n not in absent}
+        implementations |= {n: trainers.captured(n, m) for n, m in graphs.items()}
+    absent = too_large(needs(trainers), available_bytes()) if device == "cpu" else {}
+    if not has("peft"):
+        absent |= {n: "peft is not installed" for n in implementations if n.startswith("PEFT")}
     # Values and moments are read and written, columns read, every weight of a linear layer read once.
     moved = trainers.dtype.itemsize * trainers.linears + mask.nnz * (24 + mask.col_indices.element_size())
-    return Case(
-        moved,
-        implementations,
-        checker(trainers, mask),
-        flops=flops(trainers, density),
-        rounds=shape.rounds if device == "cpu" else 25,
-        served_by="masked_linear_grad",
-        absent=absent,
-        parameters=trainers.numel,
-        footprints=trainers.footprints,
-        training=True,
-        isolated=shape.isolated,
-    )
+    case = Case(moved, implementations, checker(trainers), flops(trainers), absent=absent, training=True)
+    case.rounds, case.served_by = shape.rounds if device == "cpu" else 25, "masked_linear_grad"
+    case.parameters, case.footprints, case.isolated = trainers.numel, trainers.footprints, shape.isolated
+    return case
 
 
-def flops(trainers: Trainers, density: float) -> float:
+def flops(trainers: Trainers) -> float:
     """Forward, and as many backward to the activations; of the gradients of weights, those of the mask's entries."""
     shape = trainers.shape
     positions = shape.batch * shape.tokens
     attention = shape.layers * 4 * positions * shape.tokens * shape.width if shape.vocabulary else 0
     if shape.family == "llama":  # each token attends to half of the others
         attention //= 2
-    return (2 + density) * 2 * trainers.linears * positions + 3 * attention
+    return (2 + trainers.density) * 2 * trainers.linears * positions + 3 * attention
 
 
-def too_large(trainers: Trainers, names: Iterable[str], nnz: int) -> dict[str, str]:
-    """The implementations that do not fit in the free main memory, with what they need."""
-    if trainers.device != "cpu":
-        return {}
-    weights, free, found = trainers.numel * trainers.dtype.itemsize, available_bytes(), {}
-    training = dict.fromkeys(names, weights) | {DENSE: 4 * weights, DENSE_MASK: 4 * weights + trainers.numel}
+def needs(trainers: Trainers) -> dict[str, float]:
+    """Bytes of main memory: those of training, and of the check the dense model, one gradient at a time."""
+    weights, nnz = trainers.numel * trainers.dtype.itemsize, trainers.mask.nnz
     # SHiRA keeps each layer's sum for the backward pass.
-    training |= {OURS: weights + 18 * nnz, SHIRA: 2 * weights + 24 * nnz}
-    for name in names:
-        needed = training[name] + 1.5 * weights  # of the check: the dense model, one gradient at a time
-        if needed > free:
-            found[name] = f"needs {needed / 1e9:.0f} GB of free memory"
-    return found
+    training = {OURS: weights + 18 * nnz, DENSE: 4 * weights, DENSE_MASK: 4 * weights + trainers.numel}
+    training |= {SHIRA: 2 * weights + 24 * nnz, LORA: weights}
+    return {name: size + 1.5 * weights for name, size in training.items()}
 
 
 # ---- the check ----
@@ -359,9 +306,9 @@ class Truth:
     outside: dict[str, float]  # the largest gradient outside the mask
 
 
-def truth(trainers: Trainers, mask: CSRMask) -> Truth:
+def truth(trainers: Trainers) -> Truth:
     """One backward pass of the dense model that holds one dense gradient at a time."""
-    model = trainers.model()
+    model, mask = trainers.model(), trainers.mask
     found = Truth(0.0, {}, {})
 
     def keep(name: str, parameter: Tensor) -> None:
@@ -383,9 +330,9 @@ def truth(trainers: Trainers, mask: CSRMask) -> Truth:
     return found
 
 
-def wrong_update(run: Run, mask: CSRMask, found: Truth, tolerance: float) -> str | None:
+def wrong_update(run: Run, found: Truth, tolerance: float) -> str | None:
     """How a first step differs from AdamW's."""
-    after = dict(run.model.named_parameters())
+    after, mask = dict(run.model.named_parameters()), run.trainers.mask
     values = {n: record.values.detach() for n, record in masked_parameters(run.model).items()}
     for name in run.trainers.names:
         now = after[name].detach()
@@ -423,10 +370,10 @@ def distance(after: Tensor, before: Tensor, gradient: Tensor) -> float:
     return float(torch.linalg.vector_norm(error)) / max(length)
 
 
-def checker(trainers: Trainers, mask: CSRMask) -> Callable[[Run], str | None]:
+def checker(trainers: Trainers) -> Callable[[Any], str | None]:
     exact = trainers.dtype == torch.float32 and not trainers.autocast
     loss_tolerance, tolerance = (1e-5, 0.01) if exact else (5e-3, 0.1)
-    start = cache(partial(truth, trainers, mask))
+    start = cache(partial(truth, trainers))
 
     @cache
     def loss_of(dtype: torch.dtype) -> float:
@@ -440,7 +387,7 @@ def checker(trainers: Trainers, mask: CSRMask) -> Callable[[Run], str | None]:
         if not abs(loss - expected) <= loss_tolerance * expected:
             return f"first loss {loss}, of the dense model {expected}"
         if run.kind != "other":
-            return wrong_update(run, mask, start(), tolerance)
+            return wrong_update(run, start(), tolerance)
         for _ in range(1 if exact else 4):  # bfloat16 hides a small step
             later = float(run().loss)
             if later < (1 - loss_tolerance) * loss:

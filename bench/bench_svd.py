@@ -4,7 +4,7 @@ The decompositions are timed in float32 (LAPACK and cuSOLVER have no 16-bit ones
 select_mask is left.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from bench.bench_topk import positions, torch_memory
-from bench.harness import Case, Choice, Workload, imported, workload
+from bench.harness import Case, Choice, Workload, workload
 from bench.rows import OURS
-from bench.shapes import SIZES as SHAPES
-from bench.shapes import Shapes, random_tensors
+from bench.shapes import SHAPES, Shapes, random_tensors
 from deftx_kernels import CSRMask, select_mask, svd_denoise, topk_mask, truncated_svd
 from deftx_kernels.select import low_rank_mask
 
@@ -51,7 +50,7 @@ Eigh = Callable[[Tensor], tuple[Tensor, Tensor]]  # [b, k, k] → eigenvalues [b
 def workloads(choice: Choice) -> Iterator[Workload]:
     for size in choice.sizes:
         if not choice.dtypes or torch.float32 in choice.dtypes:
-            yield from _decompositions(size, choice)
+            yield from decompositions(size, choice)
         default = (torch.bfloat16 if size == "llama1b" else torch.float32, SELECTED)
         if size != "llama7b" and (size == "tiny" or not choice.quick):
             for rule in RULES[:1] if size == "llama1b" else RULES:
@@ -60,9 +59,8 @@ def workloads(choice: Choice) -> Iterator[Workload]:
                     yield workload(selection_case, "select_mask", size, setting, choice.device, rule, title=title)
 
 
-def _decompositions(size: str, choice: Choice) -> Iterator[Workload]:
-    def make(op: str, title: str, case: Callable[..., Case], *more: Any, **setting: Any) -> Workload:
-        dtype, density = setting.get("dtype", torch.float32), setting.get("density")
+def decompositions(size: str, choice: Choice) -> Iterator[Workload]:
+    def make(op: str, title: str, case: Callable[..., Case], *more: Any, dtype=torch.float32, density=None) -> Workload:
         return workload(case, op, size, (dtype, density), choice.device, *more, title=title)
 
     if size in SYMMETRIC and not choice.quick:
@@ -70,12 +68,12 @@ def _decompositions(size: str, choice: Choice) -> Iterator[Workload]:
             count, n = SYMMETRIC[size][op]
             yield make(op, f"{count}x{n}x{n}", symmetric_case, op, dtype=dtype)
     if size == "llama7b" and choice.device == "cuda":  # 52 GB with its result
-        yield make("svd_denoise", f"llama7b linears x32, {label(LLAMA7B)}", linears_case, 32, LLAMA7B)
+        yield make("svd_denoise", f"llama7b linears x32, {label(LLAMA7B)}", denoise_case, 32, LLAMA7B)
     if size not in LAYERS:
         return
     layers = 1 if choice.quick else LAYERS[size]
     for rule in RULES:
-        yield make("svd_denoise", f"{size} linears x{layers}, {label(rule)}", linears_case, layers, rule)
+        yield make("svd_denoise", f"{size} linears x{layers}, {label(rule)}", denoise_case, layers, rule)
     if size != "xlmr":
         squares = [shape for shape in linears(size, layers).values() if shape[0] == shape[1]]
         title = f"{len(squares)}x{squares[0][0]}x{squares[0][1]}, rank 64"
@@ -84,7 +82,7 @@ def _decompositions(size: str, choice: Choice) -> Iterator[Workload]:
         yield make("lift_mask", f"{size} linears x{layers}, rank {LIFT_RANK}", lift_case, layers, density=density)
     if size == "tiny" or not choice.quick:
         for rule in RULES:
-            yield make("svd_denoise", f"{size} with embedding, {label(rule)}", embedding_case, rule)
+            yield make("svd_denoise", f"{size} with embedding, {label(rule)}", denoise_case, None, rule)
 
 
 def label(rule: Rule) -> str:
@@ -94,30 +92,25 @@ def label(rule: Rule) -> str:
 # ---- matrices ----
 def linears(size: str, layers: int) -> Shapes:
     """The matrices of the linear layers."""
-
-    def chosen(name: str) -> bool:
-        return name[0].isdigit() and int(name.partition(".")[0]) < layers
-
-    return {n: s for n, s in SHAPES[size]().items() if len(s) == 2 and chosen(n)}
+    chosen = tuple(f"{i}." for i in range(layers))
+    return {n: s for n, s in SHAPES[size].items() if len(s) == 2 and n.startswith(chosen)}
 
 
 def noisy(shapes: Shapes, device: str, rank: int = 32, strength: float = 2.0) -> Matrices:
     """Matrices of low rank plus noise."""
     tensors = random_tensors(shapes, torch.float32, device)
-    for name in tensors:
-        noise = tensors[name]
+    for name, noise in tensors.items():
         m, n = noise.shape
         r = min(rank, m, n)
         tensors[name] = noise[:, :r] @ noise[:r] * strength / (m * n) ** 0.25 + noise
     return tensors
 
 
-def flops(shape: Sequence[int], rule: Rule) -> float:
+def flops(matrices: Iterable[Tensor], rule: Rule) -> float:
     """With a rank, the products of the randomized method; with an energy, those of a Gram matrix and a projection."""
-    m, n = shape
     if rank := rule.get("rank"):
-        return 2.0 * m * n * (rank + OVERSAMPLE) * (2 * POWER_STEPS + 2)
-    return 4.0 * m * n * min(m, n)
+        return sum(2.0 * m.numel() * (rank + OVERSAMPLE) * (2 * POWER_STEPS + 2) for m in matrices)
+    return sum(4.0 * m.numel() * min(m.shape) for m in matrices)
 
 
 # ---- the baselines ----
@@ -140,14 +133,6 @@ def by_svd(matrices: Matrices, rule: Rule, svd: Svd) -> Matrices:
     return {n: truncated(m, rule, svd) for n, m in matrices.items()}
 
 
-def by_lowrank(matrices: Matrices, rule: Rule) -> Matrices:
-    found, rank = {}, rule["rank"]
-    for name, m in matrices.items():
-        u, s, v = torch.svd_lowrank(m, q=min(rank + OVERSAMPLE, *m.shape), niter=POWER_STEPS)
-        found[name] = (u[:, :rank] * s[:rank]) @ v[:, :rank].mT
-    return found
-
-
 def by_gram(matrices: Matrices, rule: Rule, eigh: Eigh) -> Matrices:
     """Batches of one shape, projected on the leading eigenvectors of the Gram matrix of their short side."""
     found, groups = {}, {}
@@ -166,12 +151,12 @@ def by_gram(matrices: Matrices, rule: Rule, eigh: Eigh) -> Matrices:
     return found
 
 
-def full_svd(matrix: Tensor) -> Sequence[Tensor]:
-    return torch.linalg.svd(matrix, full_matrices=False)
+def full_svd(matrix: Tensor, **driver: str) -> Sequence[Tensor]:
+    return torch.linalg.svd(matrix, full_matrices=False, **driver)
 
 
-def lowrank_svd(weight: Tensor) -> Sequence[Tensor]:
-    u, s, v = torch.svd_lowrank(weight, q=min(2 * LIFT_RANK, *weight.shape), niter=2)
+def lowrank_svd(columns: int, matrix: Tensor) -> Sequence[Tensor]:
+    u, s, v = torch.svd_lowrank(matrix, q=min(columns, *matrix.shape), niter=POWER_STEPS)
     return u, s, v.mT
 
 
@@ -204,15 +189,13 @@ def cupy_eigh_each(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 DRIVERS: dict[str, Svd] = {
-    f"torch.linalg.svd ({driver})": partial(torch.linalg.svd, full_matrices=False, driver=driver)
-    for driver in ("gesvd", "gesvdj", "gesvda")
+    f"torch.linalg.svd ({driver})": partial(full_svd, driver=driver) for driver in ("gesvd", "gesvdj", "gesvda")
 }
 # Timed in the first round only: they take about as long as torch.linalg.svd, which is timed in every round, or longer.
 ONCE = ("numpy.linalg.svd", "scipy.linalg.svd", "cupy.linalg.svd", *DRIVERS)
 
 
-def baselines(matrices: Matrices, rule: Rule, device: str) -> tuple[dict[str, Callable], dict[str, str]]:
-    """(name → implementation, name of an unavailable one → the reason)."""
+def baselines(matrices: Matrices, rule: Rule, device: str) -> dict[str, Callable]:
     svds: dict[str, Svd] = {"torch.linalg.svd": full_svd}
     eighs: dict[str, Eigh] = {"torch.linalg.eigh of the Gram matrix": torch.linalg.eigh}
     if device == "cuda":  # without a driver torch tries gesvdj, and gesvd where that does not converge
@@ -221,35 +204,42 @@ def baselines(matrices: Matrices, rule: Rule, device: str) -> tuple[dict[str, Ca
         eighs["cupy.linalg.eigh of each Gram matrix"] = cupy_eigh_each
     else:
         svds |= {"numpy.linalg.svd": numpy_svd, "scipy.linalg.svd": scipy_svd}
+    if "rank" in rule:
+        svds["torch.svd_lowrank"] = partial(lowrank_svd, rule["rank"] + OVERSAMPLE)
     calls = {n: partial(by_svd, matrices, rule, svd) for n, svd in svds.items()}
     calls |= {n: partial(by_gram, matrices, rule, eigh) for n, eigh in eighs.items()}
-    if "rank" in rule:
-        calls["torch.svd_lowrank"] = partial(by_lowrank, matrices, rule)
-    reasons = {n: imported(n.partition(".")[0])[1] for n in calls}
-    absent = {n: reason for n, reason in reasons.items() if reason}
-    return {n: lambda call=call: call for n, call in calls.items() if n not in absent}, absent
+    return {n: lambda call=call: call for n, call in calls.items()}
 
 
 # ---- svd_denoise ----
-def denoising_case(matrices: Matrices, rule: Rule, device: str, check: Callable[[Matrices], str | None]) -> Case:
+def denoise_case(size: str, dtype: torch.dtype, density: None, device: str, layers: int | None, rule: Rule) -> Case:
+    """Of the linear layers of so many layers; `layers` None: of all matrices of the model, with its embedding."""
+    check: Callable[[Matrices], str | None]
+    if layers is None:
+        matrices = {n: t for n, t in random_tensors(size, torch.float32, device).items() if t.dim() == 2}
+        check = partial(orthogonality, matrices)
+    else:
+        matrices = noisy(linears(size, layers), device)
+        check = truncation(matrices, rule)
+
     def ours() -> Matrices:
         return svd_denoise(matrices, oversample=OVERSAMPLE, n_iter=POWER_STEPS, **rule)
 
-    others, absent = baselines(matrices, rule, device)
-    sizes = [m.numel() for m in matrices.values()]
-    operations = sum(flops(m.shape, rule) for m in matrices.values())
-    return Case(8 * sum(sizes), {OURS: lambda: ours} | others, check, flops=operations, absent=absent)
-
-
-def linears_case(size: str, dtype: torch.dtype, density: None, device: str, layers: int, rule: Rule) -> Case:
-    matrices = noisy(linears(size, layers), device)
-    case = denoising_case(matrices, rule, device, truncation(matrices, rule))
-    case.rounds, case.once = 5, ONCE
+    implementations = {OURS: lambda: ours} | baselines(matrices, rule, device)
+    absent = {}
     if size == "llama7b":
-        for name in [n for n in case.implementations if n not in (OURS, "torch.svd_lowrank")]:
-            del case.implementations[name]
-            case.absent[name] = "a full decomposition of matrices of this size takes minutes"
-    return case
+        reason = "a full decomposition of matrices of this size takes minutes"
+        absent = {n: reason for n in implementations if n not in (OURS, "torch.svd_lowrank")}
+    rounds, once = (3, tuple(n for n in implementations if n != OURS)) if layers is None else (5, ONCE)
+    moved, operations = 2 * sum(m.nbytes for m in matrices.values()), flops(matrices.values(), rule)
+    return Case(moved, implementations, check, flops=operations, rounds=rounds, once=once, absent=absent)
+
+
+def orthogonality(matrices: Matrices, result: Matrices) -> str | None:
+    """The embedding's residual is orthogonal to its low-rank part, as that of a truncated SVD is."""
+    low, full = result["embedding"], matrices["embedding"]
+    inner = float((low.double() * (full - low).double()).sum() / full.double().square().sum())
+    return None if abs(inner) < 1e-4 else f"embedding: the residual is not orthogonal to the rest: {inner:.1e}"
 
 
 def truncation(matrices: Matrices, rule: Rule) -> Callable[[Matrices], str | None]:
@@ -285,21 +275,6 @@ def truncation(matrices: Matrices, rule: Rule) -> Callable[[Matrices], str | Non
     return check
 
 
-def embedding_case(size: str, dtype: torch.dtype, density: None, device: str, rule: Rule) -> Case:
-    """All matrices of the model, with its embedding."""
-    delta = {n: t for n, t in random_tensors(SHAPES[size](), torch.float32, device).items() if t.dim() == 2}
-
-    def check(result: Matrices) -> str | None:
-        """The embedding's residual is orthogonal to its low-rank part, as that of a truncated SVD is."""
-        low, full = result["embedding"], delta["embedding"]
-        inner = float((low.double() * (full - low).double()).sum() / full.double().square().sum())
-        return None if abs(inner) < 1e-4 else f"embedding: the residual is not orthogonal to the rest: {inner:.1e}"
-
-    case = denoising_case(delta, rule, device, check)
-    case.rounds, case.once = 3, tuple(n for n in case.implementations if n != OURS)
-    return case
-
-
 # ---- truncated_svd ----
 def truncated_case(size: str, dtype: torch.dtype, density: None, device: str, layers: int, rank: int) -> Case:
     matrices = noisy(linears(size, layers), device).values()
@@ -310,9 +285,9 @@ def truncated_case(size: str, dtype: torch.dtype, density: None, device: str, la
         return torch.linalg.svdvals(batch.double())[:, rank:].norm(dim=1)
 
     def lowrank() -> tuple[Tensor, Tensor, Tensor]:
-        each = [torch.svd_lowrank(m, q=rank + OVERSAMPLE, niter=POWER_STEPS) for m in batch]
-        u, s, v = (torch.stack(x) for x in zip(*each))
-        return u[..., :rank], s[..., :rank], v[..., :rank].mT
+        each = [lowrank_svd(rank + OVERSAMPLE, m) for m in batch]
+        u, s, vh = (torch.stack(x) for x in zip(*each))
+        return u[..., :rank], s[..., :rank], vh[..., :rank, :]
 
     def full() -> tuple[Tensor, Tensor, Tensor]:
         u, s, vh = full_svd(batch)
@@ -329,7 +304,7 @@ def truncated_case(size: str, dtype: torch.dtype, density: None, device: str, la
         "torch.linalg.svd": lambda: full,
     }
     moved = 4 * (batch.numel() + batch.shape[0] * rank * (batch.shape[1] + batch.shape[2] + 1))
-    return Case(moved, implementations, check, flops=len(batch) * flops(batch.shape[1:], {"rank": rank}), rounds=5)
+    return Case(moved, implementations, check, flops=flops(batch, {"rank": rank}), rounds=5)
 
 
 # ---- eigvalsh, eigh ----
@@ -352,27 +327,22 @@ def symmetric_case(size: str, dtype: torch.dtype, density: None, device: str, op
                 return f"{what}: {units:.0f} units of rounding wrong, {n} allowed"
         return None
 
-    implementations = {
+    implementations: dict[str, Callable] = {
         OURS: lambda: lambda: getattr(torch.ops.deftx, op)(matrices),
         f"torch.linalg.{op}": lambda: lambda: getattr(torch.linalg, op)(matrices),
     }
-    absent = {}
     if device == "cuda":
-        _, reason = imported("cupy")
-        if reason:
-            absent[f"cupy.linalg.{op}"] = reason
-        else:
-            implementations[f"cupy.linalg.{op}"] = lambda: partial(in_cupy, op, matrices)
+        implementations[f"cupy.linalg.{op}"] = lambda: partial(in_cupy, op, matrices)
     moved = matrices.nbytes + dtype.itemsize * count * n * (1 if op == "eigvalsh" else n + 1)
     # The tridiagonal form; the product of its reflectors and the rotations of 1.7 QL steps for each eigenvalue.
     operations = count * n**3 * (4 / 3 if op == "eigvalsh" else 8 / 3 + 5)
-    return Case(moved, implementations, check, flops=operations, rounds=5, absent=absent)
+    return Case(moved, implementations, check, flops=operations, rounds=5)
 
 
 # ---- select_mask, with denoising ----
 def selection_case(size: str, dtype: torch.dtype, density: float, device: str, rule: Rule) -> Case:
     """DeFT-X's selection: differences, denoising, global top-k."""
-    base = random_tensors(SHAPES[size](), dtype, device)
+    base = random_tensors(size, dtype, device)
 
     def fine_tuned(tensor: Tensor) -> Tensor:
         return (tensor + 0.01 * random_tensors({"": tensor.shape}, torch.float32, device, seed=1)[""]).to(dtype)
@@ -393,12 +363,8 @@ def selection_case(size: str, dtype: torch.dtype, density: float, device: str, r
         return disagreement((mask & expected()).nnz / k)
 
     ours = {OURS: lambda: lambda: select_mask(tuned, base, k=k, **rule)}
-    operations = sum(flops(t.shape, rule) for t in base.values() if t.dim() == 2)
-    case = Case(2 * dtype.itemsize * numel, ours, check, flops=operations, rounds=3, served_by="svd_denoise")
-    if size == "llama1b":
-        slow = ("torch.linalg.svd + torch.topk", "torch.svd_lowrank + torch.topk")
-        case.absent = dict.fromkeys(slow, "decomposing and selecting from a model of this size takes minutes a call")
-    return case
+    operations = flops((t for t in base.values() if t.dim() == 2), rule)
+    return Case(2 * dtype.itemsize * numel, ours, check, flops=operations, rounds=3, served_by="svd_denoise")
 
 
 # ---- LIFT's selection ----
@@ -437,11 +403,11 @@ def lift_case(size: str, dtype: torch.dtype, density: float, device: str, layers
     implementations = {
         OURS: lambda: lambda: low_rank_mask(weights, rank=LIFT_RANK, density=density),
         LIFT: lambda: partial(lift, full_svd),
-        LIFT_LOWRANK: lambda: partial(lift, lowrank_svd),
+        LIFT_LOWRANK: lambda: partial(lift, partial(lowrank_svd, 2 * LIFT_RANK)),
     }
     moved = 4 * sum(w.numel() for w in weights.values()) + 4 * sum(counts.values())
-    operations = sum(flops(w.shape, {"rank": LIFT_RANK}) for w in weights.values())
     once = (LIFT,) if size == "xlmr" else ()
+    operations = flops(weights.values(), {"rank": LIFT_RANK})
     return Case(moved, implementations, check, flops=operations, rounds=3, served_by="svd_denoise", once=once)
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import shapes
-from bench.harness import Call, Case, Choice, Workload, available_bytes, imported, workload
+from bench.harness import Call, Case, Choice, Workload, available_bytes, too_large, workload
 from bench.rows import OURS
+from bench.shapes import SHAPES, random_tensors
 from deftx_kernels import CSRMask, select_mask, topk_mask
 
 OPS = {
@@ -25,7 +25,7 @@ OPS = {
     "mask_and": "the entries in both of two masks",
     "mask_sub": "the entries in one mask and not in another",
 }
-SIZES = tuple(shapes.SIZES)
+SIZES = tuple(SHAPES)
 DEFAULT = [(torch.float32, 0.05)]
 SETTINGS = {  # of topk_mask, where they are not the default
     "tiny": [(torch.float32, 0.05), (torch.bfloat16, 0.05)],
@@ -53,7 +53,7 @@ def workloads(choice: Choice) -> Iterator[Workload]:
 
 # ---- topk_mask ----
 def topk_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
-    scores = shapes.random_tensors(shapes.SIZES[size](), dtype, device)
+    scores = random_tensors(size, dtype, device)
     numel = sum(t.numel() for t in scores.values())
     k = round(density * numel)
 
@@ -68,14 +68,13 @@ def topk_case(size: str, dtype: torch.dtype, density: float, device: str) -> Cas
         return np.abs(joined, out=joined)
 
     baselines, absent = selections(magnitudes, numpy_magnitudes, k, numel, device)
-    return Case(
-        bytes=numel * dtype.itemsize + numel // 4 + 4 * k,
-        implementations={OURS: lambda: lambda: topk_mask(scores, density=density)} | baselines,
-        check=lambda result: fault(result, {n: t.shape for n, t in scores.items()}, lambda n: scores[n].abs(), k),
-        rounds=3 if numel > 10**8 else 7,
-        once=slow(numel, device),
-        absent=absent,
-    )
+
+    def check(result: Any) -> str | None:
+        return fault(result, {n: t.shape for n, t in scores.items()}, lambda n: scores[n].abs(), k)
+
+    implementations = {OURS: lambda: lambda: topk_mask(scores, density=density)} | baselines
+    moved, rounds = numel * dtype.itemsize + numel // 4 + 4 * k, 3 if numel > 10**8 else 7
+    return Case(moved, implementations, check, rounds=rounds, once=slow(numel, device), absent=absent)
 
 
 # Bytes of main memory per element beside the inputs: the most measured of float32 and bfloat16, rounded up.
@@ -91,7 +90,7 @@ def slow(numel: int, device: str) -> tuple[str, ...]:
 def selections(
     magnitudes: Callable[[], Tensor], numpy_magnitudes: Callable[[], np.ndarray], k: int, numel: int, device: str
 ) -> tuple[dict[str, Callable], dict[str, str]]:
-    """(baselines that select the k largest of a flat tensor, those that are unavailable with the reason)."""
+    """(baselines that select the k largest of a flat tensor, why some of them are absent)."""
 
     def topk_sort() -> Tensor:
         return torch.topk(magnitudes(), k, sorted=False).indices.sort().values
@@ -103,15 +102,14 @@ def selections(
     def kthvalue() -> Tensor:
         values = magnitudes()
         threshold = torch.kthvalue(values, numel - k + 1).values
-        chosen = (values >= threshold).nonzero().view(-1)
-        if len(chosen) == k:
-            return chosen
-        tied = (values[chosen] == threshold).nonzero().view(-1)
-        keep = torch.ones_like(chosen, dtype=torch.bool)
-        keep[tied[k - len(chosen) :]] = False
-        return chosen[keep]
+        return from_threshold(values, threshold, k, lambda t: t.nonzero().view(-1), partial(torch.ones, device=device))
+
+    def numpy_partition() -> Tensor:
+        return torch.from_numpy(largest(np, numpy_magnitudes(), k))
 
     def cupy_partition() -> Tensor:
+        import cupy
+
         values = magnitudes()
         if values.dtype == torch.bfloat16:  # not in CuPy: the bits of magnitudes have the same order
             values = values.view(torch.int16)
@@ -119,22 +117,15 @@ def selections(
             return torch.from_dlpack(largest(cupy, cupy.from_dlpack(values), k)).clone()
 
     calls = {"torch.topk + sort": topk_sort, "torch.topk + mask": topk_scatter, "torch.kthvalue": kthvalue}
+    calls |= {"cupy partition": cupy_partition} if device == "cuda" else {"numpy partition": numpy_partition}
     absent: dict[str, str] = {}
-    if device == "cuda":
-        cupy, reason = imported("cupy")
-        calls["cupy partition"] = cupy_partition
-        absent = {} if cupy else {"cupy partition": reason}
-    else:
-        calls["numpy partition"] = lambda: torch.from_numpy(largest(np, numpy_magnitudes(), k))
-        room = available_bytes()
-        if numel > LARGE:
-            absent = dict.fromkeys(slow(numel, device), "torch.topk takes about a minute a call")
-        for name, need in NEEDS.items():
-            if need * numel > room:
-                absent[name] = f"needs {need * numel / 1e9:.1f} GB beside its inputs, {room / 1e9:.1f} GB are free"
     if numel >= 2**31:
         absent = dict.fromkeys(calls, "measured below 2**31 elements only")
-    return {n: lambda call=call: call for n, call in calls.items() if n not in absent}, absent
+    elif device == "cpu":
+        if numel > LARGE:
+            absent = dict.fromkeys(slow(numel, device), "torch.topk takes about a minute a call")
+        absent |= too_large({name: need * numel for name, need in NEEDS.items()}, available_bytes())
+    return {n: lambda call=call: call for n, call in calls.items()}, absent
 
 
 def torch_memory(cupy: Any) -> AbstractContextManager[Any]:
@@ -147,13 +138,17 @@ def torch_memory(cupy: Any) -> AbstractContextManager[Any]:
 
 
 def largest(library: Any, values: Any, k: int) -> Any:
-    """Ascending positions of the k largest, exactly k, by `partition` of NumPy or CuPy."""
+    """Ascending positions of the k largest, by `partition` of NumPy or CuPy."""
     threshold = library.partition(values, len(values) - k)[len(values) - k].copy()  # CuPy's scalar would hold the whole
-    chosen = library.flatnonzero(values >= threshold)
+    return from_threshold(values, threshold, k, library.flatnonzero, library.ones)
+
+
+def from_threshold(values: Any, threshold: Any, k: int, flatnonzero: Callable, ones: Callable) -> Any:
+    """Ascending positions of exactly k values that are not below the k-th largest."""
+    chosen = flatnonzero(values >= threshold)
     if len(chosen) > k:
-        tied = library.flatnonzero(values[chosen] == threshold)
-        keep = library.ones(len(chosen), dtype=bool)
-        keep[tied[k - len(chosen) :]] = False
+        keep = ones(len(chosen), dtype=bool)
+        keep[flatnonzero(values[chosen] == threshold)[k - len(chosen) :]] = False
         chosen = chosen[keep]
     return chosen
 
@@ -192,14 +187,9 @@ def fault(
 def positions(result: Any, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
     """(name, flat positions in that tensor) of a mask, of boolean tensors by name, or of one flat tensor for all."""
     if isinstance(result, CSRMask):
-        for name in shapes:
-            one = result[name]
-            rows = torch.arange(len(one.crow_indices) - 1, device=one.device).repeat_interleave(one.crow_indices.diff())
-            columns = shapes[name].numel() // max(1, len(one.crow_indices) - 1)
-            yield name, rows * columns + one.col_indices.to(torch.int64)
+        yield from ((name, result[name].flat_indices()) for name in shapes)
     elif isinstance(result, dict):
-        for name in shapes:
-            yield name, result[name].reshape(-1).nonzero().view(-1)
+        yield from ((name, result[name].reshape(-1).nonzero().view(-1)) for name in shapes)
     else:
         flat = result.nonzero().view(-1) if result.dtype == torch.bool else result
         ends = np.cumsum([s.numel() for s in shapes.values()]).tolist()
@@ -215,8 +205,7 @@ LT_SFT = "LT-SFT"
 
 def select_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
     room = available_bytes()  # before the models are there
-    base = shapes.random_tensors(shapes.SIZES[size](), dtype, device)
-    tuned = shapes.random_tensors(shapes.SIZES[size](), dtype, device, seed=1)
+    base, tuned = random_tensors(size, dtype, device), random_tensors(size, dtype, device, seed=1)
     for name, tensor in tuned.items():
         tensor.mul_(0.01).add_(base[name])
     numel = sum(t.numel() for t in base.values())
@@ -236,27 +225,20 @@ def select_case(size: str, dtype: torch.dtype, density: float, device: str) -> C
 
     # torch subtracts for NumPy too, which has no bfloat16 and one thread.
     baselines, absent = selections(differences, lambda: differences().numpy(), k, numel, device)
-    need = 72 * numel  # 40 to 56 bytes an element for the list and its array, and the two models
-    if room < need:
-        absent[LT_SFT] = f"needs {need / 1e9:.0f} GB of main memory for models and list, {room / 1e9:.0f} GB are free"
-    elif numel > LARGE:
+    baselines[LT_SFT] = lambda: lambda: lt_sft(difference, list(base), k)
+    if numel > LARGE:
         absent[LT_SFT] = "a list of so many Python numbers takes minutes a call"
-    else:
-        baselines[LT_SFT] = lambda: lambda: lt_sft(difference, list(base), k)
+    # Main memory for the models and the list: 40 to 56 bytes an element for the list and its array.
+    absent |= too_large({LT_SFT: 72 * numel}, room)
 
     def check(result: Any) -> str | None:
         sizes = {n: t.shape for n, t in base.items()}
         return fault(result, sizes, lambda n: difference(n).abs_(), k, ties=isinstance(result, dict))
 
-    return Case(
-        bytes=2 * dtype.itemsize * numel + numel // 4 + 4 * k,
-        implementations={OURS: lambda: lambda: select_mask(tuned, base, density=density)} | baselines,
-        check=check,
-        rounds=3 if numel > 10**8 else 5,
-        served_by="topk_mask",
-        once=(*slow(numel, device), LT_SFT),
-        absent=absent,
-    )
+    implementations = {OURS: lambda: lambda: select_mask(tuned, base, density=density)} | baselines
+    moved, rounds = 2 * dtype.itemsize * numel + numel // 4 + 4 * k, 3 if numel > 10**8 else 5
+    once = (*slow(numel, device), LT_SFT)
+    return Case(moved, implementations, check, rounds=rounds, served_by="topk_mask", once=once, absent=absent)
 
 
 def lt_sft(difference: Callable[[str], Tensor], names: list[str], k: int) -> dict[str, Tensor]:
@@ -270,11 +252,18 @@ def lt_sft(difference: Callable[[str], Tensor], names: list[str], k: int) -> dic
 
 
 # ---- set operations ----
+# As one pass over sparse matrices.
+ONE_PASS: dict[str, Callable[[Any, Any], Any]] = {
+    "mask_or": lambda x, y: x.maximum(y),
+    "mask_and": lambda x, y: x.multiply(y),
+    "mask_sub": lambda x, y: x > y,
+}
+
+
 def set_case(size: str, dtype: torch.dtype, density: float, device: str, op: str) -> Case:
     """Of two masks that share half of their entries, as two fine-tunings of one model might."""
-    a, b = two_masks(shapes.SIZES[size](), density, device)
-    keys, other = flat_positions(a), flat_positions(b)
-    names = dict(zip(a.names, a.shapes))
+    a, b = two_masks(size, density, device)
+    keys, other = a.flat_indices(), b.flat_indices()
     expected = membership(keys, other, a.numel, op)
 
     def unique() -> Tensor:
@@ -286,40 +275,28 @@ def set_case(size: str, dtype: torch.dtype, density: float, device: str, op: str
         return found[counts == (2 if both else 1)]
 
     def check(result: Any) -> str | None:
-        if isinstance(result, CSRMask):
-            result = flat_positions(result)
-        found = result if isinstance(result, Tensor) else unstacked(result, names)
+        if not isinstance(result, (CSRMask, Tensor)):  # a matrix of SciPy or CuPy
+            crow, col = (torch.from_dlpack(x) for x in (result.indptr, result.indices))  # int32 [rows + 1], [nnz]
+            result = CSRMask.unchecked(a.names, a.shapes, crow.long(), col)
+        found = result.flat_indices() if isinstance(result, CSRMask) else result
         return None if torch.equal(found, expected) else "other entries than the right ones"
 
     ours = {"mask_or": lambda: a | b, "mask_and": lambda: a & b, "mask_sub": lambda: a - b}[op]
-    implementations: dict[str, Callable] = {OURS: lambda: ours, "torch.unique": lambda: unique}
     on_gpu = device == "cuda"
+    implementations: dict[str, Callable] = {OURS: lambda: ours, "torch.unique": lambda: unique}
+    implementations["cupy csr" if on_gpu else "scipy csr"] = partial(csr_baseline, a, b, op, on_gpu)
     absent = {"scipy csr": "SciPy runs in host memory"} if on_gpu else {}
-    name, reason = "cupy csr" if on_gpu else "scipy csr", imported("cupy" if on_gpu else "scipy.sparse")[1]
-    if reason:
-        absent[name] = reason
-    else:
-        implementations[name] = partial(csr_baseline, a, b, op, on_gpu)
     rows, index = len(a.crow_indices) - 1, a.col_indices.element_size()
     moved = 3 * 8 * rows + index * (a.nnz + b.nnz + len(expected))
     return Case(moved, implementations, check, rounds=7, served_by="csr_combine", absent=absent)
 
 
-def two_masks(layout: shapes.Shapes, density: float, device: str) -> tuple[CSRMask, CSRMask]:
-    mine = shapes.random_tensors(layout, torch.float32, device)
+def two_masks(size: str, density: float, device: str) -> tuple[CSRMask, CSRMask]:
+    mine, theirs = random_tensors(size, torch.float32, device), random_tensors(size, torch.float32, device, seed=1)
     a = topk_mask(mine, density=density)
-    theirs = shapes.random_tensors(layout, torch.float32, device, seed=1)
     for name, tensor in theirs.items():
         tensor.mul_(0.5).add_(mine.pop(name))
     return a, topk_mask(theirs, density=density)
-
-
-# Set operations as one pass over sparse matrices.
-ONE_PASS: dict[str, Callable[[Any, Any], Any]] = {
-    "mask_or": lambda x, y: x.maximum(y),
-    "mask_and": lambda x, y: x.multiply(y),
-    "mask_sub": lambda x, y: x > y,
-}
 
 
 def csr_baseline(a: CSRMask, b: CSRMask, op: str, on_gpu: bool) -> Call:
@@ -334,11 +311,13 @@ def csr_baseline(a: CSRMask, b: CSRMask, op: str, on_gpu: bool) -> Call:
         from scipy.sparse import csr_array as matrix
 
         memory, convert, ones = nullcontext, Tensor.numpy, partial(np.ones, dtype=bool)
+    # All tensors as one matrix, with 32-bit indices: the fastest form.
+    columns = max(math.prod(s[1:]) if len(s) > 1 else s.numel() for s in a.shapes)
     operands = []
     with memory():
         for mask in (a, b):
-            crow, col, shape = stacked(mask)
-            operands.append(matrix((ones(mask.nnz), convert(col), convert(crow)), shape=shape))
+            crow, col = (convert(t.to(torch.int32)) for t in (mask.crow_indices, mask.col_indices))
+            operands.append(matrix((ones(mask.nnz), col, crow), shape=(len(crow) - 1, columns)))
             operands[-1].has_canonical_format = True
 
     def call() -> Any:
@@ -348,31 +327,8 @@ def csr_baseline(a: CSRMask, b: CSRMask, op: str, on_gpu: bool) -> Call:
     return call
 
 
-def flat_positions(mask: CSRMask) -> Tensor:
-    """Ascending int64 positions in all tensors, one after the other by name."""
-    starts = np.cumsum([0, *(s.numel() for s in mask.shapes)]).tolist()
-    each = positions(mask, dict(zip(mask.names, mask.shapes)))
-    return torch.cat([position + start for start, (_, position) in zip(starts, each)])
-
-
 def membership(keys: Tensor, other: Tensor, numel: int, op: str) -> Tensor:
     """The truth, by two dense boolean vectors."""
     a, b = (torch.zeros(numel, dtype=torch.bool, device=keys.device).index_fill_(0, x, True) for x in (keys, other))
     a = a.logical_or_(b) if op == "mask_or" else a.logical_and_(b if op == "mask_and" else b.logical_not_())
     return a.nonzero().view(-1)
-
-
-def stacked(mask: CSRMask) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """(row pointers, columns, shape) of all tensors as one matrix, with 32-bit indices: the fastest form."""
-    columns = max(math.prod(s[1:]) if len(s) > 1 else s.numel() for s in mask.shapes)
-    crow, col = (t.to(torch.int32) for t in (mask.crow_indices, mask.col_indices))
-    return crow, col, (len(crow) - 1, columns)
-
-
-def unstacked(matrix: Any, layout: dict[str, torch.Size]) -> Tensor:
-    """flat_positions of a matrix of SciPy or CuPy."""
-    crow, col = (torch.from_dlpack(x) for x in (matrix.indptr, matrix.indices))  # int32 [rows + 1], [nnz]
-    widths = [(s[0], math.prod(s[1:])) if len(s) > 1 else (1, s.numel()) for s in layout.values()]
-    row_sizes = torch.tensor([w for rows, w in widths for _ in range(rows)])
-    starts = (row_sizes.cumsum(0) - row_sizes).to(crow.device)
-    return starts.repeat_interleave(crow.diff()) + col

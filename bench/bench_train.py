@@ -3,15 +3,26 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.harness import Call, Case, Choice, Footprint, Setting, Workload, available_bytes, imported, workload
+from bench.harness import (
+    GRAPH,
+    MODULES,
+    Call,
+    Case,
+    Choice,
+    Setting,
+    Workload,
+    available_bytes,
+    imported,
+    too_large,
+    workload,
+)
 from bench.rows import OURS
-from bench.shapes import SIZES as SHAPES
 from bench.shapes import copies, random_tensors
 from deftx_kernels import SparseAdamW, sparse_adamw, topk_mask
 from deftx_kernels.train.tensors import state_bytes
@@ -54,9 +65,8 @@ class Problem:
     """Parameters, gradients and a mask, and the masked entries after one step of AdamW in float64."""
 
     def __init__(self, size: str, dtype: torch.dtype, density: float, device: str) -> None:
-        shapes = SHAPES[size]()
-        self.mask = topk_mask(random_tensors(shapes, torch.float32, device, seed=2), density=density)
-        self.params, self.grads = random_tensors(shapes, dtype, device), random_tensors(shapes, dtype, device, seed=1)
+        self.mask = topk_mask(random_tensors(size, torch.float32, device, seed=2), density=density)
+        self.params, self.grads = (random_tensors(size, dtype, device, seed=seed) for seed in (0, 1))
         # No gradient is tiny: AdamW adds eps to the root of the corrected second moment, SparseAdam and LIFT to that
         # of the moment itself, 1/32 of it at the first step. From |gradient| = 0.1 on, the difference is below the
         # tolerance.
@@ -111,22 +121,20 @@ class Problem:
             for n, values in self.mask.split(self.compact).items()
         }
 
-    def stepper(
-        self, baseline: "Baseline", note: Callable[[Parameters, Any], None] = lambda parameters, optimizer: None
-    ):
-        """An implementation: an optimizer's step and its preparation. `note` is then called with parameters and
-        optimizer."""
+    def implementation(self, baseline: "Baseline", note: Callable[[Parameters, Any], None] | None = None):
+        """An optimizer's step and its preparation. `note` is then called with parameters and optimizer."""
 
         def make() -> Call:
             mine = {n: torch.nn.Parameter(t.clone()) for n, t in self.params.items()}
-            for name, gradient in baseline.gradients().items():
+            for name, gradient in (baseline.gradients() if baseline.gradients else self.grads).items():
                 mine[name].grad = gradient
             optimizer = baseline.optimizer(mine)
 
             def call() -> dict[str, Tensor]:
                 baseline.prepare(mine)
                 optimizer.step()
-                note(mine, optimizer)
+                if note:
+                    note(mine, optimizer)
                 return {n: p.detach() for n, p in mine.items()}
 
             return call
@@ -148,7 +156,7 @@ def sample(tensor: Tensor) -> Tensor:  # float64 [at most 4096]
 @dataclass
 class Baseline:
     optimizer: Callable[[Parameters], Any]
-    gradients: Callable[[], dict[str, Tensor]]  # copies where it writes to them
+    gradients: Callable[[], dict[str, Tensor]] | None = None  # None: the shared ones, which it does not write to
     prepare: Callable[[Parameters], None] = lambda parameters: None  # before each step
     needs: int = 0  # bytes at its peak, beside the shared inputs
     mask_bytes: int = 0
@@ -209,11 +217,12 @@ def dense_baselines(problem: Problem) -> dict[str, Baseline]:
 
     # fused: parameters and two moments. foreach: also gradients, the roots of its moments and a bool mask. LIFT:
     # parameters, gradients and mask, compact moments and the positions of the mask's entries.
-    fused = Baseline(torch_adamw(fused=True), lambda: problem.grads, needs=3 * size)
-    needs = 5 * size + mask.numel
-    foreach = Baseline(torch_adamw(foreach=True), own, zero_the_others, needs=needs, mask_bytes=mask.numel)
-    lifts = Baseline(lift, own, needs=2 * size + mask.numel + 32 * mask.nnz, mask_bytes=mask.numel)
-    return {FUSED: fused, LIFT: lifts, MASK_FOREACH: foreach}
+    lift_needs = 2 * size + mask.numel + 32 * mask.nnz
+    return {
+        FUSED: Baseline(torch_adamw(fused=True), needs=3 * size),
+        LIFT: Baseline(lift, own, needs=lift_needs, mask_bytes=mask.numel),
+        MASK_FOREACH: Baseline(torch_adamw(foreach=True), own, zero_the_others, 5 * size + mask.numel, mask.numel),
+    }
 
 
 def sparse_adam(problem: Problem, compact: bool) -> Baseline:
@@ -231,18 +240,6 @@ def sparse_adam(problem: Problem, compact: bool) -> Baseline:
     return Baseline(torch_sparse_adam, dict, select, needs)
 
 
-def that_fit(baselines: dict[str, Baseline], room: int) -> tuple[dict[str, Baseline], dict[str, str]]:
-    """(those with room in memory beside those before them, why the others are absent): all are held while timed."""
-    fitting, absent = {}, {}
-    for name, one in baselines.items():
-        if one.needs <= room:
-            fitting[name], room = one, room - one.needs
-        else:
-            free = max(0, room) / 1e9
-            absent[name] = f"needs {one.needs / 1e9:.1f} GB of memory, {free:.1f} GB are free beside the others"
-    return fitting, absent
-
-
 def free_bytes(device: str) -> int:
     if device == "cpu":
         return available_bytes()
@@ -250,41 +247,43 @@ def free_bytes(device: str) -> int:
 
 
 # ---- the cases ----
-class OurStep:
-    """Ours, with dense or compact gradients, on copies of the parameters."""
+def our_step(problem: Problem, compact: bool, at_once: bool = False) -> Call:
+    """Ours, with dense or compact gradients, on copies of the parameters. The moments are made in the first step like
+    the baselines': a peak counts all moments or none; or else `at_once`."""
+    mask, params = problem.mask, copies(problem.params)
+    gradient = problem.compact if compact else problem.grads
+    step, lr = (torch.tensor(x, device=mask.device) for x in (0.0, SETTINGS["lr"]))
+    options = {k: v for k, v in SETTINGS.items() if k != "lr"}
+    state: list[Tensor] = []
 
-    def __init__(self, problem: Problem, compact: bool) -> None:
-        self.mask, self.params = problem.mask, copies(problem.params)
-        self.gradient = problem.compact if compact else problem.grads
-        self.step, self.lr = (torch.tensor(x, device=self.mask.device) for x in (0.0, SETTINGS["lr"]))
-        self.options = {k: v for k, v in SETTINGS.items() if k != "lr"}
-        self.state: list[Tensor] = []
-
-    def make_state(self) -> None:
-        dtype = torch.promote_types(next(iter(self.params.values())).dtype, torch.float32)
-        self.state = [torch.zeros(self.mask.nnz, dtype=dtype, device=self.mask.device) for _ in range(2)]
-
-    def __call__(self) -> dict[str, Tensor]:
-        if not self.state:  # made in the first step like the baselines': a peak counts all moments or none
-            self.make_state()
-        self.step.add_(1)
-        sparse_adamw(self.params, self.gradient, *self.state, self.step, self.mask, lr=self.lr, **self.options)
-        return self.params
-
-
-def replayed(problem: Problem, compact: bool) -> Callable[[], dict[str, Tensor]]:
-    """Ours as a captured CUDA graph: the kernel without Python and launch."""
-    OurStep(problem, compact)()  # compiles the kernel
-    step, graph = OurStep(problem, compact), torch.cuda.CUDAGraph()
-    step.make_state()
-    with torch.cuda.graph(graph):
-        step()
+    def make_state() -> None:
+        dtype = torch.promote_types(next(iter(params.values())).dtype, torch.float32)
+        state.extend(torch.zeros(mask.nnz, dtype=dtype, device=mask.device) for _ in range(2))
 
     def call() -> dict[str, Tensor]:
-        graph.replay()
-        return step.params
+        if not state:
+            make_state()
+        step.add_(1)
+        sparse_adamw(params, gradient, *state, step, mask, lr=lr, **options)
+        return params
 
+    if at_once:
+        make_state()
     return call
+
+
+def replayed(problem: Problem, compact: bool) -> Call:
+    """Ours as a captured CUDA graph: the kernel without Python and launch."""
+    our_step(problem, compact)()  # compiles the kernel
+    call, graph = our_step(problem, compact, at_once=True), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        params = call()
+
+    def replay() -> dict[str, Tensor]:
+        graph.replay()
+        return params
+
+    return replay
 
 
 def adamw_case(size: str, dtype: torch.dtype, density: float, device: str, kind: str) -> Case:
@@ -292,13 +291,15 @@ def adamw_case(size: str, dtype: torch.dtype, density: float, device: str, kind:
     float32."""
     compact = kind == "compact"
     problem = Problem(size, dtype, density, device)
-    ours: dict[str, Callable] = {OURS: lambda: OurStep(problem, compact)}
+    implementations: dict[str, Callable] = {OURS: lambda: our_step(problem, compact)}
     if device == "cuda":
-        ours[f"{OURS}, CUDA graph"] = lambda: replayed(problem, compact)
-    sparse = {SPARSE_ADAM if compact else MASK_SPARSE_ADAM: sparse_adam(problem, compact)}
-    our_needs = len(ours) * problem.bytes + 40 * problem.mask.nnz  # moments, and the check's float64
-    fitting, absent = that_fit(dense_baselines(problem) | sparse, free_bytes(device) - our_needs)
-    implementations = ours | {name: problem.stepper(one) for name, one in fitting.items()}
+        implementations[f"{OURS}{GRAPH}"] = lambda: replayed(problem, compact)
+    our_needs = len(implementations) * problem.bytes + 40 * problem.mask.nnz  # moments, and the check's float64
+    others = dense_baselines(problem)
+    others[SPARSE_ADAM if compact else MASK_SPARSE_ADAM] = sparse_adam(problem, compact)
+    # All are held while timed.
+    absent = too_large({n: one.needs for n, one in others.items()}, free_bytes(device) - our_needs, together=True)
+    implementations |= {name: problem.implementation(one) for name, one in others.items()}
     moved = problem.bytes_moved(compact)
     return Case(moved, implementations, problem.check, served_by="sparse_adamw_", absent=absent)
 
@@ -307,38 +308,28 @@ def optimizer_case(size: str, dtype: torch.dtype, density: float, device: str) -
     """One step of optimizers as users make them, and the bytes that training holds."""
     problem = Problem(size, dtype, density, device)
     mask = problem.mask
-    absent: dict[str, str] = {}
-    footprints: dict[str, Footprint] = {}
-
-    def shared() -> dict[str, Tensor]:
-        return problem.grads
+    footprints: dict[str, dict[str, int]] = {}
 
     def ours(**options: Any) -> Baseline:
         def optimizer(parameters: Parameters) -> SparseAdamW:
             return SparseAdamW(parameters.items(), mask, **SETTINGS, **options)
 
-        return Baseline(optimizer, shared, mask_bytes=mask.crow_indices.nbytes + mask.col_indices.nbytes)
+        return Baseline(optimizer, mask_bytes=mask.crow_indices.nbytes + mask.col_indices.nbytes)
+
+    def adamw_8bit(package: str, parameters: Parameters) -> Any:
+        return imported(MODULES[package])[0].AdamW8bit(parameters.values(), **SETTINGS)
 
     steps = {OURS: ours(), f"{OURS}, bfloat16 state": ours(state_dtype=torch.bfloat16, stochastic_rounding=True)}
-    steps |= {FOREACH: Baseline(torch_adamw(foreach=True), shared)} | dense_baselines(problem)
-    for package in ("bitsandbytes", "torchao"):
-        module, reason = imported(f"{package}.optim")
-        if module:
-            adamw = module.AdamW8bit
-            steps[f"{package} AdamW8bit"] = Baseline(lambda p, adamw=adamw: adamw(p.values(), **SETTINGS), shared)
-        else:
-            absent[f"{package} AdamW8bit"] = reason
+    steps |= {FOREACH: Baseline(torch_adamw(foreach=True))} | dense_baselines(problem)
+    steps |= {f"{name} AdamW8bit": Baseline(partial(adamw_8bit, name)) for name in ("bitsandbytes", "torchao")}
 
-    def notes(name: str, mask_bytes: int) -> Callable[[Parameters, Any], None]:
-        def note(parameters: Parameters, optimizer: Any) -> None:
-            if name not in footprints:
-                weights = sum(p.nbytes for p in parameters.values())
-                gradients = sum(p.grad.nbytes for p in parameters.values())
-                footprints[name] = Footprint(weights, gradients, state_bytes(optimizer), mask_bytes)
+    def note(name: str, parameters: Parameters, optimizer: Any) -> None:
+        if name not in footprints:
+            held = {"weight": sum(p.nbytes for p in parameters.values()), "state": state_bytes(optimizer)}
+            held |= {"gradient": sum(p.grad.nbytes for p in parameters.values()), "mask": steps[name].mask_bytes}
+            footprints[name] = held
 
-        return note
-
-    implementations = {name: problem.stepper(one, notes(name, one.mask_bytes)) for name, one in steps.items()}
+    implementations = {name: problem.implementation(one, partial(note, name)) for name, one in steps.items()}
     case = Case(problem.bytes_moved(compact=False), implementations, problem.check, rounds=5)
-    case.served_by, case.absent, case.parameters, case.footprints = "sparse_adamw_", absent, mask.numel, footprints
+    case.served_by, case.parameters, case.footprints = "sparse_adamw_", mask.numel, footprints
     return case

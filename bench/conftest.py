@@ -1,6 +1,7 @@
 """The options of `pytest bench/ --benchmark-only` (test_workloads.py)."""
 
 import pytest
+import torch
 
 from bench.families import FAMILIES, SIZES
 
@@ -9,4 +10,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.getgroup("bench", "what is timed").addoption
     add("--family", nargs="+", choices=tuple(FAMILIES), default=list(FAMILIES), help="families of operators")
     add("--size", nargs="+", choices=SIZES, default=["minilm"], help="sizes of workloads (default: minilm)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cpu", "cuda"), default=device, help="default: cuda where there is one")

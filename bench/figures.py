@@ -3,10 +3,10 @@
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bench.report import KINDS, duration, origin
-from bench.rows import NOT_MEASURED, OURS, Row, of_machine, workload_of
+from bench.rows import NOT_MEASURED, OURS, Row, Workloads, by_workload, of_machine
 
 INK, MUTED, GRID, BLUE, GREY, AMBER, GREEN = (
     "#1f2430", "#6b7280", "#e5e7eb", "#2563eb", "#9ca3af", "#f59e0b", "#10b981",
@@ -46,8 +46,6 @@ PARTS = {  # → column of bytes per parameter, color
 REST = "activations and the rest"
 COLORS = {part: color for part, (_, color) in PARTS.items()} | {REST: GRID}
 
-Workloads = dict[tuple[str, ...], dict[str, Row]]  # op, size, dtype, density → implementation → its row
-
 
 def plot(rows: list[Row], folder: Path) -> list[Path]:
     """Draw the figures for which there are rows as PNG files in the folder, print which are missing, and return the
@@ -55,7 +53,7 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
-    machines = {kind: newest_runs(of_machine(rows, kind)) for kind in KINDS}
+    machines = {kind: by_workload(of_machine(rows, kind)) for kind in KINDS}
     paths = []
     with matplotlib.rc_context(STYLE):
         for name, draw in {"speed": speed, "memory": memory}.items():
@@ -70,20 +68,6 @@ def plot(rows: list[Row], folder: Path) -> list[Path]:
     return paths
 
 
-def newest_runs(rows: list[Row]) -> Workloads:
-    """The rows of each workload's newest run: runs are not compared with each other."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(workload_of(row), []).append(row)
-    dates = {key: max(row["date"] for row in group) for key, group in groups.items()}
-    return {key: {row["provider"]: row for row in group if row["date"] == dates[key]} for key, group in groups.items()}
-
-
-def number(row: Row, column: str) -> float | None:
-    """None where an older row has no such column, or nothing in it."""
-    return float(row[column]) if row.get(column) else None
-
-
 def pick(workloads: Workloads, op: str, size: str, density: str | None) -> dict[str, Row]:
     """The rows of the workload with this title: float32 before other dtypes, then the density closest to the usual."""
 
@@ -95,22 +79,14 @@ def pick(workloads: Workloads, op: str, size: str, density: str | None) -> dict[
 
 
 # ---- speed ----
-class Comparison(NamedTuple):
-    """A headline's workload on one machine."""
-
-    ours: Row
-    speedups: dict[str, Row]  # baseline → its row, the fastest baseline first
-
-
-def comparisons(workloads: Workloads) -> dict[str, Comparison]:
-    """Headline → its comparison; workloads without baselines are left out."""
+def comparisons(workloads: Workloads) -> dict[str, dict[str, Row]]:
+    """Headline → ours and then its baselines, the fastest first; workloads without baselines are left out."""
     found = {}
     for title, *names in HEADLINES:
         rows = pick(workloads, *names)
         others = [row for n, row in rows.items() if not n.startswith(OURS) and row.get("times_ours")]
         if others and OURS in rows:
-            others.sort(key=speedup_of)
-            found[title] = Comparison(rows[OURS], {row["provider"]: row for row in others})
+            found[title] = {row["provider"]: row for row in (rows[OURS], *sorted(others, key=speedup_of))}
     return found
 
 
@@ -118,12 +94,11 @@ def speedup_of(row: Row) -> float:
     return float(row["times_ours"])
 
 
-def lines_of(machines: Iterable[dict[str, Comparison]]) -> dict[tuple[str, str], int]:
-    """(headline, baseline) → its line from the top, the same for all machines; "" is the headline itself."""
+def lines_of(machines: Iterable[dict[str, dict[str, Row]]]) -> dict[tuple[str, str], int]:
+    """(headline, implementation) → its line from the top, the same for all machines; the headline is on ours."""
     lines: dict[tuple[str, str], int] = {}
     for title, *_ in HEADLINES:
-        names = dict.fromkeys(n for found in machines if title in found for n in found[title].speedups)
-        for name in ["", *names] if names else []:
+        for name in dict.fromkeys(n for found in machines for n in found.get(title, {})):
             lines[title, name] = len(lines)
     return lines
 
@@ -135,8 +110,8 @@ def speed(machines: dict[str, Workloads]) -> Any:
     lines = lines_of(list(found.values()))
     if not lines:
         return None
-    rows = [row for each in found.values() for c in each.values() for row in (c.ours, *c.speedups.values())]
-    values = [1.0, *map(speedup_of, (row for row in rows if row.get("times_ours")))]
+    rows = [row for each in found.values() for shown in each.values() for row in shown.values()]
+    values = [1.0, *(speedup_of(row) for row in rows if row.get("times_ours"))]
     height = 0.155 * len(lines) + 0.8
     edges = {"left": 0.25, "right": 0.995, "top": 1 - 0.3 / height, "bottom": 0.4 / height}  # names at the left
     widths = [1.0 if each else 0.4 for each in found.values()]
@@ -158,19 +133,19 @@ def speed(machines: dict[str, Workloads]) -> Any:
         draw_speedups(axis, each, lines)
         if not new.texts:
             draw_names(new, axis, lines)
-    return small_print(new, rows)
+    return sources_below(new, rows)
 
 
-def draw_speedups(axis: Any, found: dict[str, Comparison], lines: dict[tuple[str, str], int]) -> None:
+def draw_speedups(axis: Any, found: dict[str, dict[str, Row]], lines: dict[tuple[str, str], int]) -> None:
     for (title, name), y in lines.items():
-        shown = found.get(title)
-        if shown and not name:
-            dtype = "" if shown.ours["dtype"] == "float32" else f", {shown.ours['dtype']}"
+        row = found.get(title, {}).get(name)
+        if row and name == OURS:
+            dtype = "" if row["dtype"] == "float32" else f", {row['dtype']}"
             style = {"ha": "right", "va": "center", "fontsize": 6.5, "color": BLUE}
-            text = f"deftx: {duration(float(shown.ours['p50_ms']))}{dtype}"
+            text = f"deftx: {duration(float(row['p50_ms']))}{dtype}"
             axis.text(1, y, text, transform=axis.get_yaxis_transform(), **style)
-        elif shown and name in shown.speedups:
-            value = speedup_of(shown.speedups[name])
+        elif row:
+            value = speedup_of(row)
             axis.barh(y, value - 1, 0.62, left=1, color=GREY if value >= 1 else AMBER)
             beside(axis, f"{value:.{2 if value < 2 else 1 if value < 10 else 0}f}", max(value, 1), y)
 
@@ -181,35 +156,32 @@ def draw_names(new: Any, axis: Any, lines: dict[tuple[str, str], int]) -> None:
 
     position = blended_transform_factory(new.transFigure, axis.transData)
     for (title, name), y in lines.items():
-        if name:
-            new.text(0.245, y, label_of(name), transform=position, ha="right", va="center", fontsize=7, color=MUTED)
-        else:
+        if name == OURS:
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
             new.text(0, y, title, transform=position, va="center", fontsize=7.5, weight="bold", bbox=box)
+        else:
+            new.text(0.245, y, label_of(name), transform=position, ha="right", va="center", fontsize=7, color=MUTED)
 
 
 # ---- memory ----
-class Bar(NamedTuple):
-    implementation: str
-    parts: dict[str, float]  # megabytes, REST included
-    peak: float  # as measured: less than the parts together where these are not held at one time
-    row: Row
+def parts_of(row: Row) -> dict[str, float]:
+    """Megabytes by what they hold, REST included; empty for an older row, without the columns."""
+    columns = ("peak_extra_mb", "parameters", *(column for column, _ in PARTS.values()))
+    if not all(row.get(column) for column in columns):
+        return {}
+    parts = {part: float(row["parameters"]) * float(row[column]) / 1e6 for part, (column, _) in PARTS.items()}
+    # The peak is less than the parts together where these are not held at one time.
+    return parts | {REST: max(0.0, float(row["peak_extra_mb"]) - sum(parts.values()))}
 
 
-def memory_bars(workloads: Workloads) -> dict[str, list[Bar]]:
-    """Model and batch → a bar for each implementation, ours first; the smallest model first."""
-    found: dict[str, list[Bar]] = {}
+def memory_bars(workloads: Workloads) -> dict[str, list[Row]]:
+    """Model and batch → a row for each implementation, ours first; the smallest model first."""
+    found: dict[str, list[Row]] = {}
     for title in dict.fromkeys(size for op, size, *_ in workloads if op == "training_step"):
-        rows = pick(workloads, "training_step", title, None)
-        for name in sorted(rows, key=lambda name: not name.startswith(OURS)):
-            row = rows[name]
-            peak, parameters = number(row, "peak_extra_mb"), number(row, "parameters")
-            each = {part: number(row, column) for part, (column, _) in PARTS.items()}
-            if peak is not None and parameters and None not in each.values():
-                parts = {part: parameters * size / 1e6 for part, size in each.items()}
-                parts[REST] = max(0.0, peak - sum(parts.values()))
-                found.setdefault(title, []).append(Bar(name, parts, peak, row))
-    return dict(sorted(found.items(), key=lambda item: float(item[1][0].row["parameters"])))
+        rows = [row for row in pick(workloads, "training_step", title, None).values() if parts_of(row)]
+        if rows:
+            found[title] = sorted(rows, key=lambda row: not row["provider"].startswith(OURS))
+    return dict(sorted(found.items(), key=lambda item: float(item[1][0]["parameters"])))
 
 
 def memory(machines: dict[str, Workloads]) -> Any:
@@ -219,41 +191,44 @@ def memory(machines: dict[str, Workloads]) -> Any:
     found = {kind: bars for kind, workloads in machines.items() if (bars := memory_bars(workloads))}
     if not found:
         return None
-    titles = list(dict.fromkeys(title for bars in found.values() for title in bars))
-    names = {
-        t: list(dict.fromkeys(b.implementation for bars in found.values() for b in bars.get(t, []))) for t in titles
-    }
-    heights = [len(names[title]) for title in titles]
-    new, cells = figure(0.19 * sum(heights) + 0.35 * len(titles) + 0.3, len(titles), len(found), height_ratios=heights)
-    for i, title in enumerate(titles):
+    names: dict[str, dict[str, int]] = {}  # title → implementation → its line
+    for each in found.values():
+        for title, shown in each.items():
+            lines = names.setdefault(title, {})
+            for row in shown:
+                lines.setdefault(row["provider"], len(lines))
+    heights = list(map(len, names.values()))
+    new, cells = figure(0.19 * sum(heights) + 0.35 * len(names) + 0.3, len(names), len(found), height_ratios=heights)
+    for i, title in enumerate(names):
         model, comma, batch = title.partition(",")
-        for j, (kind, bars) in enumerate(found.items()):
+        for j, (kind, each) in enumerate(found.items()):
             axis = new.add_subplot(cells[i, j])
-            if title not in bars:
+            if title not in each:
                 not_measured(axis, KINDS[kind])
                 continue
-            dtype = bars[title][0].row["dtype"]
+            dtype = each[title][0]["dtype"]
             axis.set_title(f"{KINDS[kind]}: {MODELS.get(model, model)}{comma}{batch}, {dtype}", fontsize=8)
-            draw_bars(axis, bars[title], names[title])
+            draw_bars(axis, each[title], names[title])
             if any(title in before for before in list(found.values())[:j]):
                 axis.set_yticklabels([])
     marks = [Line2D([], [], label=n, color=c, marker="s", linestyle="", markersize=6) for n, c in COLORS.items()]
     new.legend(handles=marks, loc="outside upper center", ncols=len(marks))
-    return small_print(new, [bar.row for bars in found.values() for each in bars.values() for bar in each])
+    return sources_below(new, [row for each in found.values() for bars in each.values() for row in bars])
 
 
-def draw_bars(axis: Any, bars: list[Bar], names: list[str]) -> None:
-    """Each on the line of its name, with the measured peak at its end."""
-    unit, scale = ("GB", 1e-3) if max(bar.peak for bar in bars) >= 1000 else ("MB", 1.0)
-    for bar in bars:
-        y, left = names.index(bar.implementation), 0.0
-        for part, size in bar.parts.items():
+def draw_bars(axis: Any, rows: list[Row], lines: dict[str, int]) -> None:
+    """Each on the line of its implementation, with the measured peak at its end."""
+    unit, scale = ("GB", 1e-3) if max(float(row["peak_extra_mb"]) for row in rows) >= 1000 else ("MB", 1.0)
+    widest = 0.0
+    for row in rows:
+        y, left = lines[row["provider"]], 0.0
+        for part, size in parts_of(row).items():
             axis.barh(y, size * scale, 0.7, left=left, color=COLORS[part])
             left += size * scale
-        beside(axis, f"{bar.peak * scale:.3g} {unit}", left, y)
-    widest = scale * max(sum(bar.parts.values()) for bar in bars)
-    axis.set(xlim=(0, 1.15 * widest), ylim=(len(names) - 0.4, -0.6), xticks=[])
-    axis.set_yticks(range(len(names)), map(label_of, names), color=INK)
+        beside(axis, f"{float(row['peak_extra_mb']) * scale:.3g} {unit}", left, y)
+        widest = max(widest, left)
+    axis.set(xlim=(0, 1.15 * widest), ylim=(len(lines) - 0.4, -0.6), xticks=[])
+    axis.set_yticks(range(len(lines)), map(label_of, lines), color=INK)
     axis.spines["bottom"].set_visible(False)
     axis.tick_params(length=0)
 
@@ -282,7 +257,7 @@ def not_measured(axis: Any, what: str) -> None:
     axis.text(0.5, 0.5, f"{what}: {NOT_MEASURED}", transform=axis.transAxes, ha="center", va="center", color=MUTED)
 
 
-def small_print(new: Any, rows: list[Row]) -> Any:
+def sources_below(new: Any, rows: list[Row]) -> Any:
     """Below the figure: where its rows come from."""
     devices = dict.fromkeys(row["device"] for row in rows)
     sources = [origin([row for row in rows if row["device"] == device]) for device in devices]

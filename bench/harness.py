@@ -4,8 +4,7 @@ A `Workload` names what is timed and allocates nothing; `make` builds its `Case`
 implementation is a function that makes a fresh `call` (with its own copies of what it writes); `call()` runs once and
 returns what `check` compares with the truth. An implementation with a wrong result is reported and not timed. The
 others are timed interleaved, in an order that changes from round to round, so that a slower machine slows all of them;
-the ratio to ours is the median over rounds. Before each timed call a buffer of the last cache's size is read: every
-call finds its inputs in main memory.
+the ratio to ours is the median over rounds. Before each timed call the caches are flushed.
 
 On a GPU, events before and after the call give its time while the device is still busy with a pause enqueued before:
 the host runs ahead, as in a training loop, and its time does not count (of a call that waits for the device, what
@@ -19,9 +18,7 @@ optimizer state, gradients and activations.
 """
 
 import contextlib
-import ctypes
 import functools
-import gc
 import importlib
 import logging
 import os
@@ -39,14 +36,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.rows import OURS, package_of
+from bench.rows import OURS, WORKLOAD, package_of
 from deftx_kernels import backends
-from deftx_kernels.train.tensors import peak_bytes
+from deftx_kernels.train.tensors import memory_in_use, peak_bytes
 
 Setting = tuple[torch.dtype, float]
 Call = Callable[[], Any]
+# First word of an implementation's name → the module it needs.
+MODULES = {"cupy": "cupy", "cupyx": "cupyx", "scipy": "scipy.sparse", "torchao": "torchao.optim"}
+MODULES |= {"bitsandbytes": "bitsandbytes.optim"}
+GRAPH = ", CUDA graph"  # appended to an implementation's name
 # Milliseconds by which the host is ahead of a GPU: at least, at most; in between twice its time, from so many calls.
 LEAD, LONGEST_LEAD, HOST_CALLS = 1.0, 20.0, 3
+COPIED, SIDE = {"cpu": 1 << 25, "cuda": 1 << 28}, {"cpu": 1536, "cuda": 4096}  # elements; of square matrices
 
 
 @dataclass(frozen=True)
@@ -70,20 +72,6 @@ class Choice:
 
 
 @dataclass
-class Footprint:
-    """Bytes held throughout training; gradients, while they exist."""
-
-    weights: float = 0.0
-    gradients: float = 0.0
-    state: float = 0.0  # of the optimizer
-    mask: float = 0.0
-
-    def columns(self, parameters: int) -> dict[str, Any]:
-        held = {"weight": self.weights, "gradient": self.gradients, "state": self.state, "mask": self.mask}
-        return {"parameters": parameters} | {f"{k}_bytes_per_param": f"{v / parameters:.3f}" for k, v in held.items()}
-
-
-@dataclass
 class Case:
     bytes: int  # that must cross memory: each input read once, each output written once
     implementations: dict[str, Callable[[], Call]]  # ours is named "deftx"
@@ -94,9 +82,18 @@ class Case:
     once: tuple[str, ...] = ()  # implementations timed in the first round only
     absent: dict[str, str] = field(default_factory=dict)  # implementations unavailable here → the reason
     parameters: int = 0  # of the model, for the footprints
-    footprints: dict[str, Footprint] = field(default_factory=dict)  # filled in by an implementation's first call
+    # implementation → bytes of "weight", "gradient", "state", "mask" in training; filled in by its first call
+    footprints: dict[str, dict[str, int]] = field(default_factory=dict)
     training: bool = False  # the peak covers making an implementation and two calls
     isolated: bool = False  # too large to be held side by side: each implementation is timed in its own process
+
+    def __post_init__(self) -> None:
+        """Leave out the implementations that are absent, or whose package does not import."""
+        for name in self.implementations:
+            module = MODULES.get(name.replace(".", " ").split()[0])
+            if module and name not in self.absent and (reason := imported(module)[1]):
+                self.absent = self.absent | {name: reason}
+        self.implementations = {n: make for n, make in self.implementations.items() if n not in self.absent}
 
 
 @dataclass(frozen=True)
@@ -115,16 +112,29 @@ class Workload:
         return str(self.dtype).removeprefix("torch.")
 
     @property
-    def density_text(self) -> str:
-        """As the rows have it."""
-        return "" if self.density is None else f"{self.density:g}"
+    def label(self) -> str:
+        """ "minilm, float32, 5 %" """
+        density = "" if self.density is None else f", {100 * self.density:.3g} %"
+        return f"{self.title}, {self.dtype_name}{density}"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """As the rows have it: op, size, dtype, density."""
+        return self.op, self.title, self.dtype_name, "" if self.density is None else f"{self.density:g}"
 
 
 def workload(
-    case: Callable[..., Case], op: str, size: str, setting: Setting, device: str, *more: Any, title: str = ""
+    case: Callable[..., Case],
+    op: str,
+    size: str,
+    setting: Setting,
+    device: str,
+    *more: Any,
+    title: str = "",
+    of: Any = None,
 ) -> Workload:
-    """The workload whose cases are case(size, dtype, density, device, *more) of this size and of size "tiny"."""
-    make, tiny = (partial(case, s, *setting, device, *more) for s in (size, "tiny"))
+    """The workload whose cases are case(x, dtype, density, device, *more), x of `of`: (this size, its tiny one)."""
+    make, tiny = (partial(case, x, *setting, device, *more) for x in of or (size, "tiny"))
     return Workload(op, size, title or size, *setting, device, make, tiny)
 
 
@@ -162,7 +172,8 @@ def milliseconds(call: Call, device: str) -> float:
 def on_busy_device(call: Call, lead: float) -> tuple[float, float]:
     """(milliseconds of the GPU, with the host `lead` ms ahead of it; milliseconds of the host until it returns)."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(round(lead * cycles()))
+    if lead:
+        torch.cuda._sleep(round(lead * cycles()))
     start.record()
     host = host_milliseconds(call)
     end.record()
@@ -179,15 +190,9 @@ def host_milliseconds(call: Call) -> float:
 @functools.cache
 def cycles() -> float:
     """Clock cycles of `torch.cuda._sleep` per millisecond."""
-    count, taken = 5_000_000, 0.0
-    for _ in range(3):  # the last one counts: the clock is then that of a busy device
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        torch.cuda._sleep(count)
-        end.record()
-        end.synchronize()
-        taken = start.elapsed_time(end)
-    return count / taken
+    count = 5_000_000
+    times = [on_busy_device(lambda: torch.cuda._sleep(count), 0.0)[0] for _ in range(3)]
+    return count / times[-1]  # the clock is then that of a busy device
 
 
 @functools.cache
@@ -218,10 +223,9 @@ def flush_cache(device: str) -> None:
 @functools.cache
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
     """(bytes per second of a large copy, read and written; operations per second of a matrix product)."""
-    n = 1 << (28 if device == "cuda" else 25)
+    n, side = COPIED[device], SIDE[device]
     source, target = torch.ones(n, device=device), torch.empty(n, device=device)
     copy = min(milliseconds(lambda: target.copy_(source), device) for _ in range(8))
-    side = 4096 if device == "cuda" else 1536
     a = torch.randn(side, side, device=device).to(dtype)
     product = min(milliseconds(lambda: a @ a, device) for _ in range(8))
     return 1e3 * 8 * n / copy, 1e3 * 2 * side**3 / product
@@ -278,11 +282,20 @@ def available_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def too_large(needs: dict[str, float], room: float, together: bool = False) -> dict[str, str]:
+    """Implementation → why it is absent: it needs more bytes than `room`; if all are held `together`, than are left."""
+    absent = {}
+    for name, need in needs.items():
+        if need > room:
+            absent[name] = f"needs {need / 1e9:.1f} GB of memory, {max(0, room) / 1e9:.1f} GB are free"
+        elif together:
+            room -= need
+    return absent
+
+
 def trim() -> None:
     """Return freed memory to the system."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    memory_in_use()
 
 
 def peak_extra(call: Call, device: str) -> float | None:
@@ -291,40 +304,45 @@ def peak_extra(call: Call, device: str) -> float | None:
     return None if peak is None else peak / 1e6
 
 
-def two_steps(make: Callable[[], Call]) -> None:
-    """What the peak of a training case is measured of."""
-    call = make()
-    call()
-    call()
+def peak_of(case: Case, make: Callable[[], Call], call: Call | None, device: str) -> float | None:
+    """The peak of a call; of a training case that of making an implementation and two calls."""
+
+    def two_steps() -> None:
+        step = make()
+        step()
+        step()
+
+    return peak_extra(two_steps if case.training else call or make(), device)
 
 
 @dataclass
-class Alone:
-    """The measurements of one implementation in its own process."""
+class Measured:
+    """What was measured of an implementation."""
 
-    peak: float | None = None
-    times: list[float] = field(default_factory=list)  # of isolated cases only
-    host: float | None = None  # likewise
+    times: list[float] = field(default_factory=list)  # milliseconds
+    host: float | None = None  # milliseconds until a call returns, on a GPU
+    peak: float | None = None  # megabytes
+    wrong: str = ""
 
 
-def alone(workload: Workload, implementation: str, rounds: int) -> Alone | None:
-    """Measure one implementation in its own process; None if that process failed (the reason is printed)."""
+def alone(workload: Workload, implementation: str, rounds: int) -> Measured:
+    """Measure the peak of one implementation, and of an isolated case the times, in its own process."""
     try:
         # Spawned, not forked: a fork would share this process's pages and arenas.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(_alone_here, workload, implementation, rounds, torch.get_num_threads()).result()
     except Exception as error:
         print(f"{implementation} failed in a process of its own: {type(error).__name__}: {error}", flush=True)
-        return None
+        return Measured(wrong="it failed in a process of its own (printed above)")
 
 
-def _alone_here(workload: Workload, implementation: str, rounds: int, threads: int) -> Alone:
+def _alone_here(workload: Workload, implementation: str, rounds: int, threads: int) -> Measured:
     silence_libraries()
     torch.set_num_threads(threads)
     workload.tiny().implementations[implementation]()()
     case = workload.make()
     make = case.implementations[implementation]
-    found = Alone(peak_extra(partial(two_steps, make) if case.training else make(), workload.device))
+    found = Measured(peak=peak_of(case, make, None, workload.device))
     if case.isolated:
         call = make()
         call()
@@ -334,16 +352,6 @@ def _alone_here(workload: Workload, implementation: str, rounds: int, threads: i
 
 
 # ---- one workload ----
-@dataclass
-class Measured:
-    """What was measured of a workload, by implementation."""
-
-    times: dict[str, list[float]] = field(default_factory=dict)
-    host: dict[str, float] = field(default_factory=dict)
-    peaks: dict[str, float | None] = field(default_factory=dict)
-    wrong: dict[str, str] = field(default_factory=dict)
-
-
 def measure(
     workload: Workload, metadata: dict[str, Any], rounds: int | None, chosen: tuple[str, ...], fresh: bool
 ) -> Iterator[dict[str, Any]]:
@@ -353,64 +361,66 @@ def measure(
     case, device = workload.make(), workload.device
     if chosen:
         case.implementations = {n: p for n, p in case.implementations.items() if n == OURS or n in chosen}
-    names = {"op": workload.op, "size": workload.title, "dtype": workload.dtype_name, "density": workload.density_text}
-    same = metadata | names
+    same = metadata | dict(zip(WORKLOAD, workload.key))
     for name, reason in case.absent.items():
         if not chosen or name in chosen:
             yield same | {"provider": name, "absent": reason}
     found = run(workload, case, rounds or case.rounds, fresh)
-    for name, fault in found.wrong.items():
-        yield same | {"provider": name, "wrong": fault}
     bandwidth, rate = ceilings(device, workload.dtype if workload.dtype.is_floating_point else torch.float32)
     floor = 1e3 * max(case.bytes / bandwidth, case.flops / rate)
-    same |= {"bytes": case.bytes, "flops": f"{case.flops:.0f}", "floor_ms": f"{floor:.4f}"}
-    same |= {"copy_gb_s": f"{bandwidth / 1e9:.1f}", "product_gflop_s": f"{rate / 1e9:.0f}"}
-    ours = found.times.get(OURS)
-    for name, taken in found.times.items():
-        row = same | {"provider": name, "package": package_of(name), "rounds": len(taken)}
-        row["backend"] = backend(case.served_by or workload.op, device) if name.startswith(OURS) else ""
-        p20, p50, p80 = quantiles(taken)
-        row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}"}
-        row |= {"share_of_floor": f"{floor / p50:.4f}"}
-        row["host_ms"] = f"{found.host[name]:.4f}" if name in found.host else ""
-        row["times_ours"] = f"{statistics.median(t / o for t, o in zip(taken, ours)):.3f}" if ours else ""
-        peak = found.peaks.get(name)
-        row["peak_extra_mb"] = "" if peak is None else f"{peak:.1f}"
-        yield row | (case.footprints[name].columns(case.parameters) if name in case.footprints else {})
+    limits = {"bytes": case.bytes, "flops": f"{case.flops:.0f}", "floor_ms": f"{floor:.4f}"}
+    limits |= {"copy_gb_s": f"{bandwidth / 1e9:.1f}", "product_gflop_s": f"{rate / 1e9:.0f}"}
+    op, ours = case.served_by or workload.op, found[OURS].times if OURS in found else []
+    # The denoising functions are no operators: torch's linear algebra serves them.
+    backend = backends()[op][device].name if op in backends() else "blas"
+    for name, one in found.items():
+        if one.wrong:
+            yield same | {"provider": name, "wrong": one.wrong}
+            continue
+        row = same | limits | {"provider": name, "package": package_of(name), "rounds": len(one.times)}
+        row["backend"] = backend if name.startswith(OURS) else ""
+        deciles = statistics.quantiles(one.times if len(one.times) > 1 else 2 * one.times, n=10, method="inclusive")
+        row |= {f"p{q}_ms": f"{deciles[q // 10 - 1]:.4f}" for q in (20, 50, 80)}
+        row["share_of_floor"] = f"{floor / deciles[4]:.4f}"
+        row["host_ms"] = "" if one.host is None else f"{one.host:.4f}"
+        row["times_ours"] = f"{statistics.median(t / o for t, o in zip(one.times, ours)):.3f}" if ours else ""
+        row["peak_extra_mb"] = "" if one.peak is None else f"{one.peak:.1f}"
+        if held := case.footprints.get(name):
+            row |= {f"{what}_bytes_per_param": f"{size / case.parameters:.3f}" for what, size in held.items()}
+            row["parameters"] = case.parameters
+        yield row
 
 
-def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> Measured:
+def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> dict[str, Measured]:
     """Check and time the case, which then lets go of its inputs."""
     device = workload.device
-    found, calls = Measured(), {}
-    found.wrong, calls = checked(case)
+    found, calls = checked(case)
     fresh = case.isolated or (fresh and device == "cpu")
     if not fresh:
         for name, call in calls.items():  # and the warm-up
-            measured = partial(two_steps, case.implementations[name]) if case.training else call
-            found.peaks[name] = peak_extra(measured, device)
+            found[name].peak = peak_of(case, case.implementations[name], call, device)
     if not case.isolated:
-        found.times, found.host = timed(calls, device, rounds, case.once, case.training)
+        times, host = timed(calls, device, rounds, case.once, case.training)
+        for name in calls:
+            found[name].times, found[name].host = times[name], host.get(name)
     names = list(calls)
     case.implementations, case.check = {}, lambda result: None
     del calls
     trim()
     for name in names if fresh else ():
         result = alone(workload, name, rounds)
-        found.peaks[name] = result.peak if result else None
-        if case.isolated and result:
-            found.times[name] = result.times
-            found.host |= {} if result.host is None else {name: result.host}
-        elif case.isolated:
-            found.wrong[name] = "it failed in a process of its own (printed above)"
+        if case.isolated:
+            found[name] = result
+        found[name].peak = result.peak
     return found
 
 
-def checked(case: Case) -> tuple[dict[str, str], dict[str, Call]]:
-    """(what is wrong by implementation, a call of each of the others)."""
-    right, faults = {}, {}
+def checked(case: Case) -> tuple[dict[str, Measured], dict[str, Call]]:
+    """(what is wrong by implementation, a call of each of the right ones)."""
+    right: dict[str, Any] = {}
+    found: dict[str, Measured] = {}
     for name, make in case.implementations.items():
-        call = None
+        call, fault = None, None
         try:
             call = make()
             fault = case.check(call())
@@ -418,23 +428,9 @@ def checked(case: Case) -> tuple[dict[str, str], dict[str, Call]]:
             fault = f"{type(error).__name__}: {error}"
         if fault or case.training:
             call = None  # before the next is made: there may be memory for one only
-        if fault:
-            faults[name] = fault
-        else:
+        found[name] = Measured(wrong=fault or "")
+        if not fault:
             right[name] = call
     if not case.isolated:
         right = {name: call or case.implementations[name]() for name, call in right.items()}
-    return faults, right
-
-
-def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """p20, p50, p80"""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return cuts[1], statistics.median(values), cuts[7]
-
-
-def backend(op: str, device: str) -> str:
-    """What serves an operator; the denoising functions are no operators: torch's linear algebra serves them."""
-    return backends()[op][device].name if op in backends() else "blas"
+    return found, right

@@ -3,9 +3,8 @@
 - Bytes per second of a large copy, of reading and of writing; operations per second of square matrix products.
 - Reads and writes at scattered, ascending positions, as those of a mask. In the model, memory moves in sectors of 32
   bytes (lines of 64 on a CPU), so the share 1 - (1 - density)^(sector / bytes of an element) of a dense tensor moves,
-  and the positions and compact values beside it. `gb_s` is the model's bytes divided by the time; `implied_share` is
-  the share of the tensor that would explain the time at the copy's rate. Where writes imply twice the model's share,
-  partly written sectors are read first.
+  and the positions and compact values beside it. `gb_s` is the model's bytes divided by the time: where it is half of
+  the copy's rate for writes, partly written sectors are read first.
 - `counters`, on a GPU with Nsight Compute (`ncu`): time, bytes from and to memory and sectors per request of every
   kernel that our operators launch (`python -m bench.machine` makes the calls).
 
@@ -29,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Call, timed
+from bench.harness import Call, ceilings, timed
 from bench.rows import RESULTS, ROOT, provenance
-from bench.shapes import SIZES, random_tensors
+from bench.shapes import random_tensors
 from deftx_kernels import sparse_adamw, topk_mask
 
 FILE = "machine.json"
@@ -39,8 +38,6 @@ SECTOR = {"cpu": 64, "cuda": 32}  # bytes
 DENSITIES = (0.01, 0.05, 0.1, 0.3)
 ROUNDS = 9
 DENSE_BYTES = {"cpu": 1 << 29, "cuda": 1 << 30}  # of a dense tensor: more than the caches
-POSITIONS = {"cpu": 1, "cuda": 1024}  # their number is a multiple of this
-SIDE = {"cpu": 1536, "cuda": 8192}  # of the matrices
 SECONDS = 80  # for Nsight Compute
 SECTORS = "l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_"
 METRICS = {  # Nsight Compute's name → ours
@@ -56,20 +53,22 @@ def measure(device: str, out: Path = RESULTS) -> int:
     """Print and write the machine's rates; returns the exit status."""
     found: dict[str, Any] = provenance(device)
     name = str(found.pop("device"))
-    print(name, *(f"{k} {v}" for k, v in found.items() if v), sep=", ")
+    print_values({"device": name} | found)
     found["memory"] = memory(device)
-    print("memory, GB/s:", *(f"{k} {v:.0f}" for k, v in found["memory"].items()))
-    found["products"] = products(device)
-    rates = (f"{k} {v:.2f}" for k, v in found["products"].items())
-    print(f"products of {SIDE[device]} x {SIDE[device]}, TFLOP/s:", *rates)
-    print(f"{'':8}{'bytes':>6}{'density':>8}{'ms':>9}{'GB/s':>7}{'share of sectors':>18}{'implied':>9}")
+    print_values(found["memory"], "memory, GB/s: ")
+    dtypes = (torch.bfloat16, torch.float32)
+    found["products"] = {str(dtype): float(f"{ceilings(device, dtype)[1] / 1e12:.4g}") for dtype in dtypes}
+    print_values(found["products"], "products, TFLOP/s: ")
     found["scattered"] = []
-    for row in scattered(device, 1e9 * found["memory"]["copy"]):
+    for row in scattered(device):
+        print_values(row)
         found["scattered"].append(row)
-        line = f"{row['access']:8}{row['bytes']:6}{row['density']:8.2f}{row['ms']:9.4f}{row['gb_s']:7.0f}"
-        print(f"{line}{row['sector_share']:18.3f}{row['implied_share']:9.3f}", flush=True)
     write(name, found, out)
     return 0
+
+
+def print_values(values: dict[str, Any], heading: str = "") -> None:
+    print(heading + ", ".join(f"{k} {v}" for k, v in values.items() if v != ""), flush=True)
 
 
 def write(device: str, found: dict[str, Any], out: Path) -> None:
@@ -90,31 +89,12 @@ def medians(calls: dict[str, Call], device: str) -> dict[str, float]:
 
 def memory(device: str) -> dict[str, float]:
     """GB/s."""
-    source = torch.ones(DENSE_BYTES[device] // 4, device=device)
-    target = torch.empty_like(source)
-    calls = {"copy": lambda: target.copy_(source), "read": source.sum, "write": lambda: target.fill_(1.0)}
-    moved = {"copy": 2 * source.nbytes, "read": source.nbytes, "write": source.nbytes}
-    return {name: round(moved[name] / ms / 1e6, 1) for name, ms in medians(calls, device).items()}
-
-
-def products(device: str) -> dict[str, float]:
-    """TFLOP/s of products of random matrices."""
-    side = SIDE[device]
-    matrix = torch.randn(side, side, device=device)
-    half = matrix.to(torch.bfloat16)
-
-    def product_tf32() -> Tensor:
-        flags = torch.backends.cuda.matmul
-        before, flags.fp32_precision = flags.fp32_precision, "tf32"
-        try:
-            return matrix @ matrix
-        finally:
-            flags.fp32_precision = before
-
-    calls: dict[str, Call] = {"bfloat16": lambda: half @ half, "float32": lambda: matrix @ matrix}
-    if device == "cuda":
-        calls |= {"bfloat16 to float32": lambda: torch.mm(half, half, out_dtype=torch.float32), "tf32": product_tf32}
-    return {name: round(2 * side**3 / ms / 1e9, 3) for name, ms in medians(calls, device).items()}
+    tensor = torch.ones(DENSE_BYTES[device] // 4, device=device)
+    times = medians({"read": tensor.sum, "write": lambda: tensor.fill_(1.0)}, device)
+    rates = {"copy": ceilings(device, torch.float32)[0] / 1e9} | {
+        n: tensor.nbytes / ms / 1e6 for n, ms in times.items()
+    }
+    return {name: round(rate, 1) for name, rate in rates.items()}
 
 
 # ---- scattered reads and writes ----
@@ -123,29 +103,24 @@ def sector_share(density: float, itemsize: int, device: str) -> float:
     return 1 - (1 - density) ** (SECTOR[device] / itemsize)
 
 
-def scattered(device: str, copy_rate: float) -> Iterator[dict[str, Any]]:
-    for itemsize, dtype in ((2, torch.bfloat16), (4, torch.float32)):
-        dense = torch.ones(DENSE_BYTES[device] // itemsize, dtype=dtype, device=device)
+def scattered(device: str) -> Iterator[dict[str, Any]]:
+    for dtype in (torch.bfloat16, torch.float32):
+        dense = torch.ones(DENSE_BYTES[device] // dtype.itemsize, dtype=dtype, device=device)
         for density in DENSITIES:
             position = random_positions(len(dense), density, device)
             compact = torch.ones(len(position), dtype=dtype, device=device)
-            calls: dict[str, Call] = {
-                name: partial(access, dense, position, compact) for name, access in accesses(device).items()
-            }
+            calls = {name: partial(access, dense, position, compact) for name, access in accesses(device).items()}
             beside = position.nbytes + compact.nbytes
-            share = sector_share(len(position) / len(dense), itemsize, device)
+            share = sector_share(len(position) / len(dense), dtype.itemsize, device)
             for name, ms in medians(calls, device).items():
                 rate = (share * dense.nbytes + beside) / ms / 1e6
-                implied = (copy_rate * ms / 1e3 - beside) / dense.nbytes
-                row = {"access": name, "bytes": itemsize, "density": density, "ms": round(ms, 5)}
-                row |= {"gb_s": round(rate, 1), "sector_share": round(share, 4), "implied_share": round(implied, 4)}
-                yield row
+                row = {"access": name, "bytes": dtype.itemsize, "density": density, "ms": round(ms, 5)}
+                yield row | {"gb_s": round(rate, 1), "sector_share": round(share, 4)}
 
 
 def random_positions(count: int, density: float, device: str) -> Tensor:  # int32, ascending
     chosen = torch.rand(count, generator=torch.Generator(device).manual_seed(0), device=device) < density
-    position = chosen.nonzero().view(-1).to(torch.int32)
-    return position[: len(position) // POSITIONS[device] * POSITIONS[device]]
+    return chosen.nonzero().view(-1).to(torch.int32)
 
 
 def accesses(device: str) -> dict[str, Callable[..., Any]]:
@@ -153,7 +128,7 @@ def accesses(device: str) -> dict[str, Callable[..., Any]]:
     if device == "cuda":
         from bench.scattered import access
 
-        return {name: partial(access, name) for name in ("gather", "scatter")}
+        return {"gather": partial(access, False), "scatter": partial(access, True)}
     return {
         "gather": lambda dense, position, out: torch.index_select(dense, 0, position, out=out),
         "scatter": lambda dense, position, values: dense.index_copy_(0, position.long(), values),
@@ -163,7 +138,7 @@ def accesses(device: str) -> dict[str, Callable[..., Any]]:
 # ---- our kernels, by Nsight Compute ----
 def our_calls(device: str, size: str = "xlmr", side: int = 4096, density: float = 0.05) -> dict[str, Call]:
     """One call of each operator with kernels of our own, on a model's tensors, on a large weight and an embedding."""
-    float32 = random_tensors(SIZES[size](), torch.float32, device)
+    float32 = random_tensors(size, torch.float32, device)
     params, grads = ({n: t.bfloat16() for n, t in float32.items()} for _ in range(2))
     mask = topk_mask(float32, density=density)
     values, (first, second) = mask.gather(params), (torch.zeros(mask.nnz, device=device) for _ in range(2))
@@ -197,13 +172,11 @@ def our_calls(device: str, size: str = "xlmr", side: int = 4096, density: float 
 def run_our_calls() -> None:
     """Under Nsight Compute, which profiles between start and stop: each call once, after one that compiles."""
     calls = our_calls("cuda")
-    for call in calls.values():
-        call()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.start()
-    for call in calls.values():
-        call()
-    torch.cuda.synchronize()
+    for begin in (lambda: None, torch.cuda.profiler.start):
+        begin()
+        for call in calls.values():
+            call()
+        torch.cuda.synchronize()
     torch.cuda.profiler.stop()
 
 
@@ -216,10 +189,8 @@ def counters(out: Path = RESULTS) -> int:
     # The clocks are not locked: that would change the card for every process.
     options = "--clock-control none --profile-from-start off --csv --page raw --print-units base --launch-count 100"
     command = [ncu, *options.split(), "--metrics", ",".join(METRICS), sys.executable, "-m", "bench.machine"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True,
-    )  # fmt: skip
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     try:
         output, _ = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -229,12 +200,9 @@ def counters(out: Path = RESULTS) -> int:
     if status or not kernels:
         print(f"ncu: exit status {status}", *output.splitlines()[-15:], sep="\n")
         return status or 1
-    columns = f"{'launches':>9}{'ms':>9}{'read MB':>9}{'written MB':>11}{'GB/s':>7}"
-    print(f"{'kernel':44}{columns}{'sectors a load, a store':>25}")
-    for k in kernels:
-        rate, ms, read, written = (k["read"] + k["written"]) / max(k["ns"], 1), k["ns"] / 1e6, k["read"], k["written"]
-        line = f"{k['kernel'][:43]:44}{k['launches']:9}{ms:9.4f}{read / 1e6:9.1f}{written / 1e6:11.1f}"
-        print(f"{line}{rate:7.0f}{k['sectors_per_load']:14.2f}{k['sectors_per_store']:11.2f}")
+    for kernel in kernels:
+        rate = (kernel["read"] + kernel["written"]) / max(kernel["ns"], 1)
+        print_values(kernel | {"GB/s": round(rate)})
     write(torch.cuda.get_device_name(), {"kernels": kernels}, out)
     return 0
 
@@ -248,21 +216,14 @@ def counted(output: str) -> list[dict[str, Any]]:
         if (row["ID"] or "").isdigit():  # else the line of the units, or output of the program
             name = re.sub(r"<unnamed>::|\(anonymous namespace\)::|^void ", "", row["Kernel Name"])
             each = launches.setdefault(re.split(r"[<(]", name)[0].rpartition("::")[2], [])
-            each.append({ours: number(row.get(theirs)) for theirs, ours in METRICS.items()})
+            numbers = ((ours, (row.get(theirs) or "n/a").replace(",", "")) for theirs, ours in METRICS.items())
+            each.append({ours: 0.0 if text == "n/a" else float(text) for ours, text in numbers})
     found = []
     for name, each in launches.items():
         sums = {k: sum(one[k] for one in each) for k in ("ns", "read", "written")}
-        ratios = ("sectors_per_load", "sectors_per_store")
-        means = {k: round(statistics.mean(one[k] for one in each), 2) for k in ratios}
+        means = {k: round(statistics.mean(one[k] for one in each), 2) for k in METRICS.values() if k not in sums}
         found.append({"kernel": name, "launches": len(each)} | sums | means)
     return sorted(found, key=lambda kernel: -kernel["ns"])
-
-
-def number(text: str | None) -> float:
-    try:
-        return float((text or "").replace(",", ""))
-    except ValueError:  # "n/a"
-        return 0.0
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ bench/results/README.md."""
 import re
 
 from bench.families import OPS
-from bench.rows import NOT_MEASURED, OURS, Row, of_device, workload_of
-from bench.targets import FLOOR, MS, SPEEDUP, TARGETS, Target, measured, rows_about
+from bench.rows import NOT_MEASURED, OURS, Row, by_workload, of_device, workload_of
+from bench.targets import FLOOR, MS, SPEEDUP, TARGETS, Target, measured
 
 KINDS = {"cpu": "CPU", "cuda": "GPU"}
 SHORT = {  # heads of the README's columns
@@ -60,19 +60,16 @@ def training_table(rows: list[Row]) -> str:
             missing.append(f"{name}: {NOT_MEASURED}.")
             continue
         # What a variant of ours or of a baseline adds stands in bench/results/README.md.
-        baselines = [n for n in dict.fromkeys(row["provider"] for row in steps) if n != OURS]
-        baselines = [n for n in baselines if not n.startswith(OURS) and not n.endswith((" weights", " graph"))]
-        found = {(workload_of(row), row["provider"]): row for row in steps}
-        ours = [row for row in steps if row["provider"] == OURS]
-        usual = {column: most_common([row[column] for row in ours]) for column in ("dtype", "density")}
+        names = dict.fromkeys(row["provider"] for row in steps if not row["provider"].startswith(OURS))
+        baselines = [n for n in names if not n.endswith((" weights", " graph"))]
+        models = [found for found in by_workload(steps).values() if OURS in found]
+        dtype, density = (most_common([found[OURS][column] for found in models]) for column in ("dtype", "density"))
         lines = []
-        for row in ours:
-            others = [found.get((workload_of(row), baseline)) for baseline in baselines]
-            cells = [f"{duration(float(row['p50_ms']))}{peak(row)}", *map(speedup, others)]
-            model = details(row | {"size": re.sub(r", \d+ rows$", "", row["size"])}, **usual)
-            lines.append([model, *cells])
-        shared = f" ({usual['dtype']}, {100 * float(usual['density']):.3g} %)" if ours else ""
-        header = f"{name}{shared}"
+        for found in models:
+            ours = found[OURS] | {"size": re.sub(r", \d+ rows$", "", found[OURS]["size"])}
+            cells = [f"{duration(float(ours['p50_ms']))}{peak(ours)}", *(speedup(found.get(n)) for n in baselines)]
+            lines.append([details(ours, dtype=dtype, density=density), *cells])
+        header = f"{name} ({dtype}, {100 * float(density):.3g} %)" if models else name
         tables.append("\n".join(table([header, OURS, *(SHORT.get(n, n) for n in baselines)], lines)))
     return "\n\n".join(tables + missing)
 
@@ -96,22 +93,22 @@ def target_tables(rows: list[Row]) -> list[str]:
     for kind, name in KINDS.items():
         here = of_device(rows, kind)
         lines += [f"### {name}", "", f"{origin(here) if here else NOT_MEASURED.capitalize()}.", ""]
-        header, cells = ["workload", "baseline", "target", "measured"], []
-        several = len({row["device"] for row in here}) > 1
+        devices = {workload_of(row): row["device"] for row in here}
+        several = len(set(devices.values())) > 1
+        cells = []
         for t in (t for t in TARGETS if t.device == kind):
-            cells.append([t.what, against(t), bound(t), verdict(t, measured(t, here))])
-            if several:
-                cells[-1].append(", ".join({row["device"]: "" for row in rows_about(t, here).values()}))
-        lines += [*table([*header, *(["on"] if several else [])], cells), ""]
+            bound = f"{'at least' if t.at_least else 'at most'} {quantity(t, t.bound)}"
+            cells.append([t.what, against(t), bound, verdict(t, measured(t, here))])
+            cells[-1] += [devices.get(t.workload, "")] if several else []
+        lines += [*table(["workload", "baseline", "target", "measured", *(["on"] if several else [])], cells), ""]
     return lines
 
 
 def against(target: Target) -> str:
-    if target.quantity == SPEEDUP:
-        return f"{target.baseline}: speedup"
     if target.quantity in (MS, FLOOR):
         return "time" if target.quantity == MS else FLOOR
-    return f"{target.baseline or 'bytes of the input'}: peak memory"
+    what = "speedup" if target.quantity == SPEEDUP else "peak memory"
+    return f"{target.baseline or 'bytes of the input'}: {what}"
 
 
 def quantity(target: Target, value: float) -> str:
@@ -120,10 +117,6 @@ def quantity(target: Target, value: float) -> str:
     if target.quantity == FLOOR:
         return percent(value)
     return f"{value:.2f} x" if value < 10 else f"{value:.1f} x"
-
-
-def bound(target: Target) -> str:
-    return f"{'at least' if target.at_least else 'at most'} {quantity(target, target.bound)}"
 
 
 def verdict(target: Target, value: float | None) -> str:
@@ -152,22 +145,25 @@ def results_page(rows: list[Row]) -> str:
     for device in dict.fromkeys(row["device"] for row in rows):
         here = [row for row in rows if row["device"] == device]
         lines += [f"## {device}", "", f"{origin(here)}.", ""]
+        timed = [found for found in by_workload(here).values() if OURS in found]
         for op in dict.fromkeys(row["op"] for row in here):
-            ours = [row for row in here if row["op"] == op and row["provider"] == OURS]
-            if ours:
-                backend = ", ".join(dict.fromkeys(row["backend"] for row in ours))
+            shown = [found for found in timed if found[OURS]["op"] == op]
+            if shown:
+                backend = ", ".join(dict.fromkeys(found[OURS]["backend"] for found in shown))
                 meaning = OPS.get(op, op)
                 lines += [f"### {op}", "", f"{meaning[0].upper()}{meaning[1:]}. Backend: {backend}.", ""]
                 header = ["workload", OURS, "p20 to p80", FLOOR, "peak memory", "speedup over"]
-                lines += [*table(header, [workload_line(row, here) for row in ours]), ""]
+                lines += [*table(header, list(map(workload_line, shown))), ""]
     if not any(row.get("driver") for row in rows):
         lines += ["## GPU", "", f"{NOT_MEASURED.capitalize()}.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def workload_line(ours: Row, rows: list[Row]) -> list[str]:
-    same = [row for row in rows if workload_of(row) == workload_of(ours) and row["date"] == ours["date"]]
-    baselines = sorted((row for row in same if row is not ours), key=lambda row: float(row["times_ours"] or "inf"))
+def workload_line(found: dict[str, Row]) -> list[str]:
+    ours = found[OURS]
+    baselines = sorted(
+        (row for row in found.values() if row is not ours), key=lambda r: float(r["times_ours"] or "inf")
+    )
     p20, p50, p80 = (duration(float(ours[f"p{q}_ms"])) for q in (20, 50, 80))
     floor = percent(float(ours["share_of_floor"]))
     speedups = ", ".join(f"{row['provider']} {row['times_ours']}{in_brackets(row, peak=True)}" for row in baselines)
@@ -180,11 +176,8 @@ def megabytes(row: Row) -> str:
 
 def in_brackets(row: Row, peak: bool = False) -> str:
     """Of training steps the steps per second and the peak, of optimizers the bytes of state per parameter."""
-    parts = []
-    if row["op"] == "training_step":
-        parts.append(f"{1e3 / float(row['p50_ms']):.3g} steps/s")
-        if peak and row["peak_extra_mb"]:
-            parts.append(megabytes(row))
+    steps = row["op"] == "training_step"
+    parts = [f"{1e3 / float(row['p50_ms']):.3g} steps/s" if steps else "", megabytes(row) if steps and peak else ""]
     if row.get("state_bytes_per_param"):
         parts.append(f"{float(row['state_bytes_per_param']):.2f} B of state")
-    return f" ({', '.join(parts)})" if parts else ""
+    return f" ({', '.join(filter(None, parts))})" if any(parts) else ""

@@ -30,6 +30,7 @@ PACKAGES |= {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}  # first word
 RENAMED = {"LT-SFT's way": "LT-SFT", "LIFT's way": "LIFT", "LIFT's way, svd_lowrank": "LIFT, svd_lowrank"}
 
 Row = dict[str, str]
+Workloads = dict[tuple[str, ...], dict[str, Row]]  # op, size, dtype, density → implementation → its row
 
 
 def version(package: str) -> str:
@@ -87,23 +88,19 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, restval=""))
+
+
 def append(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Add rows to a file. A file with other columns is rewritten atomically; its rows are empty in the new columns."""
+    """Add rows to a file, which is replaced atomically; older rows are empty in new columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    old: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            old, header = list(reader), tuple(reader.fieldnames or ())
-        if header == COLUMNS:
-            with path.open("a", newline="") as file:
-                csv.DictWriter(file, COLUMNS).writerows(rows)
-            return
     new = path.with_suffix(".new")
     with new.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
-        writer.writerows([*old, *rows])
+        writer.writerows([*(read(path) if path.exists() else []), *rows])
     new.replace(path)
 
 
@@ -111,12 +108,11 @@ def newest(folder: Path) -> list[Row]:
     """The rows of the newest run of each workload on each device, from all files: a workload may have changed files."""
     workloads: dict[tuple, dict[str, Row]] = {}  # → implementation → its last row
     for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file, restval=""):
-                name = row["provider"] = RENAMED.get(row["provider"], row["provider"])
-                last = workloads.setdefault(tuple(row[k] for k in ("device", *WORKLOAD)), {})
-                if row["date"] >= last.get(name, row)["date"]:
-                    last[name] = row | {"file": path.name}
+        for row in read(path):
+            name = row["provider"] = RENAMED.get(row["provider"], row["provider"])
+            last = workloads.setdefault((row["device"], *workload_of(row)), {})
+            if row["date"] >= last.get(name, row)["date"]:
+                last[name] = row | {"file": path.name}
     # Workloads last timed with a backend that no longer serves the operator are left out.
     serving = {}  # file, device and op → backend of our newest row
     for ours in sorted((w[OURS] for w in workloads.values() if OURS in w), key=lambda row: row["date"]):
@@ -137,6 +133,13 @@ def of_kind(rows: list[Row], kind: str) -> list[Row]:
 
 def workload_of(row: Row) -> tuple[str, ...]:
     return tuple(row[k] for k in WORKLOAD)
+
+
+def by_workload(rows: Iterable[Row]) -> Workloads:
+    found: Workloads = {}
+    for row in rows:
+        found.setdefault(workload_of(row), {})[row["provider"]] = row
+    return found
 
 
 def of_device(rows: list[Row], kind: str) -> list[Row]:

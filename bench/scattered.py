@@ -1,31 +1,24 @@
-"""Triton kernels that only read or write at scattered positions: the least that sparse kernels can take.
-
-For bench/machine.py. The number of positions is a multiple of BLOCK, so that no load is masked.
-"""
+"""A Triton kernel that only reads or writes at scattered positions: the least that sparse kernels can take."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
-
 
 @triton.jit
-def _gather_kernel(source, position, out, BLOCK: tl.constexpr):
+def _access_kernel(dense, position, compact, count, WRITE: tl.constexpr, BLOCK: tl.constexpr):
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + entry, tl.load(source + tl.load(position + entry)))
+    inside = entry < count
+    where = tl.load(position + entry, mask=inside)
+    if WRITE:
+        tl.store(dense + where, tl.load(compact + entry, mask=inside), mask=inside)
+    else:
+        tl.store(compact + entry, tl.load(dense + where, mask=inside), mask=inside)
 
 
-@triton.jit
-def _scatter_kernel(target, position, values, BLOCK: tl.constexpr):
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(target + tl.load(position + entry), tl.load(values + entry))
-
-
-def access(kernel: str, dense: Tensor, position: Tensor, compact: Tensor) -> None:  # [n], int32 [k], [k]
-    """ "gather": compact = dense[position]; "scatter": dense[position] = compact"""
-    assert len(position) % BLOCK == 0
-    run = {"gather": _gather_kernel, "scatter": _scatter_kernel}[kernel]
+def access(write: bool, dense: Tensor, position: Tensor, compact: Tensor) -> None:  # [n], int32 [k], [k]
+    """dense[position] = compact, or compact = dense[position]"""
     with torch.cuda.device(dense.device):
-        run[(len(position) // BLOCK,)](dense, position, compact, BLOCK=BLOCK, num_warps=4)
+        grid = (triton.cdiv(len(position), 1024),)
+        _access_kernel[grid](dense, position, compact, len(position), WRITE=write, BLOCK=1024, num_warps=4)

@@ -7,7 +7,6 @@ pytest bench/ --benchmark-only --benchmark-compare --benchmark-compare-fail=medi
 from functools import lru_cache
 
 import pytest
-import torch
 
 from bench.families import workloads
 from bench.harness import Case, Choice, Workload, flush_cache, synchronize
@@ -15,16 +14,13 @@ from bench.harness import Case, Choice, Workload, flush_cache, synchronize
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
-    device = option("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    found, names = [], []
+    found = {}
     for family in option("--family"):
-        for workload in workloads(family, Choice(device, tuple(option("--size")), quick=True)):
+        for workload in workloads(family, Choice(option("--device"), tuple(option("--size")), quick=True)):
             tiny = workload.tiny()  # has the same implementations
-            density = "" if workload.density is None else f", {100 * workload.density:.3g} %"
             for name in [*tiny.implementations, *tiny.absent]:
-                found.append((workload, name))
-                names.append(f"{workload.op}: {workload.title}, {workload.dtype_name}{density}: {name}")
-    metafunc.parametrize(("workload", "implementation"), found, ids=names)
+                found[f"{workload.op}: {workload.label}: {name}"] = (workload, name)
+    metafunc.parametrize(("workload", "implementation"), found.values(), ids=found)
 
 
 @lru_cache(maxsize=1)  # the implementations of a workload come one after the other

@@ -108,7 +108,9 @@ def test_on_a_cpu_there_is_no_host_time():
 def test_the_machine_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "last_cache_bytes", lambda device: 1 << 20)
     monkeypatch.setitem(machine.DENSE_BYTES, "cpu", 1 << 16)
-    monkeypatch.setitem(machine.SIDE, "cpu", 64)
+    monkeypatch.setitem(harness.COPIED, "cpu", 1 << 14)
+    monkeypatch.setitem(harness.SIDE, "cpu", 64)
+    harness.ceilings.cache_clear()
     (tmp_path / machine.FILE).write_text(json.dumps({"another": {"date": "2026-01-01"}}))
     assert program.main(["machine", "--device", "cpu", "--out", str(tmp_path)]) == 0
     known = json.loads((tmp_path / machine.FILE).read_text())
@@ -116,11 +118,13 @@ def test_the_machine_is_measured(tmp_path, monkeypatch, capsys):
     (found,) = known.values()
     assert {"date", "commit", "torch"} <= found.keys()
     assert set(found["memory"]) == {"copy", "read", "write"}
+    assert set(found["products"]) == {"torch.bfloat16", "torch.float32"}
     assert all(rate > 0 for rate in (*found["memory"].values(), *found["products"].values()))
     settings = {(row["access"], row["bytes"], row["density"]) for row in found["scattered"]}
     assert settings == set(itertools.product(("gather", "scatter"), (2, 4), machine.DENSITIES))
     assert all(0 < row["sector_share"] <= 1 and row["gb_s"] > 0 for row in found["scattered"])
-    assert "share of sectors" in capsys.readouterr().out
+    assert "sector_share" in capsys.readouterr().out
+    harness.ceilings.cache_clear()
 
 
 def test_writing_keeps_other_results(tmp_path):

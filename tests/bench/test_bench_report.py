@@ -10,7 +10,7 @@ from bench import report, targets
 from bench import rows as bench_rows
 from bench.families import FAMILIES, SIZES, workloads
 from bench.harness import Choice
-from bench.rows import COLUMNS, NOT_MEASURED, OURS, append, newest, of_device, of_machine, package_of
+from bench.rows import COLUMNS, NOT_MEASURED, OURS, append, by_workload, newest, of_device, of_machine, package_of
 from bench.targets import TARGETS, Target, measured
 
 OLD, NEW = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
@@ -165,7 +165,7 @@ def test_targets_name_workloads_and_baselines_that_exist():
     for device in ("cpu", "cuda"):
         for family in FAMILIES:
             for one in workloads(family, Choice(device, SIZES)):
-                listed[device, one.op, one.title, one.dtype_name, one.density_text] = one
+                listed[(device, *one.key)] = one
     for target in TARGETS:
         key = (target.device, *target.workload)
         assert key in listed, f"no workload for {target}"
@@ -229,35 +229,34 @@ def training(size, parameters, peak, parts, provider=OURS, **columns):
 
 def test_comparisons():
     baselines = {"torch.topk + sort": 33.0, "deftx, CUDA graph": 1.1, "numpy partition": 0.8}
-    old = work("topk_mask", "50M", 40, {"numpy partition": 9.0, "gone": 5.0}, date=OLD)
     half = work("topk_mask", "50M", 14, {"a": 3.0}, dtype="bfloat16")
-    rows = old + work("topk_mask", "50M", 28, baselines)
+    rows = work("topk_mask", "50M", 28, baselines)
     rows += work("select_mask", "xlmr")  # no baseline
     rows += work("sparse_adamw", "50M, dense gradient", baselines={"a": 2.0}, density=0.3)  # another density
     rows += [row("sparse_adamw", "50M, compact gradient", provider="a", times_ours=2)]  # ours is missing
     for given in (rows, rows[::-1], rows + half):
-        ((title, found),) = figures.comparisons(figures.newest_runs(given)).items()
+        ((title, found),) = figures.comparisons(by_workload(given)).items()
         assert title == "Select the top 5 % of 50 M scores"
-        assert (found.ours["p50_ms"], found.ours["dtype"]) == ("28.0", "float32")
-        speedups = [(name, figures.speedup_of(r)) for name, r in found.speedups.items()]
-        assert speedups == [("numpy partition", 0.8), ("torch.topk + sort", 33.0)]
-    (found,) = figures.comparisons(figures.newest_runs(half)).values()
-    assert found.ours["dtype"] == "bfloat16"
-    other = figures.comparisons(figures.newest_runs(work("topk_mask", "50M", baselines={"b": 2.0, "a": 1.0})))
-    assert figures.lines_of([{title: found}, other]) == {(title, ""): 0, (title, "a"): 1, (title, "b"): 2}
+        assert (found[OURS]["p50_ms"], found[OURS]["dtype"]) == ("28.0", "float32")
+        speedups = [(name, figures.speedup_of(r)) for name, r in found.items()]
+        assert speedups == [(OURS, 1.0), ("numpy partition", 0.8), ("torch.topk + sort", 33.0)]
+    (found,) = figures.comparisons(by_workload(half)).values()
+    assert found[OURS]["dtype"] == "bfloat16"
+    other = figures.comparisons(by_workload(work("topk_mask", "50M", baselines={"b": 2.0, "a": 1.0})))
+    assert figures.lines_of([{title: found}, other]) == {(title, OURS): 0, (title, "a"): 1, (title, "b"): 2}
 
 
 def test_memory_bars():
     names = ("dense", "PEFT LoRA", "deftx, bfloat16 weights", OURS)
     rows = [training("xlmr, 8x256 tokens", 1e9, 9000, (4, 0.5, 1.25, 0.25), name) for name in names]
     rows += [training("minilm, 8x128 tokens", 1e8, 300, (4, 0, 0, 0)), row("training_step", "older", peak_extra_mb=1)]
-    found = figures.memory_bars(figures.newest_runs(rows))
+    found = figures.memory_bars(by_workload(rows))
     assert list(found) == ["minilm, 8x128 tokens", "xlmr, 8x256 tokens"]  # the smaller model first
-    small, bars = found.values()
-    assert (small[0].parts[figures.REST], small[0].peak) == (0.0, 300)  # never below 0
-    assert [bar.implementation for bar in bars] == ["deftx, bfloat16 weights", OURS, "dense", "PEFT LoRA"]
+    (small,), bars = found.values()
+    assert (figures.parts_of(small)[figures.REST], small["peak_extra_mb"]) == (0.0, "300")  # never below 0
+    assert [bar["provider"] for bar in bars] == ["deftx, bfloat16 weights", OURS, "dense", "PEFT LoRA"]
     expected = {"weights": 4000, "gradients": 500, "optimizer state": 1250, "mask": 250, figures.REST: 3000}
-    assert bars[0].parts == pytest.approx(expected)
+    assert figures.parts_of(bars[0]) == pytest.approx(expected)
 
 
 @pytest.fixture
