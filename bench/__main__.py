@@ -2,8 +2,9 @@
 
 `python -m bench` times the chosen workloads, prints the results and appends rows to bench/results. `python -m bench
 table` writes the tables of README.md and bench/results/README.md, `python -m bench plot` the figures, both from the
-rows alone. `python -m bench machine` measures the machine's own rates, `python -m bench counters` the memory traffic of
-our kernels on a GPU (bench/machine.py).
+rows alone. `python -m bench papers RUN_DIR...` collects the scores of `deftx run` (bench/papers.py). `python -m bench
+machine` measures the machine's own rates, `python -m bench counters` the memory traffic of our kernels on a GPU
+(bench/machine.py).
 """
 
 import argparse
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = new.add_argument
     add("command", nargs="?", choices=tuple(COMMANDS), default="run", help="default: run")
+    add("runs", nargs="*", type=Path, help="papers: folders of runs of `deftx run`")
     add("--quick", action="store_true", help="one small size, few rounds, peaks in this process: under three minutes")
     add("--targets", action="store_true", help="only the workloads, of any size, that have a performance target")
     add("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
@@ -171,11 +173,20 @@ def write_figures(options: argparse.Namespace) -> int:
     return 0
 
 
+def collect_scores(options: argparse.Namespace) -> int:
+    from bench import papers
+
+    for path, rows in papers.collect(options.runs, options.out).items():
+        print(papers.write(rows, path), f"\nwritten: {path}", sep="\n")
+    return 0
+
+
 COMMANDS = {
     "run": run,
     "table": write_tables,
     "plot": write_figures,
     "machine": lambda options: machine.measure(options.device, options.out),
+    "papers": collect_scores,
     "counters": lambda options: machine.counters(options.out),
 }
 

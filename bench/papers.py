@@ -15,9 +15,11 @@ import numpy as np
 from scipy import stats
 
 from deftx_kernels.train.config import Recipe
+from deftx_kernels.train.figures import COLORS
+from deftx_kernels.train.metrics import METRICS
+from deftx_kernels.train.report import KINDS, markdown
 
 COLUMNS = ("model", "source_vector", "seed", "method", "kind", "language", "score", "metric", "n", "nnz")
-KINDS = {"task": "task vector alone", "composed": "task + language vector"}
 Row = dict[str, str]
 Key = tuple[str, str, str]  # source_vector, method, kind
 
@@ -72,24 +74,77 @@ def identity(row: Row) -> tuple[str, ...]:
 # ---- report ----
 
 
-def report(rows: list[Row], sources: Iterable[str] = ()) -> str:
-    """Tables in Markdown: the score by language, condition by condition, and the paired differences."""
+def write(rows: list[Row], path: Path) -> str:
+    """Write the tables and the figure beside the rows; returns the tables."""
+    text = report(rows)
+    path.with_suffix(".md").write_text(text)
+    plot(rows, path.with_suffix(".png"))
+    return text
+
+
+def by_condition(rows: list[Row]) -> dict[Key, dict[tuple[str, str], float]]:
+    """{condition: {(language, seed): score}}, in the order of the tables."""
     scores: dict[Key, dict[tuple[str, str], float]] = {}
     for row in rows:
         key = (row["source_vector"], row["method"], row["kind"])
         scores.setdefault(key, {})[row["language"], row["seed"]] = float(row["score"])
-    keys = sorted(scores, key=lambda key: (key[0], key[1] != "full", ":" in key[1], key[1], key[2] == "composed"))
-    languages = sorted({row["language"] for row in rows if row["kind"] == "composed"} - set(sources))
-    lines = [f"| | {' | '.join(languages)} | mean |", "|---" * (len(languages) + 2) + "|"]
-    for key in keys:
-        means = [summary([v for (name, _), v in scores[key].items() if name == language]) for language in languages]
-        seeds = sorted({seed for _, seed in scores[key]})
-        overall = [statistics.fmean(scores[key][name, seed] for name in languages) for seed in seeds]
-        lines.append(f"| {label(key)} | {' | '.join(means)} | {summary(overall)} |")
-    lines += ["", "| difference | mean | 95 % | better in | p (Wilcoxon) |", "|---|---|---|---|---|"]
-    for first, second in comparisons(keys):
-        lines.append(f"| {label(first)} − {label(second)} | {paired(scores[first], scores[second], languages)} |")
-    return "\n".join(lines) + "\n"
+    order = sorted(scores, key=lambda key: (key[0], key[1] != "full", ":" in key[1], key[1], key[2] == "composed"))
+    return {key: scores[key] for key in order}
+
+
+def targets_of(scores: Mapping[Key, Mapping]) -> list[str]:
+    """The target languages: those that a run without source vectors composes."""
+    composed = [each for key, each in scores.items() if key[2] == "composed"]
+    without = [each for key, each in scores.items() if key[2] == "composed" and key[0] == "0"]
+    return sorted({language for each in without or composed for language, _ in each})
+
+
+def report(rows: list[Row]) -> str:
+    """Tables in Markdown: the score by language and condition, and the paired differences of conditions."""
+    scores = by_condition(rows)
+    languages = targets_of(scores)
+    table = [["", *languages, "mean"]]
+    for key, each in scores.items():
+        means = [summary([value for (name, _), value in each.items() if name == language]) for language in languages]
+        seeds = sorted({seed for _, seed in each})
+        table.append([label(key), *means, summary([mean_over(each, languages, seed) for seed in seeds])])
+    differences = [["difference", "mean", "95 % interval", "above 0", "p (Wilcoxon)"]]
+    for first, second in comparisons(list(scores)):
+        row = paired(scores[first], scores[second], languages)
+        differences.append([f"{label(first)} − {label(second)}", *row])
+    seeds, models = ({row[name] for row in rows} for name in ("seed", "model"))
+    note = (
+        f"Zero-shot {METRICS[rows[0]['metric']]}, {', '.join(sorted(models))}. Mean ± standard deviation over "
+        f"{len(seeds)} seeds. Differences are paired over languages and seeds; pairs of one language are not "
+        "independent."
+    )
+    return f"{note}\n\n{markdown(table)}\n\n{markdown(differences)}\n"
+
+
+def mean_over(scores: Mapping[tuple[str, str], float], languages: list[str], seed: str) -> float:
+    return statistics.fmean(scores[language, seed] for language in languages)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """The mean over languages of each condition, with one point per seed."""
+    from matplotlib.figure import Figure
+
+    scores = by_condition(rows)
+    languages = targets_of(scores)
+    figure = Figure(figsize=(6.5, 0.6 + 0.3 * len(scores)), dpi=160, layout="constrained")
+    axes = figure.subplots()
+    for place, (key, each) in enumerate(scores.items()):
+        values = [mean_over(each, languages, seed) for seed in sorted({seed for _, seed in each})]
+        color = COLORS[Recipe.of(key[1]).name]
+        axes.barh(place, statistics.fmean(values), 0.7, color=color, alpha=1 if key[2] == "composed" else 0.45)
+        axes.plot(values, [place] * len(values), "o", color="#1f2430", markersize=2.5)
+    axes.set_yticks(range(len(scores)), [label(key) for key in scores], fontsize=7)
+    axes.invert_yaxis()
+    low = min(mean_over(each, languages, seed) for each in scores.values() for seed in {seed for _, seed in each})
+    axes.set_xlim(left=max(0.0, low - 0.1))
+    axes.set_xlabel(f"zero-shot {METRICS[rows[0]['metric']]}, mean over {len(languages)} languages", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
 
 
 def summary(values: list[float]) -> str:
@@ -116,12 +171,12 @@ def comparisons(keys: list[Key]) -> Iterable[tuple[Key, Key]]:
                 yield (second, first) if second[1] == "deft-x" and 1 in differ else (first, second)
 
 
-def paired(first: Mapping, second: Mapping, languages: list[str]) -> str:
-    """Over all pairs of one language and seed: mean difference, its 95 % interval (t), how often above 0, p value."""
+def paired(first: Mapping, second: Mapping, languages: list[str]) -> list[str]:
+    """Over all pairs of one language and seed: mean difference, 95 % interval (t), how often above 0, p value."""
     pairs = [key for key in first if key in second and key[0] in languages]
     differences = np.array([first[key] - second[key] for key in pairs])
     mean, count = differences.mean(), len(differences)
     half = stats.t.ppf(0.975, count - 1) * differences.std(ddof=1) / count**0.5 if count > 1 else float("nan")
     p = stats.wilcoxon(differences).pvalue if count > 5 and differences.any() else float("nan")
     better = f"{(differences > 0).sum()} of {count}"
-    return f"{mean:+.3f} | {mean - half:+.3f} to {mean + half:+.3f} | {better} | {p:.3g}"
+    return [f"{mean:+.3f}", f"{mean - half:+.3f} to {mean + half:+.3f}", better, f"{p:.3g}"]

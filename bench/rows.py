@@ -109,6 +109,8 @@ def newest(folder: Path) -> list[Row]:
     workloads: dict[tuple, dict[str, Row]] = {}  # → implementation → its last row
     for path in sorted(folder.glob("*.csv")):
         for row in read(path):
+            if "provider" not in row:  # scores of runs (bench/papers.py)
+                break
             name = row["provider"] = RENAMED.get(row["provider"], row["provider"])
             last = workloads.setdefault((row["device"], *workload_of(row)), {})
             if row["date"] >= last.get(name, row)["date"]:

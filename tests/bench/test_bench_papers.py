@@ -1,0 +1,66 @@
+"""Scores of runs: collected once, averaged over seeds, compared in pairs."""
+
+import json
+
+import pytest
+from scipy import stats
+
+from bench import __main__ as command
+from bench import papers, rows
+
+SCORES = {  # method, kind → language → score of seeds 0 and 1
+    ("full", "task"): {"a": (0.5, 0.6), "b": (0.7, 0.8)},
+    ("lt-sft", "task"): {"a": (0.4, 0.5), "b": (0.6, 0.7)},
+    ("lt-sft", "composed"): {"a": (0.5, 0.4), "b": (0.8, 0.6)},
+    ("deft-x:rank=2", "composed"): {"a": (0.1, 0.1), "b": (0.2, 0.2)},
+}
+
+
+def run_folder(tmp_path, seed: int, change: float = 0.0):
+    folder = tmp_path / f"run-{seed}"
+    folder.mkdir(exist_ok=True)
+    scores = [
+        {"seed": seed, "method": method, "kind": kind, "language": language, "macro_f1": both[seed] + change, "n": 9}
+        for (method, kind), languages in SCORES.items()
+        for language, both in languages.items()
+    ]
+    phases = [{"vector": "task", "seed": seed, "method": "lt-sft", "selection": {"nnz": 77}}]
+    config = {"model": "x/small", "source_vector": False, "data": {"data_dir": "data/two"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    metrics = {"data": {"metric": "macro_f1"}, "scores": scores, "phases": phases}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+def test_scores_of_runs(tmp_path, capsys):
+    out = tmp_path / "results"
+    out.mkdir()
+    folders = [run_folder(tmp_path, seed, change=0.1) for seed in (0, 1)]
+    assert command.main(["papers", str(folders[0]), "--out", str(out)]) == 0
+    folders = [run_folder(tmp_path, seed) for seed in (0, 1)]  # replaces the rows of seed 0
+    assert command.main(["papers", *map(str, folders), "--out", str(out)]) == 0
+    found = papers.read(out / "two.csv")
+    assert len(found) == 16
+    assert {row["nnz"] for row in found if row["method"] == "lt-sft"} == {"77"}
+    text = (out / "two.md").read_text()
+    assert text in capsys.readouterr().out
+    assert (out / "two.png").stat().st_size > 5000
+    assert "2 seeds" in text
+    assert "| LT-SFT, task vector alone | .450 ± .071 | .650 ± .071 | .550 ± .071 |" in text
+    assert "| full fine-tuning | .550 ± .071 | .750 ± .071 | .650 ± .071 |" in text
+    (line,) = (x for x in text.splitlines() if x.startswith("| LT-SFT, task + language vector − LT-SFT, task vector"))
+    assert line.split("|")[2].strip() == "+0.025"
+    assert line.split("|")[4].strip() == "2 of 4"
+    assert rows.newest(out) == []  # they are no rows of timings
+
+
+def test_paired_differences_are_scipy_s():
+    first = {(language, str(seed)): 0.01 * seed**2 + 0.1 for language in "ab" for seed in range(4)}
+    second = {key: 0.1 for key in first}
+    mean, interval, better, p = papers.paired(first, second, ["a", "b"])
+    differences = [first[key] - 0.1 for key in first]
+    low, high = stats.t.interval(0.95, 7, sum(differences) / 8, stats.sem(differences))
+    assert mean == f"{sum(differences) / 8:+.3f}"
+    assert interval == f"{low:+.3f} to {high:+.3f}"
+    assert better == "6 of 8"
+    assert float(p) == pytest.approx(stats.wilcoxon(differences).pvalue, rel=1e-2)
