@@ -56,7 +56,7 @@ def test_scores_of_runs(tmp_path, capsys):
 
 def test_paired_differences_are_scipy_s():
     first = {(language, str(seed)): 0.01 * seed**2 + 0.1 for language in "ab" for seed in range(4)}
-    second = {key: 0.1 for key in first}
+    second = dict.fromkeys(first, 0.1)
     mean, interval, better, p = papers.paired(first, second, ["a", "b"])
     differences = [first[key] - 0.1 for key in first]
     low, high = stats.t.interval(0.95, 7, sum(differences) / 8, stats.sem(differences))
