@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.denoise import svd_denoise, truncated_svd
+from deftx_kernels.kernels.tensors import INTEGERS
 from deftx_kernels.ops import library, reference, schemas
 
 
@@ -157,7 +158,7 @@ def outputs(name: str, result: Any, arguments: list[Any]) -> list[Tensor]:
         return [values, (vectors * values[..., None, :]) @ vectors.mT, vectors.mT @ vectors]
     if name == "residual_cut":  # bits depend on the dtype, and several ends of the ties keep the same entries
         dtype = arguments[0].dtype
-        return [returned[0][:, 0].to({4: torch.int32, 8: torch.int64}[dtype.itemsize]).view(dtype)]
+        return [returned[0][:, 0].to(INTEGERS[dtype.itemsize]).view(dtype)]
     return returned + (schemas.tensors_of(arguments) if name.endswith("_") else [])
 
 

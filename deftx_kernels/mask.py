@@ -27,7 +27,7 @@ from deftx_kernels.validation import (
     usable_in_backward,
 )
 
-__all__ = ["CSRMask", "column_dtype", "rows_and_columns", "usable_in_backward"]
+__all__ = ["CSRMask", "column_dtype", "rows_and_columns", "signed", "usable_in_backward"]
 
 FORMAT = "deftx_csr_mask"
 
@@ -93,7 +93,7 @@ class CSRMask:
         )
 
     def __reduce__(self):  # torch cannot unpickle uint16 tensors
-        return CSRMask.unchecked, (self.names, self.shapes, self.crow_indices, _signed(self.col_indices))
+        return CSRMask.unchecked, (self.names, self.shapes, self.crow_indices, signed(self.col_indices))
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a CSRMask is immutable: {name} cannot be set")
@@ -427,7 +427,7 @@ class CSRMask:
         return (
             (self.names, self.shapes, self.nnz) == (other.names, other.shapes, other.nnz)
             and torch.equal(self.crow_indices, other.crow_indices.to(self.device))
-            and torch.equal(_signed(self.col_indices), _signed(other.col_indices.to(self.device)))
+            and torch.equal(signed(self.col_indices), signed(other.col_indices.to(self.device)))
         )
 
     def __hash__(self) -> int:
@@ -443,7 +443,7 @@ class CSRMask:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of names, shapes and entries; equal masks have equal fingerprints on every device."""
         digest = hashlib.sha256(self._layout_json().encode())
-        for tensor in (self.crow_indices, _signed(self.col_indices)):
+        for tensor in (self.crow_indices, signed(self.col_indices)):
             digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
@@ -494,6 +494,6 @@ def _row_starts(shapes: Sequence[torch.Size], starts: Sequence[int] | None = Non
     )
 
 
-def _signed(col_indices: Tensor) -> Tensor:
-    """The same bits in a dtype that every torch operation takes."""
+def signed(col_indices: Tensor) -> Tensor:
+    """The same bits in a dtype that every torch operation takes, as uint16 is not."""
     return col_indices.view(torch.int16) if col_indices.dtype == torch.uint16 else col_indices

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deftx_kernels.delta.exact import SUMMABLE, same_tensor
+from deftx_kernels.delta.exact import SUMMABLE
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import masked_parameters, plain_tensors
 from deftx_kernels.validation import (
@@ -15,6 +15,7 @@ from deftx_kernels.validation import (
     check_readable,
     check_writable,
     plain_name,
+    same_bits,
     tied_in_either,
     tied_names,
     unwrapped,
@@ -132,7 +133,7 @@ def checked_targets(
                 raise ValueError(f"model has one tensor as {first!r} and {name!r}, the delta changes both")
             del targets[name], copies[name]
     for name, first in list(copies.items()):
-        if not same_tensor(targets[name], targets[first]):
+        if not same_bits(targets[name], targets[first]):
             if strict:
                 raise ValueError(
                     f"{labels[name]} was tied to {first!r} in the base of this delta, here it has other values "

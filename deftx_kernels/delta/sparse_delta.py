@@ -16,12 +16,12 @@ from torch import Tensor
 
 from deftx_kernels.delta import storage
 from deftx_kernels.delta.change import Change
-from deftx_kernels.delta.exact import SUMMABLE, Low, bits_differ, exact_differences, same_tensor
+from deftx_kernels.delta.exact import SUMMABLE, Low, bits_differ, exact_differences
 from deftx_kernels.delta.fingerprints import fingerprint, update
 from deftx_kernels.delta.models import Matched, Model, checked_targets, current_tensors, match_tensors
 from deftx_kernels.files import reading
 from deftx_kernels.mask import CSRMask, usable_in_backward
-from deftx_kernels.validation import check_plain, check_readable, is_number
+from deftx_kernels.validation import check_plain, check_readable, is_number, same_bits
 
 _DENSE = "dense."
 
@@ -257,7 +257,7 @@ class SparseDelta:
         tied: dict[str, str] = {}
         for i, delta in enumerate(deltas):
             for name, tensor in delta.dense.items():
-                if not same_tensor(dense.setdefault(name, tensor), tensor):
+                if not same_bits(dense.setdefault(name, tensor), tensor):
                     raise ValueError(f"dense tensor {name!r} is in two deltas with different values")
             for name, value in delta.metadata.get("base_fingerprint", {}).items():
                 if base.setdefault(name, value) != value:

@@ -14,7 +14,7 @@ from deftx_kernels.denoise.products import full_precision
 from deftx_kernels.denoise.rule import check_rule
 from deftx_kernels.denoise.subspace import singular_triplets
 from deftx_kernels.ops.schemas import compute_dtype
-from deftx_kernels.validation import check_finite, check_float, check_int, check_matrix, check_readable
+from deftx_kernels.validation import check_finite, check_float, check_int, check_readable
 
 
 def truncated_svd(
@@ -56,7 +56,11 @@ def truncated_svd(
                 [0., 2., 0.],
                 [0., 0., 0.]])
     """
-    check_matrix(a, "a")
+    check_float(a, "a")
+    check_readable(a, "a")
+    if a.dim() < 2:
+        raise ValueError(f"a must have at least 2 dimensions [..., m, n], got shape {list(a.shape)}")
+    check_finite(a.detach(), "a")
     check_int(rank, "rank", 1)
     rule = check_rule(rank, None, 0.0, oversample, n_iter, generator)
     *batch, m, n = a.shape

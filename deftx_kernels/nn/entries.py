@@ -29,11 +29,6 @@ class MaskedParameter(NamedTuple):
     mask: CSRMask
 
 
-def values_name(attribute: str) -> str:
-    """The name of the compact parameter beside a module's parameter."""
-    return "values" if attribute == "weight" else f"{attribute}_values"
-
-
 class TrackedParameter(nn.Parameter):
     """A parameter whose tracker records reads and assignments of `.data`."""
 

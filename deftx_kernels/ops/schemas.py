@@ -12,12 +12,13 @@ Public functions validate their arguments; kernels repeat only the checks that m
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from deftx_kernels.kernels.tensors import rows_and_columns
 
 NAMESPACE = "deftx"
 
@@ -115,13 +116,6 @@ SCHEMAS = {
 MAX_UINT16_COLUMNS = 65_536
 
 
-def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
-    """The matrix that a tensor of this shape stands for in a CSRMask."""
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    return shape[0], math.prod(shape[1:])
-
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What tensors of a dtype are computed in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -190,16 +184,8 @@ def _topk_mask(scores, base, k, scope):
     return *_indices_of(scores, nnz), torch.empty(2, dtype=torch.int64, device="cpu")
 
 
-def _masked_linear_grad(grad_output, input, crow_indices, col_indices, dtype):
-    return grad_output.new_empty(col_indices.shape, dtype=dtype)
-
-
-def _masked_embedding_grad(grad_output, indices, crow_indices, col_indices, padding_idx, dtype):
-    return grad_output.new_empty(col_indices.shape, dtype=dtype)
-
-
-def _eigh(matrices, rank=0, energy=0.0, median=0.0):
-    return matrices.new_empty(matrices.shape[:-1]), torch.empty_like(matrices).mT
+def _masked_grad(grad_output, other, crow_indices, col_indices, *rest):
+    return grad_output.new_empty(col_indices.shape, dtype=rest[-1])
 
 
 FAKES: dict[str, Callable] = {
@@ -211,15 +197,15 @@ FAKES: dict[str, Callable] = {
     "topk_mask": _topk_mask,
     "magnitude_histogram": lambda scores, prefix, shift: scores[0].new_empty(1 << 16, dtype=torch.int64),
     "threshold_mask": lambda scores, threshold, ties: _indices_of(scores),
-    "eigh": _eigh,
+    "eigh": lambda matrices, *_: (matrices.new_empty(matrices.shape[:-1]), torch.empty_like(matrices).mT),
     "eigvalsh": lambda matrices: matrices.new_empty(matrices.shape[:-1]),
     "residual_cut": lambda delta, left, right, keep: delta.new_empty(delta.shape[0], 2, dtype=torch.int64),
     "low_rank_denoised": lambda delta, left, right, cut: torch.empty_like(delta),
     "split_bf16_": _returns_nothing,
     "sparse_adamw_": _returns_nothing,
     "csr_square_sum": lambda tensors, crow_indices, col_indices: col_indices.new_empty((), dtype=torch.float64),
-    "masked_linear_grad": _masked_linear_grad,
-    "masked_embedding_grad": _masked_embedding_grad,
+    "masked_linear_grad": _masked_grad,
+    "masked_embedding_grad": _masked_grad,
 }
 
 

@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import entries_of
 from deftx_kernels.optim.bucket import Bucket, Pairs
-from deftx_kernels.validation import check_hyperparameters, check_int, check_plain, is_number, plain_name
+from deftx_kernels.validation import check_hyperparameters, check_int, check_plain, dense_name, is_number, plain_name
 
 
 class SparseAdamW(Optimizer):
@@ -104,7 +104,7 @@ class SparseAdamW(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = {**self.defaults, **param_group}
-        group["params"] = [(_plain_name(n, self.mask), p) for n, p in _trainable(param_group["params"])]
+        group["params"] = [(_name_in_mask(n, self.mask), p) for n, p in _trainable(param_group["params"])]
         group.setdefault("param_names", [])  # of a group without trainable parameters
         _check_options(group)
         names, params = [n for n, _ in group["params"]], [p for _, p in group["params"]]
@@ -316,7 +316,7 @@ class SparseAdamW(Optimizer):
             for name, saved_name, old, new in zip(names, saved_names, saved_fingerprints, fingerprints):
                 if old == new:
                     continue
-                if _dense_name(name) != _dense_name(saved_name):
+                if dense_name(name) != dense_name(saved_name):
                     raise ValueError(
                         f"param_groups[{i}] of the state belongs to other parameters: it has {saved_name!r} where "
                         f"this optimizer has {name!r}. Give the optimizer the saved run's parameters, in their order"
@@ -430,16 +430,10 @@ def _trainable(named_params: Any) -> list[tuple[str, Tensor]]:
     return [(name, param) for name, param in pairs if param.requires_grad]
 
 
-def _dense_name(name: str) -> str:
-    """The name of the dense tensor that a parameter of a sparsified model holds the values of."""
-    owner, leaf = name[: name.rfind(".") + 1], name[name.rfind(".") + 1 :]
-    return owner + ("weight" if leaf == "values" else leaf.removesuffix("_values"))
-
-
-def _plain_name(name: str, mask: CSRMask) -> str:
-    """The parameter's name without the prefixes of wrappers; a name that is in the mask stays as it is."""
+def _name_in_mask(name: str, mask: CSRMask) -> str:
+    """`plain_name`, also without the prefix of DistributedDataParallel; a name that is in the mask stays as it is."""
     if name in mask:
         return name
     name = plain_name(name)
-    inner = name.removeprefix("module.")  # of DistributedDataParallel; a model may have a module of that name, too
+    inner = name.removeprefix("module.")  # a model may have a module of that name, too
     return inner if inner in mask else name

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from deftx_kernels.mask import column_dtype, rows_and_columns
+from deftx_kernels.mask import column_dtype, rows_and_columns, signed
+from deftx_kernels.ops.reference import radix_select
 from deftx_kernels.ops.schemas import SCOPES
 
 _MIN_ROOM = 4096  # entries: for a small k, k / 4 would leave no room for the next scores
@@ -16,7 +17,6 @@ _CHUNK = 1 << 18  # entries that are moved at a time
 # Elements, on the CPU and on a GPU: a group costs some calls, and a GPU decomposes many small matrices in the time of
 # one.
 _MIN_GROUP = (1 << 20, 1 << 25)
-_SIGNED = {torch.uint16: torch.int16, torch.int32: torch.int32}  # torch cannot index all tensors of unsigned integers
 
 
 def find_threshold(
@@ -27,19 +27,12 @@ def find_threshold(
     """(threshold, ties): the k largest scores are those with magnitude bits above the threshold and the first `ties`
     equal to it.
 
-    A radix select, 16 bits a round. Where every score equal to the k-th largest is selected, `ties` is 0.
+    Where every score equal to the k-th largest is selected, `ties` is 0.
     """
     if k == 0:
         return _largest_bits(element_size), 0
-    prefix, remaining, tied = 0, k, 0
-    for shift in range(8 * element_size - 16, -1, -16):
-        counts = histogram(prefix, shift).flip(0)
-        cumulative = counts.cumsum(0)
-        position = int(torch.searchsorted(cumulative, remaining))
-        tied = int(counts[position])
-        remaining -= int(cumulative[position]) - tied
-        prefix = (prefix << 16) | (0xFFFF - position)
-    return (prefix - 1, 0) if remaining == tied and prefix > 0 else (prefix, remaining)
+    threshold, ties, tied = radix_select(histogram, element_size, k)
+    return (threshold - 1, 0) if ties == tied and threshold > 0 else (threshold, ties)
 
 
 def _largest_bits(element_size: int) -> int:
@@ -100,14 +93,13 @@ class SelectedEntries:
 
     def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
-        self.col = torch.empty(capacity, dtype=_SIGNED[dtype], device=device)
+        self.col = signed(torch.empty(capacity, dtype=dtype, device=device))
         self.crows = [torch.zeros(1, dtype=torch.int64, device=device)]  # concatenated: crow_indices of all groups
         self.filled = 0
 
     def append(self, crow: Tensor, col: Tensor) -> None:
         start, self.filled = self.filled, self.filled + len(col)
-        same = col.dtype == self.dtype
-        self.col[start : self.filled] = col.view(_SIGNED[col.dtype]) if same else col.to(self.col.dtype)
+        self.col[start : self.filled] = signed(col) if col.dtype == self.dtype else col.to(self.col.dtype)
         self.crows.append(crow[1:] + start)
 
     def csr(self) -> tuple[Tensor, Tensor]:
