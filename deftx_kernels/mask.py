@@ -242,11 +242,12 @@ class CSRMask:
 
     def add_(self, tensors: Mapping[str, Tensor], compact: Tensor, alpha: float = 1) -> dict[str, Tensor]:
         """Add alpha times the compact values, in float32 or better and rounded once. Returns the tensors."""
-        check_floats(self.checked_tensors(tensors, "tensors"), self.names, "tensors")
         return self._write("csr_add_", tensors, compact, float(alpha))
 
     def _write(self, op: str, tensors: Mapping[str, Tensor], compact: Tensor, *alpha: float) -> dict[str, Tensor]:
         targets = self.checked_tensors(tensors, "tensors")
+        if op == "csr_add_":
+            check_floats(targets, self.names, "tensors")
         self.check_compact(compact, "compact")
         detached = [t.detach() for t in targets]
         dense = [t.contiguous() for t in detached]

@@ -190,9 +190,7 @@ def _memory(tensor: Tensor) -> tuple:
 def _groups(
     mask: CSRMask, tensors: Mapping[str, Tensor], without: Sequence[str] = (), split: bool = False
 ) -> Iterator[tuple[CSRMask, slice]]:
-    """The mask if its tensors have one device and dtype, else that of each tensor; each on the tensors' device, with
-    the range of its entries in a compact tensor.
-    """
+    """The mask, or one for each tensor where device or dtype differ, on its device; with the range of its entries."""
     kinds = {(tensors[n].device, tensors[n].dtype) for n in mask.names}
     if len(kinds) == 1 and not split and not any(n in mask for n in without):
         yield mask.to(next(iter(kinds))[0]), slice(0, mask.nnz)

@@ -51,9 +51,7 @@ def base_plus_delta(base: Tensor, values: Tensor, alpha: float = 1.0, low: Low |
 def exact_differences(
     mask: CSRMask, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]
 ) -> tuple[Tensor, Low, int]:
-    """Compact values and low terms with base_plus_delta(base, values, low=low) = tuned at the mask's entries, and the
-    number of entries that have no such terms.
-    """
+    """Compact values and low terms for which `base_plus_delta` gives `tuned`, and the number of entries without any."""
     values, positions, terms, start, inexact = [], [], [], 0, 0
     for name in mask.names:
         one = mask[name]

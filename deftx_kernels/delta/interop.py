@@ -65,8 +65,6 @@ def _stacked(names: list[str], shapes: list[torch.Size], counts: list[Tensor], c
 
 
 # ---- composable-sft (Ansell et al. 2022) ----
-
-
 def from_composable_sft(directory: str | os.PathLike) -> SparseDelta:
     """Read `pytorch_diff.bin` of the composable-sft library.
 
@@ -216,8 +214,6 @@ def to_composable_sft(delta: SparseDelta, directory: str | os.PathLike) -> None:
 
 
 # ---- PEFT SHiRA ----
-
-
 def from_peft_shira(directory: str | os.PathLike, base: Model | None = None) -> SparseDelta:
     """Read a SHiRA adapter that PEFT saved, as the differences of its modules' weights (PEFT's scaling is 1).
 
@@ -285,8 +281,6 @@ def _decode_shira(module: str, values: Tensor, index: Tensor | None, r: int, siz
 
 
 # ---- CSR matrices ----
-
-
 def from_csr(matrices: Mapping[str, Any]) -> tuple[CSRMask, Tensor]:
     """Mask and compact values of CSR matrices of torch, SciPy or CuPy, all of one library and on one device.
 

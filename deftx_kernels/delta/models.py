@@ -46,9 +46,7 @@ def _persistent_buffers(model: Model) -> dict[str, Tensor]:
 
 
 def _tensors_and_buffers(model: Model, argument: str) -> tuple[dict[str, Tensor], set[str]]:
-    """Name → tensor, tied ones under each name (of a sparsified model, the tensors of the plain one), and the names of
-    a module's buffers.
-    """
+    """Name → tensor (the plain model's of a sparsified one), tied ones under each name, and the names of buffers."""
     if isinstance(model, nn.Module) and masked_parameters(model):
         tensors = {plain_name(n): t for n, t in all_tensors(plain_tensors(unwrapped(model)), argument).items()}
     else:
@@ -102,13 +100,8 @@ def match_tensors(tuned: Model, base: Model, mask: CSRMask | None, dense: Iterab
 def checked_targets(
     model: Model, mask: CSRMask, dense: Mapping[str, Tensor], tied: Mapping[str, str], strict: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The model's tensors that a delta is written to, by name, and which of them are copies: name → name in the delta.
-
-    Args:
-        mask, dense, tied: of the delta. strict: as in `SparseDelta.apply_`.
-
-    Raises:
-        ValueError, TypeError: as `SparseDelta.apply_` does before it reads the tensors' content.
+    """The model's tensors that a delta (mask, dense, tied) is written to, by name, and which of them are copies: name →
+    name in the delta. Errors and `strict` as in `SparseDelta.apply_`.
     """
     if isinstance(model, nn.Module) and masked_parameters(model):
         raise ValueError("model is sparsified: densify(model) before a delta is applied")

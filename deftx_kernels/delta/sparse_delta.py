@@ -355,7 +355,7 @@ class SparseDelta:
             if tensors:
                 raise ValueError(f"it holds tensor {min(tensors)!r}, which its configuration does not name")
             delta = cls(mask, values, dense, config["metadata"], low)
-        return delta.to(device)
+        return delta if mask.device == torch.device(device) else delta.to(device)
 
     def push_to_hub(
         self,
@@ -428,9 +428,7 @@ def _checked_mask(matched: Matched, mask: CSRMask | None) -> CSRMask:
 
 
 def _sum(deltas: Sequence[SparseDelta], mask: CSRMask) -> tuple[Tensor, Low]:
-    """Values and low terms of the sum, over the mask of all; low terms if a delta has one or float32 cannot hold the
-    sum.
-    """
+    """Values and low terms of the sum; low terms where a delta has one or float32 cannot hold the sum."""
     values = torch.zeros(mask.nnz, dtype=torch.float64, device=mask.device)
     low = torch.zeros_like(values)
     has_low = torch.zeros_like(values, dtype=torch.bool)

@@ -146,12 +146,15 @@ def svd_denoise(
     """
     rule = check_rule(rank, energy, residual_density, oversample, n_iter, generator, batch_bytes)
     tensors: dict[Any, Tensor]
+    structure: Callable[[dict], Any]  # makes the structure of `delta` from a dict with the keys of `tensors`
     if isinstance(delta, Tensor):
-        tensors, labels = {0: delta}, ["delta"]
+        tensors, labels, structure = {0: delta}, ["delta"], lambda found: found[0]
     elif isinstance(delta, Mapping):
-        tensors, labels = dict(delta), [f"delta[{n!r}]" for n in delta]
+        tensors, labels, structure = dict(delta), [f"delta[{n!r}]" for n in delta], dict
     elif isinstance(delta, Sequence) and not isinstance(delta, str):
         tensors, labels = dict(enumerate(delta)), [f"delta[{i}]" for i in range(len(delta))]
+        sequence = tuple if isinstance(delta, tuple) else list
+        structure = lambda found: sequence(found.values())  # noqa: E731
     else:
         raise TypeError(f"delta must be a tensor, a mapping or a sequence of tensors, got {type(delta).__name__}")
     for tensor, label in zip(tensors.values(), labels):
@@ -168,13 +171,4 @@ def svd_denoise(
         results[name] = (torch.empty_like if is_written else torch.clone)(tensor, memory_format=torch.contiguous_format)
     if return_info or not rule.keeps_all:
         infos |= denoise(matrices, results, dict(zip(tensors, labels)), rule, progress)
-    result: Any
-    info: Any
-    if isinstance(delta, Tensor):
-        result, info = results[0], infos[0]
-    elif isinstance(delta, Mapping):
-        result, info = results, infos
-    else:
-        sequence = tuple if isinstance(delta, tuple) else list
-        result, info = sequence(results.values()), sequence(infos.values())
-    return (result, info) if return_info else result
+    return (structure(results), structure(infos)) if return_info else structure(results)

@@ -95,9 +95,7 @@ def locate(
     OTHER: tl.constexpr,
     WAYS: tl.constexpr,
 ):
-    """Pointers to the entries [BLOCK] in the tensors and in the other ones: inside, whatever crow_indices and columns
-    hold.
-    """
+    """Pointers to the entries [BLOCK] in both lists of tensors: inside, whatever crow_indices and columns hold."""
     first_row, last_row = _search(crow_indices, rows, start, end - 1, WAYS)
     row = first_row + _search_each(crow_indices, first_row, last_row, entry)
     first, last = _search(table + n_tensors, n_tensors, first_row, last_row, WAYS)

@@ -48,9 +48,7 @@ def csr_square_sum(
     crow_indices: Tensor,  # int64 [rows + 1]
     col_indices: Tensor,  # uint16 or int32 [nnz]
 ) -> Tensor:
-    """The operator `deftx::csr_square_sum` on tensors of one CUDA device. No value is read back; capturable in a CUDA
-    graph.
-    """
+    """The operator `deftx::csr_square_sum` on one CUDA device. No value is read back; capturable in a CUDA graph."""
     nnz, device = col_indices.numel(), col_indices.device
     if nnz == 0:
         return torch.zeros((), dtype=torch.float64, device=device)

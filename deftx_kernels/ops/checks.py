@@ -210,7 +210,6 @@ def _mask(crow_indices: Tensor, col_indices: Tensor, rows: int | None = None) ->
 
 
 def _dense(tensors: Sequence[Tensor], name: str, device: torch.device, dtypes: Dtypes | None = None) -> None:
-    """Tensors of a mask: contiguous, of one dtype."""
     for i, t in enumerate(tensors):
         _contiguous(t, f"{name}[{i}]", device, frozenset((tensors[0].dtype,)) if i or dtypes is None else dtypes)
 
@@ -229,23 +228,14 @@ def csr_gather(
 
 
 def csr_scatter_(
-    tensors: Sequence[Tensor],
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    values: Tensor,
-    dtypes: Dtypes | None = None,
-    values_dtypes: Dtypes = frozenset(),
+    tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, *alpha: float
 ) -> None:
-    csr_gather(tensors, crow_indices, col_indices, dtypes)
+    """Also the check of csr_add_, which has an `alpha`."""
+    csr_gather(tensors, crow_indices, col_indices, FLOATS if alpha else None)
     if tensors:
-        _compact(values, "values", col_indices.device, values_dtypes | {tensors[0].dtype}, col_indices.shape[0])
+        allowed = frozenset((tensors[0].dtype, *((torch.float32,) if alpha else ())))
+        _compact(values, "values", col_indices.device, allowed, col_indices.shape[0])
     _apart(tensors, "tensors")
-
-
-def csr_add_(
-    tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, alpha: float
-) -> None:
-    csr_scatter_(tensors, crow_indices, col_indices, values, FLOATS, frozenset((torch.float32,)))
 
 
 def sparse_adamw_(*arguments: Any) -> None:
@@ -300,7 +290,7 @@ _WITHOUT_TENSORS: dict[str, Callable[..., None]] = {
 CHECKS: dict[str, Callable[..., Any]] = {
     "csr_gather": csr_gather,
     "csr_scatter_": csr_scatter_,
-    "csr_add_": csr_add_,
+    "csr_add_": csr_scatter_,
     "csr_square_sum": functools.partial(csr_gather, dtypes=FLOATS),
     "sparse_adamw_": sparse_adamw_,
     "masked_linear_grad": masked_linear_grad,

@@ -188,9 +188,7 @@ def radix_select(
     element_size: int,  # bytes of a score
     k: int,
 ) -> tuple[int, int, int]:
-    """The bits of the k-th largest magnitude, 16 of them a round; how many entries equal to it belong to the first k,
-    and how many there are.
-    """
+    """The bits of the k-th largest magnitude, how many equal to it are of the first k, and how many there are."""
     prefix, remaining, tied = 0, k, 0
     for shift in range(8 * element_size - 16, -1, -16):
         counts = histogram(prefix, shift).flip(0)
@@ -203,9 +201,7 @@ def radix_select(
 
 
 def kth_magnitude(parts: Callable[[], Iterable[Tensor]], k: int) -> tuple[int, int]:
-    """The first two results of `radix_select` over all parts. `parts()` makes the contiguous parts anew for each round,
-    so that they need not all be in memory.
-    """
+    """`radix_select` of contiguous parts, made anew for each round, so that they need not all be in memory."""
 
     def histogram(prefix: int, shift: int) -> Tensor:
         return functools.reduce(Tensor.add_, (_histogram(p, prefix, shift) for p in parts()))
@@ -377,9 +373,7 @@ def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_stochastically(x: Tensor, words: Tensor) -> Tensor:
-    """float32 to one of the two bfloat16 numbers beside it, each as likely as x is near to it. words: int64, 16 random
-    bits.
-    """
+    """float32 to a bfloat16 neighbour, each as likely as x is near to it. words: int64, of which 16 bits are used."""
     bits = (x.view(torch.int32).to(torch.int64) + (words & 0xFFFF)) >> 16
     return torch.where(x.isnan(), x.to(torch.bfloat16), bits.to(torch.int16).view(torch.bfloat16))
 

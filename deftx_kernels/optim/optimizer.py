@@ -161,9 +161,7 @@ class SparseAdamW(Optimizer):
         return buckets, others
 
     def _prepared_buckets(self) -> list[Bucket]:
-        """The buckets, made at the first step, so that the model may be moved or loaded until then, and again if other
-        code has changed `state`.
-        """
+        """The buckets, made at the first step (until then the model may be moved), and again if `state` was changed."""
         if self._buckets is None or any(bucket.needs_rebuild() for bucket in self._buckets):
             self._buckets = None
             divided, self._dense_params = self._divide_parameters()

@@ -1,6 +1,5 @@
 """`topk_mask`, `select_mask` and `low_rank_mask`: the public functions. Arguments are checked here, once."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from deftx_kernels.denoise.batches import denoise
 from deftx_kernels.denoise.rule import Rule, check_rule
-from deftx_kernels.mask import CSRMask
+from deftx_kernels.mask import CSRMask, rows_and_columns
 from deftx_kernels.ops.schemas import SCOPES
 from deftx_kernels.select.streaming import select_by_groups
 from deftx_kernels.validation import (
@@ -90,7 +89,7 @@ def selected_counts(
         sizes, labels = [sum(s.numel() for s in shapes)], ["all tensors together"]
     else:
         labels = [f"{'each row of ' if scope == 'row' else ''}tensor {n!r}" for n in names]
-        sizes = [(math.prod(s[1:]) if len(s) > 1 else s.numel()) if scope == "row" else s.numel() for s in shapes]
+        sizes = [rows_and_columns(s)[1] if scope == "row" else s.numel() for s in shapes]
     if k is None:
         return [round(float(density) * size) for size in sizes]  # type: ignore[arg-type]
     for size, label in zip(sizes, labels):
@@ -284,9 +283,9 @@ def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: I
         check_floats([mapping[n] for n in chosen], chosen, argument)
     for name in chosen:
         check_readable(new[name], f"tuned[{name!r}]")
-        shapes = [list(new[name].shape), list(old[name].shape)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"tensor {name!r} has shape {shapes[0]} in tuned and {shapes[1]} in base")
+        if new[name].shape != old[name].shape:
+            shapes = f"{list(new[name].shape)} in tuned and {list(old[name].shape)} in base"
+            raise ValueError(f"tensor {name!r} has shape {shapes}")
     wanted = set(chosen)
     known = {n: t for n, t in old.items() if n in wanted}
     check_devices(known, "base")

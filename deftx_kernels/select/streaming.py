@@ -46,24 +46,20 @@ def count_equal(scores: Sequence[Tensor], threshold: int) -> Tensor:
 
 
 def select_above(scores: Sequence[Tensor], threshold: int, ties: int) -> tuple[Tensor, Tensor, int]:
-    """crow_indices and col_indices of the scores above the threshold and of the first `ties` equal to it; and the ties
-    that remain for later scores.
-    """
+    """CSR of the scores above the threshold and the first `ties` equal to it; the ties that remain for later scores."""
     quotas, ties = _tie_quotas(scores, threshold, ties)
     return *torch.ops.deftx.threshold_mask(scores, threshold, quotas), ties
 
 
 def _tie_quotas(scores: Sequence[Tensor], threshold: int, ties: int) -> tuple[list[int], int]:
-    """How many entries equal to the threshold are selected in each tensor, earlier tensors first; the ties that remain.
-
-    The tensor with the last tie is found by bisection: a count takes 65,536 bins, however small a tensor is.
-    """
+    """How many entries equal to the threshold to select of each tensor, earlier ones first; the ties that remain."""
     sizes = [t.numel() for t in scores]
     if ties == 0:
         return [0] * len(sizes), 0
     if (count := int(count_equal(scores, threshold))) <= ties:
         return sizes, ties - count
-    first, last = 0, len(sizes)  # all ties before `first` are selected, none from `last` on
+    # By bisection, since a count takes 65,536 bins: all ties before `first` are selected, none from `last` on.
+    first, last = 0, len(sizes)
     while last - first > 1:
         middle = (first + last) // 2
         if (count := int(count_equal(scores[first:middle], threshold))) <= ties:
@@ -138,10 +134,7 @@ class StreamingTopK(SelectedEntries):
         self.scores[start : self.filled] = torch.ops.deftx.csr_gather(tensors, crow, col)
 
     def _reduce(self, more: list[Sequence[Tensor]]) -> tuple[int, int]:
-        """Reduces the buffer to those of its entries that are among the k largest of it and of `more`.
-
-        Returns threshold and ties for `more`.
-        """
+        """Reduce the buffer to its entries among the k largest of it and `more`. Returns threshold and ties of `more`."""
         groups = [[self.scores[: self.filled]], *more] if self.filled else more
         threshold, ties = _threshold_of(lambda: groups, self.scores.element_size(), self.k)
         self.bound = threshold if ties else threshold + 1
