@@ -362,11 +362,6 @@ def _factors(width: int, *more: Any) -> list[Any]:
     return [left @ right.mT + noise, left, right, *more]
 
 
-def _split_case(width: int) -> list[Any]:
-    x = _tensors(width)[0]
-    return [x, torch.empty(len(x), 3 * width, dtype=torch.bfloat16), [1, 0, 0], -1]
-
-
 CASES: dict[str, Callable[[int], list[Any]]] = {
     "csr_gather": lambda n: _csr_case(n, values=False),
     "csr_scatter_": _csr_case,
@@ -381,7 +376,7 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "eigvalsh": lambda n: [_grams(n)],
     "residual_cut": lambda n: _factors(n, 3 * n * n // 2),
     "low_rank_denoised": lambda n: _factors(n, _cut(n)),
-    "split_bf16_": _split_case,
+    "split_bf16_": lambda n: [_tensors(n)[0], torch.empty(4 * n, 3 * n, dtype=torch.bfloat16), [1, 0, 0], -1],
     "sparse_adamw_": _adamw_case,
     "csr_square_sum": lambda n: _csr_case(n, values=False),
     "masked_linear_grad": _linear_case,

@@ -246,11 +246,9 @@ def all_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[
     return {n: t.detach() for n, t in model.items()}
 
 
-def named_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
-    """`all_tensors`, tied tensors only under the first of their names; errors also those of `tied_names`."""
-    tensors = all_tensors(model, argument)
-    tied = tied_names(tensors, argument)
-    return {n: t for n, t in tensors.items() if tied[n] == n}
+def untied(tensors: Mapping[str, Tensor], argument: str) -> dict[str, Tensor]:
+    """The tensors in the order of their names, tied ones only under the first. Errors as `tied_names`."""
+    return {n: tensors[n] for n, first in sorted(tied_names(tensors, argument).items()) if n == first}
 
 
 def tied_names(tensors: Mapping[str, Tensor], argument: str) -> dict[str, str]:
@@ -294,9 +292,9 @@ def _check_apart(spans: list[tuple[str, int, int, str]], tensors: Mapping[str, T
         own.fill_(True)
 
 
-def tied_in_either(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, str]:
-    """`tied_names` of the base, and of tensors that are tied in `tuned` and have equal bits in the base."""
-    tied = tied_names(base, "base")
+def tied_in_either(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, str]:
+    """`tied`, the `tied_names` of the base, and names of tensors that are tied in `tuned` and equal in the base."""
+    tied = dict(tied)
     for name, first in tied_names({n: tuned[n] for n in base if n in tuned}, "tuned").items():
         if name != first and tied[name] == name and same_bits(base[name], base[first]):
             tied[name] = tied[first]

@@ -80,7 +80,7 @@ def match_tensors(tuned: Model, base: Model, mask: CSRMask | None, dense: Iterab
     tied = tied_names(old, "base")
     new = with_tied_names({n: t for n, t in new.items() if n in old or n in wanted or n not in new_buffers}, tied)
     tied_in_tuned = tied_names({n: new[n] for n in sorted(new, key=lambda n: n not in old)}, "tuned")
-    for name, first in tied_in_either(old, new).items():
+    for name, first in tied_in_either(old, new, tied).items():
         if name not in covered and not (name in wanted and first in covered):  # else they are two tensors
             tied[name] = first
     for name in sorted(wanted - new.keys()):

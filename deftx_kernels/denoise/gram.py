@@ -172,8 +172,7 @@ _WINDOW = 16  # eigenvectors on either side of the cut; `eigh` gives as many bey
 # residual is (see _RESIDUAL); the largest error found was 1.5e-3 (power laws, spikes of 400 times the noise), where
 # 99.9 % of the largest 5 % of the entries are those of the exact matrix.
 _ERROR, _RANK_ERROR = 2e-5, 1e-3
-# With a given rank: by how much the squared residual may exceed the smallest one. A residual of 1.02 times the smallest
-# one is documented.
+# With a given rank: by how much the squared residual may exceed the smallest one (documented: residual 1.02 times it).
 _RESIDUAL = 0.01
 
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from deftx_kernels.kernels.tensors import overlapping, rows_and_columns
 
-# Ways of the search for a program's first and last row: three rounds for 2,000,000 rows, where halving takes 21
-# dependent loads.
+# Ways of the search for a program's first and last row: 3 rounds for 2,000,000 rows; halving takes 21 dependent loads.
 WAYS = 128
 
 TRITON_DTYPE = {

@@ -10,8 +10,7 @@ from torch import Tensor
 from deftx_kernels.kernels.launch import Launcher, cdiv, on
 from deftx_kernels.kernels.rows import TRITON_DTYPE, WAYS, addresses, locate, tensor_table
 
-# 4 entries a thread take 32 registers (sm_80: 38), so that all (three quarters) of a multiprocessor's threads run. Not
-# timed yet.
+# 4 entries a thread take 32 registers (sm_80: 38): all (three quarters) of a multiprocessor's threads run. Not timed.
 BLOCK = 512
 NUM_WARPS = 4
 

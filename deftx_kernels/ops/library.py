@@ -27,8 +27,7 @@ _loaded = False
 _registered: dict[tuple[str, str], str] = {}  # (op, device) -> implementation, for those registered from Python
 _absent: dict[str, str] = {}  # implementation -> why it serves nothing here
 
-# Rows above which denoise/decompositions.py uses torch.linalg (cuSOLVER) on a GPU: our kernels use one multiprocessor
-# for each matrix.
+# Above it, denoise/decompositions.py uses torch.linalg on a GPU: our kernels use one multiprocessor for each matrix.
 MAX_EIGH_ROWS = 1024
 # (op, implementation) -> condition -> what runs instead. The conditions are decided in denoise/decompositions.py,
 # registrations.py and csrc/cpu/masked_linear_grad.cpp.

@@ -57,8 +57,7 @@ SCHEMAS = {
     # The two steps of a radix select, for callers that add histograms up over ranks or over tensors that are not all in
     # memory. Magnitude bits: the bits of |score| as an integer, which has the order of the magnitudes. All scores have
     # one dtype. Counts the scores whose bits >> (shift + 16) are `prefix` by the next 16 bits, (bits >> shift) &
-    # 0xFFFF: int64 [65536].
-    # shift: a multiple of 16.
+    # 0xFFFF: int64 [65536]. shift: a multiple of 16.
     "magnitude_histogram": "(Tensor[] scores, int prefix, int shift) -> Tensor",
     # The mask of the scores whose bits are above `threshold` and of each tensor's first ties[i] whose bits equal it
     # (all of them where they are fewer); ties[i] is at most the number of the tensor's elements.
@@ -97,11 +96,9 @@ SCHEMAS = {
         " float beta2, float eps, float weight_decay, Tensor? decay_to, float l1, bool maximize, Tensor? grad_scale,"
         " Tensor? found_inf, int? seed) -> ()"
     ),
-    # The sum of the masked entries' squares, in float64 and in an order that depends on nothing but their number:
-    # float64 [].
+    # The sum of the masked entries' squares, float64 [], in an order that depends on nothing but their number.
     "csr_square_sum": "(Tensor[] tensors, Tensor crow_indices, Tensor col_indices) -> Tensor",
-    # The masked entries of grad_output.T @ input: grad_output [N, m], input [N, n], mask of one [m, n] tensor -> dtype
-    # [nnz].
+    # The masked entries of grad_output.T @ input: [N, m], [N, n], and the mask of one [m, n] tensor -> dtype [nnz].
     "masked_linear_grad": (
         "(Tensor grad_output, Tensor input, Tensor crow_indices, Tensor col_indices, ScalarType dtype) -> Tensor"
     ),

@@ -102,7 +102,7 @@ class Bucket:
         return any(state.get(key) is not view for state, key, view in self.views)
 
     def split(self) -> list["Bucket"]:
-        """The bucket; or one for each parameter where step numbers differ (a launch has one) or some lack a gradient."""
+        """The bucket; or one for each parameter where steps differ (a launch has one) or some have no gradient."""
         if not self.steps_differ and len({p.grad is None for p in self.params}) == 1:
             return [self]
         group, optimizer_state, pairs, mask, decay_to = self.arguments

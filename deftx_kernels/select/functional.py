@@ -21,20 +21,16 @@ from deftx_kernels.validation import (
     check_mapping,
     check_readable,
     is_number,
-    named_tensors,
     raise_not_finite,
     tied_in_either,
     tied_names,
+    untied,
     with_tied_names,
 )
 
 
 def topk_mask(
-    scores: Mapping[str, Tensor] | Tensor,
-    *,
-    k: int | None = None,
-    density: float | None = None,
-    scope: str = "global",
+    scores: Mapping[str, Tensor] | Tensor, *, k: int | None = None, density: float | None = None, scope: str = "global"
 ) -> CSRMask:
     """The mask of exactly the k entries of largest |score|.
 
@@ -67,8 +63,7 @@ def topk_mask(
     check_mapping(scores, "scores", "a tensor or ")
     check_floats(list(scores.values()), list(scores), "scores")
     check_devices(scores, "scores")
-    names = sorted(n for n, first in tied_names(scores, "scores").items() if n == first)
-    chosen = {n: scores[n] for n in names}  # detached, 20,000 small tensors would need 5 MB more
+    chosen = untied(scores, "scores")  # detached, 20,000 small tensors would need 5 MB more
     counts = _checked_counts(chosen, k, density, scope)
     return _select(chosen, {}, "scores[{!r}]", set(), None, counts, scope)
 
@@ -150,8 +145,9 @@ def select_mask(
         given = "denoise_names" if residual_density == 0 else f"residual_density = {residual_density}"
         raise ValueError(f"{given} needs a rank or an energy")
     old = all_tensors(base, "base")
-    new = with_tied_names(all_tensors(tuned, "tuned"), tied_names(old, "base"))
-    chosen = _chosen_names(new, old, names)
+    tied = tied_names(old, "base")
+    new = with_tied_names(all_tensors(tuned, "tuned"), tied)
+    chosen = _chosen_names(new, old, tied, names)
     denoised_names = set() if rule is None else _names_to_denoise(chosen, old, denoise_names)
     new, old = ({n: model[n] for n in chosen} for model in (new, old))
     counts = _checked_counts(new, k, density, scope)
@@ -192,7 +188,7 @@ def low_rank_mask(
         [0]
     """
     rule = check_rule(rank, None, 0.0)
-    tensors = dict(sorted(named_tensors(weights, "weights").items()))
+    tensors = untied(all_tensors(weights, "weights"), "weights")
     check_floats(list(tensors.values()), list(tensors), "weights")
     counts = _checked_counts(tensors, k, density, scope)
     check_devices(tensors, "weights")
@@ -269,7 +265,9 @@ def _names_to_denoise(chosen: list[str], old: Mapping[str, Tensor], names: Itera
     return denoised_names & wanted
 
 
-def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: Iterable[str] | None) -> list[str]:
+def _chosen_names(
+    new: Mapping[str, Tensor], old: Mapping[str, Tensor], tied: Mapping[str, str], names: Iterable[str] | None
+) -> list[str]:
     if isinstance(names, str):
         raise TypeError("names must be an iterable of names, got one string")
     chosen = sorted(n for n in old if old[n].is_floating_point()) if names is None else sorted(names)
@@ -289,5 +287,6 @@ def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: I
     wanted = set(chosen)
     known = {n: t for n, t in old.items() if n in wanted}
     check_devices(known, "base")
-    tied = tied_in_either(known, {n: new[n] for n in chosen})
+    first: dict[str, str] = {}  # first name in `old` of a tied tensor → the first of the known ones
+    tied = tied_in_either(known, {n: new[n] for n in chosen}, {n: first.setdefault(tied[n], n) for n in known})
     return [n for n in chosen if tied[n] == n]

@@ -14,8 +14,7 @@ from deftx_kernels.ops.schemas import SCOPES
 
 _MIN_ROOM = 4096  # entries: for a small k, k / 4 would leave no room for the next scores
 _CHUNK = 1 << 18  # entries that are moved at a time
-# Elements, on the CPU and on a GPU: a group costs some calls, and a GPU decomposes many small matrices in the time of
-# one.
+# Elements, on the CPU and on a GPU: a group costs some calls; a GPU decomposes many small matrices in the time of one.
 _MIN_GROUP = (1 << 20, 1 << 25)
 
 
@@ -134,7 +133,7 @@ class StreamingTopK(SelectedEntries):
         self.scores[start : self.filled] = torch.ops.deftx.csr_gather(tensors, crow, col)
 
     def _reduce(self, more: list[Sequence[Tensor]]) -> tuple[int, int]:
-        """Reduce the buffer to its entries among the k largest of it and `more`. Returns threshold and ties of `more`."""
+        """Reduce the buffer to its entries among the k largest of it and `more`; the threshold and ties of `more`."""
         groups = [[self.scores[: self.filled]], *more] if self.filled else more
         threshold, ties = _threshold_of(lambda: groups, self.scores.element_size(), self.k)
         self.bound = threshold if ties else threshold + 1
