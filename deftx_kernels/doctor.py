@@ -274,7 +274,6 @@ _DECOMPOSITIONS: dict[str, Callable] = {
 
 
 # ---- one case for each, of layers of a width: at 768, two to three million elements, float32 ----
-
 _GLOBAL, _OR = schemas.SCOPES["global"], schemas.OPERATIONS["or"]
 
 

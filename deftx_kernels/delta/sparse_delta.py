@@ -20,8 +20,8 @@ from deftx_kernels.delta.exact import SUMMABLE, Low, bits_differ, exact_differen
 from deftx_kernels.delta.fingerprints import fingerprint, update
 from deftx_kernels.delta.models import Matched, Model, checked_targets, current_tensors, match_tensors
 from deftx_kernels.files import reading
-from deftx_kernels.mask import CSRMask, usable_in_backward
-from deftx_kernels.validation import check_plain, check_readable, is_number, same_bits
+from deftx_kernels.mask import CSRMask
+from deftx_kernels.validation import check_plain, check_readable, is_number, same_bits, usable_in_backward
 
 _DENSE = "dense."
 
@@ -93,7 +93,6 @@ class SparseDelta:
         return SparseDelta(self.mask.to(device), self.values.to(device), dense, self.metadata, low)
 
     # ---- from models ----
-
     @classmethod
     def from_models(
         cls,
@@ -139,7 +138,6 @@ class SparseDelta:
         return cls(mask, values, {n: new[n].clone() for n in sorted(whole)}, details, low)
 
     # ---- on models ----
-
     def apply_(self, model: Model, alpha: float = 1.0, dense: bool = True, *, strict: bool = True) -> None:
         """model += alpha * delta at the mask's entries, in float32 or better; with `dense`, copy the whole tensors,
         too.
@@ -228,7 +226,6 @@ class SparseDelta:
         return sha.hexdigest()
 
     # ---- composition ----
-
     def compose(*deltas: "SparseDelta") -> "SparseDelta":
         """The sum of deltas of one base: `compose(task, language)`, as in Ansell et al. (2022), eq. 2.
 
@@ -280,7 +277,6 @@ class SparseDelta:
         return SparseDelta(mask, values, dense, metadata, low)
 
     # ---- files ----
-
     def save_pretrained(self, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write `sparse_delta.safetensors` and `sparse_delta_config.json`.
 

@@ -179,7 +179,6 @@ class SparseAdamW(Optimizer):
         return any(bucket.is_compact for bucket in self._buckets or ())
 
     # ---- a step ----
-
     @torch.no_grad()
     def step(self, closure=None):
         """One step; parameters without a gradient are skipped, as in torch."""
@@ -266,7 +265,6 @@ class SparseAdamW(Optimizer):
         self._clip_divisor = None
 
     # ---- state ----
-
     def _set_fingerprints(self, group: dict[str, Any], pairs: Pairs) -> None:
         """Store in the group, and so in a state dict, the number and fingerprint of each parameter's masked entries."""
         names = {id(param): name for name, (_, param) in pairs.items()}
