@@ -268,13 +268,13 @@ def tied_names(tensors: Mapping[str, Tensor], argument: str) -> dict[str, str]:
         tied[name] = first.setdefault((tensor.device, start, tensor.dtype, tensor.shape, tensor.stride()), name)
         if tied[name] == name:
             spans.append((str(tensor.device), start, end, name))
-    overlapping: list[tuple[str, int, int, str]] = []
+    cluster: list[tuple[str, int, int, str]] = []
     for span in sorted(spans):
-        if overlapping and (span[0] != overlapping[0][0] or span[1] >= max(end for _, _, end, _ in overlapping)):
-            _check_apart(overlapping, tensors, argument)
-            overlapping = []
-        overlapping.append(span)
-    _check_apart(overlapping, tensors, argument)
+        if cluster and (span[0] != cluster[0][0] or span[1] >= max(end for _, _, end, _ in cluster)):
+            _check_apart(cluster, tensors, argument)
+            cluster = []
+        cluster.append(span)
+    _check_apart(cluster, tensors, argument)
     return tied
 
 

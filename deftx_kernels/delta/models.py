@@ -25,9 +25,8 @@ def current_tensors(model: Model) -> dict[str, Any]:
 
 def _persistent_buffers(model: Model) -> dict[str, Tensor]:
     found = {}
-    for prefix, module in (
-        validation.unwrapped(model).named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ()
-    ):
+    inner = validation.unwrapped(model) if isinstance(model, nn.Module) else nn.ModuleList()
+    for prefix, module in inner.named_modules(remove_duplicate=False):
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if name not in module._non_persistent_buffers_set:
                 found[validation.plain_name(f"{prefix}.{name}" if prefix else name)] = buffer.detach()

@@ -287,19 +287,21 @@ _WITHOUT_TENSORS: dict[str, Callable[..., None]] = {
     "csr_square_sum": lambda tensors, crow_indices, col_indices: _mask(crow_indices, col_indices),
     "sparse_adamw_": sparse_adamw_compact,
 }
+_NAMED = (
+    csr_gather,
+    csr_scatter_,
+    sparse_adamw_,
+    masked_linear_grad,
+    masked_embedding_grad,
+    eigh,
+    residual_cut,
+    split_bf16_,
+)
 CHECKS: dict[str, Callable[..., Any]] = {
-    "csr_gather": csr_gather,
-    "csr_scatter_": csr_scatter_,
+    **{check.__name__: check for check in _NAMED},
     "csr_add_": csr_scatter_,
     "csr_square_sum": functools.partial(csr_gather, dtypes=FLOATS),
-    "sparse_adamw_": sparse_adamw_,
-    "masked_linear_grad": masked_linear_grad,
-    "masked_embedding_grad": masked_embedding_grad,
-    "eigh": eigh,
-    "eigvalsh": functools.partial(_check_arguments, "eigvalsh"),
-    "residual_cut": residual_cut,
-    "low_rank_denoised": functools.partial(_check_arguments, "low_rank_denoised"),
-    "split_bf16_": split_bf16_,
+    **{op: functools.partial(_check_arguments, op) for op in ("eigvalsh", "low_rank_denoised")},
 }
 
 

@@ -208,11 +208,9 @@ class SparseAdamW(Optimizer):
         batches: dict[tuple, list[Tensor]] = {}
         for p in params:
             if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                    "exp_avg": torch.zeros_like(p, memory_format=torch.contiguous_format),
-                    "exp_avg_sq": torch.zeros_like(p, memory_format=torch.contiguous_format),
-                }
+                self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+                for key in ("exp_avg", "exp_avg_sq"):
+                    self.state[p][key] = torch.zeros_like(p, memory_format=torch.contiguous_format)
             batches.setdefault((p.dtype, p.device), []).append(p)
         beta1, beta2 = group["betas"]
         options = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}

@@ -4,6 +4,7 @@ It uses two operators: magnitude_histogram, whose counts can be summed over grou
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -72,13 +73,8 @@ def _threshold_of(groups: Callable[[], Iterable[Sequence[Tensor]]], element_size
     """`find_threshold` of groups of tensors, which are made once for each round."""
 
     def histogram(prefix: int, shift: int) -> Tensor:
-        total = None
-        for scores in groups():
-            counts = torch.ops.deftx.magnitude_histogram(scores, prefix, shift)
-            total = counts if total is None else total.add_(counts)
-            del scores  # before the next ones are made
-        assert total is not None
-        return total
+        counts = partial(torch.ops.deftx.magnitude_histogram, prefix=prefix, shift=shift)
+        return reduce(Tensor.add_, map(counts, groups()))  # `map` drops a group before the next one is made
 
     return find_threshold(histogram, element_size, k)
 
@@ -190,12 +186,8 @@ def select_by_groups(
 ) -> tuple[Tensor, Tensor]:
     """crow_indices and col_indices of the largest scores of named tensors, of which one group exists at a time.
 
-    Args:
-        scores: makes the scores of a group of names: finite and contiguous, of `dtype`, on `device`. It may be called
-            several times for a group.
-        shapes: name → shape, in the order of the mask.
-        counts, scope: as the operator `topk_mask` takes them.
-        progress: called with (tensors done, tensors in all).
+    `scores` makes those of a group of names: finite and contiguous, of `dtype`, on `device`. It may be called several
+    times for a group. `shapes` is in the mask's order; counts, scope: as the operator `topk_mask` takes them.
     """
     columns, k = column_dtype(list(shapes.values())), counts[0]
     entry_bytes = (k + k // 4) * (dtype.itemsize + columns.itemsize)
