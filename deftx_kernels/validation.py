@@ -226,10 +226,7 @@ def dense_name(name: str) -> str:
 
 def all_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
     """A module's named parameters, or a mapping's items, detached. Tied tensors are under each of their names.
-
-    Raises:
-        ValueError: a model that is sparsified.
-        TypeError: no module and no mapping of names to tensors.
+    ValueError for a sparsified model, TypeError for anything else.
     """
     if isinstance(model, nn.Module):
         model = {plain_name(n): p for n, p in unwrapped(model).named_parameters(remove_duplicate=False)}
@@ -252,10 +249,8 @@ def untied(tensors: Mapping[str, Tensor], argument: str) -> dict[str, Tensor]:
 
 
 def tied_names(tensors: Mapping[str, Tensor], argument: str) -> dict[str, str]:
-    """Name → the first of the names of the same tensor: of the same memory, dtype, shape and strides.
-
-    Raises:
-        ValueError: tensors that share a part of their memory.
+    """Name → the first of the names of the same tensor: of the same memory, dtype, shape and strides. ValueError where
+    tensors share a part of their memory.
     """
     first: dict[Any, str] = {}
     tied, spans = {}, []
@@ -310,10 +305,8 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def with_tied_names(tuned: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
-    """`tuned` with the first name of each tied tensor of the base, also where it has only another.
-
-    Raises:
-        ValueError: tensors that are tied in the base differ in `tuned`.
+    """`tuned` with the first name of each tied tensor of the base, also where it has only another. ValueError where
+    tensors that are tied in the base differ.
     """
     found = dict(tuned)
     for name, first in tied.items():

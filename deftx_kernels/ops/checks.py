@@ -287,18 +287,9 @@ _WITHOUT_TENSORS: dict[str, Callable[..., None]] = {
     "csr_square_sum": lambda tensors, crow_indices, col_indices: _mask(crow_indices, col_indices),
     "sparse_adamw_": sparse_adamw_compact,
 }
-_NAMED = (
-    csr_gather,
-    csr_scatter_,
-    sparse_adamw_,
-    masked_linear_grad,
-    masked_embedding_grad,
-    eigh,
-    residual_cut,
-    split_bf16_,
-)
 CHECKS: dict[str, Callable[..., Any]] = {
-    **{check.__name__: check for check in _NAMED},
+    **{check.__name__: check for check in (csr_gather, csr_scatter_, sparse_adamw_, eigh, residual_cut, split_bf16_)},
+    **{check.__name__: check for check in (masked_linear_grad, masked_embedding_grad)},
     "csr_add_": csr_scatter_,
     "csr_square_sum": functools.partial(csr_gather, dtypes=FLOATS),
     **{op: functools.partial(_check_arguments, op) for op in ("eigvalsh", "low_rank_denoised")},
