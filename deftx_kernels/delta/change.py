@@ -58,7 +58,7 @@ class Change:
         for mask, part in _groups(self.mask, self.tensors, split=bool(self.copies)):
             values, low = self.values[part].to(mask.device), _low_within(self.low, part, mask.device)
             copies = [n for n, first in self.copies.items() if mask.names == (first,)]
-            renamed = [CSRMask([n], mask.shapes, mask.crow_indices, mask.col_indices) for n in copies]
+            renamed = [CSRMask.unchecked([n], mask.shapes, mask.crow_indices, mask.col_indices) for n in copies]
             for one in (mask, *renamed):
                 old = one.gather(self.tensors)
                 self.written.append((one, old, base_plus_delta(old, values, self.alpha, low)))
