@@ -140,11 +140,7 @@ def _fail(message: str, code: int = 2) -> int:
 
 
 def _silence_transformers() -> None:
-    """Turn off the messages of transformers and datasets.
-
-    Raises:
-        ValueError: python -OO, under which transformers cannot be imported.
-    """
+    """Turn off the messages of transformers and datasets. ValueError under python -OO, where transformers fails."""
     if sys.flags.optimize > 1:
         raise ValueError("transformers needs the docstrings that python -OO removes: start it with python -O or python")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

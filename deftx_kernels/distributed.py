@@ -184,9 +184,7 @@ def _whole_shape(name: str, shapes: list[torch.Size]) -> torch.Size:
 
 
 def _tie_quotas(tensors: list[Tensor], threshold: int, ties: int, group: dist.ProcessGroup | None) -> list[int]:
-    """How many entries equal to the threshold this rank selects of each tensor: earlier tensors, then earlier ranks
-    first.
-    """
+    """How many entries equal to the threshold this rank selects of each tensor: earlier tensors, then ranks, first."""
     if ties == 0:
         return [0] * len(tensors)
     mine = torch.stack([count_equal([t], threshold) for t in tensors])

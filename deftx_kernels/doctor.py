@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.denoise import svd_denoise, truncated_svd
+from deftx_kernels.kernels.tensors import INTEGERS
 from deftx_kernels.ops import library, reference, schemas
 
 
@@ -128,7 +129,6 @@ def _shape(arguments: list[Any]) -> str:
 
 
 # ---- running and comparing ----
-
 _TOLERANCE = 1e-5
 # svd_denoise's documented error of a truncation; eigenvectors of 768 rows, by LAPACK in float32: 1e-5
 _DECOMPOSITION_TOLERANCE = 5e-5
@@ -157,7 +157,7 @@ def outputs(name: str, result: Any, arguments: list[Any]) -> list[Tensor]:
         return [values, (vectors * values[..., None, :]) @ vectors.mT, vectors.mT @ vectors]
     if name == "residual_cut":  # bits depend on the dtype, and several ends of the ties keep the same entries
         dtype = arguments[0].dtype
-        return [returned[0][:, 0].to({4: torch.int32, 8: torch.int64}[dtype.itemsize]).view(dtype)]
+        return [returned[0][:, 0].to(INTEGERS[dtype.itemsize]).view(dtype)]
     return returned + (schemas.tensors_of(arguments) if name.endswith("_") else [])
 
 
@@ -180,9 +180,7 @@ _SECONDS = 0.5  # for the calls of one implementation, after those that it needs
 def _timed(
     name: str, function: Callable, arguments: list[Any], device: str, repeats: int, serves: bool
 ) -> tuple[list[list[Tensor]], float]:
-    """Results of the first and the last call, and the median duration in seconds, of the first call only if there is
-    no other.
-    """
+    """Results of the first and the last call, and the median seconds: of the first call if it is the only one."""
     times: list[float] = []
     results: list[list[Tensor]] = []
     while not times or (len(times) == 1 and serves) or (len(times) <= repeats and sum(times) < _SECONDS):
@@ -202,8 +200,6 @@ def _wait(device: str) -> None:
 
 
 # ---- the oracle: plain torch in float64, on one thread; its eigenvectors are verified ----
-
-
 class _NoOracle(RuntimeError):
     """LAPACK's float64 result is wrong, too: nothing to compare with."""
 
@@ -231,9 +227,7 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:  # float64 [..., n, n]
 
 
 def _svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # float64 [..., m, n]
-    """By the eigenvectors of the Gram matrix of the short side: a third of the time, accurate for large
-    singular values.
-    """
+    """By the eigenvectors of the short side's Gram matrix: a third of the time, accurate for large singular values."""
     wide = a.shape[-2] < a.shape[-1]
     tall = a.mT if wide else a
     squares, vectors = _eigh(tall.mT @ tall)
@@ -280,7 +274,6 @@ _DECOMPOSITIONS: dict[str, Callable] = {
 
 
 # ---- one case for each, of layers of a width: at 768, two to three million elements, float32 ----
-
 _GLOBAL, _OR = schemas.SCOPES["global"], schemas.OPERATIONS["or"]
 
 
@@ -312,29 +305,12 @@ def _csr_case(width: int, *more: Any, values: bool = True) -> list[Any]:
 def _adamw_case(width: int) -> list[Any]:
     crow, col = _tensors_mask(width)
     exp_avg, exp_avg_sq = (torch.linspace(0.1, 1, len(col)) for _ in range(2))
-    arguments = schemas.AdamWArgs(
-        params=_tensors(width),
-        grads=_flipped(width),
-        compact_grads=False,
-        exp_avg=exp_avg,
-        exp_avg_sq=exp_avg_sq,
-        values=None,
-        crow_indices=crow,
-        col_indices=col,
-        step=torch.tensor(3.0),
-        lr=torch.tensor(0.01),
-        beta1=0.9,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=0.01,
-        decay_to=None,
-        l1=0.0,
-        maximize=False,
-        grad_scale=None,
-        found_inf=None,
-        seed=None,
-    )
-    return list(arguments)
+    arguments: dict[str, Any] = dict.fromkeys(schemas.AdamWArgs._fields)  # None: values, decay_to, grad_scale, ...
+    arguments |= dict(params=_tensors(width), grads=_flipped(width), compact_grads=False, maximize=False)
+    arguments |= dict(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, crow_indices=crow, col_indices=col)
+    arguments |= dict(step=torch.tensor(3.0), lr=torch.tensor(0.01), beta1=0.9, beta2=0.999, eps=1e-8)
+    arguments |= dict(weight_decay=0.01, l1=0.0)
+    return list(arguments.values())
 
 
 def _linear_case(width: int) -> list[Any]:
@@ -378,18 +354,11 @@ def _cut(width: int) -> Callable[[torch.dtype], Tensor]:
 
 
 def _factors(width: int, *more: Any) -> list[Any]:
-    """Factors of -1, 0 and 1, and their product with a few multiples of 1/4 added: exact in every dtype and order of
-    summation.
-    """
+    """Factors of -1, 0 and 1, and their product plus multiples of 1/4: exact in every dtype and order of summation."""
     generator = torch.Generator().manual_seed(5)
     left, right = (torch.randint(-1, 2, (2, s, 6), generator=generator).float() for s in (width, 3 * width))
     noise = torch.tensor([0, 0.25, -0.25, 1, 4])[torch.randint(0, 5, (2, width, 3 * width), generator=generator)]
     return [left @ right.mT + noise, left, right, *more]
-
-
-def _split_case(width: int) -> list[Any]:
-    x = _tensors(width)[0]
-    return [x, torch.empty(len(x), 3 * width, dtype=torch.bfloat16), [1, 0, 0], -1]
 
 
 CASES: dict[str, Callable[[int], list[Any]]] = {
@@ -406,7 +375,7 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "eigvalsh": lambda n: [_grams(n)],
     "residual_cut": lambda n: _factors(n, 3 * n * n // 2),
     "low_rank_denoised": lambda n: _factors(n, _cut(n)),
-    "split_bf16_": _split_case,
+    "split_bf16_": lambda n: [_tensors(n)[0], torch.empty(4 * n, 3 * n, dtype=torch.bfloat16), [1, 0, 0], -1],
     "sparse_adamw_": _adamw_case,
     "csr_square_sum": lambda n: _csr_case(n, values=False),
     "masked_linear_grad": _linear_case,
@@ -418,8 +387,6 @@ assert CASES.keys() == schemas.SCHEMAS.keys() | FUNCTIONS.keys()
 
 
 # ---- printing ----
-
-
 def versions() -> dict[str, str]:
     """Versions, threads and GPU, for an issue report."""
     from importlib.metadata import PackageNotFoundError, version

@@ -124,12 +124,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metada
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Read JSON.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON; the message names the file.
-    """
+    """Read JSON. FileNotFoundError where there is no such file; ValueError, naming the file, where it is not JSON."""
     try:
         return parse_json(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError is one

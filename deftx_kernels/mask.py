@@ -14,20 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from deftx_kernels import validation
 from deftx_kernels.files import parse_json, reading, write_tensors
 from deftx_kernels.ops.schemas import OPERATIONS, column_dtype, compute_dtype, rows_and_columns
-from deftx_kernels.validation import (
-    are_plain,
-    check_devices,
-    check_floats,
-    check_mapping,
-    check_plain,
-    check_readable,
-    check_writable,
-    usable_in_backward,
-)
 
-__all__ = ["CSRMask", "column_dtype", "rows_and_columns", "usable_in_backward"]
+__all__ = ["CSRMask", "column_dtype", "rows_and_columns", "signed"]
 
 FORMAT = "deftx_csr_mask"
 
@@ -65,8 +56,8 @@ class CSRMask:
     ) -> None:
         self.check_layout(names, shapes)
         for argument, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
-            check_plain(tensor, argument)
-            check_readable(tensor, argument)
+            validation.check_plain(tensor, argument)
+            validation.check_readable(tensor, argument)
         self._set(names, shapes, crow_indices, col_indices)
         self._check_entries()
 
@@ -88,12 +79,12 @@ class CSRMask:
         self.__dict__.update(
             names=tuple(names),
             shapes=tuple(torch.Size(s) for s in shapes),
-            crow_indices=usable_in_backward(crow_indices),
-            col_indices=usable_in_backward(col_indices),
+            crow_indices=validation.usable_in_backward(crow_indices),
+            col_indices=validation.usable_in_backward(col_indices),
         )
 
     def __reduce__(self):  # torch cannot unpickle uint16 tensors
-        return CSRMask.unchecked, (self.names, self.shapes, self.crow_indices, _signed(self.col_indices))
+        return CSRMask.unchecked, (self.names, self.shapes, self.crow_indices, signed(self.col_indices))
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a CSRMask is immutable: {name} cannot be set")
@@ -198,19 +189,18 @@ class CSRMask:
         return len(self.names)
 
     # ---- dense tensors and compact ones ----
-
     @classmethod
     def from_dense(cls, dense: Mapping[str, Tensor]) -> "CSRMask":
         """The mask of the True entries of boolean tensors of any shape, all on one device."""
-        check_mapping(dense, "dense")
+        validation.check_mapping(dense, "dense")
         tensors = dict(sorted(dense.items()))
         for name, tensor in tensors.items():
-            check_plain(tensor, f"dense[{name!r}]")
+            validation.check_plain(tensor, f"dense[{name!r}]")
             if tensor.dtype != torch.bool:
                 raise TypeError(f"dense[{name!r}] must be a bool tensor, got {tensor.dtype}")
         names, shapes = list(tensors), [t.shape for t in tensors.values()]
         cls.check_layout(names, shapes)
-        check_devices(tensors, "dense")
+        validation.check_devices(tensors, "dense")
         return cls.unchecked(names, shapes, *torch.ops.deftx.dense_to_csr([t.contiguous() for t in tensors.values()]))
 
     def to_dense(self) -> dict[str, Tensor]:
@@ -227,7 +217,7 @@ class CSRMask:
     def square_sum(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The sum of the squares of the tensors' entries: float64 [], the same for any number of threads."""
         chosen = self.checked_tensors(tensors, "tensors")
-        check_floats(chosen, self.names, "tensors")
+        validation.check_floats(chosen, self.names, "tensors")
         parts = self._read("csr_square_sum", chosen)
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
@@ -242,18 +232,19 @@ class CSRMask:
 
     def add_(self, tensors: Mapping[str, Tensor], compact: Tensor, alpha: float = 1) -> dict[str, Tensor]:
         """Add alpha times the compact values, in float32 or better and rounded once. Returns the tensors."""
-        check_floats(self.checked_tensors(tensors, "tensors"), self.names, "tensors")
         return self._write("csr_add_", tensors, compact, float(alpha))
 
     def _write(self, op: str, tensors: Mapping[str, Tensor], compact: Tensor, *alpha: float) -> dict[str, Tensor]:
         targets = self.checked_tensors(tensors, "tensors")
+        if op == "csr_add_":
+            validation.check_floats(targets, self.names, "tensors")
         self.check_compact(compact, "compact")
         detached = [t.detach() for t in targets]
         dense = [t.contiguous() for t in detached]
         labelled = {f"tensors[{name!r}]": t for name, t in zip(self.names, targets)}
         groups = self._of_one_dtype(dense)
         if len(groups) > 1 or any(copy is not t for t, copy in zip(detached, dense)):
-            check_writable(labelled)
+            validation.check_writable(labelled)
         parts = [compact] if len(groups) == 1 else compact.split([mask.nnz for mask, _ in groups])
         try:
             for (mask, same), part in zip(groups, parts):
@@ -262,7 +253,7 @@ class CSRMask:
                 values = part.detach().contiguous().to(same[0].dtype if same_dtype else compute_dtype(same[0].dtype))
                 getattr(torch.ops.deftx, op)(same, mask.crow_indices, mask.col_indices, values, *alpha)
         except (RuntimeError, ValueError):
-            check_writable(labelled)  # names the tensors that share memory
+            validation.check_writable(labelled)  # names the tensors that share memory
             raise
         for tensor, copy in zip(detached, dense):
             if copy is not tensor:
@@ -301,13 +292,13 @@ class CSRMask:
 
     def checked_tensors(self, tensors: Mapping[str, Tensor], argument: str) -> list[Tensor]:
         """The mask's tensors from a mapping, in order; an error where one is missing or has another shape or device."""
-        check_mapping(tensors, argument)
+        validation.check_mapping(tensors, argument)
         chosen: list[Any] = [tensors.get(name) for name in self.names]
-        if not are_plain(chosen):
+        if not validation.are_plain(chosen):
             for name, tensor in zip(self.names, chosen):
                 if tensor is None:
                     raise ValueError(f"{argument} lacks tensor {name!r}, which the mask covers")
-                check_plain(tensor, f"{argument}[{name!r}]")
+                validation.check_plain(tensor, f"{argument}[{name!r}]")
         device = self.device
         for name, shape, tensor in zip(self.names, self.shapes, chosen):
             if tensor.shape != shape:
@@ -319,7 +310,7 @@ class CSRMask:
 
     def check_compact(self, compact: Tensor, argument: str) -> None:
         """ValueError or TypeError unless this is a tensor [nnz] on the mask's device."""
-        check_plain(compact, argument)
+        validation.check_plain(compact, argument)
         if compact.shape != (self.nnz,):
             raise ValueError(f"{argument} must be compact, [nnz] = [{self.nnz}], got shape {list(compact.shape)}")
         self._check_device(compact, argument)
@@ -329,7 +320,6 @@ class CSRMask:
             raise ValueError(f"{label} is on {other.device}, the mask on {self.device}: move one with .to()")
 
     # ---- sub-masks and set operations ----
-
     def __getitem__(self, name: str) -> "CSRMask":
         """The mask of one tensor."""
         i = self._position(name)
@@ -427,14 +417,13 @@ class CSRMask:
         return (
             (self.names, self.shapes, self.nnz) == (other.names, other.shapes, other.nnz)
             and torch.equal(self.crow_indices, other.crow_indices.to(self.device))
-            and torch.equal(_signed(self.col_indices), _signed(other.col_indices.to(self.device)))
+            and torch.equal(signed(self.col_indices), signed(other.col_indices.to(self.device)))
         )
 
     def __hash__(self) -> int:
         return hash((self.names, self.shapes, self.nnz))
 
     # ---- devices and files ----
-
     def to(self, device: torch.device | str | int) -> "CSRMask":
         """This mask on a device (itself where it is there already)."""
         crow, col = self.crow_indices.to(device), self.col_indices.to(device)
@@ -443,7 +432,7 @@ class CSRMask:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of names, shapes and entries; equal masks have equal fingerprints on every device."""
         digest = hashlib.sha256(self._layout_json().encode())
-        for tensor in (self.crow_indices, _signed(self.col_indices)):
+        for tensor in (self.crow_indices, signed(self.col_indices)):
             digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
@@ -494,6 +483,6 @@ def _row_starts(shapes: Sequence[torch.Size], starts: Sequence[int] | None = Non
     )
 
 
-def _signed(col_indices: Tensor) -> Tensor:
-    """The same bits in a dtype that every torch operation takes."""
+def signed(col_indices: Tensor) -> Tensor:
+    """The same bits in a dtype that every torch operation takes, as uint16 is not."""
     return col_indices.view(torch.int16) if col_indices.dtype == torch.uint16 else col_indices

@@ -11,15 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
-SCALARS = frozenset({torch.float32, torch.float64, torch.int32, torch.int64})
+from deftx_kernels.kernels.tensors import FLOATS, SCALARS, overlapping
+
 _PLAIN = frozenset({Tensor, nn.Parameter})  # the classes of nearly all tensors
 _TRACED = (FakeTensor, FunctionalTensor)  # what torch.export and other tracers use instead of tensors
 _ASYNC = "AsyncCollectiveTensor"  # the result of a collective, which every operator waits for
 
+
 # ---- numbers ----
-
-
 def is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -65,8 +64,6 @@ def scalar(value: float | Tensor, name: str, device: torch.device, least: int | 
 
 
 # ---- tensors ----
-
-
 def check_mapping(value: object, argument: str, other: str = "") -> None:
     """TypeError unless this is a mapping; `other`: what else the argument may be."""
     if not isinstance(value, Mapping):
@@ -158,19 +155,7 @@ def usable_in_backward(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
-def check_matrix(tensor: object, label: str) -> None:
-    """A finite floating-point tensor [..., m, n]."""
-    check_float(tensor, label)
-    assert isinstance(tensor, Tensor)
-    check_readable(tensor, label)
-    if tensor.dim() < 2:
-        raise ValueError(f"{label} must have at least 2 dimensions [..., m, n], got shape {list(tensor.shape)}")
-    check_finite(tensor.detach(), label)
-
-
 # ---- memory ----
-
-
 def has_memory(tensor: Tensor) -> bool:
     """Whether the tensor's elements are at its `data_ptr()`."""
     if _holds_other_tensors(tensor) or tensor.is_nested or tensor.is_meta:
@@ -193,7 +178,7 @@ def check_writable(tensors: Mapping[str, Tensor]) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    spans = []
+    without_gaps = {}
     for label, tensor in tensors.items():
         if tensor.is_neg() or tensor.is_conj():
             raise ValueError(
@@ -204,17 +189,14 @@ def check_writable(tensors: Mapping[str, Tensor]) -> None:
         if torch._debug_has_internal_overlap(tensor) == 1:
             raise ValueError(f"elements of {label} share memory: it cannot be written in place")
         start, end = _memory_span(tensor)
-        if end - start == tensor.numel() * tensor.element_size():  # views with gaps may be interleaved
-            spans.append((start, end, label))
-    spans.sort()
-    for (_, end, one), (start, _, other) in zip(spans, spans[1:]):
-        if end > start:
-            raise ValueError(f"{one} and {other} share memory: the result of writing both would be undefined")
+        if end - start == tensor.nbytes:  # views with gaps may be interleaved
+            without_gaps[label] = tensor
+    if pair := overlapping(list(without_gaps.values())):
+        one, other = (list(without_gaps)[i] for i in pair)
+        raise ValueError(f"{one} and {other} share memory: the result of writing both would be undefined")
 
 
 # ---- models as arguments ----
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model within DataParallel, DistributedDataParallel and torch.compile."""
     while True:
@@ -231,12 +213,20 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
+def values_name(attribute: str) -> str:
+    """The name of the compact values of a sparsified module's parameter."""
+    return "values" if attribute == "weight" else f"{attribute}_values"
+
+
+def dense_name(name: str) -> str:
+    """The parameter whose compact values have this name; any other name is returned as it is."""
+    owner, dot, attribute = name.rpartition(".")
+    return owner + dot + ("weight" if attribute == "values" else attribute.removesuffix("_values"))
+
+
 def all_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
     """A module's named parameters, or a mapping's items, detached. Tied tensors are under each of their names.
-
-    Raises:
-        ValueError: a model that is sparsified.
-        TypeError: no module and no mapping of names to tensors.
+    ValueError for a sparsified model, TypeError for anything else.
     """
     if isinstance(model, nn.Module):
         model = {plain_name(n): p for n, p in unwrapped(model).named_parameters(remove_duplicate=False)}
@@ -247,26 +237,20 @@ def all_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{argument}[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}")
     for name, tensor in model.items():
-        is_linear = name.rpartition(".")[2] == "values"
-        dense_name = name.removesuffix("values") + "weight" if is_linear else name.removesuffix("_values")
-        dense = model.get(dense_name) if dense_name != name else None
+        dense = model.get(dense_name(name)) if dense_name(name) != name else None
         if dense is not None and tensor.dim() == 1 and tensor.numel() <= dense.numel() and tensor.is_floating_point():
-            raise ValueError(f"{argument} is sparsified ({name!r} beside {dense_name!r}): densify(model) first")
+            raise ValueError(f"{argument} is sparsified ({name!r} beside {dense_name(name)!r}): densify(model) first")
     return {n: t.detach() for n, t in model.items()}
 
 
-def named_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[str, Tensor]:
-    """`all_tensors`, tied tensors only under the first of their names; errors also those of `tied_names`."""
-    tensors = all_tensors(model, argument)
-    tied = tied_names(tensors, argument)
-    return {n: t for n, t in tensors.items() if tied[n] == n}
+def untied(tensors: Mapping[str, Tensor], argument: str) -> dict[str, Tensor]:
+    """The tensors in the order of their names, tied ones only under the first. Errors as `tied_names`."""
+    return {n: tensors[n] for n, first in sorted(tied_names(tensors, argument).items()) if n == first}
 
 
 def tied_names(tensors: Mapping[str, Tensor], argument: str) -> dict[str, str]:
-    """Name → the first of the names of the same tensor: of the same memory, dtype, shape and strides.
-
-    Raises:
-        ValueError: tensors that share a part of their memory.
+    """Name → the first of the names of the same tensor: of the same memory, dtype, shape and strides. ValueError where
+    tensors share a part of their memory.
     """
     first: dict[Any, str] = {}
     tied, spans = {}, []
@@ -279,13 +263,13 @@ def tied_names(tensors: Mapping[str, Tensor], argument: str) -> dict[str, str]:
         tied[name] = first.setdefault((tensor.device, start, tensor.dtype, tensor.shape, tensor.stride()), name)
         if tied[name] == name:
             spans.append((str(tensor.device), start, end, name))
-    overlapping: list[tuple[str, int, int, str]] = []
+    cluster: list[tuple[str, int, int, str]] = []
     for span in sorted(spans):
-        if overlapping and (span[0] != overlapping[0][0] or span[1] >= max(end for _, _, end, _ in overlapping)):
-            _check_apart(overlapping, tensors, argument)
-            overlapping = []
-        overlapping.append(span)
-    _check_apart(overlapping, tensors, argument)
+        if cluster and (span[0] != cluster[0][0] or span[1] >= max(end for _, _, end, _ in cluster)):
+            _check_apart(cluster, tensors, argument)
+            cluster = []
+        cluster.append(span)
+    _check_apart(cluster, tensors, argument)
     return tied
 
 
@@ -303,27 +287,26 @@ def _check_apart(spans: list[tuple[str, int, int, str]], tensors: Mapping[str, T
         own.fill_(True)
 
 
-def tied_in_either(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, str]:
-    """`tied_names` of the base, and of tensors that are tied in `tuned` and have equal bits in the base."""
-    tied = tied_names(base, "base")
+def tied_in_either(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, str]:
+    """`tied`, the `tied_names` of the base, and names of tensors that are tied in `tuned` and equal in the base."""
+    tied = dict(tied)
     for name, first in tied_names({n: tuned[n] for n in base if n in tuned}, "tuned").items():
-        if name != first and tied[name] == name and _same_bits(base[name], base[first]):
+        if name != first and tied[name] == name and same_bits(base[name], base[first]):
             tied[name] = tied[first]
     return {n: tied[first] for n, first in tied.items()}
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have one shape, dtype and content, bit for bit."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    pair = [t.contiguous().view(-1).view(torch.uint8) for t in (one, other.to(one.device))]
-    return torch.equal(pair[0], pair[1])
+    pair = [t.detach().resolve_conj().resolve_neg().contiguous() for t in (one, other.to(one.device))]
+    return torch.equal(*(t.view(-1).view(torch.uint8) for t in pair))
 
 
 def with_tied_names(tuned: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
-    """`tuned` with the first name of each tied tensor of the base, also where it has only another.
-
-    Raises:
-        ValueError: tensors that are tied in the base differ in `tuned`.
+    """`tuned` with the first name of each tied tensor of the base, also where it has only another. ValueError where
+    tensors that are tied in the base differ.
     """
     found = dict(tuned)
     for name, first in tied.items():

@@ -58,7 +58,7 @@ class Change:
         for mask, part in _groups(self.mask, self.tensors, split=bool(self.copies)):
             values, low = self.values[part].to(mask.device), _low_within(self.low, part, mask.device)
             copies = [n for n, first in self.copies.items() if mask.names == (first,)]
-            renamed = [CSRMask([n], mask.shapes, mask.crow_indices, mask.col_indices) for n in copies]
+            renamed = [CSRMask.unchecked([n], mask.shapes, mask.crow_indices, mask.col_indices) for n in copies]
             for one in (mask, *renamed):
                 old = one.gather(self.tensors)
                 self.written.append((one, old, base_plus_delta(old, values, self.alpha, low)))
@@ -190,9 +190,7 @@ def _memory(tensor: Tensor) -> tuple:
 def _groups(
     mask: CSRMask, tensors: Mapping[str, Tensor], without: Sequence[str] = (), split: bool = False
 ) -> Iterator[tuple[CSRMask, slice]]:
-    """The mask if its tensors have one device and dtype, else that of each tensor; each on the tensors' device, with
-    the range of its entries in a compact tensor.
-    """
+    """The mask, or one for each tensor where device or dtype differ, on its device; with the range of its entries."""
     kinds = {(tensors[n].device, tensors[n].dtype) for n in mask.names}
     if len(kinds) == 1 and not split and not any(n in mask for n in without):
         yield mask.to(next(iter(kinds))[0]), slice(0, mask.nnz)

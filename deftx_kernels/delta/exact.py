@@ -5,12 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from deftx_kernels.kernels.tensors import FLOATS, INTEGERS
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.ops.schemas import compute_dtype
-from deftx_kernels.validation import FLOATS
 
 SUMMABLE = FLOATS | {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 _CHUNK = 1 << 22  # entries
 # 0 plus this is rounded to -0.0 in every dtype smaller than float64. Not subnormal, so never flushed to zero.
 _NEGATIVE_ZERO = -1e-300
@@ -26,14 +25,9 @@ def bits_differ(new: Tensor, old: Tensor) -> Tensor:
         real = [torch.view_as_real(t.to(dtype).resolve_conj()) for t in (new, old)]
         return bits_differ(*real).any(-1)
     if new.dtype == old.dtype:
-        return new.view(_BITS[old.element_size()]) != old.view(_BITS[old.element_size()])
+        return new.view(INTEGERS[old.element_size()]) != old.view(INTEGERS[old.element_size()])
     new, old = new.to(torch.float64), old.to(torch.float64)
     return ((new != old) | (new.signbit() != old.signbit())) & ~(new.isnan() & old.isnan())
-
-
-def same_tensor(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have one shape, dtype and content, bit for bit."""
-    return one.shape == other.shape and one.dtype == other.dtype and not bool(bits_differ(one, other).any())
 
 
 def base_plus_delta(base: Tensor, values: Tensor, alpha: float = 1.0, low: Low | None = None) -> Tensor:
@@ -49,7 +43,7 @@ def base_plus_delta(base: Tensor, values: Tensor, alpha: float = 1.0, low: Low |
     if low is not None:
         positions, terms = low
         sums = torch.add(wide[positions].to(torch.float64), values[positions].to(torch.float64), alpha=alpha)
-        bits = _BITS[base.element_size()]  # indexing supports integers, but not every float8
+        bits = INTEGERS[base.element_size()]  # indexing supports integers, but not every float8
         result.view(bits)[positions] = torch.add(sums, terms, alpha=alpha).to(base.dtype).view(bits)
     return result
 
@@ -57,9 +51,7 @@ def base_plus_delta(base: Tensor, values: Tensor, alpha: float = 1.0, low: Low |
 def exact_differences(
     mask: CSRMask, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]
 ) -> tuple[Tensor, Low, int]:
-    """Compact values and low terms with base_plus_delta(base, values, low=low) = tuned at the mask's entries, and the
-    number of entries that have no such terms.
-    """
+    """Compact values and low terms for which `base_plus_delta` gives `tuned`, and the number of entries without any."""
     values, positions, terms, start, inexact = [], [], [], 0, 0
     for name in mask.names:
         one = mask[name]

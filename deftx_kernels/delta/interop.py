@@ -47,26 +47,17 @@ def _from_entries(tensors: Mapping[str, Entries]) -> tuple[CSRMask, Tensor]:
     names = sorted(tensors)
     shapes = [tensors[n][0] for n in names]
     CSRMask.check_layout(names, shapes)
-    counts, columns, values = [], [], []
+    indices, values, start = [], [], 0
     for name, shape in zip(names, shapes):
-        rows, width = rows_and_columns(shape)
         flat, position = torch.unique(tensors[name][1], return_inverse=True)
         sums = torch.zeros(len(flat), dtype=torch.float32, device="cpu")
         values.append(sums.index_add_(0, position, tensors[name][2].to(torch.float32)))
-        counts.append(torch.bincount(flat // max(width, 1), minlength=rows))
-        columns.append(flat % max(width, 1))
-    return _stacked(names, shapes, counts, columns), torch.cat(values)
-
-
-def _stacked(names: list[str], shapes: list[torch.Size], counts: list[Tensor], columns: list[Tensor]) -> CSRMask:
-    """The mask from the entries per row and the columns of each tensor."""
-    crow = torch.cat([counts[0].new_zeros(1), *counts]).cumsum(0)
-    return CSRMask(names, shapes, crow, torch.cat(columns).to(column_dtype(shapes)))
+        indices.append(flat + start)
+        start += shape.numel()
+    return CSRMask.from_flat_indices(names, shapes, torch.cat(indices)), torch.cat(values)
 
 
 # ---- composable-sft (Ansell et al. 2022) ----
-
-
 def from_composable_sft(directory: str | os.PathLike) -> SparseDelta:
     """Read `pytorch_diff.bin` of the composable-sft library.
 
@@ -216,8 +207,6 @@ def to_composable_sft(delta: SparseDelta, directory: str | os.PathLike) -> None:
 
 
 # ---- PEFT SHiRA ----
-
-
 def from_peft_shira(directory: str | os.PathLike, base: Model | None = None) -> SparseDelta:
     """Read a SHiRA adapter that PEFT saved, as the differences of its modules' weights (PEFT's scaling is 1).
 
@@ -285,8 +274,6 @@ def _decode_shira(module: str, values: Tensor, index: Tensor | None, r: int, siz
 
 
 # ---- CSR matrices ----
-
-
 def from_csr(matrices: Mapping[str, Any]) -> tuple[CSRMask, Tensor]:
     """Mask and compact values of CSR matrices of torch, SciPy or CuPy, all of one library and on one device.
 
@@ -308,7 +295,8 @@ def from_csr(matrices: Mapping[str, Any]) -> tuple[CSRMask, Tensor]:
         counts.append(crow.diff())
         columns.append(col[order])
         values.append(data[order])
-    return _stacked(names, shapes, counts, columns), torch.cat(values)
+    crow = torch.cat([counts[0].new_zeros(1), *counts]).cumsum(0)
+    return CSRMask(names, shapes, crow, torch.cat(columns).to(column_dtype(shapes))), torch.cat(values)
 
 
 def _csr_parts(name: str, matrix: Any) -> tuple[Tensor, Tensor, Tensor, torch.Size]:

@@ -6,20 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deftx_kernels.delta.exact import SUMMABLE, same_tensor
+from deftx_kernels import validation
+from deftx_kernels.delta.exact import SUMMABLE
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import masked_parameters, plain_tensors
-from deftx_kernels.validation import (
-    all_tensors,
-    check_plain,
-    check_readable,
-    check_writable,
-    plain_name,
-    tied_in_either,
-    tied_names,
-    unwrapped,
-    with_tied_names,
-)
 
 Model = nn.Module | Mapping[str, Tensor]
 
@@ -28,35 +18,35 @@ def current_tensors(model: Model) -> dict[str, Any]:
     """Name → parameter or buffer as the model has it now, tied ones under each name."""
     if not isinstance(model, nn.Module):
         return dict(model)
-    inner = unwrapped(model)
+    inner = validation.unwrapped(model)
     found = (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False))
-    return {plain_name(n): t for n, t in found}
+    return {validation.plain_name(n): t for n, t in found}
 
 
 def _persistent_buffers(model: Model) -> dict[str, Tensor]:
     found = {}
-    for prefix, module in (
-        unwrapped(model).named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ()
-    ):
+    inner = validation.unwrapped(model) if isinstance(model, nn.Module) else nn.ModuleList()
+    for prefix, module in inner.named_modules(remove_duplicate=False):
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if name not in module._non_persistent_buffers_set:
-                found[plain_name(f"{prefix}.{name}" if prefix else name)] = buffer.detach()
+                found[validation.plain_name(f"{prefix}.{name}" if prefix else name)] = buffer.detach()
     return found
 
 
 def _tensors_and_buffers(model: Model, argument: str) -> tuple[dict[str, Tensor], set[str]]:
-    """Name → tensor, tied ones under each name (of a sparsified model, the tensors of the plain one), and the names of
-    a module's buffers.
-    """
+    """Name → tensor (the plain model's of a sparsified one), tied ones under each name, and the names of buffers."""
     if isinstance(model, nn.Module) and masked_parameters(model):
-        tensors = {plain_name(n): t for n, t in all_tensors(plain_tensors(unwrapped(model)), argument).items()}
+        tensors = {
+            validation.plain_name(n): t
+            for n, t in validation.all_tensors(plain_tensors(validation.unwrapped(model)), argument).items()
+        }
     else:
-        tensors = all_tensors(model, argument)
+        tensors = validation.all_tensors(model, argument)
     buffers = _persistent_buffers(model)
     tensors |= buffers
     for name, tensor in tensors.items():
-        check_plain(tensor, f"{argument}[{name!r}]")
-        check_readable(tensor, f"{argument}[{name!r}]")
+        validation.check_plain(tensor, f"{argument}[{name!r}]")
+        validation.check_readable(tensor, f"{argument}[{name!r}]")
     return tensors, set(buffers)
 
 
@@ -78,10 +68,12 @@ def match_tensors(tuned: Model, base: Model, mask: CSRMask | None, dense: Iterab
     wanted, covered = set(dense), () if mask is None else mask.names
     buffers = (old_buffers | new_buffers) & old.keys() & new.keys()
     old = {n: t for n, t in old.items() if n in new or n not in old_buffers}
-    tied = tied_names(old, "base")
-    new = with_tied_names({n: t for n, t in new.items() if n in old or n in wanted or n not in new_buffers}, tied)
-    tied_in_tuned = tied_names({n: new[n] for n in sorted(new, key=lambda n: n not in old)}, "tuned")
-    for name, first in tied_in_either(old, new).items():
+    tied = validation.tied_names(old, "base")
+    new = validation.with_tied_names(
+        {n: t for n, t in new.items() if n in old or n in wanted or n not in new_buffers}, tied
+    )
+    tied_in_tuned = validation.tied_names({n: new[n] for n in sorted(new, key=lambda n: n not in old)}, "tuned")
+    for name, first in validation.tied_in_either(old, new, tied).items():
         if name not in covered and not (name in wanted and first in covered):  # else they are two tensors
             tied[name] = first
     for name in sorted(wanted - new.keys()):
@@ -101,18 +93,13 @@ def match_tensors(tuned: Model, base: Model, mask: CSRMask | None, dense: Iterab
 def checked_targets(
     model: Model, mask: CSRMask, dense: Mapping[str, Tensor], tied: Mapping[str, str], strict: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The model's tensors that a delta is written to, by name, and which of them are copies: name → name in the delta.
-
-    Args:
-        mask, dense, tied: of the delta. strict: as in `SparseDelta.apply_`.
-
-    Raises:
-        ValueError, TypeError: as `SparseDelta.apply_` does before it reads the tensors' content.
+    """The model's tensors that a delta (mask, dense, tied) is written to, by name, and which of them are copies: name →
+    name in the delta. Errors and `strict` as in `SparseDelta.apply_`.
     """
     if isinstance(model, nn.Module) and masked_parameters(model):
         raise ValueError("model is sparsified: densify(model) before a delta is applied")
     if not isinstance(model, nn.Module):
-        all_tensors(model, "model")
+        validation.all_tensors(model, "model")
     present = current_tensors(model)
     shapes = dict(zip(mask.names, mask.shapes)) | {n: t.shape for n, t in dense.items()}
     copies = {n: first for n, first in tied.items() if first in shapes and n not in shapes and n in present}
@@ -126,26 +113,26 @@ def checked_targets(
         needs_sum = copies.get(name, name) in mask
         _check_target(present[name], labels[name], shape, needs_sum, dense.get(name))
     targets = {n: present[n] for n in shapes}
-    for name, first in tied_names(targets, "model").items():
+    for name, first in validation.tied_names(targets, "model").items():
         if name != first:
             if copies.get(name) != copies.get(first, first):
                 raise ValueError(f"model has one tensor as {first!r} and {name!r}, the delta changes both")
             del targets[name], copies[name]
     for name, first in list(copies.items()):
-        if not same_tensor(targets[name], targets[first]):
+        if not validation.same_bits(targets[name], targets[first]):
             if strict:
                 raise ValueError(
                     f"{labels[name]} was tied to {first!r} in the base of this delta, here it has other values "
                     "(strict=False leaves it as it is)"
                 )
             del targets[name], copies[name]
-    check_writable({labels[n]: t for n, t in targets.items()})
+    validation.check_writable({labels[n]: t for n, t in targets.items()})
     return targets, copies
 
 
 def _check_target(tensor: Tensor, label: str, shape: torch.Size, needs_sum: bool, whole: Tensor | None) -> None:
-    check_plain(tensor, label)
-    check_readable(tensor, label)
+    validation.check_plain(tensor, label)
+    validation.check_readable(tensor, label)
     if tensor.shape != shape:
         raise ValueError(f"{label} has shape {list(tensor.shape)}, the delta was made for {list(shape)}")
     if needs_sum and tensor.dtype not in SUMMABLE:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from deftx_kernels.delta import storage
 from deftx_kernels.delta.change import Change
-from deftx_kernels.delta.exact import SUMMABLE, Low, bits_differ, exact_differences, same_tensor
+from deftx_kernels.delta.exact import SUMMABLE, Low, bits_differ, exact_differences
 from deftx_kernels.delta.fingerprints import fingerprint, update
 from deftx_kernels.delta.models import Matched, Model, checked_targets, current_tensors, match_tensors
 from deftx_kernels.files import reading
-from deftx_kernels.mask import CSRMask, usable_in_backward
-from deftx_kernels.validation import check_plain, check_readable, is_number
+from deftx_kernels.mask import CSRMask
+from deftx_kernels.validation import check_plain, check_readable, is_number, same_bits, usable_in_backward
 
 _DENSE = "dense."
 
@@ -93,7 +93,6 @@ class SparseDelta:
         return SparseDelta(self.mask.to(device), self.values.to(device), dense, self.metadata, low)
 
     # ---- from models ----
-
     @classmethod
     def from_models(
         cls,
@@ -139,7 +138,6 @@ class SparseDelta:
         return cls(mask, values, {n: new[n].clone() for n in sorted(whole)}, details, low)
 
     # ---- on models ----
-
     def apply_(self, model: Model, alpha: float = 1.0, dense: bool = True, *, strict: bool = True) -> None:
         """model += alpha * delta at the mask's entries, in float32 or better; with `dense`, copy the whole tensors,
         too.
@@ -228,7 +226,6 @@ class SparseDelta:
         return sha.hexdigest()
 
     # ---- composition ----
-
     def compose(*deltas: "SparseDelta") -> "SparseDelta":
         """The sum of deltas of one base: `compose(task, language)`, as in Ansell et al. (2022), eq. 2.
 
@@ -257,7 +254,7 @@ class SparseDelta:
         tied: dict[str, str] = {}
         for i, delta in enumerate(deltas):
             for name, tensor in delta.dense.items():
-                if not same_tensor(dense.setdefault(name, tensor), tensor):
+                if not same_bits(dense.setdefault(name, tensor), tensor):
                     raise ValueError(f"dense tensor {name!r} is in two deltas with different values")
             for name, value in delta.metadata.get("base_fingerprint", {}).items():
                 if base.setdefault(name, value) != value:
@@ -280,7 +277,6 @@ class SparseDelta:
         return SparseDelta(mask, values, dense, metadata, low)
 
     # ---- files ----
-
     def save_pretrained(self, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write `sparse_delta.safetensors` and `sparse_delta_config.json`.
 
@@ -355,7 +351,7 @@ class SparseDelta:
             if tensors:
                 raise ValueError(f"it holds tensor {min(tensors)!r}, which its configuration does not name")
             delta = cls(mask, values, dense, config["metadata"], low)
-        return delta.to(device)
+        return delta if mask.device == torch.device(device) else delta.to(device)
 
     def push_to_hub(
         self,
@@ -428,9 +424,7 @@ def _checked_mask(matched: Matched, mask: CSRMask | None) -> CSRMask:
 
 
 def _sum(deltas: Sequence[SparseDelta], mask: CSRMask) -> tuple[Tensor, Low]:
-    """Values and low terms of the sum, over the mask of all; low terms if a delta has one or float32 cannot hold the
-    sum.
-    """
+    """Values and low terms of the sum; low terms where a delta has one or float32 cannot hold the sum."""
     values = torch.zeros(mask.nnz, dtype=torch.float64, device=mask.device)
     low = torch.zeros_like(values)
     has_low = torch.zeros_like(values, dtype=torch.bool)

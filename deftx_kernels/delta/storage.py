@@ -24,12 +24,7 @@ FORMAT, VERSION = "deftx_sparse_delta", 2
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write both files. After an error, a kill or concurrent saves, the folder holds one complete delta.
-
-    Raises:
-        TypeError, ValueError: the configuration cannot be written as JSON; no file has been written then.
-        OSError: `folder` is a file, or a file cannot be written; the message names it.
-    """
+    """Write both files. TypeError or ValueError, before anything is written, for a configuration that is not JSON."""
     saved = json.loads(json.dumps({"format": FORMAT, "format_version": VERSION, **config}))  # keys become strings
     saved["content"] = checksum(saved, tensors)
     text = json.dumps(saved, indent=2, sort_keys=True) + "\n"
@@ -39,12 +34,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any])
 
 
 def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors, on the CPU, that `save` wrote. The caller checks what they contain.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or of another format; the message names it.
-    """
+    """The configuration and the tensors, on the CPU, that `save` wrote. The caller checks what they contain."""
     check_files(folder, CONFIG_NAME, WEIGHTS_NAME)
     with reading(folder / WEIGHTS_NAME, "sparse delta"), safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
         header = file.metadata() or {}

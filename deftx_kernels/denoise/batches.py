@@ -19,7 +19,7 @@ from deftx_kernels.ops.schemas import compute_dtype
 from deftx_kernels.validation import check_finite
 
 _MATRICES_PER_CALL = 16  # matrices between two calls of `progress`, at least
-_SMALL_SIDE = 32  # the short side of small matrices is at most this
+_SMALL_SIDE, _SMALL_MATRIX = 32, 1 << 16  # the short side and the entries of a small matrix at most
 _SMALL_BATCH = 1 << 20  # entries of the small matrices of one batch
 
 Found = dict[Any, list[Sequence[Tensor]]]  # name -> rank, energy and residual of the tensor's matrices, batch by batch
@@ -51,7 +51,9 @@ def denoise(
     totals = _sums_of_squares(sources, labels)
     found: Found = {name: [] for name in sources}
     matrices = {name: t for name, t in sources.items() if t.numel()}
-    small = {name: t for name, t in matrices.items() if _is_small(t.shape)}
+    # Of small matrices, calls for each one would take longer than a batched singular value decomposition.
+    sizes = {name: sorted(t.shape[-2:]) for name, t in matrices.items()}
+    small = {name: matrices[name] for name, (n, m) in sizes.items() if n <= _SMALL_SIDE and m * n <= _SMALL_MATRIX}
     large = {name: t for name, t in matrices.items() if name not in small}
     done, total = 0, sum(math.prod(t.shape[:-2]) for t in matrices.values())
     steps = itertools.chain(_denoise_small(small, outs, rule, found), _denoise_large(large, outs, totals, rule, found))
@@ -62,12 +64,6 @@ def denoise(
     if progress is not None:
         progress(done, total)
     return {name: _information(t, found[name], rule) for name, t in sources.items()}
-
-
-def _is_small(shape: torch.Size) -> bool:
-    """Whether calls for each matrix would take longer than a batched singular value decomposition."""
-    m, n = shape[-2:]
-    return min(m, n) <= _SMALL_SIDE and m * n <= 1 << 16
 
 
 def _denoise_small(
@@ -199,7 +195,6 @@ def _sums_of_squares(sources: Mapping[Any, Tensor], labels: Mapping[Any, str]) -
 
 
 def _information(tensor: Tensor, found: list[Sequence[Tensor]], rule: Rule) -> dict[str, Tensor]:
-    """What `denoise` returns for a tensor, from its matrices' rank, energy and residual."""
     batch, device = tensor.shape[:-2], tensor.device
     if found:
         rank, energy, residual = (torch.cat(x).view(batch) if len(x) > 1 else x[0].view(batch) for x in zip(*found))
@@ -212,7 +207,6 @@ def _information(tensor: Tensor, found: list[Sequence[Tensor]], rule: Rule) -> d
 def _batch_size(
     shape: torch.Size, dtype: torch.dtype, device: torch.device, test_matrix: Tensor | None, limit: int | None
 ) -> int:
-    """How many matrices are computed at a time."""
     m, n = max(shape), min(shape)
     # Memory per matrix: its products with the test matrix; or its Gram matrix, eigenvectors and LAPACK's workspace.
     # On CUDA: two bfloat16 parts, together as large as the matrix, and copies of the matrices that take more iterations

@@ -14,7 +14,7 @@ from deftx_kernels.denoise.products import full_precision
 from deftx_kernels.denoise.rule import check_rule
 from deftx_kernels.denoise.subspace import singular_triplets
 from deftx_kernels.ops.schemas import compute_dtype
-from deftx_kernels.validation import check_finite, check_float, check_int, check_matrix, check_readable
+from deftx_kernels.validation import check_finite, check_float, check_int, check_readable
 
 
 def truncated_svd(
@@ -56,7 +56,11 @@ def truncated_svd(
                 [0., 2., 0.],
                 [0., 0., 0.]])
     """
-    check_matrix(a, "a")
+    check_float(a, "a")
+    check_readable(a, "a")
+    if a.dim() < 2:
+        raise ValueError(f"a must have at least 2 dimensions [..., m, n], got shape {list(a.shape)}")
+    check_finite(a.detach(), "a")
     check_int(rank, "rank", 1)
     rule = check_rule(rank, None, 0.0, oversample, n_iter, generator)
     *batch, m, n = a.shape
@@ -142,12 +146,15 @@ def svd_denoise(
     """
     rule = check_rule(rank, energy, residual_density, oversample, n_iter, generator, batch_bytes)
     tensors: dict[Any, Tensor]
+    structure: Callable[[dict], Any]  # makes the structure of `delta` from a dict with the keys of `tensors`
     if isinstance(delta, Tensor):
-        tensors, labels = {0: delta}, ["delta"]
+        tensors, labels, structure = {0: delta}, ["delta"], lambda found: found[0]
     elif isinstance(delta, Mapping):
-        tensors, labels = dict(delta), [f"delta[{n!r}]" for n in delta]
+        tensors, labels, structure = dict(delta), [f"delta[{n!r}]" for n in delta], dict
     elif isinstance(delta, Sequence) and not isinstance(delta, str):
         tensors, labels = dict(enumerate(delta)), [f"delta[{i}]" for i in range(len(delta))]
+        sequence = tuple if isinstance(delta, tuple) else list
+        structure = lambda found: sequence(found.values())  # noqa: E731
     else:
         raise TypeError(f"delta must be a tensor, a mapping or a sequence of tensors, got {type(delta).__name__}")
     for tensor, label in zip(tensors.values(), labels):
@@ -164,13 +171,4 @@ def svd_denoise(
         results[name] = (torch.empty_like if is_written else torch.clone)(tensor, memory_format=torch.contiguous_format)
     if return_info or not rule.keeps_all:
         infos |= denoise(matrices, results, dict(zip(tensors, labels)), rule, progress)
-    result: Any
-    info: Any
-    if isinstance(delta, Tensor):
-        result, info = results[0], infos[0]
-    elif isinstance(delta, Mapping):
-        result, info = results, infos
-    else:
-        sequence = tuple if isinstance(delta, tuple) else list
-        result, info = sequence(results.values()), sequence(infos.values())
-    return (result, info) if return_info else result
+    return (structure(results), structure(infos)) if return_info else structure(results)

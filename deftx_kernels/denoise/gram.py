@@ -27,7 +27,12 @@ def denoise_by_gram(
     """Writes L + prune(H) to `out`. The ranks int64, and the sums of squares of L and of what is lost, float64."""
     shape, grams = matrices[0].shape, workspace[: len(matrices)]
     runs = _runs(matrices, grams.shape[0] * grams.shape[1])
-    _gram_matrices_(grams, matrices, runs)
+    if products.uses_split_products(grams):
+        for run in runs:
+            gram_(grams[run], as_tall(_stacked(matrices[run])).split(ROWS, 1))
+    else:
+        for w, gram in zip(matrices, grams):
+            _gram_matrix_(gram, as_tall(w))
     # On a GPU products should be faster than a batched eigendecomposition; not measured yet.
     squares, vectors = (eigvalsh(grams), None) if products.uses_split_products(grams) else eigh(grams, rule, shape)
     values = squares.to("cpu", torch.float64).clamp(min=0).flip(-1)  # all decisions from them are made on the CPU
@@ -78,15 +83,6 @@ def _stacked(matrices: Sequence[Tensor]) -> Tensor:  # [b, m, n]
 
 
 # ---- Gram matrices, and whether their eigenvalues determine the ranks ----
-def _gram_matrices_(grams: Tensor, matrices: Sequence[Tensor], runs: list[slice]) -> None:
-    if products.uses_split_products(grams):
-        for run in runs:
-            gram_(grams[run], as_tall(_stacked(matrices[run])).split(ROWS, 1))
-    else:
-        for w, gram in zip(matrices, grams):
-            _gram_matrix_(gram, as_tall(w))
-
-
 def _gram_matrix_(gram: Tensor, w: Tensor) -> None:  # [n, n], [m, n]
     """gram = w.mT @ w. Truncation multiplies its errors by the largest eigenvalue over the gap at the cut."""
     n = w.shape[1]
@@ -176,8 +172,7 @@ _WINDOW = 16  # eigenvectors on either side of the cut; `eigh` gives as many bey
 # residual is (see _RESIDUAL); the largest error found was 1.5e-3 (power laws, spikes of 400 times the noise), where
 # 99.9 % of the largest 5 % of the entries are those of the exact matrix.
 _ERROR, _RANK_ERROR = 2e-5, 1e-3
-# With a given rank: by how much the squared residual may exceed the smallest one. A residual of 1.02 times the smallest
-# one is documented.
+# With a given rank: by how much the squared residual may exceed the smallest one (documented: residual 1.02 times it).
 _RESIDUAL = 0.01
 
 

@@ -96,9 +96,7 @@ def check_rule(
 
 @functools.cache
 def gavish_donoho_multiple(m: int, n: int) -> float:
-    """The optimal hard threshold for singular values of noise of unknown level, in units of their median (Gavish &
-    Donoho 2014, eqs. 11 and 4).
-    """
+    """The optimal hard threshold for unknown noise, in median singular values (Gavish & Donoho 2014, eqs. 11 and 4)."""
     beta = min(m, n) / max(m, n)
     threshold = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
     # mu_beta is the median of the squared singular values: the median of the singular values is its root.

@@ -16,14 +16,7 @@ from deftx_kernels.denoise.matrices import (
     prune_from_factors,
     sums_of_squares,
 )
-from deftx_kernels.denoise.products import (
-    Operand,
-    SeparateMatrices,
-    SplitBF16,
-    matmul,
-    matmul_,
-    rough_matmul,
-)
+from deftx_kernels.denoise.products import Operand, SeparateMatrices, SplitBF16, matmul, matmul_, rough_matmul
 from deftx_kernels.denoise.rule import Rule
 
 

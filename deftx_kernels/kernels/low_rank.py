@@ -12,8 +12,7 @@ from torch import Tensor
 
 from deftx_kernels.kernels.launch import cdiv, on
 
-# Fixed, not tuned: other tiles could sum in another order. Larger tiles, or more of r at a time, spill registers. Not
-# timed yet.
+# Fixed, not tuned: other tiles could sum in another order. Larger tiles or BLOCK_K spill registers. Not timed yet.
 BLOCK_M, BLOCK_N, BLOCK_K = 64, 128, 16
 NUM_WARPS = 8
 NUM_STAGES = 3

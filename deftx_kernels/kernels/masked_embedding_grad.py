@@ -159,16 +159,9 @@ def masked_embedding_grad(
         keys, order = torch.sort(indices, stable=True)
         partial_sums = torch.empty(stretches, 2, d, dtype=acc, device=device)
         numbers = tokens, d, rows, nnz, padding_idx
-        tensors = (grad_output.contiguous(), keys, order, crow_indices, col_indices, out, partial_sums)
-        _launch_segments((tokens, chunks, 1), kind, tensors, numbers, SEGMENT, OCCURRENCES, ENTRIES)
+        sorted_tokens = grad_output.contiguous(), keys, order, crow_indices, col_indices, out, partial_sums
+        _launch_segments((tokens, chunks, 1), kind, sorted_tokens, numbers, SEGMENT, OCCURRENCES, ENTRIES)
         if stretches > 1:
-            _launch_finish(
-                (stretches - 1, chunks, 1),
-                kind,
-                (keys, crow_indices, out, partial_sums),
-                numbers,
-                SEGMENT,
-                PARTS,
-                ENTRIES,
-            )
+            sums = (keys, crow_indices, out, partial_sums)
+            _launch_finish((stretches - 1, chunks, 1), kind, sums, numbers, SEGMENT, PARTS, ENTRIES)
     return out

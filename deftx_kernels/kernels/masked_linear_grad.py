@@ -20,8 +20,7 @@ from deftx_kernels.kernels.launch import Launcher, cdiv, on
 from deftx_kernels.kernels.rows import TRITON_DTYPE
 
 # Rows, columns and tokens of a tile. Fixed, not tuned: chosen so that nothing spills, and that on sm_90 and sm_100 two
-# programs of 16-bit tiles share a multiprocessor (128 registers), one searching or storing while the other multiplies.
-# Not timed yet.
+# programs of 16-bit tiles share a multiprocessor (128 registers), one searching while the other multiplies. Not timed.
 TILES = {2: (128, 128, 64), 4: (128, 64, 32), 8: (128, 64, 16)}  # by the inputs' bytes per element
 NUM_WARPS = 8
 NUM_STAGES = 3
@@ -30,8 +29,7 @@ WAYS = 16  # of the search for the tile's first column in each row: two rounds f
 CHUNK = 16  # entries of each row that are read at a time
 SUM_BLOCK = 1024  # entries of a program that adds up partial sums
 
-# What a program and the launch that adds up cost beside the products, in steps over BLOCK_K tokens. Estimated, not
-# timed yet.
+# What a program and the launch that adds up cost beside the products, in steps over BLOCK_K tokens: an estimate.
 _OVERHEAD = 8
 _SCRATCH = 1 << 23  # partial sums at most: 32 MB of float32 stay in the cache
 
@@ -119,8 +117,7 @@ def _masked_linear_grad_kernel(
     row = first_row + tl.arange(0, BLOCK_M)
     column = first_column + tl.arange(0, BLOCK_N)
 
-    # Entries are counted from the tile's first one on, in 32 bits. Whatever crow_indices holds, they are among the nnz
-    # ones.
+    # Entries are counted from the tile's first one on, in 32 bits. Whatever crow_indices holds, they are below nnz.
     base = tl.minimum(tl.maximum(tl.load(crow_indices + first_row), 0), nnz)
     end_of_tile = base + tl.minimum(nnz - base, 0x7FFFFFFF - CHUNK)
     col_indices += base
@@ -142,8 +139,7 @@ def _masked_linear_grad_kernel(
     step = tl.full((), BLOCK_K, tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for token in range(start, end, BLOCK_K):
-        # No arithmetic between a load and the product: both operands stay in shared memory (ptxas corrupts wgmma's in
-        # registers).
+        # No arithmetic between load and product: operands stay in shared memory (ptxas corrupts wgmma's in registers).
         inside = (token + k < end)[:, None]
         g = tl.load(grad_tile, mask=inside & (row < grad_stride)[None, :], other=0.0)
         x = tl.load(input_tile, mask=inside & (column < input_stride)[None, :], other=0.0)

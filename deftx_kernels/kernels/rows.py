@@ -7,7 +7,6 @@ be built, kept or synchronised with a mask.
 """
 
 import functools
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -16,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Ways of the search for a program's first and last row: three rounds for 2,000,000 rows, where halving takes 21
-# dependent loads.
+from deftx_kernels.kernels.tensors import overlapping, rows_and_columns
+
+# Ways of the search for a program's first and last row: 3 rounds for 2,000,000 rows; halving takes 21 dependent loads.
 WAYS = 128
 
 TRITON_DTYPE = {
@@ -94,9 +94,7 @@ def locate(
     OTHER: tl.constexpr,
     WAYS: tl.constexpr,
 ):
-    """Pointers to the entries [BLOCK] in the tensors and in the other ones: inside, whatever crow_indices and columns
-    hold.
-    """
+    """Pointers to the entries [BLOCK] in both lists of tensors: inside, whatever crow_indices and columns hold."""
     first_row, last_row = _search(crow_indices, rows, start, end - 1, WAYS)
     row = first_row + _search_each(crow_indices, first_row, last_row, entry)
     first, last = _search(table + n_tensors, n_tensors, first_row, last_row, WAYS)
@@ -118,7 +116,7 @@ def _layout(shapes: tuple[torch.Size, ...]) -> tuple[tuple[int, ...], tuple[int,
     """First row and last column of each tensor, the rows of all, and index → rows of the tensors without columns."""
     first_rows, last_columns, row, empty = [], [], 0, {}
     for i, shape in enumerate(shapes):
-        rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+        rows, columns = rows_and_columns(shape)
         first_rows.append(row)
         last_columns.append(max(columns, 1) - 1)
         row += rows
@@ -151,8 +149,7 @@ def tensor_table(
 
     def check() -> None:
         _check_layout(tensors, device)
-        spans = sorted((a, a + t.numel() * t.element_size()) for a, t in zip(at, tensors) if t.numel())
-        if written and any(before[1] > after[0] for before, after in zip(spans, spans[1:])):
+        if written and overlapping(tensors):
             raise ValueError("two tensors that are written share memory")
 
     return device_table(device, order, at + first_rows + last_columns, check)

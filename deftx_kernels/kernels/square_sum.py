@@ -10,8 +10,7 @@ from torch import Tensor
 from deftx_kernels.kernels.launch import Launcher, cdiv, on
 from deftx_kernels.kernels.rows import TRITON_DTYPE, WAYS, addresses, locate, tensor_table
 
-# 4 entries a thread take 32 registers (sm_80: 38), so that all (three quarters) of a multiprocessor's threads run. Not
-# timed yet.
+# 4 entries a thread take 32 registers (sm_80: 38): all (three quarters) of a multiprocessor's threads run. Not timed.
 BLOCK = 512
 NUM_WARPS = 4
 
@@ -48,9 +47,7 @@ def csr_square_sum(
     crow_indices: Tensor,  # int64 [rows + 1]
     col_indices: Tensor,  # uint16 or int32 [nnz]
 ) -> Tensor:
-    """The operator `deftx::csr_square_sum` on tensors of one CUDA device. No value is read back; capturable in a CUDA
-    graph.
-    """
+    """The operator `deftx::csr_square_sum` on one CUDA device. No value is read back; capturable in a CUDA graph."""
     nnz, device = col_indices.numel(), col_indices.device
     if nnz == 0:
         return torch.zeros((), dtype=torch.float64, device=device)

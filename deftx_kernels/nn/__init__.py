@@ -4,22 +4,13 @@ Each masked parameter keeps its dense tensor, frozen, and gets a compact trainab
 gradients, optimizer state and all-reduce are of size nnz.
 """
 
-from deftx_kernels.nn.entries import Entry, MaskedParameter, entries_of
+from deftx_kernels.nn.entries import entries_of
 from deftx_kernels.nn.functional import masked_embedding, masked_linear
-from deftx_kernels.nn.modules import (
-    MaskedEmbedding,
-    MaskedLinear,
-    densify,
-    masked_parameters,
-    plain_tensors,
-    sparsify,
-)
+from deftx_kernels.nn.modules import MaskedEmbedding, MaskedLinear, densify, masked_parameters, plain_tensors, sparsify
 
 __all__ = [
-    "Entry",
     "MaskedEmbedding",
     "MaskedLinear",
-    "MaskedParameter",
     "densify",
     "entries_of",
     "masked_embedding",

@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
 
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.nn.functional import is_traced
 
 
 class MaskedParameter(NamedTuple):
@@ -27,11 +28,6 @@ class MaskedParameter(NamedTuple):
     dense: nn.Parameter  # any shape
     values: nn.Parameter  # [nnz]
     mask: CSRMask
-
-
-def values_name(attribute: str) -> str:
-    """The name of the compact parameter beside a module's parameter."""
-    return "values" if attribute == "weight" else f"{attribute}_values"
 
 
 class TrackedParameter(nn.Parameter):
@@ -82,9 +78,7 @@ def _version(tensor: Tensor) -> int:
 
 
 class ChangeTracker:
-    """Detects whether one of an entry's two tensors was written since they were last synchronised, directly or through
-    another tensor with the same memory (an alias).
-    """
+    """Detects writes to one of an entry's two tensors since they were last synchronised, also through an alias."""
 
     def __init__(self, entry: "Entry", is_values: bool) -> None:
         self.entry, self.is_values = weakref.ref(entry), is_values
@@ -293,9 +287,7 @@ class ValuesBuffer:
 
 
 class DifferentiableWeight(Tensor):
-    """A masked parameter that is read as an attribute of its module: its gradient becomes that of the values, and its
-    `.data` is that of the dense tensor.
-    """
+    """A masked parameter read as an attribute: its gradient is that of the values, its `.data` the dense tensor's."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     _is_param = True  # isinstance(weight, nn.Parameter), as `Module.get_parameter` requires
@@ -304,7 +296,7 @@ class DifferentiableWeight(Tensor):
     @classmethod
     def of(cls, weight: Tensor, entry: Entry) -> Tensor:
         """`weight`, a function of the entry's values, as this class; unchanged under a tracer."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if is_traced():
             return weight
         weight = weight.as_subclass(cls)
         weight.entry = entry

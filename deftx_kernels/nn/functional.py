@@ -1,6 +1,4 @@
-"""`masked_linear` and `masked_embedding`, and the autograd functions of masked parameters: forward reads the dense
-tensor, backward computes the gradient of its compact values.
-"""
+"""`masked_linear` and `masked_embedding`, and the autograd functions that compute gradients of compact values."""
 
 from collections.abc import Callable
 
@@ -12,13 +10,13 @@ from deftx_kernels.mask import CSRMask
 from deftx_kernels.validation import check_float, check_plain
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _apply(function: type[torch.autograd.Function], *arguments):
     """`function.apply` without binding the arguments to `forward`'s signature in Python (35 us of 50 on a Xeon)."""
-    if _is_traced():
+    if is_traced():
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
@@ -36,7 +34,7 @@ def _not_a_view(out: Tensor) -> Tensor:
     if out.dim() == 2:
         return out
     # `.data` takes half of the time
-    return torch.ops.aten._unsafe_view(out, out.shape) if _is_traced() else out.data
+    return torch.ops.aten._unsafe_view(out, out.shape) if is_traced() else out.data
 
 
 # ---- autograd functions ----
@@ -57,9 +55,7 @@ class _RaiseInBackward(torch.autograd.Function):
 
 
 def _first_derivative_only(name: str):
-    """Decorates a backward: it runs without autocast (forward has cast already), and differentiating its results raises
-    RuntimeError.
-    """
+    """Decorates a backward: no autocast (forward has cast already), and RuntimeError where it is differentiated."""
     message = f"{name} cannot be differentiated twice: its second derivatives are not available"
 
     def decorate(backward: Callable) -> Callable:

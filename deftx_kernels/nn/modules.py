@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from deftx_kernels.mask import CSRMask, usable_in_backward
-from deftx_kernels.nn.entries import DifferentiableWeight, Entry, MaskedParameter, ValuesBuffer, values_name
+from deftx_kernels.kernels.tensors import FLOATS
+from deftx_kernels.mask import CSRMask
+from deftx_kernels.nn.entries import DifferentiableWeight, Entry, MaskedParameter, ValuesBuffer
 from deftx_kernels.nn.functional import (
     gather_gradient,
     masked_embedding_unchecked,
@@ -20,7 +21,7 @@ from deftx_kernels.nn.functional import (
     scattered_copy,
 )
 from deftx_kernels.ops.schemas import compute_dtype
-from deftx_kernels.validation import FLOATS, check_writable
+from deftx_kernels.validation import check_writable, usable_in_backward, values_name
 
 
 class Masked(nn.Module):

@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deftx_kernels.kernels.tensors import FLOATS, SCALARS, overlapping
 from deftx_kernels.ops.schemas import AdamWArgs, compute_dtype, rows_and_columns
 
 Dtypes = frozenset[torch.dtype]
 
-_FLOATS: Dtypes = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _WIDE_FLOATS: Dtypes = frozenset((torch.float32, torch.float64))
 _COLUMNS: Dtypes = frozenset((torch.uint16, torch.int32))
 _INDICES: Dtypes = frozenset((torch.int32, torch.int64))
-_SCALARS: Dtypes = frozenset((torch.float32, torch.float64, torch.int32, torch.int64))
 _INT64: Dtypes = frozenset((torch.int64,))
 
 
@@ -72,20 +71,13 @@ def _compact(t: Tensor | None, name: str, device: torch.device, dtypes: Dtypes, 
             raise ValueError(f"{name} must have shape [nnz] = [{nnz}], got {list(t.shape)}")
 
 
-def _scalar(t: Tensor | None, name: str, device: torch.device) -> None:
-    if t is not None:
-        _tensor(t, name, device, _SCALARS)
-        if t.numel() != 1:
-            raise ValueError(f"{name} must have one element, got shape {list(t.shape)}")
-
-
 def _number(value: float, name: str, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name} must be from {low} to {high}, got {value}")
 
 
 def _float_dtype(dtype: torch.dtype, name: str) -> None:
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {dtype}")
 
 
@@ -114,12 +106,12 @@ def _mask_arguments(rows: str) -> tuple[_Argument, ...]:
 
 _ARGUMENTS: dict[str, tuple[_Argument, ...]] = {
     "masked_linear_grad": (
-        _Argument("grad_output", _FLOATS, ("N", "m")),
-        _Argument("input", _FLOATS, ("N", "n")),
+        _Argument("grad_output", FLOATS, ("N", "m")),
+        _Argument("input", FLOATS, ("N", "n")),
         *_mask_arguments("m"),
     ),
     "masked_embedding_grad": (
-        _Argument("grad_output", _FLOATS, ("N", "d")),
+        _Argument("grad_output", FLOATS, ("N", "d")),
         _Argument("indices", _INDICES, ("N",)),
         *_mask_arguments("rows"),
     ),
@@ -218,15 +210,13 @@ def _mask(crow_indices: Tensor, col_indices: Tensor, rows: int | None = None) ->
 
 
 def _dense(tensors: Sequence[Tensor], name: str, device: torch.device, dtypes: Dtypes | None = None) -> None:
-    """Tensors of a mask: contiguous, of one dtype."""
     for i, t in enumerate(tensors):
         _contiguous(t, f"{name}[{i}]", device, frozenset((tensors[0].dtype,)) if i or dtypes is None else dtypes)
 
 
 def _apart(tensors: Sequence[Tensor], name: str) -> None:
     """Tensors that are written must not share memory: the order of two writes is undefined."""
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors if t.numel())
-    if any(end > start for (_, end), (start, _) in zip(spans, spans[1:])):
+    if overlapping(tensors):
         raise ValueError(f"two of {name} share memory")
 
 
@@ -237,33 +227,20 @@ def csr_gather(
     _dense(tensors, "tensors", col_indices.device, dtypes)
 
 
-def csr_square_sum(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor) -> None:
-    csr_gather(tensors, crow_indices, col_indices, _FLOATS)
-
-
 def csr_scatter_(
-    tensors: Sequence[Tensor],
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    values: Tensor,
-    dtypes: Dtypes | None = None,
-    values_dtypes: Dtypes = frozenset(),
+    tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, *alpha: float
 ) -> None:
-    csr_gather(tensors, crow_indices, col_indices, dtypes)
+    """Also the check of csr_add_, which has an `alpha`."""
+    csr_gather(tensors, crow_indices, col_indices, FLOATS if alpha else None)
     if tensors:
-        _compact(values, "values", col_indices.device, values_dtypes | {tensors[0].dtype}, col_indices.shape[0])
+        allowed = frozenset((tensors[0].dtype, *((torch.float32,) if alpha else ())))
+        _compact(values, "values", col_indices.device, allowed, col_indices.shape[0])
     _apart(tensors, "tensors")
-
-
-def csr_add_(
-    tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, alpha: float
-) -> None:
-    csr_scatter_(tensors, crow_indices, col_indices, values, _FLOATS, frozenset((torch.float32,)))
 
 
 def sparse_adamw_(*arguments: Any) -> None:
     args = AdamWArgs(*arguments)
-    csr_gather(args.params, args.crow_indices, args.col_indices, _FLOATS)
+    csr_gather(args.params, args.crow_indices, args.col_indices, FLOATS)
     if args.params:
         sparse_adamw_compact(*arguments)
         if not args.compact_grads:
@@ -296,9 +273,12 @@ def sparse_adamw_compact(*arguments: Any) -> None:
         wanted = "one compact tensor" if args.compact_grads else "one tensor for each of params"
         raise ValueError(f"grads must be {wanted}, got {len(args.grads)}")
     if args.compact_grads:
-        _compact(args.grads[0], "grads", device, _FLOATS, nnz)
+        _compact(args.grads[0], "grads", device, FLOATS, nnz)
     for name in ("step", "lr", "grad_scale", "found_inf"):
-        _scalar(getattr(args, name), name, device)
+        if (t := getattr(args, name)) is not None:
+            _tensor(t, name, device, SCALARS)
+            if t.numel() != 1:
+                raise ValueError(f"{name} must have one element, got shape {list(t.shape)}")
     if args.seed is not None and args.seed < 0:
         raise ValueError(f"seed must be at least 0, got {args.seed}")
 
@@ -308,18 +288,11 @@ _WITHOUT_TENSORS: dict[str, Callable[..., None]] = {
     "sparse_adamw_": sparse_adamw_compact,
 }
 CHECKS: dict[str, Callable[..., Any]] = {
-    "csr_gather": csr_gather,
-    "csr_scatter_": csr_scatter_,
-    "csr_add_": csr_add_,
-    "csr_square_sum": csr_square_sum,
-    "sparse_adamw_": sparse_adamw_,
-    "masked_linear_grad": masked_linear_grad,
-    "masked_embedding_grad": masked_embedding_grad,
-    "eigh": eigh,
-    "eigvalsh": functools.partial(_check_arguments, "eigvalsh"),
-    "residual_cut": residual_cut,
-    "low_rank_denoised": functools.partial(_check_arguments, "low_rank_denoised"),
-    "split_bf16_": split_bf16_,
+    **{check.__name__: check for check in (csr_gather, csr_scatter_, sparse_adamw_, eigh, residual_cut, split_bf16_)},
+    **{check.__name__: check for check in (masked_linear_grad, masked_embedding_grad)},
+    "csr_add_": csr_scatter_,
+    "csr_square_sum": functools.partial(csr_gather, dtypes=FLOATS),
+    **{op: functools.partial(_check_arguments, op) for op in ("eigvalsh", "low_rank_denoised")},
 }
 
 

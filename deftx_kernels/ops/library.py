@@ -27,9 +27,7 @@ _loaded = False
 _registered: dict[tuple[str, str], str] = {}  # (op, device) -> implementation, for those registered from Python
 _absent: dict[str, str] = {}  # implementation -> why it serves nothing here
 
-
-# Rows above which denoise/decompositions.py uses torch.linalg (cuSOLVER) on a GPU: our kernels use one multiprocessor
-# for each matrix.
+# Above it, denoise/decompositions.py uses torch.linalg on a GPU: our kernels use one multiprocessor for each matrix.
 MAX_EIGH_ROWS = 1024
 # (op, implementation) -> condition -> what runs instead. The conditions are decided in denoise/decompositions.py,
 # registrations.py and csrc/cpu/masked_linear_grad.cpp.
@@ -65,18 +63,11 @@ def absent(name: str, reason: str) -> None:
 
 
 def build_info() -> dict:
-    """What the build wrote: `built`, `reason`, `compiler` for each of "cpu" and "cuda"; `torch`. Empty if nothing was
-    built.
-    """
+    """What the build wrote: `built`, `reason`, `compiler` of "cpu" and "cuda"; `torch`. Empty if nothing was built."""
     try:
         return json.loads((_FOLDER / "_build_info.json").read_text())
     except (OSError, ValueError):
         return {}
-
-
-def _has_device(device: str) -> bool:
-    """Whether this machine has the device. Counting GPUs does not initialise CUDA, so that forks still work."""
-    return device == "cpu" or torch.cuda.device_count() > 0
 
 
 def _load(device: str) -> str | None:
@@ -101,9 +92,7 @@ def _load(device: str) -> str | None:
 
 
 def load() -> None:
-    """Load the compiled libraries; warn about each one that is missing although its device is here. Later calls do
-    nothing.
-    """
+    """Load the compiled libraries, once; warn about each one that is missing although its device is here."""
     global _loaded
     if _loaded:
         return
@@ -113,7 +102,8 @@ def load() -> None:
         if reason is None:
             continue
         errors[device] = reason
-        if (device != "cuda" or torch.version.cuda) and _has_device(device):
+        # Counting GPUs does not initialise CUDA, so that forks still work.
+        if device == "cpu" or (torch.version.cuda and torch.cuda.device_count() > 0):
             tool = "nvcc" if device == "cuda" else "a C++ compiler"
             warnings.warn(
                 f"deftx_kernels: the {device} library is missing ({reason}). Its ops run on slower implementations, "

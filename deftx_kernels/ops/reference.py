@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from deftx_kernels.kernels.tensors import FLOATS, INTEGERS
 from deftx_kernels.ops.schemas import OPERATIONS, SCOPES, AdamWArgs, column_dtype, compute_dtype, rows_and_columns
 
 _CHUNK = 1 << 22  # elements of temporary memory per step
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -139,7 +138,7 @@ def _csr(index: Sequence[Tensor], matrices: Sequence[Tensor]) -> tuple[Tensor, T
 # ---- exact top-k ----
 def magnitude_bits(x: Tensor) -> Tensor:
     """|x| as integers in the same order; infinity and NaN come last."""
-    integer = _INTEGER[x.element_size()]
+    integer = INTEGERS[x.element_size()]
     return x.view(integer) & torch.iinfo(integer).max
 
 
@@ -151,7 +150,7 @@ def _check_scores(scores: Sequence[Tensor], name: str = "scores") -> None:
     _require(len(scores) > 0, f"{name} must hold at least one tensor")
     for i, tensor in enumerate(scores):
         _require(
-            tensor.dtype in _FLOATS,
+            tensor.dtype in FLOATS,
             f"{name}: tensor {i} must be float32, float64, bfloat16 or float16, got {tensor.dtype}",
         )
         _require(tensor.is_contiguous(), f"{name}: tensor {i} must be contiguous")
@@ -184,22 +183,30 @@ def magnitude_histogram(scores: Sequence[Tensor], prefix: int, shift: int) -> Te
     return functools.reduce(Tensor.add_, (_histogram(s, prefix, shift) for s in scores))
 
 
-def kth_magnitude(parts: Callable[[], Iterable[Tensor]], k: int) -> tuple[int, int]:
-    """The bits of the k-th largest |x| over all parts, and how many entries equal to it belong to the first k (radix
-    select).
-
-    `parts()` makes the contiguous parts anew for each pass, so that they need not all be in memory.
-    """
-    prefix, remaining = 0, k
-    shift = 8 * next(iter(parts())).element_size() - 16
-    while shift >= 0:
-        from_the_top = functools.reduce(Tensor.add_, (_histogram(p, prefix, shift) for p in parts())).flip(0).cumsum(0)
-        position = int(torch.searchsorted(from_the_top, remaining))
-        if position > 0:
-            remaining -= int(from_the_top[position - 1])
+def radix_select(
+    histogram: Callable[[int, int], Tensor],  # (prefix, shift) -> int64 [65536], as the operator magnitude_histogram
+    element_size: int,  # bytes of a score
+    k: int,
+) -> tuple[int, int, int]:
+    """The bits of the k-th largest magnitude, how many equal to it are of the first k, and how many there are."""
+    prefix, remaining, tied = 0, k, 0
+    for shift in range(8 * element_size - 16, -1, -16):
+        counts = histogram(prefix, shift).flip(0)
+        cumulative = counts.cumsum(0)
+        position = int(torch.searchsorted(cumulative, remaining))
+        tied = int(counts[position])
+        remaining -= int(cumulative[position]) - tied
         prefix = (prefix << 16) | (0xFFFF - position)
-        shift -= 16
-    return prefix, remaining
+    return prefix, remaining, tied
+
+
+def kth_magnitude(parts: Callable[[], Iterable[Tensor]], k: int) -> tuple[int, int]:
+    """`radix_select` of contiguous parts, made anew for each round, so that they need not all be in memory."""
+
+    def histogram(prefix: int, shift: int) -> Tensor:
+        return functools.reduce(Tensor.add_, (_histogram(p, prefix, shift) for p in parts()))
+
+    return radix_select(histogram, next(iter(parts())).element_size(), k)[:2]
 
 
 def take(x: Tensor, threshold: int, ties: int) -> tuple[Tensor, int]:
@@ -366,9 +373,7 @@ def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_stochastically(x: Tensor, words: Tensor) -> Tensor:
-    """float32 to one of the two bfloat16 numbers beside it, each as likely as x is near to it. words: int64, 16 random
-    bits.
-    """
+    """float32 to a bfloat16 neighbour, each as likely as x is near to it. words: int64, of which 16 bits are used."""
     bits = (x.view(torch.int32).to(torch.int64) + (words & 0xFFFF)) >> 16
     return torch.where(x.isnan(), x.to(torch.bfloat16), bits.to(torch.int16).view(torch.bfloat16))
 

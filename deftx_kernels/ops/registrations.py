@@ -29,12 +29,9 @@ def triton_kernels() -> dict[str, Callable]:
     from deftx_kernels.kernels import low_rank, masked_embedding_grad, masked_linear_grad, split_bf16, square_sum
     from deftx_kernels.kernels import sparse_adamw as adamw
 
-    def sparse_adamw_(*arguments):
-        adamw.sparse_adamw_(schemas.AdamWArgs(*arguments))
-
     launchers: dict[str, Callable] = {
         "csr_square_sum": square_sum.csr_square_sum,
-        "sparse_adamw_": sparse_adamw_,
+        "sparse_adamw_": lambda *arguments: adamw.sparse_adamw_(schemas.AdamWArgs(*arguments)),
         "masked_linear_grad": masked_linear_grad.masked_linear_grad,
         "masked_embedding_grad": masked_embedding_grad.masked_embedding_grad,
         "residual_cut": _unless_float64("residual_cut", low_rank.residual_cut),

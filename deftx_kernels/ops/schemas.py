@@ -12,12 +12,13 @@ Public functions validate their arguments; kernels repeat only the checks that m
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from deftx_kernels.kernels.tensors import rows_and_columns
 
 NAMESPACE = "deftx"
 
@@ -56,8 +57,7 @@ SCHEMAS = {
     # The two steps of a radix select, for callers that add histograms up over ranks or over tensors that are not all in
     # memory. Magnitude bits: the bits of |score| as an integer, which has the order of the magnitudes. All scores have
     # one dtype. Counts the scores whose bits >> (shift + 16) are `prefix` by the next 16 bits, (bits >> shift) &
-    # 0xFFFF: int64 [65536].
-    # shift: a multiple of 16.
+    # 0xFFFF: int64 [65536]. shift: a multiple of 16.
     "magnitude_histogram": "(Tensor[] scores, int prefix, int shift) -> Tensor",
     # The mask of the scores whose bits are above `threshold` and of each tensor's first ties[i] whose bits equal it
     # (all of them where they are fewer); ties[i] is at most the number of the tensor's elements.
@@ -96,11 +96,9 @@ SCHEMAS = {
         " float beta2, float eps, float weight_decay, Tensor? decay_to, float l1, bool maximize, Tensor? grad_scale,"
         " Tensor? found_inf, int? seed) -> ()"
     ),
-    # The sum of the masked entries' squares, in float64 and in an order that depends on nothing but their number:
-    # float64 [].
+    # The sum of the masked entries' squares, float64 [], in an order that depends on nothing but their number.
     "csr_square_sum": "(Tensor[] tensors, Tensor crow_indices, Tensor col_indices) -> Tensor",
-    # The masked entries of grad_output.T @ input: grad_output [N, m], input [N, n], mask of one [m, n] tensor -> dtype
-    # [nnz].
+    # The masked entries of grad_output.T @ input: [N, m], [N, n], and the mask of one [m, n] tensor -> dtype [nnz].
     "masked_linear_grad": (
         "(Tensor grad_output, Tensor input, Tensor crow_indices, Tensor col_indices, ScalarType dtype) -> Tensor"
     ),
@@ -113,13 +111,6 @@ SCHEMAS = {
 }
 
 MAX_UINT16_COLUMNS = 65_536
-
-
-def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
-    """The matrix that a tensor of this shape stands for in a CSRMask."""
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    return shape[0], math.prod(shape[1:])
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -190,16 +181,8 @@ def _topk_mask(scores, base, k, scope):
     return *_indices_of(scores, nnz), torch.empty(2, dtype=torch.int64, device="cpu")
 
 
-def _masked_linear_grad(grad_output, input, crow_indices, col_indices, dtype):
-    return grad_output.new_empty(col_indices.shape, dtype=dtype)
-
-
-def _masked_embedding_grad(grad_output, indices, crow_indices, col_indices, padding_idx, dtype):
-    return grad_output.new_empty(col_indices.shape, dtype=dtype)
-
-
-def _eigh(matrices, rank=0, energy=0.0, median=0.0):
-    return matrices.new_empty(matrices.shape[:-1]), torch.empty_like(matrices).mT
+def _masked_grad(grad_output, other, crow_indices, col_indices, *rest):
+    return grad_output.new_empty(col_indices.shape, dtype=rest[-1])
 
 
 FAKES: dict[str, Callable] = {
@@ -211,15 +194,15 @@ FAKES: dict[str, Callable] = {
     "topk_mask": _topk_mask,
     "magnitude_histogram": lambda scores, prefix, shift: scores[0].new_empty(1 << 16, dtype=torch.int64),
     "threshold_mask": lambda scores, threshold, ties: _indices_of(scores),
-    "eigh": _eigh,
+    "eigh": lambda matrices, *_: (matrices.new_empty(matrices.shape[:-1]), torch.empty_like(matrices).mT),
     "eigvalsh": lambda matrices: matrices.new_empty(matrices.shape[:-1]),
     "residual_cut": lambda delta, left, right, keep: delta.new_empty(delta.shape[0], 2, dtype=torch.int64),
     "low_rank_denoised": lambda delta, left, right, cut: torch.empty_like(delta),
     "split_bf16_": _returns_nothing,
     "sparse_adamw_": _returns_nothing,
     "csr_square_sum": lambda tensors, crow_indices, col_indices: col_indices.new_empty((), dtype=torch.float64),
-    "masked_linear_grad": _masked_linear_grad,
-    "masked_embedding_grad": _masked_embedding_grad,
+    "masked_linear_grad": _masked_grad,
+    "masked_embedding_grad": _masked_grad,
 }
 
 

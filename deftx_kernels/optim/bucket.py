@@ -102,9 +102,7 @@ class Bucket:
         return any(state.get(key) is not view for state, key, view in self.views)
 
     def split(self) -> list["Bucket"]:
-        """The bucket itself; or one for each parameter if step numbers differ or only some parameters have a gradient,
-        since a launch has one step number.
-        """
+        """The bucket; or one for each parameter where steps differ (a launch has one) or some have no gradient."""
         if not self.steps_differ and len({p.grad is None for p in self.params}) == 1:
             return [self]
         group, optimizer_state, pairs, mask, decay_to = self.arguments
@@ -150,9 +148,7 @@ class Bucket:
             torch._foreach_copy_([p.detach() for p in self.params], list(parts))
 
     def _check_storage(self) -> None:
-        """Check the tensors that a step writes, unless they are unchanged since the last step, and put the values of a
-        sparsified model into the state.
-        """
+        """Check what a step writes, unless unchanged since the last; put a sparsified model's values into the state."""
         keys = *_storage_keys(self.dense), *(_storage_keys(self.params) if self.is_compact else ())
         if keys != self.checked_storage:  # the first step, or the model was moved, cast or loaded since the last one
             if self.is_compact:

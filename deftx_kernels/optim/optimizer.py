@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import entries_of
 from deftx_kernels.optim.bucket import Bucket, Pairs
-from deftx_kernels.validation import check_hyperparameters, check_int, check_plain, is_number, plain_name
+from deftx_kernels.validation import check_hyperparameters, check_int, check_plain, dense_name, is_number, plain_name
 
 
 class SparseAdamW(Optimizer):
@@ -104,7 +104,7 @@ class SparseAdamW(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = {**self.defaults, **param_group}
-        group["params"] = [(_plain_name(n, self.mask), p) for n, p in _trainable(param_group["params"])]
+        group["params"] = [(_name_in_mask(n, self.mask), p) for n, p in _trainable(param_group["params"])]
         group.setdefault("param_names", [])  # of a group without trainable parameters
         _check_options(group)
         names, params = [n for n, _ in group["params"]], [p for _, p in group["params"]]
@@ -161,9 +161,7 @@ class SparseAdamW(Optimizer):
         return buckets, others
 
     def _prepared_buckets(self) -> list[Bucket]:
-        """The buckets, made at the first step, so that the model may be moved or loaded until then, and again if other
-        code has changed `state`.
-        """
+        """The buckets, made at the first step (until then the model may be moved), and again if `state` was changed."""
         if self._buckets is None or any(bucket.needs_rebuild() for bucket in self._buckets):
             self._buckets = None
             divided, self._dense_params = self._divide_parameters()
@@ -181,7 +179,6 @@ class SparseAdamW(Optimizer):
         return any(bucket.is_compact for bucket in self._buckets or ())
 
     # ---- a step ----
-
     @torch.no_grad()
     def step(self, closure=None):
         """One step; parameters without a gradient are skipped, as in torch."""
@@ -211,11 +208,9 @@ class SparseAdamW(Optimizer):
         batches: dict[tuple, list[Tensor]] = {}
         for p in params:
             if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                    "exp_avg": torch.zeros_like(p, memory_format=torch.contiguous_format),
-                    "exp_avg_sq": torch.zeros_like(p, memory_format=torch.contiguous_format),
-                }
+                self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+                for key in ("exp_avg", "exp_avg_sq"):
+                    self.state[p][key] = torch.zeros_like(p, memory_format=torch.contiguous_format)
             batches.setdefault((p.dtype, p.device), []).append(p)
         beta1, beta2 = group["betas"]
         options = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
@@ -268,7 +263,6 @@ class SparseAdamW(Optimizer):
         self._clip_divisor = None
 
     # ---- state ----
-
     def _set_fingerprints(self, group: dict[str, Any], pairs: Pairs) -> None:
         """Store in the group, and so in a state dict, the number and fingerprint of each parameter's masked entries."""
         names = {id(param): name for name, (_, param) in pairs.items()}
@@ -316,7 +310,7 @@ class SparseAdamW(Optimizer):
             for name, saved_name, old, new in zip(names, saved_names, saved_fingerprints, fingerprints):
                 if old == new:
                     continue
-                if _dense_name(name) != _dense_name(saved_name):
+                if dense_name(name) != dense_name(saved_name):
                     raise ValueError(
                         f"param_groups[{i}] of the state belongs to other parameters: it has {saved_name!r} where "
                         f"this optimizer has {name!r}. Give the optimizer the saved run's parameters, in their order"
@@ -430,16 +424,10 @@ def _trainable(named_params: Any) -> list[tuple[str, Tensor]]:
     return [(name, param) for name, param in pairs if param.requires_grad]
 
 
-def _dense_name(name: str) -> str:
-    """The name of the dense tensor that a parameter of a sparsified model holds the values of."""
-    owner, leaf = name[: name.rfind(".") + 1], name[name.rfind(".") + 1 :]
-    return owner + ("weight" if leaf == "values" else leaf.removesuffix("_values"))
-
-
-def _plain_name(name: str, mask: CSRMask) -> str:
-    """The parameter's name without the prefixes of wrappers; a name that is in the mask stays as it is."""
+def _name_in_mask(name: str, mask: CSRMask) -> str:
+    """`plain_name`, also without the prefix of DistributedDataParallel; a name that is in the mask stays as it is."""
     if name in mask:
         return name
     name = plain_name(name)
-    inner = name.removeprefix("module.")  # of DistributedDataParallel; a model may have a module of that name, too
+    inner = name.removeprefix("module.")  # a model may have a module of that name, too
     return inner if inner in mask else name

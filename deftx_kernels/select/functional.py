@@ -1,6 +1,5 @@
 """`topk_mask`, `select_mask` and `low_rank_mask`: the public functions. Arguments are checked here, once."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any
@@ -8,34 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deftx_kernels import validation
 from deftx_kernels.denoise.batches import denoise
 from deftx_kernels.denoise.rule import Rule, check_rule
-from deftx_kernels.mask import CSRMask
+from deftx_kernels.mask import CSRMask, rows_and_columns
 from deftx_kernels.ops.schemas import SCOPES
 from deftx_kernels.select.streaming import select_by_groups
-from deftx_kernels.validation import (
-    all_tensors,
-    check_devices,
-    check_finite,
-    check_floats,
-    check_int,
-    check_mapping,
-    check_readable,
-    is_number,
-    named_tensors,
-    raise_not_finite,
-    tied_in_either,
-    tied_names,
-    with_tied_names,
-)
 
 
 def topk_mask(
-    scores: Mapping[str, Tensor] | Tensor,
-    *,
-    k: int | None = None,
-    density: float | None = None,
-    scope: str = "global",
+    scores: Mapping[str, Tensor] | Tensor, *, k: int | None = None, density: float | None = None, scope: str = "global"
 ) -> CSRMask:
     """The mask of exactly the k entries of largest |score|.
 
@@ -65,11 +46,10 @@ def topk_mask(
     """
     if isinstance(scores, Tensor):
         scores = {"tensor": scores}
-    check_mapping(scores, "scores", "a tensor or ")
-    check_floats(list(scores.values()), list(scores), "scores")
-    check_devices(scores, "scores")
-    names = sorted(n for n, first in tied_names(scores, "scores").items() if n == first)
-    chosen = {n: scores[n] for n in names}  # detached, 20,000 small tensors would need 5 MB more
+    validation.check_mapping(scores, "scores", "a tensor or ")
+    validation.check_floats(list(scores.values()), list(scores), "scores")
+    validation.check_devices(scores, "scores")
+    chosen = validation.untied(scores, "scores")  # detached, 20,000 small tensors would need 5 MB more
     counts = _checked_counts(chosen, k, density, scope)
     return _select(chosen, {}, "scores[{!r}]", set(), None, counts, scope)
 
@@ -82,15 +62,15 @@ def selected_counts(
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
     if (k is None) == (density is None):
         raise ValueError(f"exactly one of k and density is needed, got k={k}, density={density}")
-    if density is not None and not (is_number(density) and 0 <= density <= 1):
+    if density is not None and not (validation.is_number(density) and 0 <= density <= 1):
         raise ValueError(f"density must be in [0, 1], got {density}")
     if k is not None:
-        check_int(k, "k", 0)
+        validation.check_int(k, "k", 0)
     if scope == "global":
         sizes, labels = [sum(s.numel() for s in shapes)], ["all tensors together"]
     else:
         labels = [f"{'each row of ' if scope == 'row' else ''}tensor {n!r}" for n in names]
-        sizes = [(math.prod(s[1:]) if len(s) > 1 else s.numel()) if scope == "row" else s.numel() for s in shapes]
+        sizes = [rows_and_columns(s)[1] if scope == "row" else s.numel() for s in shapes]
     if k is None:
         return [round(float(density) * size) for size in sizes]  # type: ignore[arg-type]
     for size, label in zip(sizes, labels):
@@ -150,9 +130,10 @@ def select_mask(
     if rule is None and (residual_density != 0 or denoise_names is not None):
         given = "denoise_names" if residual_density == 0 else f"residual_density = {residual_density}"
         raise ValueError(f"{given} needs a rank or an energy")
-    old = all_tensors(base, "base")
-    new = with_tied_names(all_tensors(tuned, "tuned"), tied_names(old, "base"))
-    chosen = _chosen_names(new, old, names)
+    old = validation.all_tensors(base, "base")
+    tied = validation.tied_names(old, "base")
+    new = validation.with_tied_names(validation.all_tensors(tuned, "tuned"), tied)
+    chosen = _chosen_names(new, old, tied, names)
     denoised_names = set() if rule is None else _names_to_denoise(chosen, old, denoise_names)
     new, old = ({n: model[n] for n in chosen} for model in (new, old))
     counts = _checked_counts(new, k, density, scope)
@@ -193,10 +174,10 @@ def low_rank_mask(
         [0]
     """
     rule = check_rule(rank, None, 0.0)
-    tensors = dict(sorted(named_tensors(weights, "weights").items()))
-    check_floats(list(tensors.values()), list(tensors), "weights")
+    tensors = validation.untied(validation.all_tensors(weights, "weights"), "weights")
+    validation.check_floats(list(tensors.values()), list(tensors), "weights")
     counts = _checked_counts(tensors, k, density, scope)
-    check_devices(tensors, "weights")
+    validation.check_devices(tensors, "weights")
     denoised_names = {n for n, t in tensors.items() if t.dim() >= 2}
     return _select(tensors, {}, "weights[{!r}]", denoised_names, rule, counts, scope, return_info, progress)
 
@@ -234,7 +215,7 @@ def _select(
         noisy = {n: t for n, t in found.items() if n in denoised_names}
         for name in group:
             if name not in noisy:
-                check_finite(found[name], label.format(name))
+                validation.check_finite(found[name], label.format(name))
         if rule is not None:
             found_infos = denoise(noisy, noisy, {n: label.format(n) for n in noisy}, rule)
             if return_info:
@@ -251,7 +232,7 @@ def _select(
         with torch.no_grad():
             crow, col, bad = torch.ops.deftx.topk_mask(*tensors, counts, SCOPES[scope])
         if (i := int(bad[0])) >= 0:
-            raise_not_finite(score(names[i]), label.format(names[i]), int(bad[1]))
+            validation.raise_not_finite(score(names[i]), label.format(names[i]), int(bad[1]))
     if progress is not None:
         progress(len(names), len(names))
     mask = CSRMask.unchecked(names, [t.shape for t in new.values()], crow, col)
@@ -270,7 +251,9 @@ def _names_to_denoise(chosen: list[str], old: Mapping[str, Tensor], names: Itera
     return denoised_names & wanted
 
 
-def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: Iterable[str] | None) -> list[str]:
+def _chosen_names(
+    new: Mapping[str, Tensor], old: Mapping[str, Tensor], tied: Mapping[str, str], names: Iterable[str] | None
+) -> list[str]:
     if isinstance(names, str):
         raise TypeError("names must be an iterable of names, got one string")
     chosen = sorted(n for n in old if old[n].is_floating_point()) if names is None else sorted(names)
@@ -281,14 +264,17 @@ def _chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: I
         for name in chosen:
             if name not in mapping:
                 raise ValueError(f"{argument} lacks tensor {name!r}")
-        check_floats([mapping[n] for n in chosen], chosen, argument)
+        validation.check_floats([mapping[n] for n in chosen], chosen, argument)
     for name in chosen:
-        check_readable(new[name], f"tuned[{name!r}]")
-        shapes = [list(new[name].shape), list(old[name].shape)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"tensor {name!r} has shape {shapes[0]} in tuned and {shapes[1]} in base")
+        validation.check_readable(new[name], f"tuned[{name!r}]")
+        if new[name].shape != old[name].shape:
+            shapes = f"{list(new[name].shape)} in tuned and {list(old[name].shape)} in base"
+            raise ValueError(f"tensor {name!r} has shape {shapes}")
     wanted = set(chosen)
     known = {n: t for n, t in old.items() if n in wanted}
-    check_devices(known, "base")
-    tied = tied_in_either(known, {n: new[n] for n in chosen})
+    validation.check_devices(known, "base")
+    first: dict[str, str] = {}  # first name in `old` of a tied tensor → the first of the known ones
+    tied = validation.tied_in_either(
+        known, {n: new[n] for n in chosen}, {n: first.setdefault(tied[n], n) for n in known}
+    )
     return [n for n in chosen if tied[n] == n]

@@ -4,19 +4,19 @@ It uses two operators: magnitude_histogram, whose counts can be summed over grou
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
-from deftx_kernels.mask import column_dtype, rows_and_columns
+from deftx_kernels.mask import column_dtype, rows_and_columns, signed
+from deftx_kernels.ops.reference import radix_select
 from deftx_kernels.ops.schemas import SCOPES
 
 _MIN_ROOM = 4096  # entries: for a small k, k / 4 would leave no room for the next scores
 _CHUNK = 1 << 18  # entries that are moved at a time
-# Elements, on the CPU and on a GPU: a group costs some calls, and a GPU decomposes many small matrices in the time of
-# one.
+# Elements, on the CPU and on a GPU: a group costs some calls; a GPU decomposes many small matrices in the time of one.
 _MIN_GROUP = (1 << 20, 1 << 25)
-_SIGNED = {torch.uint16: torch.int16, torch.int32: torch.int32}  # torch cannot index all tensors of unsigned integers
 
 
 def find_threshold(
@@ -27,19 +27,12 @@ def find_threshold(
     """(threshold, ties): the k largest scores are those with magnitude bits above the threshold and the first `ties`
     equal to it.
 
-    A radix select, 16 bits a round. Where every score equal to the k-th largest is selected, `ties` is 0.
+    Where every score equal to the k-th largest is selected, `ties` is 0.
     """
     if k == 0:
         return _largest_bits(element_size), 0
-    prefix, remaining, tied = 0, k, 0
-    for shift in range(8 * element_size - 16, -1, -16):
-        counts = histogram(prefix, shift).flip(0)
-        cumulative = counts.cumsum(0)
-        position = int(torch.searchsorted(cumulative, remaining))
-        tied = int(counts[position])
-        remaining -= int(cumulative[position]) - tied
-        prefix = (prefix << 16) | (0xFFFF - position)
-    return (prefix - 1, 0) if remaining == tied and prefix > 0 else (prefix, remaining)
+    threshold, ties, tied = radix_select(histogram, element_size, k)
+    return (threshold - 1, 0) if ties == tied and threshold > 0 else (threshold, ties)
 
 
 def _largest_bits(element_size: int) -> int:
@@ -53,24 +46,20 @@ def count_equal(scores: Sequence[Tensor], threshold: int) -> Tensor:
 
 
 def select_above(scores: Sequence[Tensor], threshold: int, ties: int) -> tuple[Tensor, Tensor, int]:
-    """crow_indices and col_indices of the scores above the threshold and of the first `ties` equal to it; and the ties
-    that remain for later scores.
-    """
+    """CSR of the scores above the threshold and the first `ties` equal to it; the ties that remain for later scores."""
     quotas, ties = _tie_quotas(scores, threshold, ties)
     return *torch.ops.deftx.threshold_mask(scores, threshold, quotas), ties
 
 
 def _tie_quotas(scores: Sequence[Tensor], threshold: int, ties: int) -> tuple[list[int], int]:
-    """How many entries equal to the threshold are selected in each tensor, earlier tensors first; the ties that remain.
-
-    The tensor with the last tie is found by bisection: a count takes 65,536 bins, however small a tensor is.
-    """
+    """How many entries equal to the threshold to select of each tensor, earlier ones first; the ties that remain."""
     sizes = [t.numel() for t in scores]
     if ties == 0:
         return [0] * len(sizes), 0
     if (count := int(count_equal(scores, threshold))) <= ties:
         return sizes, ties - count
-    first, last = 0, len(sizes)  # all ties before `first` are selected, none from `last` on
+    # By bisection, since a count takes 65,536 bins: all ties before `first` are selected, none from `last` on.
+    first, last = 0, len(sizes)
     while last - first > 1:
         middle = (first + last) // 2
         if (count := int(count_equal(scores[first:middle], threshold))) <= ties:
@@ -84,13 +73,8 @@ def _threshold_of(groups: Callable[[], Iterable[Sequence[Tensor]]], element_size
     """`find_threshold` of groups of tensors, which are made once for each round."""
 
     def histogram(prefix: int, shift: int) -> Tensor:
-        total = None
-        for scores in groups():
-            counts = torch.ops.deftx.magnitude_histogram(scores, prefix, shift)
-            total = counts if total is None else total.add_(counts)
-            del scores  # before the next ones are made
-        assert total is not None
-        return total
+        counts = partial(torch.ops.deftx.magnitude_histogram, prefix=prefix, shift=shift)
+        return reduce(Tensor.add_, map(counts, groups()))  # `map` drops a group before the next one is made
 
     return find_threshold(histogram, element_size, k)
 
@@ -100,14 +84,13 @@ class SelectedEntries:
 
     def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
-        self.col = torch.empty(capacity, dtype=_SIGNED[dtype], device=device)
+        self.col = signed(torch.empty(capacity, dtype=dtype, device=device))
         self.crows = [torch.zeros(1, dtype=torch.int64, device=device)]  # concatenated: crow_indices of all groups
         self.filled = 0
 
     def append(self, crow: Tensor, col: Tensor) -> None:
         start, self.filled = self.filled, self.filled + len(col)
-        same = col.dtype == self.dtype
-        self.col[start : self.filled] = col.view(_SIGNED[col.dtype]) if same else col.to(self.col.dtype)
+        self.col[start : self.filled] = signed(col) if col.dtype == self.dtype else col.to(self.col.dtype)
         self.crows.append(crow[1:] + start)
 
     def csr(self) -> tuple[Tensor, Tensor]:
@@ -146,10 +129,7 @@ class StreamingTopK(SelectedEntries):
         self.scores[start : self.filled] = torch.ops.deftx.csr_gather(tensors, crow, col)
 
     def _reduce(self, more: list[Sequence[Tensor]]) -> tuple[int, int]:
-        """Reduces the buffer to those of its entries that are among the k largest of it and of `more`.
-
-        Returns threshold and ties for `more`.
-        """
+        """Reduce the buffer to its entries among the k largest of it and `more`; the threshold and ties of `more`."""
         groups = [[self.scores[: self.filled]], *more] if self.filled else more
         threshold, ties = _threshold_of(lambda: groups, self.scores.element_size(), self.k)
         self.bound = threshold if ties else threshold + 1
@@ -206,12 +186,8 @@ def select_by_groups(
 ) -> tuple[Tensor, Tensor]:
     """crow_indices and col_indices of the largest scores of named tensors, of which one group exists at a time.
 
-    Args:
-        scores: makes the scores of a group of names: finite and contiguous, of `dtype`, on `device`. It may be called
-            several times for a group.
-        shapes: name → shape, in the order of the mask.
-        counts, scope: as the operator `topk_mask` takes them.
-        progress: called with (tensors done, tensors in all).
+    `scores` makes those of a group of names: finite and contiguous, of `dtype`, on `device`. It may be called several
+    times for a group. `shapes` is in the mask's order; counts, scope: as the operator `topk_mask` takes them.
     """
     columns, k = column_dtype(list(shapes.values())), counts[0]
     entry_bytes = (k + k // 4) * (dtype.itemsize + columns.itemsize)
