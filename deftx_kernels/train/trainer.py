@@ -418,25 +418,28 @@ def train_phase(
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     guard.check_weights(model, trainer.state.global_step)
     _check_loss(trainer, guard)
-    seconds, history = time.perf_counter() - began, trainer.state.log_history
-    metrics = {
-        **meter.metrics(),
-        "seconds": seconds,
-        "steps": trainer.state.global_step,
-        "loss": [[log["step"], log["loss"]] for log in history if "loss" in log],
-        "best_validation": trainer.state.best_metric,
-        "resumed_from": None if last is None else last.name,
-    }
-    for name in ("loss", examples.metric):
-        if values := [[log["step"], log[f"eval_{name}"]] for log in history if f"eval_{name}" in log]:
-            metrics[f"validation_{name}"] = values
+    metrics = {**meter.metrics(), "seconds": time.perf_counter() - began, **_history(trainer, examples.metric)}
     if before is not None:
         best = trainer.state.best_metric
         after = best if best is not None else trainer.evaluate()["eval_loss"]
         metrics["perplexity"] = {"before": math.exp(before), "after": math.exp(after)}
     if examples.vocabulary is not None:
         del model.get_output_embeddings().forward  # that of the class again
-    return metrics
+    return {**metrics, "resumed_from": None if last is None else last.name}
+
+
+def _history(trainer: Trainer, metric: str) -> dict:
+    """The losses and scores of a phase by step, as JSON values."""
+    logs = trainer.state.log_history
+    found = {
+        "steps": trainer.state.global_step,
+        "loss": [[log["step"], log["loss"]] for log in logs if "loss" in log],
+        "best_validation": trainer.state.best_metric,
+    }
+    for name in ("loss", metric):
+        if values := [[log["step"], log[f"eval_{name}"]] for log in logs if f"eval_{name}" in log]:
+            found[f"validation_{name}"] = values
+    return found
 
 
 def _check_loss(trainer: Trainer, guard: DivergenceGuard) -> None:
