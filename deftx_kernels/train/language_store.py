@@ -1,8 +1,9 @@
 """A folder of language vectors that several runs share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -26,7 +27,9 @@ class LanguageStoreConfig:
 
 
 @contextmanager
-def open_store(config: RunConfig, builder: VectorBuilder, console: Console) -> Iterator[VectorBuilder]:
+def open_store(
+    config: RunConfig, builder: VectorBuilder, languages: Iterable[str], console: Console
+) -> Iterator[VectorBuilder]:
     """`with open_store(...) as builder:` makes language vectors in config.language_vectors, or in the run's own folder.
 
     Those of a shared folder are learned with seed 0, one process at a time; others wait.
@@ -45,21 +48,28 @@ def open_store(config: RunConfig, builder: VectorBuilder, console: Console) -> I
     def waiting() -> None:
         console.print(f"waiting for another process, which learns language vectors in {config.language_vectors}")
 
-    with open_run(settings, config.language_vectors, fingerprints, waiting=waiting):
+    with open_run(settings, config.language_vectors, fingerprints, waiting=waiting, setting="language_vectors"):
+        shared.check_texts(languages)
         yield shared
 
 
 class SharedVectors(VectorBuilder):
     """Makes language vectors in a folder that runs with other data may use, too."""
 
+    def check_texts(self, languages: Iterable[str]) -> None:
+        """Raises ValueError where the folder's vector of one of the languages was learned from other text."""
+        for language in languages:
+            path = self._text_path(language)
+            if path.is_file() and read_json(path) != {"text": self.corpus.text_hash(language)}:
+                what = f"the vector of {language!r} was learned from other text"
+                raise ValueError(f"language_vectors {self.folder}: {what}; choose another")
+
     def language(self, language, start, config):
-        """As in `VectorBuilder`. Raises ValueError where the folder's vector was learned from other text."""
-        vector = super().language(language, start, config)
-        content, path = self.corpus.text_hash(language), vector.folder / "text.json"
-        if path.is_file():
-            if read_json(path) != {"text": content}:
-                raise ValueError(f"language_vectors {self.folder}: {vector.name} was learned from other text")
-        else:
-            vector.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"text": content})
-        return vector
+        """As in `VectorBuilder`. Writes the hash of the text beside the vector."""
+        path = self._text_path(language)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"text": self.corpus.text_hash(language)})
+        return super().language(language, start, config)
+
+    def _text_path(self, language: str) -> Path:
+        return self.folder / f"phases/language-{language}/text.json"

@@ -73,7 +73,8 @@ def _lottery_ticket(vector: Vector, recipe: Recipe, folder: Path, runtime: Runti
             if number < iterations:
                 save_model(trained.to("cpu"), part / "model")
                 finish(part, metrics)
-        current = dataclasses.replace(vector, start=part / "model", folder=folder / f"iteration-{number + 1}")
+        following = folder / f"iteration-{number + 1}"
+        current = dataclasses.replace(vector, start=part / "model", folder=following, theta0=vector.start)
     return mask, metrics, trained
 
 
@@ -91,7 +92,9 @@ def dense_phase(vector: Vector, runtime: Runtime) -> dict:
     if (metrics := finished_model(folder, folder / "model")) is not None:
         return metrics
     model = load_start(vector, runtime)
-    callbacks = (L1Toward(model, phase.l1 / models.count_parameters(model)),) if phase.l1 else ()
+    callbacks: tuple[TrainerCallback, ...] = ()
+    if phase.l1:
+        callbacks = (L1Toward(model, phase.l1 / models.count_parameters(model), _theta0(vector, model)),)
     guard = DivergenceGuard(f"vector {vector.name!r}, dense phase", phase.lr)
     metrics = train_phase(model, vector.examples, vector.config, phase, folder, runtime, guard, callbacks=callbacks)
     save_model(model, folder / "model")
@@ -103,7 +106,7 @@ def sparse_phase(vector: Vector, mask: CSRMask, folder: Path, runtime: Runtime) 
     """Fine-tune the entries of `mask` (and the head) of a fresh copy of theta0: (theta2, metrics)."""
     model, phase = load_start(vector, runtime), vector.config.sparse
     l1 = phase.l1 / models.count_parameters(model)
-    start = mask.gather(dict(model.named_parameters()))
+    start = mask.gather(_theta0(vector, model))
     sparsify(model, mask)
     optimizer = SparseAdamW(
         model.named_parameters(),
@@ -116,6 +119,12 @@ def sparse_phase(vector: Vector, mask: CSRMask, folder: Path, runtime: Runtime) 
     guard = DivergenceGuard(f"vector {vector.name!r}, sparse phase of {folder.name}", phase.lr)
     metrics = train_phase(model, vector.examples, vector.config, phase, folder, runtime, guard, optimizer=optimizer)
     return densify(model), metrics
+
+
+def _theta0(vector: Vector, model: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters toward which L1 and weight decay pull, on the model's device."""
+    theta0 = model if vector.theta0 is None else vector.load(vector.theta0).to(model.device)
+    return {name: p.detach() for name, p in theta0.named_parameters()}
 
 
 def select(

@@ -66,7 +66,7 @@ class SeedRun:
 
     def _learn_languages(self) -> None:
         settings, shared = self.config.language, self.config.language_vectors
-        with open_store(self.config, self.builder, self.console) as builder:
+        with open_store(self.config, self.builder, self.languages, self.console) as builder:
             self.console.print("[bold]MLM head[/] · a new one is trained with the body frozen")
             start = builder.mlm_start(settings, self.languages)
             for language in self.languages:

@@ -42,6 +42,8 @@ class Vector:
     """Folder of the model that the vector will be added to, where that is not theta0 (a task trained on top of a source
     language vector)."""
     metadata: dict = field(default_factory=dict)
+    theta0: Path | None = None
+    """Folder of theta0 where `start` is another model: that of a later iteration."""
 
 
 @dataclass
