@@ -136,8 +136,7 @@ def test_masks_grow_in_each_tensor_and_row(tiny_bert, tmp_path, scope):
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize(("number", "left"), [(2, 3), (3, 2), (4, 1)])
-@pytest.mark.parametrize("kind", ["task", "language"])
+@pytest.mark.parametrize(("number", "left", "kind"), [(2, 3, "task"), (3, 2, "language"), (4, 1, "task")])
 def test_a_crash_between_iterations(tiny_bert, tmp_path, number, left, kind):
     def make(folder):
         if kind == "task":
@@ -194,11 +193,15 @@ def lift_vector(tiny_bert: str, folder: Path, keep_best: bool):
     return task_vector(tiny_bert, folder, settings)
 
 
-@pytest.mark.parametrize("keep_best", [False, True])
 @pytest.mark.parametrize(
-    ("crash", "resumed_from"),
-    [(Crash(5), "checkpoint-4"), (Crash(6, "on_save"), "checkpoint-6"), (Crash(2), None), (Crash(9), "checkpoint-8")],
-    ids=["5", "6", "2", "9"],
+    ("crash", "resumed_from", "keep_best"),
+    [
+        (Crash(2), None, False),
+        (Crash(5), "checkpoint-4", True),
+        (Crash(6, "on_save"), "checkpoint-6", False),
+        (Crash(9), "checkpoint-8", False),
+    ],
+    ids=["before the first checkpoint", "best checkpoint", "at a refresh", "at the end"],
 )
 def test_lift_continues_with_its_masks_and_moments(tiny_bert, tmp_path, trained, keep_best, crash, resumed_from):
     expected, wanted = learn(lift_vector(tiny_bert, tmp_path / "whole", keep_best), "lift", RUNTIME)

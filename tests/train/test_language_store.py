@@ -125,23 +125,23 @@ def test_folders_that_cannot_be_a_store(tiny_bert, nusax_folder, tmp_path, train
     assert not trained
 
 
-def test_a_second_process_waits(tiny_bert, nusax_folder, tmp_path, used, trained):
-    lock = filelock.FileLock(used / runs.LOCK, thread_local=False)
-    lock.acquire()
-    console, released = quiet(), []
+def test_a_second_run_waits(tiny_bert, nusax_folder, tmp_path, used, trained):
+    console, locked, trained_before = quiet(), threading.Event(), []
 
-    def release():
-        deadline = time.monotonic() + 60
-        while "waiting for another process" not in console.file.getvalue() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.5)
-        released.append(list(trained))
-        lock.release()
+    def use():
+        with filelock.FileLock(used / runs.LOCK):
+            locked.set()
+            deadline = time.monotonic() + 60
+            while "waiting for another process" not in console.file.getvalue() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(0.5)
+            trained_before.append(list(trained))
 
-    thread = threading.Thread(target=release)
-    thread.start()
+    other = threading.Thread(target=use)
+    other.start()
+    assert locked.wait(60)
     pipeline.run(shared(tiny_bert, nusax_folder, tmp_path / "two"), console)
-    thread.join()
-    assert released == [[]]  # nothing was trained before
-    assert trained == TASK
+    other.join()
     assert "waiting for another process" in console.file.getvalue()
+    assert trained_before == [[]]
+    assert trained == TASK
