@@ -20,7 +20,7 @@ LOCK = ".lock"
 CONTENTS = ("config.json", "metrics.json", "report.md", "deltas", "phases")
 FIGURES = ("scores.png", "costs.png", "spectra.png", "density.png")
 # Settings that change no result (a device changes rounding, which "auto" does as well).
-NOT_COMPARED = ("overwrite", "run_dir", "report_to", "device", "cost_steps", "language_vectors")
+NOT_COMPARED = ("overwrite", "run_dir", "report_to", "device", "cost_steps")
 # Settings that are paths: the fingerprints compare their content. Of language=path, the language is compared.
 PATHS = ("data_dir", "train", "validation", "start_from")
 PAIRS = ("test", "text")
@@ -87,6 +87,8 @@ def compared(settings: dict) -> dict:
         else:
             kept.pop(name, None)
     kept |= {name: "a folder" for name in ("model", "dataset") if name in kept and Path(kept[name]).is_dir()}
+    if kept.get("language_vectors") is not None:  # other vectors give other scores
+        kept["language_vectors"] = str(Path(kept["language_vectors"]).resolve())
     if isinstance(kept.get("data"), dict):
         kept["data"] = compared(kept["data"])
     return kept

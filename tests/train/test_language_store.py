@@ -109,6 +109,15 @@ def test_what_does_not_fit_is_refused_before_any_training(tiny_bert, nusax_folde
     refused("languages: the vector of 'first' was learned from other text", data=both)
 
 
+def test_a_run_does_not_continue_with_other_vectors(tiny_bert, nusax_folder, tmp_path, used, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipeline.run(shared(tiny_bert, nusax_folder, tmp_path / "one", language_vectors=Path("languages")), quiet())
+    for folder, shown in ((None, "None"), (tmp_path / "others", f"{tmp_path}/others")):
+        message = rf"run_dir .*other settings \(language_vectors: {used} → {shown}\)"
+        with pytest.raises(ValueError, match=message):
+            pipeline.run(shared(tiny_bert, nusax_folder, tmp_path / "one", language_vectors=folder), quiet())
+
+
 @pytest.mark.parametrize("place", ["file", "notes", "run"])
 def test_folders_that_cannot_be_a_store(tiny_bert, nusax_folder, tmp_path, trained, place):
     folder = tmp_path / "languages"
