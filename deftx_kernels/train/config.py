@@ -72,15 +72,17 @@ class SelectionConfig:
             check_int("selection.k", self.k, 1)
         for name in ("density", "energy"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
+            if value is not None and (not isinstance(value, (int, float)) or not 0 < value <= 1):
                 raise ValueError(f"selection.{name} must be above 0 and at most 1, not {value}")
         if self.rank is not None:  # a rank given on the command line replaces the default energy
             self.energy = None
             if self.rank != "gavish-donoho":
                 check_int("selection.rank", self.rank, 1)
-        if not 0 <= self.residual_density <= 1:
+        if not isinstance(self.residual_density, (int, float)) or not 0 <= self.residual_density <= 1:
             raise ValueError(f"selection.residual_density must be between 0 and 1, not {self.residual_density}")
         check_choice("selection.scope", self.scope, Scope)
+        if not isinstance(self.denoise_embeddings, bool):
+            raise ValueError(f"selection.denoise_embeddings must be true or false, not {self.denoise_embeddings!r}")
         check_int("selection.iterations", self.iterations, 1)
         check_int("selection.refresh_every", self.refresh_every, 1)
 
@@ -110,6 +112,9 @@ class Recipe:
             if option not in known or name == "full":
                 there = "it has none" if name == "full" else f"options are {', '.join(known)}"
                 raise ValueError(f"recipe {name}: no option {option!r}; {there}")
+        for one, other in (("rank", "energy"), ("k", "density")):
+            if options.get(one) is not None and options.get(other) is not None:
+                raise ValueError(f"recipe {name}: give one of {one} and {other}, not both")
         self.name, self.options = name, options
         self.selection(SelectionConfig())
 
@@ -311,6 +316,8 @@ class RunConfig:
             check_seed("seeds", seed)
         check_int("cost_steps", self.cost_steps, 0)
         check_choice("device", self.device, Device)
+        if self.language_vectors is not None and Path(self.language_vectors).resolve() == Path(self.run_dir).resolve():
+            raise ValueError(f"language_vectors {self.language_vectors} is the run_dir: choose another folder")
         if self.source_vector and isinstance(self.data, FilesData):
             for name in set(self.data.sources) - set(parse_pairs(self.data.text, "text")):
                 raise ValueError(f"source_vector: give the unlabelled text of {name!r} too, as text {name}=path")

@@ -1,9 +1,10 @@
 """A folder of language vectors that several runs share, also at the same time."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import filelock
@@ -27,19 +28,23 @@ class LanguageStoreConfig:
     overwrite: bool = False
 
 
-def open_store(config: RunConfig, builder: VectorBuilder, console: Console) -> "SharedVectors":
-    """What makes language vectors in config.language_vectors, with seed 0.
+def open_store(
+    config: RunConfig, builder: VectorBuilder, languages: Iterable[str], console: Console
+) -> "SharedVectors":
+    """What makes the vectors of `languages` in config.language_vectors, with seed 0.
 
     Raises:
-        ValueError: the folder's vectors were learned with other settings or from another model.
+        ValueError: the folder's vectors were learned with other settings, from another model or from other text.
     """
     folder = config.language_vectors
     assert folder is not None
     settings = LanguageStoreConfig(config.model, config.language, config.device)
-    with open_run(settings, folder, {"model": models.model_hash(config.model)}, waiting=lambda: None):
-        pass  # its marker fits
     runtime = replace(builder.runtime, seed=0)
-    return SharedVectors(builder.model, builder.corpus, builder.tokenizer, runtime, folder, console)
+    shared = SharedVectors(builder.model, builder.corpus, builder.tokenizer, runtime, folder, console)
+    fingerprints = {"model": models.model_hash(config.model)}
+    with open_run(settings, folder, fingerprints, waiting=lambda: None, setting="language_vectors"):
+        shared.check_texts(languages)
+    return shared
 
 
 @dataclass
@@ -54,16 +59,23 @@ class SharedVectors(VectorBuilder):
             return super().mlm_start(config, languages)
 
     def language(self, language, start, config):
-        """As in `VectorBuilder`. Raises ValueError where the folder's vector was learned from other text."""
-        vector = super().language(language, start, config)
-        content, path = self.corpus.text_hash(language), vector.folder / "text.json"
-        if path.is_file():
-            if read_json(path) != {"text": content}:
-                raise ValueError(f"language_vectors {self.folder}: {vector.name} was learned from other text")
-        else:
-            vector.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"text": content})
-        return vector
+        """As in `VectorBuilder`. Writes the hash of the text beside the vector."""
+        self.check_texts([language])
+        path = self._text_path(language)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"text": self.corpus.text_hash(language)})
+        return super().language(language, start, config)
+
+    def check_texts(self, languages: Iterable[str]) -> None:
+        """Raises ValueError where the folder's vector of one of the languages was learned from other text."""
+        for language in languages:
+            path = self._text_path(language)
+            if path.is_file() and read_json(path) != {"text": self.corpus.text_hash(language)}:
+                what = f"the vector of {language!r} was learned from other text"
+                raise ValueError(f"language_vectors {self.folder}: {what}; choose another")
+
+    def _text_path(self, language: str) -> Path:
+        return self.folder / f"phases/language-{language}/text.json"
 
     def in_turn(self, languages: Sequence[str]) -> Iterator[str]:
         """Each language, while no other process makes its vector. Those that are being made come last."""

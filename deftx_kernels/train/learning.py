@@ -34,7 +34,8 @@ def learn_vector(
         The difference over the mask, with the tensors `dense`. metadata["method"] is the recipe.
 
     Raises:
-        ValueError: another recipe, or a name that is no parameter. If `fit` raises, the model has theta0's values.
+        ValueError: another recipe; a name that is no parameter, or in both lists. If `fit` raises, the model has
+            theta0's values.
 
     Example:
         >>> model = torch.nn.Linear(8, 4, bias=False)
@@ -56,6 +57,10 @@ def learn_vector(
     for name in [*maskable, *whole]:
         if name not in parameters:
             raise ValueError(f"model has no parameter {name!r}")
+    if both := [name for name in maskable if name in whole]:
+        raise ValueError(f"names: {both[0]!r} is in dense as well, where it is trained whole")
+    if not maskable:
+        raise ValueError("names: the model has no parameter to select from")
     frozen = set(parameters) - set(maskable) - set(whole)
     theta0, mask = _copied(parameters), None
     start = theta0

@@ -155,7 +155,7 @@ def _conll_rows(text: str, path: Path) -> Iterable[dict]:
     tags: list[str] = []
     columns = None
     for number, line in enumerate([*_lines(text), ""], start=1):
-        fields = line.split()
+        fields = re.findall(r"[^ \t]+", line)  # other white space may be in a word
         if fields and fields[0] != "-DOCSTART-":
             columns = columns or len(fields)
             if len(fields) != columns or columns < 2:

@@ -73,8 +73,8 @@ def _lottery_ticket(vector: Vector, recipe: Recipe, folder: Path, runtime: Runti
             if number < iterations:
                 save_model(trained.to("cpu"), part / "model")
                 finish(part, metrics)
-        folder_of_next = folder / f"iteration-{number + 1}"
-        current = dataclasses.replace(vector, start=part / "model", folder=folder_of_next, theta0=vector.start)
+        following = folder / f"iteration-{number + 1}"
+        current = dataclasses.replace(vector, start=part / "model", folder=following, theta0=vector.start)
     return mask, metrics, trained
 
 
@@ -91,8 +91,10 @@ def dense_phase(vector: Vector, runtime: Runtime) -> dict:
     folder, phase = vector.folder / "dense", vector.config.dense
     if (metrics := finished_model(folder, folder / "model")) is not None:
         return metrics
-    model = load_start(vector, runtime.torch_device)
-    callbacks = (L1Toward(_theta0(vector, model), phase.l1 / models.count_parameters(model)),) if phase.l1 else ()
+    model = load_start(vector, runtime)
+    callbacks: tuple[TrainerCallback, ...] = ()
+    if phase.l1:
+        callbacks = (L1Toward(model, phase.l1 / models.count_parameters(model), _theta0(vector, model)),)
     guard = DivergenceGuard(f"vector {vector.name!r}, dense phase", phase.lr)
     metrics = train_phase(model, vector.examples, vector.config, phase, folder, runtime, guard, callbacks=callbacks)
     save_model(model, folder / "model")
@@ -100,18 +102,17 @@ def dense_phase(vector: Vector, runtime: Runtime) -> dict:
     return metrics
 
 
-def _theta0(vector: Vector, model: PreTrainedModel) -> PreTrainedModel:
-    """theta0, which is `model` itself before its training in the first iteration."""
-    if vector.theta0 is None:
-        return model
-    return load_start(dataclasses.replace(vector, start=vector.theta0), model.device)
+def _theta0(vector: Vector, model: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters toward which L1 and weight decay pull, on the model's device."""
+    theta0 = model if vector.theta0 is None else vector.load(vector.theta0).to(model.device)
+    return {name: p.detach() for name, p in theta0.named_parameters()}
 
 
 def sparse_phase(vector: Vector, mask: CSRMask, folder: Path, runtime: Runtime) -> tuple[PreTrainedModel, dict]:
     """Fine-tune the entries of `mask` (and the head) of a fresh copy of theta0: (theta2, metrics)."""
-    model, phase = load_start(vector, runtime.torch_device), vector.config.sparse
+    model, phase = load_start(vector, runtime), vector.config.sparse
     l1 = phase.l1 / models.count_parameters(model)
-    start = mask.gather(dict(_theta0(vector, model).named_parameters()))
+    start = mask.gather(_theta0(vector, model))
     sparsify(model, mask)
     optimizer = SparseAdamW(
         model.named_parameters(),
@@ -144,7 +145,7 @@ def _select(
     vector: Vector, recipe: Recipe | str, runtime: Runtime, tuned: Path, iteration: int, before: CSRMask | None
 ) -> tuple[CSRMask, dict]:
     """The mask of the model in the folder `tuned` and theta0, and metrics."""
-    base, theta1 = load_start(vector, runtime.torch_device), vector.load(tuned).to(runtime.torch_device)
+    base, theta1 = load_start(vector, runtime), vector.load(tuned).to(runtime.torch_device)
     began = _clock()
     mask, denoising = select(recipe, theta1, base, vector.config.selection, iteration, before)
     metrics = {"seconds": _clock() - began, **_sizes(mask)}
@@ -179,7 +180,7 @@ class RefreshMask(TrainerCallback):
 
 
 def _lift(vector: Vector, folder: Path, runtime: Runtime) -> tuple[CSRMask, dict, PreTrainedModel]:
-    model = load_start(vector, runtime.torch_device)
+    model = load_start(vector, runtime)
     linear = models.linear_names(model)
     for name in set(models.maskable_names(model)) - set(linear):
         model.get_parameter(name).requires_grad_(False)
@@ -242,11 +243,11 @@ def difference(vector: Vector, trained: PreTrainedModel, mask: CSRMask, recipe: 
     return delta
 
 
-def load_start(vector: Vector, device: torch.device) -> PreTrainedModel:
-    """A fresh copy of theta0 on `device`, with what the vector does not change frozen."""
+def load_start(vector: Vector, runtime: Runtime) -> PreTrainedModel:
+    """A fresh copy of theta0 on the training device, with what the vector does not change frozen."""
     model = vector.load(vector.start)
     models.freeze_for_vector(model)
-    return model.to(device)
+    return model.to(runtime.torch_device)
 
 
 def _clock() -> float:

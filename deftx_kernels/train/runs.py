@@ -20,7 +20,7 @@ LOCK = ".lock"
 CONTENTS = ("config.json", "metrics.json", "report.md", "deltas", "phases")
 FIGURES = ("scores.png", "costs.png", "spectra.png", "density.png")
 # Settings that change no result (a device changes rounding, which "auto" does as well).
-NOT_COMPARED = ("overwrite", "run_dir", "report_to", "device", "cost_steps", "language_vectors")
+NOT_COMPARED = ("overwrite", "run_dir", "report_to", "device", "cost_steps")
 # Settings that are paths: the fingerprints compare their content. Of language=path, the language is compared.
 PATHS = ("data_dir", "train", "validation", "start_from")
 PAIRS = ("test", "text")
@@ -33,6 +33,7 @@ def open_run(
     fingerprints: dict[str, str],
     inputs: Iterable[str | Path] = (),
     waiting: Callable[[], None] | None = None,
+    setting: str = "run_dir",
 ) -> Iterator[None]:
     """`with open_run(...):` no other process uses the folder. Writes its marker and config.json, or checks the marker.
 
@@ -42,6 +43,7 @@ def open_run(
         fingerprints: name → hash of each input (the model, the training data); a run continues only with the same ones.
         inputs: paths that the run reads, none of which may be in run_dir or hold it; other names are ignored.
         waiting: called before waiting for another process that uses the folder; by default that is an error.
+        setting: the folder's name in errors.
 
     Raises:
         ValueError: the folder holds a run with other settings or inputs (and not `overwrite`), or files but no run;
@@ -51,12 +53,12 @@ def open_run(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE is above 1: deftx runs in one process; start it without torchrun")
-    _check_run_dir(run_dir, inputs)
+    _check_run_dir(run_dir, inputs, setting)
     marker = run_dir / MARKER
     if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"run_dir {run_dir} is a file")
+        raise ValueError(f"{setting} {run_dir} is a file")
     if run_dir.is_dir() and not marker.is_file() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
-        what = f"run_dir {run_dir} is not empty and holds no run of this version (no {MARKER})"
+        what = f"{setting} {run_dir} is not empty and holds no run of this version (no {MARKER})"
         raise ValueError(f"{what}: choose another")
     run_dir.mkdir(parents=True, exist_ok=True)
     settings = to_dict(config)
@@ -65,8 +67,8 @@ def open_run(
         old = _read_marker(marker) if marker.is_file() else made_from
         changed = [] if old is None else _changes(old, made_from)
         if changed and not config.overwrite:
-            what = f"run_dir {run_dir} holds a run with other {'; '.join(changed[:3])}"
-            raise ValueError(f"{what}: choose another run_dir, or overwrite it")
+            what = f"{setting} {run_dir} holds a run with other {'; '.join(changed[:3])}"
+            raise ValueError(f"{what}: choose another{', or overwrite it' if setting == 'run_dir' else ''}")
         if changed or old is None:
             _write_marker(marker, None)  # in case deleting is interrupted
             _delete_contents(run_dir)
@@ -85,24 +87,26 @@ def compared(settings: dict) -> dict:
         else:
             kept.pop(name, None)
     kept |= {name: "a folder" for name in ("model", "dataset") if name in kept and Path(kept[name]).is_dir()}
+    if kept.get("language_vectors") is not None:  # other vectors give other scores
+        kept["language_vectors"] = str(Path(kept["language_vectors"]).resolve())
     if isinstance(kept.get("data"), dict):
         kept["data"] = compared(kept["data"])
     return kept
 
 
-def _check_run_dir(run_dir: Path, inputs: Iterable[str | Path]) -> None:
+def _check_run_dir(run_dir: Path, inputs: Iterable[str | Path], setting: str) -> None:
     """run_dir may not be or hold the current or the home directory, nor be, hold or be in an input or another run."""
     resolved = run_dir.resolve()
     for what, path in {"current": Path.cwd(), "home": Path(os.path.expanduser("~"))}.items():
         if path.resolve().is_relative_to(resolved):
-            raise ValueError(f"run_dir {run_dir} is or holds the {what} directory: choose a folder of its own")
+            raise ValueError(f"{setting} {run_dir} is or holds the {what} directory: choose a folder of its own")
     for name in inputs:
         path = Path(name).resolve()
         if path.exists() and (path.is_relative_to(resolved) or resolved.is_relative_to(path)):
-            raise ValueError(f"run_dir {run_dir} is, holds or is in the input {name}: choose a folder of its own")
+            raise ValueError(f"{setting} {run_dir} is, holds or is in the input {name}: choose a folder of its own")
     for folder in resolved.parents:
         if (folder / MARKER).is_file():
-            raise ValueError(f"run_dir {run_dir} is in the folder of another run, {folder}")
+            raise ValueError(f"{setting} {run_dir} is in the folder of another run, {folder}")
 
 
 @contextmanager

@@ -50,11 +50,13 @@ class SeedRun:
 
     def learn_all(self) -> None:
         """The task vectors and language vectors. With source_vector, the task is trained with those of the sources."""
-        sources = self.corpus.sources
+        sources, languages = self.corpus.sources, self.builder
+        if self.recipes and self.config.language_vectors is not None:
+            languages = open_store(self.config, self.builder, self.languages, self.console)
         if not self.config.source_vector:
             self._learn(self.builder.task(self.config.task, sources=sources), "task", self.recipes, self.runtime)
         if self.recipes:
-            self._learn_languages()
+            self._learn_languages(languages)
         if not self.config.source_vector:
             return
         for recipe in self.recipes:
@@ -65,9 +67,8 @@ class SeedRun:
             )
             self._learn(vector, "task", [recipe], self.runtime)
 
-    def _learn_languages(self) -> None:
+    def _learn_languages(self, builder: VectorBuilder) -> None:
         settings, shared = self.config.language, self.config.language_vectors is not None
-        builder = open_store(self.config, self.builder, self.console) if shared else self.builder
         self.console.print("[bold]MLM head[/] · a new one is trained with the body frozen")
         start = builder.mlm_start(settings, self.languages)
         recorded = not shared or self.seed == self.config.seeds[0]

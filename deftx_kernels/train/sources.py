@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import Sampler
 
 from deftx_kernels.delta import SparseDelta
-from deftx_kernels.nn import masked_parameters
+from deftx_kernels.nn import entries_of
 from deftx_kernels.validation import plain_name
 
 
@@ -69,15 +69,18 @@ class SourceVectors:
             delta = self.deltas[language] = delta.to(device)
         tensors = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
         weights = {name: tensors[name] for name in delta.mask.names}
-        masked = masked_parameters(model)
+        masked = entries_of(model.parameters()).values()
         with torch.no_grad():
+            for entry in masked:
+                entry.synchronise()
             before = delta.mask.gather(weights)
-            values = {name: parameter.values.clone() for name, parameter in masked.items()}
+            values = [entry.values.clone() for entry in masked]
             delta.mask.add_(weights, delta.values)  # the values of a masked module follow its weight
         try:
             yield
         finally:
             with torch.no_grad():
                 delta.mask.scatter_(weights, before)
-                for name, parameter in masked.items():  # an optimizer step may come before their next use
-                    parameter.values.copy_(values[name])
+                for entry, kept in zip(masked, values):  # an optimizer step may come before their next use
+                    entry.values.copy_(kept)
+                    entry.write_values()  # marks both as equal: the next vector changes the weights alone

@@ -8,7 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -280,15 +280,11 @@ class CostMeter(TrainerCallback, ExportableState):
 
 
 class L1Toward(TrainerCallback):
-    """Adds the gradient of weight * sum|theta - start| to dense gradients, once an optimizer step.
+    """Adds the gradient of weight * sum|theta - start| to dense gradients, once an optimizer step."""
 
-    Args:
-        start: a model; its tensors are copied.
-    """
-
-    def __init__(self, start: nn.Module, weight: float):
+    def __init__(self, model: nn.Module, weight: float, start: Mapping[str, Tensor]):
         self.weight = weight
-        self.start = {name: p.detach().clone() for name, p in start.named_parameters() if p.requires_grad}
+        self.start = {name: start[name].clone() for name, p in model.named_parameters() if p.requires_grad}
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
         for name, parameter in model.named_parameters():
@@ -422,10 +418,14 @@ def train_phase(
     if before is not None:
         best = trainer.state.best_metric
         after = best if best is not None else trainer.evaluate()["eval_loss"]
-        metrics["perplexity"] = {"before": math.exp(before), "after": math.exp(after)}
+        metrics["perplexity"] = {"before": _perplexity(before), "after": _perplexity(after)}
     if examples.vocabulary is not None:
         del model.get_output_embeddings().forward  # that of the class again
     return {**metrics, "resumed_from": None if last is None else last.name}
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # above, it overflows
 
 
 def _history(trainer: Trainer, metric: str) -> dict:

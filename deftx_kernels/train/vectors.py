@@ -44,7 +44,7 @@ class Vector:
     language vector)."""
     metadata: dict = field(default_factory=dict)
     theta0: Path | None = None
-    """Folder of theta0 where `start` is that of a later iteration: what L1 and weight decay pull toward."""
+    """Folder of theta0 where `start` is another model: that of a later iteration."""
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The `deftx` command: what it prints, its exit codes, and that errors are one line without a traceback."""
 
+import copy
 import json
 import os
 import re
@@ -12,6 +13,8 @@ import torch
 from train_tiny import sentence, write_csv
 
 from deftx_kernels import CSRMask, SparseDelta, cli, doctor
+from deftx_kernels.train import presets
+from deftx_kernels.train.data_config import NusaxData
 
 SHARED = Path(__file__).parents[3] / "shared/fixtures"
 
@@ -242,3 +245,70 @@ def test_train_task_language_and_eval(tmp_path, capsys, tiny_bert):
     code, _, err = run(*task, *shared, "--start-from", phi_language, "--seed", "1", capsys=capsys)
     assert code == 2
     assert "seed: 0 → 1" in err
+
+
+@pytest.fixture
+def parsed(monkeypatch) -> list:
+    """The settings of the runs that are started, none of which runs."""
+    found: list = []
+    monkeypatch.setitem(cli._HANDLERS, cli.Run, lambda command: found.append(command.preset) or 0)
+    return found
+
+
+def test_profiles_of_a_preset(parsed, capsys):
+    def config(*options: str):
+        code, _, err = run("run", *options, capsys=capsys)
+        assert code == 0, err
+        return parsed.pop()
+
+    nusax = ("nusax", "--data-dir", "folder")
+    paper, small = config(*nusax), config(*nusax, "--profile", "small")
+    assert config(*nusax, "--profile=small") == small
+    assert (paper.profile, small.profile) == ("paper", "small")
+    assert paper == presets.NusaxRun(NusaxData(Path("folder")))
+    assert small == presets.small(presets.NusaxRun, NusaxData(Path("folder")))
+    assert (paper.task.dense.lr, paper.language.dense.epochs, paper.language.max_length) == (2e-5, 100, 256)
+    assert small.task != paper.task
+    assert small.language != paper.language
+
+    options = ("--task.dense.lr", "0.003", "--language.selection.density", "0.5", "--sources", "a", "b", "--model", "m")
+    for profile, defaults in (("paper", paper), ("small", small)):
+        found = config(*nusax, *options, "--profile", profile)
+        expected = copy.deepcopy(defaults)
+        expected.task.dense.lr, expected.language.selection.density = 0.003, 0.5
+        expected.data.sources, expected.model = ["a", "b"], "m"
+        assert found == expected
+    changed = config(*nusax, "--profile", "small", "--task.selection.rank", "4")
+    assert (changed.task.selection.rank, changed.task.selection.energy) == (4, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("americasnli", ["--data-dir", "x"]),
+        ("masakhaner", ["--data-dir", "x"]),
+        ("files", ["--train", "a=a.csv", "b=b.csv", "--test", "x=x.csv", "--text", "x=x.txt"]),
+        ("hub", ["--dataset", "d", "--sources", "a", "--targets", "b"]),
+    ],
+)
+def test_every_preset_has_both_profiles(name, options, parsed, capsys):
+    for profile in ("paper", "small"):
+        code, _, err = run("run", name, *options, "--profile", profile, capsys=capsys)
+        assert code == 0, err
+        found = parsed.pop()
+        expected = presets.PRESETS[name](found.data)
+        if profile == "small":
+            expected = presets.small(presets.PRESETS[name], found.data)
+        assert found == expected
+    code, out, err = run("run", name, "--profile", "small", capsys=capsys)
+    assert code == 2
+    assert options[0] in out + err
+
+
+def test_options_of_a_run(parsed, capsys):
+    options = "--recipes full deft-x:rank=32,density=0.1 --language-vectors lang --source-vector --seeds 1 2"
+    code, _, err = run("run", "nusax", "--data-dir", "x", *options.split(), capsys=capsys)
+    assert code == 0, err
+    found = parsed.pop()
+    assert found.recipes == ["full", "deft-x:rank=32,density=0.1"]
+    assert (found.language_vectors, found.source_vector, found.seeds) == (Path("lang"), True, [1, 2])
