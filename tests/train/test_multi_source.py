@@ -38,7 +38,7 @@ def random_delta(density: float, seed: int) -> SparseDelta:
     return SparseDelta.from_models(tuned, base)
 
 
-@pytest.mark.parametrize(("east", "other"), [((0.5, 1), (0.3, 2)), ((0.2, 3), (0.9, 4)), ((1.0, 5), (1.0, 6))])
+@pytest.mark.parametrize(("one", "other"), [((0.5, 1), (0.3, 2)), ((0.2, 3), (0.9, 4)), ((1.0, 5), (1.0, 6))])
 def test_overlap_is_numpy_s(one, other):
     first, second = (random_delta(*arguments) for arguments in (one, other))
     (a, x), (b, y) = numpy_delta(first, second), numpy_delta(second, first)
