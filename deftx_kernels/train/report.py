@@ -167,11 +167,11 @@ def cost_table(metrics: dict) -> Rows | None:
 
 
 def phase_table(metrics: dict) -> Rows:
-    """The phases of the first seed."""
+    """The phases of the first seed, and those of shared language vectors."""
     header = "vector, phase, steps, entries, selection, gradients, optimizer state, median step, final loss, perplexity"
     table = [header.split(", ")]
     for phase in metrics["phases"]:
-        if phase["seed"] != metrics["phases"][0]["seed"]:
+        if phase["seed"] != metrics["scores"][0]["seed"] and not phase.get("shared"):
             continue
         selection, step, method = phase.get("selection"), phase["median_step_seconds"], phase["method"]
         table.append(

@@ -89,7 +89,8 @@ class SeedRun:
 
         def record(method: str, metrics: dict) -> None:
             if recorded:
-                self.phases.append({"seed": self.seed, "vector": vector.name, "method": method, **metrics})
+                shared = {"shared": True} if runtime is not self.runtime else {}
+                self.phases.append({"seed": runtime.seed, **shared, "vector": vector.name, "method": method, **metrics})
 
         if self.needs_dense:
             heading("full fine-tuning (dense phase)")

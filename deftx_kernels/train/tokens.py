@@ -14,7 +14,7 @@ IGNORED = -100  # label of positions that do not enter the loss
 def tokenize_task(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, labels: list[str], max_length: int) -> Dataset:
     """Task rows as input_ids, attention_mask, labels and, where they have it, language.
 
-    A word's first token has its tag, the others IGNORED.
+    A word's first token has its tag, the others IGNORED. Words that max_length cuts off are not scored.
     """
     ids = {label: i for i, label in enumerate(labels)}
 

@@ -58,6 +58,8 @@ def test_a_second_run_trains_no_language_phase(tiny_bert, nusax_folder, tmp_path
     assert not list((tmp_path / "one/phases").glob("language-*"))
     languages = [phase for phase in first["phases"] if phase["vector"] == "language-first"]
     assert [phase["method"] for phase in languages] == ["dense", "lt-sft"]  # once, not for each seed
+    assert {phase["seed"] for phase in languages} == {0}
+    assert "| language-first |" in (tmp_path / "one/report.md").read_text()
 
     second = pipeline.run(shared(tiny_bert, nusax_folder, tmp_path / "two", seeds=[4]), quiet())
     assert trained == TASK
