@@ -19,10 +19,11 @@ from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import densify, sparsify
 from deftx_kernels.optim import SparseAdamW
 from deftx_kernels.train import models
+from deftx_kernels.train.callbacks import DivergenceGuard, L1Toward
 from deftx_kernels.train.checkpoints import finish, finished, finished_model, newest_checkpoint, save_model
 from deftx_kernels.train.config import Recipe, SelectionConfig, to_dict
 from deftx_kernels.train.selection import Denoising, largest_changes, lift_mask
-from deftx_kernels.train.trainer import DivergenceGuard, L1Toward, Runtime, train_phase
+from deftx_kernels.train.trainer import Runtime, train_phase
 from deftx_kernels.train.vectors import Vector
 
 LIFT_MASKS = ("mask.safetensors", "union.safetensors")  # in a checkpoint: the current mask, and all that were trained

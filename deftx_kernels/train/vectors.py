@@ -13,12 +13,13 @@ from transformers.trainer_utils import set_seed
 from deftx_kernels.delta import SparseDelta
 from deftx_kernels.select.functional import selected_counts
 from deftx_kernels.train import models
+from deftx_kernels.train.callbacks import DivergenceGuard
 from deftx_kernels.train.checkpoints import finish, finished_model, save_model
 from deftx_kernels.train.config import LanguageConfig, PhaseConfig, Recipe, TaskConfig, VectorConfig
 from deftx_kernels.train.data import Corpus
 from deftx_kernels.train.sources import SourceVectors
 from deftx_kernels.train.tokens import MaskedLanguageCollator, mask_once, task_collator, tokenize_task, tokenize_text
-from deftx_kernels.train.trainer import DivergenceGuard, Examples, Runtime, train_phase
+from deftx_kernels.train.trainer import Examples, Runtime, train_phase
 
 VALIDATION_SHARE = 0.05  # of unlabelled text, where there is no validation text
 

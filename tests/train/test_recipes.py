@@ -344,6 +344,18 @@ def test_mlm_loss_among_the_tokens_of_the_text(tiny_bert, tmp_path):
         language_settings(vocabulary="text", tie_decoder=True)
 
 
+@pytest.mark.parametrize(("lr", "warned"), [(3.0, True), (3e-3, False)])
+def test_a_language_phase_that_does_not_lower_the_validation_loss(tiny_bert, tmp_path, lr, warned):
+    vector = language_vector(tiny_bert, tmp_path, language_settings(phase(lr=lr, keep_best=True, max_grad_norm=0)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        metrics = dense_phase(vector, RUNTIME)
+    perplexity = metrics["perplexity"]
+    assert (perplexity["after"] >= perplexity["before"]) == warned
+    text = "vector 'language-xx', dense phase: with learning rate 3 the validation loss went from"
+    assert any(text in str(warning.message) for warning in caught) == warned
+
+
 def test_token_classification(tiny_bert, tmp_path):
     words = [text.split() for text in labelled(0, 40)["text"]]
     tags = [["ADJ" if w in GOOD + BAD else "X" for w in line] for line in words]
