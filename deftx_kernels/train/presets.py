@@ -135,8 +135,8 @@ def _small_task(density: float = 0.051) -> TaskConfig:
 def _small_language() -> LanguageConfig:
     return LanguageConfig(
         SelectionConfig(density=0.0276),
-        _small_phase(3e-4, 4),
-        _small_phase(1e-3, 4),
+        _small_phase(3e-4, 4, warmup_steps=20),
+        _small_phase(1e-3, 4, warmup_steps=20),
         batch_size=16,
         accumulation=1,
         max_length=64,
