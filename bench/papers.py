@@ -1,7 +1,8 @@
 """Scores of `deftx run` on the papers' data: rows, means over seeds, paired tests, one figure.
 
 `python -m bench papers RUN_DIR...` collects the scores of finished runs into bench/results/<data set>.csv, where they
-replace those of the same model, settings and seed, and writes <data set>.md and <data set>.png.
+replace those of the same model, method, language and seed, and writes <data set>.md and <data set>.png. The other
+settings of runs in one file should be the same: they are not in the rows.
 """
 
 import csv
@@ -19,9 +20,10 @@ from deftx_kernels.train.figures import COLORS
 from deftx_kernels.train.metrics import METRICS
 from deftx_kernels.train.report import KINDS, markdown
 
-COLUMNS = ("model", "source_vector", "seed", "method", "kind", "language", "score", "metric", "n", "nnz")
+COLUMNS = ("model", "source_vector", "seed", "method", "kind", "language", "role", "score", "metric", "n", "nnz")
 Row = dict[str, str]
 Key = tuple[str, str, str]  # source_vector, method, kind
+Scores = Mapping[tuple[str, str], float]  # by language and seed
 
 
 def collect(folders: Iterable[Path], out: Path) -> dict[Path, list[Row]]:
@@ -49,7 +51,7 @@ def data_set(config: dict) -> str:
 
 
 def rows_of(config: dict, metrics: dict) -> Iterable[Row]:
-    metric, sizes = metrics["data"]["metric"], {}
+    metric, sources, sizes = metrics["data"]["metric"], metrics["data"]["sources"], {}
     for phase in metrics["phases"]:
         if phase["vector"] == "task" and "selection" in phase:
             sizes[phase["seed"], phase["method"]] = phase["selection"]["nnz"]
@@ -57,6 +59,7 @@ def rows_of(config: dict, metrics: dict) -> Iterable[Row]:
         row = {name: score[name] for name in ("seed", "method", "kind", "language", "n")}
         row |= {"model": Path(config["model"]).name, "source_vector": int(config["source_vector"]), "metric": metric}
         row |= {"score": f"{score[metric]:.5f}", "nnz": sizes.get((score["seed"], score["method"]), "")}
+        row["role"] = "source" if score["language"] in sources else "target"
         yield {name: str(row[name]) for name in COLUMNS}
 
 
@@ -82,67 +85,80 @@ def write(rows: list[Row], path: Path) -> str:
     return text
 
 
-def by_condition(rows: list[Row]) -> dict[Key, dict[tuple[str, str], float]]:
-    """{condition: {(language, seed): score}}, in the order of the tables."""
+def by_condition(rows: Iterable[Row]) -> dict[Key, dict[tuple[str, str], float]]:
+    """{condition: {(language, seed): score}} of the target languages, in the order of the tables."""
     scores: dict[Key, dict[tuple[str, str], float]] = {}
     for row in rows:
-        key = (row["source_vector"], row["method"], row["kind"])
-        scores.setdefault(key, {})[row["language"], row["seed"]] = float(row["score"])
+        if row["role"] == "target":
+            key = (row["source_vector"], row["method"], row["kind"])
+            scores.setdefault(key, {})[row["language"], row["seed"]] = float(row["score"])
     order = sorted(scores, key=lambda key: (key[0], key[1] != "full", ":" in key[1], key[1], key[2] == "composed"))
     return {key: scores[key] for key in order}
 
 
-def targets_of(scores: Mapping[Key, Mapping]) -> list[str]:
-    """The target languages: those that a run without source vectors composes."""
-    composed = [each for key, each in scores.items() if key[2] == "composed"]
-    without = [each for key, each in scores.items() if key[2] == "composed" and key[0] == "0"]
-    return sorted({language for each in without or composed for language, _ in each})
+def by_model(rows: list[Row]) -> dict[str, list[Row]]:
+    return {model: [row for row in rows if row["model"] == model] for model in sorted({row["model"] for row in rows})}
+
+
+def languages_of(scores: Mapping[Key, Scores]) -> list[str]:
+    return sorted({language for each in scores.values() for language, _ in each})
 
 
 def report(rows: list[Row]) -> str:
-    """Tables in Markdown: the score by language and condition, and the paired differences of conditions."""
+    """Tables in Markdown, of each model: the score by language and condition, and paired differences of conditions."""
+    return "\n".join(_report_of_model(model, each) for model, each in by_model(rows).items())
+
+
+def _report_of_model(model: str, rows: list[Row]) -> str:
     scores = by_condition(rows)
-    languages = targets_of(scores)
-    table = [["", *languages, "mean"]]
+    languages = languages_of(scores)
+    table = [["", *languages, "mean", "seeds"]]
     for key, each in scores.items():
-        means = [summary([value for (name, _), value in each.items() if name == language]) for language in languages]
-        seeds = sorted({seed for _, seed in each})
-        table.append([label(key), *means, summary([mean_over(each, languages, seed) for seed in seeds])])
+        columns = [[value for (name, _), value in each.items() if name == language] for language in languages]
+        means = means_of(each, languages)
+        table.append([label(key), *map(summary, columns), summary(means), str(len({seed for _, seed in each}))])
     differences = [["difference", "mean", "95 % interval", "above 0", "p (Wilcoxon)"]]
     for first, second in comparisons(list(scores)):
-        row = paired(scores[first], scores[second], languages)
-        differences.append([f"{label(first)} − {label(second)}", *row])
-    seeds, models = ({row[name] for row in rows} for name in ("seed", "model"))
+        if scores[first].keys() & scores[second].keys():
+            differences.append([f"{label(first)} − {label(second)}", *paired(scores[first], scores[second])])
     note = (
-        f"Zero-shot {METRICS[rows[0]['metric']]}, {', '.join(sorted(models))}. Mean ± standard deviation over "
-        f"{len(seeds)} seeds. Differences are paired over languages and seeds; pairs of one language are not "
-        "independent."
+        f"Zero-shot {METRICS[rows[0]['metric']]}, {model}. Mean ± standard deviation over seeds. Differences are "
+        "paired over languages and seeds; pairs of one language are not independent."
     )
     return f"{note}\n\n{markdown(table)}\n\n{markdown(differences)}\n"
 
 
-def mean_over(scores: Mapping[tuple[str, str], float], languages: list[str], seed: str) -> float:
-    return statistics.fmean(scores[language, seed] for language in languages)
+def means_of(scores: Scores, languages: list[str]) -> list[float]:
+    """The mean over all languages, of each seed that has scores of all."""
+    seeds = sorted({seed for _, seed in scores})
+    complete = [seed for seed in seeds if all((language, seed) in scores for language in languages)]
+    return [statistics.fmean(scores[language, seed] for language in languages) for seed in complete]
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """The mean over languages of each condition, with one point per seed."""
+    """The mean over languages of each model and condition, with one point per seed."""
     from matplotlib.figure import Figure
 
-    scores = by_condition(rows)
-    languages = targets_of(scores)
-    figure = Figure(figsize=(6.5, 0.6 + 0.3 * len(scores)), dpi=160, layout="constrained")
+    models = by_model(rows)
+    bars, counts = [], set()
+    for model, each in models.items():
+        scores = by_condition(each)
+        languages = languages_of(scores)
+        counts.add(str(len(languages)))
+        for key, of_condition in scores.items():
+            if values := means_of(of_condition, languages):
+                bars.append((label(key) + (f" ({model})" if len(models) > 1 else ""), key, values))
+    figure = Figure(figsize=(6.5, 0.6 + 0.3 * len(bars)), dpi=160, layout="constrained")
     axes = figure.subplots()
-    for place, (key, each) in enumerate(scores.items()):
-        values = [mean_over(each, languages, seed) for seed in sorted({seed for _, seed in each})]
+    for place, (_, key, values) in enumerate(bars):
         color = COLORS[Recipe.of(key[1]).name]
         axes.barh(place, statistics.fmean(values), 0.7, color=color, alpha=1 if key[2] == "composed" else 0.45)
         axes.plot(values, [place] * len(values), "o", color="#1f2430", markersize=2.5)
-    axes.set_yticks(range(len(scores)), [label(key) for key in scores], fontsize=7)
+    axes.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=7)
     axes.invert_yaxis()
-    low = min(mean_over(each, languages, seed) for each in scores.values() for seed in {seed for _, seed in each})
-    axes.set_xlim(left=max(0.0, low - 0.1))
-    axes.set_xlabel(f"zero-shot {METRICS[rows[0]['metric']]}, mean over {len(languages)} languages", fontsize=8)
+    axes.set_xlim(left=max(0.0, min((min(values) for *_, values in bars), default=0.0) - 0.1))
+    count = " or ".join(sorted(counts))
+    axes.set_xlabel(f"zero-shot {METRICS[rows[0]['metric']]}, mean over {count} languages", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
@@ -171,9 +187,9 @@ def comparisons(keys: list[Key]) -> Iterable[tuple[Key, Key]]:
                 yield (second, first) if second[1] == "deft-x" and 1 in differ else (first, second)
 
 
-def paired(first: Mapping, second: Mapping, languages: list[str]) -> list[str]:
+def paired(first: Scores, second: Scores) -> list[str]:
     """Over all pairs of one language and seed: mean difference, 95 % interval (t), how often above 0, p value."""
-    pairs = [key for key in first if key in second and key[0] in languages]
+    pairs = [key for key in first if key in second]
     differences = np.array([first[key] - second[key] for key in pairs])
     mean, count = differences.mean(), len(differences)
     half = stats.t.ppf(0.975, count - 1) * differences.std(ddof=1) / count**0.5 if count > 1 else float("nan")

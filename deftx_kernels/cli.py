@@ -93,6 +93,16 @@ def _commands(profile: str) -> Any:
     return Annotated[run, tyro.conf.subcommand("run")] | _Others
 
 
+def _profile(arguments: Sequence[str]) -> str:
+    """The profile on the command line: the last one, as tyro takes it."""
+    found = "paper"
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        name, equals, value = argument.partition("=")
+        if name == "--profile":
+            found = value if equals else following
+    return found
+
+
 _Others = (
     Annotated[TrainLanguageConfig, tyro.conf.subcommand("train-language")]
     | Annotated[TrainTaskConfig, tyro.conf.subcommand("train-task")]
@@ -114,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             arguments = list(sys.argv[1:] if argv is None else argv)
-            small = "--profile=small" in arguments or ("--profile", "small") in itertools.pairwise(arguments)
-            commands = _commands("small" if small else "paper")
+            commands = _commands(_profile(arguments))
             command = tyro.cli(commands, args=arguments, prog="deftx", description=DESCRIPTION)
             return next(handler for kind, handler in _HANDLERS.items() if isinstance(command, kind))(command)
         finally:

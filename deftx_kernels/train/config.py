@@ -84,6 +84,8 @@ class SelectionConfig:
         if not isinstance(self.denoise_embeddings, bool):
             raise ValueError(f"selection.denoise_embeddings must be true or false, not {self.denoise_embeddings!r}")
         check_int("selection.iterations", self.iterations, 1)
+        if self.k is not None and self.k < self.iterations:
+            raise ValueError(f"selection.k must be at least iterations = {self.iterations}, not {self.k}")
         check_int("selection.refresh_every", self.refresh_every, 1)
 
 
@@ -284,7 +286,7 @@ class RunConfig:
     """Folder for everything that is written. An interrupted run continues where it stopped."""
     recipes: list[str] = field(default_factory=lambda: ["deft-x", "lt-sft"])
     """Methods to compare: deft-x, lt-sft, lift, full, also with options of their own, as in deft-x:rank=32,density=0.1.
-    deft-x and lt-sft include full fine-tuning, which is their first phase."""
+    deft-x and lt-sft include full fine-tuning, which is their first phase (with source_vector it is not)."""
     task: TaskConfig = field(default_factory=TaskConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     source_vector: bool = False

@@ -23,12 +23,12 @@ from deftx_kernels.train.data_config import (
     NusaxData,
     named_files,
 )
-from deftx_kernels.train.metrics import default_metric
+from deftx_kernels.train.metrics import are_entity_tags, default_metric
 from deftx_kernels.train.readers import labelled_dataset, read_task, read_text
 
 NUSAX_FILES = {"train": "train.csv", "validation": "valid.csv", "test": "test.csv"}
 MASAKHANER_FILES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
-AMERICASNLI_VALIDATION = 0.1  # share of a dev set that is held out
+AMERICASNLI_VALIDATION = 0.1  # share of a dev set's premises that is held out
 DataConfig = CldrData | NusaxData | AmericasNLIData | MasakhaNERData | FilesData | HubData
 
 
@@ -139,6 +139,8 @@ def _corpus(
         )
     validation, test = of_sources("validation"), by_language("test")
     metric = metric or columns.metric or default_metric(labels, columns.kind)
+    if metric == "entity_f1" and not are_entity_tags(labels):
+        raise ValueError(f"metric: entity_f1 needs tags such as B-PER and O; the training labels are {labels}")
     return Corpus(
         text, text_validation, columns.kind, labels, train, validation, test, list(sources), list(targets), metric
     )
@@ -147,9 +149,9 @@ def _corpus(
 def _without_labels(dataset: Dataset) -> Dataset:
     if "tokens" in dataset.column_names:
         return Dataset.from_dict({"text": [" ".join(tokens) for tokens in dataset["tokens"]]})
-    return Dataset.from_dict(
-        {"text": [x for n in ("text", "text_pair") if n in dataset.column_names for x in dataset[n]]}
-    )
+    if "text_pair" not in dataset.column_names:
+        return Dataset.from_dict({"text": list(dataset["text"])})
+    return Dataset.from_dict({"text": list(dict.fromkeys([*dataset["text"], *dataset["text_pair"]]))})
 
 
 def _load_cldr(data: CldrData) -> Corpus:
@@ -187,14 +189,24 @@ def _load_americasnli(data: AmericasNLIData) -> Corpus:
     splits = []
     for language in [*data.sources, *targets]:
         where = folder / "dev" / f"{language}.tsv"
-        parts = read_task(where, columns).train_test_split(AMERICASNLI_VALIDATION, seed=0)
-        splits += [Split(language, name, parts[part], str(where)) for name, part in _PARTS.items()]
+        parts = _by_premise(read_task(where, columns), str(where))
+        splits += [Split(language, name, rows, str(where)) for name, rows in parts.items()]
         test = folder / "test" / f"{language}.tsv"
         splits.append(Split(language, "test", read_task(test, columns), str(test)))
     return _corpus(splits, data.sources, targets, columns, metric="accuracy")
 
 
-_PARTS = {"train": "train", "validation": "test"}  # of Dataset.train_test_split
+def _by_premise(rows: Dataset, where: str) -> dict[str, Dataset]:
+    """Training and validation rows. All hypotheses of a premise (XNLI has three) are in one of them."""
+    premises = list(dict.fromkeys(rows["text"]))
+    if len(premises) < 2:
+        raise ValueError(f"{where}: it has one premise only; at least two are needed, as some are held out")
+    parts = Dataset.from_dict({"text": premises}).train_test_split(AMERICASNLI_VALIDATION, seed=0)
+    held_out = set(parts["test"]["text"])
+    numbers: dict[str, list[int]] = {"train": [], "validation": []}
+    for number, premise in enumerate(rows["text"]):
+        numbers["validation" if premise in held_out else "train"].append(number)
+    return {name: rows.select(each) for name, each in numbers.items()}
 
 
 def _targets(

@@ -78,7 +78,7 @@ class NusaxData(_LanguageFiles):
 class AmericasNLIData(_LanguageFiles):
     """Files {dev,test}/<language>.tsv with the columns premise, hypothesis and label, as in AmericasNLI.
 
-    The labelled dev sets of the sources are the training data, of which a tenth is held out for validation.
+    The labelled dev sets of the sources are the training data. A tenth of the premises is held out for validation.
     """
 
     sources: list[str] = field(default_factory=lambda: ["aym", "gn", "cni"])

@@ -209,6 +209,8 @@ def spectra(run_dir: Path, config: dict, metrics: dict):
     phases = run_dir / "phases"
     languages = Path(config["language_vectors"] or run_dir) / "phases"
     folders = {name: (phases if name == "task" else languages) for name in first_vectors(metrics)}
+    if config.get("source_vector"):  # phases/task is full fine-tuning, of which no recipe selects entries
+        del folders["task"]
     vectors = [name for name, folder in folders.items() if (folder / name / "dense/model").is_dir()]
     recipe = next((found for text in config["recipes"] if (found := Recipe.of(text)).name == "deft-x"), None)
     if not vectors or recipe is None:

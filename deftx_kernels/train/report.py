@@ -39,6 +39,7 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
         f"## Zero-shot {score_name(metrics)}",
         markdown(score_table(metrics)),
         f'Test examples: {tests}. "sources" is the mean over the labelled languages. {seed_note(len(seeds))}',
+        source_vector_note(config, data["sources"]),
         *gain_lines(metrics),
         picture("scores", f"{score_name(metrics)} by target language and method"),
     ]
@@ -74,6 +75,18 @@ def seed_note(seeds: int) -> str:
     if seeds == 1:
         return "One seed: another seed can change scores by a few hundredths."
     return f"Mean ± standard deviation over {seeds} seeds."
+
+
+def source_vector_note(config: dict, sources: list[str]) -> str:
+    """With which vectors the task was trained and scored."""
+    if not config.get("source_vector"):
+        return ""
+    if len(sources) > 1:
+        return "Each training batch had the language vector of its source language, which is not in the scores alone."
+    return (
+        f"The task was trained from the model plus the language vector of {language_name(sources[0])}, which is in the "
+        '"task vector alone" too; "task + language vector" has the test language\'s in its place.'
+    )
 
 
 def markdown(table: Rows) -> str:

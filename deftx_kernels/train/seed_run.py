@@ -39,13 +39,15 @@ class SeedRun:
         self.builder = VectorBuilder(config.model, corpus, tokenizer, self.runtime, folder)
         recipes = [Recipe.of(text) for text in config.recipes]
         self.recipes = [recipe for recipe in recipes if recipe.name != "full"]
-        self.needs_dense = any(recipe.name != "lift" for recipe in recipes)
+        with_full = len(self.recipes) < len(recipes)
+        # Full fine-tuning of theta0 is the first phase of other recipes, but not where these start from source vectors.
+        self.scores_full = with_full or (not config.source_vector and any(map(_has_dense_phase, self.recipes)))
         self.languages = list(corpus.targets) + (list(corpus.sources) if config.source_vector else [])
         self.phases: list[dict] = []
         self.deltas: dict[tuple[str, str], SparseDelta] = {}  # by recipe and vector
-        dense = self.needs_dense * (len(self.recipes) if config.source_vector else 1)
-        languages = len(self.languages) * (len(self.recipes) + self.needs_dense) if self.recipes else 0
-        self._total = languages + len(self.recipes) + dense
+        dense = sum(map(_has_dense_phase, self.recipes))
+        languages = len(self.languages) * (len(self.recipes) + (dense > 0))
+        self._total = languages + len(self.recipes) + self.scores_full + (dense if config.source_vector else 0)
         self._counter = itertools.count(1)
 
     def learn_all(self) -> None:
@@ -53,8 +55,10 @@ class SeedRun:
         sources, languages = self.corpus.sources, self.builder
         if self.recipes and self.config.language_vectors is not None:
             languages = open_store(self.config, self.builder, self.languages, self.console)
-        if not self.config.source_vector:
-            self._learn(self.builder.task(self.config.task, sources=sources), "task", self.recipes, self.runtime)
+        plain = [] if self.config.source_vector else self.recipes
+        if self.scores_full or plain:
+            vector = self.builder.task(self.config.task, sources=sources)
+            self._learn(vector, "task", plain, self.runtime, dense=self.scores_full)
         if self.recipes:
             self._learn_languages(languages)
         if not self.config.source_vector:
@@ -74,7 +78,7 @@ class SeedRun:
         recorded = not shared or self.seed == self.config.seeds[0]
         for language in builder.in_turn(self.languages):
             vector = builder.language(language, start, settings)
-            self._learn(vector, f"language {language}", self.recipes, builder.runtime, recorded)
+            self._learn(vector, f"language {language}", self.recipes, builder.runtime, recorded=recorded)
 
     def _source_deltas(self, recipe: Recipe) -> list[SparseDelta]:
         """The source languages' vectors, where the task is trained with them."""
@@ -82,8 +86,16 @@ class SeedRun:
         return [self.deltas[str(recipe), f"language-{name}"] for name in sources]
 
     def _learn(
-        self, vector: Vector, title: str, recipes: list[Recipe], runtime: Runtime, recorded: bool = True
+        self,
+        vector: Vector,
+        title: str,
+        recipes: list[Recipe],
+        runtime: Runtime,
+        dense: bool = False,
+        recorded: bool = True,
     ) -> None:
+        """The vector by each recipe, after its dense phase if a recipe has one or `dense` is given."""
+
         def heading(what: str) -> None:
             self.console.print(f"[bold cyan]\\[{next(self._counter)}/{self._total}][/] [bold]{title}[/] · {what}")
 
@@ -92,7 +104,7 @@ class SeedRun:
                 shared = {"shared": True} if runtime is not self.runtime else {}
                 self.phases.append({"seed": runtime.seed, **shared, "vector": vector.name, "method": method, **metrics})
 
-        if self.needs_dense:
+        if dense or any(map(_has_dense_phase, recipes)):
             heading("full fine-tuning (dense phase)")
             record("dense", dense_phase(vector, runtime))
         for recipe in recipes:
@@ -132,7 +144,7 @@ class SeedRun:
                 result = evaluate(model, tests[language], collator, self.runtime)
                 scores.append({"seed": self.seed, "method": method, "kind": kind, "language": language, **result})
 
-        if self.needs_dense and not self.config.source_vector:
+        if self.scores_full:
             add(load(self.folder / "phases/task/dense/model"), "full", "task", tests)
         model = load(self.builder.base())
         for recipe in self.recipes:
@@ -144,3 +156,7 @@ class SeedRun:
                     add(model, str(recipe), "composed", [language] if language in tests else [])
         finish(folder, {"scores": scores})
         return scores
+
+
+def _has_dense_phase(recipe: Recipe) -> bool:
+    return recipe.name != "lift"

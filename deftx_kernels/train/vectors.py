@@ -19,7 +19,7 @@ from deftx_kernels.train.config import LanguageConfig, PhaseConfig, Recipe, Task
 from deftx_kernels.train.data import Corpus
 from deftx_kernels.train.sources import SourceVectors
 from deftx_kernels.train.tokens import MaskedLanguageCollator, mask_once, task_collator, tokenize_task, tokenize_text
-from deftx_kernels.train.trainer import Examples, Runtime, train_phase
+from deftx_kernels.train.trainer import Examples, Runtime, mlm_head, train_phase
 
 VALIDATION_SHARE = 0.05  # of unlabelled text, where there is no validation text
 
@@ -195,9 +195,12 @@ def check_fit(
 
     Raises:
         ValueError: a tokenizer with more tokens than the model has embeddings; max_length above the model's positions;
-            a selection of more entries than it has, or of none.
+            a selection of more entries than it has, or of none; for "masked-lm", a tokenizer without a mask token.
     """
     outline = models.outline(model, task)
+    if task == "masked-lm":
+        MaskedLanguageCollator(tokenizer)
+        mlm_head(outline)
     if len(tokenizer) > (rows := len(outline.get_input_embeddings().weight)):
         what = f"its tokenizer has {len(tokenizer)} tokens, but the model embeddings for {rows}"
         raise ValueError(f"model {model!r}: {what}")

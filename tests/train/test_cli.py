@@ -263,7 +263,8 @@ def test_profiles_of_a_preset(parsed, capsys):
 
     nusax = ("nusax", "--data-dir", "folder")
     paper, small = config(*nusax), config(*nusax, "--profile", "small")
-    assert config(*nusax, "--profile=small") == small
+    assert config(*nusax, "--profile=small") == config(*nusax, "--profile", "paper", "--profile", "small") == small
+    assert config(*nusax, "--profile=small", "--profile", "paper") == paper
     assert (paper.profile, small.profile) == ("paper", "small")
     assert paper == presets.NusaxRun(NusaxData(Path("folder")))
     assert small == presets.small(presets.NusaxRun, NusaxData(Path("folder")))

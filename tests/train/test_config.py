@@ -28,6 +28,7 @@ NEITHER = TaskConfig(SelectionConfig(energy=None))
     [
         (SelectionConfig, {"k": [0, -1, 1.5], "density": [0, -0.1, 1.1, math.nan], "energy": [0, 2]}),
         (SelectionConfig, {"rank": [0, "half"]}),
+        (partial(SelectionConfig, iterations=3), {"k": [2]}),
         (SelectionConfig, {"residual_density": [-1, math.nan], "scope": ["column"], "refresh_every": [0]}),
         (PhaseConfig, {"lr": [0, -1, math.nan, math.inf], "epochs": [0, math.nan], "max_steps": [0]}),
         (PhaseConfig, {"warmup_steps": [-1, 0.5]}),

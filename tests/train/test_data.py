@@ -221,6 +221,15 @@ def test_one_label_only_is_refused(tmp_path, nusax_folder):
         data.load_corpus(NusaxData(nusax_folder, sources=["source"]))
 
 
+def test_entity_f1_needs_entity_tags(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": ["the", "room"], "label": ["D", "N"]}))
+    (tmp_path / "x.txt").write_text("a")
+    files = [tmp_path / "a.jsonl"], [f"x={tmp_path / 'a.jsonl'}"], [f"x={tmp_path / 'x.txt'}"]
+    with pytest.raises(ValueError, match=r"metric: entity_f1 needs tags such as B-PER and O; .* \['D', 'N'\]"):
+        data.load_corpus(FilesData(*files, kind="token-classification", metric="entity_f1"))
+    assert data.load_corpus(FilesData(*files, kind="token-classification")).metric == "macro_f1"
+
+
 def test_the_hash_of_the_content_sees_every_row():
     from datasets import Dataset
 

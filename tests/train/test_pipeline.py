@@ -4,16 +4,25 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from transformers import BertModel
 
 from deftx_kernels import CSRMask, SparseDelta
 from deftx_kernels.train import costs, figures, models, pipeline, recipes, report, runs
 from deftx_kernels.train.checkpoints import finished
-from deftx_kernels.train.config import LanguageConfig, PhaseConfig, SelectionConfig, TaskConfig
+from deftx_kernels.train.config import (
+    EvalConfig,
+    LanguageConfig,
+    PhaseConfig,
+    SelectionConfig,
+    TaskConfig,
+    TrainTaskConfig,
+)
 from deftx_kernels.train.data import load_corpus
 from deftx_kernels.train.data_config import NusaxData
 from deftx_kernels.train.presets import NusaxRun
@@ -102,7 +111,7 @@ def test_a_run_folder(tiny_bert, nusax_folder, tmp_path, monkeypatch):
 
 def test_settings_that_do_not_fit_the_model_fail_before_anything_is_written(tiny_bert, nusax_folder, tmp_path):
     def refused(message: str, **changes):
-        config = settings(tiny_bert, nusax_folder, tmp_path / "run", **changes)
+        config = settings(changes.pop("model", tiny_bert), nusax_folder, tmp_path / "run", **changes)
         with pytest.raises(ValueError, match=message):
             pipeline.run(config, quiet())
         assert not (tmp_path / "run").exists()
@@ -118,6 +127,12 @@ def test_settings_that_do_not_fit_the_model_fail_before_anything_is_written(tiny
         recipes=["lift"],
         **fits,
     )
+    unmasked = tmp_path / "unmasked"
+    shutil.copytree(tiny_bert, unmasked)
+    tokenizer = models.load_tokenizer(tiny_bert)
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(unmasked)
+    refused("has no mask token", model=str(unmasked))
     for run_dir in (nusax_folder, nusax_folder / "first", Path(tiny_bert) / "run"):
         with pytest.raises(ValueError, match="is, holds or is in the input"):
             pipeline.run(settings(tiny_bert, nusax_folder, run_dir), quiet())
@@ -147,6 +162,34 @@ def test_source_vector_lift_and_two_seeds(tiny_bert, nusax_folder, tmp_path):
 
     full = dataclasses.replace(lift, run_dir=tmp_path / "full", recipes=["full"])
     assert {(s["method"], s["kind"]) for s in pipeline.run(full, quiet())["scores"]} == {("full", "task")}
+
+
+def test_full_and_lift_with_a_source_vector(tiny_bert, nusax_folder, tmp_path):
+    data = NusaxData(nusax_folder, ["source"], ["first"])
+    options = {"recipes": ["full", "lift"], "source_vector": True, "cost_steps": 0, "data": data}
+    console = quiet()
+    metrics = pipeline.run(settings(tiny_bert, nusax_folder, tmp_path / "run", **options), console)
+    scored = {(s["method"], s["kind"]) for s in metrics["scores"]}
+    assert scored == {("full", "task"), ("lift", "task"), ("lift", "composed")}
+    dense = [phase["vector"] for phase in metrics["phases"] if phase["method"] == "dense"]
+    assert dense == ["task"]  # no other recipe than full has a dense phase
+    assert "[4/4]" in console.file.getvalue()
+    assert "language vector of Source, which is in the" in (tmp_path / "run/report.md").read_text()
+
+
+def test_a_task_vector_of_a_model_without_pooler_is_evaluated(tiny_bert, nusax_folder, tmp_path):
+    folder, source, target = tmp_path / "model", nusax_folder / "source", nusax_folder / "first"
+    BertModel.from_pretrained(tiny_bert, add_pooling_layer=False).save_pretrained(folder)
+    models.load_tokenizer(tiny_bert).save_pretrained(folder)
+    task = settings(tiny_bert, nusax_folder, tmp_path).task
+    common = {"model": str(folder), "recipe": "lt-sft", "device": "cpu", "seed": 3}
+    run = TrainTaskConfig(run_dir=tmp_path / "run", train=[source / "train.csv"], settings=task, **common)
+    vector = str(pipeline.train_task(run))
+    torch.manual_seed(9)
+    found = pipeline.evaluate_vectors(EvalConfig(target / "test.csv", [vector], device="cpu"))
+    base = str(tmp_path / "run/phases/base")
+    models.load_tokenizer(tiny_bert).save_pretrained(base)
+    assert found == pipeline.evaluate_vectors(EvalConfig(target / "test.csv", [vector], base, device="cpu"))
 
 
 def test_score_tables():

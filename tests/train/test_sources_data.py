@@ -111,11 +111,30 @@ def test_americasnli_folder_holds_out_a_tenth_of_dev(americasnli):
     read = [read_task(americasnli / f"dev/{name}.tsv", columns) for name in ("gn", "aym")]
     for name in ("text", "text_pair"):
         assert sorted([*corpus.train[name], *corpus.validation[name]]) == sorted([*read[0][name], *read[1][name]])
-    assert len(corpus.text["quy"]) == 36
-    assert len(corpus.text_validation["quy"]) == 4
+    quy = read_task(americasnli / "dev/quy.tsv", columns)
+    texts = [*corpus.text["quy"]["text"], *corpus.text_validation["quy"]["text"]]
+    assert set(texts) == {*quy["text"], *quy["text_pair"]}
     again = data.load_corpus(AmericasNLIData(americasnli, ["gn", "aym"]))
     assert again.hashes() == corpus.hashes()
     assert again.text_hash("quy") == corpus.text_hash("quy") != corpus.text_hash("gn")
+
+
+def test_hypotheses_of_a_premise_are_all_held_out_or_all_trained_on(tmp_path):
+    labels = ("contradiction", "entailment", "neutral")
+    for split, number in (("dev", 30), ("test", 1)):
+        (tmp_path / split).mkdir()
+        lines = [f"{i}\tpremise {i}\t{label} of {i}\t{label}\n" for i in range(number) for label in labels]
+        for language in ("aym", "quy"):
+            (tmp_path / split / f"{language}.tsv").write_text("id\tpremise\thypothesis\tlabel\n" + "".join(lines))
+    corpus = data.load_corpus(AmericasNLIData(tmp_path, ["aym"]))
+    assert (len(corpus.train), len(corpus.validation)) == (81, 9)
+    assert not set(corpus.train["text"]) & set(corpus.validation["text"])
+    texts, held_out = (x["quy"]["text"] for x in (corpus.text, corpus.text_validation))
+    assert len(set(texts)) == len(texts) == 27 + 81  # each premise once
+    assert not set(texts) & set(held_out)
+    (tmp_path / "dev/quy.tsv").write_text("premise\thypothesis\tlabel\na\tb\tneutral\n")
+    with pytest.raises(ValueError, match=r"dev/quy.tsv: it has one premise only"):
+        data.load_corpus(AmericasNLIData(tmp_path, ["aym"]))
 
 
 @pytest.mark.parametrize(
