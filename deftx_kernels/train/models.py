@@ -91,6 +91,9 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
 def load_classifier(model: str | Path, labels: list[str], task: str = "classification") -> PreTrainedModel:
     """`model` with a head for `labels`; a head that is not in the checkpoint is initialized at random.
 
+    A pooler that is not in it belongs to the head: it has no pretrained values from which a sparse difference could be
+    taken. Its parameters are listed in the model's configuration, as `new_parameters`.
+
     Args:
         task: "classification" (of a text or a pair of texts) or "token-classification".
 
@@ -99,7 +102,10 @@ def load_classifier(model: str | Path, labels: list[str], task: str = "classific
     """
     names = dict(enumerate(labels))
     ids = {label: i for i, label in names.items()}
-    return _load_weights(CLASSIFIERS[task], model, num_labels=len(labels), id2label=names, label2id=ids)[0]
+    loaded, missing = _load_weights(CLASSIFIERS[task], model, num_labels=len(labels), id2label=names, label2id=ids)
+    if new := sorted(name for name in missing if name.startswith(base_prefix(loaded))):
+        loaded.config.new_parameters = new
+    return loaded
 
 
 def _load_weights(auto, model: str | Path, **options) -> tuple[PreTrainedModel, set[str]]:
@@ -189,8 +195,8 @@ def norm_names(model: nn.Module) -> set[str]:
 
 def maskable_names(model: PreTrainedModel) -> list[str]:
     """Names of the parameters that a mask may select: the base model, with embeddings and biases, without norms."""
-    norms, prefix = norm_names(model), base_prefix(model)
-    return sorted(name for name, _ in model.named_parameters() if name.startswith(prefix) and name not in norms)
+    without = norm_names(model) | set(head_names(model))
+    return sorted(name for name, _ in model.named_parameters() if name not in without)
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
@@ -205,9 +211,9 @@ def embedding_names(model: nn.Module) -> set[str]:
 
 
 def head_names(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters outside the base model."""
-    prefix = base_prefix(model)
-    return sorted(name for name, _ in model.named_parameters() if not name.startswith(prefix))
+    """Names of the parameters outside the pretrained base model: the head, with a new pooler."""
+    prefix, new = base_prefix(model), getattr(model.config, "new_parameters", ())
+    return sorted(name for name, _ in model.named_parameters() if not name.startswith(prefix) or name in new)
 
 
 def freeze_for_vector(model: PreTrainedModel) -> None:

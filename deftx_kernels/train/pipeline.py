@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers.trainer_utils import set_seed
 
 from deftx_kernels.delta import SparseDelta
 from deftx_kernels.files import write_json
@@ -176,7 +175,6 @@ def evaluate_vectors(config: EvalConfig) -> dict[str, float]:
     check_labels(rows, task["labels"], str(config.test))
     base = config.model or task["base_model"]
     tokenizer = models.load_tokenizer(base)
-    set_seed(task.get("seed", 0))  # of a pooler that the base lacks: that of theta0 in training
     model = models.load_classifier(base, task["labels"], task["task"])
     tokenized = tokenize_task(rows, tokenizer, task["labels"], task["max_length"])
     collator, runtime = task_collator(tokenizer, task["task"]), Runtime(device=config.device)

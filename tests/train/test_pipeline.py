@@ -185,6 +185,11 @@ def test_a_task_vector_of_a_model_without_pooler_is_evaluated(tiny_bert, nusax_f
     common = {"model": str(folder), "recipe": "lt-sft", "device": "cpu", "seed": 3}
     run = TrainTaskConfig(run_dir=tmp_path / "run", train=[source / "train.csv"], settings=task, **common)
     vector = str(pipeline.train_task(run))
+    pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}  # new, so a part of the head
+    delta = SparseDelta.from_pretrained(vector)
+    assert set(delta.dense) == {"classifier.weight", "classifier.bias"} | pooler
+    assert not pooler & set(delta.mask.names)
+    delta.apply_(models.load_classifier(folder, delta.metadata["labels"]))  # whatever its pooler was
     torch.manual_seed(9)
     found = pipeline.evaluate_vectors(EvalConfig(target / "test.csv", [vector], device="cpu"))
     base = str(tmp_path / "run/phases/base")
