@@ -8,6 +8,7 @@ settings of runs in one file should be the same: they are not in the rows.
 import csv
 import json
 import statistics
+import sys
 from collections.abc import Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from deftx_kernels.files import replaced
 from deftx_kernels.train.config import Recipe
 from deftx_kernels.train.figures import COLORS
 from deftx_kernels.train.metrics import METRICS
@@ -30,6 +32,8 @@ def collect(folders: Iterable[Path], out: Path) -> dict[Path, list[Row]]:
     """The rows of run folders, added to the files of their data sets. {file: all its rows}"""
     found: dict[Path, list[Row]] = {}
     for folder in folders:
+        if not (folder / "metrics.json").is_file():
+            sys.exit(f"{folder} has no metrics.json: it is no run folder, or its run has not ended")
         config, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics"))
         path = out / f"{data_set(config)}.csv"
         rows = found.setdefault(path, read(path))
@@ -38,7 +42,7 @@ def collect(folders: Iterable[Path], out: Path) -> dict[Path, list[Row]]:
         found[path] = [row for row in rows if identity(row) not in same] + new
     for path, rows in found.items():
         rows.sort(key=identity)
-        with path.open("w", newline="") as file:
+        with replaced(path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)

@@ -132,6 +132,9 @@ class Recipe:
         check_list(f"recipe {text!r}", [option for option, _, _ in pairs] or [name])
         return cls(name, **{option: _parse_value(value) for option, _, value in pairs})  # type: ignore[arg-type]
 
+    def __repr__(self) -> str:
+        return f"Recipe.of({str(self)!r})"
+
     def __str__(self) -> str:
         return f"{self.name}:{self._joined('=', ',')}" if self.options else self.name
 
@@ -220,7 +223,8 @@ class VectorConfig:
     max_length: int = 128
     """Maximum number of tokens; longer texts are cut (task) or continued in the next block (language, with pack)."""
     group_by_length: bool = False
-    """Put texts of similar length into one batch: less padding."""
+    """Put texts of similar length into one batch: less padding. Not done with the vectors of several source languages,
+    where a batch has one language."""
 
     def __post_init__(self):
         for name, minimum in (("batch_size", 1), ("accumulation", 1), ("max_length", 4)):
@@ -294,7 +298,8 @@ class RunConfig:
     single source language; with several, each batch has examples of one language and that language's vector applied."""
     language_vectors: Path | None = None
     """Folder of language vectors that several runs share: those that it lacks are learned into it, with seed 0. By
-    default each seed learns its own in its run folder."""
+    default each seed learns its own in its run folder. A new MLM head is trained on the texts of the first run's
+    languages."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """The whole pipeline is run once for each."""
     cost_steps: int = 20

@@ -5,10 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import filelock
-import tyro
 from rich.console import Console
 
 from deftx_kernels.files import read_json, write_json
@@ -23,8 +21,7 @@ class LanguageStoreConfig:
     """What all vectors of the folder are made with."""
 
     model: str
-    settings: Annotated[LanguageConfig, tyro.conf.arg(name="")]
-    device: str
+    settings: LanguageConfig
     overwrite: bool = False
 
 
@@ -38,7 +35,7 @@ def open_store(
     """
     folder = config.language_vectors
     assert folder is not None
-    settings = LanguageStoreConfig(config.model, config.language, config.device)
+    settings = LanguageStoreConfig(config.model, config.language)
     runtime = replace(builder.runtime, seed=0)
     shared = SharedVectors(builder.model, builder.corpus, builder.tokenizer, runtime, folder, console)
     fingerprints = {"model": models.model_hash(config.model)}

@@ -160,16 +160,21 @@ def _sizes(mask: CSRMask) -> dict:
 class RefreshMask(TrainerCallback):
     """LIFT: selects a new mask every few steps; entries in both keep their moments. `union`: all that were trained."""
 
-    def __init__(self, optimizer: SparseAdamW, weights: Mapping[str, Tensor], selection: SelectionConfig, masks):
-        self.optimizer, self.weights, self.selection = optimizer, weights, selection
+    def __init__(
+        self,
+        optimizer: SparseAdamW,
+        weights: Mapping[str, Tensor],
+        selection: SelectionConfig,
+        masks: tuple[CSRMask, ...],
+        guard: DivergenceGuard,
+    ):
+        self.optimizer, self.weights, self.selection, self.guard = optimizer, weights, selection, guard
         self.mask, self.union = masks
-        self.guard: DivergenceGuard | None = None
 
     def on_step_end(self, args, state, control, model=None, **_):
         if state.global_step % self.selection.refresh_every or state.global_step >= state.max_steps:
             return
-        if self.guard is not None:
-            self.guard.check_weights(model, state.global_step)
+        self.guard.check_weights(model, state.global_step)
         self.mask, _ = lift_mask(self.weights, self.selection)
         self.optimizer.update_mask(self.mask)
         self.union = self.union | self.mask
@@ -193,8 +198,8 @@ def _lift(vector: Vector, folder: Path, runtime: Runtime) -> tuple[CSRMask, dict
     checkpoint = newest_checkpoint(folder / "checkpoints", LIFT_MASKS)
     masks = (mask, mask) if checkpoint is None else _load_masks(checkpoint, runtime)
     optimizer = SparseAdamW(model.named_parameters(), masks[0], lr=phase.lr, weight_decay=phase.weight_decay)
-    refresh = RefreshMask(optimizer, weights, selection, masks)
-    guard = refresh.guard = DivergenceGuard(f"vector {vector.name!r}, sparse phase of {folder.name}", phase.lr)
+    guard = DivergenceGuard(f"vector {vector.name!r}, sparse phase of {folder.name}", phase.lr)
+    refresh = RefreshMask(optimizer, weights, selection, masks, guard)
     metrics = train_phase(
         model,
         vector.examples,

@@ -1,5 +1,6 @@
 """Which entries a recipe trains: the largest changes of LT-SFT and DeFT-X, the largest low-rank weights of LIFT."""
 
+import itertools
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
@@ -47,9 +48,9 @@ def largest_changes(
         if denoised:
             cleaned, info = svd_denoise({name: scores[name] for name in denoised}, return_info=True, **options)
             scores |= cleaned
-        device = scores[names[0]].device
-        largest = torch.full((before.nnz,), torch.finfo(torch.float32).max, device=device)
-        before.to(device).scatter_(scores, largest)
+        first = scores[names[0]]
+        largest = first.new_full((before.nnz,), torch.finfo(first.dtype).max)
+        before.to(first.device).scatter_(scores, largest)
         return topk_mask(scores, **size), denoising_of(info)
     if not denoised:
         return select_mask(tuned, base, names=names, **size), {}
@@ -59,7 +60,9 @@ def largest_changes(
 
 def _differences(tuned: Parameters, base: Parameters, names: Sequence[str]) -> dict[str, Tensor]:
     new, old = (dict(x.named_parameters()) if isinstance(x, nn.Module) else x for x in (tuned, base))
-    return {name: new[name].detach().float() - old[name].detach().float() for name in names}
+    dtypes = (new[name].dtype for name in names), (old[name].dtype for name in names)
+    dtype = torch.float64 if torch.float64 in itertools.chain(*dtypes) else torch.float32  # as in select_mask
+    return {name: new[name].detach().to(dtype) - old[name].detach().to(dtype) for name in names}
 
 
 def lift_mask(weights: Mapping[str, Tensor], selection: SelectionConfig) -> tuple[CSRMask, Denoising]:

@@ -28,7 +28,7 @@ class LanguageBatches(Sampler[list[int]]):
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Trainer at the begin of each epoch."""
+        """Called by Trainer at the beginning of each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -74,6 +74,12 @@ def test_source_languages_missing_scores_and_models_are_kept_apart(tmp_path):
     assert (tmp_path / "x.png").is_file()
 
 
+def test_a_run_that_has_not_ended(tmp_path):
+    with pytest.raises(SystemExit, match=r"run-0 has no metrics.json"):
+        papers.collect([tmp_path / "run-0"], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_paired_differences_are_scipy_s():
     first = {(language, str(seed)): 0.01 * seed**2 + 0.1 for language in "ab" for seed in range(4)}
     second = dict.fromkeys(first, 0.1)

@@ -10,6 +10,8 @@ from deftx_kernels.nn import densify, masked_parameters, sparsify
 from deftx_kernels.optim import SparseAdamW
 from deftx_kernels.select import select_mask
 from deftx_kernels.train import Recipe, learn_vector
+from deftx_kernels.train.config import SelectionConfig
+from deftx_kernels.train.selection import largest_changes
 
 WEIGHTS = ["0.weight", "2.weight"]
 
@@ -153,3 +155,14 @@ def test_what_learn_vector_refuses(recipe, options, message):
     with pytest.raises(ValueError, match=message):
         learn_vector(model, recipe, Fit(), **options)
     assert all(torch.equal(p, theta0[name]) for name, p in model.named_parameters())
+
+
+def test_iterations_of_a_float64_model_select_its_differences():
+    """As in `select_mask`: differences that float32 cannot tell apart are not ties."""
+    base = {"w": torch.zeros(1, 6, dtype=torch.float64)}
+    tuned = {"w": torch.tensor([[5.0, 1.0, 1.0 + 1e-12, 0.0, 1.0 + 1e-13, 0.0]], dtype=torch.float64)}
+    settings = SelectionConfig(k=2, iterations=2)
+    first, _ = largest_changes("lt-sft", tuned, base, ["w"], settings, 1)
+    second, _ = largest_changes("lt-sft", tuned, base, ["w"], settings, 2, first)
+    assert first.to_dense()["w"].nonzero()[:, 1].tolist() == [0]
+    assert second.to_dense()["w"].nonzero()[:, 1].tolist() == [0, 2]
