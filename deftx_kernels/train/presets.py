@@ -118,8 +118,8 @@ class HubRun(PresetRun):
 def _small_task() -> TaskConfig:
     return TaskConfig(
         SelectionConfig(density=0.051),
-        PhaseConfig(lr=1e-4, epochs=4),
-        PhaseConfig(lr=5e-4, epochs=4),
+        PhaseConfig(lr=1e-4, epochs=4, warmup_steps=25),
+        PhaseConfig(lr=5e-4, epochs=4, warmup_steps=25),
         batch_size=8,
         accumulation=1,
         max_length=128,
