@@ -1,7 +1,7 @@
 """Kernels for composable sparse fine-tuning: denoise, select, train and add sparse differences of models."""
 
 from deftx_kernels import interop
-from deftx_kernels.delta import SparseDelta, compose
+from deftx_kernels.delta import SparseAdapters, SparseDelta, compose, merge
 from deftx_kernels.denoise import svd_denoise, truncated_svd
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import MaskedEmbedding, MaskedLinear, densify, masked_embedding, masked_linear, sparsify
@@ -16,6 +16,7 @@ __all__ = [
     "MaskedEmbedding",
     "MaskedLinear",
     "SparseAdamW",
+    "SparseAdapters",
     "SparseDelta",
     "backends",
     "compose",
@@ -23,6 +24,7 @@ __all__ = [
     "interop",
     "masked_embedding",
     "masked_linear",
+    "merge",
     "select_mask",
     "sparse_adamw",
     "sparsify",

@@ -376,6 +376,10 @@ class CSRMask:
                 raise ValueError(f"tensor {name!r} has shape {list(own)} in one mask and {list(shape)} in the other")
         return dict(sorted(shapes.items()))
 
+    def over(self, shapes: Mapping[str, torch.Size]) -> "CSRMask":
+        """This mask over more tensors, in which it has no entries. `shapes`: name → shape of all of them, by name."""
+        return CSRMask.unchecked(list(shapes), list(shapes.values()), self._crow_of(shapes), self.col_indices)
+
     def _combine(self, other: "CSRMask", operation: str) -> "CSRMask":
         if not isinstance(other, CSRMask):
             return NotImplemented

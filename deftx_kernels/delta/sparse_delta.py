@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.delta import storage
+from deftx_kernels.delta.arithmetic import Terms, rounded, weighted_sum
 from deftx_kernels.delta.change import Change
 from deftx_kernels.delta.exact import SUMMABLE, Low, bits_differ, exact_differences
 from deftx_kernels.delta.fingerprints import fingerprint, update
@@ -186,6 +187,10 @@ class SparseDelta:
         if overwritten:
             warnings.warn(overwritten, RuntimeWarning, stacklevel=3)
 
+    def check_base(self, model: Model) -> None:
+        """ValueError or TypeError, as in `apply_`, unless this delta can be added to the model."""
+        self._check_base(self._change(model, 1.0, dense=True, strict=True))
+
     def _change(self, model: Model, alpha: float, dense: bool, strict: bool) -> Change:
         """The addition to the model's tensors, after every check but those of their content."""
         if not is_number(alpha):
@@ -225,56 +230,46 @@ class SparseDelta:
             update(sha, tensor)
         return sha.hexdigest()
 
-    # ---- composition ----
-    def compose(*deltas: "SparseDelta") -> "SparseDelta":
+    # ---- arithmetic ----
+    @property
+    def terms(self) -> Terms:
+        """Mask, values and low terms."""
+        return Terms(self.mask, self.values, self.low)
+
+    def __mul__(self, factor: float) -> "SparseDelta":
+        """factor * delta. Whole tensors are not scaled."""
+        return compose(self, weights=[factor]) if is_number(factor) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "SparseDelta":
+        return self * -1.0
+
+    def compose(*deltas: "SparseDelta", weights: Sequence[float] | None = None) -> "SparseDelta":
         """The sum of deltas of one base: `compose(task, language)`, as in Ansell et al. (2022), eq. 2.
 
         Values are added in float64 and rounded once to float32; if one delta has a low term, the sum has one, too.
         Whole tensors are united.
 
+        Args:
+            weights: factor of each delta's values, 1 by default. Whole tensors are not scaled.
+
         Raises:
-            ValueError: no delta; deltas of different bases; a whole tensor that two deltas hold with different values.
+            ValueError: no delta; deltas of different bases; a whole tensor that two deltas hold with different values;
+                weights that are not finite, or another number of them than deltas.
 
         Example:
             >>> base = {"w": torch.zeros(3)}
             >>> task = SparseDelta.from_models({"w": torch.tensor([0.0, 1.0, 2.0])}, base)
             >>> language = SparseDelta.from_models({"w": torch.tensor([0.5, 1.0, 0.0])}, base)
-            >>> compose(task, language).apply_(base)
+            >>> compose(task, language, weights=[1.0, 0.5]).apply_(base)
             >>> base["w"]
-            tensor([0.5000, 2.0000, 2.0000])
+            tensor([0.2500, 1.5000, 2.0000])
         """
-        if not deltas:
-            raise ValueError("compose needs at least one delta")
-        for i, delta in enumerate(deltas):
-            if not isinstance(delta, SparseDelta):
-                raise TypeError(f"deltas[{i}] must be a SparseDelta, got {type(delta).__name__}")
-        mask = functools.reduce(lambda one, other: one | other.to(one.device), [d.mask for d in deltas])
-        dense: dict[str, Tensor] = {}
-        base: dict[str, str] = {}
-        tied: dict[str, str] = {}
-        for i, delta in enumerate(deltas):
-            for name, tensor in delta.dense.items():
-                if not same_bits(dense.setdefault(name, tensor), tensor):
-                    raise ValueError(f"dense tensor {name!r} is in two deltas with different values")
-            for name, value in delta.metadata.get("base_fingerprint", {}).items():
-                if base.setdefault(name, value) != value:
-                    raise ValueError(f"deltas[{i}] was made for another base: tensor {name!r} has another fingerprint")
-            tied |= delta.metadata.get("tied", {})
-        if both := [n for n in dense if n in mask]:
-            raise ValueError(f"tensor {both[0]!r} is sparse in one delta and whole in another")
-        values, low = _sum(deltas, mask)
-        left_out = ("base_fingerprint", "tied")
-        parts = [{k: v for k, v in d.metadata.items() if k not in left_out} for d in deltas]
-        metadata = {"method": "compose", "k": mask.nnz, "base_fingerprint": base, "composed_of": parts}
-        for key in ("base_model", "base_dtype"):
-            first = deltas[0].metadata.get(key)
-            if first is not None and all(d.metadata.get(key) == first for d in deltas):
-                metadata[key] = first
-        if tied:
-            metadata["tied"] = tied
-        if lossy := [d.metadata["lossy"] for d in deltas if d.metadata.get("lossy")]:
-            metadata["lossy"] = lossy[0]
-        return SparseDelta(mask, values, dense, metadata, low)
+        factors = checked_weights(deltas, weights, "compose")
+        total = weighted_sum([delta.terms for delta in deltas], factors)
+        details = {"method": "compose"} | ({} if weights is None else {"weights": factors})
+        return combined(deltas, total, details)
 
     # ---- files ----
     def save_pretrained(self, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
@@ -375,6 +370,66 @@ class SparseDelta:
 compose = SparseDelta.compose
 
 
+def checked_weights(
+    deltas: Sequence[SparseDelta], weights: Sequence[float] | None, function: str, argument: str = "deltas"
+) -> list[float]:
+    """The weights, 1 by default. TypeError or ValueError naming what is wrong with the deltas or their weights."""
+    if not deltas:
+        raise ValueError(f"{function} needs at least one delta")
+    for i, delta in enumerate(deltas):
+        if not isinstance(delta, SparseDelta):
+            raise TypeError(f"{argument}[{i}] must be a SparseDelta, got {type(delta).__name__}")
+    if weights is None:
+        return [1.0] * len(deltas)
+    if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != len(deltas):
+        raise ValueError(f"weights must be one number for each of the {len(deltas)} deltas, got {weights!r}")
+    for i, weight in enumerate(weights):
+        if not is_number(weight):
+            raise ValueError(f"weights[{i}] must be a finite number, got {weight!r}")
+    return [float(weight) for weight in weights]
+
+
+def united_tensors(deltas: Sequence[SparseDelta]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Whole tensors and tied names of all deltas. ValueError for one with two values, or sparse in another delta."""
+    dense: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for delta in deltas:
+        for name, tensor in delta.dense.items():
+            if not same_bits(dense.setdefault(name, tensor), tensor):
+                raise ValueError(f"dense tensor {name!r} is in two deltas with different values")
+        tied |= delta.metadata.get("tied", {})
+    if both := [n for n in dense if any(n in delta.mask for delta in deltas)]:
+        raise ValueError(f"tensor {both[0]!r} is sparse in one delta and whole in another")
+    return dense, tied
+
+
+def combined(deltas: Sequence[SparseDelta], terms: Terms, details: Mapping[str, Any]) -> SparseDelta:
+    """A delta of these terms with the union of the deltas' whole tensors; `details` begin its metadata.
+
+    Raises:
+        ValueError: deltas of different bases; a whole tensor that two deltas hold with different values.
+    """
+    dense, tied = united_tensors(deltas)
+    base: dict[str, str] = {}
+    for i, delta in enumerate(deltas):
+        for name, value in delta.metadata.get("base_fingerprint", {}).items():
+            if base.setdefault(name, value) != value:
+                raise ValueError(f"deltas[{i}] was made for another base: tensor {name!r} has another fingerprint")
+    left_out = ("base_fingerprint", "tied")
+    parts = [{k: v for k, v in d.metadata.items() if k not in left_out} for d in deltas]
+    metadata = {**details, "k": terms.mask.nnz, "base_fingerprint": base, "composed_of": parts}
+    for key in ("base_model", "base_dtype"):
+        first = deltas[0].metadata.get(key)
+        if first is not None and all(d.metadata.get(key) == first for d in deltas):
+            metadata[key] = first
+    if tied:
+        metadata["tied"] = tied
+    if lossy := [d.metadata["lossy"] for d in deltas if d.metadata.get("lossy")]:
+        metadata["lossy"] = lossy[0]
+    values, low = rounded(terms)
+    return SparseDelta(terms.mask, values, dense, metadata, low)
+
+
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -421,25 +476,6 @@ def _checked_mask(matched: Matched, mask: CSRMask | None) -> CSRMask:
                 "covers"
             )
     return mask
-
-
-def _sum(deltas: Sequence[SparseDelta], mask: CSRMask) -> tuple[Tensor, Low]:
-    """Values and low terms of the sum; low terms where a delta has one or float32 cannot hold the sum."""
-    values = torch.zeros(mask.nnz, dtype=torch.float64, device=mask.device)
-    low = torch.zeros_like(values)
-    has_low = torch.zeros_like(values, dtype=torch.bool)
-    for delta in deltas:
-        own = delta.mask.to(mask.device)
-        values += own.project(delta.values.to(mask.device, torch.float64), mask)
-        if delta.low is not None:
-            positions, terms = (t.to(mask.device) for t in delta.low)
-            compact = terms.new_zeros(own.nnz)
-            low += own.project(compact.index_copy(0, positions, terms), mask)
-            has_low |= own.project(compact.bool().index_fill(0, positions, True), mask)
-    total, largest = values + low, torch.finfo(torch.float32).max
-    high = torch.where(total.isfinite(), total.clamp(-largest, largest), total).to(torch.float32)
-    positions = (has_low | (total.isfinite() & (total.abs() > largest))).nonzero().view(-1)
-    return high, (positions, (values[positions] - high[positions].to(torch.float64)) + low[positions])
 
 
 def _download(repo_id: str, revision: str | None) -> Path:

@@ -115,6 +115,26 @@ def csr_combine(
     return crow, (keys & 0xFFFF_FFFF).to(torch.int32).to(col_indices.dtype)
 
 
+def csr_sum(crow_indices, col_indices, other_crow_indices, other_col_indices, values, weights, election, dtype):
+    keys = _keys(crow_indices, col_indices)
+    total, votes = torch.zeros(2, len(keys), dtype=torch.float64, device=keys.device)
+    found = []
+    for crow, col, x in zip(other_crow_indices, other_col_indices, values):
+        own = _keys(crow, col)
+        index = torch.searchsorted(own, keys).clamp(max=max(len(own) - 1, 0))
+        there = own[index] == keys if len(own) else torch.zeros_like(keys, dtype=torch.bool)
+        x = torch.where(there, x.to(torch.float64)[index] if len(own) else 0.0, 0.0)
+        votes += x.sign() if election == 2 else x
+        found.append((there, x))
+    sign, count = torch.where(votes >= 0, 1.0, -1.0), torch.zeros_like(total)
+    for (there, x), weight in zip(found, weights):
+        if election:
+            there = there & (x.sign() == sign)
+        total = torch.where(there, total + weight * x, total)
+        count += there
+    return (total / count.clamp(min=1) if election else total).to(dtype)
+
+
 def dense_to_csr(dense: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     _require(len(dense) > 0, "dense must hold at least one tensor")
     for i, tensor in enumerate(dense):

@@ -29,6 +29,7 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # a compiled operator leaks (LibTorch's stable ABI, 2.10).
 SCOPES = {"global": 0, "tensor": 1, "row": 2}
 OPERATIONS = {"and": 0, "or": 1, "sub": 2}
+ELECTIONS = {"none": 0, "total": 1, "frequency": 2}
 
 SCHEMAS = {
     # values[i] = the tensors' entry i of the mask. All tensors have one dtype, which is the result's.
@@ -43,6 +44,10 @@ SCHEMAS = {
     "csr_combine": (
         "(Tensor crow_indices, Tensor col_indices, Tensor other_crow_indices, Tensor other_col_indices, int operation)"
         " -> (Tensor crow_indices, Tensor col_indices)"
+    ),
+    "csr_sum": (
+        "(Tensor crow_indices, Tensor col_indices, Tensor[] other_crow_indices, Tensor[] other_col_indices,"
+        " Tensor[] values, float[] weights, int election, ScalarType dtype) -> Tensor"
     ),
     # The mask of the True entries of bool tensors.
     "dense_to_csr": "(Tensor[] dense) -> (Tensor crow_indices, Tensor col_indices)",
@@ -190,6 +195,7 @@ FAKES: dict[str, Callable] = {
     "csr_scatter_": _returns_nothing,
     "csr_add_": _returns_nothing,
     "csr_combine": _csr_combine,
+    "csr_sum": lambda crow, col, *rest: col.new_empty(col.shape, dtype=rest[-1]),
     "dense_to_csr": _indices_of,
     "topk_mask": _topk_mask,
     "magnitude_histogram": lambda scores, prefix, shift: scores[0].new_empty(1 << 16, dtype=torch.int64),
