@@ -41,11 +41,42 @@ class Compose:
 
 
 @dataclass
+class Merge:
+    """Add deltas to a model folder and write the model, one weight file at a time. Continues an interrupted call."""
+
+    base: tyro.conf.Positional[Path]
+    """Folder of the base model, with safetensors weights."""
+    vectors: tyro.conf.Positional[list[str]]
+    """Folders or hub ids of deltas."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write."""
+    weights: list[float] | None = None
+    """Factor of each delta, 1 by default."""
+    method: Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"] = "linear"
+    density: float | None = None
+    """Share of entries that each delta keeps; for every method but linear."""
+    majority_sign_method: Literal["total", "frequency"] = "total"
+    scope: Literal["global", "tensor"] = "global"
+    """Whether the largest entries are those of all tensors together or of each."""
+    seed: int = 0
+    """Of the dare methods."""
+    whole: bool = True
+    """Replace the tensors that the deltas hold whole, such as a head; the base must have them."""
+    strict: bool = True
+    """Refuse another base than that of the deltas."""
+
+
+@dataclass
 class Inspect:
-    """Show the content of a delta or a mask: method, base model, size, density of each tensor."""
+    """Show the content of a delta or a mask: method, base model, size, density of each tensor.
+
+    With two: what they share, by tensor: entries, cosine, sign conflicts.
+    """
 
     path: tyro.conf.Positional[str]
     """Folder or hub id of a delta, a mask.safetensors file, or a folder of composable-sft or PEFT SHiRA."""
+    other: tyro.conf.Positional[str | None] = None
+    """A second delta, to compare."""
     all: bool = False
     """List every tensor, not only those with the most entries."""
 
@@ -107,6 +138,7 @@ _Others = (
     Annotated[TrainLanguageConfig, tyro.conf.subcommand("train-language")]
     | Annotated[TrainTaskConfig, tyro.conf.subcommand("train-task")]
     | Annotated[Compose, tyro.conf.subcommand("compose")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
@@ -190,6 +222,38 @@ def _compose(command: Compose) -> int:
     return 0
 
 
+def _merge(command: Merge) -> int:
+    from rich.progress import Progress
+
+    from deftx_kernels.delta import merge
+    from deftx_kernels.delta.checkpoint import merge_into_checkpoint
+    from deftx_kernels.train.deltas import load_delta
+
+    for path in (command.base, *command.vectors):
+        _check_output(command.output, str(path))
+    delta = merge(
+        *(load_delta(path) for path in command.vectors),
+        weights=command.weights,
+        method=command.method,
+        density=command.density,
+        majority_sign_method=command.majority_sign_method,
+        scope=command.scope,
+        seed=command.seed,
+    )
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("merging")
+        merge_into_checkpoint(
+            command.base,
+            delta,
+            command.output,
+            dense=command.whole,
+            strict=command.strict,
+            on_file=lambda done, files: progress.update(bar, completed=done, total=files),
+        )
+    print(command.output)
+    return 0
+
+
 def _check_output(output: Path, source: str) -> None:
     """ValueError where the output would replace the source."""
     folder = Path(source).resolve()
@@ -201,6 +265,8 @@ def _inspect(command: Inspect) -> int:
     from deftx_kernels.mask import CSRMask
     from deftx_kernels.train.deltas import load_any
 
+    if command.other is not None:
+        return _inspect_two(command)
     found = load_any(command.path)
     mask = found if isinstance(found, CSRMask) else found.mask
     console = Console()
@@ -221,6 +287,26 @@ def _inspect(command: Inspect) -> int:
     console.print(table)
     if len(shown) < len(rows):
         console.print(f"… and {len(rows) - len(shown)} more tensors (--all)")
+    return 0
+
+
+def _inspect_two(command: Inspect) -> int:
+    from deftx_kernels.train.deltas import comparison, load_delta
+
+    one, other = load_delta(command.path), load_delta(str(command.other))
+    rows = comparison(one, other)
+    table = Table("tensor", "entries", "entries", "shared", "cosine", "sign conflicts", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    ordered = sorted(rows.items(), key=lambda item: (item[0] != "all tensors", -item[1]["shared"]))
+    shown = ordered if command.all else ordered[:21]
+    for name, row in shown:
+        counts = [f"{row[key]:,}" for key in ("first", "second", "shared")]
+        table.add_row(name, *counts, f"{row['cosine']:+.3f}", f"{row['sign_conflicts']:.1%}")
+    console = Console()
+    console.print(table)
+    if len(shown) < len(ordered):
+        console.print(f"… and {len(ordered) - len(shown)} more tensors (--all)")
     return 0
 
 
@@ -258,6 +344,7 @@ _HANDLERS: dict[type, Callable[[Any], int]] = {
     TrainLanguageConfig: _drive,
     TrainTaskConfig: _drive,
     Compose: _compose,
+    Merge: _merge,
     EvalConfig: _drive,
     Inspect: _inspect,
     Convert: _convert,

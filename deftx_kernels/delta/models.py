@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deftx_kernels import validation
-from deftx_kernels.delta.exact import SUMMABLE
+from deftx_kernels.delta.exact import SUMMABLE, bits_differ
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import masked_parameters, plain_tensors
 
@@ -88,6 +88,36 @@ def match_tensors(tuned: Model, base: Model, mask: CSRMask | None, dense: Iterab
                 f"tensor {name!r} has shape {list(new[name].shape)} in tuned and {list(old[name].shape)} in base"
             )
     return Matched(new, old, tied, shared, buffers, whole)
+
+
+def checked_mask(matched: Matched, mask: CSRMask | None) -> CSRMask:
+    """The mask of `from_models`, by default of all entries that differ. Adds buffers that differ outside it to
+    `matched.whole`; ValueError for other differences outside it.
+    """
+    new, old = matched.tuned, matched.base
+    differing = {n: bits_differ(new[n], old[n]) for n in matched.shared}
+    for name in [n for n in matched.shared if n in matched.buffers and (mask is None or n not in mask)]:
+        if bool(differing.pop(name).any()):
+            matched.whole.add(name)
+    if mask is None:
+        names = [n for n in differing if old[n].dtype in SUMMABLE]
+        changed = [n for n in names if bool(differing[n].any())] or names
+        mask = CSRMask.from_dense({n: differing[n] for n in changed})
+    for name, tensor in zip(mask.names, mask.checked_tensors(old, "base")):
+        if (first := matched.tied[name]) != name:
+            raise ValueError(f"mask covers {name!r}, which is the tensor {first!r} of base: use that name in the mask")
+        if not {tensor.dtype, new[name].dtype} <= SUMMABLE:
+            raise TypeError(f"mask covers {name!r}, which is {tensor.dtype} in base and {new[name].dtype} in tuned")
+        if name in differing:
+            one = mask[name].to(differing[name].device)
+            one.scatter_(differing, torch.zeros(one.nnz, dtype=torch.bool, device=one.device))
+    for name, outside in differing.items():
+        if bool(outside.any()):
+            raise ValueError(
+                f"tuned differs from base in {int(outside.sum())} entries of {name!r} that neither mask nor dense "
+                "covers"
+            )
+    return mask
 
 
 def checked_targets(

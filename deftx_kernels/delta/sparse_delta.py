@@ -17,9 +17,9 @@ from torch import Tensor
 from deftx_kernels.delta import storage
 from deftx_kernels.delta.arithmetic import Terms, rounded, weighted_sum
 from deftx_kernels.delta.change import Change
-from deftx_kernels.delta.exact import SUMMABLE, Low, bits_differ, exact_differences
+from deftx_kernels.delta.exact import Low, exact_differences
 from deftx_kernels.delta.fingerprints import fingerprint, update
-from deftx_kernels.delta.models import Matched, Model, checked_targets, current_tensors, match_tensors
+from deftx_kernels.delta.models import Model, checked_mask, checked_targets, current_tensors, match_tensors
 from deftx_kernels.files import reading
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.validation import check_plain, check_readable, is_number, same_bits, usable_in_backward
@@ -124,7 +124,7 @@ class SparseDelta:
         """
         matched = match_tensors(tuned, base, mask, dense)
         new, old, tied, whole = matched.tuned, matched.base, matched.tied, matched.whole
-        mask = _checked_mask(matched, mask)
+        mask = checked_mask(matched, mask)
         values, low, inexact = exact_differences(mask, old, new)
         details = {
             **(metadata or {}),
@@ -197,7 +197,7 @@ class SparseDelta:
             raise ValueError(f"alpha must be a finite number, got {alpha!r}")
         whole = self.dense if dense else {}
         targets, copies = checked_targets(model, self.mask, whole, self.metadata.get("tied", {}), strict)
-        identity, base = self._content_hash() if strict else None, self.metadata.get("base_fingerprint", {})
+        identity, base = self.content_hash() if strict else None, self.metadata.get("base_fingerprint", {})
         current = functools.partial(current_tensors, model)
         return Change(self.mask, self.values, self.low, whole, targets, copies, current, alpha, identity, base)
 
@@ -224,7 +224,8 @@ class SparseDelta:
                     f"alpha = {-present} removes it (strict=False adds it again)"
                 )
 
-    def _content_hash(self) -> str:
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of mask, values and low terms."""
         sha = hashlib.sha256(self.mask.fingerprint().encode())
         for tensor in (self.values, *(self.low or ())):
             update(sha, tensor)
@@ -235,6 +236,19 @@ class SparseDelta:
     def terms(self) -> Terms:
         """Mask, values and low terms."""
         return Terms(self.mask, self.values, self.low)
+
+    def restricted(self, names: Iterable[str]) -> "SparseDelta":
+        """The delta of some of the mask's tensors, without whole ones."""
+        sparse = sorted(names)
+        mask, values = self.mask.restrict(sparse), torch.cat([self.mask.part(name, self.values) for name in sparse])
+        low = self.low
+        if low is not None:
+            compact = torch.zeros(self.mask.nnz, dtype=torch.float64, device=self.mask.device)
+            terms = self.mask.project(compact.index_copy(0, *low), mask)
+            there = self.mask.project(compact.index_fill(0, low[0], 1.0), mask)
+            positions = there.nonzero().view(-1)
+            low = positions, terms[positions]
+        return SparseDelta(mask, values, None, self.metadata, low)
 
     def __mul__(self, factor: float) -> "SparseDelta":
         """factor * delta. Whole tensors are not scaled."""
@@ -446,36 +460,6 @@ def _checked_low(low: Low | None, mask: CSRMask) -> Low | None:
     if int(positions[0]) < 0 or int(positions[-1]) >= mask.nnz or bool((positions.diff() <= 0).any()):
         raise ValueError(f"low[0] must ascend within [0, nnz) = [0, {mask.nnz})")
     return positions, usable_in_backward(terms.detach()).to(mask.device)
-
-
-def _checked_mask(matched: Matched, mask: CSRMask | None) -> CSRMask:
-    """The mask of `from_models`, by default of all entries that differ. Adds buffers that differ outside it to
-    `matched.whole`; ValueError for other differences outside it.
-    """
-    new, old = matched.tuned, matched.base
-    differing = {n: bits_differ(new[n], old[n]) for n in matched.shared}
-    for name in [n for n in matched.shared if n in matched.buffers and (mask is None or n not in mask)]:
-        if bool(differing.pop(name).any()):
-            matched.whole.add(name)
-    if mask is None:
-        names = [n for n in differing if old[n].dtype in SUMMABLE]
-        changed = [n for n in names if bool(differing[n].any())] or names
-        mask = CSRMask.from_dense({n: differing[n] for n in changed})
-    for name, tensor in zip(mask.names, mask.checked_tensors(old, "base")):
-        if (first := matched.tied[name]) != name:
-            raise ValueError(f"mask covers {name!r}, which is the tensor {first!r} of base: use that name in the mask")
-        if not {tensor.dtype, new[name].dtype} <= SUMMABLE:
-            raise TypeError(f"mask covers {name!r}, which is {tensor.dtype} in base and {new[name].dtype} in tuned")
-        if name in differing:
-            one = mask[name].to(differing[name].device)
-            one.scatter_(differing, torch.zeros(one.nnz, dtype=torch.bool, device=one.device))
-    for name, outside in differing.items():
-        if bool(outside.any()):
-            raise ValueError(
-                f"tuned differs from base in {int(outside.sum())} entries of {name!r} that neither mask nor dense "
-                "covers"
-            )
-    return mask
 
 
 def _download(repo_id: str, revision: str | None) -> Path:

@@ -38,6 +38,37 @@ def load_any(path: str) -> SparseDelta | CSRMask:
     return SparseDelta.from_pretrained(str(folder))
 
 
+def comparison(one: SparseDelta, other: SparseDelta) -> dict[str, dict[str, float]]:
+    """What two deltas share, by tensor and in "all tensors".
+
+    Returns:
+        {name: first, second (entries of each), shared (entries of both), cosine (of the differences, entries that one
+        lacks being 0), sign_conflicts (share of the shared entries whose signs differ)}; 0 where nothing is shared.
+    """
+    union, both = one.mask | other.mask, one.mask & other.mask
+    rows: dict[str, dict[str, float]] = {}
+    values = [delta.values.double() for delta in (one, other)]
+    first, second = (delta.mask.project(x, both) for delta, x in zip((one, other), values))
+    products, conflicts = first * second, (first * second < 0).double()
+    for name in ("all tensors", *union.names):
+        everything = name == "all tensors"
+
+        def part(mask, compact, name=name, everything=everything):
+            return compact if everything else mask.part(name, compact) if name in mask else compact[:0]
+
+        x, y = (part(delta.mask, v) for delta, v in zip((one, other), values))
+        shared = part(both, products)
+        norms = float(x.norm() * y.norm())
+        rows[name] = {
+            "first": len(x),
+            "second": len(y),
+            "shared": len(shared),
+            "cosine": float(shared.sum()) / norms if norms else 0.0,
+            "sign_conflicts": float(part(both, conflicts).mean()) if len(shared) else 0.0,
+        }
+    return rows
+
+
 def overlap(one: SparseDelta, other: SparseDelta) -> dict[str, float]:
     """What two deltas of one base share.
 
