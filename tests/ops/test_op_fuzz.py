@@ -91,6 +91,16 @@ def _combine(make: Maker) -> list[Any]:
     return [crow, col, other_crow, other_col.to(col.dtype), make.rng.choice([*schemas.OPERATIONS.values()])]
 
 
+def _sum(make: Maker) -> list[Any]:
+    shapes = make.shapes()
+    crow, col = make.mask(shapes)
+    others = [make.mask(shapes) for _ in range(make.size(0, 4))]
+    values = [make.floats(len(c), dtype=make.dtype()) for _, c in others]
+    weights = [make.rng.uniform(-2, 2) for _ in others]
+    election, dtype = make.rng.choice([*schemas.ELECTIONS.values()]), make.rng.choice(FLOATS[:2])
+    return [crow, col, [c for c, _ in others], [c.to(col.dtype) for _, c in others], values, weights, election, dtype]
+
+
 def _topk(make: Maker) -> list[Any]:
     scores = [make.floats(*s, dtype=make.dtype()) for s in make.shapes()]
     base = [make.floats(*s.shape, dtype=make.dtype()) for s in scores] if make.rng.random() < 0.3 else []
@@ -187,6 +197,7 @@ VALID: dict[str, Callable[[Maker], list[Any]]] = {
     "csr_scatter_": _csr,
     "csr_add_": lambda make: [*_csr(make), 0.5],
     "csr_combine": _combine,
+    "csr_sum": _sum,
     "dense_to_csr": lambda make: [[make.floats(*s) > 0.3 for s in make.shapes()]],
     "topk_mask": _topk,
     "magnitude_histogram": _histogram,
