@@ -47,14 +47,13 @@ SCHEMAS = {
         "(Tensor crow_indices, Tensor col_indices, Tensor other_crow_indices, Tensor other_col_indices, int operation)"
         " -> (Tensor crow_indices, Tensor col_indices)"
     ),
-    # The weighted sum of compact tensors of several masks over the same rows, at the entries of one mask (their union, or
-    # any other). For entry e of the mask and each j whose mask has e: x_j = values[j] there; others do not count.
+    # The weighted sum of compact tensors of several masks over the same rows, at the entries of one mask (their union,
+    # or any other). For entry e of the mask and each j whose mask has e: x_j = values[j] there; others do not count.
     # ELECTIONS "none": sum_j weights[j] * x_j. "total", "frequency" (TIES, Yadav et al. 2023, as PEFT's ties): the
     # elected sign is + where sum_j x_j (total) or sum_j sign(x_j) (frequency) is >= 0, else -; then the sum of
-    # weights[j] * x_j over the j with sign(x_j) == the elected sign, divided by max(1, their number). 0 and NaN have no
-    # sign. Computed in float64, terms added in the order of j, and rounded once to dtype (float32 or float64). 0 where no
-    # mask has the entry, and where no sign is the elected one. All col_indices have one dtype; at most MAX_SUMMED_MASKS
-    # masks.
+    # weights[j] * x_j over the j with sign(x_j) == the elected sign, divided by max(1, their number). 0 and NaN have
+    # no sign. Computed in float64, terms added in the order of j, and rounded once to dtype (float32 or float64). 0
+    # where there is no term. All col_indices have one dtype; there are at most MAX_SUMMED_MASKS masks.
     "csr_sum": (
         "(Tensor crow_indices, Tensor col_indices, Tensor[] other_crow_indices, Tensor[] other_col_indices,"
         " Tensor[] values, float[] weights, int election, ScalarType dtype) -> Tensor"
