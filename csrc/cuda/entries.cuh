@@ -55,7 +55,7 @@ __device__ void for_each_entry(const Mask<Column>& mask, const Visit& visit) {
   }
 }
 
-__device__ int64_t clamped(int64_t x, int64_t low, int64_t high) { return min(max(x, low), high); }
+static __device__ int64_t clamped(int64_t x, int64_t low, int64_t high) { return min(max(x, low), high); }
 
 struct Place {
   int64_t at;  // the first entry of the row whose column is not less; the row's end if there is none
