@@ -92,13 +92,10 @@ def _combine(make: Maker) -> list[Any]:
 
 
 def _sum(make: Maker) -> list[Any]:
-    shapes = make.shapes()
-    crow, col = make.mask(shapes)
-    others = [make.mask(shapes) for _ in range(make.size(0, 4))]
-    values = [make.floats(len(c), dtype=make.dtype()) for _, c in others]
-    weights = [make.rng.uniform(-2, 2) for _ in others]
-    election, dtype = make.rng.choice([*schemas.ELECTIONS.values()]), make.rng.choice(FLOATS[:2])
-    return [crow, col, [c for c, _ in others], [c.to(col.dtype) for _, c in others], values, weights, election, dtype]
+    crow, col, other_crow, other_col, _ = _combine(make)
+    values = [make.floats(len(c), dtype=make.dtype()) for c in (col, other_col)]
+    options = [0.5, -2.0], make.rng.choice([*schemas.ELECTIONS.values()]), make.rng.choice(FLOATS[:2])
+    return [crow, col, [crow, other_crow], [col, other_col], values, *options]
 
 
 def _topk(make: Maker) -> list[Any]:
@@ -179,13 +176,8 @@ def _embedding(make: Maker) -> list[Any]:
     tokens, d, vocabulary = make.rng.choice([0, 3, 20, 200]), make.size(), make.size()
     indices = torch.randint(0, vocabulary, (tokens,), generator=make.generator)
     indices = indices.to(make.rng.choice([torch.int32, torch.int64]))
-    return [
-        make.floats(tokens, d),
-        indices,
-        *make.mask([(vocabulary, d)], 0.6),
-        make.rng.choice([-1, 0, 1]),
-        torch.float32,
-    ]
+    mask, padding_idx = make.mask([(vocabulary, d)], 0.6), make.rng.choice([-1, 0, 1])
+    return [make.floats(tokens, d), indices, *mask, padding_idx, torch.float32]
 
 
 def _bits(magnitude: float, dtype: torch.dtype) -> int:
