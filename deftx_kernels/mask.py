@@ -16,7 +16,8 @@ from torch import Tensor
 
 from deftx_kernels import validation
 from deftx_kernels.files import parse_json, reading, write_tensors
-from deftx_kernels.ops.schemas import OPERATIONS, column_dtype, compute_dtype, rows_and_columns
+from deftx_kernels.kernels.tensors import FLOATS
+from deftx_kernels.ops.schemas import ELECTIONS, OPERATIONS, column_dtype, compute_dtype, rows_and_columns
 
 __all__ = ["CSRMask", "column_dtype", "rows_and_columns", "signed"]
 
@@ -358,15 +359,18 @@ class CSRMask:
         """A compact tensor of this mask as one of another mask [other.nnz]: entries that only the other has are 0."""
         self.check_compact(compact, "compact")
         self._check_device(other, "other")
-        shapes = self._united_shapes(other)
-        offsets = dict(zip(shapes, accumulate((s.numel() for s in shapes.values()), initial=0)))
-        mine, theirs = self.flat_indices(offsets), other.flat_indices(offsets)
-        out = compact.new_zeros(other.nnz)
-        index = torch.searchsorted(theirs, mine)
-        found = index < len(theirs)
-        found[found.clone()] = theirs[index[found]] == mine[found]
-        out[index[found]] = compact.detach()[found]
-        return out
+        (crow, col), (other_crow, other_col) = self._over_one_layout(other)[1:]
+        compact = compact.detach().contiguous()
+
+        def at_others(values: Tensor) -> Tensor:
+            options = ([1.0], ELECTIONS["none"], compute_dtype(values.dtype))
+            return torch.ops.deftx.csr_sum(other_crow, other_col, [crow], [col], [values], *options)
+
+        if compact.dtype in FLOATS:
+            return at_others(compact).to(compact.dtype)
+        # Other dtypes by their positions, of which float64 holds every one.
+        position = at_others(torch.arange(1, self.nnz + 1, dtype=torch.float64, device=self.device)).to(torch.int64)
+        return torch.cat([compact.new_zeros(1), compact])[position]
 
     def _united_shapes(self, other: "CSRMask") -> dict[str, torch.Size]:
         """Name → shape of the tensors of both masks, by name."""
@@ -384,11 +388,18 @@ class CSRMask:
         if not isinstance(other, CSRMask):
             return NotImplemented
         self._check_device(other, "the other mask")
+        shapes, mine, theirs = self._over_one_layout(other)
+        crow, col = torch.ops.deftx.csr_combine(*mine, *theirs, OPERATIONS[operation])
+        return CSRMask.unchecked(list(shapes), list(shapes.values()), crow, col)
+
+    def _over_one_layout(
+        self, other: "CSRMask"
+    ) -> tuple[dict[str, torch.Size], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The shapes of the tensors of both masks, and crow_indices and col_indices of each mask over all of them."""
         shapes = self._united_shapes(other)
         dtype = column_dtype(list(shapes.values()))
         mine, theirs = ((m._crow_of(shapes), m.col_indices.to(dtype)) for m in (self, other))
-        crow, col = torch.ops.deftx.csr_combine(*mine, *theirs, OPERATIONS[operation])
-        return CSRMask.unchecked(list(shapes), list(shapes.values()), crow, col)
+        return shapes, mine, theirs
 
     def _crow_of(self, shapes: Mapping[str, torch.Size]) -> Tensor:
         """crow_indices over the rows of more tensors; rows of those that the mask does not cover are empty."""
