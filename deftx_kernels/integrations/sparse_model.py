@@ -95,7 +95,7 @@ def get_sparse_model(model: nn.Module, config: SparseConfig, mask: CSRMask | Non
     for name in saved:
         if name in mask:
             raise ValueError(f"mask covers {name!r}, which is in modules_to_save")
-    if (base_model := getattr(getattr(inner, "config", None), "name_or_path", None)):
+    if base_model := getattr(getattr(inner, "config", None), "name_or_path", None):
         metadata["base_model"] = base_model
     mask.checked_tensors(tensors, "model")
     record = BaseRecord(
@@ -152,7 +152,9 @@ def sparse_delta(model: nn.Module, metadata: Mapping[str, Any] | None = None) ->
         if name not in record.buffers or not validation.same_bits(buffer, record.buffers[name]):
             dense[name] = buffer
     details = {**record.metadata, **(metadata or {}), "k": mask.nnz, "base_fingerprint": record.fingerprints}
-    details |= {key: difference.metadata[key] for key in ("base_dtype", "inexact_entries") if key in difference.metadata}
+    details |= {
+        key: difference.metadata[key] for key in ("base_dtype", "inexact_entries") if key in difference.metadata
+    }
     if tied := {n: first for n, first in record.tied.items() if first in mask or first in dense}:
         details["tied"] = tied
     dense = {n: t.detach().to("cpu", copy=True) for n, t in dense.items()}
@@ -169,7 +171,9 @@ def print_trainable_parameters(model: nn.Module) -> None:
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in plain_tensors(model).values())
-    print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / max(total, 1):.4f}")
+    print(
+        f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / max(total, 1):.4f}"
+    )
 
 
 def _parameters_to_save(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, nn.Parameter]:

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from deftx_kernels.integrations.sparse_model import sparse_delta
 from deftx_kernels.mask import CSRMask
-from deftx_kernels.nn import MaskedParameter, masked_parameters
+from deftx_kernels.nn import masked_parameters
 from deftx_kernels.optim import SparseAdamW
 
 
@@ -52,19 +53,17 @@ def optimizer_cls_and_kwargs(
             "process for each GPU (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES"
         )
     betas = (args.adam_beta1, args.adam_beta2)
-    kwargs = dict(lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay)
-    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
-    return _OptimizerFactory, {"reentrant_checkpointing": bool(reentrant), **kwargs, **options}
+    kwargs: dict[str, Any] = dict(
+        lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay
+    )
+    return _OptimizerFactory, kwargs | options
 
 
 class _OptimizerFactory:
     """What Trainer takes for an optimizer that needs the model: `factory()(model, **kwargs)`."""
 
-    def __call__(self, model: nn.Module, *, reentrant_checkpointing: bool, **options: Any) -> SparseAdamW:
+    def __call__(self, model: nn.Module, **options: Any) -> SparseAdamW:
         masked = _trained(model)
-        if reentrant_checkpointing and hasattr(model, "enable_input_require_grads"):
-            # Reentrant checkpoints have gradients only where an input needs one, and embeddings may be frozen.
-            model.enable_input_require_grads()
         mask = CSRMask.joined([m.mask for m in masked.values() if m.values.requires_grad])
         decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -102,9 +101,11 @@ class SaveDeltaCallback(TrainerCallback):
         if not args.push_to_hub or args.hub_strategy == HubStrategy.END:
             return
         repository = args.hub_model_id or Path(args.output_dir).absolute().name  # as in Trainer
-        options = dict(dtype=self.dtype, private=args.hub_private_repo, token=args.hub_token)
         try:
-            delta.push_to_hub(repository, commit_message=f"Sparse delta, step {state.global_step}", **options)
+            api = HfApi(token=args.hub_token)
+            full_name = api.create_repo(repository, private=args.hub_private_repo, exist_ok=True).repo_id
+            message = f"Sparse delta, step {state.global_step}"
+            delta.push_to_hub(full_name, dtype=self.dtype, token=args.hub_token, commit_message=message)
         except Exception as error:  # of the network: training goes on, the delta is in the checkpoint
             warnings.warn(f"the delta was not pushed to {repository!r}: {error}", RuntimeWarning, stacklevel=2)
 
@@ -114,7 +115,7 @@ class SaveDeltaCallback(TrainerCallback):
             sparse_delta(model, {"step": state.global_step}).save_pretrained(args.output_dir, self.dtype)
 
 
-def _trained(model: nn.Module) -> dict[str, MaskedParameter]:
+def _trained(model: nn.Module) -> dict[str, Any]:
     """The model's masked parameters. ValueError unless there are some and one of them is trained."""
     masked = masked_parameters(model)
     if not masked:

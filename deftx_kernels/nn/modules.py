@@ -23,7 +23,6 @@ from deftx_kernels.nn.functional import (
 from deftx_kernels.ops.schemas import compute_dtype
 from deftx_kernels.validation import check_writable, usable_in_backward, values_name
 
-
 _FROZEN = "_frozen_by_sparsify"  # attribute of a module: the names of its parameters that `sparsify` has frozen
 
 
@@ -325,7 +324,7 @@ def sparsify(model: nn.Module, mask: CSRMask, *, freeze_others: bool = False) ->
 
 
 def _freeze_others(model: nn.Module, values: set[int]) -> None:
-    """Freeze all parameters but the values. The names are kept in each module, as copies of the model keep them, too."""
+    """Freeze all parameters but the values. Each module keeps the names of its own, and so do copies of the model."""
     for module in model.modules():
         others = [n for n, p in module._parameters.items() if p is not None and p.requires_grad and id(p) not in values]
         for name in others:

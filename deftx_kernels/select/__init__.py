@@ -3,4 +3,12 @@
 from deftx_kernels.select.functional import low_rank_mask, select_mask, topk_mask
 from deftx_kernels.select.starting import init_mask, mask_from_weights, matches_ending, target_weights
 
-__all__ = ["init_mask", "low_rank_mask", "mask_from_weights", "matches_ending", "select_mask", "target_weights", "topk_mask"]
+__all__ = [
+    "init_mask",
+    "low_rank_mask",
+    "mask_from_weights",
+    "matches_ending",
+    "select_mask",
+    "target_weights",
+    "topk_mask",
+]
