@@ -5,13 +5,16 @@
         model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args), callbacks=[SaveDeltaCallback()], ...
     ).train()
 
-A trainer needs nothing else. Its `max_grad_norm` clips what is trained: the values are the parameters that have
-gradients, the dense tensors have none. Its checkpoints hold dense tensors and values, so that it resumes with
-`resume_from_checkpoint` in a model sparsified with the same mask, which the delta in the checkpoint has
-(`SparseDelta.from_pretrained(checkpoint).mask`). Several GPUs need a launcher (torchrun, accelerate).
+A trainer needs nothing else. TRL's DPOTrainer and others without this argument take an optimizer:
+`factory, kwargs = optimizer_cls_and_kwargs(args)`, then `optimizers=(factory()(model, **kwargs), None)`.
 
-`peft_config`, or `get_peft_model`, beside a sparsified model freezes the values as all other parameters. Both classes
-of this file raise an error then.
+`max_grad_norm` clips what is trained: the values are the parameters that have gradients, the dense tensors have none.
+Checkpoints hold dense tensors and values, so that training resumes with `resume_from_checkpoint` in a model sparsified
+with the same mask, which the delta in the checkpoint has (`SparseDelta.from_pretrained(checkpoint).mask`). Several GPUs
+need a launcher (torchrun, accelerate).
+
+`peft_config`, or `get_peft_model`, beside a sparsified model freezes the values as all other parameters. The optimizer and
+the callback raise an error then; a trainer without both of them would train PEFT's adapter alone.
 """
 
 import warnings
@@ -67,7 +70,7 @@ class _OptimizerFactory:
         mask = CSRMask.joined([m.mask for m in masked.values() if m.values.requires_grad])
         decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [(n, p) for n, p in named if n in decayed]},
             {"params": [(n, p) for n, p in named if n not in decayed], "weight_decay": 0.0},
         ]
