@@ -13,8 +13,8 @@ Checkpoints hold dense tensors and values, so that training resumes with `resume
 with the same mask, which the delta in the checkpoint has (`SparseDelta.from_pretrained(checkpoint).mask`). Several GPUs
 need a launcher (torchrun, accelerate).
 
-`peft_config`, or `get_peft_model`, beside a sparsified model freezes the values as all other parameters. The optimizer and
-the callback raise an error then; a trainer without both of them would train PEFT's adapter alone.
+`peft_config`, or `get_peft_model`, beside a sparsified model freezes the values as all other parameters. The optimizer
+and the callback raise an error then; a trainer without both of them would train PEFT's adapter alone.
 """
 
 import warnings
