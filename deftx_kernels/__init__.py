@@ -7,7 +7,7 @@ from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import MaskedEmbedding, MaskedLinear, densify, masked_embedding, masked_linear, sparsify
 from deftx_kernels.ops import backends
 from deftx_kernels.optim import SparseAdamW, sparse_adamw
-from deftx_kernels.select import select_mask, topk_mask
+from deftx_kernels.select import init_mask, select_mask, topk_mask
 
 __version__ = "0.1.0"
 
@@ -21,6 +21,7 @@ __all__ = [
     "backends",
     "compose",
     "densify",
+    "init_mask",
     "interop",
     "masked_embedding",
     "masked_linear",

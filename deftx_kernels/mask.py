@@ -329,13 +329,17 @@ class CSRMask:
 
     def restrict(self, names: Sequence[str]) -> "CSRMask":
         """The mask of some of the tensors, given in any order."""
-        parts = [self[n] for n in sorted(names)]
-        if not parts:
+        if not (parts := [self[n] for n in sorted(names)]):
             raise ValueError("names: a CSRMask needs at least one tensor")
+        return CSRMask.joined(parts)
+
+    @classmethod
+    def joined(cls, parts: Sequence["CSRMask"]) -> "CSRMask":
+        """The mask of several tensors from masks of one tensor each, on one device, in the order of their names."""
         starts = accumulate((p.nnz for p in parts), initial=0)
         crow = torch.cat([parts[0].crow_indices[:1], *(p.crow_indices[1:] + start for p, start in zip(parts, starts))])
         col = torch.cat([p.col_indices.to(torch.int32) for p in parts])
-        return CSRMask.unchecked(sorted(names), [p.shapes[0] for p in parts], crow, col)
+        return cls.unchecked([p.names[0] for p in parts], [p.shapes[0] for p in parts], crow, col)
 
     def flat_indices(self, offsets: Mapping[str, int] | None = None) -> Tensor:
         """int64 [nnz], ascending: the entries' indices in all tensors, flattened and concatenated in the order of the
