@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property, reduce
 from itertools import accumulate
@@ -127,14 +128,29 @@ class CSRMask:
         outside = (crow < 0) | (crow > col.numel())  # differences of such numbers could overflow
         if int(crow[0]) != 0 or int(crow[-1]) != col.numel() or bool(outside.any()) or bool((crow.diff() < 0).any()):
             raise ValueError(f"crow_indices must rise from 0 to nnz = {col.numel()}")
-        for name, part in self.split(col).items():
-            columns = rows_and_columns(self.shapes[self.positions[name]])[1]
-            wide = part.to(torch.int64)
-            if bool(((wide < 0) | (wide >= columns)).any()):
-                raise ValueError(
-                    f"col_indices: tensor {name!r} has {columns} columns, got a column outside [0, {columns})"
-                )
-        if bool((self.flat_indices().diff() <= 0).any()):
+        self._check_columns()
+
+    def _check_columns(self) -> None:
+        """ValueError unless the columns ascend within each row and are in range. One pass over the entries: the largest
+        column of a row is its last one.
+        """
+        crow, col = self.crow_indices, signed(self.col_indices)
+        ordered = col ^ -(1 << 15) if col.dtype == torch.int16 else col  # the order of uint16 in int16
+        ascends = ordered[1:] > ordered[:-1]
+        filled = (crow[1:] > crow[:-1]).nonzero().view(-1)  # rows with entries
+        firsts, lasts = crow[filled], crow[filled + 1] - 1
+        ascends[firsts[1:] - 1] = True
+        columns = [rows_and_columns(s)[1] for s in self.shapes]
+        widths = torch.tensor(columns, device=crow.device)
+        sizes = torch.tensor(self.row_offsets, device=crow.device).diff()
+        limits = torch.repeat_interleave(widths, sizes)[filled]
+        bits = 0xFFFF if col.dtype == torch.int16 else -1
+        first, last = (col[at].to(torch.int64) & bits for at in (firsts, lasts))
+        if bool((outside := (first < 0) | (last >= limits)).any()):
+            i = bisect_right(self.row_offsets, int(filled[outside][0])) - 1
+            has = f"tensor {self.names[i]!r} has {columns[i]} columns"
+            raise ValueError(f"col_indices: {has}, got a column outside [0, {columns[i]})")
+        if not bool(ascends.all()):
             raise ValueError("col_indices must be strictly ascending within each row (sorted, without duplicates)")
 
     @cached_property

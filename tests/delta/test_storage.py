@@ -139,6 +139,9 @@ def test_push_to_hub_uploads_the_two_files(monkeypatch):
         def create_repo(self, repo_id, private=None, exist_ok=False):
             assert exist_ok
 
+        def file_exists(self, repo_id, filename):
+            return has_card
+
         def upload_folder(self, repo_id, folder_path, commit_message):
             uploaded[repo_id] = sorted(p.name for p in Path(folder_path).iterdir())
             return "commit"
