@@ -32,7 +32,7 @@ class CSRMask:
     value per entry, in this order.
 
     Args:
-        names: the tensors' names, ascending.
+        names: the tensors' names, ascending; none for a delta that has only whole tensors.
         shapes: their shapes.
         crow_indices: int64 [rows + 1], where each row's entries begin.
         col_indices: uint16 (where every tensor has at most 65,536 columns) or int32 [nnz], ascending within each row.
@@ -96,8 +96,6 @@ class CSRMask:
         for argument, given in (("names", names), ("shapes", shapes)):
             if not isinstance(given, Sequence) or isinstance(given, str):
                 raise TypeError(f"{argument} must be a sequence, got {type(given).__name__}")
-        if not names:
-            raise ValueError("names: a CSRMask needs at least one tensor")
         if others := [name for name in names if not isinstance(name, str)]:
             raise TypeError(f"names must be strings, got {others[0]!r}")
         if len(names) != len(shapes):
@@ -141,7 +139,7 @@ class CSRMask:
         firsts, lasts = crow[filled], crow[filled + 1] - 1
         ascends[firsts[1:] - 1] = True
         columns = [rows_and_columns(s)[1] for s in self.shapes]
-        widths = torch.tensor(columns, device=crow.device)
+        widths = torch.tensor(columns, dtype=torch.int64, device=crow.device)
         sizes = torch.tensor(self.row_offsets, device=crow.device).diff()
         limits = torch.repeat_interleave(widths, sizes)[filled]
         bits = 0xFFFF if col.dtype == torch.int16 else -1
@@ -214,6 +212,8 @@ class CSRMask:
             validation.check_plain(tensor, f"dense[{name!r}]")
             if tensor.dtype != torch.bool:
                 raise TypeError(f"dense[{name!r}] must be a bool tensor, got {tensor.dtype}")
+        if not tensors:
+            raise ValueError("dense must hold at least one tensor")
         names, shapes = list(tensors), [t.shape for t in tensors.values()]
         cls.check_layout(names, shapes)
         validation.check_devices(tensors, "dense")
@@ -494,9 +494,8 @@ def _row_starts(shapes: Sequence[torch.Size], starts: Sequence[int] | None = Non
     """int64 [rows]: the flat index of each row's first element; `starts`: those of the tensors (see `flat_indices`)."""
     starts = list(accumulate((s.numel() for s in shapes), initial=0)) if starts is None else starts
     matrices = [rows_and_columns(s) for s in shapes]
-    return torch.cat(
-        [torch.arange(m, dtype=torch.int64, device="cpu") * n + start for (m, n), start in zip(matrices, starts)]
-    )
+    rows = [torch.arange(m, dtype=torch.int64, device="cpu") * n + start for (m, n), start in zip(matrices, starts)]
+    return torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *rows])
 
 
 def signed(col_indices: Tensor) -> Tensor:
