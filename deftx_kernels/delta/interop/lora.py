@@ -97,7 +97,7 @@ def _scaling(module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]
     if not isinstance(patterns, dict):
         raise ValueError(f"alpha_pattern must be an object, got {patterns!r}")
     key = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)
-    alpha = config.get("lora_alpha") if key is None else patterns[key]
+    alpha: Any = config.get("lora_alpha") if key is None else patterns[key]
     if not is_number(alpha):
         raise ValueError(f"lora_alpha of {module!r} must be a finite number, got {alpha!r}")
     r = max(1, len(parts.get("lora_A.weight", ())))

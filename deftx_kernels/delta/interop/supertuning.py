@@ -77,7 +77,8 @@ def _largest_weights(module: str, weight: Tensor, config: Mapping[str, Any]) -> 
     """The flat indices that PEFT computes for a weight, in its order."""
     check_plain(weight, f"base[{module + '.weight'!r}]")
     check_readable(weight, f"base[{module + '.weight'!r}]")
-    sparsity, largest = config.get("sparsity"), config.get("select_top")
+    sparsity: Any = config.get("sparsity")
+    largest: Any = config.get("select_top")
     if not is_number(sparsity) or not 0 <= sparsity < 1 or not isinstance(largest, bool):
         raise ValueError(f"its configuration must have a sparsity in [0, 1) and select_top, got {sparsity}, {largest}")
     count = int(weight.numel() * (1 - sparsity))
