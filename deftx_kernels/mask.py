@@ -129,9 +129,7 @@ class CSRMask:
         self._check_columns()
 
     def _check_columns(self) -> None:
-        """ValueError unless the columns ascend within each row and are in range. One pass over the entries: the largest
-        column of a row is its last one.
-        """
+        """ValueError unless the columns ascend within each row, so that a row ends with its largest, and are in range."""
         crow, col = self.crow_indices, signed(self.col_indices)
         ordered = col ^ -(1 << 15) if col.dtype == torch.int16 else col  # the order of uint16 in int16
         ascends = ordered[1:] > ordered[:-1]
@@ -139,9 +137,8 @@ class CSRMask:
         firsts, lasts = crow[filled], crow[filled + 1] - 1
         ascends[firsts[1:] - 1] = True
         columns = [rows_and_columns(s)[1] for s in self.shapes]
-        widths = torch.tensor(columns, dtype=torch.int64, device=crow.device)
-        sizes = torch.tensor(self.row_offsets, device=crow.device).diff()
-        limits = torch.repeat_interleave(widths, sizes)[filled]
+        widths, offsets = (torch.tensor(x, dtype=torch.int64, device=crow.device) for x in (columns, self.row_offsets))
+        limits = torch.repeat_interleave(widths, offsets.diff())[filled]
         bits = 0xFFFF if col.dtype == torch.int16 else -1
         first, last = (col[at].to(torch.int64) & bits for at in (firsts, lasts))
         if bool((outside := (first < 0) | (last >= limits)).any()):

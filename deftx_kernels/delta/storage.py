@@ -100,7 +100,7 @@ def crow_indices(counts: Tensor) -> Tensor:
     """The inverse of `row_counts`: int64. ValueError for another dtype or shape."""
     if counts.dtype not in (torch.uint8, torch.uint16, torch.int32) or counts.dim() != 1:
         raise ValueError(f"row_counts must be uint8, uint16 or int32 [rows], got {counts.dtype} {list(counts.shape)}")
-    return torch.cat([torch.zeros(1, dtype=torch.int64), counts.to(torch.int64).cumsum(0)])
+    return torch.cat([counts.new_zeros(1, dtype=torch.int64), counts.to(torch.int64).cumsum(0)])
 
 
 def _check_copy(path: Path, text: str, content: str) -> None:
