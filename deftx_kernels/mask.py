@@ -129,7 +129,7 @@ class CSRMask:
         self._check_columns()
 
     def _check_columns(self) -> None:
-        """ValueError unless the columns ascend within each row, so that a row ends with its largest, and are in range."""
+        """ValueError unless the columns ascend within each row, whose last one is its largest, and are in range."""
         crow, col = self.crow_indices, signed(self.col_indices)
         ordered = col ^ -(1 << 15) if col.dtype == torch.int16 else col  # the order of uint16 in int16
         ascends = ordered[1:] > ordered[:-1]

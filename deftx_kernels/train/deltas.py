@@ -55,7 +55,7 @@ def load_any(
             return CSRMask.load(folder)
         folder = folder.parent
     found = adapter_type(folder) if (folder / ADAPTER_CONFIG).is_file() else None
-    if found != "LORA" and not density is k is None:
+    if found != "LORA" and (density, k) != (None, None):
         raise ValueError(f"density and k are for a LoRA adapter, which {path} is not")
     if found is not None:
         return _load_adapter(folder, found, base, density, k)
@@ -70,7 +70,7 @@ def load_any(
 def _load_adapter(folder: Path, found: str, base: Path | None, density: float | None, k: int | None) -> SparseDelta:
     if found not in ADAPTERS:
         raise ValueError(f"{folder} is a PEFT adapter of type {found}: of {', '.join(ADAPTERS)} a delta can be made")
-    if found == "LORA" and density is k is None:
+    if found == "LORA" and density is None and k is None:
         raise ValueError(f"{folder} is a LoRA adapter: give density or k, how many entries of its products to keep")
     if found == "SUPERTUNING" and base is None:
         raise ValueError(f"{folder} is a Super-Tuning adapter: give base, the folder of its base model")
