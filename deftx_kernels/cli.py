@@ -74,9 +74,13 @@ class Inspect:
     """
 
     path: tyro.conf.Positional[str]
-    """Folder or hub id of a delta, a mask.safetensors file, or a folder of composable-sft or PEFT SHiRA."""
+    """Folder or hub id of a delta, a mask.safetensors file, or a folder of composable-sft or a PEFT adapter."""
     other: tyro.conf.Positional[str | None] = None
     """A second delta, to compare."""
+    base: Path | None = None
+    """Folder of the base model, for the shapes of a PEFT adapter's weights."""
+    density: float | None = None
+    """The fraction of the entries of a LoRA adapter's products to keep."""
     all: bool = False
     """List every tensor, not only those with the most entries."""
 
@@ -86,12 +90,20 @@ class Convert:
     """Convert a delta between formats; the source's format is recognised by its files."""
 
     source: tyro.conf.Positional[Path]
-    """Folder of this library, of composable-sft, or of a PEFT SHiRA adapter."""
+    """Folder of this library, of composable-sft, or of a PEFT adapter: SHiRA, Super-Tuning or LoRA."""
     output: tyro.conf.Positional[Path]
     """Folder to write."""
-    to: Literal["deftx", "composable-sft"] = "deftx"
+    to: Literal["deftx", "composable-sft", "peft-shira"] = "deftx"
+    """peft-shira is for deltas of linear layers, with about as many entries per row and column in each."""
+    base: Path | None = None
+    """Folder of the base model (safetensors files), for the shapes of a PEFT adapter's weights. Super-Tuning needs it,
+    SHiRA where a weight is not square."""
+    density: float | None = None
+    """The fraction of the entries of a LoRA adapter's products to keep, the largest ones."""
+    k: int | None = None
+    """Instead of density, the number of entries."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of the values in a deftx folder; 16 bits are smaller and lossy. composable-sft takes only float32."""
+    """Dtype of the values in a deftx folder; 16 bits are smaller and lossy. The other formats take only float32."""
 
 
 @dataclass
@@ -267,7 +279,7 @@ def _inspect(command: Inspect) -> int:
 
     if command.other is not None:
         return _inspect_two(command)
-    found = load_any(command.path)
+    found = load_any(command.path, command.base, command.density)
     mask = found if isinstance(found, CSRMask) else found.mask
     console = Console()
     share = f"{mask.nnz:,} of {mask.numel:,} entries ({mask.density:.3%})"
@@ -314,17 +326,19 @@ def _convert(command: Convert) -> int:
     import torch
 
     from deftx_kernels.delta import SparseDelta
-    from deftx_kernels.delta.interop import to_composable_sft
-    from deftx_kernels.train.deltas import load_any
+    from deftx_kernels.delta.interop import to_composable_sft, to_peft_shira
+    from deftx_kernels.train.deltas import base_tensors, load_any
 
     _check_output(command.output, str(command.source))
-    if command.to == "composable-sft" and command.dtype != "float32":
-        raise ValueError(f"dtype must be float32 for composable-sft, not {command.dtype}")
-    delta = load_any(str(command.source))
+    if command.to != "deftx" and command.dtype != "float32":
+        raise ValueError(f"dtype must be float32 for {command.to}, not {command.dtype}")
+    delta = load_any(str(command.source), command.base, command.density, command.k)
     if not isinstance(delta, SparseDelta):
         raise ValueError(f"{command.source} is a mask, not a delta")
     if command.to == "composable-sft":
         to_composable_sft(delta, command.output)
+    elif command.to == "peft-shira":
+        to_peft_shira(delta, command.output, None if command.base is None else base_tensors(command.base))
     else:
         delta.save_pretrained(command.output, dtype=getattr(torch, command.dtype))
     print(command.output)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property, reduce
 from itertools import accumulate
@@ -32,7 +33,7 @@ class CSRMask:
     value per entry, in this order.
 
     Args:
-        names: the tensors' names, ascending.
+        names: the tensors' names, ascending; none for a delta that has only whole tensors.
         shapes: their shapes.
         crow_indices: int64 [rows + 1], where each row's entries begin.
         col_indices: uint16 (where every tensor has at most 65,536 columns) or int32 [nnz], ascending within each row.
@@ -96,8 +97,6 @@ class CSRMask:
         for argument, given in (("names", names), ("shapes", shapes)):
             if not isinstance(given, Sequence) or isinstance(given, str):
                 raise TypeError(f"{argument} must be a sequence, got {type(given).__name__}")
-        if not names:
-            raise ValueError("names: a CSRMask needs at least one tensor")
         if others := [name for name in names if not isinstance(name, str)]:
             raise TypeError(f"names must be strings, got {others[0]!r}")
         if len(names) != len(shapes):
@@ -128,14 +127,26 @@ class CSRMask:
         outside = (crow < 0) | (crow > col.numel())  # differences of such numbers could overflow
         if int(crow[0]) != 0 or int(crow[-1]) != col.numel() or bool(outside.any()) or bool((crow.diff() < 0).any()):
             raise ValueError(f"crow_indices must rise from 0 to nnz = {col.numel()}")
-        for name, part in self.split(col).items():
-            columns = rows_and_columns(self.shapes[self.positions[name]])[1]
-            wide = part.to(torch.int64)
-            if bool(((wide < 0) | (wide >= columns)).any()):
-                raise ValueError(
-                    f"col_indices: tensor {name!r} has {columns} columns, got a column outside [0, {columns})"
-                )
-        if bool((self.flat_indices().diff() <= 0).any()):
+        self._check_columns()
+
+    def _check_columns(self) -> None:
+        """ValueError unless the columns ascend within each row, whose last one is its largest, and are in range."""
+        crow, col = self.crow_indices, signed(self.col_indices)
+        ordered = col ^ -(1 << 15) if col.dtype == torch.int16 else col  # the order of uint16 in int16
+        ascends = ordered[1:] > ordered[:-1]
+        filled = (crow[1:] > crow[:-1]).nonzero().view(-1)  # rows with entries
+        firsts, lasts = crow[filled], crow[filled + 1] - 1
+        ascends[firsts[1:] - 1] = True
+        columns = [rows_and_columns(s)[1] for s in self.shapes]
+        widths, offsets = (torch.tensor(x, dtype=torch.int64, device=crow.device) for x in (columns, self.row_offsets))
+        limits = torch.repeat_interleave(widths, offsets.diff())[filled]
+        bits = 0xFFFF if col.dtype == torch.int16 else -1
+        first, last = (col[at].to(torch.int64) & bits for at in (firsts, lasts))
+        if bool((outside := (first < 0) | (last >= limits)).any()):
+            i = bisect_right(self.row_offsets, int(filled[outside][0])) - 1
+            has = f"tensor {self.names[i]!r} has {columns[i]} columns"
+            raise ValueError(f"col_indices: {has}, got a column outside [0, {columns[i]})")
+        if not bool(ascends.all()):
             raise ValueError("col_indices must be strictly ascending within each row (sorted, without duplicates)")
 
     @cached_property
@@ -199,6 +210,8 @@ class CSRMask:
             validation.check_plain(tensor, f"dense[{name!r}]")
             if tensor.dtype != torch.bool:
                 raise TypeError(f"dense[{name!r}] must be a bool tensor, got {tensor.dtype}")
+        if not tensors:
+            raise ValueError("dense must hold at least one tensor")
         names, shapes = list(tensors), [t.shape for t in tensors.values()]
         cls.check_layout(names, shapes)
         validation.check_devices(tensors, "dense")
@@ -497,9 +510,8 @@ def _row_starts(shapes: Sequence[torch.Size], starts: Sequence[int] | None = Non
     """int64 [rows]: the flat index of each row's first element; `starts`: those of the tensors (see `flat_indices`)."""
     starts = list(accumulate((s.numel() for s in shapes), initial=0)) if starts is None else starts
     matrices = [rows_and_columns(s) for s in shapes]
-    return torch.cat(
-        [torch.arange(m, dtype=torch.int64, device="cpu") * n + start for (m, n), start in zip(matrices, starts)]
-    )
+    rows = [torch.arange(m, dtype=torch.int64, device="cpu") * n + start for (m, n), start in zip(matrices, starts)]
+    return torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *rows])
 
 
 def signed(col_indices: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from deftx_kernels import validation
 from deftx_kernels.delta.exact import SUMMABLE, bits_differ
+from deftx_kernels.delta.renaming import fitting_prefix
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import masked_parameters, plain_tensors
 
@@ -139,6 +140,8 @@ def checked_targets(
         if name not in present:
             wrapped = [w + name for w in ("_orig_mod.", "module.") if w + name in present]
             has = f", but has {wrapped[0]!r}: give the tensors of the model inside its wrapper" if wrapped else ""
+            if not wrapped and (found := fitting_prefix([*mask.names, *dense], present)):
+                has = f": delta.{found[0]}({found[1]!r}) has the model's names"
             raise ValueError(f"model lacks tensor {name!r} of the delta{has}")
         needs_sum = copies.get(name, name) in mask
         _check_target(present[name], labels[name], shape, needs_sum, dense.get(name))

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from deftx_kernels.delta import storage
 from deftx_kernels.delta.arithmetic import Terms, rounded, weighted_sum
+from deftx_kernels.delta.card import CARD_NAME, model_card
 from deftx_kernels.delta.change import Change
 from deftx_kernels.delta.exact import Low, exact_differences
 from deftx_kernels.delta.fingerprints import fingerprint, update
 from deftx_kernels.delta.models import Model, checked_mask, checked_targets, current_tensors, match_tensors
+from deftx_kernels.delta.renaming import renamed_parts, tensor_names
 from deftx_kernels.files import reading
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.validation import check_plain, check_readable, is_number, same_bits, usable_in_backward
@@ -92,6 +94,25 @@ class SparseDelta:
         dense = {n: t.to(device) for n, t in self.dense.items()}
         low = None if self.low is None else (self.low[0].to(device), self.low[1].to(device))
         return SparseDelta(self.mask.to(device), self.values.to(device), dense, self.metadata, low)
+
+    def renamed(self, names: Mapping[str, str]) -> "SparseDelta":
+        """This delta with other names of its tensors: old name → new name; tensors that are not in `names` keep theirs.
+
+        Raises:
+            ValueError: the delta has no tensor of an old name, or two of its tensors would have one name.
+        """
+        return SparseDelta(*renamed_parts(self.mask, self.values, self.dense, self.metadata, self.low, names))
+
+    def with_prefix(self, prefix: str) -> "SparseDelta":
+        """This delta for a model that has its base as a part: `delta.with_prefix("bert.")` for that of an encoder."""
+        return self.renamed({n: prefix + n for n in tensor_names(self.mask, self.dense, self.metadata)})
+
+    def without_prefix(self, prefix: str) -> "SparseDelta":
+        """The inverse of `with_prefix`. ValueError, naming the tensor, if a name does not begin with the prefix."""
+        own = tensor_names(self.mask, self.dense, self.metadata)
+        if other := [n for n in own if not n.startswith(prefix)]:
+            raise ValueError(f"prefix: the delta's tensor {other[0]!r} does not begin with {prefix!r}")
+        return self.renamed({n: n.removeprefix(prefix) for n in own})
 
     # ---- from models ----
     @classmethod
@@ -208,8 +229,8 @@ class SparseDelta:
             model, dtype = self.metadata.get("base_model"), self.metadata.get("base_dtype")
             if dtype is not None and dtype != (now := _dtype_name(change.tensors[wrong[0]].dtype)):
                 raise ValueError(
-                    f"model's tensor {wrong[0]!r} is {now}, the delta was made for a base in {dtype} (strict=False "
-                    "applies it anyway)"
+                    f"model's tensor {wrong[0]!r} is {now}, the delta was made for a base in {dtype}: strict=False "
+                    f"adds it and rounds each sum to {now} once"
                 )
             raise ValueError(
                 f"model is not the base of this delta{f' ({model})' if model else ''}: {len(wrong)} of "
@@ -308,7 +329,8 @@ class SparseDelta:
         values = self.values.to(dtype)
         if not bool(torch.isfinite(values).all()) and bool(torch.isfinite(self.values).all()):
             raise ValueError(f"dtype: a difference overflows {dtype}; bfloat16 and float32 have the range")
-        tensors = {"crow_indices": self.mask.crow_indices, "col_indices": self.mask.col_indices, "values": values}
+        counts = storage.row_counts(self.mask.crow_indices)
+        tensors = {"row_counts": counts, "col_indices": self.mask.col_indices, "values": values}
         if self.low is not None and dtype == torch.float32:
             positions = self.low[0].to(torch.int32) if self.mask.nnz < 2**31 else self.low[0]
             tensors |= {"low_indices": positions, "low_values": self.low[1]}
@@ -344,16 +366,16 @@ class SparseDelta:
             FileNotFoundError: there is no such folder, or a file is missing in it.
             ValueError: a file is damaged (its checksum is computed again) or of another format; the message names it.
         """
-        folder = Path(path)
-        if folder.is_file():
+        if Path(path).is_file():
             raise FileNotFoundError(f"{path} is a file: a sparse delta is the folder that holds it")
-        if not folder.is_dir():
-            folder = _download(str(path), revision)
+        folder = storage.find_folder(path, revision, [storage.WEIGHTS_NAME, storage.CONFIG_NAME])
         config, tensors = storage.load(folder)
         with reading(folder / storage.WEIGHTS_NAME, "sparse delta"):
             if not isinstance(config["dense"], list) or not isinstance(config["metadata"], dict):
                 raise ValueError("its configuration must have dense as a list and metadata as an object")
-            mask = CSRMask(config["names"], config["shapes"], tensors.pop("crow_indices"), tensors.pop("col_indices"))
+            old = tensors.pop("crow_indices", None)  # format version 2
+            crow = storage.crow_indices(tensors.pop("row_counts")) if old is None else old
+            mask = CSRMask(config["names"], config["shapes"], crow, tensors.pop("col_indices"))
             values = tensors.pop("values")
             low = (tensors.pop("low_indices"), tensors.pop("low_values")) if "low_indices" in tensors else None
             dense = {n: tensors.pop(_DENSE + n) for n in config["dense"]}
@@ -371,13 +393,20 @@ class SparseDelta:
         token: str | None = None,
         commit_message: str = "Upload sparse delta",
     ) -> str:
-        """Upload to a repository of the Hugging Face hub, which is created if needed. Returns the commit's URL."""
+        """Upload to a repository of the Hugging Face hub, which is created if needed. Returns the commit's URL.
+
+        A model card (README.md) is added where the repository has none.
+        """
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, dtype)
             api.create_repo(repo_id, private=private, exist_ok=True)
+            if not api.file_exists(repo_id, CARD_NAME):
+                lossy = {} if dtype in (None, torch.float32) else {"lossy": _dtype_name(dtype)}
+                card = model_card(repo_id, self.mask, self.dense, self.metadata | lossy)
+                (Path(folder) / CARD_NAME).write_text(card, encoding="utf-8")
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
 
 
@@ -460,16 +489,3 @@ def _checked_low(low: Low | None, mask: CSRMask) -> Low | None:
     if int(positions[0]) < 0 or int(positions[-1]) >= mask.nnz or bool((positions.diff() <= 0).any()):
         raise ValueError(f"low[0] must ascend within [0, nnz) = [0, {mask.nnz})")
     return positions, usable_in_backward(terms.detach()).to(mask.device)
-
-
-def _download(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    names = [storage.WEIGHTS_NAME, storage.CONFIG_NAME]
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{repo_id!r} is neither a folder nor a repository that can be downloaded: {error}"
-        ) from error

@@ -221,7 +221,7 @@ def test_loading_another_file_raises(tmp_path):
     good = CSRMask.from_dense({"a": torch.ones(2, 3, dtype=torch.bool)})
     other = CSRMask.from_dense({"a": torch.tensor([[True, True, False], [True, True, True]])})
     outside = good.col_indices.clone()
-    outside[1] = 9
+    outside[2] = 9
     metadata = {"format": "deftx_csr_mask", "layout": json.dumps({"names": ["a"], "shapes": [[2, 3]]})}
     for crow, col, fingerprint, message in (
         (good.crow_indices, outside, {}, "'a' has 3 columns"),
