@@ -1,5 +1,6 @@
 """Switching between adapters, and TIES merging, of a model's linear layers: deftx, PEFT, plain torch."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -50,19 +51,19 @@ def layers(tensors: dict[str, Tensor]) -> nn.Module:
     return model
 
 
-def switch_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
-    tensors = random_tensors(linear_shapes(size), dtype, device)
-    deltas = {name: random_delta(size, density, device, seed) for seed, name in enumerate("ab", start=1)}
-    tuned = {name: copies(tensors) for name in deltas}
-    for name, delta in deltas.items():
-        delta.apply_(tuned[name], strict=False)
-    flat = {
-        name: {n: part.flat_indices() for n, part in ((n, delta.mask[n]) for n in delta.mask.names)}
-        for name, delta in deltas.items()
-    }
+class Switch:
+    """A model, two adapters of it, and what each of them makes of its weights."""
 
-    def alternating(write: Callable[[str], object], state: dict[str, Tensor] | None) -> Call:
-        names = iter("ba" * 10**6)
+    def __init__(self, size: str, dtype: torch.dtype, density: float, device: str) -> None:
+        self.tensors = random_tensors(linear_shapes(size), dtype, device)
+        self.deltas = {name: random_delta(size, density, device, seed) for seed, name in enumerate("ab", start=1)}
+        self.tuned = {name: copies(self.tensors) for name in self.deltas}
+        for name, delta in self.deltas.items():
+            delta.apply_(self.tuned[name], strict=False)
+
+    def alternating(self, write: Callable[[str], object], state: dict[str, Tensor] | None) -> Call:
+        """Each call writes the adapter that is not active."""
+        names = itertools.cycle("ba")
         write("a")
 
         def call() -> tuple[str, dict[str, Tensor] | None]:
@@ -72,58 +73,65 @@ def switch_case(size: str, dtype: torch.dtype, density: float, device: str) -> C
 
         return call
 
-    def ours() -> Call:
-        model = copies(tensors)
-        adapters = SparseAdapters(model, deltas)
-        return alternating(adapters.set_adapter, model)
+    def ours(self) -> Call:
+        model = copies(self.tensors)
+        return self.alternating(SparseAdapters(model, self.deltas).set_adapter, model)
 
-    def whole_copies() -> Call:
-        model = copies(tensors)
-        return alternating(lambda name: [model[n].copy_(t) for n, t in tuned[name].items()], model)
+    def whole_copies(self) -> Call:
+        model = copies(self.tensors)
+        return self.alternating(lambda name: [model[n].copy_(t) for n, t in self.tuned[name].items()], model)
 
-    def indexed() -> Call:
-        """What it writes is kept: the base's and the tuned entries of each adapter."""
-        model, active = copies(tensors), []
-        kept = {
-            name: {n: (tensors[n].view(-1)[i], tuned[name][n].view(-1)[i]) for n, i in indices.items()}
-            for name, indices in flat.items()
-        }
+    def indexed(self) -> Call:
+        """The base's and the tuned entries of each adapter are kept."""
+        model, active = copies(self.tensors), []
+        kept = {}
+        for name, delta in self.deltas.items():
+            flat = {n: delta.mask[n].flat_indices() for n in delta.mask.names}
+            kept[name] = [
+                (model[n].view(-1), i, model[n].view(-1)[i], self.tuned[name][n].view(-1)[i]) for n, i in flat.items()
+            ]
 
         def write(name: str) -> None:
             for former in active:
-                for n, i in flat[former].items():
-                    model[n].view(-1)[i] = kept[former][n][0]
-            for n, i in flat[name].items():
-                model[n].view(-1)[i] = kept[name][n][1]
+                for tensor, i, base, _ in kept[former]:
+                    tensor[i] = base
+            for tensor, i, _, tuned in kept[name]:
+                tensor[i] = tuned
             active[:] = [name]
 
-        return alternating(write, model)
+        return self.alternating(write, model)
 
-    def lora() -> Call:
+    def lora(self) -> Call:
         import peft
 
         options = {"r": LORA_RANK, "target_modules": ".*", "init_lora_weights": False}
-        model = peft.get_peft_model(layers(tensors), peft.LoraConfig(**options), adapter_name="a")
+        model = peft.get_peft_model(layers(self.tensors), peft.LoraConfig(**options), adapter_name="a")
         model.add_adapter("b", peft.LoraConfig(**options))
 
         def write(name: str) -> None:
             model.base_model.unmerge_adapter()
             model.base_model.merge_adapter([name])
 
-        return alternating(write, None)
+        return self.alternating(write, None)
 
-    implementations = {OURS: ours, "torch copy_, whole": whole_copies, "torch index_put_": indexed}
-    implementations |= {"PEFT LoRA, merged": lora}
-    absent = {} if (reason := imported("peft")[1]) is None else {"PEFT LoRA, merged": reason}
-
-    def check(result: tuple[str, dict[str, Tensor] | None]) -> str | None:
+    def check(self, result: tuple[str, dict[str, Tensor] | None]) -> str | None:
         name, state = result
-        if state is None or all(torch.equal(state[n], t) for n, t in tuned[name].items()):
+        if state is None or all(torch.equal(state[n], t) for n, t in self.tuned[name].items()):
             return None
         return "the weights are not the base's plus the adapter's"
 
-    entries = sum(delta.mask.nnz for delta in deltas.values())
-    return Case(2 * entries * tensors[next(iter(tensors))].element_size(), implementations, check, absent=absent)
+
+def switch_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
+    switch = Switch(size, dtype, density, device)
+    implementations: dict[str, Callable[[], Call]] = {
+        OURS: switch.ours,
+        "torch copy_, whole": switch.whole_copies,
+        "torch index_put_": switch.indexed,
+        "PEFT LoRA, merged": switch.lora,
+    }
+    absent = {"PEFT LoRA, merged": reason} if (reason := imported("peft")[1]) else {}
+    entries = sum(delta.mask.nnz for delta in switch.deltas.values())
+    return Case(2 * entries * dtype.itemsize, implementations, switch.check, absent=absent)
 
 
 def ties_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:

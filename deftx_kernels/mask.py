@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -56,7 +55,7 @@ class CSRMask:
         crow_indices: Tensor,  # int64 [rows + 1]
         col_indices: Tensor,  # [nnz]
     ) -> None:
-        self.check_layout(names, shapes)
+        validation.check_mask_layout(names, shapes)
         for argument, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
             validation.check_plain(tensor, argument)
             validation.check_readable(tensor, argument)
@@ -90,30 +89,6 @@ class CSRMask:
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a CSRMask is immutable: {name} cannot be set")
-
-    @staticmethod
-    def check_layout(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
-        """ValueError or TypeError unless a mask can have tensors of these names and shapes."""
-        for argument, given in (("names", names), ("shapes", shapes)):
-            if not isinstance(given, Sequence) or isinstance(given, str):
-                raise TypeError(f"{argument} must be a sequence, got {type(given).__name__}")
-        if others := [name for name in names if not isinstance(name, str)]:
-            raise TypeError(f"names must be strings, got {others[0]!r}")
-        if len(names) != len(shapes):
-            raise ValueError(f"names and shapes differ in length: {len(names)} and {len(shapes)}")
-        for before, after in zip(names, names[1:]):
-            if before >= after:
-                raise ValueError(f"names must be unique and ascending, got {before!r} before {after!r}")
-        for name, shape in zip(names, shapes):
-            sizes = shape if isinstance(shape, Sequence) else [None]
-            if any(isinstance(n, bool) or not hasattr(n, "__index__") for n in sizes):
-                raise TypeError(f"tensor {name!r} must have a shape of ints, got {shape!r}")
-            if any(n < 0 for n in shape):
-                raise ValueError(f"tensor {name!r} of shape {tuple(shape)} has a negative size")
-            if rows_and_columns(shape)[1] > torch.iinfo(torch.int32).max:
-                raise ValueError(f"tensor {name!r} of shape {tuple(shape)} has more than 2**31 - 1 columns")
-        if sum(math.prod(max(1, n) for n in shape) for shape in shapes) > torch.iinfo(torch.int64).max:
-            raise ValueError("shapes: the tensors have more than 2**63 - 1 elements")
 
     def _check_entries(self) -> None:
         crow, col, rows = self.crow_indices, self.col_indices, self.row_offsets[-1]
@@ -213,7 +188,7 @@ class CSRMask:
         if not tensors:
             raise ValueError("dense must hold at least one tensor")
         names, shapes = list(tensors), [t.shape for t in tensors.values()]
-        cls.check_layout(names, shapes)
+        validation.check_mask_layout(names, shapes)
         validation.check_devices(tensors, "dense")
         return cls.unchecked(names, shapes, *torch.ops.deftx.dense_to_csr([t.contiguous() for t in tensors.values()]))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from deftx_kernels.delta.exact import Low
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.ops.reference import philox
-from deftx_kernels.ops.schemas import ELECTIONS, SCOPES, column_dtype
+from deftx_kernels.ops.schemas import ELECTIONS, MAX_SUMMED_MASKS, SCOPES, column_dtype
 
 
 class Terms(NamedTuple):
@@ -65,6 +65,9 @@ def _sum(
     """float64 [union.nnz]."""
     shapes = dict(zip(union.names, union.shapes))
     dtype = column_dtype(union.shapes)
+    if len(parts) > MAX_SUMMED_MASKS:
+        first, rest = parts[:MAX_SUMMED_MASKS], parts[MAX_SUMMED_MASKS:]
+        return _sum(union, [(union, _sum(union, first, weights[: len(first)])), *rest], [1.0, *weights[len(first) :]])
     others = [mask.over(shapes) for mask, _ in parts]
     return torch.ops.deftx.csr_sum(
         union.crow_indices,

@@ -5,6 +5,7 @@ from typing import Literal
 
 from deftx_kernels.delta.arithmetic import Terms, largest, thinned, weighted_sum
 from deftx_kernels.delta.sparse_delta import SparseDelta, checked_weights, combined
+from deftx_kernels.ops.schemas import MAX_SUMMED_MASKS
 
 METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 MergeMethod = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
@@ -39,7 +40,8 @@ def merge(
         seed: of "dare", in [0, 2**63). The entries depend on it, the delta's place and its entries, not on the device.
 
     Raises:
-        ValueError: bad options; no delta; deltas of different bases; a whole tensor with two values.
+        ValueError: bad options; no delta; deltas of different bases; a whole tensor with two values; for every method
+            but "linear", NaN or infinite values; more than 64 deltas for the "ties" methods.
         TypeError: something else than a SparseDelta.
 
     Example:
@@ -54,6 +56,8 @@ def merge(
     factors = checked_weights(deltas, weights, "merge")
     _check_options(method, density, majority_sign_method, scope, seed)
     terms = [delta.terms for delta in deltas]
+    if method != "linear":
+        _check_values(deltas, method)
     if density is not None:
         terms = [
             thinned(one, density, seed, number) if method.startswith("dare") else largest(one, density, scope)
@@ -62,6 +66,17 @@ def merge(
     total = weighted_sum(terms, factors, majority_sign_method if method.endswith("ties") else "none")
     details = {"method": f"merge, {method}", "weights": factors, "merge_density": density}
     return combined(deltas, Terms(*total), details)
+
+
+def _check_values(deltas: Sequence[SparseDelta], method: str) -> None:
+    if method.endswith("ties") and len(deltas) > MAX_SUMMED_MASKS:
+        raise ValueError(f"method {method!r} merges at most {MAX_SUMMED_MASKS} deltas, got {len(deltas)}")
+    for i, delta in enumerate(deltas):
+        for name, values in delta.mask.split(delta.values).items():
+            if not bool(values.isfinite().all()):
+                raise ValueError(
+                    f"deltas[{i}] has NaN or infinite values in tensor {name!r}, which {method!r} cannot rank"
+                )
 
 
 def _check_options(method: str, density: float | None, majority_sign_method: str, scope: str, seed: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deftx_kernels.delta.exact import Low
 from deftx_kernels.mask import CSRMask, signed
+from deftx_kernels.validation import check_mask_layout
 
 
 def tensor_names(mask: CSRMask, dense: Collection[str], metadata: Mapping[str, Any]) -> list[str]:
@@ -48,7 +49,7 @@ def _entries(
     order = sorted(range(len(mask)), key=lambda i: rename(mask.names[i]))
     names = [rename(mask.names[i]) for i in order]
     shapes = [mask.shapes[i] for i in order]
-    CSRMask.check_layout(names, shapes)
+    check_mask_layout(names, shapes)
     if order == list(range(len(mask))):
         return CSRMask.unchecked(names, shapes, mask.crow_indices, mask.col_indices), values, low
     ends = mask.entry_offsets

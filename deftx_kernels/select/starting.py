@@ -99,7 +99,7 @@ def mask_from_weights(
 def _random_mask(tensors: Mapping[str, Tensor], seed: int, density: float | None, k: int | None, scope: str) -> CSRMask:
     """The largest of random scores, which are made and compared on the CPU, for the same mask on every device."""
     names, shapes = list(tensors), [t.shape for t in tensors.values()]
-    CSRMask.check_layout(names, shapes)
+    validation.check_mask_layout(names, shapes)
     counts = selected_counts(names, shapes, k, density, scope)
     validation.check_devices(tensors, "model")
     cpu = torch.device("cpu")

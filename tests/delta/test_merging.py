@@ -153,6 +153,19 @@ def test_wrong_options(options, message):
         merge(random_delta(rng), random_delta(rng), **options)
 
 
+def test_many_deltas_and_values_without_rank():
+    rng = np.random.default_rng(0)
+    deltas = [random_delta(rng, 0.1) for _ in range(70)]
+    weights = rng.uniform(-1, 1, 70).tolist()
+    expected = sum(w * flat(delta) for w, delta in zip(weights, deltas))
+    np.testing.assert_allclose(flat(compose(*deltas, weights=weights)), expected, rtol=1e-6, atol=1e-12)
+    with pytest.raises(ValueError, match="at most 64 deltas, got 70"):
+        merge(*deltas, method="ties", density=0.1)
+    deltas[1].values[0] = float("nan")
+    with pytest.raises(ValueError, match=r"deltas\[1\] has NaN or infinite values in tensor"):
+        merge(*deltas[:3], method="magnitude_prune", density=0.1)
+
+
 def test_heads_are_united():
     rng = np.random.default_rng(0)
     head = torch.ones(2)

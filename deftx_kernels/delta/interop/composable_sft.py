@@ -14,8 +14,8 @@ from deftx_kernels.delta.interop.entries import Entries, mask_and_values, warn_o
 from deftx_kernels.delta.sparse_delta import SparseDelta
 from deftx_kernels.delta.storage import find_folder
 from deftx_kernels.files import make_folder, reading, replaced
-from deftx_kernels.mask import CSRMask, rows_and_columns
-from deftx_kernels.validation import check_plain, check_readable
+from deftx_kernels.mask import rows_and_columns
+from deftx_kernels.validation import check_mask_layout, check_plain, check_readable
 
 SFT_NAME = "pytorch_diff.bin"
 # Rows of the tensors of a composable-sft file, besides one for each of its bytes: a row takes 8 bytes of memory.
@@ -101,7 +101,7 @@ def _check_sizes(diffs: Mapping[str, Any], file_size: int) -> None:
             raise ValueError(f"tensor {name!r} lacks size, index_steps or values")
         if not isinstance(encoded["index_steps"], list):
             raise ValueError(f"the index_steps of tensor {name!r} are not a list")
-        CSRMask.check_layout([name], [encoded["size"]])
+        check_mask_layout([name], [encoded["size"]])
         steps += len(encoded["index_steps"])
         rows += rows_and_columns(encoded["size"])[0]
     if steps > file_size or rows > _MAX_ROWS + file_size:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deftx_kernels.delta.sparse_delta import SparseDelta
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.validation import check_mask_layout
 
 Entries = tuple[torch.Size, Tensor, Tensor]  # a tensor's shape, row-major flat indices int64 [n], and values [n]
 
@@ -16,7 +17,7 @@ def mask_and_values(tensors: Mapping[str, Entries]) -> tuple[CSRMask, Tensor]:
     """Mask and compact float32 values. Values of one index are added up."""
     names = sorted(tensors)
     shapes = [tensors[n][0] for n in names]
-    CSRMask.check_layout(names, shapes)
+    check_mask_layout(names, shapes)
     indices = [torch.empty(0, dtype=torch.int64, device="cpu")]
     values = [torch.empty(0, dtype=torch.float32, device="cpu")]
     start = 0

@@ -16,7 +16,7 @@ from deftx_kernels.files import reading
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.select.functional import selected_counts
 from deftx_kernels.select.streaming import select_by_groups
-from deftx_kernels.validation import all_tensors, check_finite, is_number
+from deftx_kernels.validation import all_tensors, check_finite, check_mask_layout, is_number
 
 # Settings with which the adapter is more than scaling * B @ A on the weights of the base, and their usual values.
 _PLAIN: dict[str, tuple] = {
@@ -134,7 +134,7 @@ def _largest_entries(
 ) -> tuple[CSRMask, Tensor]:
     """Mask and compact values of the largest entries of all products, of which one group exists at a time."""
     shapes = {n: torch.Size((len(left), right.shape[1])) for n, (left, right) in factors.items()}
-    CSRMask.check_layout(list(shapes), list(shapes.values()))
+    check_mask_layout(list(shapes), list(shapes.values()))
     counts = selected_counts(list(shapes), list(shapes.values()), k, density, "global")
 
     def products(names: Sequence[str]) -> list[Tensor]:
