@@ -1,6 +1,7 @@
-"""topk_mask, select_mask and the set operations of masks, against PyTorch, NumPy, SciPy, CuPy and LT-SFT's selection.
+"""topk_mask, select_mask, set operations of masks and sums over them, against PyTorch, NumPy, SciPy, CuPy and LT-SFT.
 
-Every implementation goes from named tensors to a mask, boolean tensors or ascending flat positions.
+Every implementation of the first three goes from named tensors or masks to a mask, boolean tensors or ascending flat
+positions.
 """
 
 import math
@@ -17,6 +18,7 @@ from bench.harness import Call, Case, Choice, Workload, available_bytes, too_lar
 from bench.rows import OURS
 from bench.shapes import SHAPES, random_tensors
 from deftx_kernels import CSRMask, select_mask, topk_mask
+from deftx_kernels.ops.schemas import ELECTIONS
 
 OPS = {
     "topk_mask": "the mask of the largest scores, over all tensors together",
@@ -24,6 +26,7 @@ OPS = {
     "mask_or": "the entries in one of two masks, or in both",
     "mask_and": "the entries in both of two masks",
     "mask_sub": "the entries in one mask and not in another",
+    "csr_sum": "the sum of three compact tensors, each of its own mask, at the union of the masks",
 }
 SIZES = tuple(SHAPES)
 DEFAULT = [(torch.float32, 0.05)]
@@ -34,7 +37,7 @@ SETTINGS = {  # of topk_mask, where they are not the default
     "llama7b": [(torch.bfloat16, 0.05)],
 }
 MODELS = ("tiny", "10M", "minilm", "bert", "xlmr", "llama1b")  # sizes of select_mask
-PAIRS = ("tiny", "minilm", "xlmr")  # sizes of the set operations
+PAIRS = ("tiny", "minilm", "xlmr")  # sizes of the set operations and sums
 
 
 def workloads(choice: Choice) -> Iterator[Workload]:
@@ -49,6 +52,7 @@ def workloads(choice: Choice) -> Iterator[Workload]:
             for density in choice.densities or (0.05,):
                 for op in ("mask_or", "mask_and", "mask_sub"):
                     yield workload(set_case, op, size, (torch.bool, density), device, op)
+                yield workload(sum_case, "csr_sum", size, (torch.float32, density), device)
 
 
 # ---- topk_mask ----
@@ -291,8 +295,8 @@ def set_case(size: str, dtype: torch.dtype, density: float, device: str, op: str
     return Case(moved, implementations, check, rounds=7, served_by="csr_combine", absent=absent)
 
 
-def two_masks(size: str, density: float, device: str) -> tuple[CSRMask, CSRMask]:
-    mine, theirs = random_tensors(size, torch.float32, device), random_tensors(size, torch.float32, device, seed=1)
+def two_masks(size: str, density: float, device: str, seed: int = 0) -> tuple[CSRMask, CSRMask]:
+    mine, theirs = (random_tensors(size, torch.float32, device, seed=seed + i) for i in range(2))
     a = topk_mask(mine, density=density)
     for name, tensor in theirs.items():
         tensor.mul_(0.5).add_(mine.pop(name))
@@ -332,3 +336,35 @@ def membership(keys: Tensor, other: Tensor, numel: int, op: str) -> Tensor:
     a, b = (torch.zeros(numel, dtype=torch.bool, device=keys.device).index_fill_(0, x, True) for x in (keys, other))
     a = a.logical_or_(b) if op == "mask_or" else a.logical_and_(b if op == "mask_and" else b.logical_not_())
     return a.nonzero().view(-1)
+
+
+# ---- sums ----
+def sum_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
+    """Of three deltas, of which each shares half of its entries with the one before. The union is given."""
+    masks = [*two_masks(size, density, device), two_masks(size, density, device, seed=1)[1]]
+    union = masks[0] | masks[1] | masks[2]
+    generator = torch.Generator().manual_seed(2)
+    values = [torch.randn(m.nnz, generator=generator).to(device, dtype) for m in masks]
+    weights = [0.5, 0.3, 0.2]
+    keys, others = union.flat_indices(), [m.flat_indices() for m in masks]
+    csr = [m.crow_indices for m in masks], [m.col_indices for m in masks]
+
+    def ours() -> Tensor:
+        options = (values, weights, ELECTIONS["none"], dtype)
+        return torch.ops.deftx.csr_sum(union.crow_indices, union.col_indices, *csr, *options)
+
+    def index_add() -> Tensor:
+        total = torch.zeros(union.nnz, dtype=torch.float64, device=device)
+        for mine, x, weight in zip(others, values, weights):
+            total.index_add_(0, torch.searchsorted(keys, mine), x.double(), alpha=weight)
+        return total.to(dtype)
+
+    expected = index_add()
+
+    def check(result: Tensor) -> str | None:
+        return None if torch.allclose(result, expected, rtol=1e-6, atol=1e-9) else "the sums differ"
+
+    implementations = {OURS: lambda: ours, "torch.searchsorted + index_add_": lambda: index_add}
+    rows, index, terms = len(union.crow_indices), union.col_indices.element_size(), sum(m.nnz for m in masks)
+    moved = 4 * 8 * rows + index * (union.nnz + terms) + dtype.itemsize * (union.nnz + terms)
+    return Case(moved, implementations, check, rounds=7)

@@ -65,11 +65,12 @@ std::string message(const Parts&... parts) {
 }
 }  // namespace detail
 
-// Choices that operators take as integers: SCOPES and OPERATIONS of deftx_kernels/ops/schemas.py. They are not strings,
-// since at ABI 2.10 each call with a string leaks a copy of it, and leaked blocks keep the heap around them from
-// shrinking.
+// Choices that operators take as integers: SCOPES, OPERATIONS and ELECTIONS of deftx_kernels/ops/schemas.py. They are
+// not strings, since at ABI 2.10 each call with a string leaks a copy of it, and leaked blocks keep the heap around
+// them from shrinking.
 enum class Scope : int64_t { kGlobal, kTensor, kRow };
 enum class Operation : int64_t { kAnd, kOr, kSub };
+enum class Election : int64_t { kNone, kTotal, kFrequency };
 
 inline Scope scope_of(int64_t code) {
   DEFTX_CHECK(code >= 0 && code <= 2, "scope must be 0 (global), 1 (tensor) or 2 (row), got ", code);
@@ -79,6 +80,11 @@ inline Scope scope_of(int64_t code) {
 inline Operation operation_of(int64_t code) {
   DEFTX_CHECK(code >= 0 && code <= 2, "operation must be 0 (and), 1 (or) or 2 (sub), got ", code);
   return static_cast<Operation>(code);
+}
+
+inline Election election_of(int64_t code) {
+  DEFTX_CHECK(code >= 0 && code <= 2, "election must be 0 (none), 1 (total) or 2 (frequency), got ", code);
+  return static_cast<Election>(code);
 }
 
 // True for tensors that a file of csrc/cuda serves.
@@ -163,8 +169,8 @@ inline void check_compact(const Tensor& t, Device device, const Tensor& mask, in
 // a CUDA kernel guards each access itself, since the host may not wait for it.
 inline Csr check_mask(const Tensor& crow_indices,  // int64 [rows + 1]
                       const Tensor& col_indices,   // uint16 or int32 [nnz]
-                      Device device, const std::string& prefix = "") {
-  const std::string crow_name = prefix + "crow_indices", col_name = prefix + "col_indices";
+                      Device device, const std::string& crow_name = "crow_indices",
+                      const std::string& col_name = "col_indices") {
   check_tensor(crow_indices, device, crow_name.c_str());
   check_tensor(col_indices, device, col_name.c_str());
   DEFTX_CHECK(crow_indices.dim() == 1 && dtype_of(crow_indices) == aoti_torch_dtype_int64(), crow_name,
@@ -257,7 +263,8 @@ inline std::pair<Csr, Csr> check_combine(const Tensor& crow_indices, const Tenso
                                          const Tensor& other_col_indices,  // of the other
                                          Device device) {
   const Csr mine = check_mask(crow_indices, col_indices, device);
-  const Csr theirs = check_mask(other_crow_indices, other_col_indices, device, "other_");
+  const Csr theirs =
+      check_mask(other_crow_indices, other_col_indices, device, "other_crow_indices", "other_col_indices");
   DEFTX_CHECK(crow_indices.get_device_index() == other_crow_indices.get_device_index(),
               "the masks are on different devices");
   DEFTX_CHECK(mine.rows >= 0 && mine.rows == theirs.rows, "crow_indices has ", mine.rows + 1,
@@ -266,6 +273,59 @@ inline std::pair<Csr, Csr> check_combine(const Tensor& crow_indices, const Tenso
   DEFTX_CHECK(mine.rows > 0 || mine.nnz + theirs.nnz == 0, "a mask without rows must have no entries, col_indices has ",
               mine.nnz, " and other_col_indices has ", theirs.nnz);
   return {mine, theirs};
+}
+
+// One mask of a csr_sum and its compact tensor.
+struct Summand {
+  Csr csr;
+  const void* values;  // [csr.nnz]
+  int32_t dtype;       // of values
+  double weight;
+};
+
+constexpr size_t kSummands = 64;  // MAX_SUMMED_MASKS of deftx_kernels/ops/schemas.py
+
+inline Csr check_entries_of_sum(const Tensor& crow_indices,  // int64 [rows + 1]
+                                const Tensor& col_indices,   // uint16 or int32 [nnz]
+                                torch::headeronly::ScalarType dtype, Device device) {
+  const Csr csr = check_mask(crow_indices, col_indices, device);
+  DEFTX_CHECK(csr.rows >= 0, "crow_indices has 0 elements; it must have one per row and one more");
+  DEFTX_CHECK(csr.rows > 0 || csr.nnz == 0, "a mask without rows must have no entries, col_indices has ", csr.nnz);
+  DEFTX_CHECK(dtype == torch::headeronly::ScalarType::Float || dtype == torch::headeronly::ScalarType::Double,
+              "dtype must be float32 or float64");
+  return csr;
+}
+
+inline std::vector<Summand> check_summands(const Csr& entries, const Tensor& col_indices,  // of the result
+                                           const std::vector<Tensor>& other_crow_indices,
+                                           const std::vector<Tensor>& other_col_indices,
+                                           const std::vector<Tensor>& values, const std::vector<double>& weights,
+                                           Device device) {
+  const size_t count = values.size();
+  DEFTX_CHECK(other_crow_indices.size() == count && other_col_indices.size() == count && weights.size() == count,
+              "other_crow_indices, other_col_indices, values and weights must have one element for each mask, got ",
+              other_crow_indices.size(), ", ", other_col_indices.size(), ", ", count, ", ", weights.size());
+  DEFTX_CHECK(count <= kSummands, "values must be of at most ", kSummands, " masks, got ", count);
+  std::vector<Summand> summands;
+  summands.reserve(count);
+  for (size_t j = 0; j < count; ++j) {
+    const std::string number = "[" + std::to_string(j) + "]", crow = "other_crow_indices" + number,
+                      col = "other_col_indices" + number, value = "values" + number;
+    const Csr csr = check_mask(other_crow_indices[j], other_col_indices[j], device, crow, col);
+    DEFTX_CHECK(other_col_indices[j].get_device_index() == col_indices.get_device_index(), col,
+                " is on another device than col_indices");
+    DEFTX_CHECK(csr.wide == entries.wide, col, " must have the dtype of col_indices");
+    DEFTX_CHECK(csr.rows == entries.rows, crow, " has ", csr.rows + 1, " elements; ", entries.rows, " rows need ",
+                entries.rows + 1);
+    DEFTX_CHECK(csr.rows > 0 || csr.nnz == 0, "a mask without rows must have no entries, ", col, " has ", csr.nnz);
+    check_compact(values[j], device, other_col_indices[j], csr.nnz, value.c_str());
+    const int32_t dtype = dtype_of(values[j]);
+    DEFTX_CHECK(dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_float64() ||
+                    dtype == aoti_torch_dtype_bfloat16() || dtype == aoti_torch_dtype_float16(),
+                value, " must be float32, float64, bfloat16 or float16");
+    summands.push_back({csr, values[j].const_data_ptr(), dtype, weights[j]});
+  }
+  return summands;
 }
 
 }  // namespace deftx

@@ -1,13 +1,13 @@
 """Kernels for composable sparse fine-tuning: denoise, select, train and add sparse differences of models."""
 
 from deftx_kernels import interop
-from deftx_kernels.delta import SparseDelta, compose
+from deftx_kernels.delta import SparseAdapters, SparseDelta, compose, merge
 from deftx_kernels.denoise import svd_denoise, truncated_svd
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import MaskedEmbedding, MaskedLinear, densify, masked_embedding, masked_linear, sparsify
 from deftx_kernels.ops import backends
 from deftx_kernels.optim import SparseAdamW, sparse_adamw
-from deftx_kernels.select import select_mask, topk_mask
+from deftx_kernels.select import init_mask, select_mask, topk_mask
 
 __version__ = "0.1.0"
 
@@ -16,13 +16,16 @@ __all__ = [
     "MaskedEmbedding",
     "MaskedLinear",
     "SparseAdamW",
+    "SparseAdapters",
     "SparseDelta",
     "backends",
     "compose",
     "densify",
+    "init_mask",
     "interop",
     "masked_embedding",
     "masked_linear",
+    "merge",
     "select_mask",
     "sparse_adamw",
     "sparsify",

@@ -41,11 +41,46 @@ class Compose:
 
 
 @dataclass
+class Merge:
+    """Add deltas to a model folder and write the model, one weight file at a time. Continues an interrupted call."""
+
+    base: tyro.conf.Positional[Path]
+    """Folder of the base model, with safetensors weights."""
+    vectors: tyro.conf.Positional[list[str]]
+    """Folders or hub ids of deltas."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write."""
+    weights: list[float] | None = None
+    """Factor of each delta, 1 by default."""
+    method: Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"] = "linear"
+    density: float | None = None
+    """Share of entries that each delta keeps; for every method but linear."""
+    majority_sign_method: Literal["total", "frequency"] = "total"
+    scope: Literal["global", "tensor"] = "global"
+    """Whether the largest entries are those of all tensors together or of each."""
+    seed: int = 0
+    """Of the dare methods."""
+    whole: bool = True
+    """Replace the tensors that the deltas hold whole, such as a head; the base must have them."""
+    strict: bool = True
+    """Refuse another base than that of the deltas."""
+
+
+@dataclass
 class Inspect:
-    """Show the content of a delta or a mask: method, base model, size, density of each tensor."""
+    """Show the content of a delta or a mask: method, base model, size, density of each tensor.
+
+    With two: what they share, by tensor: entries, cosine, sign conflicts.
+    """
 
     path: tyro.conf.Positional[str]
-    """Folder or hub id of a delta, a mask.safetensors file, or a folder of composable-sft or PEFT SHiRA."""
+    """Folder or hub id of a delta, a mask.safetensors file, or a folder of composable-sft or a PEFT adapter."""
+    other: tyro.conf.Positional[str | None] = None
+    """A second delta, to compare."""
+    base: Path | None = None
+    """Folder of the base model, for the shapes of a PEFT adapter's weights."""
+    density: float | None = None
+    """The fraction of the entries of a LoRA adapter's products to keep."""
     all: bool = False
     """List every tensor, not only those with the most entries."""
 
@@ -55,12 +90,20 @@ class Convert:
     """Convert a delta between formats; the source's format is recognised by its files."""
 
     source: tyro.conf.Positional[Path]
-    """Folder of this library, of composable-sft, or of a PEFT SHiRA adapter."""
+    """Folder of this library, of composable-sft, or of a PEFT adapter: SHiRA, Super-Tuning or LoRA."""
     output: tyro.conf.Positional[Path]
     """Folder to write."""
-    to: Literal["deftx", "composable-sft"] = "deftx"
+    to: Literal["deftx", "composable-sft", "peft-shira"] = "deftx"
+    """peft-shira is for deltas of linear layers, with about as many entries per row and column in each."""
+    base: Path | None = None
+    """Folder of the base model (safetensors files), for the shapes of a PEFT adapter's weights. Super-Tuning needs it,
+    SHiRA where a weight is not square."""
+    density: float | None = None
+    """The fraction of the entries of a LoRA adapter's products to keep, the largest ones."""
+    k: int | None = None
+    """Instead of density, the number of entries."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of the values in a deftx folder; 16 bits are smaller and lossy. composable-sft takes only float32."""
+    """Dtype of the values in a deftx folder; 16 bits are smaller and lossy. The other formats take only float32."""
 
 
 @dataclass
@@ -107,6 +150,7 @@ _Others = (
     Annotated[TrainLanguageConfig, tyro.conf.subcommand("train-language")]
     | Annotated[TrainTaskConfig, tyro.conf.subcommand("train-task")]
     | Annotated[Compose, tyro.conf.subcommand("compose")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
@@ -190,6 +234,38 @@ def _compose(command: Compose) -> int:
     return 0
 
 
+def _merge(command: Merge) -> int:
+    from rich.progress import Progress
+
+    from deftx_kernels.delta import merge
+    from deftx_kernels.delta.checkpoint import merge_into_checkpoint
+    from deftx_kernels.train.deltas import load_delta
+
+    for path in (command.base, *command.vectors):
+        _check_output(command.output, str(path))
+    delta = merge(
+        *(load_delta(path) for path in command.vectors),
+        weights=command.weights,
+        method=command.method,
+        density=command.density,
+        majority_sign_method=command.majority_sign_method,
+        scope=command.scope,
+        seed=command.seed,
+    )
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("merging")
+        merge_into_checkpoint(
+            command.base,
+            delta,
+            command.output,
+            dense=command.whole,
+            strict=command.strict,
+            on_file=lambda done, files: progress.update(bar, completed=done, total=files),
+        )
+    print(command.output)
+    return 0
+
+
 def _check_output(output: Path, source: str) -> None:
     """ValueError where the output would replace the source."""
     folder = Path(source).resolve()
@@ -201,7 +277,9 @@ def _inspect(command: Inspect) -> int:
     from deftx_kernels.mask import CSRMask
     from deftx_kernels.train.deltas import load_any
 
-    found = load_any(command.path)
+    if command.other is not None:
+        return _inspect_two(command)
+    found = load_any(command.path, command.base, command.density)
     mask = found if isinstance(found, CSRMask) else found.mask
     console = Console()
     share = f"{mask.nnz:,} of {mask.numel:,} entries ({mask.density:.3%})"
@@ -224,21 +302,43 @@ def _inspect(command: Inspect) -> int:
     return 0
 
 
+def _inspect_two(command: Inspect) -> int:
+    from deftx_kernels.train.deltas import comparison, load_delta
+
+    one, other = load_delta(command.path), load_delta(str(command.other))
+    rows = comparison(one, other)
+    table = Table("tensor", "entries", "entries", "shared", "cosine", "sign conflicts", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    ordered = sorted(rows.items(), key=lambda item: (item[0] != "all tensors", -item[1]["shared"]))
+    shown = ordered if command.all else ordered[:21]
+    for name, row in shown:
+        counts = [f"{row[key]:,}" for key in ("first", "second", "shared")]
+        table.add_row(name, *counts, f"{row['cosine']:+.3f}", f"{row['sign_conflicts']:.1%}")
+    console = Console()
+    console.print(table)
+    if len(shown) < len(ordered):
+        console.print(f"… and {len(ordered) - len(shown)} more tensors (--all)")
+    return 0
+
+
 def _convert(command: Convert) -> int:
     import torch
 
     from deftx_kernels.delta import SparseDelta
-    from deftx_kernels.delta.interop import to_composable_sft
-    from deftx_kernels.train.deltas import load_any
+    from deftx_kernels.delta.interop import to_composable_sft, to_peft_shira
+    from deftx_kernels.train.deltas import base_tensors, load_any
 
     _check_output(command.output, str(command.source))
-    if command.to == "composable-sft" and command.dtype != "float32":
-        raise ValueError(f"dtype must be float32 for composable-sft, not {command.dtype}")
-    delta = load_any(str(command.source))
+    if command.to != "deftx" and command.dtype != "float32":
+        raise ValueError(f"dtype must be float32 for {command.to}, not {command.dtype}")
+    delta = load_any(str(command.source), command.base, command.density, command.k)
     if not isinstance(delta, SparseDelta):
         raise ValueError(f"{command.source} is a mask, not a delta")
     if command.to == "composable-sft":
         to_composable_sft(delta, command.output)
+    elif command.to == "peft-shira":
+        to_peft_shira(delta, command.output, None if command.base is None else base_tensors(command.base))
     else:
         delta.save_pretrained(command.output, dtype=getattr(torch, command.dtype))
     print(command.output)
@@ -258,6 +358,7 @@ _HANDLERS: dict[type, Callable[[Any], int]] = {
     TrainLanguageConfig: _drive,
     TrainTaskConfig: _drive,
     Compose: _compose,
+    Merge: _merge,
     EvalConfig: _drive,
     Inspect: _inspect,
     Convert: _convert,

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from deftx_kernels.mask import CSRMask, column_dtype, rows_and_columns
 from deftx_kernels.select.functional import selected_counts
 from deftx_kernels.select.streaming import count_equal, find_threshold
-from deftx_kernels.validation import check_devices, check_finite, check_float, check_plain
+from deftx_kernels.validation import check_devices, check_finite, check_float, check_mask_layout, check_plain
 
 
 def topk_mask(
@@ -48,7 +48,7 @@ def topk_mask(
     shards = _exchange(None, {n: (t.shape, t.dtype) for n, t in local.items()}, group)
     names = sorted(local)
     shapes = [_whole_shape(name, [s[name][0] for s in shards]) for name in names]
-    CSRMask.check_layout(names, shapes)
+    check_mask_layout(names, shapes)
     if len(dtypes := {str(s[n][1]) for s in shards for n in names}) > 1:
         raise ValueError(f"scores must have one dtype on all ranks, got {sorted(dtypes)}")
     [count] = selected_counts(names, shapes, k, density, "global")

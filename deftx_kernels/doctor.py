@@ -274,7 +274,7 @@ _DECOMPOSITIONS: dict[str, Callable] = {
 
 
 # ---- one case for each, of layers of a width: at 768, two to three million elements, float32 ----
-_GLOBAL, _OR = schemas.SCOPES["global"], schemas.OPERATIONS["or"]
+_GLOBAL, _OR, _TOTAL = schemas.SCOPES["global"], schemas.OPERATIONS["or"], schemas.ELECTIONS["total"]
 
 
 @functools.cache
@@ -300,6 +300,13 @@ def _tensors_mask(width: int) -> tuple[Tensor, Tensor]:
 def _csr_case(width: int, *more: Any, values: bool = True) -> list[Any]:
     crow, col = _tensors_mask(width)
     return [_tensors(width), crow, col, *([torch.linspace(-1, 1, len(col))] if values else []), *more]
+
+
+def _sum_case(width: int) -> list[Any]:
+    masks = [_tensors_mask(width), _mask(_flipped(width))]
+    crow, col = ([m[i] for m in masks] for i in range(2))
+    values = [torch.linspace(-1, 1, len(c)) for c in col]
+    return [*reference.csr_combine(*masks[0], *masks[1], _OR), crow, col, values, [0.5, 2.0], _TOTAL, torch.float32]
 
 
 def _adamw_case(width: int) -> list[Any]:
@@ -366,6 +373,7 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "csr_scatter_": _csr_case,
     "csr_add_": lambda n: _csr_case(n, 0.5),
     "csr_combine": lambda n: [*_tensors_mask(n), *_mask(_flipped(n)), _OR],
+    "csr_sum": _sum_case,
     "dense_to_csr": lambda n: [[t > 1.5 for t in _tensors(n)]],
     "topk_mask": lambda n: [_tensors(n), [], [n * n // 5], _GLOBAL],
     # Magnitude bits depend on the dtype, so these two have float64 scores from the start.

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import math
 import os
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property, reduce
 from itertools import accumulate
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from deftx_kernels import validation
 from deftx_kernels.files import parse_json, reading, write_tensors
-from deftx_kernels.ops.schemas import OPERATIONS, column_dtype, compute_dtype, rows_and_columns
+from deftx_kernels.kernels.tensors import FLOATS
+from deftx_kernels.ops.schemas import ELECTIONS, OPERATIONS, column_dtype, compute_dtype, rows_and_columns
 
 __all__ = ["CSRMask", "column_dtype", "rows_and_columns", "signed"]
 
@@ -31,7 +32,7 @@ class CSRMask:
     value per entry, in this order.
 
     Args:
-        names: the tensors' names, ascending.
+        names: the tensors' names, ascending; none for a delta that has only whole tensors.
         shapes: their shapes.
         crow_indices: int64 [rows + 1], where each row's entries begin.
         col_indices: uint16 (where every tensor has at most 65,536 columns) or int32 [nnz], ascending within each row.
@@ -54,7 +55,7 @@ class CSRMask:
         crow_indices: Tensor,  # int64 [rows + 1]
         col_indices: Tensor,  # [nnz]
     ) -> None:
-        self.check_layout(names, shapes)
+        validation.check_mask_layout(names, shapes)
         for argument, tensor in (("crow_indices", crow_indices), ("col_indices", col_indices)):
             validation.check_plain(tensor, argument)
             validation.check_readable(tensor, argument)
@@ -89,32 +90,6 @@ class CSRMask:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a CSRMask is immutable: {name} cannot be set")
 
-    @staticmethod
-    def check_layout(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
-        """ValueError or TypeError unless a mask can have tensors of these names and shapes."""
-        for argument, given in (("names", names), ("shapes", shapes)):
-            if not isinstance(given, Sequence) or isinstance(given, str):
-                raise TypeError(f"{argument} must be a sequence, got {type(given).__name__}")
-        if not names:
-            raise ValueError("names: a CSRMask needs at least one tensor")
-        if others := [name for name in names if not isinstance(name, str)]:
-            raise TypeError(f"names must be strings, got {others[0]!r}")
-        if len(names) != len(shapes):
-            raise ValueError(f"names and shapes differ in length: {len(names)} and {len(shapes)}")
-        for before, after in zip(names, names[1:]):
-            if before >= after:
-                raise ValueError(f"names must be unique and ascending, got {before!r} before {after!r}")
-        for name, shape in zip(names, shapes):
-            sizes = shape if isinstance(shape, Sequence) else [None]
-            if any(isinstance(n, bool) or not hasattr(n, "__index__") for n in sizes):
-                raise TypeError(f"tensor {name!r} must have a shape of ints, got {shape!r}")
-            if any(n < 0 for n in shape):
-                raise ValueError(f"tensor {name!r} of shape {tuple(shape)} has a negative size")
-            if rows_and_columns(shape)[1] > torch.iinfo(torch.int32).max:
-                raise ValueError(f"tensor {name!r} of shape {tuple(shape)} has more than 2**31 - 1 columns")
-        if sum(math.prod(max(1, n) for n in shape) for shape in shapes) > torch.iinfo(torch.int64).max:
-            raise ValueError("shapes: the tensors have more than 2**63 - 1 elements")
-
     def _check_entries(self) -> None:
         crow, col, rows = self.crow_indices, self.col_indices, self.row_offsets[-1]
         if crow.dtype != torch.int64 or crow.shape != (rows + 1,):
@@ -127,14 +102,26 @@ class CSRMask:
         outside = (crow < 0) | (crow > col.numel())  # differences of such numbers could overflow
         if int(crow[0]) != 0 or int(crow[-1]) != col.numel() or bool(outside.any()) or bool((crow.diff() < 0).any()):
             raise ValueError(f"crow_indices must rise from 0 to nnz = {col.numel()}")
-        for name, part in self.split(col).items():
-            columns = rows_and_columns(self.shapes[self.positions[name]])[1]
-            wide = part.to(torch.int64)
-            if bool(((wide < 0) | (wide >= columns)).any()):
-                raise ValueError(
-                    f"col_indices: tensor {name!r} has {columns} columns, got a column outside [0, {columns})"
-                )
-        if bool((self.flat_indices().diff() <= 0).any()):
+        self._check_columns()
+
+    def _check_columns(self) -> None:
+        """ValueError unless the columns ascend within each row, whose last one is its largest, and are in range."""
+        crow, col = self.crow_indices, signed(self.col_indices)
+        ordered = col ^ -(1 << 15) if col.dtype == torch.int16 else col  # the order of uint16 in int16
+        ascends = ordered[1:] > ordered[:-1]
+        filled = (crow[1:] > crow[:-1]).nonzero().view(-1)  # rows with entries
+        firsts, lasts = crow[filled], crow[filled + 1] - 1
+        ascends[firsts[1:] - 1] = True
+        columns = [rows_and_columns(s)[1] for s in self.shapes]
+        widths, offsets = (torch.tensor(x, dtype=torch.int64, device=crow.device) for x in (columns, self.row_offsets))
+        limits = torch.repeat_interleave(widths, offsets.diff())[filled]
+        bits = 0xFFFF if col.dtype == torch.int16 else -1
+        first, last = (col[at].to(torch.int64) & bits for at in (firsts, lasts))
+        if bool((outside := (first < 0) | (last >= limits)).any()):
+            i = bisect_right(self.row_offsets, int(filled[outside][0])) - 1
+            has = f"tensor {self.names[i]!r} has {columns[i]} columns"
+            raise ValueError(f"col_indices: {has}, got a column outside [0, {columns[i]})")
+        if not bool(ascends.all()):
             raise ValueError("col_indices must be strictly ascending within each row (sorted, without duplicates)")
 
     @cached_property
@@ -198,8 +185,10 @@ class CSRMask:
             validation.check_plain(tensor, f"dense[{name!r}]")
             if tensor.dtype != torch.bool:
                 raise TypeError(f"dense[{name!r}] must be a bool tensor, got {tensor.dtype}")
+        if not tensors:
+            raise ValueError("dense must hold at least one tensor")
         names, shapes = list(tensors), [t.shape for t in tensors.values()]
-        cls.check_layout(names, shapes)
+        validation.check_mask_layout(names, shapes)
         validation.check_devices(tensors, "dense")
         return cls.unchecked(names, shapes, *torch.ops.deftx.dense_to_csr([t.contiguous() for t in tensors.values()]))
 
@@ -328,13 +317,17 @@ class CSRMask:
 
     def restrict(self, names: Sequence[str]) -> "CSRMask":
         """The mask of some of the tensors, given in any order."""
-        parts = [self[n] for n in sorted(names)]
-        if not parts:
+        if not (parts := [self[n] for n in sorted(names)]):
             raise ValueError("names: a CSRMask needs at least one tensor")
+        return CSRMask.joined(parts)
+
+    @classmethod
+    def joined(cls, parts: Sequence["CSRMask"]) -> "CSRMask":
+        """The mask of several tensors from masks of one tensor each, on one device, in the order of their names."""
         starts = accumulate((p.nnz for p in parts), initial=0)
         crow = torch.cat([parts[0].crow_indices[:1], *(p.crow_indices[1:] + start for p, start in zip(parts, starts))])
         col = torch.cat([p.col_indices.to(torch.int32) for p in parts])
-        return CSRMask.unchecked(sorted(names), [p.shapes[0] for p in parts], crow, col)
+        return cls.unchecked([p.names[0] for p in parts], [p.shapes[0] for p in parts], crow, col)
 
     def flat_indices(self, offsets: Mapping[str, int] | None = None) -> Tensor:
         """int64 [nnz], ascending: the entries' indices in all tensors, flattened and concatenated in the order of the
@@ -358,15 +351,18 @@ class CSRMask:
         """A compact tensor of this mask as one of another mask [other.nnz]: entries that only the other has are 0."""
         self.check_compact(compact, "compact")
         self._check_device(other, "other")
-        shapes = self._united_shapes(other)
-        offsets = dict(zip(shapes, accumulate((s.numel() for s in shapes.values()), initial=0)))
-        mine, theirs = self.flat_indices(offsets), other.flat_indices(offsets)
-        out = compact.new_zeros(other.nnz)
-        index = torch.searchsorted(theirs, mine)
-        found = index < len(theirs)
-        found[found.clone()] = theirs[index[found]] == mine[found]
-        out[index[found]] = compact.detach()[found]
-        return out
+        (crow, col), (other_crow, other_col) = self._over_one_layout(other)[1:]
+        compact = compact.detach().contiguous()
+
+        def at_others(values: Tensor) -> Tensor:
+            options = ([1.0], ELECTIONS["none"], compute_dtype(values.dtype))
+            return torch.ops.deftx.csr_sum(other_crow, other_col, [crow], [col], [values], *options)
+
+        if compact.dtype in FLOATS:
+            return at_others(compact).to(compact.dtype)
+        # Other dtypes by their positions, of which float64 holds every one.
+        position = at_others(torch.arange(1, self.nnz + 1, dtype=torch.float64, device=self.device)).to(torch.int64)
+        return torch.cat([compact.new_zeros(1), compact])[position]
 
     def _united_shapes(self, other: "CSRMask") -> dict[str, torch.Size]:
         """Name → shape of the tensors of both masks, by name."""
@@ -376,15 +372,26 @@ class CSRMask:
                 raise ValueError(f"tensor {name!r} has shape {list(own)} in one mask and {list(shape)} in the other")
         return dict(sorted(shapes.items()))
 
+    def over(self, shapes: Mapping[str, torch.Size]) -> "CSRMask":
+        """This mask over more tensors, in which it has no entries. `shapes`: name → shape of all of them, by name."""
+        return CSRMask.unchecked(list(shapes), list(shapes.values()), self._crow_of(shapes), self.col_indices)
+
     def _combine(self, other: "CSRMask", operation: str) -> "CSRMask":
         if not isinstance(other, CSRMask):
             return NotImplemented
         self._check_device(other, "the other mask")
+        shapes, mine, theirs = self._over_one_layout(other)
+        crow, col = torch.ops.deftx.csr_combine(*mine, *theirs, OPERATIONS[operation])
+        return CSRMask.unchecked(list(shapes), list(shapes.values()), crow, col)
+
+    def _over_one_layout(
+        self, other: "CSRMask"
+    ) -> tuple[dict[str, torch.Size], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The shapes of the tensors of both masks, and crow_indices and col_indices of each mask over all of them."""
         shapes = self._united_shapes(other)
         dtype = column_dtype(list(shapes.values()))
         mine, theirs = ((m._crow_of(shapes), m.col_indices.to(dtype)) for m in (self, other))
-        crow, col = torch.ops.deftx.csr_combine(*mine, *theirs, OPERATIONS[operation])
-        return CSRMask.unchecked(list(shapes), list(shapes.values()), crow, col)
+        return shapes, mine, theirs
 
     def _crow_of(self, shapes: Mapping[str, torch.Size]) -> Tensor:
         """crow_indices over the rows of more tensors; rows of those that the mask does not cover are empty."""
@@ -478,9 +485,8 @@ def _row_starts(shapes: Sequence[torch.Size], starts: Sequence[int] | None = Non
     """int64 [rows]: the flat index of each row's first element; `starts`: those of the tensors (see `flat_indices`)."""
     starts = list(accumulate((s.numel() for s in shapes), initial=0)) if starts is None else starts
     matrices = [rows_and_columns(s) for s in shapes]
-    return torch.cat(
-        [torch.arange(m, dtype=torch.int64, device="cpu") * n + start for (m, n), start in zip(matrices, starts)]
-    )
+    rows = [torch.arange(m, dtype=torch.int64, device="cpu") * n + start for (m, n), start in zip(matrices, starts)]
+    return torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *rows])
 
 
 def signed(col_indices: Tensor) -> Tensor:

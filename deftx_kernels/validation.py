@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from deftx_kernels.kernels.tensors import FLOATS, SCALARS, overlapping
+from deftx_kernels.kernels.tensors import FLOATS, SCALARS, overlapping, rows_and_columns
 
 _PLAIN = frozenset({Tensor, nn.Parameter})  # the classes of nearly all tensors
 _TRACED = (FakeTensor, FunctionalTensor)  # what torch.export and other tracers use instead of tensors
@@ -316,3 +316,27 @@ def with_tied_names(tuned: Mapping[str, Tensor], tied: Mapping[str, str]) -> dic
             if one.data_ptr() != other.data_ptr() and (one.shape != other.shape or bool((one != other).any())):
                 raise ValueError(f"base has one tensor as {first!r} and {name!r}, which differ in tuned")
     return found
+
+
+def check_mask_layout(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
+    """ValueError or TypeError unless a mask can have tensors of these names and shapes."""
+    for argument, given in (("names", names), ("shapes", shapes)):
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise TypeError(f"{argument} must be a sequence, got {type(given).__name__}")
+    if others := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(f"names must be strings, got {others[0]!r}")
+    if len(names) != len(shapes):
+        raise ValueError(f"names and shapes differ in length: {len(names)} and {len(shapes)}")
+    for before, after in zip(names, names[1:]):
+        if before >= after:
+            raise ValueError(f"names must be unique and ascending, got {before!r} before {after!r}")
+    for name, shape in zip(names, shapes):
+        sizes = shape if isinstance(shape, Sequence) else [None]
+        if any(isinstance(n, bool) or not hasattr(n, "__index__") for n in sizes):
+            raise TypeError(f"tensor {name!r} must have a shape of ints, got {shape!r}")
+        if any(n < 0 for n in shape):
+            raise ValueError(f"tensor {name!r} of shape {tuple(shape)} has a negative size")
+        if rows_and_columns(shape)[1] > torch.iinfo(torch.int32).max:
+            raise ValueError(f"tensor {name!r} of shape {tuple(shape)} has more than 2**31 - 1 columns")
+    if sum(math.prod(max(1, n) for n in shape) for shape in shapes) > torch.iinfo(torch.int64).max:
+        raise ValueError("shapes: the tensors have more than 2**63 - 1 elements")

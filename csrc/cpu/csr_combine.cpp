@@ -4,9 +4,7 @@
 // twice: to count its common entries, and to write. The cuts depend on the masks alone, so the result does not depend
 // on the number of threads. A thread merges two pieces in turns: a step waits for the one before it (about 9 cycles),
 // but not for the other piece's.
-#include <atomic>
-
-#include "../stable.h"
+#include "rows.h"
 
 namespace deftx {
 namespace {
@@ -27,22 +25,6 @@ struct Mask {
 struct Cut {
   int64_t row, i, j;
 };
-
-// Throws unless crow_indices ascends from 0 to nnz. Columns are not checked: whatever they are, the merge stays within
-// its ranges, and both of its passes find the same.
-template <typename Column>
-void check_crow(const Mask<Column>& mask, const char* name) {
-  const int64_t* crow = mask.crow;
-  DEFTX_CHECK(crow[0] == 0 && crow[mask.rows] == mask.nnz, name, " must run from 0 to nnz = ", mask.nnz, ", got ",
-              crow[0], " to ", crow[mask.rows]);
-  std::atomic<bool> bad{false};
-  torch::stable::parallel_for(0, mask.rows, kPiece, [&](int64_t begin, int64_t end) {
-    bool wrong = false;
-    for (int64_t r = begin; r < end; ++r) wrong |= crow[r] > crow[r + 1];
-    if (wrong) bad = true;
-  });
-  DEFTX_CHECK(!bad, name, " must not descend");
-}
 
 // The cut after `work` units of the merge, where an entry is a unit and so is the end of a row; equal entries stay
 // together.
@@ -201,8 +183,10 @@ std::tuple<Tensor, Tensor> combine_typed(const Csr& mine, const Csr& theirs, con
                                          const Tensor& col_indices, Operation operation) {
   const Mask<Column> a{mine.crow, static_cast<const Column*>(mine.col), mine.rows, mine.nnz};
   const Mask<Column> b{theirs.crow, static_cast<const Column*>(theirs.col), theirs.rows, theirs.nnz};
-  check_crow(a, "crow_indices");
-  check_crow(b, "other_crow_indices");
+  // Columns are not checked: whatever they are, the merge stays within its ranges, and both of its passes find the
+  // same.
+  check_crow(a.crow, a.rows, a.nnz, "crow_indices");
+  check_crow(b.crow, b.rows, b.nnz, "other_crow_indices");
   if (operation == Operation::kAnd) return combine<Pass::kAnd>(a, b, crow_indices, col_indices);
   if (operation == Operation::kOr) return combine<Pass::kOr>(a, b, crow_indices, col_indices);
   return combine<Pass::kSub>(a, b, crow_indices, col_indices);

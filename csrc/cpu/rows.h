@@ -39,23 +39,34 @@ T* row_of(const Csr& csr, const Run& run) {
   return static_cast<T*>(csr.slices[run.tensor].data) + run.offset;
 }
 
-// Calls visit(run) for the runs of the entries [begin, end), in ascending order.
+// Calls visit(row, i, stop) for the stretches [i, stop) of the entries [begin, end) that lie in one row, in ascending
+// order.
 template <typename Visit>
-void for_each_run(const Csr& csr, int64_t begin, int64_t end, const Visit& visit) {
+void for_each_row(const int64_t* crow, int64_t rows, int64_t begin, int64_t end, const Visit& visit) {
   if (begin >= end) return;
-  const int64_t* crow = csr.crow;
-  int64_t row = std::upper_bound(crow, crow + csr.rows + 1, begin) - crow - 1;
-  auto slice = std::upper_bound(csr.slices.begin(), csr.slices.end(), row,
-                                [](int64_t r, const Slice& s) { return r < s.first_row; }) -
-               1;
-  const auto last = csr.slices.end() - 1;
+  int64_t row = std::upper_bound(crow, crow + rows + 1, begin) - crow - 1;
   for (int64_t i = begin, stop; i < end; ++row) {
     stop = std::min(crow[row + 1], end);
     if (i >= stop) continue;
-    while (slice != last && row >= slice[1].first_row) ++slice;
-    visit(Run{slice - csr.slices.begin(), (row - slice->first_row) * slice->columns, i, stop, crow[row]});
+    visit(row, i, stop);
     i = stop;
   }
+}
+
+// Calls visit(run) for the runs of the entries [begin, end), in ascending order.
+template <typename Visit>
+void for_each_run(const Csr& csr, int64_t begin, int64_t end, const Visit& visit) {
+  if (begin >= end) return;  // there may be no slices
+  auto slice = csr.slices.begin();
+  const auto last = csr.slices.end() - 1;
+  for_each_row(csr.crow, csr.rows, begin, end, [&](int64_t row, int64_t i, int64_t stop) {
+    if (i == begin)
+      slice = std::upper_bound(csr.slices.begin(), csr.slices.end(), row,
+                               [](int64_t r, const Slice& s) { return r < s.first_row; }) -
+              1;
+    while (slice != last && row >= slice[1].first_row) ++slice;
+    visit(Run{slice - csr.slices.begin(), (row - slice->first_row) * slice->columns, i, stop, csr.crow[row]});
+  });
 }
 
 // How many of the n indices are below the one before them, or equal to it if `strict`.
@@ -74,18 +85,23 @@ DEFTX_CLONES int64_t count_descents(const Index* index, int64_t n, bool strict) 
   return count;
 }
 
+// Throws unless crow_indices ascends from 0 to nnz.
+inline void check_crow(const int64_t* crow, int64_t rows, int64_t nnz, const char* name) {
+  DEFTX_CHECK(crow[0] == 0 && crow[rows] == nnz, name, " must run from 0 to nnz = ", nnz, ", got ", crow[0], " to ",
+              crow[rows]);
+  std::atomic<bool> bad{false};
+  torch::stable::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+    if (count_descents(crow + begin + 1, end - begin, false)) bad = true;
+  });
+  DEFTX_CHECK(!bad, name, " must not descend");
+}
+
 // Throws unless crow_indices ascends from 0 to nnz and each row's columns ascend strictly and stay inside the row.
 // Strictly, because two threads must not meet in one element.
 template <typename Column>
 void check_contents(const Csr& csr) {
-  const int64_t* crow = csr.crow;
-  DEFTX_CHECK(crow[0] == 0 && crow[csr.rows] == csr.nnz, "crow_indices must run from 0 to nnz = ", csr.nnz, ", got ",
-              crow[0], " to ", crow[csr.rows]);
+  check_crow(csr.crow, csr.rows, csr.nnz, "crow_indices");
   std::atomic<bool> bad{false};
-  torch::stable::parallel_for(0, csr.rows, kGrain, [&](int64_t begin, int64_t end) {
-    if (count_descents(crow + begin + 1, end - begin, false)) bad = true;
-  });
-  DEFTX_CHECK(!bad, "crow_indices must not descend");
   const auto* col = static_cast<const Column*>(csr.col);
   torch::stable::parallel_for(0, csr.nnz, kGrain, [&](int64_t begin, int64_t end) {
     // A column may descend where a row begins, and nowhere else.

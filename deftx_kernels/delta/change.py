@@ -130,6 +130,11 @@ class Change:
             )
         return not_restored, others
 
+    def keep(self) -> None:
+        """End an open change and leave the delta in the tensors."""
+        forget(self.additions)
+        _OPEN.remove(self)
+
     def memory(self) -> set[tuple]:
         """The memory of the tensors: that of a module is also that of its state dict."""
         return {_memory(t) for t in self.tensors.values()} - {()}

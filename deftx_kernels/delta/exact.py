@@ -33,12 +33,12 @@ def bits_differ(new: Tensor, old: Tensor) -> Tensor:
 def base_plus_delta(base: Tensor, values: Tensor, alpha: float = 1.0, low: Low | None = None) -> Tensor:
     """base + alpha * (values + low), in the dtype of `base`.
 
-    Computed in float32 (float64 for a float64 base), at low terms in float64, and rounded once.
+    Computed in float32 (in float64 if `base` or `values` is float64, and at low terms), and rounded once.
 
     Args:
         base, values: [n]. low: as in `SparseDelta`.
     """
-    wide = base.to(compute_dtype(base.dtype))
+    wide = base.to(torch.promote_types(compute_dtype(base.dtype), values.dtype))
     result = torch.add(wide, values.to(wide.dtype), alpha=alpha).to(base.dtype)
     if low is not None:
         positions, terms = low

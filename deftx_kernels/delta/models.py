@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from deftx_kernels import validation
-from deftx_kernels.delta.exact import SUMMABLE
+from deftx_kernels.delta.exact import SUMMABLE, bits_differ
+from deftx_kernels.delta.renaming import fitting_prefix
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import masked_parameters, plain_tensors
 
@@ -90,6 +91,36 @@ def match_tensors(tuned: Model, base: Model, mask: CSRMask | None, dense: Iterab
     return Matched(new, old, tied, shared, buffers, whole)
 
 
+def checked_mask(matched: Matched, mask: CSRMask | None) -> CSRMask:
+    """The mask of `from_models`, by default of all entries that differ. Adds buffers that differ outside it to
+    `matched.whole`; ValueError for other differences outside it.
+    """
+    new, old = matched.tuned, matched.base
+    differing = {n: bits_differ(new[n], old[n]) for n in matched.shared}
+    for name in [n for n in matched.shared if n in matched.buffers and (mask is None or n not in mask)]:
+        if bool(differing.pop(name).any()):
+            matched.whole.add(name)
+    if mask is None:
+        names = [n for n in differing if old[n].dtype in SUMMABLE]
+        changed = [n for n in names if bool(differing[n].any())] or names
+        mask = CSRMask.from_dense({n: differing[n] for n in changed})
+    for name, tensor in zip(mask.names, mask.checked_tensors(old, "base")):
+        if (first := matched.tied[name]) != name:
+            raise ValueError(f"mask covers {name!r}, which is the tensor {first!r} of base: use that name in the mask")
+        if not {tensor.dtype, new[name].dtype} <= SUMMABLE:
+            raise TypeError(f"mask covers {name!r}, which is {tensor.dtype} in base and {new[name].dtype} in tuned")
+        if name in differing:
+            one = mask[name].to(differing[name].device)
+            one.scatter_(differing, torch.zeros(one.nnz, dtype=torch.bool, device=one.device))
+    for name, outside in differing.items():
+        if bool(outside.any()):
+            raise ValueError(
+                f"tuned differs from base in {int(outside.sum())} entries of {name!r} that neither mask nor dense "
+                "covers"
+            )
+    return mask
+
+
 def checked_targets(
     model: Model, mask: CSRMask, dense: Mapping[str, Tensor], tied: Mapping[str, str], strict: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -109,6 +140,8 @@ def checked_targets(
         if name not in present:
             wrapped = [w + name for w in ("_orig_mod.", "module.") if w + name in present]
             has = f", but has {wrapped[0]!r}: give the tensors of the model inside its wrapper" if wrapped else ""
+            if not wrapped and (found := fitting_prefix([*mask.names, *dense], present)):
+                has = f": delta.{found[0]}({found[1]!r}) has the model's names"
             raise ValueError(f"model lacks tensor {name!r} of the delta{has}")
         needs_sum = copies.get(name, name) in mask
         _check_target(present[name], labels[name], shape, needs_sum, dense.get(name))

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.delta import storage
+from deftx_kernels.delta.arithmetic import Terms, rounded, weighted_sum
+from deftx_kernels.delta.card import CARD_NAME, model_card
 from deftx_kernels.delta.change import Change
-from deftx_kernels.delta.exact import SUMMABLE, Low, bits_differ, exact_differences
+from deftx_kernels.delta.exact import Low, exact_differences
 from deftx_kernels.delta.fingerprints import fingerprint, update
-from deftx_kernels.delta.models import Matched, Model, checked_targets, current_tensors, match_tensors
+from deftx_kernels.delta.models import Model, checked_mask, checked_targets, current_tensors, match_tensors
+from deftx_kernels.delta.renaming import renamed_parts, tensor_names
 from deftx_kernels.files import reading
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.validation import check_plain, check_readable, is_number, same_bits, usable_in_backward
@@ -92,6 +95,25 @@ class SparseDelta:
         low = None if self.low is None else (self.low[0].to(device), self.low[1].to(device))
         return SparseDelta(self.mask.to(device), self.values.to(device), dense, self.metadata, low)
 
+    def renamed(self, names: Mapping[str, str]) -> "SparseDelta":
+        """This delta with other names of its tensors: old name → new name; tensors that are not in `names` keep theirs.
+
+        Raises:
+            ValueError: the delta has no tensor of an old name, or two of its tensors would have one name.
+        """
+        return SparseDelta(*renamed_parts(self.mask, self.values, self.dense, self.metadata, self.low, names))
+
+    def with_prefix(self, prefix: str) -> "SparseDelta":
+        """This delta for a model that has its base as a part: `delta.with_prefix("bert.")` for that of an encoder."""
+        return self.renamed({n: prefix + n for n in tensor_names(self.mask, self.dense, self.metadata)})
+
+    def without_prefix(self, prefix: str) -> "SparseDelta":
+        """The inverse of `with_prefix`. ValueError, naming the tensor, if a name does not begin with the prefix."""
+        own = tensor_names(self.mask, self.dense, self.metadata)
+        if other := [n for n in own if not n.startswith(prefix)]:
+            raise ValueError(f"prefix: the delta's tensor {other[0]!r} does not begin with {prefix!r}")
+        return self.renamed({n: n.removeprefix(prefix) for n in own})
+
     # ---- from models ----
     @classmethod
     def from_models(
@@ -123,7 +145,7 @@ class SparseDelta:
         """
         matched = match_tensors(tuned, base, mask, dense)
         new, old, tied, whole = matched.tuned, matched.base, matched.tied, matched.whole
-        mask = _checked_mask(matched, mask)
+        mask = checked_mask(matched, mask)
         values, low, inexact = exact_differences(mask, old, new)
         details = {
             **(metadata or {}),
@@ -186,13 +208,17 @@ class SparseDelta:
         if overwritten:
             warnings.warn(overwritten, RuntimeWarning, stacklevel=3)
 
+    def check_base(self, model: Model) -> None:
+        """ValueError or TypeError, as in `apply_`, unless this delta can be added to the model."""
+        self._check_base(self._change(model, 1.0, dense=True, strict=True))
+
     def _change(self, model: Model, alpha: float, dense: bool, strict: bool) -> Change:
         """The addition to the model's tensors, after every check but those of their content."""
         if not is_number(alpha):
             raise ValueError(f"alpha must be a finite number, got {alpha!r}")
         whole = self.dense if dense else {}
         targets, copies = checked_targets(model, self.mask, whole, self.metadata.get("tied", {}), strict)
-        identity, base = self._content_hash() if strict else None, self.metadata.get("base_fingerprint", {})
+        identity, base = self.content_hash() if strict else None, self.metadata.get("base_fingerprint", {})
         current = functools.partial(current_tensors, model)
         return Change(self.mask, self.values, self.low, whole, targets, copies, current, alpha, identity, base)
 
@@ -203,8 +229,8 @@ class SparseDelta:
             model, dtype = self.metadata.get("base_model"), self.metadata.get("base_dtype")
             if dtype is not None and dtype != (now := _dtype_name(change.tensors[wrong[0]].dtype)):
                 raise ValueError(
-                    f"model's tensor {wrong[0]!r} is {now}, the delta was made for a base in {dtype} (strict=False "
-                    "applies it anyway)"
+                    f"model's tensor {wrong[0]!r} is {now}, the delta was made for a base in {dtype}: strict=False "
+                    f"adds it and rounds each sum to {now} once"
                 )
             raise ValueError(
                 f"model is not the base of this delta{f' ({model})' if model else ''}: {len(wrong)} of "
@@ -219,62 +245,66 @@ class SparseDelta:
                     f"alpha = {-present} removes it (strict=False adds it again)"
                 )
 
-    def _content_hash(self) -> str:
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of mask, values and low terms."""
         sha = hashlib.sha256(self.mask.fingerprint().encode())
         for tensor in (self.values, *(self.low or ())):
             update(sha, tensor)
         return sha.hexdigest()
 
-    # ---- composition ----
-    def compose(*deltas: "SparseDelta") -> "SparseDelta":
+    # ---- arithmetic ----
+    @property
+    def terms(self) -> Terms:
+        """Mask, values and low terms."""
+        return Terms(self.mask, self.values, self.low)
+
+    def restricted(self, names: Iterable[str]) -> "SparseDelta":
+        """The delta of some of the mask's tensors, without whole ones."""
+        sparse = sorted(names)
+        mask, values = self.mask.restrict(sparse), torch.cat([self.mask.part(name, self.values) for name in sparse])
+        low = self.low
+        if low is not None:
+            compact = torch.zeros(self.mask.nnz, dtype=torch.float64, device=self.mask.device)
+            terms = self.mask.project(compact.index_copy(0, *low), mask)
+            there = self.mask.project(compact.index_fill(0, low[0], 1.0), mask)
+            positions = there.nonzero().view(-1)
+            low = positions, terms[positions]
+        return SparseDelta(mask, values, None, self.metadata, low)
+
+    def __mul__(self, factor: float) -> "SparseDelta":
+        """factor * delta. Whole tensors are not scaled."""
+        return compose(self, weights=[factor]) if is_number(factor) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "SparseDelta":
+        return self * -1.0
+
+    def compose(*deltas: "SparseDelta", weights: Sequence[float] | None = None) -> "SparseDelta":
         """The sum of deltas of one base: `compose(task, language)`, as in Ansell et al. (2022), eq. 2.
 
         Values are added in float64 and rounded once to float32; if one delta has a low term, the sum has one, too.
         Whole tensors are united.
 
+        Args:
+            weights: factor of each delta's values, 1 by default. Whole tensors are not scaled.
+
         Raises:
-            ValueError: no delta; deltas of different bases; a whole tensor that two deltas hold with different values.
+            ValueError: no delta; deltas of different bases; a whole tensor that two deltas hold with different values;
+                weights that are not finite, or another number of them than deltas.
 
         Example:
             >>> base = {"w": torch.zeros(3)}
             >>> task = SparseDelta.from_models({"w": torch.tensor([0.0, 1.0, 2.0])}, base)
             >>> language = SparseDelta.from_models({"w": torch.tensor([0.5, 1.0, 0.0])}, base)
-            >>> compose(task, language).apply_(base)
+            >>> compose(task, language, weights=[1.0, 0.5]).apply_(base)
             >>> base["w"]
-            tensor([0.5000, 2.0000, 2.0000])
+            tensor([0.2500, 1.5000, 2.0000])
         """
-        if not deltas:
-            raise ValueError("compose needs at least one delta")
-        for i, delta in enumerate(deltas):
-            if not isinstance(delta, SparseDelta):
-                raise TypeError(f"deltas[{i}] must be a SparseDelta, got {type(delta).__name__}")
-        mask = functools.reduce(lambda one, other: one | other.to(one.device), [d.mask for d in deltas])
-        dense: dict[str, Tensor] = {}
-        base: dict[str, str] = {}
-        tied: dict[str, str] = {}
-        for i, delta in enumerate(deltas):
-            for name, tensor in delta.dense.items():
-                if not same_bits(dense.setdefault(name, tensor), tensor):
-                    raise ValueError(f"dense tensor {name!r} is in two deltas with different values")
-            for name, value in delta.metadata.get("base_fingerprint", {}).items():
-                if base.setdefault(name, value) != value:
-                    raise ValueError(f"deltas[{i}] was made for another base: tensor {name!r} has another fingerprint")
-            tied |= delta.metadata.get("tied", {})
-        if both := [n for n in dense if n in mask]:
-            raise ValueError(f"tensor {both[0]!r} is sparse in one delta and whole in another")
-        values, low = _sum(deltas, mask)
-        left_out = ("base_fingerprint", "tied")
-        parts = [{k: v for k, v in d.metadata.items() if k not in left_out} for d in deltas]
-        metadata = {"method": "compose", "k": mask.nnz, "base_fingerprint": base, "composed_of": parts}
-        for key in ("base_model", "base_dtype"):
-            first = deltas[0].metadata.get(key)
-            if first is not None and all(d.metadata.get(key) == first for d in deltas):
-                metadata[key] = first
-        if tied:
-            metadata["tied"] = tied
-        if lossy := [d.metadata["lossy"] for d in deltas if d.metadata.get("lossy")]:
-            metadata["lossy"] = lossy[0]
-        return SparseDelta(mask, values, dense, metadata, low)
+        factors = checked_weights(deltas, weights, "compose")
+        total = weighted_sum([delta.terms for delta in deltas], factors)
+        details = {"method": "compose"} | ({} if weights is None else {"weights": factors})
+        return combined(deltas, total, details)
 
     # ---- files ----
     def save_pretrained(self, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
@@ -299,7 +329,8 @@ class SparseDelta:
         values = self.values.to(dtype)
         if not bool(torch.isfinite(values).all()) and bool(torch.isfinite(self.values).all()):
             raise ValueError(f"dtype: a difference overflows {dtype}; bfloat16 and float32 have the range")
-        tensors = {"crow_indices": self.mask.crow_indices, "col_indices": self.mask.col_indices, "values": values}
+        counts = storage.row_counts(self.mask.crow_indices)
+        tensors = {"row_counts": counts, "col_indices": self.mask.col_indices, "values": values}
         if self.low is not None and dtype == torch.float32:
             positions = self.low[0].to(torch.int32) if self.mask.nnz < 2**31 else self.low[0]
             tensors |= {"low_indices": positions, "low_values": self.low[1]}
@@ -335,16 +366,16 @@ class SparseDelta:
             FileNotFoundError: there is no such folder, or a file is missing in it.
             ValueError: a file is damaged (its checksum is computed again) or of another format; the message names it.
         """
-        folder = Path(path)
-        if folder.is_file():
+        if Path(path).is_file():
             raise FileNotFoundError(f"{path} is a file: a sparse delta is the folder that holds it")
-        if not folder.is_dir():
-            folder = _download(str(path), revision)
+        folder = storage.find_folder(path, revision, [storage.WEIGHTS_NAME, storage.CONFIG_NAME])
         config, tensors = storage.load(folder)
         with reading(folder / storage.WEIGHTS_NAME, "sparse delta"):
             if not isinstance(config["dense"], list) or not isinstance(config["metadata"], dict):
                 raise ValueError("its configuration must have dense as a list and metadata as an object")
-            mask = CSRMask(config["names"], config["shapes"], tensors.pop("crow_indices"), tensors.pop("col_indices"))
+            old = tensors.pop("crow_indices", None)  # format version 2
+            crow = storage.crow_indices(tensors.pop("row_counts")) if old is None else old
+            mask = CSRMask(config["names"], config["shapes"], crow, tensors.pop("col_indices"))
             values = tensors.pop("values")
             low = (tensors.pop("low_indices"), tensors.pop("low_values")) if "low_indices" in tensors else None
             dense = {n: tensors.pop(_DENSE + n) for n in config["dense"]}
@@ -362,17 +393,84 @@ class SparseDelta:
         token: str | None = None,
         commit_message: str = "Upload sparse delta",
     ) -> str:
-        """Upload to a repository of the Hugging Face hub, which is created if needed. Returns the commit's URL."""
+        """Upload to a repository of the Hugging Face hub, which is created if needed. Returns the commit's URL.
+
+        A model card (README.md) is added where the repository has none.
+        """
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, dtype)
             api.create_repo(repo_id, private=private, exist_ok=True)
+            if not api.file_exists(repo_id, CARD_NAME):
+                lossy = {} if dtype in (None, torch.float32) else {"lossy": _dtype_name(dtype)}
+                card = model_card(repo_id, self.mask, self.dense, self.metadata | lossy)
+                (Path(folder) / CARD_NAME).write_text(card, encoding="utf-8")
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
 
 
 compose = SparseDelta.compose
+
+
+def checked_weights(
+    deltas: Sequence[SparseDelta], weights: Sequence[float] | None, function: str, argument: str = "deltas"
+) -> list[float]:
+    """The weights, 1 by default. TypeError or ValueError naming what is wrong with the deltas or their weights."""
+    if not deltas:
+        raise ValueError(f"{function} needs at least one delta")
+    for i, delta in enumerate(deltas):
+        if not isinstance(delta, SparseDelta):
+            raise TypeError(f"{argument}[{i}] must be a SparseDelta, got {type(delta).__name__}")
+    if weights is None:
+        return [1.0] * len(deltas)
+    if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != len(deltas):
+        raise ValueError(f"weights must be one number for each of the {len(deltas)} deltas, got {weights!r}")
+    for i, weight in enumerate(weights):
+        if not is_number(weight):
+            raise ValueError(f"weights[{i}] must be a finite number, got {weight!r}")
+    return [float(weight) for weight in weights]
+
+
+def united_tensors(deltas: Sequence[SparseDelta]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Whole tensors and tied names of all deltas. ValueError for one with two values, or sparse in another delta."""
+    dense: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for delta in deltas:
+        for name, tensor in delta.dense.items():
+            if not same_bits(dense.setdefault(name, tensor), tensor):
+                raise ValueError(f"dense tensor {name!r} is in two deltas with different values")
+        tied |= delta.metadata.get("tied", {})
+    if both := [n for n in dense if any(n in delta.mask for delta in deltas)]:
+        raise ValueError(f"tensor {both[0]!r} is sparse in one delta and whole in another")
+    return dense, tied
+
+
+def combined(deltas: Sequence[SparseDelta], terms: Terms, details: Mapping[str, Any]) -> SparseDelta:
+    """A delta of these terms with the union of the deltas' whole tensors; `details` begin its metadata.
+
+    Raises:
+        ValueError: deltas of different bases; a whole tensor that two deltas hold with different values.
+    """
+    dense, tied = united_tensors(deltas)
+    base: dict[str, str] = {}
+    for i, delta in enumerate(deltas):
+        for name, value in delta.metadata.get("base_fingerprint", {}).items():
+            if base.setdefault(name, value) != value:
+                raise ValueError(f"deltas[{i}] was made for another base: tensor {name!r} has another fingerprint")
+    left_out = ("base_fingerprint", "tied")
+    parts = [{k: v for k, v in d.metadata.items() if k not in left_out} for d in deltas]
+    metadata = {**details, "k": terms.mask.nnz, "base_fingerprint": base, "composed_of": parts}
+    for key in ("base_model", "base_dtype"):
+        first = deltas[0].metadata.get(key)
+        if first is not None and all(d.metadata.get(key) == first for d in deltas):
+            metadata[key] = first
+    if tied:
+        metadata["tied"] = tied
+    if lossy := [d.metadata["lossy"] for d in deltas if d.metadata.get("lossy")]:
+        metadata["lossy"] = lossy[0]
+    values, low = rounded(terms)
+    return SparseDelta(terms.mask, values, dense, metadata, low)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -391,65 +489,3 @@ def _checked_low(low: Low | None, mask: CSRMask) -> Low | None:
     if int(positions[0]) < 0 or int(positions[-1]) >= mask.nnz or bool((positions.diff() <= 0).any()):
         raise ValueError(f"low[0] must ascend within [0, nnz) = [0, {mask.nnz})")
     return positions, usable_in_backward(terms.detach()).to(mask.device)
-
-
-def _checked_mask(matched: Matched, mask: CSRMask | None) -> CSRMask:
-    """The mask of `from_models`, by default of all entries that differ. Adds buffers that differ outside it to
-    `matched.whole`; ValueError for other differences outside it.
-    """
-    new, old = matched.tuned, matched.base
-    differing = {n: bits_differ(new[n], old[n]) for n in matched.shared}
-    for name in [n for n in matched.shared if n in matched.buffers and (mask is None or n not in mask)]:
-        if bool(differing.pop(name).any()):
-            matched.whole.add(name)
-    if mask is None:
-        names = [n for n in differing if old[n].dtype in SUMMABLE]
-        changed = [n for n in names if bool(differing[n].any())] or names
-        mask = CSRMask.from_dense({n: differing[n] for n in changed})
-    for name, tensor in zip(mask.names, mask.checked_tensors(old, "base")):
-        if (first := matched.tied[name]) != name:
-            raise ValueError(f"mask covers {name!r}, which is the tensor {first!r} of base: use that name in the mask")
-        if not {tensor.dtype, new[name].dtype} <= SUMMABLE:
-            raise TypeError(f"mask covers {name!r}, which is {tensor.dtype} in base and {new[name].dtype} in tuned")
-        if name in differing:
-            one = mask[name].to(differing[name].device)
-            one.scatter_(differing, torch.zeros(one.nnz, dtype=torch.bool, device=one.device))
-    for name, outside in differing.items():
-        if bool(outside.any()):
-            raise ValueError(
-                f"tuned differs from base in {int(outside.sum())} entries of {name!r} that neither mask nor dense "
-                "covers"
-            )
-    return mask
-
-
-def _sum(deltas: Sequence[SparseDelta], mask: CSRMask) -> tuple[Tensor, Low]:
-    """Values and low terms of the sum; low terms where a delta has one or float32 cannot hold the sum."""
-    values = torch.zeros(mask.nnz, dtype=torch.float64, device=mask.device)
-    low = torch.zeros_like(values)
-    has_low = torch.zeros_like(values, dtype=torch.bool)
-    for delta in deltas:
-        own = delta.mask.to(mask.device)
-        values += own.project(delta.values.to(mask.device, torch.float64), mask)
-        if delta.low is not None:
-            positions, terms = (t.to(mask.device) for t in delta.low)
-            compact = terms.new_zeros(own.nnz)
-            low += own.project(compact.index_copy(0, positions, terms), mask)
-            has_low |= own.project(compact.bool().index_fill(0, positions, True), mask)
-    total, largest = values + low, torch.finfo(torch.float32).max
-    high = torch.where(total.isfinite(), total.clamp(-largest, largest), total).to(torch.float32)
-    positions = (has_low | (total.isfinite() & (total.abs() > largest))).nonzero().view(-1)
-    return high, (positions, (values[positions] - high[positions].to(torch.float64)) + low[positions])
-
-
-def _download(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    names = [storage.WEIGHTS_NAME, storage.CONFIG_NAME]
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{repo_id!r} is neither a folder nor a repository that can be downloaded: {error}"
-        ) from error

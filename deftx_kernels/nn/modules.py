@@ -23,6 +23,8 @@ from deftx_kernels.nn.functional import (
 from deftx_kernels.ops.schemas import compute_dtype
 from deftx_kernels.validation import check_writable, usable_in_backward, values_name
 
+_FROZEN = "_frozen_by_sparsify"  # attribute of a module: the names of its parameters that `sparsify` has frozen
+
 
 class Masked(nn.Module):
     """Mixin of all modules with masked parameters. `sparsify` changes the class of a module to one with this mixin."""
@@ -247,16 +249,17 @@ def _without_state(original: type, attrs: frozenset[str], direct: bool) -> nn.Mo
 
 
 # ---- sparsify ----
-def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
+def sparsify(model: nn.Module, mask: CSRMask, *, freeze_others: bool = False) -> nn.Module:
     """Train only the mask's entries: replace, in place, the modules that own the mask's tensors by masked ones.
 
     Each masked tensor is frozen and gets a compact trainable parameter: `values` beside `weight`, `NAME_values` beside
     NAME. Values are float32 (float64 for float64 tensors), also after the model is cast, and views of one flat buffer.
-    Tied tensors share their values. Parameters outside the mask keep their `requires_grad`.
+    Tied tensors share their values. Parameters that the mask does not name (norms, biases, embeddings, the head) keep
+    their `requires_grad`: by default they are trained densely; with `freeze_others` they are frozen until `densify`.
 
     `nn.Linear`, `nn.Embedding` and transformers' `Conv1D` compute compact gradients directly. For a tensor of any other
-    module, subclasses of these included, a dense gradient is computed, gathered and dropped; one warning names those
-    tensors.
+    module, subclasses of these included, a dense gradient is computed, gathered and dropped. For weights of norms and
+    other tensors of one dimension that costs nothing; one warning names the larger ones.
 
     Values and dense tensors are synchronised by the step of any torch optimizer, by `load_state_dict` and by the next
     forward (not by a compiled one). Forward also detects writes through `.data` and, on the CPU, through its NumPy
@@ -270,6 +273,7 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
     Args:
         model: the plain model on the mask's device. It must contain all modules that share a masked tensor.
         mask: over some of its `named_parameters()`.
+        freeze_others: train nothing but the mask's entries.
 
     Returns:
         The same model.
@@ -293,17 +297,17 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
     name_of = {id(t): n for n, t in tensors.items()}
     # module, its new class, attribute → name in the model
     plan: list[tuple[Any, type, dict[str, str]]] = []
-    gathered: set[str] = set()
+    gathered: set[str] = set()  # those whose dense gradients take memory
     for module in model.modules():
         if owned := {a: name_of[id(p)] for a, p in module._parameters.items() if id(p) in name_of}:
             _check_module(module, owned)
-            direct, gathers = _gradient_path(module, owned)
+            direct = _computes_compact_gradients(module, owned)
             cls: Any = type(module)
             plan.append((module, _masked_class(cls, frozenset(owned), direct), owned))
-            gathered.update(owned.values() if gathers else ())
+            gathered.update(n for n in owned.values() if not direct and tensors[n].dim() > 1)
     if gathered:
         warnings.warn(
-            f"{len(gathered)} masked tensors belong to no Linear, Embedding or Conv1D weight or bias and are trained "
+            f"{len(gathered)} masked tensors belong to no Linear, Embedding or Conv1D and are trained "
             f"through a dense gradient that is then gathered: {', '.join(sorted(gathered))}",
             stacklevel=2,
         )
@@ -314,7 +318,19 @@ def sparsify(model: nn.Module, mask: CSRMask) -> nn.Module:
             entries[name].owners.add(module)
         module.__dict__.update(_masked_entries={a: entries[n] for a, n in owned.items()}, _dense_class=type(module))
         module.__class__ = masked_class
+    if freeze_others:
+        _freeze_others(model, {id(entry.values) for entry in entries.values()})
     return model
+
+
+def _freeze_others(model: nn.Module, values: set[int]) -> None:
+    """Freeze all parameters but the values. Each module keeps the names of its own, and so do copies of the model."""
+    for module in model.modules():
+        others = [n for n, p in module._parameters.items() if p is not None and p.requires_grad and id(p) not in values]
+        for name in others:
+            module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+        if others:
+            module.__dict__[_FROZEN] = others
 
 
 def _check_trainable(tensors: dict[str, Any]) -> None:
@@ -341,14 +357,13 @@ def _check_module(module: nn.Module, owned: dict[str, str]) -> None:
             )
 
 
-def _gradient_path(module: Any, owned: dict[str, str]) -> tuple[bool, bool]:
-    """Whether the module computes compact gradients directly, and whether it gathers dense ones of more than a bias."""
+def _computes_compact_gradients(module: Any, owned: dict[str, str]) -> bool:
+    """Whether the module can compute the compact gradients of these parameters directly."""
     cls = type(module)
     matmul = cls is nn.Linear or (cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers."))
     known = matmul or (cls is nn.Embedding and not module.scale_grad_by_freq)
     # A forward set on the instance (accelerate's hooks) reads the parameters as attributes.
-    direct = known and "weight" in owned and owned.keys() <= {"weight", "bias"} and "forward" not in vars(module)
-    return direct, not direct and not (matmul and set(owned) == {"bias"})
+    return known and "weight" in owned and owned.keys() <= {"weight", "bias"} and "forward" not in vars(module)
 
 
 def _make_entries(mask: CSRMask, tensors: dict[str, Any]) -> dict[str, Entry]:
@@ -410,6 +425,10 @@ def densify(model: nn.Module) -> nn.Module:
         for entry in owner.__dict__.pop("_masked_entries").values():
             entry.release()
         owner.__class__ = owner.__dict__.pop("_dense_class")
+    for module in model.modules():
+        for name in module.__dict__.pop(_FROZEN, ()):
+            if (parameter := module._parameters.get(name)) is not None:
+                parameter.requires_grad_(True)
     return model
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.kernels.tensors import FLOATS, SCALARS, overlapping
-from deftx_kernels.ops.schemas import AdamWArgs, compute_dtype, rows_and_columns
+from deftx_kernels.ops.schemas import ELECTIONS, MAX_SUMMED_MASKS, AdamWArgs, compute_dtype, rows_and_columns
 
 Dtypes = frozenset[torch.dtype]
 
@@ -193,20 +193,26 @@ def split_bf16_(x: Tensor, out: Tensor, slots: Sequence[int], dim: int) -> None:
 
 
 # ---- operators on the tensors of a mask ----
-def _mask(crow_indices: Tensor, col_indices: Tensor, rows: int | None = None) -> None:
+def _mask(
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    rows: int | None = None,
+    crow: str = "crow_indices",
+    col: str = "col_indices",
+) -> None:
     device = col_indices.device
-    _contiguous(crow_indices, "crow_indices", device, _INT64)
-    _contiguous(col_indices, "col_indices", device, _COLUMNS)
+    _contiguous(crow_indices, crow, device, _INT64)
+    _contiguous(col_indices, col, device, _COLUMNS)
     if crow_indices.dim() != 1 or col_indices.dim() != 1 or crow_indices.numel() == 0:
         raise ValueError(
-            f"crow_indices must have shape [rows + 1] and col_indices [nnz], got {list(crow_indices.shape)} and"
+            f"{crow} must have shape [rows + 1] and {col} [nnz], got {list(crow_indices.shape)} and"
             f" {list(col_indices.shape)}"
         )
     found = crow_indices.numel() - 1
     if rows is not None and found != rows:
-        raise ValueError(f"crow_indices has {found + 1} elements; {rows} rows need {rows + 1}")
+        raise ValueError(f"{crow} has {found + 1} elements; {rows} rows need {rows + 1}")
     if found == 0 and col_indices.numel():
-        raise ValueError(f"a mask without rows must have no entries, col_indices has {col_indices.shape[0]}")
+        raise ValueError(f"a mask without rows must have no entries, {col} has {col_indices.shape[0]}")
 
 
 def _dense(tensors: Sequence[Tensor], name: str, device: torch.device, dtypes: Dtypes | None = None) -> None:
@@ -236,6 +242,37 @@ def csr_scatter_(
         allowed = frozenset((tensors[0].dtype, *((torch.float32,) if alpha else ())))
         _compact(values, "values", col_indices.device, allowed, col_indices.shape[0])
     _apart(tensors, "tensors")
+
+
+def csr_sum(
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    other_crow_indices: Sequence[Tensor],
+    other_col_indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    weights: Sequence[float],
+    election: int,
+    dtype: torch.dtype,
+) -> None:
+    if election not in ELECTIONS.values():
+        raise ValueError(f"election must be 0 (none), 1 (total) or 2 (frequency), got {election}")
+    if dtype not in _WIDE_FLOATS:
+        raise TypeError(f"dtype must be float32 or float64, got {dtype}")
+    counts = [len(x) for x in (other_crow_indices, other_col_indices, values, weights)]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            "other_crow_indices, other_col_indices, values and weights must have one element for each mask, got"
+            f" {', '.join(map(str, counts))}"
+        )
+    if len(values) > MAX_SUMMED_MASKS:
+        raise ValueError(f"values must be of at most {MAX_SUMMED_MASKS} masks, got {len(values)}")
+    _mask(crow_indices, col_indices)
+    rows, device = crow_indices.numel() - 1, col_indices.device
+    for i, (crow, col, compact) in enumerate(zip(other_crow_indices, other_col_indices, values)):
+        name = f"other_col_indices[{i}]"
+        _contiguous(col, name, device, frozenset((col_indices.dtype,)))
+        _mask(crow, col, rows, f"other_crow_indices[{i}]", name)
+        _compact(compact, f"values[{i}]", device, FLOATS, col.shape[0])
 
 
 def sparse_adamw_(*arguments: Any) -> None:
@@ -288,8 +325,8 @@ _WITHOUT_TENSORS: dict[str, Callable[..., None]] = {
     "sparse_adamw_": sparse_adamw_compact,
 }
 CHECKS: dict[str, Callable[..., Any]] = {
-    **{check.__name__: check for check in (csr_gather, csr_scatter_, sparse_adamw_, eigh, residual_cut, split_bf16_)},
-    **{check.__name__: check for check in (masked_linear_grad, masked_embedding_grad)},
+    **{check.__name__: check for check in (csr_gather, csr_scatter_, csr_sum, sparse_adamw_, eigh, residual_cut)},
+    **{check.__name__: check for check in (split_bf16_, masked_linear_grad, masked_embedding_grad)},
     "csr_add_": csr_scatter_,
     "csr_square_sum": functools.partial(csr_gather, dtypes=FLOATS),
     **{op: functools.partial(_check_arguments, op) for op in ("eigvalsh", "low_rank_denoised")},
@@ -297,14 +334,17 @@ CHECKS: dict[str, Callable[..., Any]] = {
 
 
 # ---- the elements of index tensors, for the reference ----
+def _rows_ascend(crow_indices: Tensor, nnz: int, name: str = "crow_indices") -> None:
+    if not bool((crow_indices[0] == 0) & (crow_indices[-1] == nnz) & (crow_indices[1:] >= crow_indices[:-1]).all()):
+        raise ValueError(f"{name} must ascend from 0 to nnz = {nnz}")
+
+
 def _ascends(
     crow_indices: Tensor,  # int64 [rows + 1]
     col_indices: Tensor,  # [nnz]
     columns: Tensor,  # int64 [rows]: of each row
 ) -> None:
-    nnz = col_indices.shape[0]
-    if not bool((crow_indices[0] == 0) & (crow_indices[-1] == nnz) & (crow_indices[1:] >= crow_indices[:-1]).all()):
-        raise ValueError(f"crow_indices must ascend from 0 to nnz = {nnz}")
+    _rows_ascend(crow_indices, col_indices.shape[0])
     row = torch.repeat_interleave(torch.arange(len(columns), device=columns.device), crow_indices.diff())
     col = col_indices.to(torch.int64)
     right = (col >= 0) & (col < columns[row])
@@ -319,6 +359,18 @@ def _csr_contents(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: 
     sizes = [rows_and_columns(t.shape) for t in tensors]
     columns = [torch.full((r,), c, device=col_indices.device) for r, c in sizes]
     _ascends(crow_indices, col_indices, torch.cat(columns) if columns else crow_indices[:0])
+
+
+def _sum_contents(
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    other_crow_indices: Sequence[Tensor],
+    other_col_indices: Sequence[Tensor],
+    *rest: Any,
+) -> None:
+    _rows_ascend(crow_indices, col_indices.shape[0])
+    for i, (crow, col) in enumerate(zip(other_crow_indices, other_col_indices)):
+        _rows_ascend(crow, col.shape[0], f"other_crow_indices[{i}]")
 
 
 def _adamw_contents(*arguments: Any) -> None:
@@ -341,6 +393,7 @@ def _embedding_contents(
 
 CONTENTS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("csr_gather", "csr_scatter_", "csr_add_", "csr_square_sum"), _csr_contents),
+    "csr_sum": _sum_contents,
     "sparse_adamw_": _adamw_contents,
     "masked_linear_grad": _linear_contents,
     "masked_embedding_grad": _embedding_contents,

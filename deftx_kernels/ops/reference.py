@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from deftx_kernels.kernels.tensors import FLOATS, INTEGERS
-from deftx_kernels.ops.schemas import OPERATIONS, SCOPES, AdamWArgs, column_dtype, compute_dtype, rows_and_columns
+from deftx_kernels.kernels.tensors import FLOATS, INTEGERS, rows_and_columns
+from deftx_kernels.ops.schemas import ELECTIONS, OPERATIONS, SCOPES, AdamWArgs, column_dtype, compute_dtype
 
 _CHUNK = 1 << 22  # elements of temporary memory per step
 
@@ -113,6 +113,40 @@ def csr_combine(
         keys = mine[common] if operation == OPERATIONS["and"] else mine[~common]
     crow = torch.searchsorted(keys, torch.arange(len(crow_indices), device=keys.device) << 32)
     return crow, (keys & 0xFFFF_FFFF).to(torch.int32).to(col_indices.dtype)
+
+
+def csr_sum(
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    other_crow_indices: Sequence[Tensor],
+    other_col_indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    weights: Sequence[float],
+    election: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    elect, keys = election != ELECTIONS["none"], _keys(crow_indices, col_indices)
+    elected = torch.zeros(keys.shape, dtype=torch.float64, device=keys.device)
+    found = []  # of each mask: its entries among those of the result, and their values
+    for crow, col, compact in zip(other_crow_indices, other_col_indices, values):
+        theirs = _keys(crow, col)
+        index = torch.searchsorted(theirs, keys)
+        at = (index < len(theirs)).nonzero().view(-1)
+        at = at[theirs[index[at]] == keys[at]]
+        x = compact[index[at]].to(torch.float64)
+        found.append((at, x))
+        elected[at] += x if election == ELECTIONS["total"] else x.sign()
+    positive = elected >= 0
+    # x + -0.0 is x for every x: a sum of -0.0 alone is -0.0.
+    total, count = torch.full_like(elected, -0.0), torch.zeros_like(elected)
+    for (at, x), weight in zip(found, weights):
+        if elect:
+            chosen = torch.where(positive[at], x > 0, x < 0)
+            at, x = at[chosen], x[chosen]
+        total[at] += weight * x
+        count[at] += 1
+    mean = total / count.clamp(min=1) if elect else total
+    return torch.where(count > 0, mean, 0.0).to(dtype)
 
 
 def dense_to_csr(dense: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

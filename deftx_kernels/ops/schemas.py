@@ -29,6 +29,9 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # a compiled operator leaks (LibTorch's stable ABI, 2.10).
 SCOPES = {"global": 0, "tensor": 1, "row": 2}
 OPERATIONS = {"and": 0, "or": 1, "sub": 2}
+ELECTIONS = {"none": 0, "total": 1, "frequency": 2}
+
+MAX_SUMMED_MASKS = 64  # of one csr_sum: a GPU kernel takes their addresses as parameters, of which there are 4 KB
 
 SCHEMAS = {
     # values[i] = the tensors' entry i of the mask. All tensors have one dtype, which is the result's.
@@ -43,6 +46,17 @@ SCHEMAS = {
     "csr_combine": (
         "(Tensor crow_indices, Tensor col_indices, Tensor other_crow_indices, Tensor other_col_indices, int operation)"
         " -> (Tensor crow_indices, Tensor col_indices)"
+    ),
+    # The weighted sum of compact tensors of several masks over the same rows, at the entries of one mask (their union,
+    # or any other). For entry e of the mask and each j whose mask has e: x_j = values[j] there; others do not count.
+    # ELECTIONS "none": sum_j weights[j] * x_j. "total", "frequency" (TIES, Yadav et al. 2023, as PEFT's ties): the
+    # elected sign is + where sum_j x_j (total) or sum_j sign(x_j) (frequency) is >= 0, else -; then the sum of
+    # weights[j] * x_j over the j with sign(x_j) == the elected sign, divided by max(1, their number). 0 and NaN have
+    # no sign. Computed in float64, terms added in the order of j, and rounded once to dtype (float32 or float64). 0
+    # where there is no term. All col_indices have one dtype; there are at most MAX_SUMMED_MASKS masks.
+    "csr_sum": (
+        "(Tensor crow_indices, Tensor col_indices, Tensor[] other_crow_indices, Tensor[] other_col_indices,"
+        " Tensor[] values, float[] weights, int election, ScalarType dtype) -> Tensor"
     ),
     # The mask of the True entries of bool tensors.
     "dense_to_csr": "(Tensor[] dense) -> (Tensor crow_indices, Tensor col_indices)",
@@ -175,6 +189,10 @@ def _csr_combine(crow_indices, col_indices, other_crow_indices, other_col_indice
     return _indices(crow_indices, crow_indices.shape[0] - 1, nnz, col_indices.dtype)
 
 
+def _csr_sum(crow_indices, col_indices, *rest):
+    return col_indices.new_empty(col_indices.shape, dtype=rest[-1])
+
+
 def _topk_mask(scores, base, k, scope):
     rows = [rows_and_columns(s.shape)[0] for s in scores]
     nnz = sum(n * r for n, r in zip(k, rows, strict=True)) if scope == SCOPES["row"] else sum(k)
@@ -190,6 +208,7 @@ FAKES: dict[str, Callable] = {
     "csr_scatter_": _returns_nothing,
     "csr_add_": _returns_nothing,
     "csr_combine": _csr_combine,
+    "csr_sum": _csr_sum,
     "dense_to_csr": _indices_of,
     "topk_mask": _topk_mask,
     "magnitude_histogram": lambda scores, prefix, shift: scores[0].new_empty(1 << 16, dtype=torch.int64),

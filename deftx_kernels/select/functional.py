@@ -184,7 +184,7 @@ def low_rank_mask(
 
 def _checked_counts(tensors: Mapping[str, Tensor], k: int | None, density: float | None, scope: str) -> list[int]:
     shapes = [t.shape for t in tensors.values()]
-    CSRMask.check_layout(list(tensors), shapes)
+    validation.check_mask_layout(list(tensors), shapes)
     return selected_counts(list(tensors), shapes, k, density, scope)
 
 

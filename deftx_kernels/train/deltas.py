@@ -2,11 +2,24 @@
 
 from pathlib import Path
 
+from safetensors import safe_open
+from torch import Tensor
+
 from deftx_kernels.delta import CONFIG_NAME, SparseDelta
-from deftx_kernels.delta.interop import SFT_NAME, SHIRA_CONFIG, from_composable_sft, from_peft_shira
+from deftx_kernels.delta.interop import (
+    ADAPTER_CONFIG,
+    SFT_NAME,
+    adapter_type,
+    from_composable_sft,
+    from_peft_lora,
+    from_peft_shira,
+    from_peft_supertuning,
+)
+from deftx_kernels.files import read_json, reading
 from deftx_kernels.mask import CSRMask
 
-OTHER_FORMATS = {SFT_NAME: "composable-sft", SHIRA_CONFIG: "PEFT"}
+OTHER_FORMATS = {SFT_NAME: "composable-sft", ADAPTER_CONFIG: "PEFT"}
+ADAPTERS = ("SHIRA", "SUPERTUNING", "LORA")
 
 
 def load_delta(path: str) -> SparseDelta:
@@ -24,18 +37,98 @@ def load_delta(path: str) -> SparseDelta:
         raise ValueError(f"delta {path!r}: {error}") from error
 
 
-def load_any(path: str) -> SparseDelta | CSRMask:
-    """The delta or mask at `path`, in any format that this library reads."""
+def load_any(
+    path: str, base: Path | None = None, density: float | None = None, k: int | None = None
+) -> SparseDelta | CSRMask:
+    """The delta or mask at `path`, in any format that this library reads.
+
+    Args:
+        base: folder of the base model, for PEFT adapters.
+        density, k: how many entries of a LoRA adapter to keep.
+
+    Raises:
+        ValueError: a damaged file, a folder of no known format, or an adapter that needs another of the arguments.
+    """
     folder = Path(path)
     if folder.is_file():
         if folder.suffix == ".safetensors" and not (folder.parent / CONFIG_NAME).is_file():
             return CSRMask.load(folder)
         folder = folder.parent
+    found = adapter_type(folder) if (folder / ADAPTER_CONFIG).is_file() else None
+    if found != "LORA" and (density, k) != (None, None):
+        raise ValueError(f"density and k are for a LoRA adapter, which {path} is not")
+    if found is not None:
+        return _load_adapter(folder, found, base, density, k)
     if (folder / SFT_NAME).is_file():
         return from_composable_sft(folder)
-    if (folder / SHIRA_CONFIG).is_file():
-        return from_peft_shira(folder)
+    if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
+        names = f"{CONFIG_NAME} (deftx), {SFT_NAME} (composable-sft), {ADAPTER_CONFIG} (PEFT)"
+        raise ValueError(f"{path} is no delta of a known format: it holds none of {names}")
     return SparseDelta.from_pretrained(str(folder))
+
+
+def comparison(one: SparseDelta, other: SparseDelta) -> dict[str, dict[str, float]]:
+    """What two deltas share, by tensor and in "all tensors".
+
+    Returns:
+        {name: first, second (entries of each), shared (entries of both), cosine (of the differences, entries that one
+        lacks being 0), sign_conflicts (share of the shared entries whose signs differ)}; 0 where nothing is shared.
+    """
+    union, both = one.mask | other.mask, one.mask & other.mask
+    rows: dict[str, dict[str, float]] = {}
+    values = [delta.values.double() for delta in (one, other)]
+    first, second = (delta.mask.project(x, both) for delta, x in zip((one, other), values))
+    products, conflicts = first * second, (first * second < 0).double()
+    for name in ("all tensors", *union.names):
+        everything = name == "all tensors"
+
+        def part(mask, compact, name=name, everything=everything):
+            return compact if everything else mask.part(name, compact) if name in mask else compact[:0]
+
+        x, y = (part(delta.mask, v) for delta, v in zip((one, other), values))
+        shared = part(both, products)
+        norms = float(x.norm() * y.norm())
+        rows[name] = {
+            "first": len(x),
+            "second": len(y),
+            "shared": len(shared),
+            "cosine": float(shared.sum()) / norms if norms else 0.0,
+            "sign_conflicts": float(part(both, conflicts).mean()) if len(shared) else 0.0,
+        }
+    return rows
+
+
+def _load_adapter(folder: Path, found: str, base: Path | None, density: float | None, k: int | None) -> SparseDelta:
+    if found not in ADAPTERS:
+        raise ValueError(f"{folder} is a PEFT adapter of type {found}: of {', '.join(ADAPTERS)} a delta can be made")
+    if found == "LORA" and density is None and k is None:
+        raise ValueError(f"{folder} is a LoRA adapter: give density or k, how many entries of its products to keep")
+    if found == "SUPERTUNING" and base is None:
+        raise ValueError(f"{folder} is a Super-Tuning adapter: give base, the folder of its base model")
+    tensors = None if base is None else base_tensors(base)
+    if found == "LORA":
+        return from_peft_lora(folder, density=density, k=k, base=tensors)
+    if tensors is None:
+        return from_peft_shira(folder)
+    return from_peft_shira(folder, tensors) if found == "SHIRA" else from_peft_supertuning(folder, tensors)
+
+
+def base_tensors(folder: Path) -> dict[str, Tensor]:
+    """Name → tensor of a checkpoint in safetensors files, which are mapped into memory, not read.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: one is damaged; the message names it.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"base {folder} holds no {name}")
+        with reading(folder / name, "checkpoint"), safe_open(folder / name, framework="pt") as file:
+            tensors |= {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (a safe_open is not a mapping)
+    return tensors
 
 
 def overlap(one: SparseDelta, other: SparseDelta) -> dict[str, float]:

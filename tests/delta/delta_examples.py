@@ -1,9 +1,14 @@
 """Models, deltas and comparisons that the tests of deltas share."""
 
+import json
+
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from deftx_kernels import SparseDelta, topk_mask
+from deftx_kernels.delta import CONFIG_NAME, WEIGHTS_NAME
+from deftx_kernels.delta.storage import checksum
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -62,3 +67,19 @@ class Tied(nn.Module):
         self.emb = nn.Embedding(10, 4)
         self.head = nn.Linear(4, 10, bias=False)
         self.head.weight = self.emb.weight
+
+
+def save_version_2(delta, folder):
+    """As the library wrote deltas with crow_indices."""
+    stored = {"crow_indices": delta.mask.crow_indices, "col_indices": delta.mask.col_indices, "values": delta.values}
+    if delta.low is not None:
+        stored |= {"low_indices": delta.low[0].to(torch.int32), "low_values": delta.low[1]}
+    stored |= {f"dense.{n}": t for n, t in delta.dense.items()}
+    config = {"names": delta.mask.names, "shapes": [list(s) for s in delta.mask.shapes], "dense": sorted(delta.dense)}
+    config["metadata"] = delta.metadata
+    config = json.loads(json.dumps({"format": "deftx_sparse_delta", "format_version": 2, **config}))
+    config["content"] = checksum(config, stored)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG_NAME).write_text(text)
+    save_file(stored, folder / WEIGHTS_NAME, {"format": "deftx_sparse_delta", "config": text})

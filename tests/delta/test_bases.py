@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
-from delta_examples import Tied, clones, exact_pair, same, shifted, state, tensors, tune
+from delta_examples import Tied, bits, clones, exact_pair, same, shifted, state, tensors, tune
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from deftx_kernels import CSRMask, SparseDelta, compose, interop, select_mask, sparsify, topk_mask
+from deftx_kernels.delta import CONFIG_NAME
 from deftx_kernels.nn import masked_parameters
 
 
@@ -223,3 +226,53 @@ def test_a_default_device_changes_nothing(tmp_path):
         expected = CSRMask(["a"], [(1, 3)], mask.crow_indices, mask.col_indices)
         assert interop.from_csr({"a": matrix})[0] == expected
     assert same(base, tuned)
+
+
+def test_a_delta_of_an_encoder_on_a_model_that_wraps_it(tmp_path):
+    """With whole tensors, tied names and low terms, and back."""
+    tuned, base = exact_pair()
+    delta = SparseDelta.from_models(tuned | {"head": torch.ones(2)}, base, metadata={"tied": {"c": "b"}})
+    wrapping = {f"bert.{n}": t.clone() for n, t in (base | {"head": torch.zeros(2), "c": base["b"]}).items()}
+    hint = r"model lacks tensor 'a' of the delta: delta.with_prefix\('bert.'\) has the model's names"
+    with pytest.raises(ValueError, match=hint):
+        delta.apply_(wrapping)
+    inner = delta.with_prefix("bert.")
+    inner.apply_(wrapping)
+    for name, tensor in (tuned | {"head": torch.ones(2), "c": tuned["b"]}).items():
+        assert torch.equal(bits(wrapping[f"bert.{name}"]), bits(tensor))
+    with pytest.raises(ValueError, match=r"delta.without_prefix\('bert.'\) has the model's names"):
+        inner.apply_(base | {"head": torch.zeros(2)})
+    with pytest.raises(ValueError, match="'a' does not begin with 'bert.'"):
+        delta.without_prefix("bert.")
+    inner.without_prefix("bert.").save_pretrained(tmp_path / "again")
+    delta.save_pretrained(tmp_path / "delta")
+    read = [(tmp_path / n / CONFIG_NAME).read_text() for n in ("again", "delta")]
+    assert read[0] == read[1]  # with the checksum of the tensors
+
+
+@given(st.permutations(["a", "b", "cube", "emb.weight"]))
+@settings(max_examples=15, deadline=None)
+def test_renamed_tensors_are_in_the_order_of_their_new_names(names):
+    base = tensors() | exact_pair()[1]
+    old = dict(zip(["a", "b", "enc.weight", "emb.weight"], names))
+    delta = SparseDelta.from_models(tune(base)[0] | exact_pair()[0], base)
+    renamed = delta.renamed({n: f"new.{new}" for n, new in old.items()})
+    model = {f"new.{old[n]}" if n in old else n: t.clone() for n, t in base.items()}
+    renamed.apply_(model)
+    delta.apply_(base)
+    for name, tensor in base.items():
+        assert torch.equal(bits(model[f"new.{old[name]}" if name in old else name]), bits(tensor))
+    CSRMask(renamed.mask.names, renamed.mask.shapes, renamed.mask.crow_indices, renamed.mask.col_indices)
+    for wrong, message in (({"x": "y"}, "has no tensor 'x'"), ({"a": "b"}, "two tensors of the delta would be 'b'")):
+        with pytest.raises(ValueError, match=message):
+            delta.renamed(wrong)
+
+
+def test_a_base_in_another_dtype_is_refused_with_what_strict_does():
+    tuned, base = {"w": torch.full((4,), 1.5)}, {"w": torch.ones(4)}
+    delta = SparseDelta.from_models(tuned, base)
+    model = {"w": base["w"].bfloat16()}
+    with pytest.raises(ValueError, match="'w' is bfloat16, .* in float32: strict=False adds it and rounds each sum to"):
+        delta.apply_(model)
+    delta.apply_(model, strict=False)
+    assert model["w"].tolist() == [1.5] * 4

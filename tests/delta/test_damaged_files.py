@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from delta_examples import save_version_2
 from safetensors.torch import load, save
 
 from deftx_kernels import CSRMask, SparseDelta, interop
@@ -141,7 +142,7 @@ def damage_safetensors(data: bytes, chance: random.Random, sign: Callable[[dict,
         text = damage_json(json.dumps(header), chance).encode()
         return len(text).to_bytes(8, "little") + text + data[8 + length :]
     tensors, metadata = load(data), header.get("__metadata__", {})
-    target = chance.choice(["metadata", "json", "tensor", "names"])
+    target = chance.choice(["metadata", "json", "tensor", "names", "swap"])
     texts = [k for k, v in sorted(metadata.items()) if v.startswith("{")]
     if target == "json" and texts:
         key = chance.choice(texts)
@@ -153,6 +154,9 @@ def damage_safetensors(data: bytes, chance: random.Random, sign: Callable[[dict,
         name = chance.choice(sorted(tensors))
         moved = tensors[name] if chance.random() < 0.5 else tensors.pop(name)
         tensors[chance.choice(["x", "", "dense.x", name + "2"])] = moved
+    elif target == "swap":
+        one, other = chance.choices(sorted(tensors), k=2)
+        tensors[one], tensors[other] = tensors[other], tensors[one]
     else:
         name = chance.choice(sorted(tensors))
         tensors[name] = damage_tensor(tensors[name], chance)
@@ -225,8 +229,11 @@ def sign_mask(tensors: dict, metadata: dict) -> None:
 def sign_delta(tensors: dict, metadata: dict) -> None:
     try:
         config = json.loads(metadata["config"])
-        config.pop("content", None)
+        for key in ("content", "config_checksum"):
+            config.pop(key, None)
         config["content"] = checksum(config, {n: t.contiguous() for n, t in tensors.items()})
+        if config.get("format_version") != 2:
+            config["config_checksum"] = checksum(config, {})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return
     metadata["config"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -262,13 +269,36 @@ def write_sft(folder: Path) -> None:
     torch.save(saved, folder / interop.SFT_NAME)
 
 
+DELTA_DAMAGES = [
+    *damages(WEIGHTS_NAME, damage_bytes, damage_safetensors, signed_delta),
+    *damages(CONFIG_NAME, damage_bytes, text_damage),
+]
+ADAPTER_DAMAGES = [
+    *damages(interop.ADAPTER_WEIGHTS, damage_bytes, damage_safetensors),
+    *damages(interop.ADAPTER_CONFIG, damage_bytes, text_damage),
+]
+
+
+def write_adapter(folder: Path, parts: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    tensors = {f"base_model.model.fc.{n}": t for n, t in parts.items()} | {"base_model.model.head": torch.ones(2, 2)}
+    (folder / interop.ADAPTER_WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
+    (folder / interop.ADAPTER_CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "m"}))
+
+
+def write_supertuning(folder: Path) -> None:
+    parts = {"supertuning_values": torch.arange(8.0), "supertuning_indices": torch.arange(8, dtype=torch.int32)}
+    write_adapter(folder, parts, {"peft_type": "SUPERTUNING", "sparsity": 0.5, "select_top": True, "r": None})
+
+
+def write_lora(folder: Path) -> None:
+    parts = {"lora_A.weight": torch.ones(2, 4), "lora_B.weight": torch.arange(8.0).view(4, 2)}
+    write_adapter(folder, parts, {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"fc": 3}})
+
+
 def write_shira(folder: Path) -> None:
     index = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 1, 2, 3, 0]], dtype=torch.int32)
-    tensors = {"base_model.model.fc.shira_indices": index, "base_model.model.fc.shira_weight": torch.arange(8.0)}
-    tensors["base_model.model.head.weight"] = torch.ones(2, 2)
-    (folder / interop.SHIRA_WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
-    config = {"peft_type": "SHIRA", "r": 1, "base_model_name_or_path": "m", "target_modules": ["fc"]}
-    (folder / interop.SHIRA_CONFIG).write_text(json.dumps(config))
+    parts = {"shira_indices": index, "shira_weight": torch.arange(8.0)}
+    write_adapter(folder, parts, {"peft_type": "SHIRA", "r": 1, "target_modules": ["fc"]})
 
 
 FORMATS = {
@@ -281,8 +311,13 @@ FORMATS = {
     "delta": Format(
         lambda folder: example().save_pretrained(folder),
         SparseDelta.from_pretrained,
-        damages(WEIGHTS_NAME, damage_bytes, damage_safetensors, signed_delta, signed_delta)
-        + damages(CONFIG_NAME, damage_bytes, text_damage),
+        DELTA_DAMAGES,
+        (damage_bytes, damage_safetensors, text_damage),
+    ),
+    "delta of version 2": Format(
+        lambda folder: save_version_2(example(), folder),
+        SparseDelta.from_pretrained,
+        DELTA_DAMAGES,
         (damage_bytes, damage_safetensors, text_damage),
     ),
     "composable-sft": Format(
@@ -294,11 +329,18 @@ FORMATS = {
     "shira": Format(
         write_shira,
         interop.from_peft_shira,
-        damages(interop.SHIRA_WEIGHTS, damage_bytes, damage_safetensors)
-        + damages(interop.SHIRA_CONFIG, damage_bytes, text_damage),
+        ADAPTER_DAMAGES,
         (),  # PEFT's files have no checksum
     ),
+    "supertuning": Format(
+        write_supertuning,
+        lambda folder: interop.from_peft_supertuning(folder, {"fc.weight": torch.arange(16.0).view(4, 4)}),
+        ADAPTER_DAMAGES,
+        (),
+    ),
+    "lora": Format(write_lora, lambda folder: interop.from_peft_lora(folder, k=5), ADAPTER_DAMAGES, ()),
 }
+COUNTS = dict.fromkeys(FORMATS, 100) | {"delta": 1500}
 
 
 def fuzz(name: str, folder: Path, count: int, seed: int) -> Counter:
@@ -341,9 +383,9 @@ def fuzz(name: str, folder: Path, count: int, seed: int) -> Counter:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_hundred_damaged_files(name, tmp_path, one_thread):
-    found = fuzz(name, tmp_path, 100, seed=0)
-    assert found["ValueError"] >= 30, found
+def test_damaged_files(name, tmp_path, one_thread):
+    found = fuzz(name, tmp_path, COUNTS[name], seed=0)
+    assert found["ValueError"] >= 0.3 * COUNTS[name], found
 
 
 @pytest.mark.slow

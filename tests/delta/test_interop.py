@@ -80,6 +80,31 @@ def test_composable_sft_reads_three_dimensions_empty_tensors_and_parameters(tmp_
     assert delta.dense["h"].tolist() == [1, 1]
 
 
+def test_composable_sft_files_without_a_sparse_part_and_from_the_hub(tmp_path, monkeypatch):
+    save_sft(tmp_path, {"diffs": {}, "abs": {"head": torch.ones(2)}})
+    asked = []
+
+    def download(repo_id, revision, allow_patterns):
+        asked.append((repo_id, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    delta = interop.from_composable_sft("me/head", revision="v1")
+    assert asked == [("me/head", "v1", [interop.SFT_NAME])]
+    assert (delta.mask.names, delta.mask.nnz, delta.mask.density) == ((), 0, 0)
+    delta.save_pretrained(tmp_path / "saved")
+    again = SparseDelta.from_pretrained(tmp_path / "saved")
+    values = torch.tensor([1.0, 0.0, 2.0])
+    other = SparseDelta(CSRMask.from_dense({"w": values != 0}), values[values != 0])
+    model = {"w": torch.zeros(3), "head": torch.zeros(2)}
+    with again.compose(other).applied(model):
+        assert (model["w"].tolist(), model["head"].tolist()) == ([1, 0, 2], [1, 1])
+    assert (model["w"].tolist(), model["head"].tolist()) == ([0, 0, 0], [0, 0])
+    save_sft(tmp_path, {"abs": {}})
+    with pytest.raises(ValueError, match="neither sparse differences nor full tensors"):
+        interop.from_composable_sft(tmp_path)
+
+
 class Evil:
     """A pickle that makes a file when it is read."""
 

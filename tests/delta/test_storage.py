@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from delta_examples import deltas_of, tensors, tune
-from safetensors.torch import save_file
+from delta_examples import deltas_of, save_version_2, tensors, tune
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from deftx_kernels import CSRMask, SparseDelta, compose, interop
 from deftx_kernels.delta import CONFIG_NAME, WEIGHTS_NAME, fingerprint
+from deftx_kernels.delta.card import model_card
 
 ONE = CSRMask.from_dense({"a": torch.ones(1, dtype=torch.bool)})
 
@@ -129,7 +131,8 @@ def test_metadata_comes_back_as_json_represents_it(tmp_path):
             SparseDelta(ONE, torch.ones(1), metadata={key: bad})
 
 
-def test_push_to_hub_uploads_the_two_files(monkeypatch):
+@pytest.mark.parametrize("has_card", [False, True])
+def test_push_to_hub_uploads_the_two_files_and_a_card(monkeypatch, has_card):
     uploaded = {}
 
     class Api:
@@ -139,13 +142,77 @@ def test_push_to_hub_uploads_the_two_files(monkeypatch):
         def create_repo(self, repo_id, private=None, exist_ok=False):
             assert exist_ok
 
+        def file_exists(self, repo_id, filename):
+            return has_card
+
         def upload_folder(self, repo_id, folder_path, commit_message):
-            uploaded[repo_id] = sorted(p.name for p in Path(folder_path).iterdir())
+            uploaded.update({p.name: p.read_bytes() for p in Path(folder_path).iterdir()})
             return "commit"
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    assert deltas_of(tensors(), 1)[0].push_to_hub("me/delta") == "commit"
-    assert uploaded == {"me/delta": [WEIGHTS_NAME, CONFIG_NAME]}
+    (delta,) = deltas_of(tensors(), 1)
+    delta.metadata |= {"base_model": "me/base", "method": "lt-sft"}
+    assert delta.push_to_hub("me/delta", dtype=torch.bfloat16) == "commit"
+    assert uploaded.keys() - {"README.md"} == {WEIGHTS_NAME, CONFIG_NAME}
+    assert ("README.md" in uploaded) != has_card
+    if not has_card:
+        card = ModelCard(uploaded["README.md"].decode())
+        data = card.data.to_dict()
+        assert (data["base_model"], data["library_name"], data["method"]) == ("me/base", "deftx-kernels", "lt-sft")
+        assert data["density"] == delta.mask.density
+        assert "sparse-delta" in data["tags"]
+        for text in ("SparseDelta.from_pretrained('me/delta')", "rounded to bfloat16"):
+            assert text in card.text
+
+
+def test_a_card_does_not_name_a_folder_as_the_base():
+    for base in ("/home/me/model", None, 5):
+        data = ModelCard(model_card("me/delta", ONE, {}, {"base_model": base})).data.to_dict()
+        assert "base_model" not in data
+        assert data["method"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("entries", "columns", "dtype"),
+    [(0, 4, torch.uint8), (255, 300, torch.uint8), (256, 300, torch.uint16), (70_000, 70_000, torch.int32)],
+)
+def test_row_counts_take_the_smallest_type(tmp_path, entries, columns, dtype):
+    dense = torch.zeros(3, columns, dtype=torch.bool)
+    dense[1, :entries] = True
+    delta = SparseDelta(CSRMask.from_dense({"w": dense, "z": torch.ones(2, dtype=torch.bool)}), torch.ones(entries + 2))
+    delta.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / WEIGHTS_NAME)
+    assert stored["row_counts"].dtype == dtype
+    assert stored["row_counts"].tolist() == [0, entries, 0, 2]
+    assert SparseDelta.from_pretrained(tmp_path).mask == delta.mask
+
+
+def test_files_of_version_2_are_read(tmp_path):
+    delta, other = deltas_of(tensors(), 1, 2)
+    save_version_2(delta, tmp_path / "old")
+    again = SparseDelta.from_pretrained(tmp_path / "old")
+    assert again.mask == delta.mask
+    assert torch.equal(again.values, delta.values)
+    other.save_pretrained(tmp_path / "new")
+    (tmp_path / "old" / CONFIG_NAME).write_text((tmp_path / "new" / CONFIG_NAME).read_text())
+    with pytest.warns(RuntimeWarning, match="is of another save"):
+        assert SparseDelta.from_pretrained(tmp_path / "old").mask == delta.mask
+
+
+def test_each_flipped_bit_of_either_file_is_found(tmp_path):
+    """Also one that changes no value: e and E in a number or an escape of JSON."""
+    metadata = {"lr": 1e-5, "text": "é", "base_fingerprint": {"a": "x"}}
+    SparseDelta(ONE, torch.ones(1), {"h": torch.ones(2)}, metadata).save_pretrained(tmp_path)
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        path, content = tmp_path / name, (tmp_path / name).read_bytes()
+        letters = [8 * i + 5 for i, byte in enumerate(content) if byte == ord("e")]
+        for i in {*range(0, 8 * len(content), 61), *letters}:
+            damaged = bytearray(content)
+            damaged[i // 8] ^= 1 << i % 8
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=name):
+                SparseDelta.from_pretrained(tmp_path)
+        path.write_bytes(content)
 
 
 def test_fingerprints_depend_on_every_bit():

@@ -114,6 +114,35 @@ def test_positions_beyond_two_to_the_31():
     assert one.project(torch.tensor([1.0, 2.0, 3.0]), two).tolist() == [0, 2]
 
 
+PROJECTED = [
+    torch.tensor([-0.0, 1.5, float("inf"), -6e4, 1e-7]),
+    torch.tensor([-0.0, 1 / 3, 1e300, -6e4, 1e-320], dtype=torch.float64),
+    torch.tensor([True, False, True, True, False]),
+    torch.tensor([2**62 + 1, -(2**63), 0, 7, -1]),
+    torch.tensor([255, 1, 2, 0, 4], dtype=torch.uint8),
+    torch.tensor([1 + 2j, 3j, 0, -1, 5]),
+]
+
+
+@pytest.mark.parametrize(
+    "compact", [*PROJECTED, PROJECTED[0].bfloat16(), PROJECTED[0].half()], ids=lambda t: str(t.dtype)
+)
+def test_project_keeps_every_dtype(compact):
+    """The bits too, also from a tensor that is not contiguous or needs a gradient, and to a wider layout."""
+    one = CSRMask.from_dense({"w": torch.tensor([[True, False, True], [True, True, True]])})
+    wide = torch.zeros(70_000, dtype=torch.bool)
+    other = CSRMask.from_dense({"w": torch.tensor([[True, True, False], [False, True, True]]), "v": wide})
+    expected = torch.stack([compact[0], compact.new_zeros(()), compact[3], compact[4]])
+    strided = torch.stack([compact, compact], 1)[:, 0]
+    given = strided.requires_grad_(compact.is_floating_point() or compact.is_complex())
+    found = one.project(given, other)
+    assert (found.dtype, found.requires_grad) == (compact.dtype, False)
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    empty = CSRMask.from_dense({"w": torch.zeros(2, 3, dtype=torch.bool)})
+    assert not empty.project(compact[:0], other).any()
+    assert empty.project(compact[:0], empty).shape == one.project(given, empty).shape == (0,)
+
+
 def test_mixed_dtypes_and_non_contiguous_tensors():
     mask = CSRMask.from_dense({"a": torch.eye(3, dtype=torch.bool), "b": torch.ones(2, dtype=torch.bool)})
     base = torch.arange(9.0).view(3, 3)
@@ -192,7 +221,7 @@ def test_loading_another_file_raises(tmp_path):
     good = CSRMask.from_dense({"a": torch.ones(2, 3, dtype=torch.bool)})
     other = CSRMask.from_dense({"a": torch.tensor([[True, True, False], [True, True, True]])})
     outside = good.col_indices.clone()
-    outside[1] = 9
+    outside[2] = 9
     metadata = {"format": "deftx_csr_mask", "layout": json.dumps({"names": ["a"], "shapes": [[2, 3]]})}
     for crow, col, fingerprint, message in (
         (good.crow_indices, outside, {}, "'a' has 3 columns"),

@@ -51,6 +51,10 @@ cases = {
     "csr_scatter_": [(tensors, *mask, values)],
     "csr_add_": [(tensors, *mask, values, 0.5)],
     "csr_combine": [(*mask, *mask, code) for code in schemas.OPERATIONS.values()],
+    "csr_sum": [
+        (*mask, [mask[0]] * 2, [mask[1]] * 2, [values] * 2, [0.5, 1.0], code, torch.float32)
+        for code in schemas.ELECTIONS.values()
+    ],
     "dense_to_csr": [([torch.ones(3, 3, dtype=torch.bool)],)],
     "topk_mask": [
         (tensors, base, k, schemas.SCOPES[scope])

@@ -91,6 +91,13 @@ def _combine(make: Maker) -> list[Any]:
     return [crow, col, other_crow, other_col.to(col.dtype), make.rng.choice([*schemas.OPERATIONS.values()])]
 
 
+def _sum(make: Maker) -> list[Any]:
+    crow, col, other_crow, other_col, _ = _combine(make)
+    values = [make.floats(len(c), dtype=make.dtype()) for c in (col, other_col)]
+    options = [0.5, -2.0], make.rng.choice([*schemas.ELECTIONS.values()]), make.rng.choice(FLOATS[:2])
+    return [crow, col, [crow, other_crow], [col, other_col], values, *options]
+
+
 def _topk(make: Maker) -> list[Any]:
     scores = [make.floats(*s, dtype=make.dtype()) for s in make.shapes()]
     base = [make.floats(*s.shape, dtype=make.dtype()) for s in scores] if make.rng.random() < 0.3 else []
@@ -169,13 +176,8 @@ def _embedding(make: Maker) -> list[Any]:
     tokens, d, vocabulary = make.rng.choice([0, 3, 20, 200]), make.size(), make.size()
     indices = torch.randint(0, vocabulary, (tokens,), generator=make.generator)
     indices = indices.to(make.rng.choice([torch.int32, torch.int64]))
-    return [
-        make.floats(tokens, d),
-        indices,
-        *make.mask([(vocabulary, d)], 0.6),
-        make.rng.choice([-1, 0, 1]),
-        torch.float32,
-    ]
+    mask, padding_idx = make.mask([(vocabulary, d)], 0.6), make.rng.choice([-1, 0, 1])
+    return [make.floats(tokens, d), indices, *mask, padding_idx, torch.float32]
 
 
 def _bits(magnitude: float, dtype: torch.dtype) -> int:
@@ -187,6 +189,7 @@ VALID: dict[str, Callable[[Maker], list[Any]]] = {
     "csr_scatter_": _csr,
     "csr_add_": lambda make: [*_csr(make), 0.5],
     "csr_combine": _combine,
+    "csr_sum": _sum,
     "dense_to_csr": lambda make: [[make.floats(*s) > 0.3 for s in make.shapes()]],
     "topk_mask": _topk,
     "magnitude_histogram": _histogram,

@@ -39,7 +39,7 @@ from torch import Tensor
 
 import deftx_kernels as dk
 from deftx_kernels import CSRMask, SparseAdamW, SparseDelta
-from deftx_kernels.ops.schemas import OPERATIONS, SCOPES
+from deftx_kernels.ops.schemas import ELECTIONS, OPERATIONS, SCOPES
 
 ops = torch.ops.deftx
 # The names that arguments of the operators have.
@@ -196,6 +196,16 @@ def _() -> Results:
     for operation in (AND, OR, SUB):
         crow, col = ops.csr_combine(one.crow_indices, one.col_indices, other.crow_indices, other.col_indices, operation)
         found |= {f"crow_indices {operation}": crow, f"col_indices {operation}": col}
+    return found
+
+
+@case("csr_sum, layers", exact=True)
+def _() -> Results:
+    one, others, found = mask(), [mask(), mask(seed=40)], {}
+    for name, election in ELECTIONS.items():
+        values, csr = [compact(m.nnz, 202) for m in others], [[m.crow_indices, m.col_indices] for m in others]
+        options = (values, [0.3, -1.5], election, torch.float64)
+        found[name] = ops.csr_sum(one.crow_indices, one.col_indices, *map(list, zip(*csr)), *options)
     return found
 
 

@@ -21,7 +21,7 @@ MODULES = {
 # From the top. A door (a folder or a file) may import the doors of lower floors only.
 FLOORS = [
     ["cli"],
-    ["train"],
+    ["train", "integrations"],
     ["doctor", "distributed", "delta"],
     ["optim", "select"],
     ["nn", "denoise"],
@@ -37,6 +37,7 @@ THIRD_PARTY = {
     "kernels": {"torch", "triton"},
     "delta": {*CORE, "scipy", "cupy", "cupyx"},
     "doctor": {"torch", "rich"},
+    "integrations": {"torch", "huggingface_hub", "transformers"},
 }
 DRIVER = {"cli", "train"}
 FLOOR = {door: i for i, doors in enumerate(FLOORS) for door in doors}
@@ -172,6 +173,8 @@ def docstring_lines(node: ast.FunctionDef) -> int:
         ("kernels/x", "from deftx_kernels.ops import schemas"),
         ("kernels/x", "import numpy"),
         ("delta/x", "def f():\n    import transformers"),
+        ("delta/x", "from deftx_kernels.integrations import get_sparse_model"),
+        ("train/x", "from deftx_kernels.integrations import get_sparse_model"),
         ("optim/x", "from deftx_kernels import CSRMask"),
         ("ops/x", "from deftx_kernels.mask import CSRMask"),
         ("optim/x", "from deftx_kernels.nn.entries import _Entry"),

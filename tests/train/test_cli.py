@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from train_tiny import sentence, write_csv
 
-from deftx_kernels import CSRMask, SparseDelta, cli, doctor
+from deftx_kernels import CSRMask, SparseDelta, cli, doctor, interop
 from deftx_kernels.train import presets
 from deftx_kernels.train.data_config import NusaxData
 
@@ -78,6 +79,52 @@ def test_convert_there_and_back(vectors, tmp_path, capsys):
     assert torch.equal(first.values, back.values)
 
 
+@pytest.fixture
+def adapters(tmp_path) -> Path:
+    """Folders base, shira, supertuning, lora and ia3: a base of one layer, and adapters of it."""
+    weight, key = torch.randn(6, 5), "base_model.model.fc."
+    one = torch.ones(11)
+    folders: dict[str, tuple[dict, dict]] = {
+        "shira": ({"r": 1}, {"shira_indices": torch.stack([torch.arange(11) // 5, torch.arange(11) % 5]).int()}),
+        "supertuning": ({"sparsity": 0.75, "select_top": True}, {"supertuning_values": one[:7]}),
+        "lora": ({"r": 2, "lora_alpha": 4}, {"lora_A.weight": torch.randn(2, 5), "lora_B.weight": torch.randn(6, 2)}),
+        "ia3": ({}, {}),
+    }
+    folders["shira"][1]["shira_weight"] = one
+    for name, (config, tensors) in folders.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"peft_type": name.upper(), **config}))
+        save_file({key + n: t for n, t in tensors.items()}, tmp_path / name / "adapter_model.safetensors")
+    (tmp_path / "base").mkdir()
+    save_file({"fc.weight": weight}, tmp_path / "base/model.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "entries", "message"),
+    [
+        ("shira", [], 11, "not square: give base="),
+        ("supertuning", [], 7, "give base, the folder of its base model"),
+        ("lora", ["--density", "0.5"], 15, "give density or k"),
+        ("lora", ["--k", "7"], 7, "give density or k"),
+    ],
+)
+def test_convert_peft_adapters_and_back_to_shira(adapters, name, options, entries, message, capsys):
+    source, out, back, base = (str(adapters / n) for n in (name, "out", "back", "base"))
+    code, _, err = run("convert", source, out, capsys=capsys)
+    assert code == 2
+    assert message in err
+    assert "is a PEFT adapter of type IA3" in run("convert", str(adapters / "ia3"), out, capsys=capsys)[2]
+    assert run("convert", source, out, "--base", base, *options, capsys=capsys)[0] == 0
+    delta = SparseDelta.from_pretrained(out)
+    assert delta.mask.nnz == entries
+    assert run("convert", out, back, "--to", "peft-shira", "--base", base, capsys=capsys)[0] == 0
+    again = interop.from_peft_shira(back, {"fc.weight": torch.zeros(6, 5)})
+    assert again.mask == delta.mask
+    assert torch.equal(again.values, delta.values)
+    assert run("inspect", source, "--base", base, *(["--density", "0.5"] if options else []), capsys=capsys)[0] == 0
+
+
 def test_an_output_that_would_replace_its_source_and_other_formats(vectors, tmp_path, capsys):
     first, sft, out = vectors[0], str(tmp_path / "sft"), str(tmp_path / "out")
 
@@ -91,6 +138,9 @@ def test_an_output_that_would_replace_its_source_and_other_formats(vectors, tmp_
     check_error("which it would replace", "compose", *vectors, "-o", first)
     to_sft = ("convert", first, sft, "--to", "composable-sft")
     check_error("dtype must be float32 for composable-sft, not bfloat16", *to_sft, "--dtype=bfloat16")
+    check_error("density and k are for a LoRA adapter", "convert", first, out, "--k", "5")
+    (tmp_path / "none").mkdir()
+    check_error("none is no delta of a known format: it holds none of", "convert", str(tmp_path / "none"), out)
     assert run(*to_sft, capsys=capsys)[0] == 0
     check_error(f"is of composable-sft: run `deftx convert {sft} FOLDER` first", "compose", first, sft, "-o", out)
     assert not Path(out).exists()

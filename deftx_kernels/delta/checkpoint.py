@@ -1,0 +1,149 @@
+"""merge_into_checkpoint: a delta added to a model folder, one file at a time."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import safe_open
+from torch import Tensor
+
+from deftx_kernels.delta.sparse_delta import SparseDelta
+from deftx_kernels.files import make_folder, read_json, reading, write_json, write_tensors
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MARKER = "deftx_merge.json"  # in the folder until it is complete
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
+
+
+def merge_into_checkpoint(
+    base: str | os.PathLike,
+    delta: SparseDelta,
+    output: str | os.PathLike,
+    *,
+    dense: bool = True,
+    strict: bool = True,
+    on_file: Callable[[int, int], Any] | None = None,
+) -> None:
+    """Write the model folder `output`: that of `base` with the delta added, its other files copied.
+
+    One weight file of the base is in memory at a time. `output` can be loaded only when it is complete; after a crash,
+    the same call continues with the files that are missing.
+
+    Args:
+        base: a folder with model.safetensors, or with several files and their index.
+        dense: whether the delta's whole tensors replace the base's, which must have them.
+        strict: as in `SparseDelta.apply_`. All files are checked before the first one is written.
+        on_file: called with the number of weight files written, and of all, after each.
+
+    Raises:
+        FileNotFoundError: `base` has no safetensors weights, or a file is missing in it.
+        FileExistsError: `output` exists and is not the unfinished result of the same base and delta.
+        ValueError: the base lacks a tensor of the delta, has it in another shape, or (`strict`) with other values.
+    """
+    source, target = Path(base), Path(output)
+    shards = _shards(source)
+    parts = _parts(delta, shards, dense)
+    made_from = {
+        "delta": delta.content_hash(),
+        "dense": sorted(delta.dense) if dense else [],
+        "base": {name: [(stat := (source / name).stat()).st_size, stat.st_mtime_ns] for name in shards},
+    }
+    done = _begin(target, made_from)
+    for name, part in parts.items():
+        part.check(_read(source / name)[0], strict)
+    make_folder(target)
+    write_json(target / MARKER, {"made_from": made_from, "done": done})
+    for number, name in enumerate(shards, start=1):
+        if name not in done:
+            tensors, metadata = _read(source / name)
+            if name in parts:
+                parts[name].apply_(tensors)
+            write_tensors(target / name, tensors, metadata)
+            done.append(name)
+            write_json(target / MARKER, {"made_from": made_from, "done": done})
+        if on_file is not None:
+            on_file(number, len(shards))
+    for path in _other_files(source):
+        shutil.copyfile(path, target / path.name)
+    (target / MARKER).unlink()
+
+
+def _shards(folder: Path) -> dict[str, list[str]]:
+    """File → the names of its tensors."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"base {folder} is no folder: give a model folder")
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map", {})
+        files = sorted(set(weight_map.values()))
+    else:
+        files = [WEIGHTS]
+    found = {}
+    for name in files:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"base {folder} has no {name}: its weights must be safetensors files")
+        with reading(folder / name, "safetensors file"), safe_open(folder / name, "pt") as file:
+            found[name] = list(file.keys())
+    return found
+
+
+class _Part(NamedTuple):
+    """What a delta changes in one file."""
+
+    sparse: SparseDelta | None
+    whole: dict[str, Tensor]
+
+    def check(self, tensors: dict[str, Tensor], strict: bool) -> None:
+        if self.sparse is not None and strict:
+            self.sparse.check_base(tensors)
+        for name, tensor in self.whole.items():
+            if tensors[name].shape != tensor.shape:
+                shapes = f"{list(tensors[name].shape)}, in the delta {list(tensor.shape)}"
+                raise ValueError(f"tensor {name!r} has shape {shapes}; dense=False leaves whole tensors out")
+
+    def apply_(self, tensors: dict[str, Tensor]) -> None:
+        if self.sparse is not None:
+            self.sparse.apply_(tensors, strict=False)
+        for name, tensor in self.whole.items():
+            tensors[name].copy_(tensor)
+
+
+def _parts(delta: SparseDelta, shards: dict[str, list[str]], dense: bool) -> dict[str, _Part]:
+    """File → what the delta changes there. ValueError where the files lack a tensor."""
+    tied, whole = delta.metadata.get("tied", {}), delta.dense if dense else {}
+    found, covered = {}, set()
+    for file, names in shards.items():
+        first = {name: tied.get(name, name) for name in names}
+        covered |= set(first.values())
+        sparse = {name for name in first.values() if name in delta.mask}
+        replaced = {name: whole[one] for name, one in first.items() if one in whole}
+        if sparse or replaced:
+            found[file] = _Part(delta.restricted(sparse) if sparse else None, replaced)
+    for name in (*delta.mask.names, *whole):
+        if name not in covered:
+            hint = "" if name in delta.mask else "; dense=False leaves whole tensors out"
+            raise ValueError(f"base lacks tensor {name!r} of the delta{hint}")
+    return found
+
+
+def _begin(target: Path, made_from: dict) -> list[str]:
+    """The files that an interrupted call has written already."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return []
+    if (target / MARKER).is_file():
+        marker = read_json(target / MARKER)
+        if marker.get("made_from") == made_from:
+            return [name for name in marker.get("done", []) if (target / name).is_file()]
+    raise FileExistsError(f"output {target} exists and is not an unfinished merge of this base and delta")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with reading(path, "safetensors file"), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _other_files(folder: Path) -> Iterator[Path]:
+    """All but weights, config.json last: without it the folder cannot be loaded."""
+    files = [path for path in folder.iterdir() if path.is_file() and path.suffix not in _WEIGHT_FILES]
+    return iter(sorted(files, key=lambda path: (path.name == "config.json", path.name)))

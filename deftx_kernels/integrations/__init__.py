@@ -1,0 +1,10 @@
+"""Entry points in the style of PEFT. `deftx_kernels.integrations.transformers` is for its Trainer and for TRL's."""
+
+from deftx_kernels.integrations.sparse_model import (
+    SparseConfig,
+    get_sparse_model,
+    print_trainable_parameters,
+    sparse_delta,
+)
+
+__all__ = ["SparseConfig", "get_sparse_model", "print_trainable_parameters", "sparse_delta"]
