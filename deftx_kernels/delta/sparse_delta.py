@@ -402,7 +402,8 @@ class SparseDelta:
         api = HfApi(token=token)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, dtype)
-            api.create_repo(repo_id, private=private, exist_ok=True)
+            # with the namespace, which uploads need
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if not api.file_exists(repo_id, CARD_NAME):
                 lossy = {} if dtype in (None, torch.float32) else {"lossy": _dtype_name(dtype)}
                 card = model_card(repo_id, self.mask, self.dense, self.metadata | lossy)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,18 +142,20 @@ def test_push_to_hub_uploads_the_two_files_and_a_card(monkeypatch, has_card):
 
         def create_repo(self, repo_id, private=None, exist_ok=False):
             assert exist_ok
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
 
         def file_exists(self, repo_id, filename):
             return has_card
 
         def upload_folder(self, repo_id, folder_path, commit_message):
+            assert repo_id == "me/delta"
             uploaded.update({p.name: p.read_bytes() for p in Path(folder_path).iterdir()})
             return "commit"
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     (delta,) = deltas_of(tensors(), 1)
     delta.metadata |= {"base_model": "me/base", "method": "lt-sft"}
-    assert delta.push_to_hub("me/delta", dtype=torch.bfloat16) == "commit"
+    assert delta.push_to_hub("delta", dtype=torch.bfloat16) == "commit"
     assert uploaded.keys() - {"README.md"} == {WEIGHTS_NAME, CONFIG_NAME}
     assert ("README.md" in uploaded) != has_card
     if not has_card:

@@ -208,6 +208,9 @@ def test_each_delta_is_pushed(fails, tmp_path, monkeypatch):
         def create_repo(self, name, private=None, exist_ok=False):
             return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
 
+        def file_exists(self, repo_id, filename):
+            return False
+
         def upload_folder(self, repo_id, folder_path, commit_message):
             if fails:
                 raise ConnectionError("no network")
