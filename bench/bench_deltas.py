@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from bench.harness import Call, Case, Choice, Workload, imported, workload
+from bench.harness import Call, Case, Choice, Workload, workload
 from bench.rows import OURS
 from bench.shapes import SHAPES, copies, random_tensors
 from deftx_kernels import SparseAdapters, SparseDelta, merge, topk_mask
@@ -129,9 +129,8 @@ def switch_case(size: str, dtype: torch.dtype, density: float, device: str) -> C
         "torch index_put_": switch.indexed,
         "PEFT LoRA, merged": switch.lora,
     }
-    absent = {"PEFT LoRA, merged": reason} if (reason := imported("peft")[1]) else {}
     entries = sum(delta.mask.nnz for delta in switch.deltas.values())
-    return Case(2 * entries * dtype.itemsize, implementations, switch.check, absent=absent)
+    return Case(2 * entries * dtype.itemsize, implementations, switch.check)
 
 
 def ties_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:

@@ -44,7 +44,7 @@ Setting = tuple[torch.dtype, float]
 Call = Callable[[], Any]
 # First word of an implementation's name → the module it needs.
 MODULES = {"cupy": "cupy", "cupyx": "cupyx", "scipy": "scipy.sparse", "torchao": "torchao.optim"}
-MODULES |= {"bitsandbytes": "bitsandbytes.optim"}
+MODULES |= {"bitsandbytes": "bitsandbytes.optim", "PEFT": "peft"}
 GRAPH = ", CUDA graph"  # appended to an implementation's name
 # Milliseconds by which the host is ahead of a GPU: at least, at most; in between twice its time, from so many calls.
 LEAD, LONGEST_LEAD, HOST_CALLS = 1.0, 20.0, 3

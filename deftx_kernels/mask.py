@@ -351,12 +351,13 @@ class CSRMask:
         """A compact tensor of this mask as one of another mask [other.nnz]: entries that only the other has are 0."""
         self.check_compact(compact, "compact")
         self._check_device(other, "other")
-        (crow, col), (other_crow, other_col) = self._over_one_layout(other)[1:]
-        compact = compact.detach().contiguous()
+        shapes = self._united_shapes(other)
+        mine, theirs, compact = self.over(shapes), other.over(shapes), compact.detach().contiguous()
 
         def at_others(values: Tensor) -> Tensor:
-            options = ([1.0], ELECTIONS["none"], compute_dtype(values.dtype))
-            return torch.ops.deftx.csr_sum(other_crow, other_col, [crow], [col], [values], *options)
+            others = [mine.crow_indices], [mine.col_indices], [values], [1.0]
+            dtype = compute_dtype(values.dtype)
+            return torch.ops.deftx.csr_sum(theirs.crow_indices, theirs.col_indices, *others, ELECTIONS["none"], dtype)
 
         if compact.dtype in FLOATS:
             return at_others(compact).to(compact.dtype)
@@ -380,18 +381,10 @@ class CSRMask:
         if not isinstance(other, CSRMask):
             return NotImplemented
         self._check_device(other, "the other mask")
-        shapes, mine, theirs = self._over_one_layout(other)
-        crow, col = torch.ops.deftx.csr_combine(*mine, *theirs, OPERATIONS[operation])
-        return CSRMask.unchecked(list(shapes), list(shapes.values()), crow, col)
-
-    def _over_one_layout(
-        self, other: "CSRMask"
-    ) -> tuple[dict[str, torch.Size], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """The shapes of the tensors of both masks, and crow_indices and col_indices of each mask over all of them."""
         shapes = self._united_shapes(other)
-        dtype = column_dtype(list(shapes.values()))
-        mine, theirs = ((m._crow_of(shapes), m.col_indices.to(dtype)) for m in (self, other))
-        return shapes, mine, theirs
+        indices = [t for mask in (self.over(shapes), other.over(shapes)) for t in (mask.crow_indices, mask.col_indices)]
+        crow, col = torch.ops.deftx.csr_combine(*indices, OPERATIONS[operation])
+        return CSRMask.unchecked(list(shapes), list(shapes.values()), crow, col)
 
     def _crow_of(self, shapes: Mapping[str, torch.Size]) -> Tensor:
         """crow_indices over the rows of more tensors; rows of those that the mask does not cover are empty."""

@@ -193,7 +193,7 @@ class SparseAdapters:
 
     def _activate(self, active: dict[str, float]) -> None:
         """Replace the active adapters. Every check comes before the first write."""
-        if active == self._active:
+        if list(active.items()) == list(self._active.items()):  # in this order, which is that of the sum
             return
         change = self._change(active) if active else None
         self._active, messages = {}, ("", "")

@@ -10,7 +10,7 @@ from torch import Tensor
 from deftx_kernels.delta.exact import Low
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.ops.reference import philox
-from deftx_kernels.ops.schemas import ELECTIONS, MAX_SUMMED_MASKS, SCOPES, column_dtype
+from deftx_kernels.ops.schemas import ELECTIONS, MAX_SUMMED_MASKS, SCOPES
 
 
 class Terms(NamedTuple):
@@ -26,10 +26,8 @@ class Terms(NamedTuple):
 
     def at(self, positions: Tensor) -> "Terms":
         """The entries at these positions, ascending, without low terms."""
-        mask = self.mask
-        return Terms(
-            CSRMask.from_flat_indices(mask.names, mask.shapes, mask.flat_indices()[positions]), self.values[positions]
-        )
+        flat = self.mask.flat_indices()[positions]
+        return Terms(CSRMask.from_flat_indices(self.mask.names, self.mask.shapes, flat), self.values[positions])
 
     def in_float64(self) -> "Terms":
         """Low terms added to the values."""
@@ -63,17 +61,16 @@ def _sum(
     union: CSRMask, parts: Sequence[tuple[CSRMask, Tensor]], weights: Sequence[float], election: str = "none"
 ) -> Tensor:
     """float64 [union.nnz]."""
-    shapes = dict(zip(union.names, union.shapes))
-    dtype = column_dtype(union.shapes)
     if len(parts) > MAX_SUMMED_MASKS:
         first, rest = parts[:MAX_SUMMED_MASKS], parts[MAX_SUMMED_MASKS:]
         return _sum(union, [(union, _sum(union, first, weights[: len(first)])), *rest], [1.0, *weights[len(first) :]])
+    shapes = dict(zip(union.names, union.shapes))
     others = [mask.over(shapes) for mask, _ in parts]
     return torch.ops.deftx.csr_sum(
         union.crow_indices,
-        union.col_indices.to(dtype),
+        union.col_indices,
         [mask.crow_indices for mask in others],
-        [mask.col_indices.to(dtype) for mask in others],
+        [mask.col_indices for mask in others],
         [values.contiguous() for _, values in parts],
         [float(weight) for weight in weights],
         ELECTIONS[election],
@@ -84,9 +81,9 @@ def _sum(
 def rounded(terms: Terms) -> tuple[Tensor, Low | None]:
     """float32 values, and low terms where there were some or float32 cannot hold the value."""
     values, largest = terms.values, torch.finfo(torch.float32).max
-    low = (
-        values.new_zeros(len(values)) if terms.low is None else values.new_zeros(len(values)).index_copy(0, *terms.low)
-    )
+    low = torch.zeros_like(values)
+    if terms.low is not None:
+        low.index_copy_(0, *terms.low)
     total = values + low
     high = torch.where(total.isfinite(), total.clamp(-largest, largest), total).to(torch.float32)
     kept = total.isfinite() & (total.abs() > largest)

@@ -70,19 +70,28 @@ def merge_into_checkpoint(
     (target / MARKER).unlink()
 
 
-def _shards(folder: Path) -> dict[str, list[str]]:
-    """File → the names of its tensors."""
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files of a model folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a file is missing in it.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"base {folder} is no folder: give a model folder")
+    names = [WEIGHTS]
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map", {})
-        files = sorted(set(weight_map.values()))
-    else:
-        files = [WEIGHTS]
-    found = {}
-    for name in files:
+        with reading(folder / INDEX, "index of a checkpoint"):
+            names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"base {folder} has no {name}: its weights must be safetensors files")
+    return names
+
+
+def _shards(folder: Path) -> dict[str, list[str]]:
+    """File → the names of its tensors."""
+    found = {}
+    for name in weight_files(folder):
         with reading(folder / name, "safetensors file"), safe_open(folder / name, "pt") as file:
             found[name] = list(file.keys())
     return found

@@ -36,7 +36,7 @@ def merge(
             a delta that has fewer entries keeps all; of "dare", the probability with which an entry is kept. For every
             method but "linear", which has none.
         majority_sign_method: whether the sign is that of the sum ("total") or that of more deltas ("frequency").
-        scope: whether the largest entries are those of all tensors together or of each tensor.
+        scope: of magnitude pruning, whether the largest entries are those of all tensors together or of each tensor.
         seed: of "dare", in [0, 2**63). The entries depend on it, the delta's place and its entries, not on the device.
 
     Raises:
@@ -74,9 +74,7 @@ def _check_values(deltas: Sequence[SparseDelta], method: str) -> None:
     for i, delta in enumerate(deltas):
         for name, values in delta.mask.split(delta.values).items():
             if not bool(values.isfinite().all()):
-                raise ValueError(
-                    f"deltas[{i}] has NaN or infinite values in tensor {name!r}, which {method!r} cannot rank"
-                )
+                raise ValueError(f"deltas[{i}] has NaN or infinite values in tensor {name!r}: only 'linear' takes them")
 
 
 def _check_options(method: str, density: float | None, majority_sign_method: str, scope: str, seed: int) -> None:

@@ -24,7 +24,8 @@ def current_tensors(model: Model) -> dict[str, Any]:
     return {validation.plain_name(n): t for n, t in found}
 
 
-def _persistent_buffers(model: Model) -> dict[str, Tensor]:
+def persistent_buffers(model: Model) -> dict[str, Tensor]:
+    """Name → buffer that state dicts have, tied ones under each name; none for a mapping."""
     found = {}
     inner = validation.unwrapped(model) if isinstance(model, nn.Module) else nn.ModuleList()
     for prefix, module in inner.named_modules(remove_duplicate=False):
@@ -43,7 +44,7 @@ def _tensors_and_buffers(model: Model, argument: str) -> tuple[dict[str, Tensor]
         }
     else:
         tensors = validation.all_tensors(model, argument)
-    buffers = _persistent_buffers(model)
+    buffers = persistent_buffers(model)
     tensors |= buffers
     for name, tensor in tensors.items():
         validation.check_plain(tensor, f"{argument}[{name!r}]")

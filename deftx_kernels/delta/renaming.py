@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.delta.exact import Low
-from deftx_kernels.mask import CSRMask, signed
+from deftx_kernels.mask import CSRMask
 from deftx_kernels.validation import check_mask_layout
 
 
@@ -37,33 +37,38 @@ def renamed_parts(
     def rename(name: str) -> str:
         return names.get(name, name)
 
-    renamed_mask, renamed_values, renamed_low = _entries(mask, values, low, rename)
+    new_names = {n: rename(n) for n in mask.names}
+    renamed_mask, renamed_values, renamed_low = picked_entries(mask, values, low, new_names)
     renamed_dense = {rename(n): t for n, t in dense.items()}
     return renamed_mask, renamed_values, renamed_dense, _renamed_metadata(metadata, rename), renamed_low
 
 
-def _entries(
-    mask: CSRMask, values: Tensor, low: Low | None, rename: Callable[[str], str]
+def picked_entries(
+    mask: CSRMask, values: Tensor, low: Low | None, names: Mapping[str, str]
 ) -> tuple[CSRMask, Tensor, Low | None]:
-    """Mask, values and low terms with other names, in the order of these."""
-    order = sorted(range(len(mask)), key=lambda i: rename(mask.names[i]))
-    names = [rename(mask.names[i]) for i in order]
-    shapes = [mask.shapes[i] for i in order]
-    check_mask_layout(names, shapes)
-    if order == list(range(len(mask))):
-        return CSRMask.unchecked(names, shapes, mask.crow_indices, mask.col_indices), values, low
-    ends = mask.entry_offsets
-    sizes = [ends[i + 1] - ends[i] for i in order]
-    starts = list(accumulate(sizes, initial=0))
-    parts = [mask[mask.names[i]] for i in order]
-    crow = torch.cat([mask.crow_indices[:1], *(p.crow_indices[1:] + start for p, start in zip(parts, starts))])
-    col = torch.cat([signed(p.col_indices) for p in parts]).view(mask.col_indices.dtype)
+    """Mask, values and low terms of some of the mask's tensors, in the order of their new names.
+
+    Args:
+        names: name → new name.
+    """
+    order = sorted(names, key=names.__getitem__)
+    shapes = [mask.shapes[mask.positions[n]] for n in order]
+    new = [names[n] for n in order]
+    check_mask_layout(new, shapes)
+    if order == list(mask.names):
+        return CSRMask.unchecked(new, shapes, mask.crow_indices, mask.col_indices), values, low
+    parts = []
+    for name in order:
+        one = mask[name]
+        parts.append(CSRMask.unchecked([names[name]], one.shapes, one.crow_indices, one.col_indices))
+    places = [mask.positions[n] for n in order]
+    spans = [(mask.entry_offsets[i], mask.entry_offsets[i + 1]) for i in places]
     if low is not None:
-        within = [(low[0] >= ends[i]) & (low[0] < ends[i + 1]) for i in order]
-        moved = [low[0][w] - ends[i] + start for w, i, start in zip(within, order, starts)]
+        starts = accumulate((end - begin for begin, end in spans), initial=0)
+        within = [(low[0] >= begin) & (low[0] < end) for begin, end in spans]
+        moved = [low[0][w] - begin + start for w, (begin, _), start in zip(within, spans, starts)]
         low = torch.cat(moved), torch.cat([low[1][w] for w in within])
-    values = torch.cat([values[ends[i] : ends[i + 1]] for i in order])
-    return CSRMask.unchecked(names, shapes, crow, col), values, low
+    return CSRMask.joined(parts), torch.cat([values[begin:end] for begin, end in spans]), low
 
 
 def _renamed_metadata(metadata: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from deftx_kernels.delta.change import Change
 from deftx_kernels.delta.exact import Low, exact_differences
 from deftx_kernels.delta.fingerprints import fingerprint, update
 from deftx_kernels.delta.models import Model, checked_mask, checked_targets, current_tensors, match_tensors
-from deftx_kernels.delta.renaming import renamed_parts, tensor_names
+from deftx_kernels.delta.renaming import picked_entries, renamed_parts, tensor_names
 from deftx_kernels.files import reading
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.validation import check_plain, check_readable, is_number, same_bits, usable_in_backward
@@ -260,15 +260,7 @@ class SparseDelta:
 
     def restricted(self, names: Iterable[str]) -> "SparseDelta":
         """The delta of some of the mask's tensors, without whole ones."""
-        sparse = sorted(names)
-        mask, values = self.mask.restrict(sparse), torch.cat([self.mask.part(name, self.values) for name in sparse])
-        low = self.low
-        if low is not None:
-            compact = torch.zeros(self.mask.nnz, dtype=torch.float64, device=self.mask.device)
-            terms = self.mask.project(compact.index_copy(0, *low), mask)
-            there = self.mask.project(compact.index_fill(0, low[0], 1.0), mask)
-            positions = there.nonzero().view(-1)
-            low = positions, terms[positions]
+        mask, values, low = picked_entries(self.mask, self.values, self.low, {name: name for name in names})
         return SparseDelta(mask, values, None, self.metadata, low)
 
     def __mul__(self, factor: float) -> "SparseDelta":

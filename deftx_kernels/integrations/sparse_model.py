@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deftx_kernels import validation
 from deftx_kernels.delta import SparseDelta, fingerprint
+from deftx_kernels.delta.models import persistent_buffers
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import masked_parameters, plain_tensors, sparsify
 from deftx_kernels.select import mask_from_weights, matches_ending, target_weights
@@ -100,7 +101,7 @@ def get_sparse_model(model: nn.Module, config: SparseConfig, mask: CSRMask | Non
     mask.checked_tensors(tensors, "model")
     record = BaseRecord(
         entries={n: mask[n].gather(tensors).cpu() for n in mask.names},
-        buffers={n: t.detach().clone() for n, t in _persistent_buffers(inner).items()},
+        buffers={n: t.detach().clone() for n, t in persistent_buffers(inner).items()},
         fingerprints=fingerprint({n: tensors[n] for n in mask.names}),
         tied={n: first for n, first in validation.tied_names(tensors, "model").items() if n != first},
         metadata=metadata,
@@ -135,20 +136,15 @@ def sparse_delta(model: nn.Module, metadata: Mapping[str, Any] | None = None) ->
         >>> sparse_delta(model).values
         tensor([1., 1., 1., 1.])
     """
-    model = validation.unwrapped(model)
-    record, masked = model.__dict__.get(_RECORD), masked_parameters(model)
-    if record is None or masked.keys() != record.entries.keys():
-        raise ValueError(
-            "model is not a sparsified one of get_sparse_model: of other models, SparseDelta.from_models(model, base) "
-            "makes the delta"
-        )
+    record, model = base_record(model), validation.unwrapped(model)
+    masked = masked_parameters(model)
     tensors = plain_tensors(model)  # synchronised
     mask = CSRMask.joined([m.mask for m in masked.values()]).to("cpu")
     now = {n: m.mask.gather({n: tensors[n].detach()}).cpu() for n, m in masked.items()}
     every = CSRMask.from_dense({n: torch.ones_like(t, dtype=torch.bool) for n, t in now.items()})
     difference = SparseDelta.from_models(now, record.entries, every)
     dense = {n: t for n, t in tensors.items() if t.requires_grad and n not in masked}
-    for name, buffer in _persistent_buffers(model).items():
+    for name, buffer in persistent_buffers(model).items():
         if name not in record.buffers or not validation.same_bits(buffer, record.buffers[name]):
             dense[name] = buffer
     details = {**record.metadata, **(metadata or {}), "k": mask.nnz, "base_fingerprint": record.fingerprints}
@@ -159,6 +155,18 @@ def sparse_delta(model: nn.Module, metadata: Mapping[str, Any] | None = None) ->
         details["tied"] = tied
     dense = {n: t.detach().to("cpu", copy=True) for n, t in dense.items()}
     return SparseDelta(mask, difference.values, dense, details, difference.low)
+
+
+def base_record(model: nn.Module) -> BaseRecord:
+    """What `get_sparse_model` has kept of the base. ValueError unless it made the model, which is sparsified still."""
+    model = validation.unwrapped(model)
+    record = model.__dict__.get(_RECORD)
+    if record is None or masked_parameters(model).keys() != record.entries.keys():
+        raise ValueError(
+            "model is not a sparsified one of get_sparse_model: of other models, SparseDelta.from_models(model, base) "
+            "makes the delta"
+        )
+    return record
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -192,12 +200,3 @@ def _parameters_to_save(model: nn.Module, modules_to_save: Sequence[str]) -> dic
         if not parameter.is_floating_point():
             raise TypeError(f"modules_to_save: {name!r} is {parameter.dtype}, which cannot be trained")
     return saved
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{prefix}.{name}" if prefix else name: buffer
-        for prefix, module in model.named_modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
-    }

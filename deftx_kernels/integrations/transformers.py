@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from deftx_kernels.integrations.sparse_model import sparse_delta
+from deftx_kernels.integrations.sparse_model import base_record, sparse_delta
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import masked_parameters
 from deftx_kernels.optim import SparseAdamW
@@ -93,7 +92,7 @@ class SaveDeltaCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **_):
         """ValueError unless the model is sparsified and its values are trained."""
         _trained(model)
-        sparse_delta(model)
+        base_record(model)
 
     def on_save(self, args, state, control, model=None, **_):
         """Write the delta into the new checkpoint, and upload it."""
@@ -105,10 +104,13 @@ class SaveDeltaCallback(TrainerCallback):
             return
         repository = args.hub_model_id or Path(args.output_dir).absolute().name  # as in Trainer
         try:
-            api = HfApi(token=args.hub_token)
-            full_name = api.create_repo(repository, private=args.hub_private_repo, exist_ok=True).repo_id
-            message = f"Sparse delta, step {state.global_step}"
-            delta.push_to_hub(full_name, dtype=self.dtype, token=args.hub_token, commit_message=message)
+            delta.push_to_hub(
+                repository,
+                dtype=self.dtype,
+                private=args.hub_private_repo,
+                token=args.hub_token,
+                commit_message=f"Sparse delta, step {state.global_step}",
+            )
         except Exception as error:  # of the network: training goes on, the delta is in the checkpoint
             warnings.warn(f"the delta was not pushed to {repository!r}: {error}", RuntimeWarning, stacklevel=2)
 

@@ -6,6 +6,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from deftx_kernels.delta import CONFIG_NAME, SparseDelta
+from deftx_kernels.delta.checkpoint import weight_files
 from deftx_kernels.delta.interop import (
     ADAPTER_CONFIG,
     SFT_NAME,
@@ -15,7 +16,7 @@ from deftx_kernels.delta.interop import (
     from_peft_shira,
     from_peft_supertuning,
 )
-from deftx_kernels.files import read_json, reading
+from deftx_kernels.files import reading
 from deftx_kernels.mask import CSRMask
 
 OTHER_FORMATS = {SFT_NAME: "composable-sft", ADAPTER_CONFIG: "PEFT"}
@@ -74,27 +75,27 @@ def comparison(one: SparseDelta, other: SparseDelta) -> dict[str, dict[str, floa
         {name: first, second (entries of each), shared (entries of both), cosine (of the differences, entries that one
         lacks being 0), sign_conflicts (share of the shared entries whose signs differ)}; 0 where nothing is shared.
     """
-    union, both = one.mask | other.mask, one.mask & other.mask
-    rows: dict[str, dict[str, float]] = {}
+    both = one.mask & other.mask
     values = [delta.values.double() for delta in (one, other)]
-    first, second = (delta.mask.project(x, both) for delta, x in zip((one, other), values))
-    products, conflicts = first * second, (first * second < 0).double()
-    for name in ("all tensors", *union.names):
-        everything = name == "all tensors"
+    in_both = [delta.mask.project(x, both) for delta, x in zip((one, other), values)]
+    product = in_both[0] * in_both[1]
 
-        def part(mask, compact, name=name, everything=everything):
-            return compact if everything else mask.part(name, compact) if name in mask else compact[:0]
-
-        x, y = (part(delta.mask, v) for delta, v in zip((one, other), values))
-        shared = part(both, products)
+    def row(x: Tensor, y: Tensor, shared: Tensor) -> dict[str, float]:
         norms = float(x.norm() * y.norm())
-        rows[name] = {
+        return {
             "first": len(x),
             "second": len(y),
             "shared": len(shared),
             "cosine": float(shared.sum()) / norms if norms else 0.0,
-            "sign_conflicts": float(part(both, conflicts).mean()) if len(shared) else 0.0,
+            "sign_conflicts": float((shared < 0).double().mean()) if len(shared) else 0.0,
         }
+
+    first, second = values
+    rows = {"all tensors": row(first, second, product)}
+    parts = [mask.split(x) for mask, x in zip((one.mask, other.mask, both), (*values, product))]
+    for name in both.names:
+        x, y, shared = (part.get(name, product[:0]) for part in parts)
+        rows[name] = row(x, y, shared)
     return rows
 
 
@@ -120,12 +121,8 @@ def base_tensors(folder: Path) -> dict[str, Tensor]:
         FileNotFoundError: there are none.
         ValueError: one is damaged; the message names it.
     """
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"base {folder} holds no {name}")
+    for name in weight_files(folder):
         with reading(folder / name, "checkpoint"), safe_open(folder / name, framework="pt") as file:
             tensors |= {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (a safe_open is not a mapping)
     return tensors

@@ -135,7 +135,7 @@ def test_parts_keep_low_terms():
 
 
 def test_the_commands(base, delta, tmp_path, capsys):
-    tyro = pytest.importorskip("tyro")  # noqa: F841
+    pytest.importorskip("tyro")
     from deftx_kernels.cli import main
 
     for name, one in (("one", delta), ("two", 0.5 * delta)):

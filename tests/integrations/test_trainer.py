@@ -13,7 +13,6 @@ pytest.importorskip("transformers")
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from deftx_kernels.integrations import transformers as integration
 from deftx_kernels.integrations.transformers import SaveDeltaCallback, optimizer_cls_and_kwargs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -217,7 +216,6 @@ def test_each_delta_is_pushed(fails, tmp_path, monkeypatch):
             pushed.append((repo_id, commit_message, SparseDelta.from_pretrained(folder_path)))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setattr(integration, "HfApi", Hub)
     model = get_sparse_model(llama(), CONFIG)
     options = dict(output_dir=tmp_path / "run", push_to_hub=True, hub_model_id=None, hub_token="secret")
     args = SimpleNamespace(**options, hub_private_repo=None, hub_strategy="every_save")

@@ -176,9 +176,8 @@ def _smallest_rank(parts: Mapping[str, CSRMask]) -> int:
 def _filled_up(one: CSRMask, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Indices int32 [2, count] and values float32 [count]: the entries, and the first other positions with -0.0."""
     flat = one.flat_indices()
-    free = torch.ones(
-        count, dtype=torch.bool, device="cpu"
-    )  # of the first `count` positions at least count - nnz are free
+    # Of the first `count` positions at least count - nnz are free.
+    free = torch.ones(count, dtype=torch.bool, device="cpu")
     free[flat[flat < count]] = False
     index, order = torch.cat([flat, free.nonzero().view(-1)[: count - one.nnz]]).sort()
     padded = torch.cat([values, torch.full((count - one.nnz,), -0.0, device="cpu")])[order]
