@@ -130,7 +130,7 @@ def switch_case(size: str, dtype: torch.dtype, density: float, device: str) -> C
         "PEFT LoRA, merged": switch.lora,
     }
     entries = sum(delta.mask.nnz for delta in switch.deltas.values())
-    return Case(2 * entries * dtype.itemsize, implementations, switch.check)
+    return Case(2 * entries * dtype.itemsize, implementations, switch.check, served_by="csr_scatter_")
 
 
 def ties_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
