@@ -1,24 +1,31 @@
-"""Switching between adapters, and TIES merging, of a model's linear layers: deftx, PEFT, plain torch."""
+"""Sparse deltas of a model's linear layers: switched, active in a forward pass, loaded, and merged."""
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bench.harness import Call, Case, Choice, Workload, workload
+from bench.harness import Call, Case, Choice, Workload, available_bytes, too_large, workload
 from bench.rows import OURS
-from bench.shapes import SHAPES, copies, random_tensors
-from deftx_kernels import SparseAdapters, SparseDelta, merge, topk_mask
+from bench.shapes import SHAPES, Shapes, copies, numel, random_tensors
+from deftx_kernels import SparseAdapters, SparseDelta, interop, merge, topk_mask
 
 OPS = {
     "adapter_switch": "another adapter put into the weights of the linear layers in place of the active one",
+    "adapter_forward": "one layer after the other with an active adapter, 512 tokens",
+    "delta_load": "an adapter of the linear layers read from its file; in brackets the bytes of the file per value",
     "merge_ties": "three deltas trimmed to a share of the entries of all tensors together, signs elected, and averaged",
 }
-SIZES = ("tiny", "minilm")
-SETTINGS = [(torch.float32, 0.05), (torch.bfloat16, 0.05)]
-LORA_RANK = 16
+SIZES = ("tiny", "minilm", "xlmr")
+SETTINGS = [(torch.float32, 0.05), (torch.float32, 0.01), (torch.bfloat16, 0.05)]
+LORA_RANK, TOKENS = 16, 512
 TRIMMED = 0.6  # the share of each delta's entries that TIES keeps
 
 
@@ -27,21 +34,22 @@ def workloads(choice: Choice) -> Iterator[Workload]:
         for setting in choice.settings(SETTINGS):
             yield workload(switch_case, "adapter_switch", size, setting, choice.device)
         for setting in choice.settings(SETTINGS[:1]):
-            yield workload(ties_case, "merge_ties", size, setting, choice.device)
+            yield workload(forward_case, "adapter_forward", size, setting, choice.device)
+            yield workload(load_case, "delta_load", size, setting, choice.device)
+            yield workload(ties_case, "merge_ties", size, setting, choice.device, title=f"{size}, all tensors")
 
 
-def linear_shapes(size: str) -> dict[str, tuple[int, ...]]:
+def linear_shapes(size: str) -> Shapes:
     return {n: s for n, s in SHAPES[size].items() if len(s) == 2 and "." in n}
 
 
-def random_delta(size: str, density: float, device: str, seed: int) -> SparseDelta:
-    shapes = linear_shapes(size)
+def random_delta(shapes: Shapes, density: float, device: str, seed: int) -> SparseDelta:
     mask = topk_mask(random_tensors(shapes, torch.float32, device, seed=seed), density=density)
     values = torch.randn(mask.nnz, generator=torch.Generator().manual_seed(seed)).to(device)
     return SparseDelta(mask, 0.01 * values)
 
 
-def layers(tensors: dict[str, Tensor]) -> nn.Module:
+def layers(tensors: Mapping[str, Tensor]) -> nn.Module:
     """A module with these weights of linear layers."""
     model = nn.Module()
     for name, tensor in tensors.items():
@@ -51,20 +59,42 @@ def layers(tensors: dict[str, Tensor]) -> nn.Module:
     return model
 
 
-class Switch:
+def peft_model(tensors: Mapping[str, Tensor], density: float, kind: str) -> nn.Module:
+    """The layers with random adapters "one" and "two" of PEFT: LoRA, or SHiRA of this density."""
+    import peft
+
+    options = {"target_modules": ".*", "inference_mode": True}
+
+    def config(seed: int) -> Any:
+        if kind == "PEFT LoRA":
+            return peft.LoraConfig(r=LORA_RANK, init_lora_weights=False, **options)
+        r = min(int(density * t.numel() / sum(t.shape)) for t in tensors.values())
+        return peft.ShiraConfig(r=max(r, 1), random_seed=seed, init_weights=False, **options)
+
+    model = peft.get_peft_model(layers(tensors), config(1), adapter_name="one")
+    model.add_adapter("two", config(2))
+    return model
+
+
+# ---- switches and forward passes ----
+class Adapters:
     """A model, two adapters of it, and what each of them makes of its weights."""
 
     def __init__(self, size: str, dtype: torch.dtype, density: float, device: str) -> None:
+        self.density = density
         self.tensors = random_tensors(linear_shapes(size), dtype, device)
-        self.deltas = {name: random_delta(size, density, device, seed) for seed, name in enumerate("ab", start=1)}
+        shapes = linear_shapes(size)
+        self.deltas = {
+            name: random_delta(shapes, density, device, seed) for seed, name in enumerate(("one", "two"), start=1)
+        }
         self.tuned = {name: copies(self.tensors) for name in self.deltas}
         for name, delta in self.deltas.items():
             delta.apply_(self.tuned[name], strict=False)
 
     def alternating(self, write: Callable[[str], object], state: dict[str, Tensor] | None) -> Call:
         """Each call writes the adapter that is not active."""
-        names = itertools.cycle("ba")
-        write("a")
+        names = itertools.cycle(("two", "one"))
+        write("one")
 
         def call() -> tuple[str, dict[str, Tensor] | None]:
             name = next(names)
@@ -101,12 +131,9 @@ class Switch:
 
         return self.alternating(write, model)
 
-    def lora(self) -> Call:
-        import peft
-
-        options = {"r": LORA_RANK, "target_modules": ".*", "init_lora_weights": False}
-        model = peft.get_peft_model(layers(self.tensors), peft.LoraConfig(**options), adapter_name="a")
-        model.add_adapter("b", peft.LoraConfig(**options))
+    def merged(self, kind: str) -> Call:
+        model = peft_model(self.tensors, self.density, kind)
+        model.base_model.merge_adapter(["two"])
 
         def write(name: str) -> None:
             model.base_model.unmerge_adapter()
@@ -120,68 +147,191 @@ class Switch:
             return None
         return "the weights are not the base's plus the adapter's"
 
+    def forward(self, kind: str) -> Call:
+        """The layers of the base, with our adapter "one", or with PEFT's, not merged."""
+        if kind.startswith("PEFT"):
+            model = peft_model(self.tensors, self.density, kind).base_model.model
+        else:
+            model = layers(self.tuned["one"] if kind == "torch, merged" else self.tensors)
+        modules = list(model.children())
+        if kind == OURS:
+            weights = {name: module.weight for name, module in zip(self.tensors, modules)}
+            SparseAdapters(weights, self.deltas).set_adapter("one")
+        some = modules[0].weight if kind == OURS else next(iter(self.tensors.values()))
+        ones = torch.ones(TOKENS, max(t.shape[1] for t in self.tensors.values()), dtype=some.dtype, device=some.device)
+
+        @torch.no_grad()
+        def call() -> tuple[str, list[Tensor]]:
+            return kind, [module(ones[:, : module.in_features].contiguous()) for module in modules]
+
+        return call
+
+    def check_forward(self, result: tuple[str, list[Tensor]]) -> str | None:
+        """The outputs for inputs of ones are the sums of the weights' rows; PEFT's adapters are others."""
+        kind, outputs = result
+        differ = False
+        for output, tuned, base in zip(outputs, self.tuned["one"].values(), self.tensors.values(), strict=True):
+            if kind.startswith("PEFT"):
+                differ |= not bool(torch.isclose(output[0], base.sum(1), rtol=1e-3, atol=0.01).all())
+            elif not torch.allclose(output[0].float(), tuned.float().sum(1), rtol=0.02, atol=0.5):
+                return "the outputs are not those of the tuned weights"
+        return "no adapter is active" if kind.startswith("PEFT") and not differ else None
+
 
 def switch_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
-    switch = Switch(size, dtype, density, device)
+    adapters = Adapters(size, dtype, density, device)
     implementations: dict[str, Callable[[], Call]] = {
-        OURS: switch.ours,
-        "torch copy_, whole": switch.whole_copies,
-        "torch index_put_": switch.indexed,
-        "PEFT LoRA, merged": switch.lora,
+        OURS: adapters.ours,
+        "torch copy_, whole": adapters.whole_copies,
+        "torch index_put_": adapters.indexed,
+        "PEFT LoRA, merged": partial(adapters.merged, "PEFT LoRA"),
+        "PEFT SHiRA, merged": partial(adapters.merged, "PEFT SHiRA"),
     }
-    entries = sum(delta.mask.nnz for delta in switch.deltas.values())
-    return Case(2 * entries * dtype.itemsize, implementations, switch.check, served_by="csr_scatter_")
+    entries = sum(delta.mask.nnz for delta in adapters.deltas.values())
+    return Case(2 * entries * dtype.itemsize, implementations, adapters.check, served_by="csr_scatter_")
+
+
+def forward_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
+    adapters = Adapters(size, dtype, density, device)
+    kinds = (OURS, "torch, merged", "PEFT LoRA", "PEFT SHiRA")
+    elements = sum(t.numel() for t in adapters.tensors.values())
+    moved = (elements + TOKENS * sum(sum(t.shape) for t in adapters.tensors.values())) * dtype.itemsize
+    implementations = {kind: partial(adapters.forward, kind) for kind in kinds}
+    flops = 2.0 * TOKENS * elements
+    return Case(moved, implementations, adapters.check_forward, flops)
+
+
+# ---- files ----
+def load_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
+    """Each file holds the same entries; that of the whole tensors holds zeros beside them."""
+    delta = random_delta(linear_shapes(size), density, device, seed=1)
+    linear = delta.renamed({n: n.replace(".", "_") + ".weight" for n in delta.mask.names})
+    folder = tempfile.TemporaryDirectory()
+    whole = {n: torch.zeros(s) for n, s in zip(delta.mask.names, delta.mask.shapes)}
+    path = {name: Path(folder.name) / name for name in ("deftx", "shira", "sft", "whole")}
+    delta.save_pretrained(path["deftx"])
+    interop.to_peft_shira(linear, path["shira"])
+    interop.to_composable_sft(delta, path["sft"])
+    path["whole"].mkdir()
+    save_file(delta.mask.scatter_(whole, delta.values.cpu()), path["whole"] / "model.safetensors")
+    total = float(delta.values.double().sum())
+
+    def ours() -> Tensor:
+        return SparseDelta.from_pretrained(path["deftx"]).values
+
+    def shira() -> list[Tensor]:
+        from peft.utils import load_peft_weights
+
+        return [t for n, t in load_peft_weights(str(path["shira"]), "cpu").items() if n.endswith("shira_weight")]
+
+    def composable_sft() -> list[Tensor]:
+        """As that library's SFT: a pickle."""
+        file = torch.load(path["sft"] / "pytorch_diff.bin", map_location="cpu", weights_only=False)
+        return [entries["values"] for entries in file["diffs"].values()]
+
+    def tensors() -> list[Tensor]:
+        return [
+            t.clone() for t in load_file(path["whole"] / "model.safetensors").values()
+        ]  # else the file is only mapped
+
+    def check(result: Tensor | list[Tensor]) -> str | None:
+        found = sum(float(t.double().sum()) for t in ([result] if isinstance(result, Tensor) else result))
+        return None if math.isclose(found, total, rel_tol=1e-6, abs_tol=1e-3) else "other values"
+
+    loaders = {OURS: ours, "composable-sft": composable_sft, "PEFT SHiRA": shira, "safetensors, whole tensors": tensors}
+    files = dict(zip(loaders, ("deftx", "sft", "shira", "whole")))
+    sizes = {name: sum(f.stat().st_size for f in path[file].iterdir()) for name, file in files.items()}
+    case = Case(
+        sizes[OURS],
+        {name: partial(kept, folder, load) for name, load in loaders.items()},
+        check,
+        served_by="safetensors",
+    )
+    case.parameters, case.footprints = delta.mask.nnz, {name: {"file": size} for name, size in sizes.items()}
+    return case
+
+
+def kept(folder: tempfile.TemporaryDirectory, load: Call) -> Call:
+    """The loader, which keeps the folder of its file."""
+    return partial(lambda _: load(), folder)
+
+
+# ---- merging ----
+class Merging:
+    """Three deltas of all of a model's tensors, merged by TIES."""
+
+    def __init__(self, size: str, density: float, device: str) -> None:
+        self.deltas = [random_delta(SHAPES[size], density, device, seed) for seed in (1, 2, 3)]
+        self.share = TRIMMED * density
+
+    def dense(self) -> list[dict[str, Tensor]]:
+        """Of each delta its tensors."""
+        mask = self.deltas[0].mask
+        zeros = {n: torch.zeros(s, device=mask.device) for n, s in zip(mask.names, mask.shapes)}
+        return [delta.mask.scatter_(copies(zeros), delta.values) for delta in self.deltas]
+
+    def ours(self) -> Call:
+        return lambda: merge(*self.deltas, method="ties", density=self.share)
+
+    def torch_global(self) -> Call:
+        given = [torch.cat([t.view(-1) for t in tensors.values()]) for tensors in self.dense()]
+        k = int(self.share * len(given[0]))
+
+        def call() -> Tensor:
+            trimmed = torch.zeros(len(given), len(given[0]), device=given[0].device)
+            for row, x in zip(trimmed, given):
+                index = x.abs().topk(k, sorted=False).indices
+                row[index] = x[index]
+            elected = torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)
+            agree = trimmed * elected > 0
+            return trimmed.mul_(agree).sum(0) / agree.sum(0).clamp_(min=1)
+
+        return call
+
+    def mergekit(self) -> Call:
+        """Tensor by tensor, as mergekit merges, which trims by tensor."""
+        from mergekit.merge_methods import registry
+        from mergekit.merge_methods.base import PerInputValues, TensorEntry, TensorGroup
+
+        given, method, ids = self.dense(), registry.get("ties"), range(3)
+        shared: dict[str, Any] = {"int8_mask": False, "normalize": True, "rescale": False, "lambda": 1.0}
+        shared |= {"weight": PerInputValues([(i, 1.0) for i in ids])}
+        shared |= {"density": PerInputValues([(i, self.share) for i in ids])}
+
+        def call() -> dict[str, Tensor]:
+            merged = {}
+            for name in given[0]:
+                base = TensorEntry("base", torch.zeros_like(given[0][name]), is_base=True)
+                entries = [base, *(TensorEntry(i, tensors[name]) for i, tensors in enumerate(given))]
+                merged[name] = method.merge_group(TensorGroup(entries), **shared)
+            return merged
+
+        return call
+
+    def check(self, result: SparseDelta | Tensor | dict[str, Tensor]) -> str | None:
+        """Against the deltas trimmed and merged by another path; entries of equal magnitude may be chosen otherwise."""
+        scope = "tensor" if isinstance(result, dict) else "global"
+        expected = merge(*self.deltas, method="ties", density=self.share, scope=scope)
+        mask = expected.mask
+        if isinstance(result, SparseDelta):
+            same = result.mask == mask and torch.equal(result.values, expected.values)
+            return None if same else "another delta"
+        if isinstance(result, Tensor):
+            found = result[mask.flat_indices()]
+            total = result.count_nonzero()
+        else:
+            found = mask.gather(result)
+            total = sum(t.count_nonzero() for t in result.values())
+        wrong = int((~torch.isclose(found, expected.values, rtol=1e-5)).sum()) + abs(int(total) - mask.nnz)
+        return f"{wrong} entries differ" if wrong > 1e-5 * mask.nnz + 10 else None
 
 
 def ties_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
-    deltas = [random_delta(size, density, device, seed) for seed in (1, 2, 3)]
-    share, shapes = TRIMMED * density, linear_shapes(size)
-    ends = [0]
-    for name in deltas[0].mask.names:
-        ends.append(ends[-1] + math.prod(shapes[name]))
-    expected = merge(*deltas, method="ties", density=share)
-
-    def dense(delta: SparseDelta) -> Tensor:
-        flat = torch.zeros(ends[-1], device=device)
-        flat[delta.mask.flat_indices()] = delta.values
-        return flat
-
-    def in_torch(trim: Callable[[Tensor], Tensor]) -> Callable[[], Call]:
-        def make() -> Call:
-            given = [dense(delta) for delta in deltas]
-
-            def call() -> Tensor:
-                stack = torch.stack([trim(x) for x in given])
-                agree = stack.sign() == torch.where(stack.sum(0) >= 0, 1, -1)
-                return (stack * agree).sum(0) / agree.sum(0).clamp(min=1)
-
-            return call
-
-        return make
-
-    def globally(x: Tensor) -> Tensor:
-        kept = torch.zeros_like(x)
-        index = x.abs().topk(int(share * len(x))).indices
-        kept[index] = x[index]
-        return kept
-
-    def by_tensor(x: Tensor) -> Tensor:
-        """As mergekit: an argsort of each tensor."""
-        kept = torch.zeros_like(x)
-        for begin, end in zip(ends, ends[1:]):
-            index = x[begin:end].abs().argsort(descending=True)[: int(share * (end - begin))] + begin
-            kept[index] = x[index]
-        return kept
-
-    def check(result: SparseDelta | Tensor) -> str | None:
-        if isinstance(result, SparseDelta):
-            wrong = result.mask != expected.mask or not torch.equal(result.values, expected.values)
-            return "another delta" if wrong else None
-        return None if bool(result.isfinite().all()) else "not finite"
-
-    implementations = {
-        OURS: lambda: lambda: merge(*deltas, method="ties", density=share),
-        "torch, global top-k": in_torch(globally),
-        "torch, argsort by tensor": in_torch(by_tensor),
-    }
-    return Case(3 * sum(delta.values.nbytes for delta in deltas), implementations, check, served_by="csr_sum")
+    merging = Merging(size, density, device)
+    implementations = {OURS: merging.ours, "torch, global top-k": merging.torch_global, "mergekit": merging.mergekit}
+    needs = {OURS: 1.0 * numel(size), "torch, global top-k": 40.0 * numel(size), "mergekit": 24.0 * numel(size)}
+    absent = too_large(needs, available_bytes()) if device == "cpu" else {}
+    moved = 3 * sum(delta.values.nbytes for delta in merging.deltas)
+    case = Case(moved, implementations, merging.check, served_by="csr_sum", absent=absent, rounds=5)
+    case.isolated = numel(size) > 1e8
+    return case

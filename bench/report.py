@@ -180,4 +180,6 @@ def in_brackets(row: Row, peak: bool = False) -> str:
     parts = [f"{1e3 / float(row['p50_ms']):.3g} steps/s" if steps else "", megabytes(row) if steps and peak else ""]
     if row.get("state_bytes_per_param"):
         parts.append(f"{float(row['state_bytes_per_param']):.2f} B of state")
+    if row.get("file_bytes_per_param"):
+        parts.append(f"{float(row['file_bytes_per_param']):.2f} B per value")
     return f" ({', '.join(filter(None, parts))})" if any(parts) else ""

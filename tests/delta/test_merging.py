@@ -90,6 +90,31 @@ def test_against_peft(method, election):
     np.testing.assert_array_equal(flat(result), expected.float().double().numpy())
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_against_mergekit(method):
+    """mergekit trims by tensor, to one entry at least, elects the signs of weighted values, and divides by the sum of
+    the agreeing weights: with weights of 1 it is our TIES with scope="tensor". Its task arithmetic is "linear".
+    """
+    registry = pytest.importorskip("mergekit.merge_methods.registry")
+    base = pytest.importorskip("mergekit.merge_methods.base")
+    rng = np.random.default_rng(4)
+    deltas, density = [random_delta(rng) for _ in range(3)], 0.4
+    for delta in deltas:  # distinct magnitudes, whose sums are exact in float32
+        delta.values = torch.from_numpy(rng.permutation(delta.mask.nnz).astype(np.float32) + 1) / 8
+        delta.values *= torch.from_numpy(rng.choice([-1, 1], delta.mask.nnz))
+    weights = [1.0] * 3 if method == "ties" else [0.5, 1.0, -2.0]
+    options = {"method": "ties", "density": density, "scope": "tensor"} if method == "ties" else {}
+    result = to_dense(merge(*deltas, weights=weights, **options))
+    parameters = {"weight": base.PerInputValues(list(enumerate(weights)))}
+    parameters |= {"density": base.PerInputValues([(i, density) for i in range(3)])}
+    parameters |= {"int8_mask": False, "normalize": method == "ties", "rescale": False, "lambda": 1.0}
+    for name, shape in SHAPES.items():
+        entries = [base.TensorEntry("base", torch.zeros(shape, dtype=torch.float64), is_base=True)]
+        entries += [base.TensorEntry(i, torch.from_numpy(to_dense(delta)[name])) for i, delta in enumerate(deltas)]
+        expected = registry.get(method).merge_group(base.TensorGroup(entries), **parameters)
+        np.testing.assert_array_equal(result[name], expected.float().double().numpy())
+
+
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 def test_dare(method):
     rng = np.random.default_rng(0)
