@@ -1,5 +1,6 @@
 """Sparse fine-tuning in the style of PEFT: a configuration, the sparsified model, and its delta."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,6 +30,9 @@ class SparseConfig:
 
     density: float | None = None
     """The fraction of the weights to train, per `scope`. Either this or `k`."""
+    density_pattern: Mapping[str, float] | None = None
+    """Name or ending of a module, or a regular expression of it → the density of its weight, in place of `density`, as
+    PEFT's `rank_pattern`. Not with scope "global"."""
     k: int | None = None
     """The number of entries to train, per `scope`."""
     method: str = "lift"
@@ -90,8 +94,7 @@ def get_sparse_model(model: nn.Module, config: SparseConfig, mask: CSRMask | Non
     metadata: dict[str, Any] = {"settings": asdict(config)}
     if mask is None:
         weights = {n: tensors[n] for n in target_weights(model, config.target_modules, without=saved)}
-        options = {key: getattr(config, key) for key in ("method", "density", "k", "rank", "scope", "seed")}
-        mask = mask_from_weights(weights, **options)
+        mask = _chosen_mask(weights, config)
         metadata["method"] = config.method
     for name in saved:
         if name in mask:
@@ -182,6 +185,41 @@ def print_trainable_parameters(model: nn.Module) -> None:
     print(
         f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / max(total, 1):.4f}"
     )
+
+
+def _chosen_mask(weights: Mapping[str, Tensor], config: SparseConfig) -> CSRMask:
+    """The mask of the configuration: one for each of its densities, joined."""
+    options = {key: getattr(config, key) for key in ("method", "k", "rank", "scope", "seed")}
+    pattern = config.density_pattern
+    if not pattern:
+        return mask_from_weights(weights, density=config.density, **options)
+    if config.scope == "global" or config.density is None:
+        raise ValueError(
+            f"density_pattern needs a density and scope 'tensor' or 'row', got density={config.density}, "
+            f"scope={config.scope!r}"
+        )
+    groups: dict[str | None, dict[str, Tensor]] = {None: {}} | {key: {} for key in pattern}
+    for name, weight in weights.items():
+        groups[_first_match(pattern, name.removesuffix(".weight"))][name] = weight
+    parts: dict[str, CSRMask] = {}
+    for key, group in groups.items():
+        if group:
+            density = config.density if key is None else pattern[key]
+            one = mask_from_weights(group, density=density, **options)
+            parts |= {n: one[n] for n in one.names}
+        elif key is not None:
+            raise ValueError(f"density_pattern: {key!r} is the first match of none of the target modules")
+    return CSRMask.joined([parts[n] for n in sorted(parts)])
+
+
+def _first_match(pattern: Mapping[str, float], module: str) -> str | None:
+    for key in pattern:
+        try:
+            if re.fullmatch(rf"(.*\.)?({key})", module):
+                return key
+        except re.error as error:
+            raise ValueError(f"density_pattern: {key!r} is no regular expression: {error}") from None
+    return None
 
 
 def _parameters_to_save(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, nn.Parameter]:

@@ -44,6 +44,7 @@ CONFIGS = {
     "all linear": SparseConfig(density=0.2, rank=2, modules_to_save=["head"]),
     "tied": SparseConfig(k=7, method="random", target_modules=["decoder", "layer"]),
     "dense norm": SparseConfig(density=0.5, method="magnitude", modules_to_save=["norm", "head"], scope="global"),
+    "pattern": SparseConfig(density=0.3, density_pattern={"layer": 0.1}, target_modules=["layer", "embedding"], rank=2),
     "empty": SparseConfig(density=0.0, target_modules="layer", modules_to_save=("head",)),
 }
 
@@ -99,6 +100,17 @@ def test_a_given_mask_and_parameters_that_are_trained_beside_it():
     assert torch.equal(base(torch.arange(12)), densify(model)(torch.arange(12)))
 
 
+def test_densities_by_pattern():
+    def densities(pattern, **options):
+        config = SparseConfig(density=0.25, density_pattern=pattern, method="magnitude", **options)
+        model = get_sparse_model(nn.ModuleDict({n: nn.Linear(8, 8) for n in ("query", "key", "value")}), config)
+        return {n.split(".")[0]: m.mask.density for n, m in masked_parameters(model).items()}
+
+    assert densities({"query|key": 0.5, ".*": 0.125}) == {"query": 0.5, "key": 0.5, "value": 0.125}  # the first match
+    assert densities({"value": 0.0}, scope="row") == {"query": 0.25, "key": 0.25, "value": 0.0}
+    assert densities({}) == densities(None) == dict.fromkeys(("query", "key", "value"), 0.25)
+
+
 def test_trainable_parameters_are_printed(capsys):
     model = get_sparse_model(Tagger(), CONFIGS["all linear"])
     nnz = sum(m.mask.nnz for m in masked_parameters(model).values())
@@ -117,6 +129,10 @@ def test_trainable_parameters_are_printed(capsys):
         (dict(density=0.1, target_modules=["head"], modules_to_save=["head"]), None, ValueError, "left out"),
         (dict(density=0.1, modules_to_save=["pooler"]), None, ValueError, "'pooler' is no module.*has embedding"),
         (dict(density=0.1, modules_to_save="head"), None, TypeError, "must be a list of names, got the string 'head'"),
+        (dict(density=0.1, density_pattern={"query": 0.2}), None, ValueError, "'query' is the first match of none"),
+        (dict(density=0.1, density_pattern={"(": 0.2}), None, ValueError, r"'\(' is no regular expression"),
+        (dict(density=0.1, density_pattern={"layer": 2.0}), None, ValueError, r"density must be in \[0, 1\]"),
+        (dict(k=3, density_pattern={"layer": 0.2}), None, ValueError, "density_pattern needs a density"),
         (dict(modules_to_save=["head"]), "head.weight", ValueError, "'head.weight', which is in modules_to_save"),
         (dict(), "layers.weight", ValueError, "model lacks tensor 'layers.weight'"),
     ],
