@@ -74,7 +74,7 @@ class Inspect:
     """
 
     path: tyro.conf.Positional[str]
-    """Folder or hub id of a delta, a mask.safetensors file, or a folder of composable-sft or a PEFT adapter."""
+    """Folder or hub id of a delta, of a composable-sft or of a PEFT adapter, or a mask.safetensors file."""
     other: tyro.conf.Positional[str | None] = None
     """A second delta, to compare."""
     base: Path | None = None
@@ -89,8 +89,8 @@ class Inspect:
 class Convert:
     """Convert a delta between formats; the source's format is recognised by its files."""
 
-    source: tyro.conf.Positional[Path]
-    """Folder of this library, of composable-sft, or of a PEFT adapter: SHiRA, Super-Tuning or LoRA."""
+    source: tyro.conf.Positional[str]
+    """Folder or hub id: a delta of this library or composable-sft, or a PEFT adapter (SHiRA, Super-Tuning, LoRA)."""
     output: tyro.conf.Positional[Path]
     """Folder to write."""
     to: Literal["deftx", "composable-sft", "peft-shira"] = "deftx"
@@ -329,10 +329,10 @@ def _convert(command: Convert) -> int:
     from deftx_kernels.delta.interop import to_composable_sft, to_peft_shira
     from deftx_kernels.train.deltas import base_tensors, load_any
 
-    _check_output(command.output, str(command.source))
+    _check_output(command.output, command.source)
     if command.to != "deftx" and command.dtype != "float32":
         raise ValueError(f"dtype must be float32 for {command.to}, not {command.dtype}")
-    delta = load_any(str(command.source), command.base, command.density, command.k)
+    delta = load_any(command.source, command.base, command.density, command.k)
     if not isinstance(delta, SparseDelta):
         raise ValueError(f"{command.source} is a mask, not a delta")
     if command.to == "composable-sft":

@@ -69,10 +69,19 @@ def check_files(folder: Path, *names: str) -> None:
 
 
 def find_folder(path: str | os.PathLike, revision: str | None, names: Sequence[str]) -> Path:
-    """The folder at `path`, or one with the files `names` of the repository `path` of the Hugging Face hub.
+    """`local_folder`, with all these files.
 
     Raises:
         FileNotFoundError: neither exists, or a file is missing.
+    """
+    folder = local_folder(path, revision, names)
+    check_files(folder, *names)
+    return folder
+
+
+def local_folder(path: str | os.PathLike, revision: str | None, names: Sequence[str]) -> Path:
+    """The folder at `path`, or one with those of the files `names` that the repository `path` of the Hugging Face hub
+    has. FileNotFoundError if neither exists.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -85,7 +94,6 @@ def find_folder(path: str | os.PathLike, revision: str | None, names: Sequence[s
             raise FileNotFoundError(
                 f"{str(path)!r} is neither a folder nor a repository that can be downloaded: {error}"
             ) from error
-    check_files(folder, *names)
     return folder
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from deftx_kernels.delta import CONFIG_NAME, SparseDelta
+from deftx_kernels.delta import CONFIG_NAME, WEIGHTS_NAME, SparseDelta
 from deftx_kernels.delta.checkpoint import weight_files
 from deftx_kernels.delta.interop import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     SFT_NAME,
     adapter_type,
     from_composable_sft,
@@ -16,11 +17,13 @@ from deftx_kernels.delta.interop import (
     from_peft_shira,
     from_peft_supertuning,
 )
+from deftx_kernels.delta.storage import local_folder
 from deftx_kernels.files import reading
 from deftx_kernels.mask import CSRMask
 
 OTHER_FORMATS = {SFT_NAME: "composable-sft", ADAPTER_CONFIG: "PEFT"}
 ADAPTERS = ("SHIRA", "SUPERTUNING", "LORA")
+FILES = (CONFIG_NAME, WEIGHTS_NAME, SFT_NAME, ADAPTER_CONFIG, ADAPTER_WEIGHTS)  # of all formats
 
 
 def load_delta(path: str) -> SparseDelta:
@@ -41,7 +44,7 @@ def load_delta(path: str) -> SparseDelta:
 def load_any(
     path: str, base: Path | None = None, density: float | None = None, k: int | None = None
 ) -> SparseDelta | CSRMask:
-    """The delta or mask at `path`, in any format that this library reads.
+    """The delta or mask at `path`, in any format that this library reads: a file, a folder, or a repository of the hub.
 
     Args:
         base: folder of the base model, for PEFT adapters.
@@ -49,12 +52,14 @@ def load_any(
 
     Raises:
         ValueError: a damaged file, a folder of no known format, or an adapter that needs another of the arguments.
+        FileNotFoundError: there is no such folder or repository.
     """
     folder = Path(path)
     if folder.is_file():
         if folder.suffix == ".safetensors" and not (folder.parent / CONFIG_NAME).is_file():
             return CSRMask.load(folder)
         folder = folder.parent
+    folder = local_folder(folder, None, FILES)
     found = adapter_type(folder) if (folder / ADAPTER_CONFIG).is_file() else None
     if found != "LORA" and (density, k) != (None, None):
         raise ValueError(f"density and k are for a LoRA adapter, which {path} is not")
@@ -62,10 +67,10 @@ def load_any(
         return _load_adapter(folder, found, base, density, k)
     if (folder / SFT_NAME).is_file():
         return from_composable_sft(folder)
-    if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
+    if not (folder / CONFIG_NAME).is_file():
         names = f"{CONFIG_NAME} (deftx), {SFT_NAME} (composable-sft), {ADAPTER_CONFIG} (PEFT)"
         raise ValueError(f"{path} is no delta of a known format: it holds none of {names}")
-    return SparseDelta.from_pretrained(str(folder))
+    return SparseDelta.from_pretrained(folder)
 
 
 def comparison(one: SparseDelta, other: SparseDelta) -> dict[str, dict[str, float]]:

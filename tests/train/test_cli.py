@@ -71,12 +71,15 @@ def test_compose_adds_vectors(vectors, tmp_path, capsys):
     assert torch.equal(total.values.sort().values, torch.cat([part.values for part in parts]).sort().values)
 
 
-def test_convert_there_and_back(vectors, tmp_path, capsys):
+def test_convert_there_and_back(vectors, tmp_path, capsys, monkeypatch):
     assert run("convert", vectors[0], str(tmp_path / "sft"), "--to", "composable-sft", capsys=capsys)[0] == 0
     assert (tmp_path / "sft/pytorch_diff.bin").is_file()
     assert run("convert", str(tmp_path / "sft"), str(tmp_path / "back"), capsys=capsys)[0] == 0
     first, back = (SparseDelta.from_pretrained(path) for path in (vectors[0], tmp_path / "back"))
     assert torch.equal(first.values, back.values)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(tmp_path / name.split("/")[1]))
+    assert run("convert", "me/sft", str(tmp_path / "downloaded"), capsys=capsys)[0] == 0
+    assert torch.equal(SparseDelta.from_pretrained(tmp_path / "downloaded").values, first.values)
 
 
 @pytest.fixture
