@@ -42,6 +42,7 @@ def collect(folders: Iterable[Path], out: Path) -> dict[Path, list[Row]]:
         found[path] = [row for row in rows if identity(row) not in same] + new
     for path, rows in found.items():
         rows.sort(key=identity)
+        out.mkdir(parents=True, exist_ok=True)
         with replaced(path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
