@@ -148,7 +148,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _other_files(folder: Path, index: str | None) -> Iterator[Path]:
-    """All but weights and their indices (except for `index`), config.json last: without it the folder cannot be loaded."""
+    """All but weights and other indices than `index`, config.json last: without it the folder cannot be loaded."""
     files = [path for path in folder.iterdir() if path.is_file() and path.suffix not in _WEIGHT_FILES]
     files = [path for path in files if path.name == index or not path.name.endswith(".index.json")]
     return iter(sorted(files, key=lambda path: (path.name == "config.json", path.name)))

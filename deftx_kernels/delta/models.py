@@ -39,10 +39,7 @@ def persistent_buffers(model: Model) -> dict[str, Tensor]:
 def _tensors_and_buffers(model: Model, argument: str) -> tuple[dict[str, Tensor], set[str]]:
     """Name → tensor (the plain model's of a sparsified one), tied ones under each name, and the names of buffers."""
     if isinstance(model, nn.Module) and masked_parameters(model):
-        tensors = {
-            validation.plain_name(n): t
-            for n, t in validation.all_tensors(plain_tensors(validation.unwrapped(model)), argument).items()
-        }
+        tensors = validation.all_tensors(plain_tensors(validation.unwrapped(model)), argument)
     else:
         tensors = validation.all_tensors(model, argument)
     buffers = persistent_buffers(model)

@@ -1,8 +1,8 @@
 """Sparse fine-tuning in the style of PEFT: a configuration, the sparsified model, and its delta."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from deftx_kernels.delta import SparseDelta, fingerprint
 from deftx_kernels.delta.models import persistent_buffers
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import masked_parameters, plain_tensors, sparsify
-from deftx_kernels.select import mask_from_weights, matches_ending, target_weights
+from deftx_kernels.select import mask_from_weights, matches_ending, plain_modules, target_weights
 
 _RECORD = "_sparse_base"  # attribute of the model: its BaseRecord
 
@@ -35,14 +35,23 @@ class SparseConfig:
     """ "lift", "magnitude" or "random", as in `init_mask`."""
     rank: int = 128
     """Of "lift"."""
-    target_modules: str | Sequence[str] = "all-linear"
+    target_modules: str | Iterable[str] = "all-linear"
     """ "all-linear", a list of name endings, or a regular expression, as in `init_mask`."""
-    modules_to_save: Sequence[str] | None = None
+    modules_to_save: Iterable[str] | None = None
     """Names or endings of modules that are trained densely and stored whole: a new head, norms."""
     scope: str = "tensor"
     """ "tensor", "row" or "global", as in `topk_mask`."""
     seed: int = 0
     """Of "random"."""
+
+    def __post_init__(self) -> None:
+        """Make lists of other collections, and a Python float of the density: settings are stored as JSON."""
+        for field in ("target_modules", "modules_to_save"):
+            names = getattr(self, field)
+            if isinstance(names, Iterable) and not isinstance(names, str):
+                object.__setattr__(self, field, sorted(names) if isinstance(names, Set) else list(names))
+        if validation.is_number(self.density):
+            object.__setattr__(self, "density", float(cast(float, self.density)))
 
 
 @dataclass
@@ -184,18 +193,18 @@ def print_trainable_parameters(model: nn.Module) -> None:
     )
 
 
-def _parameters_to_save(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, nn.Parameter]:
+def _parameters_to_save(model: nn.Module, modules_to_save: Iterable[str]) -> dict[str, nn.Parameter]:
     """Name → parameter of the modules that are trained densely."""
     if isinstance(modules_to_save, str):
         raise TypeError(f"modules_to_save must be a list of names, got the string {modules_to_save!r}")
     owned: set[int] = set()
     for ending in modules_to_save:
-        found = [m for n, m in model.named_modules() if matches_ending(n, ending)]
+        found = [m for n, m in plain_modules(model).items() if matches_ending(n, ending)]
         if not any(True for m in found for _ in m.parameters()):
             some = ", ".join(n for n, _ in model.named_children())
             raise ValueError(f"modules_to_save: {ending!r} is no module with parameters. The model has {some}")
         owned |= {id(p) for m in found for p in m.parameters()}
-    saved = {n: p for n, p in model.named_parameters() if id(p) in owned}
+    saved = {validation.plain_name(n): p for n, p in model.named_parameters() if id(p) in owned}
     for name, parameter in saved.items():
         if not parameter.is_floating_point():
             raise TypeError(f"modules_to_save: {name!r} is {parameter.dtype}, which cannot be trained")
