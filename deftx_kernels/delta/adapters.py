@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import numbers
 import os
 import warnings
 import weakref
@@ -133,9 +132,8 @@ class SparseAdapters:
         if len(set(names)) < len(names):
             raise ValueError(f"names must not repeat, got {names}")
         deltas = [self[name] for name in names]
-        if isinstance(weights, numbers.Real):
-            weights = [weights]
-        factors = checked_weights(deltas, weights, "set_adapter") if names or weights else []
+        several = weights if weights is None or isinstance(weights, Sequence) else [weights]
+        factors = checked_weights(deltas, several, "set_adapter") if names or several else []
         self._activate(dict(zip(names, factors)))
 
     @contextlib.contextmanager
@@ -174,8 +172,18 @@ class SparseAdapters:
             seed=seed,
         )
 
-    def merge_and_unload(self) -> Model:
-        """Leave the active adapters in the model's weights for good, remove all adapters, and return the model."""
+    def merge_and_unload(self, safe_merge: bool = False) -> Model:
+        """Leave the active adapters in the model's weights for good, remove all adapters, and return the model.
+
+        Args:
+            safe_merge: refuse NaN and infinities, before anything is changed.
+
+        Raises:
+            ValueError: `safe_merge`, and a tensor has one where an active adapter changes it, by name.
+        """
+        for change in self._open if safe_merge else []:
+            if broken := change.not_finite():
+                raise ValueError(f"model's tensor {broken!r} has NaN or infinities with {self.active_adapters} active")
         _release(self._open)
         self._active, self._deltas = {}, {}
         return self.model

@@ -142,6 +142,14 @@ class Change:
         forget(self.additions)
         _OPEN.remove(self)
 
+    def not_finite(self) -> str | None:
+        """The name of a tensor that has NaN or infinities where the change wrote."""
+        for mask, _, after in self.written:
+            for name, values in mask.split(after).items():
+                if not bool(values.isfinite().all()):
+                    return name
+        return next((n for n in self.dense if not bool(self.tensors[n].isfinite().all())), None)
+
     def memory(self) -> set[tuple]:
         """The memory of the tensors: that of a module is also that of its state dict."""
         return {_memory(t) for t in self.tensors.values()} - {()}

@@ -41,7 +41,8 @@ def init_mask(
       the other tensors.
 
     Only weights are covered: no bias, and with "all-linear" no norm, no embedding and no head. Gradient scores (Fisher
-    information, movement) go through `topk_mask`.
+    information, movement) go through `topk_mask`, and so do experts that are one 3-D parameter of their module, since
+    that is no `weight`. For several densities, `init_mask(...) | init_mask(...)` joins the masks of different targets.
 
     Args:
         model: the plain model, on one device, which the mask is on, too.

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deftx_kernels.delta.interop.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, split_by_module
+from deftx_kernels.delta.interop.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_delta,
+    read_adapter,
+    split_by_module,
+)
 from deftx_kernels.delta.models import Model
 from deftx_kernels.delta.sparse_delta import SparseDelta
 from deftx_kernels.files import reading
@@ -82,13 +88,7 @@ def from_peft_lora(
         for module, parts in sorted(modules.items(), key=lambda item: f"{item[0]}.weight"):
             factors[f"{module}.weight"] = _factors(module, parts, _scaling(module, parts, config), transposed, shapes)
     mask, values = _largest_entries(factors, k, density)
-    metadata = {
-        "method": "lora",
-        "source": "peft",
-        "k": mask.nnz,
-        "base_model": config.get("base_model_name_or_path"),
-    }
-    return SparseDelta(mask, values, dense, metadata)
+    return adapter_delta(mask, values, dense, "lora", config, base)
 
 
 def _scaling(module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> float:
