@@ -102,6 +102,8 @@ def get_sparse_model(model: nn.Module, config: SparseConfig, mask: CSRMask | Non
         options = {key: getattr(config, key) for key in ("method", "density", "k", "rank", "scope", "seed")}
         mask = mask_from_weights(weights, **options)
         metadata["method"] = config.method
+    if not isinstance(mask, CSRMask):
+        raise TypeError(f"mask must be a CSRMask, got {type(mask).__name__}")
     for name in saved:
         if name in mask:
             raise ValueError(f"mask covers {name!r}, which is in modules_to_save")

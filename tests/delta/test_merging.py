@@ -90,6 +90,25 @@ def test_against_peft(method, election):
     np.testing.assert_array_equal(flat(result), expected.float().double().numpy())
 
 
+@pytest.mark.parametrize("election", ["total", "frequency"])
+def test_against_mergekit(election):
+    """Equal where all weights are 1: mergekit elects the sign of weighted values and divides by the weights' sum."""
+    sparsify = pytest.importorskip("mergekit.sparsify")
+    get_mask = pytest.importorskip("mergekit.merge_methods.generalized_task_arithmetic").get_mask
+    rng, density = np.random.default_rng(4), 0.3
+    deltas = [random_delta(rng) for _ in range(3)]
+    for delta in deltas:  # no equal magnitudes
+        delta.values = torch.from_numpy(rng.standard_normal(delta.mask.nnz).astype(np.float32))
+    dense = [to_dense(delta) for delta in deltas]
+    expected = []
+    for name in SHAPES:
+        kept = torch.stack([sparsify.magnitude(torch.from_numpy(x[name]), density) for x in dense])
+        agree = get_mask(kept, {"total": "sum", "frequency": "count"}[election])
+        expected.append(((kept * agree).sum(0) / agree.sum(0).clamp(min=1)).reshape(-1))
+    result = merge(*deltas, method="ties", density=density, majority_sign_method=election, scope="tensor")
+    np.testing.assert_array_equal(flat(result), torch.cat(expected).float().double().numpy())
+
+
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 def test_dare(method):
     rng = np.random.default_rng(0)

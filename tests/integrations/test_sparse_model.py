@@ -165,6 +165,8 @@ def test_modules_in_wrappers_have_their_names(wrap, first):
 def test_bad_models():
     with pytest.raises(TypeError, match="config must be a SparseConfig, got dict"):
         get_sparse_model(Tagger(), {"density": 0.1})
+    with pytest.raises(TypeError, match="mask must be a CSRMask, got dict"):
+        get_sparse_model(Tagger(), SparseConfig(), {"layer.weight": torch.ones(8, 8)})
     model = get_sparse_model(Tagger(), CONFIGS["tied"])
     with pytest.raises(ValueError, match="sparsified"):
         get_sparse_model(model, CONFIGS["tied"])

@@ -61,13 +61,14 @@ def from_peft_lora(
         directory: a folder, or a repository of the Hugging Face hub.
         density: the fraction of the elements of all adapted weights that is kept, 0 <= density <= 1.
         k: instead of it, how many entries are kept.
-        base: the base model or its tensors, to check names and shapes.
+        base: the base model or its tensors, to check names and shapes, and whether it has an adapted tensor twice.
 
     Raises:
         FileNotFoundError: there is no such folder or repository, or a file of the adapter is missing.
         ValueError: not exactly one of k and density; the adapter is damaged, not LoRA, or has what a delta of these
             weights cannot hold (DoRA, biases, embeddings, convolutions, an initialisation that changes the base); a
-            weight is not in `base` or has another shape. The setting or the tensor is named.
+            weight is not in `base`, has another shape, or is also that of a module without adapter (a tied embedding).
+            The setting or the tensor is named.
     """
     folder, config, tensors = read_adapter(directory, revision, "LORA")
     with reading(folder / ADAPTER_CONFIG, "LoRA configuration"):

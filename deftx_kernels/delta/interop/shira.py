@@ -43,7 +43,8 @@ def from_peft_shira(
 
     Raises:
         FileNotFoundError: there is no such folder or repository, or a file of the adapter is missing.
-        ValueError: it is damaged or not a SHiRA adapter, or a weight's shape is unknown without `base`.
+        ValueError: it is damaged or not a SHiRA adapter; a weight's shape is unknown without `base`; a weight is in
+            `base` also that of a module without adapter (a tied embedding).
     """
     folder, config, tensors = read_adapter(directory, revision, "SHIRA")
     r = config.get("r")

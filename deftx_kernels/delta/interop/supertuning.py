@@ -37,7 +37,7 @@ def from_peft_supertuning(directory: str | os.PathLike, base: Model, revision: s
     Raises:
         FileNotFoundError: there is no such folder or repository, or a file of the adapter is missing.
         ValueError: it is damaged, not a Super-Tuning adapter, or one with a low-rank part (`r`); a weight is not in
-            `base` or does not fit.
+            `base`, does not fit, or is also that of a module without adapter (a tied embedding).
     """
     folder, config, tensors = read_adapter(directory, revision, "SUPERTUNING")
     if config.get("r") is not None:
