@@ -43,10 +43,12 @@ def merge_into_checkpoint(
     Raises:
         FileNotFoundError: `base` has no safetensors weights, or a file is missing in it.
         FileExistsError: `output` exists and is not the unfinished result of the same base and delta.
-        ValueError: the base lacks a tensor of the delta, has it in another shape, in 8 bits, or (`strict`) with other
-            values; its index names a file outside of the folder.
+        ValueError: the base is an unfinished merge, lacks a tensor of the delta, has it in another shape, in 8 bits, or
+            (`strict`) with other values; its index names a file outside of the folder.
     """
     source, target = Path(base), Path(output)
+    if (source / MARKER).is_file():
+        raise ValueError(f"base {source} is an unfinished merge: the call that wrote it has to be continued first")
     shards = _shards(source)
     parts = _parts(delta, shards, dense)
     made_from = {

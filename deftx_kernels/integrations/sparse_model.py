@@ -58,6 +58,7 @@ class SparseConfig:
 class BaseRecord:
     """What `sparse_delta` needs of the model before training."""
 
+    mask: str  # its fingerprint
     entries: dict[str, Tensor]  # name → compact [nnz of the tensor], on the CPU, in the dtype of the base
     buffers: dict[str, Tensor]  # the persistent ones
     fingerprints: dict[str, str]  # of the masked tensors
@@ -111,6 +112,7 @@ def get_sparse_model(model: nn.Module, config: SparseConfig, mask: CSRMask | Non
         metadata["base_model"] = base_model
     mask.checked_tensors(tensors, "model")
     record = BaseRecord(
+        mask=mask.fingerprint(),
         entries={n: mask[n].gather(tensors).cpu() for n in mask.names},
         buffers={n: t.detach().clone() for n, t in persistent_buffers(inner).items()},
         fingerprints=fingerprint({n: tensors[n] for n in mask.names}),
@@ -150,7 +152,7 @@ def sparse_delta(model: nn.Module, metadata: Mapping[str, Any] | None = None) ->
     record, model = base_record(model), validation.unwrapped(model)
     masked = masked_parameters(model)
     tensors = plain_tensors(model)  # synchronised
-    mask = CSRMask.joined([m.mask for m in masked.values()]).to("cpu")
+    mask = _joined_mask(masked).to("cpu")
     now = {n: m.mask.gather({n: tensors[n].detach()}).cpu() for n, m in masked.items()}
     every = CSRMask.from_dense({n: torch.ones_like(t, dtype=torch.bool) for n, t in now.items()})
     difference = SparseDelta.from_models(now, record.entries, every)
@@ -172,12 +174,17 @@ def base_record(model: nn.Module) -> BaseRecord:
     """What `get_sparse_model` has kept of the base. ValueError unless it made the model, which is sparsified still."""
     model = validation.unwrapped(model)
     record = model.__dict__.get(_RECORD)
-    if record is None or masked_parameters(model).keys() != record.entries.keys():
+    masked = masked_parameters(model)
+    if record is None or not masked or _joined_mask(masked).fingerprint() != record.mask:  # sparsified again since
         raise ValueError(
             "model is not a sparsified one of get_sparse_model: of other models, SparseDelta.from_models(model, base) "
             "makes the delta"
         )
     return record
+
+
+def _joined_mask(masked: Mapping[str, Any]) -> CSRMask:
+    return CSRMask.joined([m.mask for m in masked.values()])
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

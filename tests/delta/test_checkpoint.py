@@ -81,6 +81,8 @@ def test_an_interrupted_call_is_continued(base, delta, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         merge_into_checkpoint(base, delta, output, on_file=stop)
     assert not (output / "config.json").exists()  # transformers cannot load it
+    with pytest.raises(ValueError, match="is an unfinished merge"):
+        merge_into_checkpoint(output, delta, tmp_path / "other")
     with pytest.raises(FileExistsError, match="not an unfinished merge of this base and delta"):
         merge_into_checkpoint(base, 0.5 * delta, output, strict=False)
     write = checkpoint.write_tensors

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from deftx_kernels import SparseDelta, densify, integrations, sparsify, topk_mask
+from deftx_kernels import SparseDelta, densify, init_mask, integrations, sparsify, topk_mask
 from deftx_kernels.integrations import SparseConfig, get_sparse_model, print_trainable_parameters, sparse_delta
 from deftx_kernels.nn import masked_parameters
 
@@ -170,6 +170,11 @@ def test_bad_models():
     model = get_sparse_model(Tagger(), CONFIGS["tied"])
     with pytest.raises(ValueError, match="sparsified"):
         get_sparse_model(model, CONFIGS["tied"])
+    again = sparsify(
+        densify(model), init_mask(model, k=7, method="random", target_modules=["decoder", "layer"], seed=1)
+    )
+    with pytest.raises(ValueError, match="not a sparsified one of get_sparse_model"):
+        sparse_delta(again)
     other = Tagger()
     with pytest.raises(ValueError, match="not a sparsified one of get_sparse_model"):
         sparse_delta(sparsify(other, topk_mask({"layer.weight": other.layer.weight}, k=9)))
