@@ -149,7 +149,7 @@ class SparseAdapters:
 
     def add_weighted_adapter(
         self,
-        names: Sequence[str],
+        names: str | Sequence[str],
         weights: Sequence[float],
         new_name: str,
         combination_type: MergeMethod = "linear",
@@ -164,7 +164,7 @@ class SparseAdapters:
         """
         self._check_new("new_name", new_name)
         self._deltas[new_name] = merge(
-            *(self[name] for name in names),
+            *(self[name] for name in ([names] if isinstance(names, str) else names)),
             weights=weights,
             method=combination_type,
             density=density,

@@ -131,6 +131,9 @@ def test_add_weighted_adapter():
     model, deltas = random_model(torch.float32), {name: random_delta(i) for i, name in enumerate(NAMES)}
     base = {n: t.clone() for n, t in model.items()}
     adapters = SparseAdapters(model, deltas)
+    adapters.add_weighted_adapter("two", [0.5], "half")
+    assert torch.equal(adapters["half"].values, 0.5 * deltas["two"].values)
+    adapters.delete_adapter("half")
     adapters.add_weighted_adapter(["one", "two"], [1.0, 0.5], "sum")
     adapters.add_weighted_adapter(NAMES, [1.0, 1.0, 1.0], "ties", combination_type="ties", density=0.3)
     assert adapters.adapters == [*NAMES, "sum", "ties"]
