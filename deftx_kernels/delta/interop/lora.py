@@ -88,7 +88,10 @@ def from_peft_lora(
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         for module, parts in sorted(modules.items(), key=lambda item: f"{item[0]}.weight"):
             factors[f"{module}.weight"] = _factors(module, parts, _scaling(module, parts, config), transposed, shapes)
-    mask, values = _largest_entries(factors, k, density)
+    sizes = {n: torch.Size((len(left), right.shape[1])) for n, (left, right) in factors.items()}
+    counts = selected_counts(list(sizes), list(sizes.values()), k, density, "global")
+    with reading(folder / ADAPTER_WEIGHTS, "LoRA adapter"):
+        mask, values = _largest_entries(factors, sizes, counts)
     return adapter_delta(mask, values, dense, "lora", config, base)
 
 
@@ -131,12 +134,10 @@ def _factors(
 
 
 def _largest_entries(
-    factors: Mapping[str, tuple[Tensor, Tensor]], k: int | None, density: float | None
+    factors: Mapping[str, tuple[Tensor, Tensor]], shapes: dict[str, torch.Size], counts: list[int]
 ) -> tuple[CSRMask, Tensor]:
     """Mask and compact values of the largest entries of all products, of which one group exists at a time."""
-    shapes = {n: torch.Size((len(left), right.shape[1])) for n, (left, right) in factors.items()}
     check_mask_layout(list(shapes), list(shapes.values()))
-    counts = selected_counts(list(shapes), list(shapes.values()), k, density, "global")
 
     def products(names: Sequence[str]) -> list[Tensor]:
         found = [torch.matmul(*factors[n]).to(torch.float32) for n in names]
