@@ -6,17 +6,15 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
-import torch
 from torch import nn
 
 from deftx_kernels.delta.arithmetic import weighted_sum
-from deftx_kernels.delta.change import Change
+from deftx_kernels.delta.change import Change, reopen
 from deftx_kernels.delta.merging import MergeMethod, merge
-from deftx_kernels.delta.models import Model, checked_targets, current_tensors
+from deftx_kernels.delta.models import Model, check_not_8_bit, checked_targets, current_tensors
 from deftx_kernels.delta.sparse_delta import SparseDelta, checked_weights, united_tensors
-from deftx_kernels.kernels.tensors import FLOATS
 
 
 class SparseAdapters:
@@ -58,6 +56,15 @@ class SparseAdapters:
         for name, delta in (adapters or {}).items():
             self.add_adapter(name, delta)
 
+    def __copy__(self) -> NoReturn:
+        raise TypeError("two SparseAdapters would share what is active: copy.deepcopy copies the model as well")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a deep copy or a pickle: its model is another one, in which the same adapters are active."""
+        self.__dict__.update(state)
+        reopen(self._open)
+        weakref.finalize(self, _release, self._open)
+
     def __repr__(self) -> str:
         return f"SparseAdapters({list(self._deltas)}, active={self.active_adapters})"
 
@@ -78,15 +85,19 @@ class SparseAdapters:
         """Names of those that are in the model's weights."""
         return list(self._active)
 
-    def add_adapter(self, name: str, delta: SparseDelta | str | os.PathLike, revision: str | None = None) -> None:
+    def add_adapter(
+        self, name: str, delta: SparseDelta | str | os.PathLike, revision: str | None = None, *, strict: bool = True
+    ) -> None:
         """Add an adapter, which does not activate it.
 
         Args:
             delta: a delta, or a folder or repository of one, with its `revision`.
+            strict: whether the model (without its active adapters) must be the delta's base. False adds a delta of
+                another base, or of the same one in another dtype: each sum is rounded to that of the model.
 
         Raises:
-            ValueError: the name is taken; the model (without its active adapters) is not the delta's base, lacks a
-                tensor, or has it in another shape or in 8 bits, by name; errors of `SparseDelta.from_pretrained`.
+            ValueError: the name is taken; the model is not the base (`strict`), lacks a tensor, or has it in another
+                shape or in 8 bits, by name; errors of `SparseDelta.from_pretrained`.
             TypeError: something else than a delta or a path.
         """
         self._check_new("name", name)
@@ -95,8 +106,8 @@ class SparseAdapters:
         elif not isinstance(delta, SparseDelta):
             raise TypeError(f"delta must be a SparseDelta or the path of one, got {type(delta).__name__}")
         with self.disable_adapter():
-            self._check_dtypes(delta)
-            delta.check_base(self.model)
+            check_not_8_bit(delta.mask.names, current_tensors(self.model))
+            delta.check_base(self.model, strict)
         self._deltas[name] = delta
 
     def delete_adapter(self, name: str) -> None:
@@ -121,9 +132,8 @@ class SparseAdapters:
         if len(set(names)) < len(names):
             raise ValueError(f"names must not repeat, got {names}")
         deltas = [self[name] for name in names]
-        if isinstance(weights, int | float):
-            weights = [weights]
-        factors = checked_weights(deltas, weights, "set_adapter") if names or weights else []
+        several = weights if weights is None or isinstance(weights, Sequence) else [weights]
+        factors = checked_weights(deltas, several, "set_adapter") if names or several else []
         self._activate(dict(zip(names, factors)))
 
     @contextlib.contextmanager
@@ -139,7 +149,7 @@ class SparseAdapters:
 
     def add_weighted_adapter(
         self,
-        names: Sequence[str],
+        names: str | Sequence[str],
         weights: Sequence[float],
         new_name: str,
         combination_type: MergeMethod = "linear",
@@ -154,7 +164,7 @@ class SparseAdapters:
         """
         self._check_new("new_name", new_name)
         self._deltas[new_name] = merge(
-            *(self[name] for name in names),
+            *(self[name] for name in ([names] if isinstance(names, str) else names)),
             weights=weights,
             method=combination_type,
             density=density,
@@ -162,8 +172,18 @@ class SparseAdapters:
             seed=seed,
         )
 
-    def merge_and_unload(self) -> Model:
-        """Leave the active adapters in the model's weights for good, remove all adapters, and return the model."""
+    def merge_and_unload(self, safe_merge: bool = False) -> Model:
+        """Leave the active adapters in the model's weights for good, remove all adapters, and return the model.
+
+        Args:
+            safe_merge: refuse NaN and infinities, before anything is changed.
+
+        Raises:
+            ValueError: `safe_merge`, and a tensor has one where an active adapter changes it, by name.
+        """
+        for change in self._open if safe_merge else []:
+            if broken := change.not_finite():
+                raise ValueError(f"model's tensor {broken!r} has NaN or infinities with {self.active_adapters} active")
         _release(self._open)
         self._active, self._deltas = {}, {}
         return self.model
@@ -180,20 +200,10 @@ class SparseAdapters:
         if name in self._deltas:
             raise ValueError(f"{argument}: there is an adapter {name!r} already; delete_adapter({name!r}) removes it")
 
-    def _check_dtypes(self, delta: SparseDelta) -> None:
-        tensors = current_tensors(self.model)
-        for name in delta.mask.names:
-            found = tensors.get(name)
-            if isinstance(found, torch.Tensor) and found.dtype not in FLOATS:
-                dtype = str(found.dtype).removeprefix("torch.")
-                raise ValueError(
-                    f"model's tensor {name!r} is {dtype}, in which most of a delta would be lost: adapters need "
-                    "float32, float64, bfloat16 or float16"
-                )
-
     def _activate(self, active: dict[str, float]) -> None:
         """Replace the active adapters. Every check comes before the first write."""
-        if list(active.items()) == list(self._active.items()):  # in this order, which is that of the sum
+        same = list(active.items()) == list(self._active.items())  # in this order, which is that of the sum
+        if same and bool(active) == bool(self._open):  # they differ after an interrupt
             return
         change = self._change(active) if active else None
         self._active, messages = {}, ("", "")
@@ -213,7 +223,7 @@ class SparseAdapters:
         weights = list(active.values())
         total = deltas[0].terms if weights == [1.0] else weighted_sum([delta.terms for delta in deltas], weights)
         dense, tied = united_tensors(deltas)
-        targets, copies = checked_targets(self.model, total.mask, dense, tied, strict=True)
+        targets, copies = checked_targets(self.model, total.mask, dense, tied, strict=False)  # as `add_adapter` was
         current = functools.partial(current_tensors, self.model)
         return Change(*total, dense, targets, copies, current, 1.0, None, {})
 

@@ -88,7 +88,7 @@ def rounded(terms: Terms) -> tuple[Tensor, Low | None]:
     high = torch.where(total.isfinite(), total.clamp(-largest, largest), total).to(torch.float32)
     kept = total.isfinite() & (total.abs() > largest)
     if terms.low is not None:
-        kept[terms.low[0]] = True
+        kept[terms.low[0]] = total[terms.low[0]].isfinite()  # beside an infinity a low term would give NaN
     positions = kept.nonzero().view(-1)
     if not len(positions):
         return high, None

@@ -43,7 +43,8 @@ class Change:
             held = change.memory()
             for name, tensor in self.tensors.items():
                 if _memory(tensor) in held:
-                    raise ValueError(f"model's tensor {name!r} is in an open `applied` block, which would undo this")
+                    where = f"model's tensor {name!r} is in an open `applied` block or has an active adapter"
+                    raise ValueError(f"{where}, whose end would undo this")
 
     def read_histories(self) -> dict[str, History]:
         """Name → history of each tensor in the mask; empty without an identity. Hashes these tensors."""
@@ -91,6 +92,15 @@ class Change:
         Returns:
             Two messages, "" if there is nothing to report: what could not be restored, and what other code had written.
         """
+        try:
+            return self._close()
+        except BaseException:  # an interrupt: entries are restored to stored values, which can be done twice
+            self._close()
+            raise
+        finally:
+            _OPEN.remove(self)
+
+    def _close(self) -> tuple[str, str]:
         later: list[Change] = []
         former = {id(self): self._update_tensors()}
         touched = self.memory()
@@ -101,18 +111,15 @@ class Change:
                 touched |= change.memory()
         overwritten: list[str] = []
         misfits: list[str] = []
-        try:
-            for change in reversed([self, *later]):
-                forget(change.additions)
-                overwritten += change._overwritten()
-                own = change._restore(change.tensors)
-                if former[id(change)]:  # other code may still use these tensors
-                    change._restore(change.tensors | former[id(change)])
-                misfits += own
-                if own:
-                    change.written, change.replaced = [], {}
-        finally:
-            _OPEN.remove(self)
+        for change in reversed([self, *later]):
+            forget(change.additions)
+            overwritten += change._overwritten()
+            own = change._restore(change.tensors)
+            if former[id(change)]:  # other code may still use these tensors
+                change._restore(change.tensors | former[id(change)])
+            misfits += own
+            if own:
+                change.written, change.replaced = [], {}
         for change in later:
             if change.written or change.replaced:
                 change.read_histories()
@@ -134,6 +141,14 @@ class Change:
         """End an open change and leave the delta in the tensors."""
         forget(self.additions)
         _OPEN.remove(self)
+
+    def not_finite(self) -> str | None:
+        """The name of a tensor that has NaN or infinities where the change wrote."""
+        for mask, _, after in self.written:
+            for name, values in mask.split(after).items():
+                if not bool(values.isfinite().all()):
+                    return name
+        return next((n for n in self.dense if not bool(self.tensors[n].isfinite().all())), None)
 
     def memory(self) -> set[tuple]:
         """The memory of the tensors: that of a module is also that of its state dict."""
@@ -186,6 +201,11 @@ class Change:
 
 
 _OPEN: list[Change] = []  # in the order in which they were opened
+
+
+def reopen(changes: Sequence[Change]) -> None:
+    """Register copies of open changes, which were made with copies of their tensors."""
+    _OPEN.extend(changes)
 
 
 def _memory(tensor: Tensor) -> tuple:

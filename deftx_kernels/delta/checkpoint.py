@@ -4,11 +4,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
+from deftx_kernels.delta.fingerprints import fingerprint
+from deftx_kernels.delta.models import check_not_8_bit
+from deftx_kernels.delta.renaming import fitting_prefix
 from deftx_kernels.delta.sparse_delta import SparseDelta
 from deftx_kernels.files import make_folder, read_json, reading, write_json, write_tensors
 
@@ -26,7 +29,7 @@ def merge_into_checkpoint(
     strict: bool = True,
     on_file: Callable[[int, int], Any] | None = None,
 ) -> None:
-    """Write the model folder `output`: that of `base` with the delta added, its other files copied.
+    """Write the model folder `output`: that of `base` with the delta added, its other files (not its folders) copied.
 
     One weight file of the base is in memory at a time. `output` can be loaded only when it is complete; after a crash,
     the same call continues with the files that are missing.
@@ -34,38 +37,43 @@ def merge_into_checkpoint(
     Args:
         base: a folder with model.safetensors, or with several files and their index.
         dense: whether the delta's whole tensors replace the base's, which must have them.
-        strict: as in `SparseDelta.apply_`. All files are checked before the first one is written.
+        strict: as in `SparseDelta.apply_`. Without it, too, all files are checked before the first one is written.
         on_file: called with the number of weight files written, and of all, after each.
 
     Raises:
         FileNotFoundError: `base` has no safetensors weights, or a file is missing in it.
         FileExistsError: `output` exists and is not the unfinished result of the same base and delta.
-        ValueError: the base lacks a tensor of the delta, has it in another shape, or (`strict`) with other values.
+        ValueError: the base is an unfinished merge, lacks a tensor of the delta, has it in another shape, in 8 bits, or
+            (`strict`) with other values; its index names a file outside of the folder.
     """
     source, target = Path(base), Path(output)
+    if (source / MARKER).is_file():
+        raise ValueError(f"base {source} is an unfinished merge: the call that wrote it has to be continued first")
     shards = _shards(source)
     parts = _parts(delta, shards, dense)
     made_from = {
         "delta": delta.content_hash(),
-        "dense": sorted(delta.dense) if dense else [],
+        "dense": fingerprint(delta.dense) if dense else {},
         "base": {name: [(stat := (source / name).stat()).st_size, stat.st_mtime_ns] for name in shards},
     }
     done = _begin(target, made_from)
     for name, part in parts.items():
-        part.check(_read(source / name)[0], strict)
+        tensors, _ = _read(source / name)
+        check_not_8_bit(part.mask.names, tensors)
+        part.check_base(tensors, strict)
     make_folder(target)
     write_json(target / MARKER, {"made_from": made_from, "done": done})
     for number, name in enumerate(shards, start=1):
         if name not in done:
             tensors, metadata = _read(source / name)
             if name in parts:
-                parts[name].apply_(tensors)
+                parts[name].apply_(tensors, strict=False)
             write_tensors(target / name, tensors, metadata)
             done.append(name)
             write_json(target / MARKER, {"made_from": made_from, "done": done})
         if on_file is not None:
             on_file(number, len(shards))
-    for path in _other_files(source):
+    for path in _other_files(source, index=None if WEIGHTS in shards else INDEX):
         shutil.copyfile(path, target / path.name)
     (target / MARKER).unlink()
 
@@ -75,13 +83,16 @@ def weight_files(folder: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such folder, or a file is missing in it.
+        ValueError: the index is damaged, or names a file outside of the folder.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"base {folder} is no folder: give a model folder")
     names = [WEIGHTS]
-    if (folder / INDEX).is_file():
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():  # of both, transformers reads WEIGHTS
         with reading(folder / INDEX, "index of a checkpoint"):
             names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+            if outside := [name for name in names if Path(name).name != name]:
+                raise ValueError(f"it names {outside[0]!r}, which is no file in its folder")
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"base {folder} has no {name}: its weights must be safetensors files")
@@ -97,41 +108,27 @@ def _shards(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-class _Part(NamedTuple):
-    """What a delta changes in one file."""
-
-    sparse: SparseDelta | None
-    whole: dict[str, Tensor]
-
-    def check(self, tensors: dict[str, Tensor], strict: bool) -> None:
-        if self.sparse is not None and strict:
-            self.sparse.check_base(tensors)
-        for name, tensor in self.whole.items():
-            if tensors[name].shape != tensor.shape:
-                shapes = f"{list(tensors[name].shape)}, in the delta {list(tensor.shape)}"
-                raise ValueError(f"tensor {name!r} has shape {shapes}; dense=False leaves whole tensors out")
-
-    def apply_(self, tensors: dict[str, Tensor]) -> None:
-        if self.sparse is not None:
-            self.sparse.apply_(tensors, strict=False)
-        for name, tensor in self.whole.items():
-            tensors[name].copy_(tensor)
-
-
-def _parts(delta: SparseDelta, shards: dict[str, list[str]], dense: bool) -> dict[str, _Part]:
-    """File → what the delta changes there. ValueError where the files lack a tensor."""
+def _parts(delta: SparseDelta, shards: dict[str, list[str]], dense: bool) -> dict[str, SparseDelta]:
+    """File → the delta of its tensors. ValueError where the files lack a tensor."""
     tied, whole = delta.metadata.get("tied", {}), delta.dense if dense else {}
     found, covered = {}, set()
     for file, names in shards.items():
         first = {name: tied.get(name, name) for name in names}
         covered |= set(first.values())
-        sparse = {name for name in first.values() if name in delta.mask}
+        own: dict[str, str] = {}  # name in the delta → name in the file, which may have another one of tied tensors
+        for name, one in first.items():
+            if one in delta.mask and (one not in own or name == one):
+                own[one] = name
         replaced = {name: whole[one] for name, one in first.items() if one in whole}
-        if sparse or replaced:
-            found[file] = _Part(delta.restricted(sparse) if sparse else None, replaced)
+        if own or replaced:
+            part = delta.restricted(own)
+            found[file] = SparseDelta(part.mask, part.values, replaced, part.metadata, part.low)
+    every = [name for names in shards.values() for name in names]
     for name in (*delta.mask.names, *whole):
         if name not in covered:
             hint = "" if name in delta.mask else "; dense=False leaves whole tensors out"
+            if fitting := fitting_prefix([*delta.mask.names, *whole], every):
+                hint = f": delta.{fitting[0]}({fitting[1]!r}) has the base's names"
             raise ValueError(f"base lacks tensor {name!r} of the delta{hint}")
     return found
 
@@ -142,7 +139,7 @@ def _begin(target: Path, made_from: dict) -> list[str]:
         return []
     if (target / MARKER).is_file():
         marker = read_json(target / MARKER)
-        if marker.get("made_from") == made_from:
+        if isinstance(marker, dict) and marker.get("made_from") == made_from:
             return [name for name in marker.get("done", []) if (target / name).is_file()]
     raise FileExistsError(f"output {target} exists and is not an unfinished merge of this base and delta")
 
@@ -152,7 +149,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def _other_files(folder: Path) -> Iterator[Path]:
-    """All but weights, config.json last: without it the folder cannot be loaded."""
+def _other_files(folder: Path, index: str | None) -> Iterator[Path]:
+    """All but weights and other indices than `index`, config.json last: without it the folder cannot be loaded."""
     files = [path for path in folder.iterdir() if path.is_file() and path.suffix not in _WEIGHT_FILES]
+    files = [path for path in files if path.name == index or not path.name.endswith(".index.json")]
     return iter(sorted(files, key=lambda path: (path.name == "config.json", path.name)))

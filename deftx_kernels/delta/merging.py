@@ -28,8 +28,8 @@ def merge(
     - "ties", "dare_ties": each delta's largest entries, or entries kept at random; then the sign is elected for each
       entry, and the weighted values of that sign are averaged (Yadav et al. 2023).
 
-    mergekit differs in three things: it trims each tensor by itself (`scope="tensor"`); it elects the signs of the
-    weighted values and divides by the sum of the agreeing weights, so that equal weights cancel; and its DARE scales a
+    PEFT and mergekit trim each tensor by itself, as `scope="tensor"` does. mergekit's TIES elects the signs of weighted
+    values and divides by the sum of the weights of that sign: the same where all weights are 1. Its DARE scales a
     tensor to its former sum of magnitudes rather than by 1 / density.
 
     Whole tensors (a head) are united, neither scaled nor pruned. Entries that no delta keeps leave the mask.

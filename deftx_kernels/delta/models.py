@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from deftx_kernels import validation
 from deftx_kernels.delta.exact import SUMMABLE, bits_differ
 from deftx_kernels.delta.renaming import fitting_prefix
+from deftx_kernels.kernels.tensors import FLOATS
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import masked_parameters, plain_tensors
 
@@ -38,10 +39,7 @@ def persistent_buffers(model: Model) -> dict[str, Tensor]:
 def _tensors_and_buffers(model: Model, argument: str) -> tuple[dict[str, Tensor], set[str]]:
     """Name → tensor (the plain model's of a sparsified one), tied ones under each name, and the names of buffers."""
     if isinstance(model, nn.Module) and masked_parameters(model):
-        tensors = {
-            validation.plain_name(n): t
-            for n, t in validation.all_tensors(plain_tensors(validation.unwrapped(model)), argument).items()
-        }
+        tensors = validation.all_tensors(plain_tensors(validation.unwrapped(model)), argument)
     else:
         tensors = validation.all_tensors(model, argument)
     buffers = persistent_buffers(model)
@@ -162,6 +160,17 @@ def checked_targets(
             del targets[name], copies[name]
     validation.check_writable({labels[n]: t for n, t in targets.items()})
     return targets, copies
+
+
+def check_not_8_bit(names: Iterable[str], tensors: Mapping[str, Any]) -> None:
+    """ValueError, naming the tensor, unless those of a delta have 16 bits or more."""
+    for name in names:
+        found = tensors.get(name)
+        if isinstance(found, Tensor) and found.dtype not in FLOATS:
+            raise ValueError(
+                f"model's tensor {name!r} is {str(found.dtype).removeprefix('torch.')}, in which most of a delta would "
+                "be lost: float32, float64, bfloat16 or float16 is needed"
+            )
 
 
 def _check_target(tensor: Tensor, label: str, shape: torch.Size, needs_sum: bool, whole: Tensor | None) -> None:

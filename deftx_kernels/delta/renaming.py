@@ -68,6 +68,8 @@ def picked_entries(
         within = [(low[0] >= begin) & (low[0] < end) for begin, end in spans]
         moved = [low[0][w] - begin + start for w, (begin, _), start in zip(within, spans, starts)]
         low = torch.cat(moved), torch.cat([low[1][w] for w in within])
+    if not parts:
+        return CSRMask.unchecked([], [], mask.crow_indices[:1], mask.col_indices[:0]), values[:0], None
     return CSRMask.joined(parts), torch.cat([values[begin:end] for begin, end in spans]), low
 
 

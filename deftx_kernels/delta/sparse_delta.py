@@ -168,10 +168,11 @@ class SparseDelta:
 
         Raises:
             ValueError: the model lacks a tensor, has it in another shape or where it cannot be written, has two of the
-                delta's tensors in the same memory, or has one in an open `applied` block; with `strict` also if its
-                tensors are not the base's (by fingerprint; deltas that this library added before do not count), copies
-                of a tied tensor differ (without `strict` they stay as they are) or the delta has been added already,
-                unless `alpha` removes it. The tensors are named. After any error the model is unchanged.
+                delta's tensors in the same memory, or has one in an open `applied` block or with an active adapter;
+                with `strict` also if its tensors are not the base's (by fingerprint; deltas that this library added
+                before do not count), copies of a tied tensor differ (without `strict` they stay as they are) or the
+                delta has been added already, unless `alpha` removes it. The tensors are named. After any error the
+                model is unchanged.
             TypeError: a tensor is not floating point or not a plain tensor (a DTensor).
         """
         change = self._change(model, alpha, dense, strict)
@@ -208,9 +209,9 @@ class SparseDelta:
         if overwritten:
             warnings.warn(overwritten, RuntimeWarning, stacklevel=3)
 
-    def check_base(self, model: Model) -> None:
+    def check_base(self, model: Model, strict: bool = True) -> None:
         """ValueError or TypeError, as in `apply_`, unless this delta can be added to the model."""
-        self._check_base(self._change(model, 1.0, dense=True, strict=True))
+        self._check_base(self._change(model, 1.0, dense=True, strict=strict))
 
     def _change(self, model: Model, alpha: float, dense: bool, strict: bool) -> Change:
         """The addition to the model's tensors, after every check but those of their content."""
@@ -258,10 +259,16 @@ class SparseDelta:
         """Mask, values and low terms."""
         return Terms(self.mask, self.values, self.low)
 
-    def restricted(self, names: Iterable[str]) -> "SparseDelta":
-        """The delta of some of the mask's tensors, without whole ones."""
-        mask, values, low = picked_entries(self.mask, self.values, self.low, {name: name for name in names})
-        return SparseDelta(mask, values, None, self.metadata, low)
+    def restricted(self, names: Mapping[str, str]) -> "SparseDelta":
+        """The delta of some of the mask's tensors, without whole ones. `names`: name → name in the result."""
+        mask, values, low = picked_entries(self.mask, self.values, self.low, names)
+        base, tied = self.metadata.get("base_fingerprint", {}), self.metadata.get("tied", {})
+        metadata = {
+            **self.metadata,
+            "base_fingerprint": {new: base[name] for name, new in names.items() if name in base},
+            "tied": {n: names[first] for n, first in tied.items() if names.get(first, n) != n},
+        }
+        return SparseDelta(mask, values, None, metadata, low)
 
     def __mul__(self, factor: float) -> "SparseDelta":
         """factor * delta. Whole tensors are not scaled."""

@@ -1,9 +1,9 @@
 """Sparse fine-tuning in the style of PEFT: a configuration, the sparsified model, and its delta."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from deftx_kernels.delta import SparseDelta, fingerprint
 from deftx_kernels.delta.models import persistent_buffers
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import masked_parameters, plain_tensors, sparsify
-from deftx_kernels.select import mask_from_weights, matches_ending, target_weights
+from deftx_kernels.select import mask_from_weights, matches_ending, plain_modules, target_weights
 
 _RECORD = "_sparse_base"  # attribute of the model: its BaseRecord
 
@@ -30,29 +30,42 @@ class SparseConfig:
 
     density: float | None = None
     """The fraction of the weights to train, per `scope`. Either this or `k`."""
-    density_pattern: Mapping[str, float] | None = None
-    """Name or ending of a module, or a regular expression of it → the density of its weight, in place of `density`, as
-    PEFT's `rank_pattern`. Not with scope "global"."""
     k: int | None = None
     """The number of entries to train, per `scope`."""
     method: str = "lift"
     """ "lift", "magnitude" or "random", as in `init_mask`."""
     rank: int = 128
     """Of "lift"."""
-    target_modules: str | Sequence[str] = "all-linear"
+    target_modules: str | Iterable[str] = "all-linear"
     """ "all-linear", a list of name endings, or a regular expression, as in `init_mask`."""
-    modules_to_save: Sequence[str] | None = None
+    modules_to_save: Iterable[str] | None = None
     """Names or endings of modules that are trained densely and stored whole: a new head, norms."""
     scope: str = "tensor"
     """ "tensor", "row" or "global", as in `topk_mask`."""
     seed: int = 0
     """Of "random"."""
+    density_pattern: Mapping[str, float] | None = None
+    """Name or ending of a module, or a regular expression of it → the density of its weight, in place of `density`, as
+    PEFT's `rank_pattern`. Not with scope "global"."""
+
+    def __post_init__(self) -> None:
+        """Make lists and dicts of other collections, and Python floats of densities: settings are stored as JSON."""
+        for field in ("target_modules", "modules_to_save"):
+            names = getattr(self, field)
+            if isinstance(names, Iterable) and not isinstance(names, str):
+                object.__setattr__(self, field, sorted(names) if isinstance(names, Set) else list(names))
+        if validation.is_number(self.density):
+            object.__setattr__(self, "density", float(cast(float, self.density)))
+        if self.density_pattern:
+            pattern = {n: float(d) if validation.is_number(d) else d for n, d in self.density_pattern.items()}
+            object.__setattr__(self, "density_pattern", pattern)
 
 
 @dataclass
 class BaseRecord:
     """What `sparse_delta` needs of the model before training."""
 
+    mask: str  # its fingerprint
     entries: dict[str, Tensor]  # name → compact [nnz of the tensor], on the CPU, in the dtype of the base
     buffers: dict[str, Tensor]  # the persistent ones
     fingerprints: dict[str, str]  # of the masked tensors
@@ -96,6 +109,8 @@ def get_sparse_model(model: nn.Module, config: SparseConfig, mask: CSRMask | Non
         weights = {n: tensors[n] for n in target_weights(model, config.target_modules, without=saved)}
         mask = _chosen_mask(weights, config)
         metadata["method"] = config.method
+    if not isinstance(mask, CSRMask):
+        raise TypeError(f"mask must be a CSRMask, got {type(mask).__name__}")
     for name in saved:
         if name in mask:
             raise ValueError(f"mask covers {name!r}, which is in modules_to_save")
@@ -103,6 +118,7 @@ def get_sparse_model(model: nn.Module, config: SparseConfig, mask: CSRMask | Non
         metadata["base_model"] = base_model
     mask.checked_tensors(tensors, "model")
     record = BaseRecord(
+        mask=mask.fingerprint(),
         entries={n: mask[n].gather(tensors).cpu() for n in mask.names},
         buffers={n: t.detach().clone() for n, t in persistent_buffers(inner).items()},
         fingerprints=fingerprint({n: tensors[n] for n in mask.names}),
@@ -142,7 +158,7 @@ def sparse_delta(model: nn.Module, metadata: Mapping[str, Any] | None = None) ->
     record, model = base_record(model), validation.unwrapped(model)
     masked = masked_parameters(model)
     tensors = plain_tensors(model)  # synchronised
-    mask = CSRMask.joined([m.mask for m in masked.values()]).to("cpu")
+    mask = _joined_mask(masked).to("cpu")
     now = {n: m.mask.gather({n: tensors[n].detach()}).cpu() for n, m in masked.items()}
     every = CSRMask.from_dense({n: torch.ones_like(t, dtype=torch.bool) for n, t in now.items()})
     difference = SparseDelta.from_models(now, record.entries, every)
@@ -164,12 +180,17 @@ def base_record(model: nn.Module) -> BaseRecord:
     """What `get_sparse_model` has kept of the base. ValueError unless it made the model, which is sparsified still."""
     model = validation.unwrapped(model)
     record = model.__dict__.get(_RECORD)
-    if record is None or masked_parameters(model).keys() != record.entries.keys():
+    masked = masked_parameters(model)
+    if record is None or not masked or _joined_mask(masked).fingerprint() != record.mask:  # sparsified again since
         raise ValueError(
             "model is not a sparsified one of get_sparse_model: of other models, SparseDelta.from_models(model, base) "
             "makes the delta"
         )
     return record
+
+
+def _joined_mask(masked: Mapping[str, Any]) -> CSRMask:
+    return CSRMask.joined([m.mask for m in masked.values()])
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -222,18 +243,18 @@ def _first_match(pattern: Mapping[str, float], module: str) -> str | None:
     return None
 
 
-def _parameters_to_save(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, nn.Parameter]:
+def _parameters_to_save(model: nn.Module, modules_to_save: Iterable[str]) -> dict[str, nn.Parameter]:
     """Name → parameter of the modules that are trained densely."""
     if isinstance(modules_to_save, str):
         raise TypeError(f"modules_to_save must be a list of names, got the string {modules_to_save!r}")
     owned: set[int] = set()
     for ending in modules_to_save:
-        found = [m for n, m in model.named_modules() if matches_ending(n, ending)]
+        found = [m for n, m in plain_modules(model).items() if matches_ending(n, ending)]
         if not any(True for m in found for _ in m.parameters()):
             some = ", ".join(n for n, _ in model.named_children())
             raise ValueError(f"modules_to_save: {ending!r} is no module with parameters. The model has {some}")
         owned |= {id(p) for m in found for p in m.parameters()}
-    saved = {n: p for n, p in model.named_parameters() if id(p) in owned}
+    saved = {validation.plain_name(n): p for n, p in model.named_parameters() if id(p) in owned}
     for name, parameter in saved.items():
         if not parameter.is_floating_point():
             raise TypeError(f"modules_to_save: {name!r} is {parameter.dtype}, which cannot be trained")

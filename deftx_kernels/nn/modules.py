@@ -21,7 +21,7 @@ from deftx_kernels.nn.functional import (
     scattered_copy,
 )
 from deftx_kernels.ops.schemas import compute_dtype
-from deftx_kernels.validation import check_writable, usable_in_backward, values_name
+from deftx_kernels.validation import check_writable, plain_name, usable_in_backward, values_name
 
 _FROZEN = "_frozen_by_sparsify"  # attribute of a module: the names of its parameters that `sparsify` has frozen
 
@@ -292,7 +292,8 @@ def sparsify(model: nn.Module, mask: CSRMask, *, freeze_others: bool = False) ->
     """
     if any(isinstance(m, Masked) for m in model.modules()):
         raise ValueError("model is sparsified already: densify(model) first")
-    tensors = dict(zip(mask.names, mask.checked_tensors(dict(model.named_parameters()), "model")))
+    named = {plain_name(n): p for n, p in model.named_parameters()}
+    tensors = dict(zip(mask.names, mask.checked_tensors(named, "model")))
     _check_trainable(tensors)
     name_of = {id(t): n for n, t in tensors.items()}
     # module, its new class, attribute → name in the model
@@ -443,11 +444,13 @@ def masked_parameters(model: nn.Module) -> dict[str, MaskedParameter]:
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """`named_parameters()` of the plain model: for a sparsified one the synchronised dense tensors, without values."""
+    """`named_parameters()` of the plain model: for a sparsified one the synchronised dense tensors, without values.
+    Names as without torch.compile and activation checkpointing.
+    """
     values = set()
     for module in model.modules():
         if isinstance(module, Masked):
             for attr, entry in module._masked_entries.items():
                 module._masked(attr)
                 values.add(id(entry.values))
-    return {name: p for name, p in model.named_parameters() if id(p) not in values}
+    return {plain_name(name): p for name, p in model.named_parameters() if id(p) not in values}

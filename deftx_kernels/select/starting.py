@@ -41,7 +41,8 @@ def init_mask(
       the other tensors.
 
     Only weights are covered: no bias, and with "all-linear" no norm, no embedding and no head. Gradient scores (Fisher
-    information, movement) go through `topk_mask`.
+    information, movement) go through `topk_mask`, and so do experts that are one 3-D parameter of their module, since
+    that is no `weight`. For several densities, `init_mask(...) | init_mask(...)` joins the masks of different targets.
 
     Args:
         model: the plain model, on one device, which the mask is on, too.
@@ -137,10 +138,10 @@ def target_weights(
     validation.all_tensors(model, "model")  # ValueError for a sparsified one
     first = {id(p): validation.plain_name(n) for n, p in model.named_parameters()}
     weights = {}  # module → name of its weight
-    for module_name, module in model.named_modules():
+    for module_name, module in plain_modules(model).items():
         weight = module._parameters.get("weight")
         if weight is not None and weight.dim() > 1:
-            weights[validation.plain_name(module_name)] = first[id(weight)]
+            weights[module_name] = first[id(weight)]
     excluded = set(without)
     found = {weights[n] for n in _matching(model, list(weights), target_modules) if weights[n] not in excluded}
     if not found:
@@ -153,7 +154,7 @@ def _matching(model: nn.Module, names: list[str], targets: str | Iterable[str]) 
     if isinstance(targets, str):
         if targets.lower() == ALL_LINEAR:
             head = _head_names(model)
-            modules = dict(model.named_modules())
+            modules = plain_modules(model)
             found = [n for n in names if n not in head and _is_linear(modules[n])]
         else:
             try:
@@ -173,6 +174,11 @@ def _matching(model: nn.Module, names: list[str], targets: str | Iterable[str]) 
     if not endings:
         raise _no_match(endings, names)
     return [n for n in names if any(matches_ending(n, target) for target in endings)]
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """`named_modules()` without what torch.compile and activation checkpointing insert: modules and names."""
+    return {validation.plain_name(f"{name}.")[:-1]: module for name, module in model.named_modules()}
 
 
 def matches_ending(name: str, ending: str) -> bool:
@@ -196,4 +202,4 @@ def _head_names(model: nn.Module) -> set[str]:
     output = getattr(model, "get_output_embeddings", lambda: None)()
     head = [output] if output is not None else [getattr(model, name, None) for name in _HEADS]
     members = {id(m) for part in head if isinstance(part, nn.Module) for m in part.modules()}
-    return {n for n, m in model.named_modules() if id(m) in members}
+    return {n for n, m in plain_modules(model).items() if id(m) in members}

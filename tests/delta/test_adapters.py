@@ -1,6 +1,8 @@
 """SparseAdapters: any series of switches leaves the base bit for bit, and each active state is one rounded sum."""
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -129,6 +131,9 @@ def test_add_weighted_adapter():
     model, deltas = random_model(torch.float32), {name: random_delta(i) for i, name in enumerate(NAMES)}
     base = {n: t.clone() for n, t in model.items()}
     adapters = SparseAdapters(model, deltas)
+    adapters.add_weighted_adapter("two", [0.5], "half")
+    assert torch.equal(adapters["half"].values, 0.5 * deltas["two"].values)
+    adapters.delete_adapter("half")
     adapters.add_weighted_adapter(["one", "two"], [1.0, 0.5], "sum")
     adapters.add_weighted_adapter(NAMES, [1.0, 1.0, 1.0], "ties", combination_type="ties", density=0.3)
     assert adapters.adapters == [*NAMES, "sum", "ties"]
@@ -160,6 +165,99 @@ def test_entries_that_are_written_meanwhile():
         adapters.set_adapter([])
     covered = delta.mask.to_dense()["a"]
     assert torch.equal(model["a"][covered], base["a"][covered])
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_has_a_model_of_its_own(clone):
+    torch.manual_seed(0)
+    model = Encoder()
+    base = {n: t.clone() for n, t in model.state_dict().items()}
+    (tuned_a, a), (tuned_b, b) = tuned_delta(model, 1), tuned_delta(model, 2)
+    adapters = SparseAdapters(model, {"a": a, "b": b})
+    adapters.set_adapter("a")
+    other = clone(adapters)
+    assert_same_bits(other.model.state_dict(), tuned_a)
+    other.set_adapter("b")
+    assert_same_bits(other.model.state_dict(), tuned_b)
+    assert_same_bits(model.state_dict(), tuned_a)
+    other.set_adapter([])
+    assert_same_bits(other.model.state_dict(), base)
+    other.set_adapter("b")
+    kept = other.model
+    del other
+    gc.collect()
+    assert_same_bits(kept.state_dict(), tuned_b)
+    (0.5 * a).apply_(kept, strict=False)  # no block is open
+    with pytest.raises(TypeError, match=r"copy\.deepcopy"):
+        copy.copy(adapters)
+
+
+@pytest.mark.parametrize("call", range(1, 7))
+@pytest.mark.parametrize("written", [True, False])
+def test_an_interrupt_at_any_write(call, written, monkeypatch):
+    """KeyboardInterrupt in a switch of one of two SparseAdapters of one model."""
+    model, deltas = random_model(torch.bfloat16), [random_delta(i) for i in range(3)]
+    base = {n: t.clone() for n, t in model.items()}
+    one = SparseAdapters(model, {"x": deltas[0], "y": deltas[1]})
+    other = SparseAdapters(model, {"z": deltas[2]})
+    one.set_adapter("x")
+    other.set_adapter("z")
+    write, calls = CSRMask.scatter_, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == call:
+            if written:
+                write(self, *arguments)
+            raise KeyboardInterrupt
+        return write(self, *arguments)
+
+    monkeypatch.setattr(CSRMask, "scatter_", interrupted)
+    try:
+        one.set_adapter("y")
+    except KeyboardInterrupt:
+        assert one.active_adapters in ([], ["x"])
+    monkeypatch.setattr(CSRMask, "scatter_", write)
+    assert (len(calls) >= call) == (call <= 4)
+    one.set_adapter([])
+    expected = {n: t.clone() for n, t in base.items()}
+    deltas[2].apply_(expected)
+    assert_same_bits(model, expected)
+    one.set_adapter("y")
+    other.set_adapter([])
+    one.set_adapter([])
+    assert_same_bits(model, base)
+
+
+def test_a_base_in_another_dtype():
+    torch.manual_seed(0)
+    model = Encoder()
+    _, delta = tuned_delta(model, 1)
+    model.bfloat16()
+    base = {n: t.clone() for n, t in model.state_dict().items()}
+    expected = {n: t.clone() for n, t in base.items()}
+    delta.apply_(expected, strict=False)
+    adapters = SparseAdapters(model)
+    with pytest.raises(ValueError, match="is bfloat16, the delta was made for a base in float32: strict=False adds it"):
+        adapters.add_adapter("a", delta)
+    adapters.add_adapter("a", delta, strict=False)
+    adapters.set_adapter("a")
+    assert_same_bits(model.state_dict(), expected)
+    adapters.set_adapter([])
+    assert_same_bits(model.state_dict(), base)
+
+
+def test_safe_merge():
+    model, delta = random_model(torch.float16), random_delta(0)
+    base = {n: t.clone() for n, t in model.items()}
+    adapters = SparseAdapters(model, {"one": delta, "huge": 1e6 * delta})
+    adapters.set_adapter("huge")
+    with pytest.raises(ValueError, match=r"'a' has NaN or infinities with \['huge'\] active"):
+        adapters.merge_and_unload(safe_merge=True)
+    adapters.set_adapter([])
+    assert_same_bits(model, base)
+    adapters.set_adapter("one")
+    assert_same_bits(adapters.merge_and_unload(safe_merge=True), expected(base, {"one": delta}, {"one": 1.0}))
 
 
 def test_errors_leave_the_model():

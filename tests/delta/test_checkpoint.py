@@ -81,6 +81,8 @@ def test_an_interrupted_call_is_continued(base, delta, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         merge_into_checkpoint(base, delta, output, on_file=stop)
     assert not (output / "config.json").exists()  # transformers cannot load it
+    with pytest.raises(ValueError, match="is an unfinished merge"):
+        merge_into_checkpoint(output, delta, tmp_path / "other")
     with pytest.raises(FileExistsError, match="not an unfinished merge of this base and delta"):
         merge_into_checkpoint(base, 0.5 * delta, output, strict=False)
     write = checkpoint.write_tensors
@@ -108,6 +110,8 @@ def test_wrong_arguments(base, delta, tmp_path):
     lacking = SparseDelta.from_models({"d": torch.ones(2)}, {"d": torch.zeros(2)})
     with pytest.raises(ValueError, match="base lacks tensor 'd'"):
         merge_into_checkpoint(base, lacking, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"'x.a' of the delta: delta.without_prefix\('x.'\) has the base's names"):
+        merge_into_checkpoint(base, delta.with_prefix("x."), tmp_path / "out")
     whole = SparseDelta(delta.mask, delta.values, {"score": torch.ones(2)})
     with pytest.raises(ValueError, match="base lacks tensor 'score' of the delta; dense=False"):
         merge_into_checkpoint(base, whole, tmp_path / "out", strict=False)
@@ -123,13 +127,70 @@ def test_wrong_arguments(base, delta, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("bad", [torch.ones(8), torch.ones(7, dtype=torch.int8), torch.ones(7).to(torch.float8_e5m2)])
+def test_nothing_is_written_without_strict(bad, base, delta, tmp_path):
+    save_file({"b": tensors()["b"], "c": bad}, base / list(FILES)[1])  # the last file
+    with pytest.raises(ValueError, match="'c'"):
+        merge_into_checkpoint(base, delta, tmp_path / "out", strict=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_head_is_another_merge(base, delta, tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_into_checkpoint(base, delta, tmp_path / "out", on_file=stop)
+    other = SparseDelta(delta.mask, delta.values, {"head": delta.dense["head"] + 1}, delta.metadata, delta.low)
+    with pytest.raises(FileExistsError):
+        merge_into_checkpoint(base, other, tmp_path / "out")
+
+
+def test_files_outside_of_the_folder_are_not_written(base, delta, tmp_path):
+    save_file(tensors(), tmp_path / "x.safetensors")
+    before = (tmp_path / "x.safetensors").read_bytes()
+    for outside in ("../x.safetensors", str(tmp_path / "x.safetensors"), 3):
+        (base / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors(), outside)}))
+        with pytest.raises(ValueError, match=INDEX):
+            merge_into_checkpoint(base, delta, tmp_path / "out")
+    assert (tmp_path / "x.safetensors").read_bytes() == before
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("files", [[["emb"], ["head", "w"]], [["head", "emb"], ["w"]], [["w"], ["head"]]])
+def test_tied_tensors_in_the_files(files, tmp_path):
+    """Both of them, in two files or in one, or only the one that is not the first in the model."""
+    old, new = {"emb": torch.randn(4, 3), "w": torch.randn(2)}, {}
+    old["head"] = old["emb"]
+    new["w"], new["emb"] = old["w"] * 2, old["emb"] + torch.eye(4, 3)
+    delta = SparseDelta.from_models(new | {"head": new["emb"]}, old)
+    assert delta.metadata["tied"] == {"head": "emb"}
+    folder = tmp_path / "base"
+    folder.mkdir()
+    weight_map = {name: f"{i}.safetensors" for i, names in enumerate(files) for name in names}
+    for i, names in enumerate(files):
+        save_file({name: old[name].clone() for name in names}, folder / f"{i}.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    merge_into_checkpoint(folder, delta, tmp_path / "out")
+    found = loaded(tmp_path / "out")
+    assert found.keys() == weight_map.keys()
+    assert all(torch.equal(tensor, new["w" if name == "w" else "emb"]) for name, tensor in found.items())
+
+
+def test_of_two_forms_the_one_that_transformers_loads(base, delta, tmp_path):
+    save_file(tensors(), base / WEIGHTS)
+    merge_into_checkpoint(base, delta, tmp_path / "out")
+    assert_merged(tmp_path / "out", delta)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", WEIGHTS]
+
+
 def test_parts_keep_low_terms():
     old = {"a": torch.tensor([0.1, 0.3, 0.5]), "b": torch.tensor([0.1, 0.7])}
     new = {"a": torch.tensor([0.1, 1e-9, 0.25]), "b": torch.tensor([3e-9, 0.1])}
     delta = SparseDelta.from_models(new, old)
     assert delta.low is not None
     for name in ("a", "b"):
-        part, tensor = delta.restricted([name]), {name: old[name].clone()}
+        part, tensor = delta.restricted({name: name}), {name: old[name].clone()}
         part.apply_(tensor)
         assert torch.equal(tensor[name], new[name])
 

@@ -338,7 +338,7 @@ FORMATS = {
         ADAPTER_DAMAGES,
         (),
     ),
-    "lora": Format(write_lora, lambda folder: interop.from_peft_lora(folder, k=5), ADAPTER_DAMAGES, ()),
+    "lora": Format(write_lora, lambda folder: interop.from_peft_lora(folder, density=0.3), ADAPTER_DAMAGES, ()),
 }
 COUNTS = dict.fromkeys(FORMATS, 100) | {"delta": 1500}
 

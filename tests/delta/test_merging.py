@@ -158,6 +158,14 @@ def test_low_terms_are_scaled():
     assert torch.equal(base["w"], tuned["w"])
 
 
+def test_infinities_beside_low_terms():
+    base, infinite = {"w": torch.tensor([0.1, 0.3])}, float("inf")
+    small = SparseDelta.from_models({"w": torch.tensor([1e-9, 1.0])}, base)
+    assert small.low is not None
+    compose(small, SparseDelta(small.mask, torch.tensor([infinite, 0.0]))).apply_(base)
+    assert base["w"].tolist() == [infinite, 1.0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

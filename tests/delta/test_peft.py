@@ -184,6 +184,38 @@ def test_lora_settings_that_no_sparse_delta_can_hold(tmp_path, settings, message
         interop.from_peft_lora(tmp_path, density=0.1)
 
 
+def test_tensors_that_the_base_has_twice(tmp_path):
+    """PEFT gives the head a tensor of its own, which a base with one tensor cannot hold."""
+
+    def tied():
+        model = Model()
+        model.emb = nn.Embedding(4, 16)
+        model.head.weight = model.emb.weight
+        return model
+
+    model = tied()
+    for folder, settings in (("saved", {"modules_to_save": ["head"]}), ("adapted", {"target_modules": ["head", "fc"]})):
+        adapted = lora_adapter(tmp_path / folder, model, **settings)
+        if folder == "saved":
+            assert set(interop.from_peft_lora(tmp_path / folder, density=1.0, base=model).dense) == {
+                "emb.weight",
+                "head.bias",
+            }
+            adapted.base_model.model.head.modules_to_save["default"].weight.data.neg_()
+            adapted.save_pretrained(tmp_path / folder)
+        with pytest.raises(ValueError, match="'head.weight' and 'emb.weight' are one tensor in base"):
+            interop.from_peft_lora(tmp_path / folder, density=1.0, base=model)
+    lora_adapter(tmp_path / "both", model, modules_to_save=["head"])
+    tensors = load_file(tmp_path / "both" / interop.ADAPTER_WEIGHTS)
+    changed = tensors["base_model.model.head.weight"] * 2
+    tensors |= {f"base_model.model.{n}.weight": changed.clone() for n in ("head", "emb")}
+    tensors["base_model.model.fc.base_layer.weight"] = model.fc.weight  # which PEFT saves of embeddings
+    save_file(tensors, tmp_path / "both" / interop.ADAPTER_WEIGHTS)
+    interop.from_peft_lora(tmp_path / "both", density=0.0, base=model).apply_(model)
+    assert torch.equal(model.emb.weight, changed)
+    assert model.head.weight is model.emb.weight
+
+
 def test_a_lora_adapter_that_does_not_fit(tmp_path):
     lora_adapter(tmp_path, Model())
     path = tmp_path / interop.ADAPTER_CONFIG

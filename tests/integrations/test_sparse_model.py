@@ -3,12 +3,15 @@
 import copy
 import doctest
 import pickle
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from deftx_kernels import SparseDelta, densify, integrations, sparsify, topk_mask
+from deftx_kernels import SparseDelta, densify, init_mask, integrations, sparsify, topk_mask
 from deftx_kernels.integrations import SparseConfig, get_sparse_model, print_trainable_parameters, sparse_delta
 from deftx_kernels.nn import masked_parameters
 
@@ -147,12 +150,47 @@ def test_bad_arguments_change_nothing(options, mask, error, match):
     assert all(torch.equal(p, before[n][0]) and p.requires_grad for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize(
+    "names",
+    [{"layer"}, {"layer": 1}.keys(), ("layer",), (n for n in ["layer"])],
+    ids=["set", "keys", "tuple", "generator"],
+)
+def test_settings_are_stored(names, tmp_path):
+    config = SparseConfig(density=np.float32(0.25), method="magnitude", target_modules=names, modules_to_save={"head"})
+    sparse_delta(get_sparse_model(Tagger(), config)).save_pretrained(tmp_path)
+    settings = SparseDelta.from_pretrained(tmp_path).metadata["settings"]
+    assert (settings["density"], settings["target_modules"], settings["modules_to_save"]) == (0.25, ["layer"], ["head"])
+
+
+@pytest.mark.parametrize("first", ["wrapped", "sparsified"])
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, partial(torch.compile, backend="eager")])
+def test_modules_in_wrappers_have_their_names(wrap, first):
+    base, model = Tagger(), Tagger()
+    config = SparseConfig(density=0.2, method="magnitude", modules_to_save=["head"])
+    model = get_sparse_model(model, config) if first == "sparsified" else model
+    model.layer, model.head = wrap(model.layer), wrap(model.head)
+    model = get_sparse_model(model, config) if first == "wrapped" else model
+    train(model)
+    delta = sparse_delta(model)
+    assert delta.mask.names == ("embedding.weight", "layer.weight")  # the decoder is the embedding
+    assert {"head.weight", "head.bias"} < delta.dense.keys()
+    delta.apply_(base)
+    assert torch.equal(base(torch.arange(12)), densify(model)(torch.arange(12)))
+
+
 def test_bad_models():
     with pytest.raises(TypeError, match="config must be a SparseConfig, got dict"):
         get_sparse_model(Tagger(), {"density": 0.1})
+    with pytest.raises(TypeError, match="mask must be a CSRMask, got dict"):
+        get_sparse_model(Tagger(), SparseConfig(), {"layer.weight": torch.ones(8, 8)})
     model = get_sparse_model(Tagger(), CONFIGS["tied"])
     with pytest.raises(ValueError, match="sparsified"):
         get_sparse_model(model, CONFIGS["tied"])
+    again = sparsify(
+        densify(model), init_mask(model, k=7, method="random", target_modules=["decoder", "layer"], seed=1)
+    )
+    with pytest.raises(ValueError, match="not a sparsified one of get_sparse_model"):
+        sparse_delta(again)
     other = Tagger()
     with pytest.raises(ValueError, match="not a sparsified one of get_sparse_model"):
         sparse_delta(sparsify(other, topk_mask({"layer.weight": other.layer.weight}, k=9)))

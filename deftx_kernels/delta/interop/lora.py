@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deftx_kernels.delta.interop.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, split_by_module
+from deftx_kernels.delta.interop.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_delta,
+    read_adapter,
+    split_by_module,
+)
 from deftx_kernels.delta.models import Model
 from deftx_kernels.delta.sparse_delta import SparseDelta
 from deftx_kernels.files import reading
@@ -55,13 +61,14 @@ def from_peft_lora(
         directory: a folder, or a repository of the Hugging Face hub.
         density: the fraction of the elements of all adapted weights that is kept, 0 <= density <= 1.
         k: instead of it, how many entries are kept.
-        base: the base model or its tensors, to check names and shapes.
+        base: the base model or its tensors, to check names and shapes, and whether it has an adapted tensor twice.
 
     Raises:
         FileNotFoundError: there is no such folder or repository, or a file of the adapter is missing.
         ValueError: not exactly one of k and density; the adapter is damaged, not LoRA, or has what a delta of these
             weights cannot hold (DoRA, biases, embeddings, convolutions, an initialisation that changes the base); a
-            weight is not in `base` or has another shape. The setting or the tensor is named.
+            weight is not in `base`, has another shape, or is also that of a module without adapter (a tied embedding).
+            The setting or the tensor is named.
     """
     folder, config, tensors = read_adapter(directory, revision, "LORA")
     with reading(folder / ADAPTER_CONFIG, "LoRA configuration"):
@@ -81,14 +88,11 @@ def from_peft_lora(
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         for module, parts in sorted(modules.items(), key=lambda item: f"{item[0]}.weight"):
             factors[f"{module}.weight"] = _factors(module, parts, _scaling(module, parts, config), transposed, shapes)
-    mask, values = _largest_entries(factors, k, density)
-    metadata = {
-        "method": "lora",
-        "source": "peft",
-        "k": mask.nnz,
-        "base_model": config.get("base_model_name_or_path"),
-    }
-    return SparseDelta(mask, values, dense, metadata)
+    sizes = {n: torch.Size((len(left), right.shape[1])) for n, (left, right) in factors.items()}
+    counts = selected_counts(list(sizes), list(sizes.values()), k, density, "global")
+    with reading(folder / ADAPTER_WEIGHTS, "LoRA adapter"):
+        mask, values = _largest_entries(factors, sizes, counts)
+    return adapter_delta(mask, values, dense, "lora", config, base)
 
 
 def _scaling(module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> float:
@@ -130,12 +134,10 @@ def _factors(
 
 
 def _largest_entries(
-    factors: Mapping[str, tuple[Tensor, Tensor]], k: int | None, density: float | None
+    factors: Mapping[str, tuple[Tensor, Tensor]], shapes: dict[str, torch.Size], counts: list[int]
 ) -> tuple[CSRMask, Tensor]:
     """Mask and compact values of the largest entries of all products, of which one group exists at a time."""
-    shapes = {n: torch.Size((len(left), right.shape[1])) for n, (left, right) in factors.items()}
     check_mask_layout(list(shapes), list(shapes.values()))
-    counts = selected_counts(list(shapes), list(shapes.values()), k, density, "global")
 
     def products(names: Sequence[str]) -> list[Tensor]:
         found = [torch.matmul(*factors[n]).to(torch.float32) for n in names]

@@ -14,6 +14,7 @@ from deftx_kernels.delta.interop.adapters import (
     ADAPTER_WEIGHTS,
     INTEGERS,
     PREFIX,
+    adapter_delta,
     check_values,
     read_adapter,
     split_by_module,
@@ -42,7 +43,8 @@ def from_peft_shira(
 
     Raises:
         FileNotFoundError: there is no such folder or repository, or a file of the adapter is missing.
-        ValueError: it is damaged or not a SHiRA adapter, or a weight's shape is unknown without `base`.
+        ValueError: it is damaged or not a SHiRA adapter; a weight's shape is unknown without `base`; a weight is in
+            `base` also that of a module without adapter (a tied embedding).
     """
     folder, config, tensors = read_adapter(directory, revision, "SHIRA")
     r = config.get("r")
@@ -56,13 +58,7 @@ def from_peft_shira(
         mask, values = mask_and_values(
             {f"{m}.weight": _decode(m, parts, r, shapes.get(f"{m}.weight")) for m, parts in modules.items()}
         )
-        metadata = {
-            "method": "shira",
-            "source": "peft",
-            "k": mask.nnz,
-            "base_model": config.get("base_model_name_or_path"),
-        }
-        return SparseDelta(mask, values, dense, metadata)
+    return adapter_delta(mask, values, dense, "shira", config, base)
 
 
 def _decode(module: str, parts: Mapping[str, Tensor], r: int, size: torch.Size | None) -> Entries:

@@ -11,6 +11,7 @@ from deftx_kernels.delta.interop.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     INTEGERS,
+    adapter_delta,
     check_values,
     read_adapter,
     split_by_module,
@@ -36,7 +37,7 @@ def from_peft_supertuning(directory: str | os.PathLike, base: Model, revision: s
     Raises:
         FileNotFoundError: there is no such folder or repository, or a file of the adapter is missing.
         ValueError: it is damaged, not a Super-Tuning adapter, or one with a low-rank part (`r`); a weight is not in
-            `base` or does not fit.
+            `base`, does not fit, or is also that of a module without adapter (a tied embedding).
     """
     folder, config, tensors = read_adapter(directory, revision, "SUPERTUNING")
     if config.get("r") is not None:
@@ -49,13 +50,7 @@ def from_peft_supertuning(directory: str | os.PathLike, base: Model, revision: s
         mask, found = mask_and_values(
             {f"{m}.weight": _decode(m, parts, weights.get(f"{m}.weight"), config) for m, parts in modules.items()}
         )
-        metadata = {
-            "method": "supertuning",
-            "source": "peft",
-            "k": mask.nnz,
-            "base_model": config.get("base_model_name_or_path"),
-        }
-        return SparseDelta(mask, found, dense, metadata)
+    return adapter_delta(mask, found, dense, "supertuning", config, base)
 
 
 def _decode(module: str, parts: Mapping[str, Tensor], weight: Tensor | None, config: Mapping[str, Any]) -> Entries:
