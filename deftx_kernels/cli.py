@@ -60,7 +60,7 @@ class Merge:
     """Whether the largest entries are those of all tensors together or of each."""
     seed: int = 0
     """Of the dare methods."""
-    whole: bool = True
+    dense: bool = True
     """Replace the tensors that the deltas hold whole, such as a head; the base must have them."""
     strict: bool = True
     """Refuse another base than that of the deltas."""
@@ -258,7 +258,7 @@ def _merge(command: Merge) -> int:
             command.base,
             delta,
             command.output,
-            dense=command.whole,
+            dense=command.dense,
             strict=command.strict,
             on_file=lambda done, files: progress.update(bar, completed=done, total=files),
         )
