@@ -73,7 +73,7 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
 
 def seed_note(seeds: int) -> str:
     if seeds == 1:
-        return "One seed: another seed can change scores by a few hundredths."
+        return "One seed: another seed can change scores by several hundredths."
     return f"Mean ± standard deviation over {seeds} seeds."
 
 
