@@ -168,7 +168,7 @@ def _exchange(make: Maker) -> list[Any]:
 
 def _change(make: Maker) -> list[Any]:
     _, offsets, indices, values = _exchange(make)
-    return [offsets, indices, values.flip(0), values]
+    return [offsets, indices, torch.zeros_like(values), values]
 
 
 def _bits(magnitude: float, dtype: torch.dtype) -> int:
