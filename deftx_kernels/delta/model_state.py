@@ -56,10 +56,13 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def by_kind(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names of the tensors of each dtype and device: what one call of an operator takes."""
+    """The names of the contiguous tensors of each dtype and device, what one call of an operator takes; and each other
+    tensor, of which there is then one copy at a time.
+    """
     groups: dict[tuple, list[str]] = {}
     for name, tensor in tensors.items():
-        groups.setdefault((tensor.dtype, tensor.device), []).append(name)
+        alone = None if tensor.is_contiguous() else name
+        groups.setdefault((tensor.dtype, tensor.device, alone), []).append(name)
     return list(groups.values())
 
 

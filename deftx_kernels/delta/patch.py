@@ -261,31 +261,29 @@ class SparsePatch:
         names = [*(states[0] if exactly else self._entries)]
         targets = matched_targets(tensors, argument, names, self.tied, states, exactly)
         changed = {n: tensors[n] for n, known in targets.items() if known in self._entries}
-        for name, tensor in changed.items():
-            label, (index, value) = f"{argument}'s tensor {name!r}", self._entries[targets[name]]
+        for name, known in targets.items():
+            tensor, label = tensors[name], f"{argument}'s tensor {name!r}"
             if states:
-                check_layout(tensor, label, states[0][targets[name]])
-            elif tensor.dtype != value.dtype or int(index[-1]) >= tensor.numel():
-                raise ValueError(f"{label} is {layout(tensor)}, the patch has {value.dtype} and index {int(index[-1])}")
-            if write:
+                check_layout(tensor, label, states[0][known])
+            elif tensor.dtype != (held := self._entries[known])[1].dtype or int(held[0][-1]) >= tensor.numel():
+                last = f"{held[1].dtype} and index {int(held[0][-1])}"
+                raise ValueError(f"{label} is {layout(tensor)}, the patch has {last}")
+            if write and name in changed:
                 check_writable(tensor, label)
         if exactly:
             self._check_version({n: tensors[n] for n in targets}, targets, argument)
         groups = []
         for own in by_kind(changed):
-            known, device = [targets[n] for n in own], changed[own[0]].device
-            entries = [self._entries[n] for n in known]
+            names, device = [targets[n] for n in own], changed[own[0]].device
+            entries = [self._entries[n] for n in names]
             indices, values = _of_one_dtype([i for i, _ in entries]), [v for _, v in entries]
             stacked = offsets_of(indices, device), joined(indices, device), joined(values, device)
-            groups.append(_Group(known, [changed[n] for n in own], *stacked))
+            groups.append(_Group(names, [changed[n] for n in own], *stacked))
         return groups
 
     def _check_version(self, tensors: Mapping[str, Tensor], targets: Mapping[str, str], argument: str) -> None:
         assert self.before is not None
         found = state_of(tensors)
-        for name, state in found.items():
-            if state[:2] != (wanted := self.before[targets[name]])[:2]:
-                raise ValueError(f"{argument}'s tensor {name!r} is {state}, the patch was made for {wanted}")
         if wrong := [n for n, state in found.items() if state != self.before[targets[n]]]:
             applied = all(state == (self.after or {})[targets[n]] for n, state in found.items())
             reason = ": this patch has been applied already" if applied else ""

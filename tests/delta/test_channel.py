@@ -100,7 +100,12 @@ def test_old_anchors_are_deleted(tmp_path, url):
     assert sorted(names("anchors")) == ["step_000005.safetensors", "step_000007.safetensors"]
     assert sorted(names("deltas")) == [f"step_{i:06d}.safetensors" for i in (6, 7, 8)]
     assert updated(early) == 8
+    if url.startswith("memory"):
+        writer._folder.files.pipe_file(
+            f"{writer._folder.root}/deltas/step_000009.safetensors.partial", b"of a killed one"
+        )
     again = PatchWriter(url)  # a writer that is started again
+    assert not [name for name in names("deltas") if name.endswith(".partial")]
     assert again.write(content(9)) == updated(early) == 9
 
 
