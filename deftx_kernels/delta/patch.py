@@ -193,19 +193,14 @@ class SparsePatch:
             TypeError: a tensor is not plain (a DTensor), or its elements have 16 bytes.
         """
         mine, theirs, tied = matched_tensors(new, old)
-        before, entries = state_of(theirs), {}
-        after = dict(before)
+        entries: Entries = {}
         here = {n: t for n, t in mine.items() if t.device == theirs[n].device}
         # Tensors that are on two devices are copied one at a time.
         for names in [*by_kind(here), *([n] for n in mine if n not in here)]:
-            tensors = [dense(theirs[n].to(mine[n].device)) for n in names]
-            group = _Group(names, tensors, *torch.ops.deftx.bit_diff([dense(mine[n]) for n in names], tensors))
-            for name, change in group.changes(group.gather()).items():
-                after[name] = before[name]._replace(checksum=added(before[name].checksum, change))
-            bounds = group.offsets.tolist()
-            for name, start, end in zip(names, bounds, bounds[1:]):
-                entries[name] = group.indices[start:end], group.values[start:end]
-        return cls({n: entries[n] for n in mine}, before, after, tied, model_version)
+            pairs = [[dense(t) for t in (mine[n], theirs[n].to(mine[n].device))] for n in names]
+            offsets, indices, values = torch.ops.deftx.bit_diff(*([pair[i] for pair in pairs] for i in (0, 1)))
+            entries |= _split(names, offsets, indices, values)
+        return cls({n: entries[n] for n in mine}, state_of(theirs), state_of(mine), tied, model_version)
 
     def inverse(self, old: Model) -> "SparsePatch":
         """The patch that takes this one back.
@@ -216,14 +211,11 @@ class SparsePatch:
         Raises:
             ValueError: `old` lacks a tensor, or is not at the version that this patch was made for.
         """
-        groups = self._groups(model_tensors(old, "old"), "old", False, False)
-        entries = {}
-        for group in groups:
+        entries: Entries = {}
+        for group in self._groups(model_tensors(old, "old"), "old", False, False):
             before = group.gather()
             self._check_changes(group, before, "old is not at the version that this patch was made for")
-            bounds = group.offsets.tolist()
-            for name, start, end in zip(group.names, bounds, bounds[1:]):
-                entries[name] = group.indices[start:end], before[start:end]
+            entries |= _split(group.names, group.offsets, group.indices, before)
         return SparsePatch({n: entries[n] for n in self._entries}, self.after, self.before, self.tied)
 
     # ---- on models ----
@@ -360,6 +352,11 @@ def _check_entries(name: str, indices: Tensor, values: Tensor) -> None:
         raise ValueError(f"values of {name!r} must be {list(indices.shape)} on {indices.device}, got {has}")
     if len(indices) and (int(indices[0]) < 0 or not bool((indices[1:] > indices[:-1]).all())):
         raise ValueError(f"indices of {name!r} must be at least 0 and strictly ascending")
+
+
+def _split(names: list[str], offsets: Tensor, indices: Tensor, values: Tensor) -> Entries:
+    bounds = offsets.tolist()
+    return {n: (indices[i:j], values[i:j]) for n, i, j in zip(names, bounds, bounds[1:])}
 
 
 def _of_one_dtype(indices: list[Tensor]) -> list[Tensor]:
