@@ -1,7 +1,7 @@
 """Kernels for composable sparse fine-tuning: denoise, select, train and add sparse differences of models."""
 
 from deftx_kernels import interop
-from deftx_kernels.delta import SparseAdapters, SparseDelta, compose, merge
+from deftx_kernels.delta import PatchReader, PatchWriter, SparseAdapters, SparseDelta, SparsePatch, compose, merge
 from deftx_kernels.denoise import svd_denoise, truncated_svd
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import MaskedEmbedding, MaskedLinear, densify, masked_embedding, masked_linear, sparsify
@@ -15,9 +15,12 @@ __all__ = [
     "CSRMask",
     "MaskedEmbedding",
     "MaskedLinear",
+    "PatchReader",
+    "PatchWriter",
     "SparseAdamW",
     "SparseAdapters",
     "SparseDelta",
+    "SparsePatch",
     "backends",
     "compose",
     "densify",

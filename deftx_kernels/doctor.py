@@ -368,6 +368,22 @@ def _factors(width: int, *more: Any) -> list[Any]:
     return [left @ right.mT + noise, left, right, *more]
 
 
+def _diff_case(width: int) -> list[Any]:
+    """bfloat16 tensors as integers, which the oracle does not convert, and others of which 1 % differ."""
+    new = [t.bfloat16().view(torch.int16) for t in _tensors(width)]
+    return [new, [t ^ (other > 2.3) for t, other in zip(new, _flipped(width))]]
+
+
+def _exchange_case(width: int) -> list[Any]:
+    new, old = _diff_case(width)
+    return [old, *reference.bit_diff(new, old)]
+
+
+def _change_case(width: int) -> list[Any]:
+    _, offsets, indices, values = _exchange_case(width)
+    return [offsets, indices, values.flip(0), values]
+
+
 CASES: dict[str, Callable[[int], list[Any]]] = {
     "csr_gather": lambda n: _csr_case(n, values=False),
     "csr_scatter_": _csr_case,
@@ -388,6 +404,10 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "csr_square_sum": lambda n: _csr_case(n, values=False),
     "masked_linear_grad": _linear_case,
     "masked_embedding_grad": _embedding_case,
+    "bit_diff": _diff_case,
+    "flat_exchange_": _exchange_case,
+    "bit_checksum": lambda n: _diff_case(n)[:1],
+    "bit_checksum_change": _change_case,
     "truncated_svd": lambda n: [_matrices(n), 8],
     "svd_denoise": lambda n: [_matrices(n), 0.9, _SPIKES],
 }

@@ -34,7 +34,7 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
         OSError: the file cannot be written; its name is in the message.
     """
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
-    _remove_abandoned(path)
+    remove_abandoned(path.parent, escape(path.name))
     # A folder, since safetensors makes temporary files beside the file.
     folder = path.with_name(f".{path.name}.{machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{_ENDING}")
     try:
@@ -64,11 +64,13 @@ def machine() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Delete the temporary folders of killed writers of `path`: on this machine, or older than a day on others."""
+def remove_abandoned(folder: Path, name: str = "*") -> None:
+    """Delete the temporary folders of killed writers of files with this name, or of all files in a folder: those of
+    this machine, and those of others that are older than a day.
+    """
     with suppress(OSError):
-        for partial in path.parent.glob(f".{escape(path.name)}.*{_ENDING}"):
-            owner = re.fullmatch(r"([0-9a-f]{12})-(\d+)-[0-9a-f]{8}", partial.name[len(path.name) + 2 : -len(_ENDING)])
+        for partial in folder.glob(f".{name}.*{_ENDING}"):
+            owner = re.fullmatch(r".*\.([0-9a-f]{12})-(\d+)-[0-9a-f]{8}", partial.name[: -len(_ENDING)])
             if owner is None:
                 continue
             here = owner[1] == machine()

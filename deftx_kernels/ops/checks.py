@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deftx_kernels.kernels.tensors import FLOATS, SCALARS, overlapping
+from deftx_kernels.kernels.tensors import FLOATS, INTEGERS, SCALARS, overlapping
 from deftx_kernels.ops.schemas import ELECTIONS, MAX_SUMMED_MASKS, AdamWArgs, compute_dtype, rows_and_columns
 
 Dtypes = frozenset[torch.dtype]
@@ -320,6 +320,56 @@ def sparse_adamw_compact(*arguments: Any) -> None:
         raise ValueError(f"seed must be at least 0, got {args.seed}")
 
 
+# ---- operators on bits ----
+def _elements(t: Tensor, name: str) -> Dtypes:
+    """The dtype of a tensor that is read as integers of its element size."""
+    if t.element_size() not in INTEGERS:
+        raise TypeError(f"{name} must have elements of 1, 2, 4 or 8 bytes, got {t.dtype}")
+    return frozenset((t.dtype,))
+
+
+def bit_checksum(tensors: Sequence[Tensor], name: str = "tensors") -> None:
+    if tensors:
+        _dense(tensors, name, tensors[0].device, _elements(tensors[0], f"{name}[0]"))
+
+
+def bit_diff(new: Sequence[Tensor], old: Sequence[Tensor]) -> None:
+    if len(new) != len(old):
+        raise ValueError(f"new and old must have one tensor for each other, got {len(new)} and {len(old)}")
+    bit_checksum(new, "new")
+    for i, (mine, theirs) in enumerate(zip(new, old)):
+        _contiguous(theirs, f"old[{i}]", new[0].device, frozenset((new[0].dtype,)))
+        if mine.shape != theirs.shape:
+            raise ValueError(f"old[{i}] must have the shape of new[{i}], {list(mine.shape)}, got {list(theirs.shape)}")
+
+
+def _flat_entries(offsets: Tensor, indices: Tensor, count: int | None = None) -> None:
+    _contiguous(offsets, "offsets", indices.device, _INT64)
+    _contiguous(indices, "indices", indices.device, _INDICES)
+    if offsets.dim() != 1 or indices.dim() != 1 or offsets.numel() == 0:
+        raise ValueError(
+            f"offsets must have shape [n + 1] and indices [nnz], got {list(offsets.shape)} and {list(indices.shape)}"
+        )
+    if count is not None and offsets.numel() != count + 1:
+        raise ValueError(f"offsets has {offsets.numel()} elements; {count} tensors need {count + 1}")
+
+
+def flat_exchange_(tensors: Sequence[Tensor], offsets: Tensor, indices: Tensor, values: Tensor) -> None:
+    _flat_entries(offsets, indices, len(tensors))
+    nnz, device = indices.shape[0], indices.device
+    dtype = _elements(values, "values")
+    _compact(values, "values", device, dtype, nnz)
+    for i, t in enumerate(tensors):
+        _contiguous(t, f"tensors[{i}]", device, dtype)
+    _apart(tensors, "tensors")
+
+
+def bit_checksum_change(offsets: Tensor, indices: Tensor, old: Tensor, new: Tensor) -> None:
+    _flat_entries(offsets, indices)
+    _compact(old, "old", indices.device, _elements(old, "old"), indices.shape[0])
+    _compact(new, "new", indices.device, frozenset((old.dtype,)), indices.shape[0])
+
+
 _WITHOUT_TENSORS: dict[str, Callable[..., None]] = {
     "csr_square_sum": lambda tensors, crow_indices, col_indices: _mask(crow_indices, col_indices),
     "sparse_adamw_": sparse_adamw_compact,
@@ -327,6 +377,7 @@ _WITHOUT_TENSORS: dict[str, Callable[..., None]] = {
 CHECKS: dict[str, Callable[..., Any]] = {
     **{check.__name__: check for check in (csr_gather, csr_scatter_, csr_sum, sparse_adamw_, eigh, residual_cut)},
     **{check.__name__: check for check in (split_bf16_, masked_linear_grad, masked_embedding_grad)},
+    **{check.__name__: check for check in (bit_diff, flat_exchange_, bit_checksum, bit_checksum_change)},
     "csr_add_": csr_scatter_,
     "csr_square_sum": functools.partial(csr_gather, dtypes=FLOATS),
     **{op: functools.partial(_check_arguments, op) for op in ("eigvalsh", "low_rank_denoised")},
@@ -391,10 +442,21 @@ def _embedding_contents(
         raise ValueError(f"indices must be at least 0 and less than {rows}")
 
 
+def _exchange_contents(tensors: Sequence[Tensor], offsets: Tensor, indices: Tensor, values: Tensor) -> None:
+    _rows_ascend(offsets, indices.shape[0], "offsets")
+    bounds = offsets.tolist()
+    for i, (t, start, end) in enumerate(zip(tensors, bounds, bounds[1:])):
+        index = indices[start:end]
+        if end > start and not bool((index[0] >= 0) & (index[-1] < t.numel()) & (index[1:] > index[:-1]).all()):
+            raise ValueError(f"the indices of tensors[{i}] must ascend strictly from 0 to at most {t.numel() - 1}")
+
+
 CONTENTS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("csr_gather", "csr_scatter_", "csr_add_", "csr_square_sum"), _csr_contents),
     "csr_sum": _sum_contents,
     "sparse_adamw_": _adamw_contents,
     "masked_linear_grad": _linear_contents,
     "masked_embedding_grad": _embedding_contents,
+    "flat_exchange_": _exchange_contents,
+    "bit_checksum_change": lambda offsets, indices, *rest: _rows_ascend(offsets, indices.shape[0], "offsets"),
 }

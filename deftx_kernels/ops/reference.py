@@ -1,7 +1,6 @@
 """One plain-torch implementation per operator: the oracle in float64, and the portable fallback on every device.
 
-Written for clarity, not for speed: tests compare the compiled kernels with these functions.
-Argument conventions: see the top of `schemas.py`.
+Written for clarity, not for speed: tests compare the compiled kernels with these functions. Arguments: `schemas.py`.
 """
 
 import functools
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.kernels.tensors import FLOATS, INTEGERS, rows_and_columns
+from deftx_kernels.ops.reference_bits import bit_checksum, bit_checksum_change, bit_diff, flat_exchange_  # noqa: F401
 from deftx_kernels.ops.schemas import ELECTIONS, OPERATIONS, SCOPES, AdamWArgs, column_dtype, compute_dtype
 
 _CHUNK = 1 << 22  # elements of temporary memory per step

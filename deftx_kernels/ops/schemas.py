@@ -122,8 +122,25 @@ SCHEMAS = {
         "(Tensor grad_output, Tensor indices, Tensor crow_indices, Tensor col_indices, int padding_idx,"
         " ScalarType dtype) -> Tensor"
     ),
+    # The next four read and write bits: dtypes whose elements have 1, 2, 4 or 8 bytes, compared and moved as integers.
+    # Entries of n tensors are given by offsets int64 [n + 1], those of tensor i are offsets[i] ... offsets[i + 1] - 1,
+    # and by indices int32 or int64 [nnz], flat within their tensor and strictly ascending there.
+    #
+    # The entries at which the bits of new[i] and old[i] differ (-0.0 is not 0.0, NaNs are compared by their bits), and
+    # new's values there. indices: int32 where every tensor has at most MAX_INT32_ELEMENTS, else int64. All tensors are
+    # contiguous and have one dtype, new[i] and old[i] one shape. Without tensors: int32, float32, on the CPU.
+    "bit_diff": "(Tensor[] new, Tensor[] old) -> (Tensor offsets, Tensor indices, Tensor values)",
+    # Writes values [nnz] at the entries of contiguous tensors and returns what was there before. One dtype.
+    "flat_exchange_": "(Tensor(a!)[] tensors, Tensor offsets, Tensor indices, Tensor values) -> Tensor",
+    # int64 [n]: a checksum of each contiguous tensor's bits, linear in its 32-bit words: reference_bits.bit_checksum
+    # defines it. One dtype.
+    "bit_checksum": "(Tensor[] tensors) -> Tensor",
+    # int64 [n]: what to add, modulo 2**64, to the checksums when the entries go from old to new. Both [nnz], one dtype.
+    # indices need not ascend.
+    "bit_checksum_change": "(Tensor offsets, Tensor indices, Tensor old, Tensor new) -> Tensor",
 }
 
+MAX_INT32_ELEMENTS = 2**31 - 1
 MAX_UINT16_COLUMNS = 65_536
 
 
@@ -135,6 +152,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def column_dtype(shapes: Sequence[Sequence[int]]) -> torch.dtype:
     """uint16 where every tensor has at most 65,536 columns, else int32."""
     return torch.uint16 if all(rows_and_columns(s)[1] <= MAX_UINT16_COLUMNS for s in shapes) else torch.int32
+
+
+def index_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """int32 for flat indices of tensors of at most 2**31 - 1 elements each, else int64."""
+    return torch.int32 if all(t.numel() <= MAX_INT32_ELEMENTS for t in tensors) else torch.int64
 
 
 class AdamWArgs(NamedTuple):
@@ -203,6 +225,17 @@ def _masked_grad(grad_output, other, crow_indices, col_indices, *rest):
     return grad_output.new_empty(col_indices.shape, dtype=rest[-1])
 
 
+def _bit_diff(new, old):
+    like = new[0] if new else torch.empty(0)
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    indices = like.new_empty(nnz, dtype=index_dtype(new))
+    return like.new_empty(len(new) + 1, dtype=torch.int64), indices, like.new_empty(nnz)
+
+
+def _bit_checksum(tensors):
+    return (tensors[0] if tensors else torch.empty(0)).new_empty(len(tensors), dtype=torch.int64)
+
+
 FAKES: dict[str, Callable] = {
     "csr_gather": lambda tensors, crow_indices, col_indices: tensors[0].new_empty(col_indices.shape),
     "csr_scatter_": _returns_nothing,
@@ -222,6 +255,10 @@ FAKES: dict[str, Callable] = {
     "csr_square_sum": lambda tensors, crow_indices, col_indices: col_indices.new_empty((), dtype=torch.float64),
     "masked_linear_grad": _masked_grad,
     "masked_embedding_grad": _masked_grad,
+    "bit_diff": _bit_diff,
+    "flat_exchange_": lambda tensors, offsets, indices, values: torch.empty_like(values),
+    "bit_checksum": _bit_checksum,
+    "bit_checksum_change": lambda offsets, indices, old, new: offsets.new_empty(offsets.shape[0] - 1),
 }
 
 

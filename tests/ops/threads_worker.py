@@ -209,6 +209,18 @@ def _() -> Results:
     return found
 
 
+@case("bit_diff and flat_exchange_, bit_checksum and bit_checksum_change, bfloat16 layers", exact=True)
+def _() -> Results:
+    new, old = (list(copies(t, torch.bfloat16).values()) for t in (layers(), other_layers()))
+    for a, b, pattern in zip(new, old, patterns().values()):
+        b[~pattern] = a[~pattern]
+    offsets, indices, values = ops.bit_diff(new, old)
+    sums = {"new": ops.bit_checksum(new), "old": ops.bit_checksum(old)}
+    before = ops.flat_exchange_(old, offsets, indices, values)
+    sums |= {"change": ops.bit_checksum_change(offsets, indices, before, values), "written": ops.bit_checksum(old)}
+    return {"offsets": offsets, "indices": indices, "values": values, "before": before} | sums
+
+
 @case("CSRMask, layers", exact=True)
 def _() -> Results:
     one = CSRMask.from_dense(patterns())

@@ -35,7 +35,7 @@ CORE = {"torch", "numpy", "safetensors", "huggingface_hub"}
 THIRD_PARTY = {
     **{door: {"torch"} for door in ("denoise", "nn", "ops", "optim", "select", "validation")},
     "kernels": {"torch", "triton"},
-    "delta": {*CORE, "scipy", "cupy", "cupyx"},
+    "delta": {*CORE, "fsspec", "scipy", "cupy", "cupyx"},
     "doctor": {"torch", "rich"},
     "integrations": {"torch", "huggingface_hub", "transformers"},
 }

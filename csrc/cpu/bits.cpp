@@ -1,0 +1,303 @@
+// bit_diff, flat_exchange_, bit_checksum, bit_checksum_change on the CPU.
+//
+// bit_diff reads the tensors once. They are cut, one after the other, into chunks of equal length. A chunk's entries
+// are found in memory that stays in a core's cache, and kept in a piece of their own size; the pieces are copied to the
+// result, whose size is then known, and freed one by one. A chunk is found by one thread, and its place in the result
+// depends on the chunks before it alone. Checksums are integers, of which any order of additions gives the same sum.
+#include "../bits.h"
+
+#include <atomic>
+#include <cstring>
+#include <memory>
+
+#include "rows.h"
+
+namespace deftx {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+constexpr int64_t kChunk = 1 << 16;  // elements; an index within a chunk has 16 bits
+constexpr int64_t kLine = 64;        // bytes that are compared at once
+
+// ---- tensors, one after the other ----
+
+// Calls visit(i, begin, end) for the parts [begin, end) of items i, counted from the item's first element, that make up
+// the elements [from, to) of all. starts [items + 1]: where each item's elements begin among all.
+template <typename Visit>
+void for_each_part(const std::vector<int64_t>& starts, int64_t from, int64_t to, const Visit& visit) {
+  if (from >= to) return;
+  for (size_t i = std::upper_bound(starts.begin(), starts.end(), from) - starts.begin() - 1; from < to; ++i) {
+    const int64_t end = std::min(starts[i + 1], to);
+    if (from < end) visit(i, from - starts[i], end - starts[i]);
+    from = end;
+  }
+}
+
+std::vector<int64_t> starts_of(const std::vector<Tensor>& tensors, int64_t bytes, int64_t unit) {
+  std::vector<int64_t> starts{0};
+  starts.reserve(tensors.size() + 1);
+  for (const Tensor& t : tensors) starts.push_back(starts.back() + (t.numel() * bytes + unit - 1) / unit);
+  return starts;
+}
+
+template <typename T>
+std::vector<const T*> data_of(const std::vector<Tensor>& tensors) {
+  std::vector<const T*> data;
+  data.reserve(tensors.size());
+  for (const Tensor& t : tensors) data.push_back(static_cast<const T*>(t.const_data_ptr()));
+  return data;
+}
+
+// ---- bit_diff ----
+
+template <typename T>
+bool line_differs(const T* a, const T* b) {
+  T difference = 0;  // a loop over the elements, which GCC makes vector instructions of
+  for (size_t k = 0; k < kLine / sizeof(T); ++k) difference |= a[k] ^ b[k];
+  return difference != 0;
+}
+
+// Writes the positions, from `position` on, and values of a of the n elements that differ. Returns their number.
+template <typename T>
+DEFTX_CLONES int64_t find_differences(const T* a, const T* b, int64_t n, int64_t position, uint16_t* found, T* values) {
+  constexpr int64_t kLineElements = kLine / sizeof(T), kWordElements = 8 / sizeof(T);
+  int64_t count = 0;
+  for (int64_t line = 0; line < n; line += kLineElements) {
+    const int64_t line_end = std::min(line + kLineElements, n);
+    if (line_end - line == kLineElements && !line_differs(a + line, b + line)) continue;
+    for (int64_t word = line; word < line_end; word += kWordElements) {
+      const int64_t end = std::min(word + kWordElements, line_end);
+      if (end - word == kWordElements && std::memcmp(a + word, b + word, 8) == 0) continue;
+      for (int64_t k = word; k < end; ++k) {  // without a branch for each element
+        found[count] = static_cast<uint16_t>(position + k);
+        values[count] = a[k];
+        count += a[k] != b[k];
+      }
+    }
+  }
+  return count;
+}
+
+// The entries of a chunk: positions in the chunk, and values.
+template <typename T>
+struct Piece {
+  std::unique_ptr<uint16_t[]> positions;
+  std::unique_ptr<T[]> values;
+};
+
+template <typename T>
+struct Diff {
+  std::vector<const T*> mine, theirs;
+  std::vector<int64_t> starts;   // [tensors + 1]
+  std::vector<Piece<T>> pieces;  // [chunks]
+  std::vector<int64_t> before;   // [chunks + 1]: the entries of earlier chunks
+
+  int64_t chunks() const { return static_cast<int64_t>(pieces.size()); }
+
+  // offsets [tensors + 1]: for a tensor with elements, the entries before it in the chunk that it begins in.
+  void find(int64_t chunk, uint16_t* positions, T* values, int64_t* offsets) {
+    const int64_t first = chunk * kChunk;
+    int64_t count = 0;
+    for_each_part(starts, first, std::min(first + kChunk, starts.back()), [&](size_t i, int64_t begin, int64_t end) {
+      if (begin == 0) offsets[i] = count;
+      count += find_differences(mine[i] + begin, theirs[i] + begin, end - begin, starts[i] + begin - first,
+                                positions + count, values + count);
+    });
+    before[chunk + 1] = count;
+    if (count == 0) return;
+    pieces[chunk] = {std::unique_ptr<uint16_t[]>(new uint16_t[count]), std::unique_ptr<T[]>(new T[count])};
+    std::copy_n(positions, count, pieces[chunk].positions.get());
+    std::copy_n(values, count, pieces[chunk].values.get());
+  }
+
+  // Returns the number of entries.
+  int64_t find_all(int64_t* offsets) {
+    before.assign(pieces.size() + 1, 0);
+    torch::stable::parallel_for(0, chunks(), 1, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<uint16_t[]> positions(new uint16_t[kChunk]);
+      const std::unique_ptr<T[]> values(new T[kChunk]);
+      for (int64_t c = begin; c < end; ++c) find(c, positions.get(), values.get(), offsets);
+    });
+    for (size_t c = 1; c < before.size(); ++c) before[c] += before[c - 1];
+    offsets[mine.size()] = before.back();
+    for (size_t i = mine.size(); i-- > 0;)
+      offsets[i] = starts[i] == starts[i + 1] ? offsets[i + 1] : offsets[i] + before[starts[i] / kChunk];
+    return before.back();
+  }
+
+  template <typename Index>
+  void write(const int64_t* offsets, Index* indices, T* values) {
+    torch::stable::parallel_for(0, chunks(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        const int64_t first = before[c];
+        const uint16_t* positions = pieces[c].positions.get();
+        for_each_row(offsets, static_cast<int64_t>(mine.size()), first, before[c + 1],
+                     [&](int64_t tensor, int64_t i, int64_t stop) {
+                       const int64_t shift = c * kChunk - starts[tensor];
+                       for (; i < stop; ++i) indices[i] = static_cast<Index>(shift + positions[i - first]);
+                     });
+        std::copy_n(pieces[c].values.get(), before[c + 1] - first, values + first);
+        pieces[c] = {};
+      }
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> bit_diff(std::vector<Tensor> mine, std::vector<Tensor> theirs) {
+  check_pairs(mine, theirs, Device::kCpu);
+  DEFTX_CHECK(!mine.empty(), "new must hold at least one tensor");
+  const int64_t n = static_cast<int64_t>(mine.size());
+  Tensor offsets = torch::stable::new_empty(mine[0], {n + 1}, ScalarType::Long), indices, values;
+  auto* offset = static_cast<int64_t*>(offsets.mutable_data_ptr());
+  const bool wide = std::any_of(mine.begin(), mine.end(), [](const Tensor& t) { return t.numel() > INT32_MAX; });
+  with_size(mine[0], "new", [&](auto zero) {
+    using T = decltype(zero);
+    Diff<T> diff{data_of<T>(mine), data_of<T>(theirs), starts_of(mine, 1, 1), {}, {}};
+    diff.pieces.resize((diff.starts.back() + kChunk - 1) / kChunk);
+    const int64_t nnz = diff.find_all(offset);
+    values = torch::stable::new_empty(mine[0], {nnz});
+    indices = torch::stable::new_empty(mine[0], {nnz}, wide ? ScalarType::Long : ScalarType::Int);
+    void* index = indices.mutable_data_ptr();
+    auto* value = static_cast<T*>(values.mutable_data_ptr());
+    wide ? diff.write(offset, static_cast<int64_t*>(index), value)
+         : diff.write(offset, static_cast<int32_t*>(index), value);
+  });
+  return {offsets, indices, values};
+}
+
+// ---- flat_exchange_ ----
+
+// Throws unless offsets ascend from 0 to nnz and the indices of each tensor ascend strictly and stay inside it: two
+// threads must not meet in one element.
+template <typename Index>
+void check_contents(const FlatEntries& entries, const std::vector<Tensor>& tensors, const Index* index) {
+  check_crow(entries.offsets, entries.tensors, entries.nnz, "offsets");
+  std::vector<int64_t> numel;
+  numel.reserve(tensors.size());
+  for (const Tensor& t : tensors) numel.push_back(t.numel());
+  std::atomic<int64_t> bad{-1};
+  torch::stable::parallel_for(0, entries.nnz, kGrain, [&](int64_t begin, int64_t end) {
+    for_each_row(entries.offsets, entries.tensors, begin, end, [&](int64_t tensor, int64_t i, int64_t stop) {
+      const int64_t from = std::max(i, entries.offsets[tensor] + 1);
+      if (index[i] < 0 || index[stop - 1] >= numel[tensor] || count_descents(index + from, stop - from, true))
+        bad = tensor;
+    });
+  });
+  DEFTX_CHECK(bad < 0, "the indices of ", numbered("tensors", bad), " must ascend strictly from 0 to at most ",
+              numel[bad] - 1);
+}
+
+Tensor flat_exchange_(std::vector<Tensor> tensors, Tensor offsets, Tensor indices, Tensor values) {
+  const FlatEntries entries = check_exchange(tensors, offsets, indices, values, Device::kCpu);
+  Tensor out = torch::stable::new_empty(values, {entries.nnz});
+  with_types(entries, values, "values", [&](const auto* index, auto zero) {
+    using T = decltype(zero);
+    check_contents(entries, tensors, index);
+    std::vector<T*> data;
+    data.reserve(tensors.size());
+    for (const Tensor& t : tensors) data.push_back(static_cast<T*>(t.mutable_data_ptr()));
+    const auto* after = static_cast<const T*>(values.const_data_ptr());
+    auto* before = static_cast<T*>(out.mutable_data_ptr());
+    torch::stable::parallel_for(0, entries.nnz, kGrain, [&](int64_t begin, int64_t end) {
+      for_each_row(entries.offsets, entries.tensors, begin, end, [&](int64_t tensor, int64_t i, int64_t stop) {
+        T* const flat = data[tensor];
+        for (; i < stop; ++i) {
+          before[i] = flat[index[i]];
+          flat[index[i]] = after[i];
+        }
+      });
+    });
+  });
+  return out;
+}
+
+// ---- checksums ----
+
+using Sums = std::vector<std::atomic<uint64_t>>;  // [tensors]
+
+Tensor as_tensor(const Sums& sums, const Tensor& like) {
+  Tensor out = torch::stable::new_empty(like, {static_cast<int64_t>(sums.size())}, ScalarType::Long);
+  auto* data = static_cast<uint64_t*>(out.mutable_data_ptr());
+  for (size_t i = 0; i < sums.size(); ++i) data[i] = sums[i];
+  return out;
+}
+
+// The sum of n words, the first at this position; none of the others is a multiple of 2**32.
+DEFTX_CLONES uint64_t sum_words(const char* bytes, int64_t n, uint32_t position) {
+  uint64_t sum = 0;
+  for (int64_t k = 0; k < n; ++k, position += kWordStep) {
+    uint32_t word;
+    std::memcpy(&word, bytes + 4 * k, 4);
+    sum += uint64_t{key_of(position)} * word;
+  }
+  return sum;
+}
+
+// The sum of a tensor's words [begin, end). bytes: of the whole tensor; what the last word lacks is 0.
+uint64_t sum_part(const char* data, int64_t bytes, int64_t begin, int64_t end) {
+  uint64_t sum = 0;
+  const int64_t whole = std::min(end, bytes / 4);
+  while (begin < whole) {
+    const int64_t next = std::min(whole, (begin >> 32 << 32) + (int64_t{1} << 32));
+    sum += sum_words(data + 4 * begin, next - begin, position_of(begin));
+    begin = next;
+  }
+  if (begin < end) {
+    uint32_t word = 0;
+    std::memcpy(&word, data + 4 * begin, bytes - 4 * begin);
+    sum += uint64_t{key_of(position_of(begin))} * word;
+  }
+  return sum;
+}
+
+Tensor bit_checksum(std::vector<Tensor> tensors) {
+  check_list(tensors, Device::kCpu, "tensors");
+  DEFTX_CHECK(!tensors.empty(), "tensors must hold at least one tensor");
+  with_size(tensors[0], "tensors", [](auto) {});
+  const int64_t size = tensors[0].element_size();
+  const std::vector<const char*> data = data_of<char>(tensors);
+  const std::vector<int64_t> starts = starts_of(tensors, size, 4);
+  Sums sums(tensors.size());
+  torch::stable::parallel_for(0, starts.back(), kChunk, [&](int64_t first, int64_t last) {
+    for_each_part(starts, first, last, [&](size_t i, int64_t begin, int64_t end) {
+      sums[i] += sum_part(data[i], tensors[i].numel() * size, begin, end);
+    });
+  });
+  return as_tensor(sums, tensors[0]);
+}
+
+template <typename Index, typename T>
+DEFTX_CLONES uint64_t sum_changes(const Index* index, const T* mine, const T* theirs, int64_t n) {
+  uint64_t sum = 0;
+  for (int64_t k = 0; k < n; ++k) sum += term_of<T>(index[k], mine[k]) - term_of<T>(index[k], theirs[k]);
+  return sum;
+}
+
+Tensor bit_checksum_change(Tensor offsets, Tensor indices, Tensor before, Tensor after) {
+  const FlatEntries entries = check_change(offsets, indices, before, after, Device::kCpu);
+  check_crow(entries.offsets, entries.tensors, entries.nnz, "offsets");
+  Sums sums(entries.tensors);
+  with_types(entries, before, "old", [&](const auto* index, auto zero) {
+    using T = decltype(zero);
+    const auto* mine = static_cast<const T*>(after.const_data_ptr());
+    const auto* theirs = static_cast<const T*>(before.const_data_ptr());
+    torch::stable::parallel_for(0, entries.nnz, kGrain, [&](int64_t begin, int64_t end) {
+      for_each_row(entries.offsets, entries.tensors, begin, end, [&](int64_t tensor, int64_t i, int64_t stop) {
+        sums[tensor] += sum_changes(index + i, mine + i, theirs + i, stop - i);
+      });
+    });
+  });
+  return as_tensor(sums, offsets);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(deftx, CPU, m) {
+  m.impl("bit_diff", TORCH_BOX(&bit_diff));
+  m.impl("flat_exchange_", TORCH_BOX(&flat_exchange_));
+  m.impl("bit_checksum", TORCH_BOX(&bit_checksum));
+  m.impl("bit_checksum_change", TORCH_BOX(&bit_checksum_change));
+}
+
+}  // namespace deftx

@@ -1,0 +1,284 @@
+"""bit_diff, flat_exchange_, bit_checksum, bit_checksum_change against NumPy and Python's integers, the same tests for
+every implementation.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from deftx_kernels.ops import schemas
+from tests.operators import MANY, SHAPES, bits, explore, replaced
+
+OPS = ("bit_diff", "flat_exchange_", "bit_checksum", "bit_checksum_change")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
+DTYPES += [torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
+LOW, ALL = 2**32 - 1, 2**64 - 1
+
+
+@pytest.fixture(autouse=True)
+def _served(implementation):
+    if not all(map(implementation.can_run, OPS)):
+        pytest.skip(f"the installed {implementation.name} library has no bit_diff: build it again")
+
+
+# ---- inputs: NumPy arrays of bytes [elements, bytes of an element], and tensors of these bits ----
+def random_bytes(shape, dtype, rng) -> np.ndarray:
+    found = rng.integers(0, 2 if dtype == torch.bool else 256, (int(np.prod(shape)), dtype.itemsize), dtype=np.uint8)
+    found[rng.random(len(found)) < 0.1] = 0
+    return found
+
+
+def changed_bytes(data, dtype, share, rng) -> np.ndarray:
+    """One bit is flipped in a share of the elements: signs, the last bit, NaN payloads."""
+    found = data.copy()
+    for i in np.flatnonzero(rng.random(len(data)) < share):
+        byte, bit = rng.integers(dtype.itemsize), 0 if dtype == torch.bool else rng.integers(8)
+        found[i, byte] ^= np.uint8(1 << bit)
+    return found
+
+
+def tensor_of(data, shape, dtype, device="cpu", aligned=False) -> torch.Tensor:
+    """One element into its storage, so that nothing is aligned by chance."""
+    flat = torch.empty(len(data) + 16, dtype=dtype, device=device)
+    flat = flat[: len(data)] if aligned else flat[1 : len(data) + 1]
+    if len(data):
+        flat.view(torch.uint8).copy_(torch.from_numpy(data.reshape(-1)))
+    return flat.view(shape)
+
+
+class Problem:
+    """Tensors before and after a change of some elements."""
+
+    def __init__(self, shapes, dtype, share=0.1, seed=0, device="cpu", aligned=False):
+        rng = np.random.default_rng(seed)
+        self.shapes, self.dtype, self.device, self.aligned = shapes, dtype, device, aligned
+        self.old = [random_bytes(s, dtype, rng) for s in shapes]
+        self.new = [changed_bytes(d, dtype, share, rng) for d in self.old]
+        self.changed = [np.flatnonzero((a != b).any(1)) for a, b in zip(self.new, self.old)]
+
+    def tensors(self, data) -> list[torch.Tensor]:
+        return [tensor_of(d, s, self.dtype, self.device, self.aligned) for d, s in zip(data, self.shapes)]
+
+    def values(self, data) -> np.ndarray:  # [nnz, bytes]
+        found = [d[i] for d, i in zip(data, self.changed)]
+        return np.concatenate(found) if found else np.empty((0, self.dtype.itemsize), np.uint8)
+
+    def indices(self) -> np.ndarray:
+        return np.concatenate(self.changed) if self.changed else np.empty(0, np.int64)
+
+    def entries(self, data, index=torch.int32) -> list[torch.Tensor]:
+        """offsets, indices and the values of `data`, each one element into its storage."""
+        offsets, indices = self.offsets(), self.indices()
+        found = [(offsets, torch.int64), (indices.astype(np.int32 if index == torch.int32 else np.int64), index)]
+        found = [tensor_of(a.view(np.uint8).reshape(len(a), t.itemsize), (len(a),), t, self.device) for a, t in found]
+        return [*found, self.compact(data)]
+
+    def compact(self, data) -> torch.Tensor:
+        values = self.values(data)
+        return tensor_of(values, (len(values),), self.dtype, self.device)
+
+    def offsets(self) -> np.ndarray:
+        return np.cumsum([0, *map(len, self.changed)], dtype=np.int64)
+
+    def check(self, implementation) -> None:
+        ops, new, old = implementation.ops, self.tensors(self.new), self.tensors(self.old)
+        found = ops.bit_diff(new, old)
+        for name, got, want in zip(("offsets", "indices"), found, (self.offsets(), self.indices())):
+            assert got.cpu().tolist() == want.tolist(), name
+        assert [t.dtype for t in found] == [torch.int64, torch.int32, self.dtype]
+        assert all(t.device.type == self.device for t in found)
+        np.testing.assert_array_equal(bits(found[2]), self.values(self.new))
+
+        sums, want = [ops.bit_checksum(t) for t in (old, new)], [list(map(checksum, d)) for d in (self.old, self.new)]
+        assert [s.dtype for s in sums] == [torch.int64] * 2
+        assert [[x & ALL for x in s.tolist()] for s in sums] == want
+
+        for index in (torch.int32, torch.int64):
+            given, written = self.entries(self.new, index), self.tensors(self.old)
+            before = ops.flat_exchange_(written, *given)
+            assert before.dtype == self.dtype
+            np.testing.assert_array_equal(bits(before), self.values(self.old))
+            for t, data in zip(written, self.new):
+                np.testing.assert_array_equal(bits(t), data)
+            change = ops.bit_checksum_change(*given[:2], before, given[2])
+            assert change.dtype == torch.int64
+            assert [x & ALL for x in (sums[0] + change).tolist()] == want[1]
+
+
+def key(word: int) -> int:
+    """As the docstring of the reference defines it."""
+    x = ((word & LOW) * 0x9E3779B1 + (word >> 32) * 0xC2B2AE3D) & LOW
+    x = ((x ^ x >> 15) * 0x85EBCA77) & LOW
+    return x ^ x >> 13 | 1
+
+
+def checksum(data: np.ndarray) -> int:
+    content = data.tobytes()
+    words = [int.from_bytes(content[i : i + 4], "little") for i in range(0, len(content), 4)]
+    return sum(key(i) * w for i, w in enumerate(words)) & ALL
+
+
+# ---- tests ----
+@pytest.mark.usefixtures("no_racecheck")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random(implementation, dtype):
+    """No tensor, empty and 0-d ones, none and all elements changed."""
+    examples = st.tuples(
+        st.lists(st.sampled_from([*SHAPES, (100,), (1030,)]), max_size=5),
+        st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+        st.integers(0, 2**32 - 1),
+        st.booleans(),
+    )
+
+    def check(example):
+        shapes, share, seed, aligned = example
+        if shapes:
+            Problem(shapes, dtype, share, seed, implementation.device, aligned).check(implementation)
+
+    explore(implementation, examples, check, few=6, many=40)
+
+
+def test_no_tensors():
+    """The CPU and float32, since there is no tensor to take a device and a dtype from."""
+    ops, none = torch.ops.deftx, torch.zeros(1, dtype=torch.int64)
+    offsets, indices, values = ops.bit_diff([], [])
+    assert offsets.tolist() == [0]
+    assert (indices.dtype, values.dtype, indices.shape, values.shape) == (torch.int32, torch.float32, (0,), (0,))
+    assert ops.bit_checksum([]).tolist() == []
+    assert ops.flat_exchange_([], none, indices, values.bool()).dtype == torch.bool
+    assert ops.bit_checksum_change(none, indices, values, values).tolist() == []
+
+
+@pytest.mark.parametrize("share", [0.01, 0.9])
+def test_many_tensors(implementation, share):
+    shapes = [SHAPES[i % len(SHAPES)] for i in range(MANY)]
+    with implementation.without_racecheck():
+        Problem(shapes, torch.bfloat16, share, 3, implementation.device).check(implementation)
+
+
+@pytest.mark.usefixtures("no_racecheck")
+def test_special_floats(implementation):
+    """Zeros of both signs differ, NaNs are compared by their payloads, and copies are copies of bits."""
+    old = torch.tensor([0x0000, 0x8000, 0x7FC0, 0x7FC1, 0x7F81, 0x3F80, 0x7FC0], dtype=torch.int32).to(torch.int16)
+    new = torch.tensor([0x8000, 0x8000, 0x7FC1, 0x7FC1, 0x7FC1, 0x3F80, 0xFFC0], dtype=torch.int32).to(torch.int16)
+    given = [[t.to(implementation.device, copy=True).view(torch.bfloat16)] for t in (new, old)]
+    offsets, indices, values = implementation.ops.bit_diff(*given)
+    assert (offsets.tolist(), indices.tolist()) == ([0, 4], [0, 2, 4, 6])
+    assert torch.equal(values.view(torch.int16).cpu(), new[[0, 2, 4, 6]])
+    before = implementation.ops.flat_exchange_(given[1], offsets, indices, values)
+    assert torch.equal(before.view(torch.int16).cpu(), old[[0, 2, 4, 6]])
+    assert torch.equal(given[1][0].view(torch.int16).cpu(), new)
+
+
+@pytest.mark.usefixtures("no_racecheck")
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_each_flipped_bit_changes_the_checksum(implementation, dtype):
+    data = random_bytes((70,), dtype, np.random.default_rng(0))
+    flipped = [data] + [data.copy() for _ in range(70 * 8)]
+    rng = np.random.default_rng(1)
+    for i, other in enumerate(flipped[1:]):
+        other[i // 8, rng.integers(dtype.itemsize)] ^= np.uint8(1 << i % 8)
+    tensors = [tensor_of(d, (70,), dtype, implementation.device) for d in flipped]
+    sums = implementation.ops.bit_checksum(tensors).tolist()
+    assert len(set(sums)) == len(sums)
+
+
+@pytest.mark.usefixtures("no_racecheck")
+def test_indices_of_large_tensors(implementation):
+    """A change of checksums has indices alone, of tensors of any size; words above 2**32 have other keys."""
+    where = [0, 1, 2**31 - 1, 2**31, 2**32, 2**33 - 1, 2**33, 2**33 + 1, 2**40 + 5]
+    rng = np.random.default_rng(2)
+    for dtype in (torch.int8, torch.int16, torch.float32, torch.float64):
+        old, new = (random_bytes((len(where),), dtype, rng) for _ in range(2))
+        each, expected = dtype.itemsize / 4, [0, 0]
+        for k, (i, a, b) in enumerate(zip(where, old, new)):
+            for data, sign in ((a, -1), (b, 1)):
+                low = i * dtype.itemsize % 4
+                content = bytes(low) + data.tobytes()
+                words = [int.from_bytes(content[j : j + 4], "little") for j in range(0, len(content), 4)]
+                expected[k > 4] += sign * sum(key(int(i * each) + j) * w for j, w in enumerate(words))
+        given = [torch.tensor(x, device=implementation.device) for x in ([0, 5, len(where)], where)]
+        given += [tensor_of(d, (len(where),), dtype, implementation.device) for d in (old, new)]
+        found = implementation.ops.bit_checksum_change(*given)
+        assert [x & ALL for x in found.tolist()] == [x & ALL for x in expected], dtype
+    assert len({key(w << 32) for w in range(100)}) == 100
+
+
+# What is wrong -> (the operator, the changed arguments by number, what the message names)
+WRONG = {
+    "fewer old": ("bit_diff", {1: lambda x: x[:1]}, "new and old must have one tensor for each other, got 2 and 1"),
+    "shape": ("bit_diff", {1: lambda x: [x[0], x[1].view(-1)]}, r"old\[1\] must have the shape of new\[1\]"),
+    "dtype of old": ("bit_diff", {1: lambda x: [x[0].int(), x[1]]}, r"old\[0\] must (be float32|have the dtype)"),
+    "dtype of new": ("bit_diff", {0: lambda x: [x[0], x[1].int()]}, r"new\[1\] must (be float32|have the dtype)"),
+    "16 bytes": ("bit_checksum", {0: lambda x: [x[0].to(torch.complex128)]}, "1, 2, 4 or 8 bytes"),
+    "strided": ("bit_checksum", {0: lambda x: [x[0], x[1].mT]}, r"tensors\[1\] must be contiguous"),
+    "values dtype": ("flat_exchange_", {3: lambda x: x.int()}, r"tensors\[0\] must (be int32|have the dtype)"),
+    "values short": ("flat_exchange_", {3: lambda x: x[:-1]}, "values must have shape"),
+    "offsets int32": ("flat_exchange_", {1: lambda x: x.int()}, "offsets must be int64"),
+    "offsets short": ("flat_exchange_", {1: lambda x: x[:-1]}, "offsets has 2 elements; 2 tensors need 3"),
+    "indices uint16": ("flat_exchange_", {2: lambda x: x.to(torch.uint16)}, "indices must be int32 or int64"),
+    "indices 2-D": ("flat_exchange_", {2: lambda x: x[None]}, "offsets must have shape|indices must have shape"),
+    "shared": ("flat_exchange_", {0: lambda x: [x[1].view(-1)[:5], x[1]]}, "two of tensors.* share memory"),
+    "offsets empty": ("bit_checksum_change", {0: lambda x: x[:0]}, "offsets"),
+    "other dtype": ("bit_checksum_change", {3: lambda x: x.int()}, "new must (be float32|have the dtype)"),
+    "old short": ("bit_checksum_change", {2: lambda x: x[1:]}, "old must have shape"),
+}
+CONTENTS = {
+    "offsets begin late": (1, lambda x: x + 1, "offsets"),
+    "offsets end early": (1, lambda x: torch.tensor([0, 1, 2]), "offsets"),
+    "offsets descend": (1, lambda x: torch.tensor([0, 9, len(INDICES)]), "offsets"),
+    "negative": (2, lambda x: replaced(x, 0, -1), r"indices of tensors\[0\] must ascend"),
+    "too large": (2, lambda x: replaced(x, -1, 30), r"indices of tensors\[1\] must ascend"),
+    "far": (2, lambda x: replaced(x, 1, 2**31 - 1), r"indices of tensors\[0\] must ascend"),
+    "twice": (2, lambda x: replaced(x, 1, 0), r"indices of tensors\[0\] must ascend"),
+    "descend": (2, lambda x: replaced(x, 4, 3), r"indices of tensors\[1\] must ascend"),
+}
+INDICES = [0, 2, 4, 4, 7, 29]
+
+
+def valid_arguments(op, device) -> list:
+    new, old = ([torch.full((5,), x, device=device), torch.full((5, 6), x, device=device)] for x in (1.0, 2.0))
+    offsets = torch.tensor([0, 3, 6], device=device)
+    indices = torch.tensor(INDICES, dtype=torch.int32, device=device)
+    values = torch.arange(6.0, device=device)
+    return {
+        "bit_diff": [new, old],
+        "flat_exchange_": [old, offsets, indices, values],
+        "bit_checksum": [new],
+        "bit_checksum_change": [offsets, indices, values, -values],
+    }[op]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_bad_arguments_raise(implementation, wrong):
+    op, changes, message = WRONG[wrong]
+    arguments = valid_arguments(op, implementation.device)
+    for i, change in changes.items():
+        arguments[i] = change(arguments[i])
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
+        getattr(implementation.ops, op)(*arguments)
+
+
+@pytest.mark.parametrize("wrong", CONTENTS)
+def test_bad_entries_change_nothing(implementation, wrong):
+    """The CPU library and the reference name them; a GPU's kernels stay inside memory."""
+    at, change, message = CONTENTS[wrong]
+    ops, arguments = implementation.ops, valid_arguments("flat_exchange_", implementation.device)
+    arguments[at] = change(arguments[at].cpu()).to(implementation.device)
+    if implementation.name not in ("c++", "reference"):
+        with implementation.without_racecheck():
+            assert ops.flat_exchange_(*arguments).shape == (6,)
+        return
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        ops.flat_exchange_(*arguments)
+    assert all((t == 2).all() for t in arguments[0])
+    if at == 1:
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            ops.bit_checksum_change(*arguments[1:], arguments[3])
+
+
+def test_the_dtype_of_indices():
+    assert schemas.index_dtype([torch.empty(2**31 - 1, device="meta")]) == torch.int32
+    assert schemas.index_dtype([torch.empty(2**31, 1, device="meta"), torch.empty(1)]) == torch.int64
