@@ -32,6 +32,7 @@ SHAPES: dict[str, Shapes] = {
     "10M": {f"{i:02}": (1000, 1000) for i in range(10)},
     "minilm": {"embedding": (30522, 384)} | _layers(6, 384, 1536),  # 22 M elements
     "50M": {f"{i:02}": (1000, 1000) for i in range(50)},
+    "512M": {f"{i:02}": (8000, 8000) for i in range(8)},  # 1 GB of bfloat16
     "bert": {"embedding": (30522, 768), "positions": (512, 768), "types": (2, 768)} | _layers(12, 768, 3072),  # 109 M
     "xlmr": {"embedding": (250002, 768), "positions": (514, 768), "types": (1, 768)} | _xlmr_layers(),  # 277 M
     # Llama 3.2, 1.24 billion

@@ -2,6 +2,7 @@
 // its own, cut into chunks of equal length that threads work on. `to_csr` makes crow_indices and col_indices of it.
 #pragma once
 
+#include <cstring>
 #include <memory>
 #include <utility>
 
@@ -29,6 +30,20 @@ inline int lowest_bit(uint64_t word) {  // of a word that is not 0
 #else
   return count_bits((word & (~word + 1)) - 1);
 #endif
+}
+
+// Bit j: flags[j], of kWord flags that are 0 or 1.
+inline uint64_t word_of(const uint8_t* flags) {
+  uint64_t word = 0;
+  for (int b = 0; b < 8; ++b) {
+    uint64_t eight;
+    std::memcpy(&eight, flags + 8 * b, 8);
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    eight = __builtin_bswap64(eight);
+#endif
+    word |= ((eight * 0x0102040810204080u) >> 56) << (8 * b);
+  }
+  return word;
 }
 
 struct Part {                     // one tensor, or one row of a tensor of long rows

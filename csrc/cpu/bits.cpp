@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 
+#include "bitmask.h"
 #include "rows.h"
 
 namespace deftx {
@@ -17,8 +18,9 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kChunk = 1 << 16;  // elements; an index within a chunk has 16 bits
-constexpr int64_t kLine = 64;        // bytes that are compared at once
+using bitmask::kWord, bitmask::lowest_bit, bitmask::word_of;
+
+constexpr int64_t kChunk = 1 << 16;  // elements; a position in a chunk has 16 bits
 
 // ---- tensors, one after the other ----
 
@@ -51,29 +53,29 @@ std::vector<const T*> data_of(const std::vector<Tensor>& tensors) {
 
 // ---- bit_diff ----
 
-template <typename T>
-bool line_differs(const T* a, const T* b) {
-  T difference = 0;  // a loop over the elements, which GCC makes vector instructions of
-  for (size_t k = 0; k < kLine / sizeof(T); ++k) difference |= a[k] ^ b[k];
-  return difference != 0;
-}
-
-// Writes the positions, from `position` on, and values of a of the n elements that differ. Returns their number.
+// Writes those of n <= kChunk elements that differ: their positions, from `position` on, and their values in a. Returns
+// their number. In two passes, the second over the words of bits that are not 0, so that few branches are mispredicted.
 template <typename T>
 DEFTX_CLONES int64_t find_differences(const T* a, const T* b, int64_t n, int64_t position, uint16_t* found, T* values) {
-  constexpr int64_t kLineElements = kLine / sizeof(T), kWordElements = 8 / sizeof(T);
-  int64_t count = 0;
-  for (int64_t line = 0; line < n; line += kLineElements) {
-    const int64_t line_end = std::min(line + kLineElements, n);
-    if (line_end - line == kLineElements && !line_differs(a + line, b + line)) continue;
-    for (int64_t word = line; word < line_end; word += kWordElements) {
-      const int64_t end = std::min(word + kWordElements, line_end);
-      if (end - word == kWordElements && std::memcmp(a + word, b + word, 8) == 0) continue;
-      for (int64_t k = word; k < end; ++k) {  // without a branch for each element
-        found[count] = static_cast<uint16_t>(position + k);
-        values[count] = a[k];
-        count += a[k] != b[k];
-      }
+  uint64_t words[kChunk / kWord];
+  uint16_t first[kChunk / kWord];
+  int64_t count = 0, filled = 0;
+  for (int64_t i = 0; i < n; i += kWord) {
+    uint8_t flags[kWord];
+    if (n - i >= kWord) {
+      for (int64_t j = 0; j < kWord; ++j) flags[j] = a[i + j] != b[i + j];
+    } else {
+      for (int64_t j = 0; j < kWord; ++j) flags[j] = i + j < n && a[i + j] != b[i + j];
+    }
+    words[filled] = word_of(flags);
+    first[filled] = static_cast<uint16_t>(i);
+    filled += words[filled] != 0;
+  }
+  for (int64_t w = 0; w < filled; ++w) {
+    for (uint64_t word = words[w]; word != 0; word &= word - 1, ++count) {
+      const int64_t k = first[w] + lowest_bit(word);
+      found[count] = static_cast<uint16_t>(position + k);
+      values[count] = a[k];
     }
   }
   return count;

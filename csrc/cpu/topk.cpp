@@ -205,16 +205,7 @@ template <typename Key>
 inline uint64_t at_least(const Key* keys, Key bound) {
   uint8_t flags[kWord];
   for (int64_t j = 0; j < kWord; ++j) flags[j] = keys[j] >= bound;
-  uint64_t word = 0;
-  for (int b = 0; b < 8; ++b) {
-    uint64_t eight;
-    std::memcpy(&eight, flags + 8 * b, 8);
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    eight = __builtin_bswap64(eight);
-#endif
-    word |= ((eight * 0x0102040810204080u) >> 56) << (8 * b);
-  }
-  return word;
+  return word_of(flags);
 }
 
 struct Counts {

@@ -4,9 +4,8 @@
 // number of ones before any entry, then takes two reads. "and", "sub": the ones are the entries of the first mask that
 // stay, and rank is where each goes. "or": the ones are the second mask's entries that the first has not; an entry of
 // the first mask moves up by those before it. The host waits once, for the size of the result.
-#include <cub/device/device_scan.cuh>
-
 #include "entries.cuh"
+#include "scan.cuh"
 
 namespace deftx {
 namespace {
@@ -78,18 +77,6 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t threads = int64_t{gridDim.x} * kThreads;
   for (int64_t r = int64_t{blockIdx.x} * kThreads + threadIdx.x; r <= rows; r += threads)
     crow_out[r] = (all ? clamped(all[r], 0, all_nnz) : 0) + bits.rank(clamped(marked[r], 0, marked_nnz));
-}
-
-// Replaces the counts by the sums before them, and waits for the last one, which is the number of ones.
-int64_t scan(int64_t* counts, int64_t n, const Tensor& like, cudaStream_t stream) {
-  size_t bytes = 0;
-  DEFTX_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(nullptr, bytes, counts, counts, n, stream));
-  Tensor workspace = torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, torch::headeronly::ScalarType::Byte);
-  DEFTX_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(workspace.mutable_data_ptr(), bytes, counts, counts, n, stream));
-  int64_t total = 0;
-  DEFTX_CUDA_CHECK(cudaMemcpyAsync(&total, counts + n - 1, sizeof(total), cudaMemcpyDeviceToHost, stream));
-  DEFTX_CUDA_CHECK(cudaStreamSynchronize(stream));
-  return total;
 }
 
 template <typename Column>

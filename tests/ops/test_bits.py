@@ -8,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 
 from deftx_kernels.ops import schemas
-from tests.operators import MANY, SHAPES, bits, explore, replaced
+from tests.conftest import implementations
+from tests.operators import MANY, SHAPES, bits, explore, replaced, with_threads
 
 OPS = ("bit_diff", "flat_exchange_", "bit_checksum", "bit_checksum_change")
 
@@ -140,6 +141,44 @@ def test_random(implementation, dtype):
     explore(implementation, examples, check, few=6, many=40)
 
 
+# Around the sizes at which the kernels take another path: the C++ kernel's lines of 64 bytes and chunks of 65,536
+# elements, where tensors begin and end, and the CUDA kernels' tiles of 1024 elements and 4096 words, and steps of 256
+# entries.
+@pytest.mark.parametrize(
+    ("shapes", "dtype", "share"),
+    [
+        ([(65_536,), (0,), (65_535,), (1,), (0,), (0, 3)], torch.int8, 0.02),
+        ([(0,), (3,), (65_533,), (131_073,), (), (0,)], torch.bfloat16, 0.02),
+        ([(1023,), (0,), (1025,), (2, 1024), (5, 821)], torch.float32, 0.2),
+        ([(2049,), (7,), (255,), (257,)], torch.float64, 1.0),
+    ],
+    ids=str,
+)
+def test_edges(implementation, shapes, dtype, share):
+    for aligned in (True, False):
+        Problem(shapes, dtype, share, 1, implementation.device, aligned).check(implementation)
+
+
+def test_threads_do_not_matter(implementation):
+    if implementation.name != "c++":
+        pytest.skip("about the CPU library's threads")
+    shapes = [(300_000,), (), (0,), (70, 1000), (9,)] * 3
+    problem = Problem(shapes, torch.bfloat16, 0.05, 2)
+    new, old, ops = problem.tensors(problem.new), problem.tensors(problem.old), implementation.ops
+
+    def results():
+        found, written = ops.bit_diff(new, old), [t.clone() for t in old]
+        before = ops.flat_exchange_(written, *found)
+        return *found, before, *written, ops.bit_checksum(new), ops.bit_checksum_change(*found[:2], before, found[2])
+
+    first, *others = with_threads(results, (1, 2, 3, 8))
+    for other in others:
+        for got, want in zip(other, first, strict=True):
+            np.testing.assert_array_equal(bits(got), bits(want))
+    assert first[1].tolist() == problem.indices().tolist()
+    np.testing.assert_array_equal(np.concatenate(list(map(bits, first[4:-2]))), np.concatenate(problem.new))
+
+
 def test_no_tensors():
     """The CPU and float32, since there is no tensor to take a device and a dtype from."""
     ops, none = torch.ops.deftx, torch.zeros(1, dtype=torch.int64)
@@ -204,6 +243,32 @@ def test_indices_of_large_tensors(implementation):
         found = implementation.ops.bit_checksum_change(*given)
         assert [x & ALL for x in found.tolist()] == [x & ALL for x in expected], dtype
     assert len({key(w << 32) for w in range(100)}) == 100
+
+
+def test_entries_of_a_large_tensor(implementation):
+    """4 GB of address space, of which a few pages are touched."""
+    where, numel = [0, 5, 2**31 - 1, 2**31, 2**31 + 99], 2**31 + 100
+    tensor = torch.from_numpy(np.zeros(numel, np.int16)).to(implementation.device).view(torch.bfloat16)
+    given = [torch.tensor([0, 1, 1 + len(where)]), torch.tensor([2, *where]), torch.arange(6.0).bfloat16()]
+    given = [t.to(implementation.device) for t in given]
+    before = implementation.ops.flat_exchange_([torch.zeros(3).bfloat16().to(implementation.device), tensor], *given)
+    assert not before.any()
+    assert tensor[where].tolist() == given[2][1:].tolist()
+    assert implementation.ops.flat_exchange_([before[:3].clone(), tensor], *given).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@implementations("c++", "cuda")
+def test_difference_of_large_tensors(implementation):
+    """More than 2**31 elements, zeros that NumPy leaves to the system's one page of zeros."""
+    where, numel = [3, 2**31 - 1, 2**31, 2**31 + 60], 2**31 + 61
+    new, old = (torch.from_numpy(np.zeros(numel, np.uint8)).to(implementation.device) for _ in range(2))
+    new[where] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8, device=new.device)
+    small = torch.ones(1, dtype=torch.uint8, device=new.device)
+    offsets, indices, values = implementation.ops.bit_diff([small, new], [small + 1, old])
+    assert (offsets.tolist(), indices.dtype) == ([0, 1, 5], torch.int64)
+    assert (indices.tolist(), values.tolist()) == ([0, *where], [1, 1, 2, 3, 4])
+    found = implementation.ops.bit_checksum([new]).tolist()
+    assert found == [sum(key(i // 4) * (v << 8 * (i % 4)) for i, v in zip(where, (1, 2, 3, 4)))]
 
 
 # What is wrong -> (the operator, the changed arguments by number, what the message names)

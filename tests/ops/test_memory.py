@@ -46,6 +46,7 @@ tensors = [torch.randn(4, 6), torch.randn(5)]
 mask = [torch.tensor([0, 1, 1, 2, 2, 3]), torch.tensor([0, 2, 3], dtype=torch.uint16)]
 one = [torch.tensor([0, 1, 1, 2, 2]), torch.tensor([0, 2], dtype=torch.uint16)]  # of tensors[0] alone
 values, scalar = torch.ones(3), torch.ones(())
+flat = [torch.tensor([0, 2, 3]), torch.tensor([0, 5, 1], dtype=torch.int32)]
 cases = {
     "csr_gather": [(tensors, *mask)],
     "csr_scatter_": [(tensors, *mask, values)],
@@ -76,6 +77,10 @@ cases = {
     "csr_square_sum": [(tensors, *mask)],
     "masked_linear_grad": [(torch.ones(8, 4), torch.ones(8, 6), *one, torch.float32)],
     "masked_embedding_grad": [(torch.ones(8, 6), torch.zeros(8, dtype=torch.int64), *one, -1, torch.float32)],
+    "bit_diff": [(tensors, [t + 1 for t in tensors])],
+    "flat_exchange_": [(tensors, *flat, values)],
+    "bit_checksum": [(tensors,)],
+    "bit_checksum_change": [(*flat, values, values + 1)],
 }
 for op, arguments in cases.items():
     function = getattr(torch.ops.deftx, op)

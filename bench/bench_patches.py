@@ -1,0 +1,141 @@
+"""The operators of sparse patches, of tensors of which 1 % of the elements change, against plain torch."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from bench.harness import Call, Case, Choice, Workload, workload
+from bench.rows import OURS
+from bench.shapes import random_tensors
+from deftx_kernels.kernels.tensors import INTEGERS
+from deftx_kernels.ops import reference
+
+OPS = {
+    "bit_diff": "the entries at which the bits of two lists of tensors differ, and the values there",
+    "flat_exchange_": "values written at given entries of tensors, and those that were there returned",
+    "bit_checksum": "a checksum of each tensor's bits",
+}
+SIZES = ("tiny", "minilm", "512M")
+SETTINGS = [(torch.bfloat16, 0.01), (torch.float32, 0.01)]
+ops = torch.ops.deftx
+
+
+def workloads(choice: Choice) -> Iterator[Workload]:
+    for size in choice.sizes:
+        for setting in choice.settings(SETTINGS):
+            for op, case in (("bit_diff", diff_case), ("flat_exchange_", exchange_case), ("bit_checksum", sum_case)):
+                yield workload(case, op, size, setting, choice.device)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(INTEGERS[tensor.element_size()])
+
+
+class Problem:
+    """Tensors before and after a share of their elements changed by one in the last bit, and these entries."""
+
+    def __init__(self, size: str, dtype: torch.dtype, density: float, device: str) -> None:
+        generator = torch.Generator(device).manual_seed(1)
+        self.old = list(random_tensors(size, dtype, device).values())
+        self.new, index = [], []
+        for tensor in self.old:
+            chosen = torch.rand(tensor.numel(), generator=generator, device=device) < density
+            self.new.append(tensor.clone())
+            bits(self.new[-1])[chosen] ^= 1
+            index.append(chosen.nonzero().view(-1))
+        self.index = index  # int64, what plain torch indexes with
+        counts = [0, *map(len, index)]
+        self.entries = torch.tensor(counts, device=device).cumsum(0), torch.cat(index).to(torch.int32)
+        self.values, self.before = (
+            torch.cat([t.view(-1)[i] for t, i in zip(tensors, index)]) for tensors in (self.new, self.old)
+        )
+        self.nnz, self.element = len(self.values), dtype.itemsize
+        self.bytes = sum(t.nbytes for t in self.new)
+
+
+def diff_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
+    problem = Problem(size, dtype, density, device)
+
+    def plain() -> tuple[Tensor, ...]:
+        found = [(bits(a) != bits(b)).nonzero().view(-1) for a, b in zip(problem.new, problem.old)]
+        counts = torch.tensor([0, *map(len, found)], device=device)
+        values = torch.cat([t.view(-1)[i] for t, i in zip(problem.new, found)])
+        return counts.cumsum(0), torch.cat(found).to(torch.int32), values
+
+    def check(result: tuple[Tensor, ...]) -> str | None:
+        same = all(map(torch.equal, result[:2], problem.entries)) and torch.equal(bits(result[2]), bits(problem.values))
+        return None if same else "the entries differ"
+
+    implementations: dict[str, Callable] = {
+        OURS: lambda: lambda: ops.bit_diff(problem.new, problem.old),
+        "torch != and nonzero": lambda: plain,
+    }
+    return Case(2 * problem.bytes + problem.nnz * (4 + problem.element), implementations, check)
+
+
+def exchange_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
+    """Each call writes what the call before it replaced."""
+    problem = Problem(size, dtype, density, device)
+
+    def alternating(exchange: Callable[[list[Tensor], Tensor], Tensor]) -> Callable[[], Call]:
+        def make() -> Call:
+            mine, values = [t.clone() for t in problem.old], problem.values
+
+            def call() -> tuple[list[Tensor], Tensor]:
+                nonlocal values
+                values = exchange(mine, values)
+                return mine, values
+
+            return call
+
+        return make
+
+    def indexed(mine: list[Tensor], values: Tensor) -> Tensor:
+        parts = values.split([len(i) for i in problem.index])
+        before = [t.view(-1)[i] for t, i in zip(mine, problem.index)]
+        for tensor, i, part in zip(mine, problem.index, parts):
+            tensor.view(-1)[i] = part
+        return torch.cat(before)
+
+    def copied() -> Call:
+        mine, states = [t.clone() for t in problem.old], [problem.new, problem.old]
+
+        def call() -> tuple[list[Tensor], Tensor]:
+            states.reverse()
+            for tensor, other in zip(mine, states[1]):
+                tensor.copy_(other)
+            return mine, problem.before if states[1] is problem.new else problem.values
+
+        return call
+
+    def check(result: tuple[list[Tensor], Tensor]) -> str | None:
+        written = problem.new if torch.equal(bits(result[1]), bits(problem.before)) else problem.old
+        values = problem.before if written is problem.new else problem.values
+        same = all(torch.equal(bits(a), bits(b)) for a, b in zip(result[0], written))
+        return None if same and torch.equal(bits(result[1]), bits(values)) else "the tensors or the values differ"
+
+    implementations: dict[str, Callable] = {
+        OURS: alternating(lambda mine, values: ops.flat_exchange_(mine, *problem.entries, values)),
+        "torch index": alternating(indexed),
+        "torch copy_ of whole tensors": copied,
+    }
+    return Case(problem.nnz * (4 + 4 * problem.element), implementations, check)
+
+
+def sum_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
+    problem = Problem(size, dtype, density, device)
+    expected = reference.bit_checksum(problem.new)
+
+    def digests() -> Tensor:
+        for tensor in problem.new:
+            hashlib.sha256(bits(tensor).numpy()).digest()
+        return expected
+
+    implementations: dict[str, Callable] = {
+        OURS: lambda: lambda: ops.bit_checksum(problem.new),
+        "torch, the same sum": lambda: lambda: reference.bit_checksum(problem.new),
+    }
+    implementations |= {"hashlib.sha256": lambda: digests} if device == "cpu" else {}
+    return Case(problem.bytes, implementations, lambda sums: None if torch.equal(sums, expected) else "the sums differ")
