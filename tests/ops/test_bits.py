@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from deftx_kernels.ops import schemas
+from deftx_kernels.ops import registrations, schemas
 from tests.conftest import implementations
 from tests.operators import MANY, SHAPES, bits, explore, replaced, with_threads
 
@@ -344,6 +344,10 @@ def test_bad_entries_change_nothing(implementation, wrong):
             ops.bit_checksum_change(*arguments[1:], arguments[3])
 
 
-def test_the_dtype_of_indices():
+def test_the_dtype_of_indices(monkeypatch):
     assert schemas.index_dtype([torch.empty(2**31 - 1, device="meta")]) == torch.int32
     assert schemas.index_dtype([torch.empty(2**31, 1, device="meta"), torch.empty(1)]) == torch.int64
+    monkeypatch.setattr(schemas, "MAX_INT32_ELEMENTS", 4)
+    zeros = [torch.zeros(4), torch.zeros(5)]
+    _, indices, _ = registrations.reference_functions()["bit_diff"](zeros, [t + 1 for t in zeros])
+    assert (indices.dtype, indices.tolist()) == (torch.int64, [*range(4), *range(5)])
