@@ -226,15 +226,16 @@ __global__ void __launch_bounds__(kThreads)
     exchange_kernel(const __grid_constant__ Table table, const int64_t* __restrict__ offsets,  // [count + 1]
                     const Index* __restrict__ indices, const T* __restrict__ values,           // [nnz]
                     T* __restrict__ before, int64_t nnz) {                                     // [nnz]
+  constexpr int kOwn = sizeof(T) == 8 ? kItems / 2 : kItems;  // more would not fit into the registers
   const int64_t begin = min(max(offsets[0], int64_t{0}), nnz), end = min(max(offsets[table.count], begin), nnz);
   const int64_t warps = int64_t{gridDim.x} * kWarps;
-  for (int64_t first = begin + (int64_t{blockIdx.x} * kWarps + threadIdx.x / 32) * kStep; first < end;
-       first += warps * kStep) {
+  for (int64_t first = begin + (int64_t{blockIdx.x} * kWarps + threadIdx.x / 32) * (32 * kOwn); first < end;
+       first += warps * (32 * kOwn)) {
     int tensor = static_cast<int>(find_row_by_warp(offsets, 0, table.count, first));
-    T* element[kItems];
-    T value[kItems], old[kItems];
+    T* element[kOwn];
+    T value[kOwn], old[kOwn];
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) {
+    for (int k = 0; k < kOwn; ++k) {
       const int64_t entry = first + k * 32 + threadIdx.x % 32;
       element[k] = nullptr;
       if (entry >= end) continue;
@@ -245,9 +246,9 @@ __global__ void __launch_bounds__(kThreads)
       if (index >= 0 && index < table.size[tensor]) element[k] = static_cast<T*>(table.mine[tensor]) + index;
     }
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) old[k] = element[k] ? *element[k] : T{0};
+    for (int k = 0; k < kOwn; ++k) old[k] = element[k] ? *element[k] : T{0};
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) {
+    for (int k = 0; k < kOwn; ++k) {
       const int64_t entry = first + k * 32 + threadIdx.x % 32;
       if (entry < end) before[entry] = old[k];
       if (element[k]) *element[k] = value[k];
