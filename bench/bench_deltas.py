@@ -245,7 +245,7 @@ def load_case(size: str, dtype: torch.dtype, density: float, device: str) -> Cas
         sizes[OURS],
         {name: partial(kept, folder, load) for name, load in loaders.items()},
         check,
-        served_by="safetensors",
+        library="safetensors",
     )
     case.parameters, case.footprints = delta.mask.nnz, {name: {"file": size} for name, size in sizes.items()}
     return case

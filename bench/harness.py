@@ -78,7 +78,8 @@ class Case:
     check: Callable[[Any], str | None]  # what is wrong with a result
     flops: float = 0.0
     rounds: int = 15
-    served_by: str = ""  # the operator or library that ours calls, where the workload is not named after it
+    served_by: str = ""  # the operator that ours calls, where the workload is not named after it
+    library: str = ""  # the library that serves ours, where that is neither an operator nor linear algebra
     once: tuple[str, ...] = ()  # implementations timed in the first round only
     absent: dict[str, str] = field(default_factory=dict)  # implementations unavailable here → the reason
     parameters: int = 0  # of the model, for the footprints
@@ -372,7 +373,7 @@ def measure(
     limits |= {"copy_gb_s": f"{bandwidth / 1e9:.1f}", "product_gflop_s": f"{rate / 1e9:.0f}"}
     op, ours = case.served_by or workload.op, found[OURS].times if OURS in found else []
     # The denoising functions are no operators: torch's linear algebra serves them.
-    backend = backends()[op][device].name if op in backends() else case.served_by or "blas"
+    backend = case.library or (backends()[op][device].name if op in backends() else "blas")
     for name, one in found.items():
         if one.wrong:
             yield same | {"provider": name, "wrong": one.wrong}
