@@ -148,34 +148,33 @@ class Adapters:
         return "the weights are not the base's plus the adapter's"
 
     def forward(self, kind: str) -> Call:
-        """The layers of the base, with our adapter "one", or with PEFT's, not merged."""
+        """The layers with our adapter "one", with its weights copied, or with PEFT's adapter, not merged."""
         if kind.startswith("PEFT"):
-            model = peft_model(self.tensors, self.density, kind).base_model.model
+            modules = list(peft_model(self.tensors, self.density, kind).base_model.model.children())
         else:
-            model = layers(self.tuned["one"] if kind == "torch, merged" else self.tensors)
-        modules = list(model.children())
+            modules = list(layers(self.tensors if kind == OURS else self.tuned["one"]).children())
         if kind == OURS:
             weights = {name: module.weight for name, module in zip(self.tensors, modules)}
             SparseAdapters(weights, self.deltas).set_adapter("one")
-        some = modules[0].weight if kind == OURS else next(iter(self.tensors.values()))
-        ones = torch.ones(TOKENS, max(t.shape[1] for t in self.tensors.values()), dtype=some.dtype, device=some.device)
+        inputs = [torch.ones(TOKENS, t.shape[1], dtype=t.dtype, device=t.device) for t in self.tensors.values()]
 
         @torch.no_grad()
-        def call() -> tuple[str, list[Tensor]]:
-            return kind, [module(ones[:, : module.in_features].contiguous()) for module in modules]
+        def call() -> tuple[str, list[nn.Module], list[Tensor]]:
+            return kind, modules, [module(x) for module, x in zip(modules, inputs)]
 
         return call
 
-    def check_forward(self, result: tuple[str, list[Tensor]]) -> str | None:
-        """The outputs for inputs of ones are the sums of the weights' rows; PEFT's adapters are others."""
-        kind, outputs = result
-        differ = False
-        for output, tuned, base in zip(outputs, self.tuned["one"].values(), self.tensors.values(), strict=True):
-            if kind.startswith("PEFT"):
-                differ |= not bool(torch.isclose(output[0], base.sum(1), rtol=1e-3, atol=0.01).all())
-            elif not torch.allclose(output[0].float(), tuned.float().sum(1), rtol=0.02, atol=0.5):
-                return "the outputs are not those of the tuned weights"
-        return "no adapter is active" if kind.startswith("PEFT") and not differ else None
+    def check_forward(self, result: tuple[str, list[nn.Module], list[Tensor]]) -> str | None:
+        """Our layers have the tuned weights bit for bit; PEFT's random adapters change the outputs of the base, which
+        are the sums of its weights' rows.
+        """
+        kind, modules, outputs = result
+        if not kind.startswith("PEFT"):
+            same = all(torch.equal(m.weight, t) for m, t in zip(modules, self.tuned["one"].values(), strict=True))
+            return None if same else "the layers do not have the tuned weights"
+        sums = [base.sum(1) for base in self.tensors.values()]
+        same = all(torch.allclose(out[0], one, rtol=1e-3, atol=0.01) for out, one in zip(outputs, sums, strict=True))
+        return "no adapter is active" if same else None
 
 
 def switch_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
@@ -230,9 +229,8 @@ def load_case(size: str, dtype: torch.dtype, density: float, device: str) -> Cas
         return [entries["values"] for entries in file["diffs"].values()]
 
     def tensors() -> list[Tensor]:
-        return [
-            t.clone() for t in load_file(path["whole"] / "model.safetensors").values()
-        ]  # else the file is only mapped
+        mapped = load_file(path["whole"] / "model.safetensors")
+        return [t.clone() for t in mapped.values()]  # read
 
     def check(result: Tensor | list[Tensor]) -> str | None:
         found = sum(float(t.double().sum()) for t in ([result] if isinstance(result, Tensor) else result))
@@ -241,12 +239,8 @@ def load_case(size: str, dtype: torch.dtype, density: float, device: str) -> Cas
     loaders = {OURS: ours, "composable-sft": composable_sft, "PEFT SHiRA": shira, "safetensors, whole tensors": tensors}
     files = dict(zip(loaders, ("deftx", "sft", "shira", "whole")))
     sizes = {name: sum(f.stat().st_size for f in path[file].iterdir()) for name, file in files.items()}
-    case = Case(
-        sizes[OURS],
-        {name: partial(kept, folder, load) for name, load in loaders.items()},
-        check,
-        library="safetensors",
-    )
+    implementations = {name: partial(kept, folder, load) for name, load in loaders.items()}
+    case = Case(sizes[OURS], implementations, check, library="safetensors")
     case.parameters, case.footprints = delta.mask.nnz, {name: {"file": size} for name, size in sizes.items()}
     return case
 

@@ -190,7 +190,10 @@ def implementation(request) -> Implementation:
     device = "cpu" if name == "c++" else "cuda"
     if device in library.errors:
         pytest.skip(f"the {device} library was {library.errors[device]}")
-    return Implementation(name, device, torch.ops.deftx)
+    found = Implementation(name, device, torch.ops.deftx)
+    if missing := sorted(op for op in compiled_ops(device) if not found.can_run(op)):
+        pytest.fail(f"the installed {name} library has no {missing[0]}: build it again")
+    return found
 
 
 @pytest.fixture

@@ -19,12 +19,6 @@ OPERATIONS = {
 WIDTHS = [torch.uint16, torch.int32]
 
 
-@pytest.fixture(autouse=True)
-def _served(implementation):
-    if not implementation.can_run("csr_combine"):
-        pytest.skip(f"the installed {implementation.name} library has no csr_combine: build it again")
-
-
 def keys_of(crow: Tensor, col: Tensor) -> np.ndarray:
     """int64 [nnz]: (row << 32) + column."""
     rows = np.repeat(np.arange(len(crow) - 1), np.diff(crow.cpu().numpy()))

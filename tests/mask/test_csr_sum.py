@@ -15,12 +15,6 @@ OUTPUTS = [torch.float32, torch.float64]
 SPECIAL = [np.nan, np.inf, -np.inf, -0.0, 0.0, 1.0, -1.0]
 
 
-@pytest.fixture(autouse=True)
-def _served(implementation):
-    if not implementation.can_run("csr_sum"):
-        pytest.skip(f"the installed {implementation.name} library has no csr_sum: build it again")
-
-
 class Problem:
     """Masks over the same rows, at the entries of which random compact tensors are summed."""
 

@@ -18,12 +18,6 @@ DTYPES += [torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
 LOW, ALL = 2**32 - 1, 2**64 - 1
 
 
-@pytest.fixture(autouse=True)
-def _served(implementation):
-    if not all(map(implementation.can_run, OPS)):
-        pytest.skip(f"the installed {implementation.name} library has no bit_diff: build it again")
-
-
 # ---- inputs: NumPy arrays of bytes [elements, bytes of an element], and tensors of these bits ----
 def random_bytes(shape, dtype, rng) -> np.ndarray:
     found = rng.integers(0, 2 if dtype == torch.bool else 256, (int(np.prod(shape)), dtype.itemsize), dtype=np.uint8)
