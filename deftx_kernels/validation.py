@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from deftx_kernels.kernels.tensors import FLOATS, SCALARS, overlapping, rows_and_columns
+from deftx_kernels.kernels.tensors import FLOATS, INTEGERS, SCALARS, overlapping, rows_and_columns
 
 _PLAIN = frozenset({Tensor, nn.Parameter})  # the classes of nearly all tensors
 _TRACED = (FakeTensor, FunctionalTensor)  # what torch.export and other tracers use instead of tensors
@@ -301,7 +301,8 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     pair = [t.detach().resolve_conj().resolve_neg().contiguous() for t in (one, other.to(one.device))]
-    return torch.equal(*(t.view(-1).view(torch.uint8) for t in pair))
+    size = pair[0].element_size()
+    return torch.equal(*(t.view(-1).view(INTEGERS[min(size, 8)]) for t in pair))  # bytes take several times as long
 
 
 def with_tied_names(tuned: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ layout that TRL documents for delta weight sync. A file gets its name when it is
 import copy
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,7 +31,7 @@ from deftx_kernels.delta.patch_files import AnchorContent, read_anchor, write_an
 from deftx_kernels.validation import check_int
 
 _ANCHORS, _PATCHES = "anchors", "deltas"
-_Content = TypeVar("_Content")
+_Content = TypeVar("_Content", AnchorContent, SparsePatch)
 _FILE = re.compile(r"step_(\d+)\.safetensors")
 
 
@@ -107,26 +107,29 @@ class PatchWriter:
         Raises:
             ValueError, TypeError: the patch was made for another version, or does not lead to the model's (where that
                 is checked, with an anchor); the model's tensors are not those of the last version. Nothing is written.
-            OSError: a file cannot be written.
+            OSError: a file cannot be written. If it is the version's first one, its number is not used again, and the
+                next version is an anchor.
         """
-        step, given = self.model_version + 1, patch is not None
+        step, last, given = self.model_version + 1, self._written, patch is not None
+        if patch is not None and not isinstance(patch, SparsePatch):
+            raise TypeError(f"patch must be a SparsePatch, got {type(patch).__name__}")
         if patch is not None and patch.to_version is None:
             raise ValueError("patch has no versions: a patch of another tool cannot be followed")
-        if patch is not None and self._written not in (None, patch.from_version):
-            raise ValueError(f"patch was made for version {patch.from_version}, the last one is {self._written}")
+        if patch is not None and last not in (None, patch.from_version):
+            raise ValueError(f"patch was made for version {patch.from_version}, the last one is {last}")
         if patch is None and self._copy is not None:
             patch = SparsePatch.diff(model, self._copy)
-        is_first = patch is None or self._written is None
+        is_first = patch is None or last != patch.from_version  # also where an earlier call was interrupted
         anchor = None
         if is_first or step - self._last_anchor >= self.anchor_every:
             anchor = _anchor(model, patch, step)
+        self.model_version, self._written = step, None  # until one file is written
         if patch is not None and not is_first:
             self._write_patch(patch, step)
             self._written = patch.to_version
         elif anchor is not None:
             self._write_anchor(anchor)
             self._written = version(anchor.state or {})
-        self.model_version = step
         if given:
             self._copy = None
         elif self._copy is not None and patch is not None:
@@ -198,29 +201,40 @@ class PatchReader:
     def __init__(self, url: str | os.PathLike) -> None:
         self._folder = folder_at(url)
         self.model_version = 0
+        self._marks: dict[str, tuple[int, int]] = {}  # of the model's tensors when the last update ended
 
     def update(self, model: Model) -> int:
         """Write the newest version to a module or a mapping: by the patches since the last update, or, where they are
         missing or do not fit, by the newest anchor and the patches after it. Returns its number.
 
         The model is at one of the writer's versions afterwards, also after an error. Each version is verified. A file
-        that is missing or torn is not used; where no later anchor replaces it, the next update reads it again.
+        that is missing or torn is not used; where no later anchor replaces it, the next update reads it again. A model
+        that was changed since the last update, or that is another one, gets the version, too; changes that torch does
+        not count (through `.data`, by NumPy) are found with the next patch.
 
         Raises:
             ValueError, TypeError: the model lacks a tensor of the version, has one too many, or has it in another shape
                 or dtype, or where it cannot be written.
             OSError: the store cannot be read.
         """
-        if self.model_version and not self._follow(model):
-            self.model_version = 0  # the model is at another version than this reader left it at
-        for step in reversed(_steps(self._folder, _ANCHORS)):
-            if step <= self.model_version:
-                break
-            anchor = self._read(_ANCHORS, step, read_anchor)
-            if anchor is not None:
-                self._write(anchor, model, step)
-                self._follow(model)
-                break
+        tensors = model_tensors(model, "model")
+        anchors = _steps(self._folder, _ANCHORS)
+        is_another = bool(anchors) and max(anchors + _steps(self._folder, _PATCHES)) < self.model_version
+        if is_another or self._marks != _marks(tensors):
+            self.model_version = 0
+        try:
+            if self.model_version and not self._follow(model):
+                self.model_version = 0
+            for step in reversed(anchors):
+                if step <= self.model_version:
+                    break
+                anchor = self._read(_ANCHORS, step, read_anchor)
+                if anchor is not None:
+                    self._write(anchor, tensors, step)
+                    self._follow(model)
+                    break
+        finally:
+            self._marks = _marks(tensors)
         return self.model_version
 
     def _follow(self, model: Model) -> bool:
@@ -233,8 +247,7 @@ class PatchReader:
             self.model_version += 1
         return True
 
-    def _write(self, anchor: AnchorContent, model: Model, step: int) -> None:
-        tensors = model_tensors(model, "model")
+    def _write(self, anchor: AnchorContent, tensors: Mapping[str, Tensor], step: int) -> None:
         states = [] if anchor.state is None else [anchor.state]
         targets = matched_targets(tensors, "model", anchor.tensors, anchor.tied, states, exactly=bool(states))
         for name, known in targets.items():
@@ -242,14 +255,29 @@ class PatchReader:
             check_layout(tensors[name], label, layout(anchor.tensors[known]))
             check_writable(tensors[name], label)
         self.model_version = 0  # until all tensors are written
-        for name, known in targets.items():
-            tensors[name].copy_(anchor.tensors[known])
+        try:
+            _copy(anchor, tensors, targets)
+        except BaseException:  # an interrupt: the model must not stay between two versions
+            _copy(anchor, tensors, targets)
+            raise
         self.model_version = step
 
     def _read(self, kind: str, step: int, load: Callable[[Path], _Content]) -> _Content | None:
-        """The content of a file; None if it is missing or damaged."""
+        """The content of a file; None if it is missing, damaged, or that of another version of ours."""
         try:
             with self._folder.local_file(_name(kind, step)) as path:
-                return load(path)
+                content = load(path)
         except (FileNotFoundError, ValueError):
             return None
+        state = content.before if isinstance(content, SparsePatch) else content.state
+        return content if state is None or content.model_version in (0, step) else None
+
+
+def _copy(anchor: AnchorContent, tensors: Mapping[str, Tensor], targets: Mapping[str, str]) -> None:
+    for name, known in targets.items():
+        tensors[name].copy_(anchor.tensors[known])
+
+
+def _marks(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """What differs if a tensor is another one, or was written: its address, and torch's count of writes."""
+    return {n: (t.data_ptr(), -1 if t.is_inference() else t._version) for n, t in tensors.items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 from deftx_kernels import validation
 from deftx_kernels.delta.models import Model, persistent_buffers
 from deftx_kernels.kernels.tensors import INTEGERS
+from deftx_kernels.ops.schemas import index_dtype
 
 
 class TensorState(NamedTuple):
@@ -56,13 +57,13 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def by_kind(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names of the contiguous tensors of each dtype and device, what one call of an operator takes; and each other
-    tensor, of which there is then one copy at a time.
+    """The names of the contiguous tensors of each dtype, device and width of flat indices, what one call of an operator
+    takes; and each other tensor, of which there is then one copy at a time.
     """
     groups: dict[tuple, list[str]] = {}
     for name, tensor in tensors.items():
         alone = None if tensor.is_contiguous() else name
-        groups.setdefault((tensor.dtype, tensor.device, alone), []).append(name)
+        groups.setdefault((tensor.dtype, tensor.device, index_dtype([tensor]), alone), []).append(name)
     return list(groups.values())
 
 
@@ -98,12 +99,16 @@ def model_tensors(model: Model, argument: str) -> dict[str, Tensor]:
     """
     tensors = validation.all_tensors(model, argument) | persistent_buffers(model)
     for name, tensor in tensors.items():
-        label = f"{argument}[{name!r}]"
-        validation.check_plain(tensor, label)
-        validation.check_readable(tensor, label)
-        if tensor.element_size() not in INTEGERS:
-            raise TypeError(f"{label} must have elements of 1, 2, 4 or 8 bytes, got {tensor.dtype}")
+        check_bits(tensor, f"{argument}[{name!r}]")
     return tensors
+
+
+def check_bits(tensor: Tensor, label: str) -> None:
+    """ValueError or TypeError unless the operators can read a tensor's bits."""
+    validation.check_plain(tensor, label)
+    validation.check_readable(tensor, label)
+    if tensor.element_size() not in INTEGERS:
+        raise TypeError(f"{label} must have elements of 1, 2, 4 or 8 bytes, got {tensor.dtype}")
 
 
 def matched_tensors(new: Model, old: Model) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:

@@ -12,6 +12,7 @@ from deftx_kernels.delta.model_state import (
     added,
     bits,
     by_kind,
+    check_bits,
     check_layout,
     check_writable,
     dense,
@@ -28,7 +29,7 @@ from deftx_kernels.delta.model_state import (
 from deftx_kernels.delta.models import Model
 from deftx_kernels.delta.patch_files import Entries, PatchContent, read_patch, write_patch
 from deftx_kernels.files import reading
-from deftx_kernels.validation import check_int, check_plain, usable_in_backward
+from deftx_kernels.validation import check_int, check_mapping, usable_in_backward
 
 
 class _Group(NamedTuple):
@@ -40,20 +41,21 @@ class _Group(NamedTuple):
     indices: Tensor  # [nnz]
     values: Tensor  # [nnz]
 
-    def exchange(self, values: Tensor) -> Tensor:
-        """Write values [nnz] at the entries. Returns what was there."""
+    def write(self, values: Tensor) -> None:
+        """Write values [nnz] at the entries."""
         contiguous = [dense(t) for t in self.tensors]
-        before = torch.ops.deftx.flat_exchange_(contiguous, self.offsets, self.indices, values)
+        torch.ops.deftx.flat_exchange_(contiguous, self.offsets, self.indices, values)
         for tensor, copy in zip(self.tensors, contiguous):
             if copy.data_ptr() != tensor.data_ptr():
                 tensor.copy_(copy)
-        return before
 
     def gather(self) -> Tensor:
         """The tensors' values at the entries, [nnz]."""
-        parts = self.indices.tensor_split(self.offsets[1:-1].cpu())
-        found = [bits(dense(t))[index.to(torch.int64)] for t, index in zip(self.tensors, parts)]
-        return torch.cat(found).view(self.values.dtype)
+        found = torch.empty_like(self.values)
+        parts = [t.tensor_split(self.offsets[1:-1].cpu()) for t in (self.indices, bits(found))]
+        for tensor, index, part in zip(self.tensors, *parts):
+            torch.index_select(bits(dense(tensor)), 0, index, out=part)
+        return found
 
     def changes(self, before: Tensor) -> dict[str, int]:
         """Name → what the entries' change from `before` to the patch's values adds to the tensor's checksum."""
@@ -106,11 +108,12 @@ class SparsePatch:
         model_version: int = 0,
     ) -> None:
         check_int(model_version, "model_version", 0)
+        check_mapping(entries, "entries")
         self._entries: Entries = {}
-        for name, (indices, values) in entries.items():
-            _check_entries(name, indices, values)
+        for name, pair in entries.items():
+            indices, values = _checked_entries(name, pair)
             if len(indices):
-                self._entries[name] = indices, usable_in_backward(values.detach())
+                self._entries[name] = indices.contiguous(), usable_in_backward(dense(values.detach()))
         self.before, self.after = before, after
         self.tied, self.model_version = dict(tied or {}), model_version
         self._check_states()
@@ -234,16 +237,17 @@ class SparsePatch:
                 `verify` also if it has other tensors, or is at another version. The tensor is named.
             TypeError: a tensor is not plain (a DTensor).
         """
-        tensors = model_tensors(model, "model")
-        written: list[tuple[_Group, Tensor]] = []
+        groups = self._groups(model_tensors(model, "model"), "model", verify, True)
+        before = [group.gather() for group in groups]
+        if verify:
+            for group, values in zip(groups, before):
+                self._check_changes(group, values, "the patch does not lead to the version in it")
         try:
-            for group in self._groups(tensors, "model", verify, True):
-                written.append((group, group.exchange(group.values)))
-                if verify:
-                    self._check_changes(*written[-1], "the patch does not lead to the version in it")
-        except BaseException:
-            for group, before in reversed(written):
-                group.exchange(before)
+            for group in groups:
+                group.write(group.values)
+        except BaseException:  # also an interrupt, which is raised when an operator has ended
+            for group, values in zip(groups, before):
+                group.write(values)
             raise
 
     def _groups(self, tensors: Mapping[str, Tensor], argument: str, verify: bool, write: bool) -> list[_Group]:
@@ -342,9 +346,15 @@ class SparsePatch:
             return cls(*content)
 
 
-def _check_entries(name: str, indices: Tensor, values: Tensor) -> None:
+def _checked_entries(name: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Indices and values. ValueError or TypeError unless they can be a tensor's entries."""
+    if not isinstance(name, str):
+        raise TypeError(f"entries must have names that are strings, got {name!r}")
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"entries of {name!r} must be (indices, values), got {type(pair).__name__}")
+    indices, values = pair
     for what, tensor in (("indices", indices), ("values", values)):
-        check_plain(tensor, f"{what} of {name!r}")
+        check_bits(tensor, f"{what} of {name!r}")
     if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
         raise TypeError(f"indices of {name!r} must be int32 or int64 [n], got {indices.dtype} {list(indices.shape)}")
     if values.shape != indices.shape or values.device != indices.device:
@@ -352,6 +362,7 @@ def _check_entries(name: str, indices: Tensor, values: Tensor) -> None:
         raise ValueError(f"values of {name!r} must be {list(indices.shape)} on {indices.device}, got {has}")
     if len(indices) and (int(indices[0]) < 0 or not bool((indices[1:] > indices[:-1]).all())):
         raise ValueError(f"indices of {name!r} must be at least 0 and strictly ascending")
+    return indices, values
 
 
 def _split(names: list[str], offsets: Tensor, indices: Tensor, values: Tensor) -> Entries:

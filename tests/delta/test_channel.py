@@ -6,6 +6,7 @@
 import ast
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from test_patch import two_layers
 from torch import nn
 
 from deftx_kernels import PatchReader, PatchWriter, SparsePatch
+from deftx_kernels.delta import channel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -150,9 +152,79 @@ def test_torn_and_missing_files(tmp_path):
 def test_a_model_that_other_code_changed(tmp_path):
     writer, reader, model = written(tmp_path, 3), PatchReader(tmp_path), content(0)
     assert updated(reader, model) == 3
+    assert updated(reader, content(0)) == 3  # another model
     model["b"][0] = 100
+    assert updated(reader, model) == 3
+    model["b"].data[0] = 100  # which torch does not count
     writer.write(content(4))
     assert updated(reader, model) == 4
+    with torch.inference_mode():
+        assert updated(reader, content(0)) == 4
+
+
+def test_numbers_of_versions(tmp_path):
+    """A file that has another name than the writer gave it; a folder that was emptied for another run."""
+    written(tmp_path, 2)
+    for kind, step, name in (("anchors", 1, 9), ("deltas", 2, 3)):
+        (tmp_path / f"{kind}/step_{name:06d}.safetensors").write_bytes(
+            (tmp_path / f"{kind}/step_{step:06d}.safetensors").read_bytes()
+        )
+    reader, model = PatchReader(tmp_path), content(0)
+    assert updated(reader, model) == 2
+    shutil.rmtree(tmp_path)
+    assert updated(reader, model) == 2
+    written(tmp_path, 1)
+    assert updated(reader, model) == 1
+
+
+@pytest.mark.parametrize("written_first", [False, True])
+@pytest.mark.parametrize("fails", ["deltas/step_000003", "anchors/step_000004", "apply_"])
+def test_a_writer_that_fails(tmp_path, monkeypatch, fails, written_first):
+    """No number of a version is used twice: a reader may have seen the file of which the writer got an error."""
+    writer, reader, model = written(tmp_path, 2, anchor_every=3), PatchReader(tmp_path), content(0)
+    write, apply, failures = writer._folder.write, SparsePatch.apply_, iter([True])
+
+    def failing_write(name, save):
+        if written_first or fails not in name:
+            write(name, save)
+        if fails in name and next(failures, False):
+            raise OSError("the disk is full")
+
+    def failing_apply(self, target, verify=True):
+        if not verify and next(failures, False):  # to the writer's copy
+            raise KeyboardInterrupt
+        apply(self, target, verify)
+
+    monkeypatch.setattr(writer._folder, "write", failing_write)
+    if fails == "apply_":
+        monkeypatch.setattr(SparsePatch, "apply_", failing_apply)
+    errors = 0
+    for step in range(3, 7):
+        try:
+            writer.write(content(step))
+        except (OSError, KeyboardInterrupt):
+            errors += 1
+        else:
+            assert updated(reader, model) == step
+        assert writer.model_version == step
+        assert updated(PatchReader(tmp_path)) in (step, step - errors)
+    assert errors == 1
+
+
+def test_an_interrupt_while_an_anchor_is_copied(tmp_path, monkeypatch):
+    written(tmp_path, 1)
+    reader, model, copy = PatchReader(tmp_path), content(0), channel._copy
+
+    def interrupted_copy(anchor, tensors, targets):
+        monkeypatch.setattr(channel, "_copy", copy)
+        tensors["a"].copy_(anchor.tensors["a"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(channel, "_copy", interrupted_copy)
+    with pytest.raises(KeyboardInterrupt):
+        reader.update(model)
+    assert same(model, content(1))
+    assert updated(reader, model) == 1
 
 
 # ---- other tools ----

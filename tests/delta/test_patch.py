@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from deftx_kernels import SparsePatch
+from deftx_kernels.delta import model_state
 from deftx_kernels.delta import patch as patch_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,6 +133,28 @@ def test_tied_and_strided_parameters():
         SparsePatch.diff(after, before).apply_(module)
 
 
+def test_entries_that_are_not_contiguous():
+    """Of other code: every second element, one value for all."""
+    values = torch.complex(torch.arange(8.0), torch.ones(8)).conj()
+    for indices, these in ((torch.arange(8)[::2], values[::2]), (torch.arange(4), values[3].expand(4))):
+        patch, model = SparsePatch({"w": (indices, these)}), {"w": torch.zeros(8, dtype=torch.complex64)}
+        patch.apply_(model)
+        assert torch.equal(model["w"][indices], these)
+        assert int(model["w"].count_nonzero()) == int(these.count_nonzero())
+
+
+def test_widths_of_indices():
+    """A tensor above 2**31 - 1 elements does not make those of others wide: vLLM takes int32."""
+    tensors = {n: torch.empty(size, dtype=torch.int8, device="meta") for n, size in (("a", 3), ("b", 2**31), ("c", 4))}
+    assert model_state.by_kind(tensors) == [["a", "c"], ["b"]]
+    wide, narrow = torch.tensor([0, 2]), torch.tensor([1], dtype=torch.int32)
+    patch = SparsePatch({"a": (wide, torch.ones(2)), "b": (narrow, torch.ones(1))})
+    model = clones({"a": OLD["a"], "b": OLD["c"]})
+    patch.apply_(model)
+    assert (model["a"].view(-1)[wide] == 1).all()
+    assert model["b"].tolist() == [0, 1]
+
+
 def test_chains():
     versions = models(3, 5)
     patches = [SparsePatch.diff(new, old, model_version=i) for i, (old, new) in enumerate(zip(versions, versions[1:]))]
@@ -187,25 +210,26 @@ def test_without_verification_only_changed_tensors_are_checked():
             patch.apply_(other, verify=False)
 
 
-@pytest.mark.parametrize("fails", ["flat_exchange_", "bit_checksum_change", "checksum"])
+@pytest.mark.parametrize("fails", ["before", "after", "checksum"])
 def test_a_failure_half_way_is_rolled_back(monkeypatch, fails):
-    patch, model, calls = SparsePatch.diff(NEW, OLD), clones(OLD), []
+    """An interrupt that comes while an operator runs is raised when it has ended."""
+    patch, model, writes = SparsePatch.diff(NEW, OLD), clones(OLD), []
     if fails == "checksum":
         patch.after = {**patch.after, "b": patch.after["b"]._replace(checksum=7)}
-    else:
-        method = {"flat_exchange_": "exchange", "bit_checksum_change": "changes"}[fails]
-        real = getattr(patch_module._Group, method)
+    real = patch_module._Group.write
 
-        def second_call_fails(self, *arguments):
-            calls.append(self)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            return real(self, *arguments)
+    def second_call_fails(self, values):
+        writes.append(self)
+        if len(writes) != 2 or fails == "after":
+            real(self, values)
+        if len(writes) == 2:
+            raise KeyboardInterrupt
 
-        monkeypatch.setattr(patch_module._Group, method, second_call_fails)
+    monkeypatch.setattr(patch_module._Group, "write", second_call_fails)
     with pytest.raises(ValueError if fails == "checksum" else KeyboardInterrupt):
         patch.apply_(model)
     assert same(model, OLD)
+    assert len(writes) == (0 if fails == "checksum" else 4)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +249,14 @@ def test_a_failure_half_way_is_rolled_back(monkeypatch, fails):
         (lambda: SparsePatch({"a": (torch.tensor([1, 1]), torch.ones(2))}), ValueError, "strictly ascending"),
         (lambda: SparsePatch({"a": (torch.tensor([1]), torch.ones(2))}), ValueError, "values of 'a' must be .1."),
         (lambda: SparsePatch({"a": (torch.tensor([1.0]), torch.ones(1))}), TypeError, "int32 or int64"),
+        (lambda: SparsePatch({"a": torch.tensor([1])}), TypeError, "entries of 'a' must be .indices, values."),
+        (lambda: SparsePatch({1: (torch.tensor([1]), torch.ones(1))}), TypeError, "names that are strings, got 1"),
+        (lambda: SparsePatch([1]), TypeError, "entries must be a mapping"),
+        (
+            lambda: SparsePatch({"a": (torch.tensor([1]), torch.ones(1, device="meta"))}),
+            ValueError,
+            "values of 'a' is on meta",
+        ),
         (lambda: SparsePatch.diff(NEW, OLD).then({}), TypeError, "later must be a SparsePatch"),
     ],
 )
