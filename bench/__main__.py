@@ -3,7 +3,8 @@
 `python -m bench` times the chosen workloads, prints the results and appends rows to bench/results. `python -m bench
 table` writes the tables of README.md and bench/results/README.md, `python -m bench plot` the figures, both from the
 rows alone. `python -m bench papers RUN_DIR...` collects the scores of `deftx run` (bench/papers.py). `python -m bench
-machine` measures the machine's own rates, `python -m bench counters` the memory traffic of our kernels on a GPU
+weight-sync` trains and generates in two processes that share patches (bench/weight_sync.py). `python -m bench machine`
+measures the machine's own rates, `python -m bench counters` the memory traffic of our kernels on a GPU
 (bench/machine.py).
 """
 
@@ -173,6 +174,12 @@ def write_figures(options: argparse.Namespace) -> int:
     return 0
 
 
+def weight_sync(options: argparse.Namespace) -> int:
+    from bench import weight_sync
+
+    return weight_sync.measure(options.out, options.quick)
+
+
 def collect_scores(options: argparse.Namespace) -> int:
     from bench import papers
 
@@ -187,6 +194,7 @@ COMMANDS = {
     "plot": write_figures,
     "machine": lambda options: machine.measure(options.device, options.out),
     "papers": collect_scores,
+    "weight-sync": weight_sync,
     "counters": lambda options: machine.counters(options.out),
 }
 

@@ -13,6 +13,8 @@ from deftx_kernels.delta.models import Model, persistent_buffers
 from deftx_kernels.kernels.tensors import INTEGERS
 from deftx_kernels.ops.schemas import index_dtype
 
+_CHUNK = 1 << 20  # elements of a part that have an index at a time
+
 
 class TensorState(NamedTuple):
     """What a version of a model says of one tensor."""
@@ -40,6 +42,23 @@ def state_of(tensors: Mapping[str, Tensor]) -> State:
         sums = torch.ops.deftx.bit_checksum([dense(tensors[n]) for n in names])
         checksums |= zip(names, sums.tolist())
     return {n: layout(t)._replace(checksum=checksums[n]) for n, t in tensors.items()}
+
+
+def part_of_checksum(tensor: Tensor, start: int) -> int:
+    """What a contiguous part of a flat tensor adds to its checksum. start: the index of the part's first element."""
+    flat = bits(dense(tensor))
+    if start == 0:
+        return int(torch.ops.deftx.bit_checksum([flat]))
+    size = flat.element_size()
+    if all(n * size % 4 == 0 for n in (start, len(flat), flat.storage_offset())):
+        flat, start = flat.view(torch.int32), start * size // 4  # a checksum is the sum over words of 32 bits
+    total = torch.zeros(1, dtype=torch.int64, device=flat.device)
+    for part in flat.split(_CHUNK):
+        ends = torch.tensor([0, len(part)], device=flat.device)
+        indices = torch.arange(start, start + len(part), device=flat.device)
+        total += torch.ops.deftx.bit_checksum_change(ends, indices, torch.zeros_like(part), part)
+        start += len(part)
+    return int(total)
 
 
 def layout(tensor: Tensor) -> TensorState:

@@ -196,14 +196,8 @@ class SparsePatch:
             TypeError: a tensor is not plain (a DTensor), or its elements have 16 bytes.
         """
         mine, theirs, tied = matched_tensors(new, old)
-        entries: Entries = {}
-        here = {n: t for n, t in mine.items() if t.device == theirs[n].device}
-        # Tensors that are on two devices are copied one at a time.
-        for names in [*by_kind(here), *([n] for n in mine if n not in here)]:
-            pairs = [[dense(t) for t in (mine[n], theirs[n].to(mine[n].device))] for n in names]
-            offsets, indices, values = torch.ops.deftx.bit_diff(*([pair[i] for pair in pairs] for i in (0, 1)))
-            entries |= _split(names, offsets, indices, values)
-        return cls({n: entries[n] for n in mine}, state_of(theirs), state_of(mine), tied, model_version)
+        entries = different_entries(mine, theirs)
+        return cls(entries, state_of(theirs), state_of(mine), tied, model_version)
 
     def inverse(self, old: Model) -> "SparsePatch":
         """The patch that takes this one back.
@@ -259,11 +253,7 @@ class SparsePatch:
         changed = {n: tensors[n] for n, known in targets.items() if known in self._entries}
         for name, known in targets.items():
             tensor, label = tensors[name], f"{argument}'s tensor {name!r}"
-            if states:
-                check_layout(tensor, label, states[0][known])
-            elif tensor.dtype != (held := self._entries[known])[1].dtype or int(held[0][-1]) >= tensor.numel():
-                last = f"{held[1].dtype} and index {int(held[0][-1])}"
-                raise ValueError(f"{label} is {layout(tensor)}, the patch has {last}")
+            check_fits(self, known, tensor, label)
             if write and name in changed:
                 check_writable(tensor, label)
         if exactly:
@@ -344,6 +334,27 @@ class SparsePatch:
         content = read_patch(path)
         with reading(path, "sparse patch"):
             return cls(*content)
+
+
+def different_entries(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Entries:
+    """The entries of tensors, of the same names and layouts, whose bits differ, with their new values."""
+    entries: Entries = {}
+    here = {n: t for n, t in new.items() if t.device == old[n].device}
+    # Tensors that are on two devices are copied one at a time.
+    for names in [*by_kind(here), *([n] for n in new if n not in here)]:
+        pairs = [[dense(t) for t in (new[n], old[n].to(new[n].device))] for n in names]
+        offsets, indices, values = torch.ops.deftx.bit_diff(*([pair[i] for pair in pairs] for i in (0, 1)))
+        entries |= _split(names, offsets, indices, values)
+    return {n: entries[n] for n in new}
+
+
+def check_fits(patch: SparsePatch, name: str, tensor: Tensor, label: str) -> None:
+    """ValueError unless a tensor has the dtype and the shape that a patch is for, or room for its entries."""
+    if patch.before is not None:
+        return check_layout(tensor, label, patch.before[name])
+    indices, values = patch.flat(name)
+    if tensor.dtype != values.dtype or int(indices[-1]) >= tensor.numel():
+        raise ValueError(f"{label} is {layout(tensor)}, the patch has {values.dtype} and index {int(indices[-1])}")
 
 
 def _checked_entries(name: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

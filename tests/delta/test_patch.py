@@ -143,6 +143,18 @@ def test_entries_that_are_not_contiguous():
         assert int(model["w"].count_nonzero()) == int(these.count_nonzero())
 
 
+@given(seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from(DTYPES), cuts=st.sets(st.integers(0, 40), max_size=3))
+@settings(max_examples=40, deadline=None)
+def test_checksums_of_parts_add_up(seed, dtype, cuts):
+    tensor = random_bits(np.random.default_rng(seed), (41,), dtype)
+    total = 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(model_state, "_CHUNK", 5)
+        for part in tensor.tensor_split(sorted(cuts)):
+            total = model_state.added(total, model_state.part_of_checksum(part, part.storage_offset()))
+    assert total == model_state.state_of({"w": tensor})["w"].checksum
+
+
 def test_widths_of_indices():
     """A tensor above 2**31 - 1 elements does not make those of others wide: vLLM takes int32."""
     tensors = {n: torch.empty(size, dtype=torch.int8, device="meta") for n, size in (("a", 3), ("b", 2**31), ("c", 4))}

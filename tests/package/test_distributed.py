@@ -1,14 +1,8 @@
 """Group-wide selection and masks over two gloo processes, and DDP over a sparsified model."""
 
-import gc
-import os
-import socket
-import sys
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from process_groups import run_ranks
 from torch import nn
 
 import deftx_kernels as dk
@@ -18,33 +12,7 @@ WORLD = 2
 
 
 def test_two_processes():
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_fork, args=(port,))
-
-
-def _fork(_, port):
-    """In a fresh process of one thread, whose imports its forks share."""
-    from torch.distributed import tensor  # noqa: F401
-
-    torch.set_num_threads(1)
-    mp.start_processes(_process, args=(port,), nprocs=WORLD, start_method="fork")
-
-
-def _process(rank, port):
-    if sys.platform == "linux":  # whatever the host's name resolves to
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
-    try:
-        for function in (_selection, _agreement, _ddp):
-            function(rank)
-        gc.collect()  # a DDP wrapper's reducer ends before the group that it uses
-        dist.barrier()  # no rank ends while the other one still communicates with it
-    finally:
-        dist.destroy_process_group()
+    run_ranks((_selection, _agreement, _ddp), WORLD)
 
 
 def tied_scores():

@@ -21,8 +21,8 @@ MODULES = {
 # From the top. A door (a folder or a file) may import the doors of lower floors only.
 FLOORS = [
     ["cli"],
-    ["train", "integrations"],
-    ["doctor", "distributed", "delta"],
+    ["train", "integrations", "distributed"],
+    ["doctor", "delta"],
     ["optim", "select"],
     ["nn", "denoise"],
     ["mask"],
