@@ -204,9 +204,9 @@ def apply_patch_(
         ValueError: on every rank, whichever rank's model is wrong: as in `SparsePatch.apply_`.
     """
     error, found = _try(_targets, patch, model, verify, group)
-    everyone = _exchange(error, found and list(found[1].items()), group)
-    targets = dict(item for item in everyone[0] if all(item in rank for rank in everyone))
-    parts = _placed({n: found[0][n] for n in targets}, group)
+    everyone = [dict(rank) for rank in _exchange(error, [*found[1].items()] if error is None else [], group)]
+    targets = {n: known for n, known in everyone[0].items() if all(rank.get(n) == known for rank in everyone)}
+    parts, changed = _placed({n: found[0][n] for n in targets}, group), {*patch.names}
     tensors = {n: parts[n].local for n in targets}
     mine = SparsePatch(
         {n: _own_entries(patch, known, parts[n]) for n, known in targets.items() if known in patch.names}
@@ -396,7 +396,7 @@ def _targets(
     parts = _parts(model, "model", group)
     states = [s for s in (patch.before, patch.after) if s is not None]
     exactly = bool(states) and verify
-    names = [*(states[0] if exactly else patch.names)]
+    names = {*(states[0] if exactly else patch.names)}
     seen = {n: p.local for n, p in parts.items() if p.local.numel() or n in names or n in patch.tied}
     targets = matched_targets(seen, "model", names, patch.tied, states, exactly)
     for name, known in targets.items():
@@ -456,9 +456,9 @@ def _entries_of_all(
     for name, part in parts.items():
         if any(name in rank for rank in counts):
             kinds.setdefault((part.local.dtype, index_dtype([part.whole]), part.local.device), []).append(name)
-    entries = {}
+    entries, changed = {}, {*patch.names}
     for (dtype, index, device), names in kinds.items():
-        mine = [n for n in names if n in patch.names]
+        mine = [n for n in names if n in changed]
         indices = [torch.empty(0, dtype=index, device=device)]
         values = [torch.empty(0, dtype=dtype, device=device)]
         indices += [(patch.flat(n)[0].to(torch.int64) + parts[n].start).to(index) for n in mine]

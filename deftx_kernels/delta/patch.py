@@ -1,7 +1,7 @@
 """SparsePatch: the bits that an update of a model changed; applied, inverted, composed, saved and loaded."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -116,9 +116,9 @@ class SparsePatch:
                 self._entries[name] = indices.contiguous(), usable_in_backward(dense(values.detach()))
         self.before, self.after = before, after
         self.tied, self.model_version = dict(tied or {}), model_version
-        self._check_states()
+        self._check_states(_last_indices(self._entries))
 
-    def _check_states(self) -> None:
+    def _check_states(self, last: Mapping[str, int]) -> None:
         if (self.before is None) != (self.after is None):
             raise ValueError("before and after must both be given, or neither")
         if self.before is None or self.after is None:
@@ -126,13 +126,13 @@ class SparsePatch:
         unchanged = {n: s[:2] if n in self._entries else s for n, s in self.before.items()}
         if unchanged != {n: s[:2] if n in self._entries else s for n, s in self.after.items()}:
             raise ValueError("before and after must have the same tensors, those without entries in the same state")
-        for name, (indices, values) in self._entries.items():
+        for name, (_, values) in self._entries.items():
             if name not in self.before:
                 raise ValueError(f"entries of tensor {name!r}, which is not in before")
             if dtype_name(values) != self.before[name].dtype:
                 raise ValueError(f"values of {name!r} are {values.dtype}, the tensor is {self.before[name]}")
-            if int(indices[-1]) >= torch.Size(self.before[name].shape).numel():
-                raise ValueError(f"an index of {name!r} is {int(indices[-1])}, the tensor is {self.before[name]}")
+            if last[name] >= torch.Size(self.before[name].shape).numel():
+                raise ValueError(f"an index of {name!r} is {last[name]}, the tensor is {self.before[name]}")
         if other := [n for n in self.tied.values() if n not in self.before]:
             raise ValueError(f"tied: {other[0]!r} is not in before")
 
@@ -248,8 +248,8 @@ class SparsePatch:
         """The tensors that this patch changes in a model, with their entries. Errors as `apply_`."""
         states = [s for s in (self.before, self.after) if s is not None]
         exactly = bool(states) and verify
-        names = [*(states[0] if exactly else self._entries)]
-        targets = matched_targets(tensors, argument, names, self.tied, states, exactly)
+        wanted: Collection[str] = states[0] if exactly else self._entries
+        targets = matched_targets(tensors, argument, wanted, self.tied, states, exactly)
         changed = {n: tensors[n] for n, known in targets.items() if known in self._entries}
         for name, known in targets.items():
             tensor, label = tensors[name], f"{argument}'s tensor {name!r}"
@@ -371,9 +371,30 @@ def _checked_entries(name: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Te
     if values.shape != indices.shape or values.device != indices.device:
         has = f"{list(values.shape)} on {values.device}"
         raise ValueError(f"values of {name!r} must be {list(indices.shape)} on {indices.device}, got {has}")
-    if len(indices) and (int(indices[0]) < 0 or not bool((indices[1:] > indices[:-1]).all())):
-        raise ValueError(f"indices of {name!r} must be at least 0 and strictly ascending")
     return indices, values
+
+
+def _last_indices(entries: Entries) -> dict[str, int]:
+    """The last index of each tensor. ValueError, naming one, unless the indices of each ascend strictly from 0 on.
+
+    The device is waited for once, not for each tensor.
+    """
+    kinds: dict[tuple, list[str]] = {}
+    for name, (indices, _) in entries.items():
+        kinds.setdefault((indices.dtype, indices.device), []).append(name)
+    last: dict[str, int] = {}
+    for (_, device), names in kinds.items():
+        parts = [entries[n][0] for n in names]
+        flat, bounds = joined(parts, device), offsets_of(parts, device)
+        ascending = flat[1:] > flat[:-1]
+        ascending[bounds[1:-1] - 1] = True  # from one tensor to the next
+        correct = ascending.all() & (flat[bounds[:-1]] >= 0).all()
+        *found, all_correct = torch.cat([flat[bounds[1:] - 1].to(torch.int64), correct.view(1)]).tolist()
+        if not all_correct:
+            wrong = next(n for n, i in zip(names, parts) if int(i[0]) < 0 or not bool((i[1:] > i[:-1]).all()))
+            raise ValueError(f"indices of {wrong!r} must be at least 0 and strictly ascending")
+        last |= zip(names, found)
+    return last
 
 
 def _split(names: list[str], offsets: Tensor, indices: Tensor, values: Tensor) -> Entries:

@@ -244,6 +244,10 @@ def test_a_failure_half_way_is_rolled_back(monkeypatch, fails):
     assert len(writes) == (0 if fails == "checksum" else 4)
 
 
+def patch_of(*indices):
+    return SparsePatch({str(i): (torch.tensor(each), torch.ones(len(each))) for i, each in enumerate(indices)})
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -258,7 +262,8 @@ def test_a_failure_half_way_is_rolled_back(monkeypatch, fails):
         (lambda: SparsePatch.diff({"a": torch.zeros(1, dtype=torch.complex128)}, {}), TypeError, "1, 2, 4 or 8 bytes"),
         (lambda: SparsePatch.diff(3, OLD), TypeError, "new must be a module"),
         (lambda: SparsePatch.diff(NEW, OLD, model_version=-1), ValueError, "model_version must be at least 0"),
-        (lambda: SparsePatch({"a": (torch.tensor([1, 1]), torch.ones(2))}), ValueError, "strictly ascending"),
+        (lambda: patch_of([0, 5], [1, 1]), ValueError, "indices of '1' must be .* strictly ascending"),
+        (lambda: patch_of([3], [-1, 1], [2]), ValueError, "indices of '1' must be at least 0"),
         (lambda: SparsePatch({"a": (torch.tensor([1]), torch.ones(2))}), ValueError, "values of 'a' must be .1."),
         (lambda: SparsePatch({"a": (torch.tensor([1.0]), torch.ones(1))}), TypeError, "int32 or int64"),
         (lambda: SparsePatch({"a": torch.tensor([1])}), TypeError, "entries of 'a' must be .indices, values."),
