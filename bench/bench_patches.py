@@ -14,7 +14,7 @@ from deftx_kernels.ops import reference
 
 OPS = {
     "bit_diff": "the entries at which the bits of two lists of tensors differ, and the values there",
-    "flat_exchange_": "values written at given entries of tensors, and those that were there returned",
+    "flat_exchange_": "values at given entries of tensors exchanged with others",
     "bit_checksum": "a checksum of each tensor's bits",
 }
 SIZES = ("tiny", "minilm", "512M")
@@ -81,7 +81,7 @@ def exchange_case(size: str, dtype: torch.dtype, density: float, device: str) ->
 
     def alternating(exchange: Callable[[list[Tensor], Tensor], Tensor]) -> Callable[[], Call]:
         def make() -> Call:
-            mine, values = [t.clone() for t in problem.old], problem.values
+            mine, values = [t.clone() for t in problem.old], problem.values.clone()
 
             def call() -> tuple[list[Tensor], Tensor]:
                 nonlocal values
@@ -116,8 +116,12 @@ def exchange_case(size: str, dtype: torch.dtype, density: float, device: str) ->
         same = all(torch.equal(bits(a), bits(b)) for a, b in zip(result[0], written))
         return None if same and torch.equal(bits(result[1]), bits(values)) else "the tensors or the values differ"
 
+    def exchanged(mine: list[Tensor], values: Tensor) -> Tensor:
+        ops.flat_exchange_(mine, *problem.entries, values)
+        return values
+
     implementations: dict[str, Callable] = {
-        OURS: alternating(lambda mine, values: ops.flat_exchange_(mine, *problem.entries, values)),
+        OURS: alternating(exchanged),
         "torch index": alternating(indexed),
         "torch copy_ of whole tensors": copied,
     }

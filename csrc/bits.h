@@ -123,7 +123,9 @@ inline FlatEntries check_exchange(const std::vector<Tensor>& tensors, const Tens
               count + 1);
   check_values(values, indices, device, "values");
   for (size_t i = 0; i < tensors.size(); ++i) check_alike(tensors[i], values, device, numbered("tensors", i), "values");
-  check_apart(tensors, "tensors");
+  std::vector<Tensor> written = tensors;
+  written.push_back(values);
+  check_apart(written, "tensors and values");
   return entries;
 }
 

@@ -190,28 +190,22 @@ void check_contents(const FlatEntries& entries, const std::vector<Tensor>& tenso
               numel[bad] - 1);
 }
 
-Tensor flat_exchange_(std::vector<Tensor> tensors, Tensor offsets, Tensor indices, Tensor values) {
+void flat_exchange_(std::vector<Tensor> tensors, Tensor offsets, Tensor indices, Tensor values) {
   const FlatEntries entries = check_exchange(tensors, offsets, indices, values, Device::kCpu);
-  Tensor out = torch::stable::new_empty(values, {entries.nnz});
   with_types(entries, values, "values", [&](const auto* index, auto zero) {
     using T = decltype(zero);
     check_contents(entries, tensors, index);
     std::vector<T*> data;
     data.reserve(tensors.size());
     for (const Tensor& t : tensors) data.push_back(static_cast<T*>(t.mutable_data_ptr()));
-    const auto* after = static_cast<const T*>(values.const_data_ptr());
-    auto* before = static_cast<T*>(out.mutable_data_ptr());
+    auto* const given = static_cast<T*>(values.mutable_data_ptr());
     torch::stable::parallel_for(0, entries.nnz, kGrain, [&](int64_t begin, int64_t end) {
       for_each_row(entries.offsets, entries.tensors, begin, end, [&](int64_t tensor, int64_t i, int64_t stop) {
         T* const flat = data[tensor];
-        for (; i < stop; ++i) {
-          before[i] = flat[index[i]];
-          flat[index[i]] = after[i];
-        }
+        for (; i < stop; ++i) std::swap(flat[index[i]], given[i]);
       });
     });
   });
-  return out;
 }
 
 // ---- checksums ----

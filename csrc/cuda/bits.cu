@@ -224,8 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> bit_diff(std::vector<Tensor> mine, std::vecto
 template <typename T, typename Index>
 __global__ void __launch_bounds__(kThreads)
     exchange_kernel(const __grid_constant__ Table table, const int64_t* __restrict__ offsets,  // [count + 1]
-                    const Index* __restrict__ indices, const T* __restrict__ values,           // [nnz]
-                    T* __restrict__ before, int64_t nnz) {                                     // [nnz]
+                    const Index* __restrict__ indices, T* __restrict__ values, int64_t nnz) {  // [nnz]
   constexpr int kOwn = sizeof(T) == 8 ? kItems / 2 : kItems;  // more would not fit into the registers
   const int64_t begin = min(max(offsets[0], int64_t{0}), nnz), end = min(max(offsets[table.count], begin), nnz);
   const int64_t warps = int64_t{gridDim.x} * kWarps;
@@ -250,16 +249,16 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
       const int64_t entry = first + k * 32 + threadIdx.x % 32;
-      if (entry < end) before[entry] = old[k];
-      if (element[k]) *element[k] = value[k];
+      if (!element[k]) continue;
+      values[entry] = old[k];
+      *element[k] = value[k];
     }
   }
 }
 
-Tensor flat_exchange_(std::vector<Tensor> tensors, Tensor offsets, Tensor indices, Tensor values) {
+void flat_exchange_(std::vector<Tensor> tensors, Tensor offsets, Tensor indices, Tensor values) {
   const FlatEntries entries = check_exchange(tensors, offsets, indices, values, Device::kCuda);
-  Tensor out = torch::stable::new_empty(values, {entries.nnz});
-  if (entries.nnz == 0) return out;
+  if (entries.nnz == 0) return;
   const DeviceGuard guard(indices.get_device_index());
   const cudaStream_t stream = current_stream(indices);
   with_types(entries, values, "values", [&](const auto* index, auto zero) {
@@ -268,13 +267,11 @@ Tensor flat_exchange_(std::vector<Tensor> tensors, Tensor offsets, Tensor indice
     for_each_table(data_of(tensors), {}, sizes_of(tensors, 1), kTile, [&](const Table& table, int64_t first) {
       const unsigned blocks =
           blocks_for(exchange_kernel<T, Index>, (entries.nnz + kStep * kWarps - 1) / (kStep * kWarps));
-      exchange_kernel<T, Index><<<blocks, kThreads, 0, stream>>>(table, entries.offsets + first, index,
-                                                                 static_cast<const T*>(values.const_data_ptr()),
-                                                                 static_cast<T*>(out.mutable_data_ptr()), entries.nnz);
+      exchange_kernel<T, Index><<<blocks, kThreads, 0, stream>>>(
+          table, entries.offsets + first, index, static_cast<T*>(values.mutable_data_ptr()), entries.nnz);
       DEFTX_LAUNCH_CHECK();
     });
   });
-  return out;
 }
 
 // ---- checksums ----

@@ -29,7 +29,7 @@ from deftx_kernels.delta.model_state import (
 from deftx_kernels.delta.models import Model
 from deftx_kernels.delta.patch_files import Entries, PatchContent, read_patch, write_patch
 from deftx_kernels.files import reading
-from deftx_kernels.validation import check_int, check_mapping, usable_in_backward
+from deftx_kernels.validation import check_int, check_mapping, same_bits, usable_in_backward
 
 
 class _Group(NamedTuple):
@@ -41,8 +41,8 @@ class _Group(NamedTuple):
     indices: Tensor  # [nnz]
     values: Tensor  # [nnz]
 
-    def write(self, values: Tensor) -> None:
-        """Write values [nnz] at the entries."""
+    def exchange(self, values: Tensor) -> None:
+        """Write values [nnz] at the entries, and what was there into `values`."""
         contiguous = [dense(t) for t in self.tensors]
         torch.ops.deftx.flat_exchange_(contiguous, self.offsets, self.indices, values)
         for tensor, copy in zip(self.tensors, contiguous):
@@ -232,16 +232,16 @@ class SparsePatch:
             TypeError: a tensor is not plain (a DTensor).
         """
         groups = self._groups(model_tensors(model, "model"), "model", verify, True)
-        before = [group.gather() for group in groups]
-        if verify:
-            for group, values in zip(groups, before):
-                self._check_changes(group, values, "the patch does not lead to the version in it")
+        exchanged = [group.values.clone() for group in groups]
         try:
-            for group in groups:
-                group.write(group.values)
+            for group, values in zip(groups, exchanged):
+                group.exchange(values)
+                if verify:
+                    self._check_changes(group, values, "the patch does not lead to the version in it")
         except BaseException:  # also an interrupt, which is raised when an operator has ended
-            for group, values in zip(groups, before):
-                group.write(values)
+            for group, values in zip(groups, exchanged):
+                if not same_bits(values, group.values):  # else the model has them, or nothing was exchanged
+                    group.exchange(values)
             raise
 
     def _groups(self, tensors: Mapping[str, Tensor], argument: str, verify: bool, write: bool) -> list[_Group]:

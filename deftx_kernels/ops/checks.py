@@ -361,7 +361,7 @@ def flat_exchange_(tensors: Sequence[Tensor], offsets: Tensor, indices: Tensor, 
     _compact(values, "values", device, dtype, nnz)
     for i, t in enumerate(tensors):
         _contiguous(t, f"tensors[{i}]", device, dtype)
-    _apart(tensors, "tensors")
+    _apart([*tensors, values], "tensors and values")
 
 
 def bit_checksum_change(offsets: Tensor, indices: Tensor, old: Tensor, new: Tensor) -> None:

@@ -49,14 +49,13 @@ def flat_exchange_(
     offsets: Tensor,  # int64 [n + 1]
     indices: Tensor,  # [nnz]
     values: Tensor,  # [nnz]
-) -> Tensor:
-    before, after = torch.empty_like(values), _bits(values)
-    bounds = offsets.tolist()
+) -> None:
+    given, bounds = _bits(values), offsets.tolist()
     for tensor, start, end in zip(tensors, bounds, bounds[1:]):
         flat, index = _bits(tensor), indices[start:end].to(torch.int64)
-        _bits(before)[start:end] = flat[index]
-        flat[index] = after[start:end]
-    return before
+        before = flat[index]
+        flat[index] = given[start:end]
+        given[start:end] = before
 
 
 # ---- checksums ----

@@ -130,8 +130,9 @@ SCHEMAS = {
     # new's values there. indices: int32 where every tensor has at most MAX_INT32_ELEMENTS, else int64. All tensors are
     # contiguous and have one dtype, new[i] and old[i] one shape. Without tensors: int32, float32, on the CPU.
     "bit_diff": "(Tensor[] new, Tensor[] old) -> (Tensor offsets, Tensor indices, Tensor values)",
-    # Writes values [nnz] at the entries of contiguous tensors and returns what was there before. One dtype.
-    "flat_exchange_": "(Tensor(a!)[] tensors, Tensor offsets, Tensor indices, Tensor values) -> Tensor",
+    # Writes values [nnz] at the entries of contiguous tensors, and what was there before into values. One dtype. Called
+    # again, it takes the exchange back.
+    "flat_exchange_": "(Tensor(a!)[] tensors, Tensor offsets, Tensor indices, Tensor(b!) values) -> ()",
     # int64 [n]: a checksum of each contiguous tensor's bits, linear in its 32-bit words: reference_bits.bit_checksum
     # defines it. One dtype.
     "bit_checksum": "(Tensor[] tensors) -> Tensor",
@@ -256,7 +257,7 @@ FAKES: dict[str, Callable] = {
     "masked_linear_grad": _masked_grad,
     "masked_embedding_grad": _masked_grad,
     "bit_diff": _bit_diff,
-    "flat_exchange_": lambda tensors, offsets, indices, values: torch.empty_like(values),
+    "flat_exchange_": _returns_nothing,
     "bit_checksum": _bit_checksum,
     "bit_checksum_change": lambda offsets, indices, old, new: offsets.new_empty(offsets.shape[0] - 1),
 }

@@ -216,7 +216,8 @@ def _() -> Results:
         b[~pattern] = a[~pattern]
     offsets, indices, values = ops.bit_diff(new, old)
     sums = {"new": ops.bit_checksum(new), "old": ops.bit_checksum(old)}
-    before = ops.flat_exchange_(old, offsets, indices, values)
+    before = values.clone()
+    ops.flat_exchange_(old, offsets, indices, before)
     sums |= {"change": ops.bit_checksum_change(offsets, indices, before, values), "written": ops.bit_checksum(old)}
     return {"offsets": offsets, "indices": indices, "values": values, "before": before} | sums
 
