@@ -29,6 +29,7 @@ from deftx_kernels.train.data_config import (
     HubData,
     MasakhaNERData,
     NusaxData,
+    check_held_out,
 )
 
 MINILM = "minilm"
@@ -165,10 +166,12 @@ class Recipe:
 
 
 def _parse_value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    for parse in (json.loads, float):  # float: also .1
+        try:
+            return parse(text)
+        except ValueError:
+            pass
+    return text
 
 
 @dataclass
@@ -387,6 +390,7 @@ class TrainTaskConfig(TrainConfig, Columns):
         Columns.__post_init__(self)
         Recipe.of(self.recipe).selection(self.settings.selection)
         check_list("train", self.train)
+        check_held_out(self.train, [("source", path) for path in self.validation], "validation")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,6 +130,7 @@ def _corpus(
     labels = label_names(train)
     if len(labels) < 2:
         raise ValueError(f"the training data has one label only, {labels[0]!r}: at least two are needed")
+    check_distinct(labels)
     for split in splits:
         check_labels(split.rows, labels, split.where)
     text_validation: dict[str, Dataset] = {}
@@ -290,6 +292,18 @@ def label_names(dataset: Dataset) -> list[str]:
     if "tags" in dataset.column_names:
         return sorted({tag for tags in dataset["tags"] for tag in tags})
     return sorted(set(dataset["label"]))
+
+
+def check_distinct(labels: Iterable[str]) -> None:
+    """Raises ValueError where two training labels differ in case, white space or Unicode form: they would be classes of
+    their own, as of several files that spell a label differently.
+    """
+    spellings: dict[str, str] = {}
+    for label in labels:
+        first = spellings.setdefault(" ".join(unicodedata.normalize("NFKC", label).casefold().split()), label)
+        if first != label:
+            what = "differ in case, white space or Unicode form alone, and would be two classes"
+            raise ValueError(f"the training labels {first!r} and {label!r} {what}; write them alike")
 
 
 def check_labels(dataset: Dataset, labels: Iterable[str], where: str) -> None:

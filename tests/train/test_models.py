@@ -41,7 +41,7 @@ def test_a_damaged_file_of_a_model_is_named(tiny_bert, tmp_path, name, content, 
 
 
 def test_a_folder_that_is_missing_is_no_hub_id(tmp_path):
-    with pytest.raises(ValueError, match="model folder .*gone is missing"):
+    with pytest.raises(ValueError, match="model '.*gone': there is no such folder"):
         models.load_classifier(tmp_path / "gone", LABELS)
 
 
