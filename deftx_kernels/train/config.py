@@ -29,7 +29,6 @@ from deftx_kernels.train.data_config import (
     HubData,
     MasakhaNERData,
     NusaxData,
-    check_held_out,
 )
 
 MINILM = "minilm"
@@ -390,7 +389,6 @@ class TrainTaskConfig(TrainConfig, Columns):
         Columns.__post_init__(self)
         Recipe.of(self.recipe).selection(self.settings.selection)
         check_list("train", self.train)
-        check_held_out(self.train, [("source", path) for path in self.validation], "validation")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +134,7 @@ def _corpus(
     check_distinct(labels)
     for split in splits:
         check_labels(split.rows, labels, split.where)
+    _warn_of_seen(train, splits)
     text_validation: dict[str, Dataset] = {}
     if text is None:
         text, text_validation = (
@@ -146,6 +148,22 @@ def _corpus(
     return Corpus(
         text, text_validation, columns.kind, labels, train, validation, test, list(sources), list(targets), metric
     )
+
+
+def _warn_of_seen(train: Dataset, splits: list[Split]) -> None:
+    """A warning where validation or test sets share more than a tenth of their rows with the training data."""
+    trained = set(_texts(train))
+    for split in splits:
+        seen = sum(text in trained for text in _texts(split.rows)) if split.name != "train" else 0
+        if seen > len(split.rows) / 10:
+            what = f"{seen} of {len(split.rows)} {split.name} examples are in the training data too"
+            warnings.warn(f"{split.where}: {what}; scores on them say little", RuntimeWarning, stacklevel=2)
+
+
+def _texts(rows: Dataset) -> list:
+    if "tokens" in rows.column_names:
+        return list(map(tuple, rows["tokens"]))
+    return list(zip(*(rows[name] for name in ("text", "text_pair") if name in rows.column_names)))
 
 
 def _without_labels(dataset: Dataset) -> Dataset:

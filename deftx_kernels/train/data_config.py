@@ -1,6 +1,5 @@
 """The data of a run: where it lies, its columns and languages. This file does not import transformers."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -119,22 +118,10 @@ class FilesData(Columns):
         if unknown := [name for name, _ in named_files(self.validation) if name not in self.sources]:
             raise ValueError(f"validation: {unknown[0]!r} is no source language; these are {', '.join(self.sources)}")
         check_list("test", self.test)
-        check_held_out([path for _, path in named_files(self.train)], named_files(self.validation), "validation")
-        trained = [path for _, path in named_files([*self.train, *self.validation])]
-        check_held_out(trained, parse_pairs(self.test, "test").items(), "test")
         texts = parse_pairs(self.text, "text")
         for name in parse_pairs(self.test, "test"):
             if name not in texts:
                 raise ValueError(f"text: no unlabelled text for the test language {name!r}; give text {name}=path")
-
-
-def check_held_out(trained: Iterable[Path], held_out: Iterable[tuple[str, Path]], argument: str) -> None:
-    """ValueError where a file that is held out is trained on, or chooses checkpoints."""
-    used = {Path(path).resolve() for path in trained}
-    for language, path in held_out:
-        if Path(path).resolve() in used:
-            what = f"{path} ({language}) is among the training{' or validation' if argument == 'test' else ''} files"
-            raise ValueError(f"{argument}: {what}, so scores on it would say nothing; give another")
 
 
 def named_files(paths: list[Path]) -> list[tuple[str, Path]]:

@@ -221,6 +221,28 @@ def test_one_label_only_is_refused(tmp_path, nusax_folder):
         data.load_corpus(NusaxData(nusax_folder, sources=["source"]))
 
 
+@pytest.mark.parametrize("other", ["Positive", "posi\uff54ive"])
+def test_labels_that_are_spelled_in_two_ways(nusax_folder, other):
+    rows = [(1, "good room", "positive"), (2, "bad room", "negative"), (3, "good food", other)]
+    write_csv(nusax_folder / "source/train.csv", rows)
+    with pytest.raises(ValueError, match=f"training labels '{min('positive', other)}' and '{max('positive', other)}'"):
+        data.load_corpus(NusaxData(nusax_folder, sources=["source"]))
+
+
+@pytest.mark.parametrize(("copied", "warned"), [(1, False), (2, True)])
+def test_test_texts_that_are_trained_on(nusax_folder, copied, warned, recwarn):
+    rows = [(i, f"text {i}", ("a", "b")[i % 2]) for i in range(50)]
+    for language in ("source", "first", "second"):
+        write_csv(nusax_folder / language / "train.csv", rows[:20])
+        write_csv(nusax_folder / language / "valid.csv", rows[20:30])
+        write_csv(nusax_folder / language / "test.csv", rows[30:40])
+    write_csv(nusax_folder / "second/test.csv", rows[:copied] + rows[40 + copied :])
+    data.load_corpus(NusaxData(nusax_folder, sources=["source"]))
+    found = [str(warning.message) for warning in recwarn if "training data" in str(warning.message)]
+    expected = "second, test: 2 of 10 test examples are in the training data too; scores on them say little"
+    assert found == ([expected] if warned else [])
+
+
 def test_entity_f1_needs_entity_tags(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": ["the", "room"], "label": ["D", "N"]}))
     (tmp_path / "x.txt").write_text("a")
