@@ -398,7 +398,7 @@ class EvalConfig:
     test: Path
     """Labelled CSV, TSV or JSONL file."""
     vectors: list[str]
-    """Folders or hub ids of the vectors to add."""
+    """Folders or hub ids of the vectors to add: a task vector, language vectors, or their sum (deftx compose)."""
     model: str | None = None
     """The base model; by default the one that the task vector names."""
     text_column: str = "text"

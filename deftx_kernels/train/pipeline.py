@@ -158,6 +158,13 @@ def delta_hash(delta: SparseDelta) -> str:
     return digest.hexdigest()
 
 
+def tasks_of(metadata: dict) -> list[dict]:
+    """The metadata of the task vectors of a delta: its own, or those of the deltas that it is the sum of."""
+    if "labels" in metadata:
+        return [metadata]
+    return [task for part in metadata.get("composed_of", []) for task in tasks_of(part)]
+
+
 def evaluate_vectors(config: EvalConfig) -> dict[str, float]:
     """{"macro_f1", "accuracy", "n"} on a labelled file; with entity tags also "entity_f1".
 
@@ -165,7 +172,7 @@ def evaluate_vectors(config: EvalConfig) -> dict[str, float]:
         ValueError: none or several of the vectors are task vectors.
     """
     deltas = [load_delta(path) for path in config.vectors]
-    tasks = [delta.metadata for delta in deltas if "labels" in delta.metadata]
+    tasks = [task for delta in deltas for task in tasks_of(delta.metadata)]
     if len(tasks) != 1:
         raise ValueError(f"vectors: exactly one task vector (with labels in its metadata) is needed, not {len(tasks)}")
     task = tasks[0]

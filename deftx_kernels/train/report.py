@@ -26,7 +26,6 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
     """The report as Markdown. `pictures`: name → path of the figures that there are."""
     data, seeds = metrics["data"], config["seeds"]
     sources, targets = (", ".join(map(language_name, data[key])) for key in ("sources", "targets"))
-    tests = ", ".join(f"{language_name(name)} {count}" for name, count in data["test"].items())
 
     def picture(name: str, caption: str) -> str:
         return f"![{caption}]({pictures[name]})" if name in pictures else ""
@@ -38,7 +37,7 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}.",
         f"## Zero-shot {score_name(metrics)}",
         markdown(score_table(metrics)),
-        f'Test examples: {tests}. "sources" is the mean over the labelled languages. {seed_note(len(seeds))}',
+        f'{test_sizes(data)} "sources" is the mean over the labelled languages. {seed_note(len(seeds))}',
         source_vector_note(config, data["sources"]),
         *gain_lines(config, metrics),
         picture("scores", f"{score_name(metrics)} by target language and method"),
@@ -70,6 +69,13 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
         f"Time of the last call, which repeats no finished phase: {metrics['seconds']:.0f} s.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def test_sizes(data: dict) -> str:
+    """The sizes of the test sets, and what they share with the training data."""
+    seen = {name: f" ({count} of them in the training data)" for name, count in data["test_in_train"].items() if count}
+    sizes = [f"{language_name(name)} {count}{seen.get(name, '')}" for name, count in data["test"].items()]
+    return f"Test examples: {', '.join(sizes)}."
 
 
 def seed_note(seeds: int) -> str:
@@ -110,6 +116,7 @@ def print_tables(config: dict, metrics: dict, console: Console) -> None:
             console.print(table)
     for line in gain_lines(config, metrics):
         console.print(line)
+    console.print(test_sizes(metrics["data"]))
     console.print(seed_note(len({score["seed"] for score in metrics["scores"]})))
 
 
