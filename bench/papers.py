@@ -1,11 +1,12 @@
 """Scores of `deftx run` on the papers' data: rows, means over seeds, paired tests, one figure.
 
 `python -m bench papers RUN_DIR...` collects the scores of finished runs into bench/results/<data set>.csv, where they
-replace those of the same model, method, language and seed, and writes <data set>.md and <data set>.png. The other
-settings of runs in one file should be the same: they are not in the rows.
+replace those of the same model, method, language and seed, and writes <data set>.md and <data set>.png. Runs of one
+model with other settings, source languages or test sets are refused: their scores would be averaged and compared.
 """
 
 import csv
+import hashlib
 import json
 import statistics
 import sys
@@ -22,7 +23,12 @@ from deftx_kernels.train.figures import COLORS
 from deftx_kernels.train.metrics import METRICS
 from deftx_kernels.train.report import KINDS, markdown
 
-COLUMNS = ("model", "source_vector", "seed", "method", "kind", "language", "role", "score", "metric", "n", "nnz")
+COLUMNS = (
+    *("model", "source_vector", "seed", "method", "kind", "language", "role", "score", "metric", "n", "nnz"),
+    "settings",
+)
+# Settings in which the runs of one file may differ: they are in the rows, or change no score.
+NOT_COMPARED = ("model", "source_vector", "seeds", "recipes", "language_vectors", "cost_steps", "device", "report_to")
 Row = dict[str, str]
 Key = tuple[str, str, str]  # source_vector, method, kind
 Scores = Mapping[tuple[str, str], float]  # by language and seed
@@ -39,7 +45,9 @@ def collect(folders: Iterable[Path], out: Path) -> dict[Path, list[Row]]:
         rows = found.setdefault(path, read(path))
         new = list(rows_of(config, metrics))
         same = {identity(row) for row in new}
-        found[path] = [row for row in rows if identity(row) not in same] + new
+        kept = [row for row in rows if identity(row) not in same]
+        check_same(folder, kept, new)
+        found[path] = kept + new
     for path, rows in found.items():
         rows.sort(key=identity)
         out.mkdir(parents=True, exist_ok=True)
@@ -50,9 +58,32 @@ def collect(folders: Iterable[Path], out: Path) -> dict[Path, list[Row]]:
     return found
 
 
+def check_same(folder: Path, kept: list[Row], new: list[Row]) -> None:
+    """Exits where rows of one model are of other settings than those of `folder`, or of other test sets."""
+    for row in new:
+        for other in kept:
+            if other["model"] != row["model"]:
+                continue
+            settings = other["settings"] and other["settings"] != row["settings"]  # older rows have none
+            test = other["language"] == row["language"] and any(other[x] != row[x] for x in ("metric", "n", "role"))
+            if settings or test:
+                what = "settings" if settings else f"metric, test set or source languages (of {row['language']})"
+                sys.exit(f"{folder}: its {what} differ from those of other runs of {row['model']}: use another --out")
+
+
 def data_set(config: dict) -> str:
     """The name of a run's data set: that of its folder."""
-    return Path(config["data"].get("data_dir") or config["data"].get("dataset") or "run").name
+    name = config["data"].get("data_dir") or config["data"].get("dataset")
+    if name is None:
+        sys.exit("runs of `deftx run files` and `demo` have no data set: papers collects those of folders and the hub")
+    return Path(name).name
+
+
+def settings_hash(config: dict) -> str:
+    """A hash of the settings that the runs of one file share."""
+    kept = {name: value for name, value in config.items() if name not in NOT_COMPARED}
+    kept["data"] = {name: value for name, value in config["data"].items() if name not in ("data_dir", "targets")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def rows_of(config: dict, metrics: dict) -> Iterable[Row]:
@@ -63,6 +94,7 @@ def rows_of(config: dict, metrics: dict) -> Iterable[Row]:
     for score in metrics["scores"]:
         row = {name: score[name] for name in ("seed", "method", "kind", "language", "n")}
         row |= {"model": Path(config["model"]).name, "source_vector": int(config["source_vector"]), "metric": metric}
+        row["settings"] = settings_hash(config)
         row |= {"score": f"{score[metric]:.5f}", "nnz": sizes.get((score["seed"], score["method"]), "")}
         row["role"] = "source" if score["language"] in sources else "target"
         yield {name: str(row[name]) for name in COLUMNS}
@@ -72,7 +104,7 @@ def read(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [{name: row.get(name) or "" for name in COLUMNS} for row in csv.DictReader(file)]
 
 
 def identity(row: Row) -> tuple[str, ...]:
@@ -122,13 +154,15 @@ def _report_of_model(model: str, rows: list[Row]) -> str:
         columns = [[value for (name, _), value in each.items() if name == language] for language in languages]
         means = means_of(each, languages)
         table.append([label(key), *map(summary, columns), summary(means), str(len({seed for _, seed in each}))])
-    differences = [["difference", "mean", "95 % interval", "above 0", "p (Wilcoxon)"]]
+    differences = [["difference", "mean", "95 % interval", "above 0", "p"]]
     for first, second in comparisons(list(scores)):
-        if scores[first].keys() & scores[second].keys():
-            differences.append([f"{label(first)} − {label(second)}", *paired(scores[first], scores[second])])
+        if (grid := differences_of(scores[first], scores[second])).size:
+            differences.append([f"{label(first)} − {label(second)}", *paired(grid)])
     note = (
         f"Zero-shot {METRICS[rows[0]['metric']]}, {model}. Mean ± standard deviation over seeds. Differences are "
-        "paired over languages and seeds; pairs of one language are not independent."
+        "paired over languages and seeds. Intervals and p values (t) hold for other languages and other seeds: pairs "
+        "of one language or one seed are not independent, so that both are random effects. The p values are not "
+        "corrected for the number of comparisons."
     )
     return f"{note}\n\n{markdown(table)}\n\n{markdown(differences)}\n"
 
@@ -192,12 +226,42 @@ def comparisons(keys: list[Key]) -> Iterable[tuple[Key, Key]]:
                 yield (second, first) if second[1] == "deft-x" and 1 in differ else (first, second)
 
 
-def paired(first: Scores, second: Scores) -> list[str]:
-    """Over all pairs of one language and seed: mean difference, 95 % interval (t), how often above 0, p value."""
-    pairs = [key for key in first if key in second]
-    differences = np.array([first[key] - second[key] for key in pairs])
-    mean, count = differences.mean(), len(differences)
-    half = stats.t.ppf(0.975, count - 1) * differences.std(ddof=1) / count**0.5 if count > 1 else float("nan")
-    p = stats.wilcoxon(differences).pvalue if count > 5 and differences.any() else float("nan")
-    better = f"{(differences > 0).sum()} of {count}"
-    return [f"{mean:+.3f}", f"{mean - half:+.3f} to {mean + half:+.3f}", better, f"{p:.3g}"]
+def differences_of(first: Scores, second: Scores) -> np.ndarray:
+    """[languages, seeds] of the differences: the languages of both, and the seeds that have all of them in both."""
+    common = first.keys() & second.keys()
+    languages, seeds = (sorted({key[i] for key in common}) for i in (0, 1))
+    complete = [seed for seed in seeds if all((language, seed) in common for language in languages)]
+    values = [[first[language, seed] - second[language, seed] for seed in complete] for language in languages]
+    return np.array(values).reshape(len(languages), len(complete))
+
+
+def paired(grid: np.ndarray) -> list[str]:
+    """Of differences [languages, seeds]: the mean, its 95 % interval, how many are above 0, p value of a mean of 0."""
+    mean, (error, freedom) = grid.mean(), standard_error(grid)
+    half, p = stats.t.ppf(0.975, freedom) * error, 2 * stats.t.sf(abs(mean) / error, freedom) if error else float("nan")
+    interval = f"{mean - half:+.3f} to {mean + half:+.3f}" if np.isfinite(half) else "–"
+    return [f"{mean:+.3f}", interval, f"{(grid > 0).sum()} of {grid.size}", f"{p:.2g}" if np.isfinite(p) else "–"]
+
+
+def standard_error(grid: np.ndarray) -> tuple[float, float]:
+    """(standard error of the mean of a grid, its degrees of freedom), rows and columns being random effects.
+
+    The mean squares of rows, columns and rest give the variance (rows + columns - rest) / size, with the degrees of
+    freedom of Satterthwaite (1946); a variance component that would be negative is 0. (NaN, NaN) of a single value.
+    """
+    rows, columns = grid.shape
+    if grid.size < 2:
+        return float("nan"), float("nan")
+    by_row, by_column = grid.mean(1), grid.mean(0)
+    of_rows = columns * by_row.var(ddof=1) if rows > 1 else 0.0
+    of_columns = rows * by_column.var(ddof=1) if columns > 1 else 0.0
+    if 1 in grid.shape:
+        return float(((of_rows + of_columns) / grid.size) ** 0.5), float(grid.size - 1)
+    freedom = (rows - 1) * (columns - 1)
+    rest = np.square(grid - by_row[:, None] - by_column + grid.mean()).sum() / freedom
+    if min(of_rows, of_columns) <= rest:
+        larger, count = max((of_rows, rows), (of_columns, columns))
+        return float((larger / grid.size) ** 0.5), float(count - 1)
+    total = of_rows + of_columns - rest
+    parts = of_rows**2 / (rows - 1) + of_columns**2 / (columns - 1) + rest**2 / freedom
+    return float((total / grid.size) ** 0.5), float(total**2 / parts)

@@ -165,10 +165,12 @@ class Recipe:
 
 
 def _parse_value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    for parse in (json.loads, float):  # float: also .1
+        try:
+            return parse(text)
+        except ValueError:
+            pass
+    return text
 
 
 @dataclass
@@ -396,7 +398,7 @@ class EvalConfig:
     test: Path
     """Labelled CSV, TSV or JSONL file."""
     vectors: list[str]
-    """Folders or hub ids of the vectors to add."""
+    """Folders or hub ids of the vectors to add: a task vector, language vectors, or their sum (deftx compose)."""
     model: str | None = None
     """The base model; by default the one that the task vector names."""
     text_column: str = "text"

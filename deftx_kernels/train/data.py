@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,7 @@ class Corpus:
 
     def sizes(self) -> dict:
         """The numbers on the data in metrics.json."""
+        trained = set(_texts(self.train))
         return {
             "task": self.task,
             "metric": self.metric,
@@ -75,6 +77,7 @@ class Corpus:
             "targets": self.targets,
             "train": len(self.train),
             "test": {name: len(rows) for name, rows in self.test.items()},
+            "test_in_train": {name: sum(x in trained for x in _texts(rows)) for name, rows in self.test.items()},
             "text": {name: len(rows) for name, rows in self.text.items()},
         }
 
@@ -129,6 +132,7 @@ def _corpus(
     labels = label_names(train)
     if len(labels) < 2:
         raise ValueError(f"the training data has one label only, {labels[0]!r}: at least two are needed")
+    check_distinct(labels)
     for split in splits:
         check_labels(split.rows, labels, split.where)
     text_validation: dict[str, Dataset] = {}
@@ -144,6 +148,12 @@ def _corpus(
     return Corpus(
         text, text_validation, columns.kind, labels, train, validation, test, list(sources), list(targets), metric
     )
+
+
+def _texts(rows: Dataset) -> list:
+    if "tokens" in rows.column_names:
+        return list(map(tuple, rows["tokens"]))
+    return list(zip(*(rows[name] for name in ("text", "text_pair") if name in rows.column_names)))
 
 
 def _without_labels(dataset: Dataset) -> Dataset:
@@ -290,6 +300,18 @@ def label_names(dataset: Dataset) -> list[str]:
     if "tags" in dataset.column_names:
         return sorted({tag for tags in dataset["tags"] for tag in tags})
     return sorted(set(dataset["label"]))
+
+
+def check_distinct(labels: Iterable[str]) -> None:
+    """Raises ValueError where two training labels differ in case, white space or Unicode form: they would be classes of
+    their own, as of several files that spell a label differently.
+    """
+    spellings: dict[str, str] = {}
+    for label in labels:
+        first = spellings.setdefault(" ".join(unicodedata.normalize("NFKC", label).casefold().split()), label)
+        if first != label:
+            what = "differ in case, white space or Unicode form alone, and would be two classes"
+            raise ValueError(f"the training labels {first!r} and {label!r} {what}; write them alike")
 
 
 def check_labels(dataset: Dataset, labels: Iterable[str], where: str) -> None:

@@ -37,13 +37,15 @@ def resolve_model(model: str | Path) -> str:
 
 def _load(load, model: str | Path, what: str, **options):
     path = resolve_model(model)
-    if isinstance(model, Path) and not model.is_dir():  # transformers would interpret it as a hub id
-        raise ValueError(f"model folder {model} is missing")
+    local = Path(path).is_dir()
+    # transformers would interpret it as a hub id, which is NAME or OWNER/NAME
+    if not local and (isinstance(model, Path) or path.startswith((".", "~")) or path.count("/") > 1 or "\\" in path):
+        raise ValueError(f"model {str(model)!r}: there is no such folder")
     try:
         return load(path, **options)
     except Exception as error:  # a damaged file gives any kind, also the bare Exception of tokenizers
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        source = _damaged_file(Path(path)) or "this folder or hub id"
+        source = _damaged_file(Path(path)) or ("this folder" if local else "the hub, and it is no folder")
         raise ValueError(f"model {str(model)!r}: {what} cannot be loaded from {source}: {lines[0]}") from error
 
 
@@ -84,8 +86,13 @@ def model_hash(model: str | Path) -> str:
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises ValueError where there is none."""
-    return _load(AutoTokenizer.from_pretrained, model, "a tokenizer")
+    """The tokenizer of a model. Raises ValueError where there is none, or one without a vocabulary."""
+    tokenizer = _load(AutoTokenizer.from_pretrained, model, "a tokenizer")
+    # Without vocabulary files, transformers makes a tokenizer of special tokens (and SentencePiece's space).
+    if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) < 2:
+        what = "a tokenizer cannot be loaded: its files, such as tokenizer.json, are missing or have no vocabulary"
+        raise ValueError(f"model {str(model)!r}: {what}")
+    return tokenizer
 
 
 def load_classifier(model: str | Path, labels: list[str], task: str = "classification") -> PreTrainedModel:

@@ -23,7 +23,7 @@ from deftx_kernels.train.runs import open_run
 from deftx_kernels.train.seed_run import SeedRun
 from deftx_kernels.train.tokens import task_collator, tokenize_task
 from deftx_kernels.train.trainer import Runtime, evaluate, with_deltas
-from deftx_kernels.train.vectors import Vector, VectorBuilder, check_fit
+from deftx_kernels.train.vectors import Vector, VectorBuilder, check_fit, check_texts
 
 
 def run(config: RunConfig, console: Console | None = None) -> dict:
@@ -43,6 +43,7 @@ def run(config: RunConfig, console: Console | None = None) -> dict:
     check_fit(config.model, tokenizer, corpus.task, config.task, config.recipes)
     if set(config.recipes) != {"full"}:
         check_fit(config.model, tokenizer, "masked-lm", config.language, config.recipes)
+        check_texts(corpus, tokenizer, [*corpus.targets, *(corpus.sources if config.source_vector else [])])
     run_dir = Path(config.run_dir)
     fingerprints = {"model": models.model_hash(config.model), **corpus.hashes()}
     with open_run(config, run_dir, fingerprints, [models.resolve_model(config.model), *data_paths(config.data)]):
@@ -63,7 +64,7 @@ def run(config: RunConfig, console: Console | None = None) -> dict:
         metrics["seconds"] = time.perf_counter() - began
         write_json(run_dir / "metrics.json", metrics)
         report.write(run_dir, to_dict(config), metrics)
-    report.print_tables(metrics, console)
+    report.print_tables(to_dict(config), metrics, console)
     console.print(f"Report: {run_dir / 'report.md'}   ({metrics['seconds']:.0f} s)")
     return metrics
 
@@ -107,6 +108,7 @@ def train_language(config: TrainLanguageConfig) -> Path:
     corpus = load_corpus(config)
     tokenizer = models.load_tokenizer(config.model)
     check_fit(config.model, tokenizer, "masked-lm", config.settings, [config.recipe])
+    check_texts(corpus, tokenizer, [config.language])
     parts = corpus.hashes()
     fingerprints = {name.removesuffix(f" of {config.language}"): value for name, value in parts.items()}
 
@@ -156,6 +158,13 @@ def delta_hash(delta: SparseDelta) -> str:
     return digest.hexdigest()
 
 
+def tasks_of(metadata: dict) -> list[dict]:
+    """The metadata of the task vectors of a delta: its own, or those of the deltas that it is the sum of."""
+    if "labels" in metadata:
+        return [metadata]
+    return [task for part in metadata.get("composed_of", []) for task in tasks_of(part)]
+
+
 def evaluate_vectors(config: EvalConfig) -> dict[str, float]:
     """{"macro_f1", "accuracy", "n"} on a labelled file; with entity tags also "entity_f1".
 
@@ -163,7 +172,7 @@ def evaluate_vectors(config: EvalConfig) -> dict[str, float]:
         ValueError: none or several of the vectors are task vectors.
     """
     deltas = [load_delta(path) for path in config.vectors]
-    tasks = [delta.metadata for delta in deltas if "labels" in delta.metadata]
+    tasks = [task for delta in deltas for task in tasks_of(delta.metadata)]
     if len(tasks) != 1:
         raise ValueError(f"vectors: exactly one task vector (with labels in its metadata) is needed, not {len(tasks)}")
     task = tasks[0]

@@ -26,7 +26,6 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
     """The report as Markdown. `pictures`: name → path of the figures that there are."""
     data, seeds = metrics["data"], config["seeds"]
     sources, targets = (", ".join(map(language_name, data[key])) for key in ("sources", "targets"))
-    tests = ", ".join(f"{language_name(name)} {count}" for name, count in data["test"].items())
 
     def picture(name: str, caption: str) -> str:
         return f"![{caption}]({pictures[name]})" if name in pictures else ""
@@ -38,9 +37,9 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}.",
         f"## Zero-shot {score_name(metrics)}",
         markdown(score_table(metrics)),
-        f'Test examples: {tests}. "sources" is the mean over the labelled languages. {seed_note(len(seeds))}',
+        f'{test_sizes(data)} "sources" is the mean over the labelled languages. {seed_note(len(seeds))}',
         source_vector_note(config, data["sources"]),
-        *gain_lines(metrics),
+        *gain_lines(config, metrics),
         picture("scores", f"{score_name(metrics)} by target language and method"),
     ]
     if (table := cost_table(metrics)) is not None:
@@ -64,11 +63,19 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
         else "",
         "## Phases",
         markdown(phase_table(metrics)),
-        "Step times are those of the run itself. The dense phase of a vector is shared by DeFT-X and LT-SFT.",
+        "Step times are those of the run itself. A dense phase that is of no method is shared by DeFT-X and LT-SFT.",
+        perplexity_note(config, metrics),
         "Settings: [config.json](config.json). All numbers: [metrics.json](metrics.json). "
-        f"Time: {metrics['seconds']:.0f} s.",
+        f"Time of the last call, which repeats no finished phase: {metrics['seconds']:.0f} s.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def test_sizes(data: dict) -> str:
+    """The sizes of the test sets, and what they share with the training data."""
+    seen = {name: f" ({count} of them in the training data)" for name, count in data["test_in_train"].items() if count}
+    sizes = [f"{language_name(name)} {count}{seen.get(name, '')}" for name, count in data["test"].items()]
+    return f"Test examples: {', '.join(sizes)}."
 
 
 def seed_note(seeds: int) -> str:
@@ -96,7 +103,7 @@ def markdown(table: Rows) -> str:
     return "\n".join(lines)
 
 
-def print_tables(metrics: dict, console: Console) -> None:
+def print_tables(config: dict, metrics: dict, console: Console) -> None:
     """The scores and the costs on the terminal."""
     tables = {f"Zero-shot {score_name(metrics)}": score_table(metrics), "A training step": cost_table(metrics)}
     for title, rows in tables.items():
@@ -107,8 +114,9 @@ def print_tables(metrics: dict, console: Console) -> None:
             for row in rows[1:]:
                 table.add_row(*row)
             console.print(table)
-    for line in gain_lines(metrics):
+    for line in gain_lines(config, metrics):
         console.print(line)
+    console.print(test_sizes(metrics["data"]))
     console.print(seed_note(len({score["seed"] for score in metrics["scores"]})))
 
 
@@ -141,8 +149,10 @@ def show(values: list[float]) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.3f}".replace("± 0", "± ")
 
 
-def gain_lines(metrics: dict) -> list[str]:
-    """One sentence per method: what adding the language vector changed."""
+def gain_lines(config: dict, metrics: dict) -> list[str]:
+    """One sentence per method: what the language vector changed."""
+    replaced = config.get("source_vector") and len(metrics["data"]["sources"]) == 1
+    done = "the test language's vector in place of the source's" if replaced else "adding the language vector"
     scores, lines = figures.scores_by_method(metrics), []
     for method in dict.fromkeys(method for method, _ in scores):
         alone, composed = scores.get((method, "task")), scores.get((method, "composed"))
@@ -152,7 +162,7 @@ def gain_lines(metrics: dict) -> list[str]:
         gains = {target: statistics.fmean(composed[target]) - statistics.fmean(alone[target]) for target in targets}
         each = ", ".join(f"{language_name(target)} {gain:+.3f}" for target, gain in gains.items())
         mean, name = statistics.fmean(gains.values()), Recipe.of(method).label
-        lines.append(f"{name}: adding the language vector changed {score_name(metrics)} by {each} (mean {mean:+.3f}).")
+        lines.append(f"{name}: {done} changed {score_name(metrics)} by {each} (mean {mean:+.3f}).")
     return lines
 
 
@@ -186,11 +196,11 @@ def phase_table(metrics: dict) -> Rows:
     for phase in metrics["phases"]:
         if phase["seed"] != metrics["scores"][0]["seed"] and not phase.get("shared"):
             continue
-        selection, step, method = phase.get("selection"), phase["median_step_seconds"], phase["method"]
+        selection, step = phase.get("selection"), phase["median_step_seconds"]
         table.append(
             [
                 phase["vector"],
-                "dense" if method == "dense" else f"{Recipe.of(method).label}, sparse",
+                _phase_name(phase),
                 str(phase["steps"]),
                 f"{phase['trained_entries']:,}",
                 "–" if selection is None else f"{selection['seconds']:.2f} s",
@@ -202,6 +212,22 @@ def phase_table(metrics: dict) -> Rows:
             ]
         )
     return table
+
+
+def _phase_name(phase: dict) -> str:
+    if phase["method"] != "dense":
+        return f"{Recipe.of(phase['method']).label}, sparse"
+    return f"{Recipe.of(phase['recipe']).label}, dense" if "recipe" in phase else "dense"
+
+
+def perplexity_note(config: dict, metrics: dict) -> str:
+    """What the perplexities of the phases are."""
+    if not any("perplexity" in phase for phase in metrics["phases"]):
+        return ""
+    among = "all tokens of the model"
+    if config["language"]["vocabulary"] == "text":
+        among = "the tokens of that language's text alone: it cannot be compared with another language's or model's"
+    return f"Perplexity: at the masked positions of the validation text, before and after the phase, among {among}."
 
 
 def perplexities(phase: dict) -> str:

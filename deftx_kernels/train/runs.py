@@ -14,7 +14,7 @@ from deftx_kernels.files import read_json, write_json
 from deftx_kernels.train.config import to_dict
 
 MARKER = "deftx_run.json"
-FORMAT = "deftx_run"
+FORMAT, FORMAT_VERSION = "deftx_run", 1
 LOCK = ".lock"
 # All that a run writes in its folder, beside seed-<number>. Nothing else there is ever deleted.
 CONTENTS = ("config.json", "metrics.json", "report.md", "deltas", "phases")
@@ -60,10 +60,13 @@ def open_run(
     if run_dir.is_dir() and not marker.is_file() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
         what = f"{setting} {run_dir} is not empty and holds no run of this version (no {MARKER})"
         raise ValueError(f"{what}: choose another")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{setting} {run_dir} cannot be made: {error.strerror}") from error
     settings = to_dict(config)
     made_from = {"settings": compared(settings), "fingerprints": fingerprints}
-    with _locked(run_dir, waiting):
+    with _locked(run_dir, waiting, setting):
         old = _read_marker(marker) if marker.is_file() else made_from
         changed = [] if old is None else _changes(old, made_from)
         if changed and not config.overwrite:
@@ -110,7 +113,7 @@ def _check_run_dir(run_dir: Path, inputs: Iterable[str | Path], setting: str) ->
 
 
 @contextmanager
-def _locked(run_dir: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
+def _locked(run_dir: Path, waiting: Callable[[], None] | None, setting: str) -> Iterator[None]:
     """A file lock of the operating system, which is released when the process ends, also when it is killed."""
     lock = filelock.FileLock(run_dir / LOCK, blocking=False)
     try:
@@ -120,12 +123,12 @@ def _locked(run_dir: Path, waiting: Callable[[], None] | None) -> Iterator[None]
             waiting()
             lock.acquire(blocking=True)
         else:
-            advice = "wait for its end, or choose another run_dir"
-            raise ValueError(f"run_dir {run_dir}: another process uses it; {advice}") from None
+            advice = f"wait for its end, or choose another {setting}"
+            raise ValueError(f"{setting} {run_dir}: another process uses it; {advice}") from None
     except OSError as error:
         if error.filename is not None:  # it cannot be opened
-            raise
-        reason = f"({error.strerror}): its file system has no locks; choose a run_dir on another"
+            raise OSError(f"{setting} {run_dir} cannot be written: {error.strerror}") from error
+        reason = f"({error.strerror}): its file system has no locks; choose a {setting} on another"
         raise OSError(f"{run_dir / LOCK} cannot be locked {reason}") from error
     try:
         yield
@@ -136,7 +139,11 @@ def _locked(run_dir: Path, waiting: Callable[[], None] | None) -> Iterator[None]
 def _read_marker(path: Path) -> dict | None:
     """What the run was made from, or None if a process was interrupted while it emptied the folder."""
     marker = read_json(path)
-    if isinstance(marker, dict) and marker.get("format") == FORMAT and "made_from" in marker:
+    version = marker.get("format_version") if isinstance(marker, dict) and marker.get("format") == FORMAT else None
+    if version is not None and version != FORMAT_VERSION:
+        expected = f"format_version {version}, this version reads {FORMAT_VERSION}; choose another folder"
+        raise ValueError(f"{path} is of another version of deftx-kernels: {expected}")
+    if version is not None and "made_from" in marker:
         made_from = marker["made_from"]
         parts = made_from if isinstance(made_from, dict) else {}
         if made_from is None or all(isinstance(parts.get(name), dict) for name in ("settings", "fingerprints")):
@@ -145,7 +152,7 @@ def _read_marker(path: Path) -> dict | None:
 
 
 def _write_marker(path: Path, made_from: dict | None) -> None:
-    write_json(path, {"format": FORMAT, "format_version": 1, "made_from": made_from})
+    write_json(path, {"format": FORMAT, "format_version": FORMAT_VERSION, "made_from": made_from})
 
 
 def _changes(old: dict, new: dict) -> list[str]:

@@ -69,7 +69,7 @@ class SeedRun:
             vector = self.builder.task(
                 self.config.task, start=f"{folder}/start", folder=folder, sources=sources, **options
             )
-            self._learn(vector, "task", [recipe], self.runtime)
+            self._learn(vector, "task", [recipe], self.runtime, own_dense=True)
 
     def _learn_languages(self, builder: VectorBuilder) -> None:
         settings, shared = self.config.language, self.config.language_vectors is not None
@@ -93,8 +93,12 @@ class SeedRun:
         runtime: Runtime,
         dense: bool = False,
         recorded: bool = True,
+        own_dense: bool = False,
     ) -> None:
-        """The vector by each recipe, after its dense phase if a recipe has one or `dense` is given."""
+        """The vector by each recipe, after its dense phase if a recipe has one or `dense` is given.
+
+        With `own_dense` the dense phase is recorded as that of the only recipe: other recipes have other starts.
+        """
 
         def heading(what: str) -> None:
             self.console.print(f"[bold cyan]\\[{next(self._counter)}/{self._total}][/] [bold]{title}[/] · {what}")
@@ -106,7 +110,8 @@ class SeedRun:
 
         if dense or any(map(_has_dense_phase, recipes)):
             heading("full fine-tuning (dense phase)")
-            record("dense", dense_phase(vector, runtime))
+            of_recipe = {"recipe": str(recipes[0])} if own_dense else {}
+            record("dense", {**of_recipe, **dense_phase(vector, runtime)})
         for recipe in recipes:
             heading(f"{recipe.label} (selection and sparse phase)")
             self.deltas[str(recipe), vector.name], metrics = learn(vector, recipe, runtime)

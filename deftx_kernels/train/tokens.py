@@ -44,6 +44,16 @@ def task_collator(tokenizer: PreTrainedTokenizerBase, task: str):
     return DataCollatorWithPadding(tokenizer)
 
 
+def check_known(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raises ValueError where no text of unlabelled rows has a token of the vocabulary. Ends at the first that has."""
+    special = set(tokenizer.all_special_ids)
+    for batch in dataset.iter(1000):
+        rows = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
+        if not all(special.issuperset(row) for row in rows):
+            return
+    raise ValueError(f"{where}: the tokenizer finds no token of its vocabulary in it")
+
+
 def tokenize_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, pack: bool) -> Dataset:
     """Unlabelled rows as input_ids, for `MaskedLanguageCollator`.
 

@@ -84,6 +84,14 @@ class VectorTrainer(Trainer):
     source_vectors: SourceVectors | None = None
     save_extra: Callable[[Path], None] | None = None
     """Writes further files of a checkpoint into its folder."""
+    averages_accumulated = False
+    """Whether `compute_loss` is a mean over all accumulated batches, not over one batch."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        # Trainer takes it for granted of models with **kwargs. Classifiers have them, but their loss is the mean of a
+        # batch: Trainer would not divide it by the accumulation steps.
+        self.model_accepts_loss_kwargs = self.averages_accumulated
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         with self._source_vector(inputs):
@@ -160,6 +168,7 @@ class MaskedLanguageTrainer(VectorTrainer):
 
         decoder.forward = forward
 
+    averages_accumulated = True
     column: Tensor | None = None  # of each token among the logits
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -255,7 +264,7 @@ def train_phase(
 
     Returns:
         Metrics as JSON values: costs, losses by step, validation losses and scores by step, the best score; of masked
-        language modelling the perplexity of the validation text before and after.
+        language modelling the perplexity of the validation text before and after, and among how many tokens it is.
 
     Raises:
         ValueError: the loss or the weights became NaN or infinite; earlier checkpoints are kept.
@@ -297,7 +306,8 @@ def train_phase(
     if before is not None:
         best = trainer.state.best_metric
         after = best if best is not None else trainer.evaluate()["eval_loss"]
-        metrics["perplexity"] = {"before": _perplexity(before), "after": _perplexity(after)}
+        tokens = model.get_output_embeddings().weight if examples.vocabulary is None else examples.vocabulary
+        metrics["perplexity"] = {"before": _perplexity(before), "after": _perplexity(after), "tokens": len(tokens)}
         if after >= before:
             warnings.warn(guard.no_gain(before, after), RuntimeWarning, stacklevel=2)
     if examples.vocabulary is not None:

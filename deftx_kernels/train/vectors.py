@@ -18,7 +18,14 @@ from deftx_kernels.train.checkpoints import finish, finished_model, save_model
 from deftx_kernels.train.config import LanguageConfig, PhaseConfig, Recipe, TaskConfig, VectorConfig
 from deftx_kernels.train.data import Corpus
 from deftx_kernels.train.sources import SourceVectors
-from deftx_kernels.train.tokens import MaskedLanguageCollator, mask_once, task_collator, tokenize_task, tokenize_text
+from deftx_kernels.train.tokens import (
+    MaskedLanguageCollator,
+    check_known,
+    mask_once,
+    task_collator,
+    tokenize_task,
+    tokenize_text,
+)
 from deftx_kernels.train.trainer import Examples, Runtime, mlm_head, train_phase
 
 VALIDATION_SHARE = 0.05  # of unlabelled text, where there is no validation text
@@ -60,7 +67,7 @@ class VectorBuilder:
 
     def language(self, language: str, start: Path, config: LanguageConfig) -> Vector:
         """A language vector on `mlm_start`; the MLM head is not part of it."""
-        text, validation = self.corpus.text[language], self.corpus.text_validation.get(language)
+        text, validation = self._text(language, config)
         examples = language_examples(text, validation, self.tokenizer, config, self.runtime.seed)
         return self._vector(
             f"language-{language}",
@@ -71,6 +78,17 @@ class VectorBuilder:
             keep_head=False,
             metadata={"language": language},
         )
+
+    def _text(self, language: str, config: LanguageConfig) -> tuple[Dataset, Dataset | None]:
+        """The text to train on, and for validation. If there is none, 5 % of the text where a phase keeps its best
+        checkpoint.
+        """
+        text, validation = self.corpus.text[language], self.corpus.text_validation.get(language)
+        choose = config.dense.keep_best or config.sparse.keep_best
+        if validation is None and choose and len(text) >= 1 / VALIDATION_SHARE:
+            parts = text.train_test_split(VALIDATION_SHARE, seed=self.runtime.seed)
+            text, validation = parts["train"], parts["test"]
+        return text, validation
 
     def in_turn(self, languages: Sequence[str]) -> Iterator[str]:
         """The languages in the order in which their vectors can be made."""
@@ -152,7 +170,9 @@ class VectorBuilder:
         if new_head and config.head_steps:
             models.freeze_for_head(masked_lm)
             phase = PhaseConfig(lr=config.head_lr, max_steps=config.head_steps, keep_best=False)
-            text = Dataset.from_dict({"text": [line for name in languages for line in self.corpus.text[name]["text"]]})
+            # Not the texts that are held out: they measure the perplexity before the vectors, too.
+            parts = [self._text(name, config)[0]["text"] for name in languages]
+            text = Dataset.from_dict({"text": [line for part in parts for line in part]})
             examples = language_examples(text, None, self.tokenizer, config, self.runtime.seed)
             guard = DivergenceGuard("MLM head", config.head_lr)
             metrics |= train_phase(masked_lm, examples, config, phase, folder, self.runtime, guard)
@@ -168,11 +188,7 @@ def _load_masked_lm(folder: Path, tie_decoder: bool) -> PreTrainedModel:
 def language_examples(
     text: Dataset, validation: Dataset | None, tokenizer, config: LanguageConfig, seed: int
 ) -> Examples:
-    """Unlabelled rows, tokenized. Without validation text, 5 % are held out if a phase keeps its best checkpoint."""
-    choose = config.dense.keep_best or config.sparse.keep_best
-    if validation is None and choose and len(text) >= 1 / VALIDATION_SHARE:
-        parts = text.train_test_split(VALIDATION_SHARE, seed=seed)
-        text, validation = parts["train"], parts["test"]
+    """Unlabelled rows, tokenized."""
     collator = MaskedLanguageCollator(tokenizer, config.mlm_probability, seed)
     train = tokenize_text(text, tokenizer, config.max_length, config.pack)
     if validation is not None:
@@ -183,6 +199,14 @@ def language_examples(
         ids = torch.unique(torch.tensor([token for rows in parts for row in rows for token in row]))
         vocabulary = ids[ids >= 0]  # without IGNORED
     return Examples(train, validation, collator, masked_lm=True, vocabulary=vocabulary)
+
+
+def check_texts(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, languages: Iterable[str]) -> None:
+    """Raises ValueError where the tokenizer knows nothing of a language's text. Before any training."""
+    for language in languages:
+        for name, texts in {"text": corpus.text, "validation text": corpus.text_validation}.items():
+            if language in texts:
+                check_known(texts[language], tokenizer, f"{name} of {language!r}")
 
 
 def check_fit(

@@ -291,7 +291,13 @@ def test_train_task_language_and_eval(tmp_path, capsys, tiny_bert):
     evaluate = ["eval", "--test", str(test), "--device", "cpu", "--vectors"]
     code, out, err = run(*evaluate, phi_task, phi_language, capsys=capsys)
     assert code == 0, err
-    assert json.loads(out.splitlines()[-1])["n"] == 16
+    scores = json.loads(out.splitlines()[-1])
+    assert scores["n"] == 16
+    code, _, err = run("compose", phi_task, phi_language, "-o", str(tmp_path / "sum"), capsys=capsys)
+    assert code == 0, err
+    code, out, err = run(*evaluate, str(tmp_path / "sum"), capsys=capsys)
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1]) == scores
     code, _, err = run(*evaluate, phi_language, capsys=capsys)
     assert code == 2
     assert "exactly one task vector" in err

@@ -103,6 +103,7 @@ def test_recipes_as_text(text, folder, label):
         ("deft-x:residual_density=1", {"rank": 8}, {"rank": 8, "energy": None, "residual_density": 1}),
         ("deft-x:denoise_embeddings=false,scope=row", {}, {"denoise_embeddings": False, "scope": "row"}),
         ("lift:refresh_every=3", {"k": 9}, {"k": 9, "refresh_every": 3}),
+        ("deft-x:density=.1", {}, {"density": 0.1}),
     ],
 )
 def test_an_option_replaces_the_default_that_excludes_it(text, defaults, expected):

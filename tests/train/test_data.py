@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from train_tiny import write_csv
 
-from deftx_kernels.train import data
+from deftx_kernels.train import data, report
 from deftx_kernels.train.cldr import KINDS, display_names, load_cldr, split_of
 from deftx_kernels.train.data_config import CldrData, Columns, FilesData, HubData, NusaxData
 from deftx_kernels.train.readers import read_task, read_text
@@ -219,6 +219,25 @@ def test_one_label_only_is_refused(tmp_path, nusax_folder):
     write_csv(nusax_folder / "source/train.csv", [(1, "good", "positive")])
     with pytest.raises(ValueError, match="one label only, 'positive'"):
         data.load_corpus(NusaxData(nusax_folder, sources=["source"]))
+
+
+@pytest.mark.parametrize("other", ["Positive", "posi\uff54ive"])
+def test_labels_that_are_spelled_in_two_ways(nusax_folder, other):
+    rows = [(1, "good room", "positive"), (2, "bad room", "negative"), (3, "good food", other)]
+    write_csv(nusax_folder / "source/train.csv", rows)
+    with pytest.raises(ValueError, match=f"training labels '{min('positive', other)}' and '{max('positive', other)}'"):
+        data.load_corpus(NusaxData(nusax_folder, sources=["source"]))
+
+
+def test_test_texts_that_are_trained_on_are_counted(nusax_folder):
+    rows = [(i, f"text {i}", ("a", "b")[i % 2]) for i in range(50)]
+    for language in ("source", "first", "second"):
+        for number, split in enumerate(("train", "valid", "test")):
+            write_csv(nusax_folder / language / f"{split}.csv", rows[number * 10 : number * 10 + 10])
+    write_csv(nusax_folder / "second/test.csv", rows[7:17])
+    sizes = data.load_corpus(NusaxData(nusax_folder, sources=["source"])).sizes()
+    assert sizes["test_in_train"] == {"source": 0, "first": 0, "second": 3}
+    assert report.test_sizes(sizes) == "Test examples: Source 10, First 10, Second 10 (3 of them in the training data)."
 
 
 def test_entity_f1_needs_entity_tags(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from train_vectors import LABELS, task_vector
+from transformers import AutoConfig
 
 from deftx_kernels.train import models
 
@@ -41,8 +42,29 @@ def test_a_damaged_file_of_a_model_is_named(tiny_bert, tmp_path, name, content, 
 
 
 def test_a_folder_that_is_missing_is_no_hub_id(tmp_path):
-    with pytest.raises(ValueError, match="model folder .*gone is missing"):
+    with pytest.raises(ValueError, match="model '.*gone': there is no such folder"):
         models.load_classifier(tmp_path / "gone", LABELS)
+
+
+@pytest.mark.parametrize("name", ["./gone", "~/gone", "some/where/gone"])
+def test_a_path_is_no_hub_id_either(name):
+    with pytest.raises(ValueError, match=f"model '{name}': there is no such folder"):
+        models.load_tokenizer(name)
+
+
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize("model_type", ["bert", "t5"])  # t5: a tokenizer of special tokens and a space
+def test_a_folder_without_a_vocabulary(tiny_bert, tmp_path, config, model_type):
+    """transformers makes a tokenizer that knows no word, instead of an error."""
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    for path in folder.iterdir():
+        if path.name in ("tokenizer.json", "vocab.txt") or (path.name == "tokenizer_config.json" and not config):
+            path.unlink()
+    if model_type != "bert":
+        AutoConfig.for_model(model_type).save_pretrained(folder)
+        (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="tokenizer.json, are missing or have no vocabulary"):
+        models.load_tokenizer(folder)
 
 
 def test_weights_that_are_missing_or_not_finite_are_refused(tiny_bert, tmp_path):

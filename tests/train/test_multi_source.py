@@ -145,7 +145,12 @@ def test_overlaps_and_perplexities_are_in_metrics_and_report(multi_source):
     assert "DeFT-X, rank 3, task + language vector" in report
     for language in ("Target", "West", "East"):
         assert f"{language}, DeFT-X, rank 3 |" in report
-    assert "→" in report.partition("## Phases")[2]
+    phases = report.partition("## Phases")[2]
+    assert "→" in phases
+    assert "| task | DeFT-X, rank 3, dense |" in phases  # each recipe has a start of its own
+    assert "| task | LT-SFT, dense |" in phases
+    assert "| language-east | dense |" in phases
+    assert "before and after the phase, among all tokens of the model." in phases
 
 
 def test_task_phases_of_each_recipe_have_their_own_folder(multi_source, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from train_tiny import write_csv
 from transformers import BertModel
 
 from deftx_kernels import CSRMask, SparseDelta
@@ -127,6 +128,11 @@ def test_settings_that_do_not_fit_the_model_fail_before_anything_is_written(tiny
         recipes=["lift"],
         **fits,
     )
+    path = nusax_folder / "first/train.csv"
+    known = path.read_text()
+    write_csv(path, [(1, "ж", "positive")])
+    refused("text of 'first': the tokenizer finds no token", language=LanguageConfig(max_length=24))
+    path.write_text(known)
     unmasked = tmp_path / "unmasked"
     shutil.copytree(tiny_bert, unmasked)
     tokenizer = models.load_tokenizer(tiny_bert)
@@ -215,9 +221,10 @@ def test_score_tables():
         ["DeFT-X, task vector alone", ".400", ".400", ".900"],
         ["DeFT-X, task + language vector", ".450", ".450", "–"],
     ]
-    assert report.gain_lines(metrics) == [
-        "DeFT-X: adding the language vector changed macro-F1 by Indonesian +0.050 (mean +0.050)."
-    ]
+    changed = "changed macro-F1 by Indonesian +0.050 (mean +0.050)."
+    assert report.gain_lines({}, metrics) == [f"DeFT-X: adding the language vector {changed}"]
+    replaced = f"DeFT-X: the test language's vector in place of the source's {changed}"
+    assert report.gain_lines({"source_vector": True}, metrics) == [replaced]
     assert report.show([0.25, 0.35]) == ".300 ± .071"
 
 

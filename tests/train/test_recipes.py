@@ -351,6 +351,7 @@ def test_a_language_phase_that_does_not_lower_the_validation_loss(tiny_bert, tmp
         warnings.simplefilter("always")
         metrics = dense_phase(vector, RUNTIME)
     perplexity = metrics["perplexity"]
+    assert perplexity["tokens"] == 74
     assert (perplexity["after"] >= perplexity["before"]) == warned
     text = "vector 'language-xx', dense phase: with learning rate 3 the validation loss went from"
     assert any(text in str(warning.message) for warning in caught) == warned

@@ -126,6 +126,12 @@ def test_folders_where_no_run_may_be(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="WORLD_SIZE is above 1"):
         opened(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(OSError, match="run_dir .*file/new cannot be made: Not a directory"):
+        opened(tmp_path / "file/new")
+    (tmp_path / "locked/.lock").mkdir(parents=True)
+    with pytest.raises(OSError, match="run_dir .*locked cannot be written: Is a directory"):
+        opened(tmp_path / "locked")
 
 
 @pytest.mark.parametrize(
@@ -134,15 +140,25 @@ def test_folders_where_no_run_may_be(tmp_path, monkeypatch):
         "",
         "{}",
         "[1]",
-        '{"format": "deftx_run", "made_from": 3}',
         '{"format": "deftx_run", "made_from": {}}',
-        '{"format": "deftx_run", "made_from": {"settings": {}, "fingerprints": []}}',
+        '{"format": "deftx_run", "format_version": 1}',
+        '{"format": "deftx_run", "format_version": 1, "made_from": 3}',
+        '{"format": "deftx_run", "format_version": 1, "made_from": {}}',
+        '{"format": "deftx_run", "format_version": 1, "made_from": {"settings": {}, "fingerprints": []}}',
     ],
 )
 def test_a_damaged_marker_is_named(tmp_path, content):
     opened(tmp_path / "run")
     (tmp_path / "run" / runs.MARKER).write_text(content)
     with pytest.raises(ValueError, match=f"{runs.MARKER}"):
+        opened(tmp_path / "run", overwrite=True)
+
+
+def test_a_folder_of_another_version(tmp_path):
+    opened(tmp_path / "run")
+    marker = tmp_path / "run" / runs.MARKER
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "format_version": 2}))
+    with pytest.raises(ValueError, match=r"another version of deftx-kernels: format_version 2, this version reads 1"):
         opened(tmp_path / "run", overwrite=True)
 
 
