@@ -387,6 +387,7 @@ def _change_case(width: int) -> list[Any]:
 CASES: dict[str, Callable[[int], list[Any]]] = {
     "csr_gather": lambda n: _csr_case(n, values=False),
     "csr_scatter_": _csr_case,
+    "csr_exchange_": _csr_case,
     "csr_add_": lambda n: _csr_case(n, 0.5),
     "csr_combine": lambda n: [*_tensors_mask(n), *_mask(_flipped(n)), _OR],
     "csr_sum": _sum_case,

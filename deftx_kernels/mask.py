@@ -219,6 +219,16 @@ class CSRMask:
         """Overwrite the tensors' entries with the compact values, cast to each tensor's dtype. Returns the tensors."""
         return self._write("csr_scatter_", tensors, compact)
 
+    def exchange_(self, tensors: Mapping[str, Tensor], compact: Tensor) -> Tensor:
+        """`scatter_` that returns the former entries, as `gather` would have: both in one pass if the dtypes agree."""
+        if any(t.dtype != compact.dtype for t in self.checked_tensors(tensors, "tensors")):
+            former = self.gather(tensors)
+            self.scatter_(tensors, compact)
+            return former
+        former = compact.detach().clone(memory_format=torch.contiguous_format)
+        self._write("csr_exchange_", tensors, former)
+        return former
+
     def add_(self, tensors: Mapping[str, Tensor], compact: Tensor, alpha: float = 1) -> dict[str, Tensor]:
         """Add alpha times the compact values, in float32 or better and rounded once. Returns the tensors."""
         return self._write("csr_add_", tensors, compact, float(alpha))
@@ -238,7 +248,7 @@ class CSRMask:
         try:
             for (mask, same), part in zip(groups, parts):
                 # values of the tensors' dtype, or (csr_add_) of its compute dtype
-                same_dtype = op == "csr_scatter_" or part.dtype == same[0].dtype
+                same_dtype = op != "csr_add_" or part.dtype == same[0].dtype
                 values = part.detach().contiguous().to(same[0].dtype if same_dtype else compute_dtype(same[0].dtype))
                 getattr(torch.ops.deftx, op)(same, mask.crow_indices, mask.col_indices, values, *alpha)
         except (RuntimeError, ValueError):

@@ -1,8 +1,9 @@
-// csr_gather, csr_scatter_, csr_add_, csr_square_sum on the CPU.
+// csr_gather, csr_scatter_, csr_exchange_, csr_add_, csr_square_sum on the CPU.
 //
 // The entries of the mask are cut into pieces of equal length, whatever rows or tensors they fall into, one per thread.
 // Each entry is read and written by one thread alone, so the result does not depend on the number of threads.
 #include <type_traits>
+#include <utility>
 
 #include "rows.h"
 
@@ -29,6 +30,17 @@ void scatter(const Csr& csr, const T* values) {  // values [nnz]
     for_each_run(csr, begin, end, [&](const Run& run) {
       T* row = row_of<T>(csr, run);
       for (int64_t j = run.begin; j < run.end; ++j) row[col[j]] = values[j];
+    });
+  });
+}
+
+template <typename T, typename Column>
+void exchange(const Csr& csr, T* values) {  // values [nnz]
+  const auto* col = static_cast<const Column*>(csr.col);
+  torch::stable::parallel_for(0, csr.nnz, kGrain, [&](int64_t begin, int64_t end) {
+    for_each_run(csr, begin, end, [&](const Run& run) {
+      T* row = row_of<T>(csr, run);
+      for (int64_t j = run.begin; j < run.end; ++j) std::swap(row[col[j]], values[j]);
     });
   });
 }
@@ -147,6 +159,23 @@ void scatter_sized(const Csr& csr, const void* values) {
 }
 
 template <typename Column>
+void exchange_sized(const Csr& csr, void* values) {
+  check_contents<Column>(csr);
+  switch (csr.element_size) {
+    case 1:
+      return exchange<uint8_t, Column>(csr, static_cast<uint8_t*>(values));
+    case 2:
+      return exchange<uint16_t, Column>(csr, static_cast<uint16_t*>(values));
+    case 4:
+      return exchange<uint32_t, Column>(csr, static_cast<uint32_t*>(values));
+    case 8:
+      return exchange<uint64_t, Column>(csr, static_cast<uint64_t*>(values));
+    default:
+      DEFTX_CHECK(false, "csr_exchange_: elements of ", csr.element_size, " bytes are not supported");
+  }
+}
+
+template <typename Column>
 void add_typed(const Csr& csr, const void* values, bool float_values, double alpha) {
   check_contents<Column>(csr);
   with_dtype(csr.dtype, "csr_add_: tensors", [&](auto zero) {
@@ -173,6 +202,14 @@ void csr_scatter_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_i
            : scatter_sized<uint16_t>(csr, values.const_data_ptr());
 }
 
+void csr_exchange_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values) {
+  const Csr csr = check_csr(tensors, Access::kWrite, crow_indices, col_indices, Device::kCpu);
+  check_compact(values, Device::kCpu, col_indices, csr.nnz, "values");
+  DEFTX_CHECK(tensors.empty() || dtype_of(values) == csr.dtype, "csr_exchange_: values must have the tensors' dtype");
+  csr.wide ? exchange_sized<int32_t>(csr, values.mutable_data_ptr())
+           : exchange_sized<uint16_t>(csr, values.mutable_data_ptr());
+}
+
 void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values, double alpha) {
   const Csr csr = check_csr(tensors, Access::kWrite, crow_indices, col_indices, Device::kCpu);
   check_compact(values, Device::kCpu, col_indices, csr.nnz, "values");
@@ -196,6 +233,7 @@ Tensor csr_square_sum(std::vector<Tensor> tensors, Tensor crow_indices, Tensor c
 STABLE_TORCH_LIBRARY_IMPL(deftx, CPU, m) {
   m.impl("csr_gather", TORCH_BOX(&csr_gather));
   m.impl("csr_scatter_", TORCH_BOX(&csr_scatter_));
+  m.impl("csr_exchange_", TORCH_BOX(&csr_exchange_));
   m.impl("csr_add_", TORCH_BOX(&csr_add_));
   m.impl("csr_square_sum", TORCH_BOX(&csr_square_sum));
 }

@@ -1,4 +1,4 @@
-// csr_gather, csr_scatter_, csr_add_ on the GPU.
+// csr_gather, csr_scatter_, csr_exchange_, csr_add_ on the GPU.
 //
 // The entries of the mask are cut into tiles of kTile; a block takes every gridDim.x-th tile. It finds the tile's first
 // and last row in crow_indices, puts where each of those rows lies into shared memory, and each thread searches that
@@ -43,7 +43,7 @@ __device__ Row locate(const Table& table, int64_t row, int element_size) {
           table.columns[low]};
 }
 
-// The three ops: what is read before (the compact value, the tensor's element) and what is done with both. `element` is
+// The four ops: what is read before (the compact value, the tensor's element) and what is done with both. `element` is
 // null where the column lies outside the row.
 template <typename T>
 struct Gather {
@@ -62,6 +62,19 @@ struct Scatter {
   T* values;  // [nnz]
   __device__ void finish(T*, T value, T* element, T) const {
     if (element) *element = value;
+  }
+};
+
+template <typename T>
+struct Exchange {
+  using Element = T;
+  using Value = T;
+  static constexpr bool kLoadsValue = true, kLoadsElement = true;
+  T* values;  // [nnz]
+  __device__ void finish(T* value, T given, T* element, T loaded) const {
+    if (!element) return;
+    *element = given;
+    *value = loaded;
   }
 };
 
@@ -245,6 +258,13 @@ void csr_scatter_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_i
   run_sized<Scatter>(csr, col_indices, const_cast<void*>(values.const_data_ptr()), "csr_scatter_");
 }
 
+void csr_exchange_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values) {
+  const Csr csr = check_csr(tensors, Access::kWrite, crow_indices, col_indices, Device::kCuda);
+  check_compact(values, Device::kCuda, col_indices, csr.nnz, "values");
+  DEFTX_CHECK(tensors.empty() || dtype_of(values) == csr.dtype, "csr_exchange_: values must have the tensors' dtype");
+  run_sized<Exchange>(csr, col_indices, values.mutable_data_ptr(), "csr_exchange_");
+}
+
 void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values, double alpha) {
   const Csr csr = check_csr(tensors, Access::kWrite, crow_indices, col_indices, Device::kCuda);
   check_compact(values, Device::kCuda, col_indices, csr.nnz, "values");
@@ -265,6 +285,7 @@ void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indic
 DEFTX_CUDA_LIBRARY_IMPL(m) {
   m.impl("csr_gather", TORCH_BOX(&csr_gather));
   m.impl("csr_scatter_", TORCH_BOX(&csr_scatter_));
+  m.impl("csr_exchange_", TORCH_BOX(&csr_exchange_));
   m.impl("csr_add_", TORCH_BOX(&csr_add_));
 }
 

@@ -113,8 +113,8 @@ class Change:
         misfits: list[str] = []
         for change in reversed([self, *later]):
             forget(change.additions)
-            overwritten += change._overwritten()
-            own = change._restore(change.tensors)
+            own, changed = change._take_out()
+            overwritten += changed
             if former[id(change)]:  # other code may still use these tensors
                 change._restore(change.tensors | former[id(change)])
             misfits += own
@@ -183,21 +183,25 @@ class Change:
         held += [(n, old.dtype, old.shape) for n, old in self.replaced.items()]
         return [n for n, dtype, shape in held if not _can_hold(tensors[n], dtype, shape)]
 
-    def _overwritten(self) -> list[str]:
-        """Names of the tensors that other code has changed since. Tensors that were cast are not compared."""
-        found: list[str] = []
+    def _take_out(self) -> tuple[list[str], list[str]]:
+        """Restore every tensor that can be restored. Returns the names of the others, and of those that other code has
+        changed since. Tensors that were cast are not compared.
+        """
+        changed: list[str] = []
         misfits = self._misfits(self.tensors)
-        for whole, _, after in self.written:
+        for whole, before, after in self.written:
             for mask, part in _groups(whole, self.tensors, misfits):
-                entries = mask.gather(self.tensors)
+                entries = mask.exchange_(self.tensors, before[part].to(mask.device))
                 if entries.dtype == after.dtype and bool((off := bits_differ(entries, after[part])).any()):
-                    found += [n for n, flags in mask.split(off).items() if bool(flags.any())]
+                    changed += [n for n, flags in mask.split(off).items() if bool(flags.any())]
         for name, old in self.replaced.items():
-            now = self.tensors[name]
-            same_kind = name not in misfits and now.dtype == old.dtype
-            if same_kind and bool(bits_differ(self.dense[name].to(now.device, now.dtype), now).any()):
-                found.append(name)
-        return found
+            now = self.tensors[name].detach()
+            if name in misfits:
+                continue
+            if now.dtype == old.dtype and bool(bits_differ(self.dense[name].to(now.device, now.dtype), now).any()):
+                changed.append(name)
+            now.copy_(old)
+        return misfits, changed
 
 
 _OPEN: list[Change] = []  # in the order in which they were opened

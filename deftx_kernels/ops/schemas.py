@@ -38,6 +38,8 @@ SCHEMAS = {
     "csr_gather": "(Tensor[] tensors, Tensor crow_indices, Tensor col_indices) -> Tensor",
     # entry i of the tensors = values[i]. `values` has the tensors' dtype.
     "csr_scatter_": "(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor values) -> ()",
+    # entry i of the tensors and values[i] change places. `values` has the tensors' dtype.
+    "csr_exchange_": ("(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor(b!) values) -> ()"),
     # entry i of the tensors += alpha * values[i], computed in float32 (float64 for float64 tensors) and rounded once.
     # `values` has the tensors' dtype or float32.
     "csr_add_": "(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor values, float alpha) -> ()",
@@ -239,6 +241,7 @@ def _bit_checksum(tensors):
 FAKES: dict[str, Callable] = {
     "csr_gather": lambda tensors, crow_indices, col_indices: tensors[0].new_empty(col_indices.shape),
     "csr_scatter_": _returns_nothing,
+    "csr_exchange_": _returns_nothing,
     "csr_add_": _returns_nothing,
     "csr_combine": _csr_combine,
     "csr_sum": _csr_sum,

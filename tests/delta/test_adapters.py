@@ -202,7 +202,7 @@ def test_an_interrupt_at_any_write(call, written, monkeypatch):
     other = SparseAdapters(model, {"z": deltas[2]})
     one.set_adapter("x")
     other.set_adapter("z")
-    write, calls = CSRMask.scatter_, []
+    write, calls = CSRMask._write, []  # of scatter_ and exchange_
 
     def interrupted(self, *arguments):
         calls.append(1)
@@ -212,12 +212,12 @@ def test_an_interrupt_at_any_write(call, written, monkeypatch):
             raise KeyboardInterrupt
         return write(self, *arguments)
 
-    monkeypatch.setattr(CSRMask, "scatter_", interrupted)
+    monkeypatch.setattr(CSRMask, "_write", interrupted)
     try:
         one.set_adapter("y")
     except KeyboardInterrupt:
         assert one.active_adapters in ([], ["x"])
-    monkeypatch.setattr(CSRMask, "scatter_", write)
+    monkeypatch.setattr(CSRMask, "_write", write)
     assert (len(calls) >= call) == (call <= 4)
     one.set_adapter([])
     expected = {n: t.clone() for n, t in base.items()}

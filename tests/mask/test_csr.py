@@ -1,4 +1,4 @@
-"""csr_gather, csr_scatter_, csr_add_ against NumPy, the same tests for every implementation.
+"""csr_gather, csr_scatter_, csr_exchange_, csr_add_ against NumPy, the same tests for every implementation.
 
 The oracle never looks at crow_indices or col_indices: it takes the entries of the boolean arrays that the mask was made
 from, moves bytes, and adds in float64.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.operators import FLOATS, MANY, SHAPES, bits, csr_of, explore, matrix_shape, replaced, with_threads
 
-OPS = ("csr_gather", "csr_scatter_", "csr_add_")
+OPS = ("csr_gather", "csr_scatter_", "csr_exchange_", "csr_add_")
 
 DTYPES = [*FLOATS, torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64]
 UNUSUAL = [torch.float8_e4m3fn, torch.uint16, torch.complex64]  # torch itself cannot index some of them
@@ -59,7 +59,7 @@ class Case:
 
 
 def check_moves(implementation, case: Case):
-    """csr_gather and csr_scatter_ move bytes, and csr_scatter_ touches nothing else."""
+    """csr_gather, csr_scatter_ and csr_exchange_ move bytes, and the latter two touch nothing else."""
     gathered = implementation.ops.csr_gather(case.tensors, case.crow, case.col)
     assert gathered.shape == (case.nnz,)
     assert gathered.dtype == case.dtype
@@ -67,6 +67,11 @@ def check_moves(implementation, case: Case):
     values, before = case.random((case.nnz,)), case.rest(case.tensors)
     assert implementation.ops.csr_scatter_(case.tensors, case.crow, case.col, values) is None
     np.testing.assert_array_equal(case.entries(case.tensors), bits(values))
+    exchanged = case.random((case.nnz,))
+    given = bits(exchanged).copy()
+    assert implementation.ops.csr_exchange_(case.tensors, case.crow, case.col, exchanged) is None
+    np.testing.assert_array_equal(case.entries(case.tensors), given)
+    np.testing.assert_array_equal(bits(exchanged), bits(values))
     case.check_rest(before)
 
 
@@ -164,6 +169,7 @@ def test_no_tensors(implementation):
     crow, col = (torch.zeros(n, dtype=dtype, device=implementation.device) for n, dtype in sizes.items())
     assert implementation.ops.csr_gather([], crow, col).shape == (0,)
     implementation.ops.csr_scatter_([], crow, col, torch.zeros(0, device=implementation.device))
+    implementation.ops.csr_exchange_([], crow, col, torch.zeros(0, device=implementation.device))
     implementation.ops.csr_add_([], crow, col, torch.zeros(0, device=implementation.device), 1.0)
 
 
@@ -260,6 +266,7 @@ def test_bad_arguments_raise_and_change_nothing(implementation, wrong):
     calls = [lambda: implementation.ops.csr_add_(tensors, crow, col, values, 1.0)]
     if wrong != "integers":
         calls.append(lambda: implementation.ops.csr_scatter_(tensors, crow, col, values))
+        calls.append(lambda: implementation.ops.csr_exchange_(tensors, crow, col, values))
         if "values" not in wrong:
             calls.append(lambda: implementation.ops.csr_gather(tensors, crow, col))
     for call in calls:
@@ -276,6 +283,7 @@ def test_bad_contents_stay_inside_memory(implementation, wrong):
     _, tensors, crow, col, values = _wrong_case(implementation, WRONG_CONTENT[wrong])
     implementation.ops.csr_gather(tensors, crow, col)  # the emulator faults on any access outside the arguments
     implementation.ops.csr_scatter_(tensors, crow, col, values)
+    implementation.ops.csr_exchange_(tensors, crow, col, values)
     implementation.ops.csr_add_(tensors, crow, col, values, 1.0)
 
 

@@ -178,6 +178,7 @@ def _bits(magnitude: float, dtype: torch.dtype) -> int:
 VALID: dict[str, Callable[[Maker], list[Any]]] = {
     "csr_gather": lambda make: _csr(make, values=False),
     "csr_scatter_": _csr,
+    "csr_exchange_": _csr,
     "csr_add_": lambda make: [*_csr(make), 0.5],
     "csr_combine": _combine,
     "csr_sum": _sum,
