@@ -229,11 +229,24 @@ class CSRMask:
         self._write("csr_exchange_", tensors, former)
         return former
 
-    def add_(self, tensors: Mapping[str, Tensor], compact: Tensor, alpha: float = 1) -> dict[str, Tensor]:
-        """Add alpha times the compact values, in float32 or better and rounded once. Returns the tensors."""
-        return self._write("csr_add_", tensors, compact, float(alpha))
+    def add_(
+        self,
+        tensors: Mapping[str, Tensor],
+        compact: Tensor,
+        alpha: float = 1,
+        *,
+        former: Tensor | None = None,
+        done: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Add alpha times the compact values, in float32 or better and rounded once. Returns the tensors.
 
-    def _write(self, op: str, tensors: Mapping[str, Tensor], compact: Tensor, *alpha: float) -> dict[str, Tensor]:
+        Args:
+            former: [nnz], of the dtype of all tensors: receives the entries from before, in the same pass.
+            done: bool [], set to True after `former` is filled: whether an interrupt came before or after.
+        """
+        return self._write("csr_add_", tensors, compact, float(alpha), former, done)
+
+    def _write(self, op: str, tensors: Mapping[str, Tensor], compact: Tensor, *rest: Any) -> dict[str, Tensor]:
         targets = self.checked_tensors(tensors, "tensors")
         if op == "csr_add_":
             validation.check_floats(targets, self.names, "tensors")
@@ -247,10 +260,12 @@ class CSRMask:
         parts = [compact] if len(groups) == 1 else compact.split([mask.nnz for mask, _ in groups])
         try:
             for (mask, same), part in zip(groups, parts):
-                # values of the tensors' dtype, or (csr_add_) of its compute dtype
-                same_dtype = op != "csr_add_" or part.dtype == same[0].dtype
-                values = part.detach().contiguous().to(same[0].dtype if same_dtype else compute_dtype(same[0].dtype))
-                getattr(torch.ops.deftx, op)(same, mask.crow_indices, mask.col_indices, values, *alpha)
+                # values of the tensors' dtype, or (csr_add_) of the dtype to compute in
+                dtype = same[0].dtype
+                if op == "csr_add_" and part.dtype != dtype:
+                    dtype = part.dtype if part.dtype == torch.float64 else compute_dtype(dtype)
+                values = part.detach().contiguous().to(dtype)
+                getattr(torch.ops.deftx, op)(same, mask.crow_indices, mask.col_indices, values, *rest)
         except (RuntimeError, ValueError):
             validation.check_writable(labelled)  # names the tensors that share memory
             raise
@@ -324,6 +339,11 @@ class CSRMask:
         i = self._position(name)
         crow = self.crow_indices[self.row_offsets[i] : self.row_offsets[i + 1] + 1] - self.entry_offsets[i]
         return CSRMask.unchecked((name,), (self.shapes[i],), crow, self.part(name, self.col_indices))
+
+    def at(self, positions: Tensor) -> "CSRMask":
+        """The mask of the entries at these positions in the compact order: int64, ascending, not checked."""
+        col = signed(self.col_indices)[positions].view(self.col_indices.dtype)
+        return CSRMask.unchecked(self.names, self.shapes, torch.searchsorted(positions, self.crow_indices), col)
 
     def restrict(self, names: Sequence[str]) -> "CSRMask":
         """The mask of some of the tensors, given in any order."""

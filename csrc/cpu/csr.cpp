@@ -2,6 +2,8 @@
 //
 // The entries of the mask are cut into pieces of equal length, whatever rows or tensors they fall into, one per thread.
 // Each entry is read and written by one thread alone, so the result does not depend on the number of threads.
+#include "../csr.h"
+
 #include <type_traits>
 #include <utility>
 
@@ -54,8 +56,9 @@ DEFTX_CLONES void add_scaled(T* __restrict__ elements, const Value* __restrict__
 
 // In blocks, so that the conversions of 16-bit types are vector instructions: they, not memory, bound an element-wise
 // loop (15 M entries of bfloat16 at density 0.3, one Sapphire Rapids core: 25 ms rather than 42).
-template <typename T, typename Value, typename Compute, typename Column>
-void add(const Csr& csr, const Value* values, double alpha) {  // values [nnz]
+template <typename T, typename Value, typename Column>
+void add(const Csr& csr, const Value* values, double alpha, T* former) {  // values, former or null [nnz]
+  using Compute = std::conditional_t<std::is_same_v<T, double> || std::is_same_v<Value, double>, double, float>;
   const auto* col = static_cast<const Column*>(csr.col);
   const auto scale = static_cast<Compute>(alpha);
   torch::stable::parallel_for(0, csr.nnz, kGrain, [&](int64_t begin, int64_t end) {
@@ -65,6 +68,7 @@ void add(const Csr& csr, const Value* values, double alpha) {  // values [nnz]
       for (int64_t i = run.begin; i < run.end; i += kBlock) {
         const int64_t n = std::min(kBlock, run.end - i);
         for (int64_t k = 0; k < n; ++k) block[k] = row[col[i + k]];
+        if (former) std::copy_n(block, n, former + i);
         add_scaled<Compute>(block, values + i, n, scale);
         for (int64_t k = 0; k < n; ++k) row[col[i + k]] = block[k];
       }
@@ -176,13 +180,17 @@ void exchange_sized(const Csr& csr, void* values) {
 }
 
 template <typename Column>
-void add_typed(const Csr& csr, const void* values, bool float_values, double alpha) {
+void add_typed(const Csr& csr, const Tensor& values, double alpha, void* former) {
   check_contents<Column>(csr);
+  const void* given = values.const_data_ptr();
+  const int32_t dtype = dtype_of(values);
   with_dtype(csr.dtype, "csr_add_: tensors", [&](auto zero) {
     using T = decltype(zero);
-    using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    if (float_values) return add<T, float, Compute, Column>(csr, static_cast<const float*>(values), alpha);
-    add<T, T, Compute, Column>(csr, static_cast<const T*>(values), alpha);
+    T* out = static_cast<T*>(former);
+    if (dtype == csr.dtype) return add<T, T, Column>(csr, static_cast<const T*>(given), alpha, out);
+    if (dtype == aoti_torch_dtype_float32())
+      return add<T, float, Column>(csr, static_cast<const float*>(given), alpha, out);
+    add<T, double, Column>(csr, static_cast<const double*>(given), alpha, out);
   });
 }
 
@@ -204,20 +212,19 @@ void csr_scatter_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_i
 
 void csr_exchange_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values) {
   const Csr csr = check_csr(tensors, Access::kWrite, crow_indices, col_indices, Device::kCpu);
-  check_compact(values, Device::kCpu, col_indices, csr.nnz, "values");
-  DEFTX_CHECK(tensors.empty() || dtype_of(values) == csr.dtype, "csr_exchange_: values must have the tensors' dtype");
+  check_exchange(csr, tensors, col_indices, values, Device::kCpu);
   csr.wide ? exchange_sized<int32_t>(csr, values.mutable_data_ptr())
            : exchange_sized<uint16_t>(csr, values.mutable_data_ptr());
 }
 
-void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values, double alpha) {
+void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values, double alpha,
+              std::optional<Tensor> former,  // [nnz]
+              std::optional<Tensor> done) {  // bool []
   const Csr csr = check_csr(tensors, Access::kWrite, crow_indices, col_indices, Device::kCpu);
-  check_compact(values, Device::kCpu, col_indices, csr.nnz, "values");
-  const bool float_values = dtype_of(values) == aoti_torch_dtype_float32();
-  DEFTX_CHECK(tensors.empty() || float_values || dtype_of(values) == csr.dtype,
-              "csr_add_: values must be float32 or have the tensors' dtype");
-  csr.wide ? add_typed<int32_t>(csr, values.const_data_ptr(), float_values, alpha)
-           : add_typed<uint16_t>(csr, values.const_data_ptr(), float_values, alpha);
+  check_add(csr, tensors, col_indices, values, former, done, Device::kCpu);
+  void* out = former ? former->mutable_data_ptr() : nullptr;
+  csr.wide ? add_typed<int32_t>(csr, values, alpha, out) : add_typed<uint16_t>(csr, values, alpha, out);
+  if (done) *static_cast<bool*>(done->mutable_data_ptr()) = true;
 }
 
 Tensor csr_square_sum(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices) {

@@ -8,6 +8,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
+#include "../csr.h"
 #include "rows.cuh"
 
 namespace deftx {
@@ -79,34 +82,37 @@ struct Exchange {
 };
 
 __device__ float widen(float x) { return x; }
+__device__ double widen(double x) { return x; }
 __device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ float widen(__half x) { return __half2float(x); }
+// Doubles by way of float, as PyTorch rounds them.
+__device__ void narrow(double x, double& out) { out = x; }
 __device__ void narrow(float x, float& out) { out = x; }
 __device__ void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
 __device__ void narrow(float x, __half& out) { out = __float2half_rn(x); }
+template <typename T>
+__device__ void narrow(double x, T& out) {
+  narrow(__double2float_rn(x), out);
+}
 
 // Product and sum are rounded one by one, as the CPU library does: both devices give the same bits.
+__device__ float sum_rn(float x, float alpha, float y) { return __fadd_rn(x, __fmul_rn(alpha, y)); }
+__device__ double sum_rn(double x, double alpha, double y) { return __dadd_rn(x, __dmul_rn(alpha, y)); }
+
 template <typename T, typename V>
 struct Add {
   using Element = T;
   using Value = V;
+  using Compute = std::conditional_t<sizeof(T) == 8 || sizeof(V) == 8, double, float>;
   static constexpr bool kLoadsValue = true, kLoadsElement = true;
   V* values;  // [nnz]
-  float alpha;
-  __device__ void finish(V*, V value, T* element, T loaded) const {
-    if (element) narrow(__fadd_rn(widen(loaded), __fmul_rn(alpha, widen(value))), *element);
-  }
-};
-
-template <typename V>
-struct Add<double, V> {
-  using Element = double;
-  using Value = V;
-  static constexpr bool kLoadsValue = true, kLoadsElement = true;
-  V* values;  // [nnz]
-  double alpha;
-  __device__ void finish(V*, V value, double* element, double loaded) const {
-    if (element) *element = __dadd_rn(loaded, __dmul_rn(alpha, static_cast<double>(value)));
+  T* former;  // null, or [nnz]
+  Compute alpha;
+  __device__ void finish(V* at, V value, T* element, T loaded) const {
+    if (former) former[at - values] = loaded;
+    if (!element) return;
+    const Compute x = widen(loaded), y = widen(value);
+    narrow(sum_rn(x, alpha, y), *element);
   }
 };
 
@@ -237,10 +243,20 @@ void run_sized(const Csr& csr, const Tensor& mask, void* values, const char* nam
   }
 }
 
-template <typename T, typename Compute>
-void run_add(const Csr& csr, const Tensor& mask, void* values, bool float_values, double alpha) {
-  if (float_values) return run(csr, mask, Add<T, float>{static_cast<float*>(values), static_cast<Compute>(alpha)});
-  return run(csr, mask, Add<T, T>{static_cast<T*>(values), static_cast<Compute>(alpha)});
+template <typename T, typename V>
+void run_add_typed(const Csr& csr, const Tensor& mask, void* values, void* former, double alpha) {
+  using Op = Add<T, V>;
+  const auto scale = static_cast<typename Op::Compute>(alpha);
+  run(csr, mask, Op{static_cast<V*>(values), static_cast<T*>(former), scale});
+}
+
+template <typename T>
+void run_add(const Csr& csr, const Tensor& mask, const Tensor& values, void* former, double alpha) {
+  void* given = const_cast<void*>(values.const_data_ptr());
+  const int32_t dtype = dtype_of(values);
+  if (dtype == csr.dtype) return run_add_typed<T, T>(csr, mask, given, former, alpha);
+  if (dtype == aoti_torch_dtype_float32()) return run_add_typed<T, float>(csr, mask, given, former, alpha);
+  run_add_typed<T, double>(csr, mask, given, former, alpha);
 }
 
 Tensor csr_gather(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices) {
@@ -260,24 +276,28 @@ void csr_scatter_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_i
 
 void csr_exchange_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values) {
   const Csr csr = check_csr(tensors, Access::kWrite, crow_indices, col_indices, Device::kCuda);
-  check_compact(values, Device::kCuda, col_indices, csr.nnz, "values");
-  DEFTX_CHECK(tensors.empty() || dtype_of(values) == csr.dtype, "csr_exchange_: values must have the tensors' dtype");
+  check_exchange(csr, tensors, col_indices, values, Device::kCuda);
   run_sized<Exchange>(csr, col_indices, values.mutable_data_ptr(), "csr_exchange_");
 }
 
-void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values, double alpha) {
+void add_to(const Csr& csr, const Tensor& mask, const Tensor& values, void* former, double alpha) {
+  if (csr.dtype == aoti_torch_dtype_float32()) return run_add<float>(csr, mask, values, former, alpha);
+  if (csr.dtype == aoti_torch_dtype_bfloat16()) return run_add<__nv_bfloat16>(csr, mask, values, former, alpha);
+  if (csr.dtype == aoti_torch_dtype_float16()) return run_add<__half>(csr, mask, values, former, alpha);
+  DEFTX_CHECK(csr.dtype == aoti_torch_dtype_float64(),
+              "csr_add_: tensors must be float32, float64, bfloat16 or float16");
+  run_add<double>(csr, mask, values, former, alpha);
+}
+
+void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values, double alpha,
+              std::optional<Tensor> former,  // [nnz]
+              std::optional<Tensor> done) {  // bool []
   const Csr csr = check_csr(tensors, Access::kWrite, crow_indices, col_indices, Device::kCuda);
-  check_compact(values, Device::kCuda, col_indices, csr.nnz, "values");
-  const bool float_values = dtype_of(values) == aoti_torch_dtype_float32();
-  DEFTX_CHECK(tensors.empty() || float_values || dtype_of(values) == csr.dtype,
-              "csr_add_: values must be float32 or have the tensors' dtype");
-  void* v = const_cast<void*>(values.const_data_ptr());
-  if (csr.dtype == aoti_torch_dtype_float32()) return run_add<float, float>(csr, col_indices, v, float_values, alpha);
-  if (csr.dtype == aoti_torch_dtype_bfloat16())
-    return run_add<__nv_bfloat16, float>(csr, col_indices, v, float_values, alpha);
-  if (csr.dtype == aoti_torch_dtype_float16()) return run_add<__half, float>(csr, col_indices, v, float_values, alpha);
-  if (csr.dtype == aoti_torch_dtype_float64()) return run_add<double, double>(csr, col_indices, v, float_values, alpha);
-  DEFTX_CHECK(false, "csr_add_: tensors must be float32, float64, bfloat16 or float16");
+  check_add(csr, tensors, col_indices, values, former, done, Device::kCuda);
+  add_to(csr, col_indices, values, former ? former->mutable_data_ptr() : nullptr, alpha);
+  if (!done) return;
+  const DeviceGuard guard(col_indices.get_device_index());
+  DEFTX_CUDA_CHECK(cudaMemsetAsync(done->mutable_data_ptr(), 1, sizeof(bool), current_stream(col_indices)));
 }
 
 }  // namespace

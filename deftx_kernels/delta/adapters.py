@@ -208,13 +208,20 @@ class SparseAdapters:
         change = self._change(active) if active else None
         self._active, messages = {}, ("", "")
         if self._open:
-            messages = self._open.pop().close()
+            messages = self._open[-1].close()
+            self._open.clear()
         if messages[0]:
             raise RuntimeError(" ".join(messages).rstrip())
         if change is not None:
-            change.open()
-            self._open.append(change)
+            self._open.append(change)  # before it is in the model, so that an interrupt loses nothing
             self._active = active
+            try:
+                change.open()
+            except BaseException:
+                if not change.is_open:
+                    self._active = {}
+                    self._open.clear()
+                raise
         if messages[1]:
             warnings.warn(messages[1], RuntimeWarning, stacklevel=3)
 

@@ -38,12 +38,21 @@ def csr_scatter_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: T
 
 
 def csr_add_(
-    tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, alpha: float
+    tensors: Sequence[Tensor],
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,  # [nnz]
+    alpha: float,
+    former: Tensor | None = None,  # [nnz]
+    done: Tensor | None = None,  # bool []
 ) -> None:
     for flat, index, span in entries(tensors, crow_indices, col_indices):
-        compute = compute_dtype(flat.dtype)
-        total = torch.add(flat[index].to(compute), values[span].to(compute), alpha=alpha)
-        flat[index] = total.to(flat.dtype)
+        old, compute = flat[index], torch.promote_types(compute_dtype(flat.dtype), values.dtype)
+        flat[index] = (old.to(compute) + alpha * values[span].to(compute)).to(flat.dtype)
+        if former is not None:
+            former[span] = old
+    if done is not None:
+        done.fill_(True)
 
 
 def csr_exchange_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> None:

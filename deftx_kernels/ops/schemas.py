@@ -39,10 +39,14 @@ SCHEMAS = {
     # entry i of the tensors = values[i]. `values` has the tensors' dtype.
     "csr_scatter_": "(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor values) -> ()",
     # entry i of the tensors and values[i] change places. `values` has the tensors' dtype.
-    "csr_exchange_": ("(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor(b!) values) -> ()"),
-    # entry i of the tensors += alpha * values[i], computed in float32 (float64 for float64 tensors) and rounded once.
-    # `values` has the tensors' dtype or float32.
-    "csr_add_": "(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor values, float alpha) -> ()",
+    "csr_exchange_": "(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor(b!) values) -> ()",
+    # entry i of the tensors += alpha * values[i], computed in float32 (float64 where tensors or values are) and rounded
+    # once. `values` has the tensors' dtype, or float32 or float64. `former`, of the tensors' dtype, receives the entries
+    # from before. `done`, bool [], is set to True at the end.
+    "csr_add_": (
+        "(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor values, float alpha,"
+        " Tensor(b!)? former=None, Tensor(c!)? done=None) -> ()"
+    ),
     # The entries of two masks over the same rows: OPERATIONS "and", "or" or "sub" (in the first, not in the second).
     # The result's col_indices have the dtype of col_indices.
     "csr_combine": (
