@@ -217,17 +217,8 @@ class CSRMask:
 
     def scatter_(self, tensors: Mapping[str, Tensor], compact: Tensor) -> dict[str, Tensor]:
         """Overwrite the tensors' entries with the compact values, cast to each tensor's dtype. Returns the tensors."""
-        return self._write("csr_scatter_", tensors, compact)
-
-    def exchange_(self, tensors: Mapping[str, Tensor], compact: Tensor) -> Tensor:
-        """`scatter_` that returns the former entries, as `gather` would have: both in one pass if the dtypes agree."""
-        if any(t.dtype != compact.dtype for t in self.checked_tensors(tensors, "tensors")):
-            former = self.gather(tensors)
-            self.scatter_(tensors, compact)
-            return former
-        former = compact.detach().clone(memory_format=torch.contiguous_format)
-        self._write("csr_exchange_", tensors, former)
-        return former
+        self._write("csr_scatter_", tensors, compact)
+        return {n: tensors[n] for n in self.names}
 
     def add_(
         self,
@@ -244,11 +235,21 @@ class CSRMask:
             former: [nnz], of the dtype of all tensors: receives the entries from before, in the same pass.
             done: bool [], set to True after `former` is filled: whether an interrupt came before or after.
         """
-        return self._write("csr_add_", tensors, compact, float(alpha), former, done)
+        self._write("csr_add_", tensors, compact, float(alpha), former, done)
+        return {n: tensors[n] for n in self.names}
 
-    def _write(self, op: str, tensors: Mapping[str, Tensor], compact: Tensor, *rest: Any) -> dict[str, Tensor]:
+    def restore_(self, tensors: Mapping[str, Tensor], former: Tensor, compact: Tensor, alpha: float = 1) -> Tensor:
+        """Undo an `add_` of these values, which has filled `former`. Returns int64 [tensors]: how many entries of each
+        did not have the bits of the sum. The tensors have one dtype.
+        """
+        self.check_compact(compact, "compact")
+        (changed,) = self._write("csr_restore_", tensors, former, compact.detach().contiguous(), float(alpha))
+        return changed
+
+    def _write(self, op: str, tensors: Mapping[str, Tensor], compact: Tensor, *rest: Any) -> list[Any]:
+        """The op's result of all tensors, or of each one where their dtypes differ."""
         targets = self.checked_tensors(tensors, "tensors")
-        if op == "csr_add_":
+        if op != "csr_scatter_":
             validation.check_floats(targets, self.names, "tensors")
         self.check_compact(compact, "compact")
         detached = [t.detach() for t in targets]
@@ -257,7 +258,9 @@ class CSRMask:
         groups = self._of_one_dtype(dense)
         if len(groups) > 1 or any(copy is not t for t, copy in zip(detached, dense)):
             validation.check_writable(labelled)
-        parts = [compact] if len(groups) == 1 else compact.split([mask.nnz for mask, _ in groups])
+        parts, results = [compact], []
+        if len(groups) > 1:
+            parts = list(compact.split([mask.nnz for mask, _ in groups]))
         try:
             for (mask, same), part in zip(groups, parts):
                 # values of the tensors' dtype, or (csr_add_) of the dtype to compute in
@@ -265,7 +268,7 @@ class CSRMask:
                 if op == "csr_add_" and part.dtype != dtype:
                     dtype = part.dtype if part.dtype == torch.float64 else compute_dtype(dtype)
                 values = part.detach().contiguous().to(dtype)
-                getattr(torch.ops.deftx, op)(same, mask.crow_indices, mask.col_indices, values, *rest)
+                results.append(getattr(torch.ops.deftx, op)(same, mask.crow_indices, mask.col_indices, values, *rest))
         except (RuntimeError, ValueError):
             validation.check_writable(labelled)  # names the tensors that share memory
             raise
@@ -273,7 +276,7 @@ class CSRMask:
             if copy is not tensor:
                 tensor.copy_(copy)
         torch.autograd.graph.increment_version(targets)
-        return {n: tensors[n] for n in self.names}
+        return results
 
     def _of_one_dtype(self, tensors: list[Tensor]) -> list[tuple["CSRMask", list[Tensor]]]:
         """The operators take tensors of one dtype: all tensors with this mask, or each one with its own mask."""

@@ -1,11 +1,11 @@
-// csr_gather, csr_scatter_, csr_exchange_, csr_add_, csr_square_sum on the CPU.
+// csr_gather, csr_scatter_, csr_add_, csr_restore_, csr_square_sum on the CPU.
 //
 // The entries of the mask are cut into pieces of equal length, whatever rows or tensors they fall into, one per thread.
 // Each entry is read and written by one thread alone, so the result does not depend on the number of threads.
 #include "../csr.h"
 
+#include <atomic>
 #include <type_traits>
-#include <utility>
 
 #include "rows.h"
 
@@ -32,17 +32,6 @@ void scatter(const Csr& csr, const T* values) {  // values [nnz]
     for_each_run(csr, begin, end, [&](const Run& run) {
       T* row = row_of<T>(csr, run);
       for (int64_t j = run.begin; j < run.end; ++j) row[col[j]] = values[j];
-    });
-  });
-}
-
-template <typename T, typename Column>
-void exchange(const Csr& csr, T* values) {  // values [nnz]
-  const auto* col = static_cast<const Column*>(csr.col);
-  torch::stable::parallel_for(0, csr.nnz, kGrain, [&](int64_t begin, int64_t end) {
-    for_each_run(csr, begin, end, [&](const Run& run) {
-      T* row = row_of<T>(csr, run);
-      for (int64_t j = run.begin; j < run.end; ++j) std::swap(row[col[j]], values[j]);
     });
   });
 }
@@ -162,35 +151,76 @@ void scatter_sized(const Csr& csr, const void* values) {
   }
 }
 
-template <typename Column>
-void exchange_sized(const Csr& csr, void* values) {
-  check_contents<Column>(csr);
-  switch (csr.element_size) {
-    case 1:
-      return exchange<uint8_t, Column>(csr, static_cast<uint8_t*>(values));
-    case 2:
-      return exchange<uint16_t, Column>(csr, static_cast<uint16_t*>(values));
-    case 4:
-      return exchange<uint32_t, Column>(csr, static_cast<uint32_t*>(values));
-    case 8:
-      return exchange<uint64_t, Column>(csr, static_cast<uint64_t*>(values));
-    default:
-      DEFTX_CHECK(false, "csr_exchange_: elements of ", csr.element_size, " bytes are not supported");
-  }
+// The number of elements whose bits are not those of the sum. The comparison has no early exit, so that it is made of
+// vector instructions.
+template <typename T>
+DEFTX_CLONES int64_t count_different(const T* __restrict__ elements, const T* __restrict__ sums, int64_t n) {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  const auto* one = reinterpret_cast<const Bits*>(elements);
+  const auto* other = reinterpret_cast<const Bits*>(sums);
+  int64_t count = 0;
+  for (int64_t k = 0; k < n; ++k) count += one[k] != other[k];
+  return count;
+}
+
+using Counts = std::vector<std::atomic<int64_t>>;  // [tensors]
+
+template <typename T, typename Value, typename Column>
+void restore(const Csr& csr, const T* former, const Value* values, double alpha, Counts& changed) {
+  using Compute = std::conditional_t<std::is_same_v<T, double> || std::is_same_v<Value, double>, double, float>;
+  const auto* col = static_cast<const Column*>(csr.col);
+  const auto scale = static_cast<Compute>(alpha);
+  torch::stable::parallel_for(0, csr.nnz, kGrain, [&](int64_t begin, int64_t end) {
+    T block[kBlock], sums[kBlock];
+    for_each_run(csr, begin, end, [&](const Run& run) {
+      T* row = row_of<T>(csr, run);
+      for (int64_t i = run.begin; i < run.end; i += kBlock) {
+        const int64_t n = std::min(kBlock, run.end - i);
+        std::copy_n(former + i, n, sums);
+        add_scaled<Compute>(sums, values + i, n, scale);
+        for (int64_t k = 0; k < n; ++k) {
+          T& element = row[col[i + k]];
+          block[k] = element;
+          element = former[i + k];
+        }
+        if (const int64_t count = count_different(block, sums, n))
+          changed[run.tensor].fetch_add(count, std::memory_order_relaxed);
+      }
+    });
+  });
+}
+
+// Calls f(T*, const Value*) with the types of the tensors and of `values`: theirs, float or double.
+template <typename F>
+void with_values(const Csr& csr, const Tensor& values, const char* name, const F& f) {
+  const void* given = values.const_data_ptr();
+  const int32_t dtype = dtype_of(values);
+  with_dtype(csr.dtype, name, [&](auto zero) {
+    using T = decltype(zero);
+    T* none = nullptr;
+    if (dtype == csr.dtype) return f(none, static_cast<const T*>(given));
+    if (dtype == aoti_torch_dtype_float32()) return f(none, static_cast<const float*>(given));
+    f(none, static_cast<const double*>(given));
+  });
 }
 
 template <typename Column>
 void add_typed(const Csr& csr, const Tensor& values, double alpha, void* former) {
   check_contents<Column>(csr);
-  const void* given = values.const_data_ptr();
-  const int32_t dtype = dtype_of(values);
-  with_dtype(csr.dtype, "csr_add_: tensors", [&](auto zero) {
-    using T = decltype(zero);
-    T* out = static_cast<T*>(former);
-    if (dtype == csr.dtype) return add<T, T, Column>(csr, static_cast<const T*>(given), alpha, out);
-    if (dtype == aoti_torch_dtype_float32())
-      return add<T, float, Column>(csr, static_cast<const float*>(given), alpha, out);
-    add<T, double, Column>(csr, static_cast<const double*>(given), alpha, out);
+  with_values(csr, values, "csr_add_: tensors", [&](auto* type, const auto* given) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Value = std::remove_cv_t<std::remove_pointer_t<decltype(given)>>;
+    add<T, Value, Column>(csr, given, alpha, static_cast<T*>(former));
+  });
+}
+
+template <typename Column>
+void restore_typed(const Csr& csr, const Tensor& former, const Tensor& values, double alpha, Counts& changed) {
+  check_contents<Column>(csr);
+  with_values(csr, values, "csr_restore_: tensors", [&](auto* type, const auto* given) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Value = std::remove_cv_t<std::remove_pointer_t<decltype(given)>>;
+    restore<T, Value, Column>(csr, static_cast<const T*>(former.const_data_ptr()), given, alpha, changed);
   });
 }
 
@@ -210,13 +240,6 @@ void csr_scatter_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_i
            : scatter_sized<uint16_t>(csr, values.const_data_ptr());
 }
 
-void csr_exchange_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values) {
-  const Csr csr = check_csr(tensors, Access::kWrite, crow_indices, col_indices, Device::kCpu);
-  check_exchange(csr, tensors, col_indices, values, Device::kCpu);
-  csr.wide ? exchange_sized<int32_t>(csr, values.mutable_data_ptr())
-           : exchange_sized<uint16_t>(csr, values.mutable_data_ptr());
-}
-
 void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values, double alpha,
               std::optional<Tensor> former,  // [nnz]
               std::optional<Tensor> done) {  // bool []
@@ -225,6 +248,20 @@ void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indic
   void* out = former ? former->mutable_data_ptr() : nullptr;
   csr.wide ? add_typed<int32_t>(csr, values, alpha, out) : add_typed<uint16_t>(csr, values, alpha, out);
   if (done) *static_cast<bool*>(done->mutable_data_ptr()) = true;
+}
+
+Tensor csr_restore_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices,
+                    Tensor former,  // [nnz]
+                    Tensor values,  // [nnz]
+                    double alpha) {
+  const Csr csr = check_csr(tensors, Access::kWrite, crow_indices, col_indices, Device::kCpu);
+  check_restore(csr, tensors, col_indices, former, values, Device::kCpu);
+  Counts changed(tensors.size());
+  csr.wide ? restore_typed<int32_t>(csr, former, values, alpha, changed)
+           : restore_typed<uint16_t>(csr, former, values, alpha, changed);
+  Tensor out = torch::stable::new_empty(crow_indices, {static_cast<int64_t>(tensors.size())});
+  std::copy(changed.begin(), changed.end(), static_cast<int64_t*>(out.mutable_data_ptr()));
+  return out;
 }
 
 Tensor csr_square_sum(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices) {
@@ -240,8 +277,8 @@ Tensor csr_square_sum(std::vector<Tensor> tensors, Tensor crow_indices, Tensor c
 STABLE_TORCH_LIBRARY_IMPL(deftx, CPU, m) {
   m.impl("csr_gather", TORCH_BOX(&csr_gather));
   m.impl("csr_scatter_", TORCH_BOX(&csr_scatter_));
-  m.impl("csr_exchange_", TORCH_BOX(&csr_exchange_));
   m.impl("csr_add_", TORCH_BOX(&csr_add_));
+  m.impl("csr_restore_", TORCH_BOX(&csr_restore_));
   m.impl("csr_square_sum", TORCH_BOX(&csr_square_sum));
 }
 

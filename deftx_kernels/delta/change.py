@@ -12,7 +12,7 @@ from deftx_kernels.delta.fingerprints import fingerprint
 from deftx_kernels.delta.histories import Addition, History, find_histories, forget, record
 from deftx_kernels.kernels.tensors import FLOATS
 from deftx_kernels.mask import CSRMask
-from deftx_kernels.validation import has_memory, same_bits
+from deftx_kernels.validation import has_memory
 
 
 class Sum(NamedTuple):
@@ -30,17 +30,47 @@ class Sum(NamedTuple):
 
     def write(self, tensors: Mapping[str, Tensor], alpha: float) -> None:
         """One pass over the entries: they are read, kept in `before` and replaced by the sum."""
-        if self.before.dtype not in FLOATS:  # 8 bits
-            self.before.copy_(self.mask.gather(tensors))
-            self.done.fill_(True)
-            self.mask.scatter_(tensors, self.after(alpha))
+        if self.before.dtype in FLOATS:
+            self.mask.add_(tensors, self.values, alpha, former=self.before, done=self.done)
+            if self.low is not None:
+                self._replace_low(tensors, alpha, with_terms=True)
             return
-        self.mask.add_(tensors, self.values, alpha, former=self.before, done=self.done)
-        if self.low is not None:  # of few entries
-            positions, terms = self.low
-            low = torch.arange(len(positions), device=positions.device), terms
-            exact = base_plus_delta(self.before[positions], self.values[positions], alpha, low)
-            self.mask.at(positions).scatter_(tensors, exact)
+        self.before.copy_(self.mask.gather(tensors))  # 8 bits
+        self.done.fill_(True)
+        self.mask.scatter_(tensors, self.after(alpha))
+
+    def restore(self, tensors: Mapping[str, Tensor], alpha: float) -> set[str]:
+        """Undo `write`, in one pass over the entries. Returns the names of tensors in which other code has changed
+        some. Those that were cast are not compared.
+        """
+        if tensors[self.mask.names[0]].dtype != self.before.dtype:
+            self.mask.scatter_(tensors, self.before)
+            return set()
+        if self.before.dtype in FLOATS:
+            changed = set() if self.low is None else self._replace_low(tensors, alpha, with_terms=False)
+            counts = self.mask.restore_(tensors, self.before, self.values, alpha)
+            return changed | {n for n, count in zip(self.mask.names, counts.tolist()) if count}
+        found = self.mask.gather(tensors)
+        self.mask.scatter_(tensors, self.before)
+        return self._differing(self.mask, found, self.after(alpha))
+
+    def _replace_low(self, tensors: Mapping[str, Tensor], alpha: float, with_terms: bool) -> set[str]:
+        """Where there are low terms, at few entries, put the sum with them in place of that without, or the reverse.
+        Returns the names of tensors that had something else.
+        """
+        assert self.low is not None
+        positions, terms = self.low
+        before, values, mask = self.before[positions], self.values[positions], self.mask.at(positions)
+        low = torch.arange(len(positions), device=positions.device), terms
+        sums = [base_plus_delta(before, values, alpha), base_plus_delta(before, values, alpha, low)]
+        found = mask.gather(tensors)
+        mask.scatter_(tensors, sums[with_terms])
+        return self._differing(mask, found, sums[not with_terms])
+
+    @staticmethod
+    def _differing(mask: CSRMask, found: Tensor, expected: Tensor) -> set[str]:
+        off = bits_differ(found, expected)
+        return {n for n, flags in mask.split(off).items() if bool(flags.any())} if bool(off.any()) else set()
 
 
 @dataclass(eq=False)
@@ -152,8 +182,9 @@ class Change:
     def _close(self) -> tuple[str, str]:
         later: list[Change] = []
         former = {id(self): self._update_tensors()}
-        touched = self.memory()
-        for change in _OPEN[_OPEN.index(self) + 1 :]:
+        after = _OPEN[_OPEN.index(self) + 1 :]
+        touched = self.memory() if after else set()
+        for change in after:
             former[id(change)] = change._update_tensors()
             if touched & change.memory():
                 later.append(change)
@@ -173,6 +204,7 @@ class Change:
             if change.written or change.replaced:
                 change.read_histories()
                 change.write(until_closed=True)
+        self.written, self.replaced = [], {}
         not_restored = others = ""
         if misfits:
             not_restored = (
@@ -234,17 +266,15 @@ class Change:
 
     def _take_out(self) -> tuple[list[str], list[str]]:
         """Restore every tensor that can be restored. Returns the names of the others, and of those that other code has
-        changed since. Tensors that were cast are not compared.
+        changed since.
         """
         changed: list[str] = []
         misfits = self._misfits(self.tensors)
         for one in [one for one in self.written if bool(one.done)]:
-            after = one.after(self.alpha)
             for mask, part in _groups(one.mask, self.tensors, misfits):
-                entries = mask.exchange_(self.tensors, one.before[part].to(mask.device))
-                if entries.dtype == after.dtype and not same_bits(entries, after[part]):
-                    off = mask.split(bits_differ(entries, after[part]))
-                    changed += [n for n, flags in off.items() if bool(flags.any())]
+                values, before = (t[part].to(mask.device) for t in (one.values, one.before))
+                low = _low_within(one.low, part, mask.device)
+                changed += sorted(Sum(mask, values, low, before, one.done).restore(self.tensors, self.alpha))
         for name, old in self.replaced.items():
             now = self.tensors[name].detach()
             if name in misfits:

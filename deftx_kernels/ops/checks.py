@@ -240,11 +240,6 @@ def csr_scatter_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: T
     _apart(tensors, "tensors")
 
 
-def csr_exchange_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> None:
-    csr_scatter_(tensors, crow_indices, col_indices, values)
-    _apart([*tensors, values], "tensors and values")
-
-
 def csr_add_(
     tensors: Sequence[Tensor],
     crow_indices: Tensor,
@@ -264,6 +259,12 @@ def csr_add_(
         _tensor(done, "done", device, frozenset((torch.bool,)))
         if done.numel() != 1:
             raise ValueError(f"done must be one bool, got shape {list(done.shape)}")
+
+
+def csr_restore_(
+    tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, former: Tensor, values: Tensor, alpha: float
+) -> None:
+    csr_add_(tensors, crow_indices, col_indices, values, alpha, former)
 
 
 def csr_sum(
@@ -401,7 +402,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     **{check.__name__: check for check in (split_bf16_, masked_linear_grad, masked_embedding_grad)},
     **{check.__name__: check for check in (bit_diff, flat_exchange_, bit_checksum, bit_checksum_change)},
     "csr_add_": csr_add_,
-    "csr_exchange_": csr_exchange_,
+    "csr_restore_": csr_restore_,
     "csr_square_sum": functools.partial(csr_gather, dtypes=FLOATS),
     **{op: functools.partial(_check_arguments, op) for op in ("eigvalsh", "low_rank_denoised")},
 }
@@ -475,7 +476,7 @@ def _exchange_contents(tensors: Sequence[Tensor], offsets: Tensor, indices: Tens
 
 
 CONTENTS: dict[str, Callable[..., None]] = {
-    **dict.fromkeys(("csr_gather", "csr_scatter_", "csr_exchange_", "csr_add_", "csr_square_sum"), _csr_contents),
+    **dict.fromkeys(("csr_gather", "csr_scatter_", "csr_add_", "csr_restore_", "csr_square_sum"), _csr_contents),
     "csr_sum": _sum_contents,
     "sparse_adamw_": _adamw_contents,
     "masked_linear_grad": _linear_contents,

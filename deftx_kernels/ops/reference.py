@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deftx_kernels.kernels.tensors import FLOATS, INTEGERS, rows_and_columns
 from deftx_kernels.ops.reference_bits import bit_checksum, bit_checksum_change, bit_diff, flat_exchange_  # noqa: F401
-from deftx_kernels.ops.reference_csr import csr_add_, csr_exchange_, csr_gather, csr_scatter_  # noqa: F401
+from deftx_kernels.ops.reference_csr import csr_add_, csr_gather, csr_restore_, csr_scatter_  # noqa: F401
 from deftx_kernels.ops.schemas import ELECTIONS, OPERATIONS, SCOPES, AdamWArgs, column_dtype, compute_dtype
 
 _CHUNK = 1 << 22  # elements of temporary memory per step

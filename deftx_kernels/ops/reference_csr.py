@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from deftx_kernels.kernels.tensors import rows_and_columns
+from deftx_kernels.kernels.tensors import INTEGERS, rows_and_columns
 from deftx_kernels.ops.schemas import compute_dtype
 
 
@@ -37,6 +37,12 @@ def csr_scatter_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: T
         flat[index] = values[span]
 
 
+def _sum(old: Tensor, values: Tensor, alpha: float) -> Tensor:
+    """old + alpha * values; product and sum are rounded one by one, and then to the dtype of `old`."""
+    compute = torch.promote_types(compute_dtype(old.dtype), values.dtype)
+    return (old.to(compute) + alpha * values.to(compute)).to(old.dtype)
+
+
 def csr_add_(
     tensors: Sequence[Tensor],
     crow_indices: Tensor,
@@ -47,16 +53,26 @@ def csr_add_(
     done: Tensor | None = None,  # bool []
 ) -> None:
     for flat, index, span in entries(tensors, crow_indices, col_indices):
-        old, compute = flat[index], torch.promote_types(compute_dtype(flat.dtype), values.dtype)
-        flat[index] = (old.to(compute) + alpha * values[span].to(compute)).to(flat.dtype)
+        old = flat[index]
+        flat[index] = _sum(old, values[span], alpha)
         if former is not None:
             former[span] = old
     if done is not None:
         done.fill_(True)
 
 
-def csr_exchange_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> None:
-    for flat, index, span in entries(tensors, crow_indices, col_indices):
-        before = flat[index]
-        flat[index] = values[span]
-        values[span] = before
+def csr_restore_(
+    tensors: Sequence[Tensor],
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    former: Tensor,  # [nnz]
+    values: Tensor,  # [nnz]
+    alpha: float,
+) -> Tensor:
+    changed = crow_indices.new_zeros(len(tensors))
+    for i, (flat, index, span) in enumerate(entries(tensors, crow_indices, col_indices)):
+        bits = INTEGERS[flat.element_size()]
+        sums = _sum(former[span], values[span], alpha)
+        changed[i] = (flat[index].view(bits) != sums.view(bits)).sum()
+        flat[index] = former[span]
+    return changed
