@@ -30,7 +30,7 @@ class SparseAdapters:
         adapters: name → SparseDelta, or a folder or repository of one.
 
     Raises:
-        as `add_adapter`.
+        as `add_adapter`; TypeError for a model or `adapters` of another type.
 
     Example:
         >>> import torch
@@ -48,6 +48,8 @@ class SparseAdapters:
     def __init__(self, model: Model, adapters: Mapping[str, SparseDelta | str | os.PathLike] | None = None) -> None:
         if not isinstance(model, nn.Module | Mapping):
             raise TypeError(f"model must be a module or a mapping of names to tensors, got {type(model).__name__}")
+        if not isinstance(adapters or {}, Mapping):
+            raise TypeError(f"adapters must be a mapping of names to deltas or paths, got {type(adapters).__name__}")
         self.model = model
         self._deltas: dict[str, SparseDelta] = {}
         self._active: dict[str, float] = {}  # name → weight

@@ -294,6 +294,7 @@ def test_errors_leave_the_model():
         (lambda: adapters.set_adapter([], [1.0]), ValueError, "at least one delta"),
         (lambda: adapters.delete_adapter("two"), KeyError, "no adapter 'two'"),
         (lambda: SparseAdapters(3), TypeError, "model must be a module"),
+        (lambda: SparseAdapters(model, "path"), TypeError, "adapters must be a mapping of names to deltas or paths"),
     ):
         with pytest.raises(error, match=message):
             call()
