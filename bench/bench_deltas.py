@@ -187,7 +187,7 @@ def switch_case(size: str, dtype: torch.dtype, density: float, device: str) -> C
         "PEFT SHiRA, merged": partial(adapters.merged, "PEFT SHiRA"),
     }
     entries = sum(delta.mask.nnz for delta in adapters.deltas.values())
-    return Case(2 * entries * dtype.itemsize, implementations, adapters.check, served_by="csr_scatter_")
+    return Case(2 * entries * dtype.itemsize, implementations, adapters.check, served_by="csr_add_")
 
 
 def forward_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:

@@ -302,6 +302,14 @@ def _csr_case(width: int, *more: Any, values: bool = True) -> list[Any]:
     return [_tensors(width), crow, col, *([torch.linspace(-1, 1, len(col))] if values else []), *more]
 
 
+def _restore_case(width: int) -> list[Any]:
+    """Of a tensor's entries some have the bits of the sum, others not."""
+    tensors, crow, col, values, alpha = _csr_case(width, 0.5)
+    former = torch.zeros_like(values)
+    reference.csr_add_(tensors, crow, col, values, alpha, former)
+    return [tensors, crow, col, former, values.clamp(max=0), alpha]
+
+
 def _sum_case(width: int) -> list[Any]:
     masks = [_tensors_mask(width), _mask(_flipped(width))]
     crow, col = ([m[i] for m in masks] for i in range(2))
@@ -388,6 +396,7 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "csr_gather": lambda n: _csr_case(n, values=False),
     "csr_scatter_": _csr_case,
     "csr_add_": lambda n: _csr_case(n, 0.5),
+    "csr_restore_": _restore_case,
     "csr_combine": lambda n: [*_tensors_mask(n), *_mask(_flipped(n)), _OR],
     "csr_sum": _sum_case,
     "dense_to_csr": lambda n: [[t > 1.5 for t in _tensors(n)]],

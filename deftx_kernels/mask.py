@@ -217,15 +217,39 @@ class CSRMask:
 
     def scatter_(self, tensors: Mapping[str, Tensor], compact: Tensor) -> dict[str, Tensor]:
         """Overwrite the tensors' entries with the compact values, cast to each tensor's dtype. Returns the tensors."""
-        return self._write("csr_scatter_", tensors, compact)
+        self._write("csr_scatter_", tensors, compact)
+        return {n: tensors[n] for n in self.names}
 
-    def add_(self, tensors: Mapping[str, Tensor], compact: Tensor, alpha: float = 1) -> dict[str, Tensor]:
-        """Add alpha times the compact values, in float32 or better and rounded once. Returns the tensors."""
-        return self._write("csr_add_", tensors, compact, float(alpha))
+    def add_(
+        self,
+        tensors: Mapping[str, Tensor],
+        compact: Tensor,
+        alpha: float = 1,
+        *,
+        former: Tensor | None = None,
+        done: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Add alpha times the compact values, in float32 or better and rounded once. Returns the tensors.
 
-    def _write(self, op: str, tensors: Mapping[str, Tensor], compact: Tensor, *alpha: float) -> dict[str, Tensor]:
+        Args:
+            former: [nnz], of the dtype of all tensors: receives the entries from before, in the same pass.
+            done: bool [], set to True after `former` is filled: whether an interrupt came before or after.
+        """
+        self._write("csr_add_", tensors, compact, float(alpha), former, done)
+        return {n: tensors[n] for n in self.names}
+
+    def restore_(self, tensors: Mapping[str, Tensor], former: Tensor, compact: Tensor, alpha: float = 1) -> Tensor:
+        """Undo an `add_` of these values, which has filled `former`. Returns int64 [tensors]: how many entries of each
+        did not have the bits of the sum. The tensors have one dtype.
+        """
+        self.check_compact(compact, "compact")
+        (changed,) = self._write("csr_restore_", tensors, former, compact.detach().contiguous(), float(alpha))
+        return changed
+
+    def _write(self, op: str, tensors: Mapping[str, Tensor], compact: Tensor, *rest: Any) -> list[Any]:
+        """The op's result of all tensors, or of each one where their dtypes differ."""
         targets = self.checked_tensors(tensors, "tensors")
-        if op == "csr_add_":
+        if op != "csr_scatter_":
             validation.check_floats(targets, self.names, "tensors")
         self.check_compact(compact, "compact")
         detached = [t.detach() for t in targets]
@@ -234,13 +258,17 @@ class CSRMask:
         groups = self._of_one_dtype(dense)
         if len(groups) > 1 or any(copy is not t for t, copy in zip(detached, dense)):
             validation.check_writable(labelled)
-        parts = [compact] if len(groups) == 1 else compact.split([mask.nnz for mask, _ in groups])
+        parts, results = [compact], []
+        if len(groups) > 1:
+            parts = list(compact.split([mask.nnz for mask, _ in groups]))
         try:
             for (mask, same), part in zip(groups, parts):
-                # values of the tensors' dtype, or (csr_add_) of its compute dtype
-                same_dtype = op == "csr_scatter_" or part.dtype == same[0].dtype
-                values = part.detach().contiguous().to(same[0].dtype if same_dtype else compute_dtype(same[0].dtype))
-                getattr(torch.ops.deftx, op)(same, mask.crow_indices, mask.col_indices, values, *alpha)
+                # values of the tensors' dtype, or (csr_add_) of the dtype to compute in
+                dtype = same[0].dtype
+                if op == "csr_add_" and part.dtype != dtype:
+                    dtype = part.dtype if part.dtype == torch.float64 else compute_dtype(dtype)
+                values = part.detach().contiguous().to(dtype)
+                results.append(getattr(torch.ops.deftx, op)(same, mask.crow_indices, mask.col_indices, values, *rest))
         except (RuntimeError, ValueError):
             validation.check_writable(labelled)  # names the tensors that share memory
             raise
@@ -248,7 +276,7 @@ class CSRMask:
             if copy is not tensor:
                 tensor.copy_(copy)
         torch.autograd.graph.increment_version(targets)
-        return {n: tensors[n] for n in self.names}
+        return results
 
     def _of_one_dtype(self, tensors: list[Tensor]) -> list[tuple["CSRMask", list[Tensor]]]:
         """The operators take tensors of one dtype: all tensors with this mask, or each one with its own mask."""
@@ -314,6 +342,11 @@ class CSRMask:
         i = self._position(name)
         crow = self.crow_indices[self.row_offsets[i] : self.row_offsets[i + 1] + 1] - self.entry_offsets[i]
         return CSRMask.unchecked((name,), (self.shapes[i],), crow, self.part(name, self.col_indices))
+
+    def at(self, positions: Tensor) -> "CSRMask":
+        """The mask of the entries at these positions in the compact order: int64, ascending, not checked."""
+        col = signed(self.col_indices)[positions].view(self.col_indices.dtype)
+        return CSRMask.unchecked(self.names, self.shapes, torch.searchsorted(positions, self.crow_indices), col)
 
     def restrict(self, names: Sequence[str]) -> "CSRMask":
         """The mask of some of the tensors, given in any order."""

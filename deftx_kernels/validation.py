@@ -167,8 +167,11 @@ def has_memory(tensor: Tensor) -> bool:
 
 def _memory_span(tensor: Tensor) -> tuple[int, int]:
     """The addresses of the tensor's first byte and of the byte after its last one."""
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
     length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
-    return tensor.data_ptr(), tensor.data_ptr() + length * tensor.element_size()
+    return start, start + length * tensor.element_size()
 
 
 def check_writable(tensors: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-// csr_gather, csr_scatter_, csr_add_ on the GPU.
+// csr_gather, csr_scatter_, csr_add_, csr_restore_ on the GPU.
 //
 // The entries of the mask are cut into tiles of kTile; a block takes every gridDim.x-th tile. It finds the tile's first
 // and last row in crow_indices, puts where each of those rows lies into shared memory, and each thread searches that
@@ -8,6 +8,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
+#include "../csr.h"
 #include "rows.cuh"
 
 namespace deftx {
@@ -24,6 +27,7 @@ struct Table {
   int64_t columns[kTensors];
   int64_t first_row[kTensors + 1];  // [count + 1], in the stacked matrix
   int count;
+  int first_tensor;  // the tensor that data[0] is, of all
 };
 static_assert(sizeof(Table) <= 4000, "a kernel's parameters are limited to 4 KB");
 
@@ -43,13 +47,23 @@ __device__ Row locate(const Table& table, int64_t row, int element_size) {
           table.columns[low]};
 }
 
-// The three ops: what is read before (the compact value, the tensor's element) and what is done with both. `element` is
-// null where the column lies outside the row.
+// The tensor of this element. A linear search, for elements that other code has changed.
+__device__ int tensor_of(const Table& table, const void* element, int element_size) {
+  for (int t = 0; t < table.count; ++t) {
+    const auto* begin = static_cast<const char*>(table.data[t]);
+    const int64_t elements = (table.first_row[t + 1] - table.first_row[t]) * table.columns[t];
+    if (element >= begin && element < begin + elements * element_size) return table.first_tensor + t;
+  }
+  return table.first_tensor;
+}
+
+// The four ops: what is read before (the compact value, the tensor's element) and what is done with both. `element` is
+// null where the column lies outside the row. kCounts: `finish` returns whether the element is to be counted.
 template <typename T>
 struct Gather {
   using Element = T;
   using Value = T;
-  static constexpr bool kLoadsValue = false, kLoadsElement = true;
+  static constexpr bool kLoadsValue = false, kLoadsElement = true, kCounts = false;
   T* values;  // [nnz]
   __device__ void finish(T* value, T, T*, T loaded) const { *value = loaded; }
 };
@@ -58,7 +72,7 @@ template <typename T>
 struct Scatter {
   using Element = T;
   using Value = T;
-  static constexpr bool kLoadsValue = true, kLoadsElement = false;
+  static constexpr bool kLoadsValue = true, kLoadsElement = false, kCounts = false;
   T* values;  // [nnz]
   __device__ void finish(T*, T value, T* element, T) const {
     if (element) *element = value;
@@ -66,34 +80,63 @@ struct Scatter {
 };
 
 __device__ float widen(float x) { return x; }
+__device__ double widen(double x) { return x; }
 __device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ float widen(__half x) { return __half2float(x); }
+// Doubles by way of float, as PyTorch rounds them.
+__device__ void narrow(double x, double& out) { out = x; }
 __device__ void narrow(float x, float& out) { out = x; }
 __device__ void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
 __device__ void narrow(float x, __half& out) { out = __float2half_rn(x); }
+template <typename T>
+__device__ void narrow(double x, T& out) {
+  narrow(__double2float_rn(x), out);
+}
 
 // Product and sum are rounded one by one, as the CPU library does: both devices give the same bits.
+__device__ float sum_rn(float x, float alpha, float y) { return __fadd_rn(x, __fmul_rn(alpha, y)); }
+__device__ double sum_rn(double x, double alpha, double y) { return __dadd_rn(x, __dmul_rn(alpha, y)); }
+
+__device__ bool differs(float x, float y) { return __float_as_uint(x) != __float_as_uint(y); }
+__device__ bool differs(double x, double y) { return __double_as_longlong(x) != __double_as_longlong(y); }
+__device__ bool differs(__nv_bfloat16 x, __nv_bfloat16 y) { return __bfloat16_as_ushort(x) != __bfloat16_as_ushort(y); }
+__device__ bool differs(__half x, __half y) { return __half_as_ushort(x) != __half_as_ushort(y); }
+
 template <typename T, typename V>
 struct Add {
   using Element = T;
   using Value = V;
-  static constexpr bool kLoadsValue = true, kLoadsElement = true;
+  using Compute = std::conditional_t<sizeof(T) == 8 || sizeof(V) == 8, double, float>;
+  static constexpr bool kLoadsValue = true, kLoadsElement = true, kCounts = false;
   V* values;  // [nnz]
-  float alpha;
-  __device__ void finish(V*, V value, T* element, T loaded) const {
-    if (element) narrow(__fadd_rn(widen(loaded), __fmul_rn(alpha, widen(value))), *element);
+  T* former;  // null, or [nnz]
+  Compute alpha;
+  __device__ void finish(V* at, V value, T* element, T loaded) const {
+    if (former) former[at - values] = loaded;
+    if (!element) return;
+    const Compute x = widen(loaded), y = widen(value);
+    narrow(sum_rn(x, alpha, y), *element);
   }
 };
 
-template <typename V>
-struct Add<double, V> {
-  using Element = double;
+template <typename T, typename V>
+struct Restore {
+  using Element = T;
   using Value = V;
-  static constexpr bool kLoadsValue = true, kLoadsElement = true;
-  V* values;  // [nnz]
-  double alpha;
-  __device__ void finish(V*, V value, double* element, double loaded) const {
-    if (element) *element = __dadd_rn(loaded, __dmul_rn(alpha, static_cast<double>(value)));
+  using Compute = typename Add<T, V>::Compute;
+  static constexpr bool kLoadsValue = true, kLoadsElement = true, kCounts = true;
+  V* values;                    // [nnz]
+  const T* former;              // [nnz]
+  unsigned long long* changed;  // [tensors]
+  Compute alpha;
+  __device__ bool finish(V* at, V value, T* element, T loaded) const {
+    if (!element) return false;
+    const T before = former[at - values];
+    const Compute x = widen(before), y = widen(value);
+    T sum;
+    narrow(sum_rn(x, alpha, y), sum);
+    *element = before;
+    return differs(sum, loaded);
   }
 };
 
@@ -174,7 +217,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       const int64_t i = t * kTile + k * kThreads + threadIdx.x;
-      if (i >= begin && i < end) op.finish(op.values + i, value[k], element[k], loaded[k]);
+      if (i < begin || i >= end) continue;
+      if constexpr (Op::kCounts) {
+        if (op.finish(op.values + i, value[k], element[k], loaded[k]))
+          atomicAdd(op.changed + tensor_of(table, element[k], sizeof(Element)), 1ull);
+      } else {
+        op.finish(op.values + i, value[k], element[k], loaded[k]);
+      }
     }
   }
 }
@@ -185,6 +234,7 @@ void launch(const Csr& csr, Op op, cudaStream_t stream) {
   for (size_t at = 0; at < csr.slices.size(); at += kTensors) {
     Table table;
     table.count = static_cast<int>(std::min<size_t>(kTensors, csr.slices.size() - at));
+    table.first_tensor = static_cast<int>(at);
     for (int i = 0; i < table.count; ++i) {
       table.data[i] = csr.slices[at + i].data;
       table.columns[i] = csr.slices[at + i].columns;
@@ -224,10 +274,24 @@ void run_sized(const Csr& csr, const Tensor& mask, void* values, const char* nam
   }
 }
 
-template <typename T, typename Compute>
-void run_add(const Csr& csr, const Tensor& mask, void* values, bool float_values, double alpha) {
-  if (float_values) return run(csr, mask, Add<T, float>{static_cast<float*>(values), static_cast<Compute>(alpha)});
-  return run(csr, mask, Add<T, T>{static_cast<T*>(values), static_cast<Compute>(alpha)});
+// Calls f(T*, V*) with the types of the tensors and of `values`: theirs, float or double.
+template <typename T, typename F>
+void with_values(const Csr& csr, const Tensor& values, const F& f) {
+  void* given = const_cast<void*>(values.const_data_ptr());
+  const int32_t dtype = dtype_of(values);
+  T* none = nullptr;
+  if (dtype == csr.dtype) return f(none, static_cast<T*>(given));
+  if (dtype == aoti_torch_dtype_float32()) return f(none, static_cast<float*>(given));
+  f(none, static_cast<double*>(given));
+}
+
+template <typename F>
+void with_types(const Csr& csr, const Tensor& values, const char* name, const F& f) {
+  if (csr.dtype == aoti_torch_dtype_float32()) return with_values<float>(csr, values, f);
+  if (csr.dtype == aoti_torch_dtype_bfloat16()) return with_values<__nv_bfloat16>(csr, values, f);
+  if (csr.dtype == aoti_torch_dtype_float16()) return with_values<__half>(csr, values, f);
+  DEFTX_CHECK(csr.dtype == aoti_torch_dtype_float64(), name, ": tensors must be float32, float64, bfloat16 or float16");
+  with_values<double>(csr, values, f);
 }
 
 Tensor csr_gather(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices) {
@@ -245,19 +309,40 @@ void csr_scatter_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_i
   run_sized<Scatter>(csr, col_indices, const_cast<void*>(values.const_data_ptr()), "csr_scatter_");
 }
 
-void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values, double alpha) {
+void csr_add_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices, Tensor values, double alpha,
+              std::optional<Tensor> former,  // [nnz]
+              std::optional<Tensor> done) {  // bool []
   const Csr csr = check_csr(tensors, Access::kWrite, crow_indices, col_indices, Device::kCuda);
-  check_compact(values, Device::kCuda, col_indices, csr.nnz, "values");
-  const bool float_values = dtype_of(values) == aoti_torch_dtype_float32();
-  DEFTX_CHECK(tensors.empty() || float_values || dtype_of(values) == csr.dtype,
-              "csr_add_: values must be float32 or have the tensors' dtype");
-  void* v = const_cast<void*>(values.const_data_ptr());
-  if (csr.dtype == aoti_torch_dtype_float32()) return run_add<float, float>(csr, col_indices, v, float_values, alpha);
-  if (csr.dtype == aoti_torch_dtype_bfloat16())
-    return run_add<__nv_bfloat16, float>(csr, col_indices, v, float_values, alpha);
-  if (csr.dtype == aoti_torch_dtype_float16()) return run_add<__half, float>(csr, col_indices, v, float_values, alpha);
-  if (csr.dtype == aoti_torch_dtype_float64()) return run_add<double, double>(csr, col_indices, v, float_values, alpha);
-  DEFTX_CHECK(false, "csr_add_: tensors must be float32, float64, bfloat16 or float16");
+  check_add(csr, tensors, col_indices, values, former, done, Device::kCuda);
+  void* out = former ? former->mutable_data_ptr() : nullptr;
+  with_types(csr, values, "csr_add_", [&](auto* type, auto* given) {
+    using Op = Add<std::remove_pointer_t<decltype(type)>, std::remove_pointer_t<decltype(given)>>;
+    const auto scale = static_cast<typename Op::Compute>(alpha);
+    run(csr, col_indices, Op{given, static_cast<decltype(type)>(out), scale});
+  });
+  if (!done) return;
+  const DeviceGuard guard(col_indices.get_device_index());
+  DEFTX_CUDA_CHECK(cudaMemsetAsync(done->mutable_data_ptr(), 1, sizeof(bool), current_stream(col_indices)));
+}
+
+Tensor csr_restore_(std::vector<Tensor> tensors, Tensor crow_indices, Tensor col_indices,
+                    Tensor former,  // [nnz]
+                    Tensor values,  // [nnz]
+                    double alpha) {
+  const Csr csr = check_csr(tensors, Access::kWrite, crow_indices, col_indices, Device::kCuda);
+  check_restore(csr, tensors, col_indices, former, values, Device::kCuda);
+  Tensor changed = torch::stable::new_empty(crow_indices, {static_cast<int64_t>(tensors.size())});
+  if (tensors.empty()) return changed;
+  const DeviceGuard guard(col_indices.get_device_index());
+  auto* counts = static_cast<unsigned long long*>(changed.mutable_data_ptr());
+  DEFTX_CUDA_CHECK(cudaMemsetAsync(counts, 0, sizeof(*counts) * tensors.size(), current_stream(col_indices)));
+  with_types(csr, values, "csr_restore_", [&](auto* type, auto* given) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Op = Restore<T, std::remove_pointer_t<decltype(given)>>;
+    const auto scale = static_cast<typename Op::Compute>(alpha);
+    run(csr, col_indices, Op{given, static_cast<const T*>(former.const_data_ptr()), counts, scale});
+  });
+  return changed;
 }
 
 }  // namespace
@@ -266,6 +351,7 @@ DEFTX_CUDA_LIBRARY_IMPL(m) {
   m.impl("csr_gather", TORCH_BOX(&csr_gather));
   m.impl("csr_scatter_", TORCH_BOX(&csr_scatter_));
   m.impl("csr_add_", TORCH_BOX(&csr_add_));
+  m.impl("csr_restore_", TORCH_BOX(&csr_restore_));
 }
 
 }  // namespace deftx

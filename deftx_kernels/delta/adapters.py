@@ -30,7 +30,7 @@ class SparseAdapters:
         adapters: name → SparseDelta, or a folder or repository of one.
 
     Raises:
-        as `add_adapter`.
+        as `add_adapter`; TypeError for a model or `adapters` of another type.
 
     Example:
         >>> import torch
@@ -48,6 +48,8 @@ class SparseAdapters:
     def __init__(self, model: Model, adapters: Mapping[str, SparseDelta | str | os.PathLike] | None = None) -> None:
         if not isinstance(model, nn.Module | Mapping):
             raise TypeError(f"model must be a module or a mapping of names to tensors, got {type(model).__name__}")
+        if not isinstance(adapters or {}, Mapping):
+            raise TypeError(f"adapters must be a mapping of names to deltas or paths, got {type(adapters).__name__}")
         self.model = model
         self._deltas: dict[str, SparseDelta] = {}
         self._active: dict[str, float] = {}  # name → weight
@@ -208,13 +210,20 @@ class SparseAdapters:
         change = self._change(active) if active else None
         self._active, messages = {}, ("", "")
         if self._open:
-            messages = self._open.pop().close()
+            messages = self._open[-1].close()
+            self._open.clear()
         if messages[0]:
             raise RuntimeError(" ".join(messages).rstrip())
         if change is not None:
-            change.open()
-            self._open.append(change)
+            self._open.append(change)  # before it is in the model, so that an interrupt loses nothing
             self._active = active
+            try:
+                change.open()
+            except BaseException:
+                if not change.is_open:
+                    self._active = {}
+                    self._open.clear()
+                raise
         if messages[1]:
             warnings.warn(messages[1], RuntimeWarning, stacklevel=3)
 

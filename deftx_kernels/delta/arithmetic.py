@@ -26,8 +26,7 @@ class Terms(NamedTuple):
 
     def at(self, positions: Tensor) -> "Terms":
         """The entries at these positions, ascending, without low terms."""
-        flat = self.mask.flat_indices()[positions]
-        return Terms(CSRMask.from_flat_indices(self.mask.names, self.mask.shapes, flat), self.values[positions])
+        return Terms(self.mask.at(positions), self.values[positions])
 
     def in_float64(self) -> "Terms":
         """Low terms added to the values."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +10,67 @@ from torch import Tensor
 from deftx_kernels.delta.exact import Low, base_plus_delta, bits_differ
 from deftx_kernels.delta.fingerprints import fingerprint
 from deftx_kernels.delta.histories import Addition, History, find_histories, forget, record
+from deftx_kernels.kernels.tensors import FLOATS
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.validation import has_memory
+
+
+class Sum(NamedTuple):
+    """What is added to the entries of a mask, whose tensors have one device and dtype."""
+
+    mask: CSRMask
+    values: Tensor  # [nnz]
+    low: Low | None
+    before: Tensor  # [nnz], the entries from before
+    done: Tensor  # bool []: whether `before` is filled. The sum can be in the tensors only then.
+
+    def after(self, alpha: float) -> Tensor:
+        """[nnz], the sum. It is computed again where it is needed, rather than kept."""
+        return base_plus_delta(self.before, self.values, alpha, self.low)
+
+    def write(self, tensors: Mapping[str, Tensor], alpha: float) -> None:
+        """One pass over the entries: they are read, kept in `before` and replaced by the sum."""
+        if self.before.dtype in FLOATS:
+            self.mask.add_(tensors, self.values, alpha, former=self.before, done=self.done)
+            if self.low is not None:
+                self._replace_low(tensors, alpha, with_terms=True)
+            return
+        self.before.copy_(self.mask.gather(tensors))  # 8 bits
+        self.done.fill_(True)
+        self.mask.scatter_(tensors, self.after(alpha))
+
+    def restore(self, tensors: Mapping[str, Tensor], alpha: float) -> set[str]:
+        """Undo `write`, in one pass over the entries. Returns the names of tensors in which other code has changed
+        some. Those that were cast are not compared.
+        """
+        if tensors[self.mask.names[0]].dtype != self.before.dtype:
+            self.mask.scatter_(tensors, self.before)
+            return set()
+        if self.before.dtype in FLOATS:
+            changed = set() if self.low is None else self._replace_low(tensors, alpha, with_terms=False)
+            counts = self.mask.restore_(tensors, self.before, self.values, alpha)
+            return changed | {n for n, count in zip(self.mask.names, counts.tolist()) if count}
+        found = self.mask.gather(tensors)
+        self.mask.scatter_(tensors, self.before)
+        return self._differing(self.mask, found, self.after(alpha))
+
+    def _replace_low(self, tensors: Mapping[str, Tensor], alpha: float, with_terms: bool) -> set[str]:
+        """Where there are low terms, at few entries, put the sum with them in place of that without, or the reverse.
+        Returns the names of tensors that had something else.
+        """
+        assert self.low is not None
+        positions, terms = self.low
+        before, values, mask = self.before[positions], self.values[positions], self.mask.at(positions)
+        low = torch.arange(len(positions), device=positions.device), terms
+        sums = [base_plus_delta(before, values, alpha), base_plus_delta(before, values, alpha, low)]
+        found = mask.gather(tensors)
+        mask.scatter_(tensors, sums[with_terms])
+        return self._differing(mask, found, sums[not with_terms])
+
+    @staticmethod
+    def _differing(mask: CSRMask, found: Tensor, expected: Tensor) -> set[str]:
+        off = bits_differ(found, expected)
+        return {n for n, flags in mask.split(off).items() if bool(flags.any())} if bool(off.any()) else set()
 
 
 @dataclass(eq=False)
@@ -27,8 +87,7 @@ class Change:
     alpha: float
     identity: str | None  # content hash of the delta, or None to neither read nor write histories
     base: Mapping[str, str]  # name → fingerprint of the tensor that the delta was made for
-    # Each mask, of one device and dtype, with the entries before and after.
-    written: list[tuple[CSRMask, Tensor, Tensor]] = field(default_factory=list)
+    written: list[Sum] = field(default_factory=list)
     replaced: dict[str, Tensor] = field(default_factory=dict)  # name → whole tensor before
     contents: dict[str, str] = field(default_factory=dict)  # name → fingerprint before
     histories: dict[str, History] = field(default_factory=dict)  # name → history before
@@ -55,56 +114,77 @@ class Change:
 
     def write(self, until_closed: bool = False) -> None:
         """Add the delta and record it in the tensors' histories. If that fails, the tensors are restored."""
-        self.written = []
-        for mask, part in _groups(self.mask, self.tensors, split=bool(self.copies)):
-            values, low = self.values[part].to(mask.device), _low_within(self.low, part, mask.device)
-            copies = [n for n, first in self.copies.items() if mask.names == (first,)]
-            renamed = [CSRMask.unchecked([n], mask.shapes, mask.crow_indices, mask.col_indices) for n in copies]
-            for one in (mask, *renamed):
-                old = one.gather(self.tensors)
-                self.written.append((one, old, base_plus_delta(old, values, self.alpha, low)))
-        self.additions = []
-        for mask, before, after in self.written:
-            entries = zip(mask.names, mask.split(before).values(), mask.split(after).values())
-            for name, old, new in [e for e in entries if e[0] in self.histories]:
-                history_after = self.histories[name].after(str(self.identity), self.alpha)
-                self.additions.append(Addition(mask[name], old, new, name, self.contents[name], history_after))
+        self.written = self._sums()
         self.replaced = {n: self.tensors[n].detach().clone() for n in self.dense}
         try:
-            for mask, _, new in self.written:
-                mask.scatter_(self.tensors, new)
+            for one in self.written:
+                one.write(self.tensors, self.alpha)
             for name, tensor in self.dense.items():
                 self.tensors[name].detach().copy_(tensor)
+            self.additions = self._additions()
             record(self.additions, self.tensors, until_closed)
         except BaseException:
             self._restore(self.tensors)
             raise
 
+    def _sums(self) -> list[Sum]:
+        """What is to be added, of each device and dtype."""
+        sums = []
+        for mask, part in _groups(self.mask, self.tensors, split=bool(self.copies)):
+            values, low = self.values[part].to(mask.device), _low_within(self.low, part, mask.device)
+            copies = [n for n, first in self.copies.items() if mask.names == (first,)]
+            renamed = [CSRMask.unchecked([n], mask.shapes, mask.crow_indices, mask.col_indices) for n in copies]
+            for one in (mask, *renamed):
+                before = torch.empty_like(values, dtype=self.tensors[one.names[0]].dtype)
+                sums.append(Sum(one, values, low, before, torch.zeros((), dtype=torch.bool, device=mask.device)))
+        return sums
+
+    def _additions(self) -> list[Addition]:
+        """What was written to the tensors that have a history."""
+        additions: list[Addition] = []
+        for one in self.written if self.histories else []:
+            mask, parts = one.mask, [one.mask.split(entries) for entries in (one.before, one.after(self.alpha))]
+            for name in [n for n in mask.names if n in self.histories]:
+                history = self.histories[name].after(str(self.identity), self.alpha)
+                old, new = (part[name] for part in parts)
+                additions.append(Addition(mask[name], old, new, name, self.contents[name], history))
+        return additions
+
     def open(self) -> None:
         """`write` until `close`."""
-        self.write(until_closed=True)
         _OPEN.append(self)
+        try:
+            self.write(until_closed=True)
+        except BaseException:
+            self._restore(self.tensors)  # an interrupt may come after the last write
+            _OPEN.remove(self)
+            raise
+
+    @property
+    def is_open(self) -> bool:
+        return self in _OPEN
 
     def close(self) -> tuple[str, str]:
-        """Restore every touched entry. Changes that were opened later on the same tensors are undone first and applied
-        again afterwards.
+        """Restore every touched entry, in one pass over them. Changes that were opened later on the same tensors are
+        undone first and applied again afterwards. A change that is not open is left as it is.
 
         Returns:
             Two messages, "" if there is nothing to report: what could not be restored, and what other code had written.
         """
         try:
-            return self._close()
+            return self._close() if self.is_open else ("", "")
         except BaseException:  # an interrupt: entries are restored to stored values, which can be done twice
             self._close()
             raise
         finally:
-            _OPEN.remove(self)
+            _end(self)
 
     def _close(self) -> tuple[str, str]:
         later: list[Change] = []
         former = {id(self): self._update_tensors()}
-        touched = self.memory()
-        for change in _OPEN[_OPEN.index(self) + 1 :]:
+        after = _OPEN[_OPEN.index(self) + 1 :]
+        touched = self.memory() if after else set()
+        for change in after:
             former[id(change)] = change._update_tensors()
             if touched & change.memory():
                 later.append(change)
@@ -113,8 +193,8 @@ class Change:
         misfits: list[str] = []
         for change in reversed([self, *later]):
             forget(change.additions)
-            overwritten += change._overwritten()
-            own = change._restore(change.tensors)
+            own, changed = change._take_out()
+            overwritten += changed
             if former[id(change)]:  # other code may still use these tensors
                 change._restore(change.tensors | former[id(change)])
             misfits += own
@@ -124,6 +204,7 @@ class Change:
             if change.written or change.replaced:
                 change.read_histories()
                 change.write(until_closed=True)
+        self.written, self.replaced = [], {}
         not_restored = others = ""
         if misfits:
             not_restored = (
@@ -140,12 +221,12 @@ class Change:
     def keep(self) -> None:
         """End an open change and leave the delta in the tensors."""
         forget(self.additions)
-        _OPEN.remove(self)
+        _end(self)
 
     def not_finite(self) -> str | None:
         """The name of a tensor that has NaN or infinities where the change wrote."""
-        for mask, _, after in self.written:
-            for name, values in mask.split(after).items():
+        for one in self.written:
+            for name, values in one.mask.split(one.after(self.alpha)).items():
                 if not bool(values.isfinite().all()):
                     return name
         return next((n for n in self.dense if not bool(self.tensors[n].isfinite().all())), None)
@@ -169,9 +250,9 @@ class Change:
     def _restore(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Restore every tensor that can be restored. Returns the names of the others."""
         misfits = self._misfits(tensors)
-        for whole, before, _ in self.written:
-            for mask, part in _groups(whole, tensors, misfits):
-                mask.scatter_(dict(tensors), before[part].to(mask.device))
+        for one in [one for one in self.written if bool(one.done)]:
+            for mask, part in _groups(one.mask, tensors, misfits):
+                mask.scatter_(dict(tensors), one.before[part].to(mask.device))
         for name, old in self.replaced.items():
             if name not in misfits:
                 tensors[name].detach().copy_(old)
@@ -179,28 +260,37 @@ class Change:
 
     def _misfits(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Names of the tensors that cannot hold their former content, because their shape or kind has changed."""
-        held = [(n, old.dtype, shape) for mask, old, _ in self.written for n, shape in zip(mask.names, mask.shapes)]
+        held = [(n, one.before.dtype, s) for one in self.written for n, s in zip(one.mask.names, one.mask.shapes)]
         held += [(n, old.dtype, old.shape) for n, old in self.replaced.items()]
         return [n for n, dtype, shape in held if not _can_hold(tensors[n], dtype, shape)]
 
-    def _overwritten(self) -> list[str]:
-        """Names of the tensors that other code has changed since. Tensors that were cast are not compared."""
-        found: list[str] = []
+    def _take_out(self) -> tuple[list[str], list[str]]:
+        """Restore every tensor that can be restored. Returns the names of the others, and of those that other code has
+        changed since.
+        """
+        changed: list[str] = []
         misfits = self._misfits(self.tensors)
-        for whole, _, after in self.written:
-            for mask, part in _groups(whole, self.tensors, misfits):
-                entries = mask.gather(self.tensors)
-                if entries.dtype == after.dtype and bool((off := bits_differ(entries, after[part])).any()):
-                    found += [n for n, flags in mask.split(off).items() if bool(flags.any())]
+        for one in [one for one in self.written if bool(one.done)]:
+            for mask, part in _groups(one.mask, self.tensors, misfits):
+                values, before = (t[part].to(mask.device) for t in (one.values, one.before))
+                low = _low_within(one.low, part, mask.device)
+                changed += sorted(Sum(mask, values, low, before, one.done).restore(self.tensors, self.alpha))
         for name, old in self.replaced.items():
-            now = self.tensors[name]
-            same_kind = name not in misfits and now.dtype == old.dtype
-            if same_kind and bool(bits_differ(self.dense[name].to(now.device, now.dtype), now).any()):
-                found.append(name)
-        return found
+            now = self.tensors[name].detach()
+            if name in misfits:
+                continue
+            if now.dtype == old.dtype and bool(bits_differ(self.dense[name].to(now.device, now.dtype), now).any()):
+                changed.append(name)
+            now.copy_(old)
+        return misfits, changed
 
 
 _OPEN: list[Change] = []  # in the order in which they were opened
+
+
+def _end(change: Change) -> None:
+    if change in _OPEN:
+        _OPEN.remove(change)
 
 
 def reopen(changes: Sequence[Change]) -> None:

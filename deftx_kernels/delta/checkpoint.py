@@ -29,7 +29,8 @@ def merge_into_checkpoint(
     strict: bool = True,
     on_file: Callable[[int, int], Any] | None = None,
 ) -> None:
-    """Write the model folder `output`: that of `base` with the delta added, its other files (not its folders) copied.
+    """Write the model folder `output`: that of `base` with the delta added. Its other files are copied, and its folders
+    without weights (such as a tokenizer's), but not hidden ones.
 
     One weight file of the base is in memory at a time. `output` can be loaded only when it is complete; after a crash,
     the same call continues with the files that are missing.
@@ -74,7 +75,8 @@ def merge_into_checkpoint(
         if on_file is not None:
             on_file(number, len(shards))
     for path in _other_files(source, index=None if WEIGHTS in shards else INDEX):
-        shutil.copyfile(path, target / path.name)
+        make_folder((target / path.relative_to(source)).parent)
+        shutil.copyfile(path, target / path.relative_to(source))
     (target / MARKER).unlink()
 
 
@@ -153,4 +155,8 @@ def _other_files(folder: Path, index: str | None) -> Iterator[Path]:
     """All but weights and other indices than `index`, config.json last: without it the folder cannot be loaded."""
     files = [path for path in folder.iterdir() if path.is_file() and path.suffix not in _WEIGHT_FILES]
     files = [path for path in files if path.name == index or not path.name.endswith(".index.json")]
-    return iter(sorted(files, key=lambda path: (path.name == "config.json", path.name)))
+    for inner in [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]:
+        within = [path for path in inner.rglob("*") if path.is_file()]
+        if not any(path.suffix in _WEIGHT_FILES for path in within):  # else a checkpoint, or another form of the model
+            files += within
+    return iter(sorted(files, key=lambda path: (path == folder / "config.json", path)))

@@ -39,13 +39,19 @@ def base_plus_delta(base: Tensor, values: Tensor, alpha: float = 1.0, low: Low |
         base, values: [n]. low: as in `SparseDelta`.
     """
     wide = base.to(torch.promote_types(compute_dtype(base.dtype), values.dtype))
-    result = torch.add(wide, values.to(wide.dtype), alpha=alpha).to(base.dtype)
+    result = _add(wide, values, alpha).to(base.dtype)
     if low is not None:
         positions, terms = low
-        sums = torch.add(wide[positions].to(torch.float64), values[positions].to(torch.float64), alpha=alpha)
+        sums = _add(wide[positions].to(torch.float64), values[positions], alpha)
         bits = INTEGERS[base.element_size()]  # indexing supports integers, but not every float8
         result.view(bits)[positions] = torch.add(sums, terms, alpha=alpha).to(base.dtype).view(bits)
     return result
+
+
+def _add(base: Tensor, values: Tensor, alpha: float) -> Tensor:
+    """base + alpha * values, product and sum rounded one by one as csr_add_ does: torch.add may fuse them."""
+    values = values.to(base.dtype)
+    return base + (values if alpha == 1 else alpha * values)
 
 
 def exact_differences(

@@ -65,7 +65,9 @@ def check_files(folder: Path, *names: str) -> None:
     """FileNotFoundError unless the folder holds these files."""
     for name in names:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}")
+            whole = folder / "config.json"  # what transformers' save_pretrained writes, also of a sparsified model
+            hint = ", but a whole model: sparse_delta(model).save_pretrained(folder) writes a delta"
+            raise FileNotFoundError(f"{folder} holds no {name}{hint if whole.is_file() else ''}")
 
 
 def find_folder(path: str | os.PathLike, revision: str | None, names: Sequence[str]) -> Path:

@@ -233,15 +233,38 @@ def csr_gather(
     _dense(tensors, "tensors", col_indices.device, dtypes)
 
 
-def csr_scatter_(
-    tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, *alpha: float
-) -> None:
-    """Also the check of csr_add_, which has an `alpha`."""
-    csr_gather(tensors, crow_indices, col_indices, FLOATS if alpha else None)
+def csr_scatter_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> None:
+    csr_gather(tensors, crow_indices, col_indices)
     if tensors:
-        allowed = frozenset((tensors[0].dtype, *((torch.float32,) if alpha else ())))
-        _compact(values, "values", col_indices.device, allowed, col_indices.shape[0])
+        _compact(values, "values", col_indices.device, frozenset((tensors[0].dtype,)), col_indices.shape[0])
     _apart(tensors, "tensors")
+
+
+def csr_add_(
+    tensors: Sequence[Tensor],
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    alpha: float,
+    former: Tensor | None = None,
+    done: Tensor | None = None,
+) -> None:
+    csr_gather(tensors, crow_indices, col_indices, FLOATS)
+    device, nnz = col_indices.device, col_indices.shape[0]
+    if tensors:
+        _compact(values, "values", device, _WIDE_FLOATS | {tensors[0].dtype}, nnz)
+        _compact(former, "former", device, frozenset((tensors[0].dtype,)), nnz)
+    _apart(tensors if former is None else [*tensors, former], "tensors and former")
+    if done is not None:
+        _tensor(done, "done", device, frozenset((torch.bool,)))
+        if done.numel() != 1:
+            raise ValueError(f"done must be one bool, got shape {list(done.shape)}")
+
+
+def csr_restore_(
+    tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, former: Tensor, values: Tensor, alpha: float
+) -> None:
+    csr_add_(tensors, crow_indices, col_indices, values, alpha, former)
 
 
 def csr_sum(
@@ -378,7 +401,8 @@ CHECKS: dict[str, Callable[..., Any]] = {
     **{check.__name__: check for check in (csr_gather, csr_scatter_, csr_sum, sparse_adamw_, eigh, residual_cut)},
     **{check.__name__: check for check in (split_bf16_, masked_linear_grad, masked_embedding_grad)},
     **{check.__name__: check for check in (bit_diff, flat_exchange_, bit_checksum, bit_checksum_change)},
-    "csr_add_": csr_scatter_,
+    "csr_add_": csr_add_,
+    "csr_restore_": csr_restore_,
     "csr_square_sum": functools.partial(csr_gather, dtypes=FLOATS),
     **{op: functools.partial(_check_arguments, op) for op in ("eigvalsh", "low_rank_denoised")},
 }
@@ -452,7 +476,7 @@ def _exchange_contents(tensors: Sequence[Tensor], offsets: Tensor, indices: Tens
 
 
 CONTENTS: dict[str, Callable[..., None]] = {
-    **dict.fromkeys(("csr_gather", "csr_scatter_", "csr_add_", "csr_square_sum"), _csr_contents),
+    **dict.fromkeys(("csr_gather", "csr_scatter_", "csr_add_", "csr_restore_", "csr_square_sum"), _csr_contents),
     "csr_sum": _sum_contents,
     "sparse_adamw_": _adamw_contents,
     "masked_linear_grad": _linear_contents,

@@ -5,13 +5,14 @@ Written for clarity, not for speed: tests compare the compiled kernels with thes
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from deftx_kernels.kernels.tensors import FLOATS, INTEGERS, rows_and_columns
 from deftx_kernels.ops.reference_bits import bit_checksum, bit_checksum_change, bit_diff, flat_exchange_  # noqa: F401
+from deftx_kernels.ops.reference_csr import csr_add_, csr_gather, csr_restore_, csr_scatter_  # noqa: F401
 from deftx_kernels.ops.schemas import ELECTIONS, OPERATIONS, SCOPES, AdamWArgs, column_dtype, compute_dtype
 
 _CHUNK = 1 << 22  # elements of temporary memory per step
@@ -27,44 +28,7 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _entries(
-    tensors: Sequence[Tensor],
-    crow_indices: Tensor,  # int64 [rows + 1]
-    col_indices: Tensor,  # [nnz]
-) -> Iterator[tuple[Tensor, Tensor, slice]]:
-    """For each tensor: its flat view, the flat indices of its entries (int64) and their range in the compact order."""
-    first_row = start = 0
-    for tensor in tensors:
-        rows, columns = rows_and_columns(tensor.shape)
-        counts = crow_indices[first_row : first_row + rows + 1].diff()
-        row = torch.repeat_interleave(torch.arange(rows, device=counts.device), counts)
-        span = slice(start, start + len(row))
-        yield tensor.view(-1), row * columns + col_indices[span].to(torch.int64), span
-        first_row, start = first_row + rows, span.stop
-
-
 # ---- CSR ----
-def csr_gather(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor) -> Tensor:
-    out = tensors[0].new_empty(col_indices.shape)
-    for flat, index, span in _entries(tensors, crow_indices, col_indices):
-        out[span] = flat[index]
-    return out
-
-
-def csr_scatter_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> None:
-    for flat, index, span in _entries(tensors, crow_indices, col_indices):
-        flat[index] = values[span]
-
-
-def csr_add_(
-    tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, alpha: float
-) -> None:
-    for flat, index, span in _entries(tensors, crow_indices, col_indices):
-        compute = compute_dtype(flat.dtype)
-        total = torch.add(flat[index].to(compute), values[span].to(compute), alpha=alpha)
-        flat[index] = total.to(flat.dtype)
-
-
 def _keys(crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     """int64 [nnz]: ascending, equal for equal entries of masks over the same rows."""
     rows = torch.arange(len(crow_indices) - 1, device=crow_indices.device)

@@ -38,9 +38,19 @@ SCHEMAS = {
     "csr_gather": "(Tensor[] tensors, Tensor crow_indices, Tensor col_indices) -> Tensor",
     # entry i of the tensors = values[i]. `values` has the tensors' dtype.
     "csr_scatter_": "(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor values) -> ()",
-    # entry i of the tensors += alpha * values[i], computed in float32 (float64 for float64 tensors) and rounded once.
-    # `values` has the tensors' dtype or float32.
-    "csr_add_": "(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor values, float alpha) -> ()",
+    # entry i of the tensors += alpha * values[i], computed in float32 (float64 where tensors or values are) and rounded
+    # once. `values` has the tensors' dtype, or is float32 or float64. `former`, of the tensors' dtype, receives the
+    # entries from before. `done`, bool [], is set to True at the end.
+    "csr_add_": (
+        "(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor values, float alpha,"
+        " Tensor(b!)? former=None, Tensor(c!)? done=None) -> ()"
+    ),
+    # Undoes a csr_add_ with `former`: entry i of the tensors = former[i]. Returns int64 [tensors]: how many entries of
+    # each did not have the bits of the sum.
+    "csr_restore_": (
+        "(Tensor(a!)[] tensors, Tensor crow_indices, Tensor col_indices, Tensor former, Tensor values, float alpha)"
+        " -> Tensor"
+    ),
     # The entries of two masks over the same rows: OPERATIONS "and", "or" or "sub" (in the first, not in the second).
     # The result's col_indices have the dtype of col_indices.
     "csr_combine": (
@@ -241,6 +251,7 @@ FAKES: dict[str, Callable] = {
     "csr_gather": lambda tensors, crow_indices, col_indices: tensors[0].new_empty(col_indices.shape),
     "csr_scatter_": _returns_nothing,
     "csr_add_": _returns_nothing,
+    "csr_restore_": lambda tensors, crow_indices, *_: crow_indices.new_empty(len(tensors)),
     "csr_combine": _csr_combine,
     "csr_sum": _csr_sum,
     "dense_to_csr": _indices_of,

@@ -270,15 +270,15 @@ def test_an_open_delta_is_found_through_every_form_of_the_model():
 def test_a_failed_write_changes_nothing(monkeypatch):
     base = {"a": torch.zeros(3), "b": torch.zeros(3, dtype=torch.bfloat16), "head": torch.zeros(2)}
     delta = SparseDelta.from_models({n: t + 1 for n, t in base.items()}, base, dense=["head"])
-    scatter, calls = CSRMask.scatter_, []
+    add, calls = CSRMask.add_, []
 
-    def fail_once(mask, tensors, compact):
+    def fail_once(mask, *arguments, **options):
         calls.append(mask.names)
         if len(calls) == 2:
             raise RuntimeError("out of memory")
-        return scatter(mask, tensors, compact)
+        return add(mask, *arguments, **options)
 
-    monkeypatch.setattr(CSRMask, "scatter_", fail_once)
+    monkeypatch.setattr(CSRMask, "add_", fail_once)
     with pytest.raises(RuntimeError, match="out of memory"):
         delta.apply_(base)
     assert not any(t.any() for t in base.values())

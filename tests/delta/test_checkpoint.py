@@ -28,7 +28,12 @@ def base(tmp_path):
     weight_map = {name: file for file, names in FILES.items() for name in names}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text("{}")
-    (folder / "pytorch_model.bin").write_text("not copied")
+    for copied in ("tokenizer/vocab.json", "tokenizer/more/merges.txt"):
+        (folder / copied).parent.mkdir(exist_ok=True)
+        (folder / copied).write_text(copied)
+    for left_out in ("pytorch_model.bin", "checkpoint-3/optimizer.pt", "checkpoint-3/state.json", ".cache/lock"):
+        (folder / left_out).parent.mkdir(exist_ok=True)
+        (folder / left_out).write_text("not copied")
     return folder
 
 
@@ -60,7 +65,10 @@ def test_shards(base, delta, tmp_path):
     merge_into_checkpoint(base, delta, tmp_path / "out", on_file=lambda *numbers: written.append(numbers))
     assert_merged(tmp_path / "out", delta)
     assert written == [(1, 2), (2, 2)]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*FILES, INDEX, "config.json"])
+    others = [INDEX, "config.json", "tokenizer/vocab.json", "tokenizer/more/merges.txt"]
+    found = [path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert sorted(found) == sorted([*FILES, *others])
+    assert (tmp_path / "out/tokenizer/vocab.json").read_text() == "tokenizer/vocab.json"
     merge_into_checkpoint(base, delta, tmp_path / "without", dense=False)
     assert_merged(tmp_path / "without", delta, dense=False)
 

@@ -100,9 +100,13 @@ def test_the_weights_file_is_the_delta(tmp_path):
     check_unreadable(weights)
     for path in (config, weights):
         path.unlink()
-        with pytest.raises(FileNotFoundError, match=path.name):
+        with pytest.raises(FileNotFoundError, match=rf"{path.name}$"):
             SparseDelta.from_pretrained(folder)
         path.write_text("")
+    weights.unlink()
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"but a whole model: sparse_delta\(model\)"):
+        SparseDelta.from_pretrained(folder)
 
 
 def test_a_folder_that_is_missing_is_sought_on_the_hub(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""csr_gather, csr_scatter_, csr_add_ against NumPy, the same tests for every implementation.
+"""csr_gather, csr_scatter_, csr_add_, csr_restore_ against NumPy, the same tests for every implementation.
 
 The oracle never looks at crow_indices or col_indices: it takes the entries of the boolean arrays that the mask was made
 from, moves bytes, and adds in float64.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.operators import FLOATS, MANY, SHAPES, bits, csr_of, explore, matrix_shape, replaced, with_threads
 
-OPS = ("csr_gather", "csr_scatter_", "csr_add_")
+OPS = ("csr_gather", "csr_scatter_", "csr_add_", "csr_restore_")
 
 DTYPES = [*FLOATS, torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64]
 UNUSUAL = [torch.float8_e4m3fn, torch.uint16, torch.complex64]  # torch itself cannot index some of them
@@ -71,26 +71,50 @@ def check_moves(implementation, case: Case):
 
 
 def check_add(implementation, case: Case, values_dtype, alpha: float):
-    """csr_add_ computes in float32 (float64) and rounds once; the other entries keep their bits, NaN included."""
+    """csr_add_ computes in float32 (float64) and rounds once; the other entries keep their bits, NaN included.
+    csr_restore_ undoes it and counts what was not the sum.
+    """
     for t, m in zip(case.tensors, case.masks):
         inside = torch.from_numpy(m.reshape(-1)).to(case.device)
         t.view(-1)[inside] = case.normal(int(m.sum()), case.dtype)
     values, before = case.normal(case.nnz, values_dtype), case.rest(case.tensors)
-    old = implementation.ops.csr_gather(case.tensors, case.crow, case.col).cpu()
-    implementation.ops.csr_add_(case.tensors, case.crow, case.col, values, alpha)
-    new = torch.cat([t.cpu().view(-1)[torch.from_numpy(m.reshape(-1))] for t, m in zip(case.tensors, case.masks)])
+    csr = case.tensors, case.crow, case.col
+    old = implementation.ops.csr_gather(*csr)
+    former, done = torch.zeros_like(old), torch.zeros((), dtype=torch.bool, device=case.device)
+    implementation.ops.csr_add_(*csr, values, alpha, former, done)
+    assert bool(done)
+    np.testing.assert_array_equal(bits(former), bits(old))
+    new = implementation.ops.csr_gather(*csr).cpu()
     case.check_rest(before)
     product = alpha * values.double().cpu().numpy()
-    exact = old.double().numpy() + product
-    compute = ROUNDING[torch.float64 if case.dtype == torch.float64 else torch.float32]
-    error = compute * (np.abs(product) + np.abs(exact)) + ROUNDING[case.dtype] * np.abs(exact)
+    exact = old.cpu().double().numpy() + product
+    wide = torch.float64 if torch.float64 in (case.dtype, values_dtype) else torch.float32
+    # float64 is rounded to float32 first and then to 16 bits
+    rounding = ROUNDING[case.dtype] + (ROUNDING[torch.float32] if case.dtype.itemsize == 2 else 0)
+    error = ROUNDING[wide] * (np.abs(product) + np.abs(exact)) + rounding * np.abs(exact)
     assert np.all(np.abs(new.double().numpy() - exact) <= 2 * error + SMALLEST[case.dtype])
-    if (
-        implementation.name != "reference"
-    ):  # the compiled kernels round product and sum one by one, on every device alike
-        real = np.float64 if case.dtype == torch.float64 else np.float32
-        total = old.to(torch.float64).numpy().astype(real) + real(alpha) * values.double().cpu().numpy().astype(real)
-        np.testing.assert_array_equal(bits(new), bits(torch.from_numpy(total).to(case.dtype)))
+    # product and sum are rounded one by one, on every device alike
+    real = np.float64 if wide == torch.float64 else np.float32
+    total = old.cpu().double().numpy().astype(real) + real(alpha) * values.double().cpu().numpy().astype(real)
+    np.testing.assert_array_equal(bits(new), bits(torch.from_numpy(total).to(case.dtype)))
+    check_restore(implementation, case, values, alpha, former, before)
+
+
+def check_restore(implementation, case: Case, values, alpha, former, rest):
+    """After other code has changed the sign of every third element of every second tensor."""
+    changed = []
+    for i, (t, m) in enumerate(zip(case.tensors, case.masks)):
+        flips = torch.zeros(m.size, dtype=torch.bool)
+        flips[:: 3 if i % 2 else m.size + 1] = True
+        flips &= torch.from_numpy(m.reshape(-1))
+        changed.append(int(flips.sum()))
+        bytes_of = t.view(-1).view(torch.uint8).view(-1, case.dtype.itemsize)
+        bytes_of[:, -1] ^= 128 * flips.to(torch.uint8).to(case.device)
+    found = implementation.ops.csr_restore_(case.tensors, case.crow, case.col, former, values, alpha)
+    assert found.dtype == torch.int64
+    assert found.tolist() == changed
+    np.testing.assert_array_equal(case.entries(case.tensors), bits(former))
+    case.check_rest(rest)
 
 
 def cases(dtypes):
@@ -109,12 +133,13 @@ def test_moves(implementation):
 
 def test_add(implementation):
     def check(example):
-        make, same, alpha = example
+        make, values, alpha = example
         case = make(implementation.device)
-        check_add(implementation, case, case.dtype if same else torch.float32, float(np.float32(alpha)))
+        check_add(implementation, case, values or case.dtype, float(np.float32(alpha)))
 
     alphas = st.sampled_from([1.0, -1.0, 0.0, 0.3, -2.5, 1e-3])
-    explore(implementation, st.tuples(cases(FLOATS), st.booleans(), alphas), check)
+    values = st.sampled_from([None, torch.float32, torch.float64])
+    explore(implementation, st.tuples(cases(FLOATS), values, alphas), check)
 
 
 # Around the sizes at which the CUDA kernel takes another path: a tile of 2048 entries, 512 rows to a tile, many tiles
@@ -142,10 +167,12 @@ def test_tile_edges(implementation, shapes, density):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("same", [True, False], ids=["values of the tensors' dtype", "values float32"])
-def test_add_rounds_once(implementation, dtype, same):
+@pytest.mark.parametrize(
+    "values", [None, torch.float32, torch.float64], ids=["the tensors' dtype", "float32", "float64"]
+)
+def test_add_rounds_once(implementation, dtype, values):
     case = Case([(50, 60), (9,)], dtype, 0.5, device=implementation.device)
-    check_add(implementation, case, dtype if same else torch.float32, float(np.float32(0.3)))
+    check_add(implementation, case, values or dtype, float(np.float32(0.3)))
 
 
 def test_uneven_rows(implementation):
@@ -164,7 +191,9 @@ def test_no_tensors(implementation):
     crow, col = (torch.zeros(n, dtype=dtype, device=implementation.device) for n, dtype in sizes.items())
     assert implementation.ops.csr_gather([], crow, col).shape == (0,)
     implementation.ops.csr_scatter_([], crow, col, torch.zeros(0, device=implementation.device))
-    implementation.ops.csr_add_([], crow, col, torch.zeros(0, device=implementation.device), 1.0)
+    none = torch.zeros(0, device=implementation.device)
+    implementation.ops.csr_add_([], crow, col, none, 1.0)
+    assert implementation.ops.csr_restore_([], crow, col, none, none, 1.0).tolist() == []
 
 
 def test_offsets_beyond_32_bits(implementation, request):
@@ -193,8 +222,12 @@ def test_threads_do_not_matter(implementation, dtype):
 
     def results():
         case = Case([(300, 1000), (2, 30_000), (9,)], dtype, 0.5)
-        implementation.ops.csr_add_(case.tensors, case.crow, case.col, case.normal(case.nnz, dtype), 0.7)
-        return [bits(implementation.ops.csr_gather(case.tensors, case.crow, case.col)), *map(bits, case.tensors)]
+        csr, values = (case.tensors, case.crow, case.col), case.normal(case.nnz, dtype)
+        former = torch.empty_like(values)
+        implementation.ops.csr_add_(*csr, values, 0.7, former)
+        sums = [bits(implementation.ops.csr_gather(*csr)), *map(bits, case.tensors)]
+        changed = implementation.ops.csr_restore_(*csr, former, values.flip(0), 0.7)
+        return [*sums, bits(former), bits(changed), *map(bits, case.tensors)]
 
     first, *others = with_threads(results)
     for other in others:
@@ -257,7 +290,11 @@ def test_bad_arguments_raise_and_change_nothing(implementation, wrong):
         pytest.skip("the reference checks nothing, and a GPU's host code cannot see the contents: see the next test")
     case, tensors, crow, col, values = _wrong_case(implementation, (WRONG_STRUCTURE | WRONG_CONTENT)[wrong])
     before = [bits(t) for t in [*case.tensors, *tensors]]
-    calls = [lambda: implementation.ops.csr_add_(tensors, crow, col, values, 1.0)]
+    former = torch.zeros_like(case.normal(case.nnz, torch.float32))
+    calls = [
+        lambda: implementation.ops.csr_add_(tensors, crow, col, values, 1.0),
+        lambda: implementation.ops.csr_restore_(tensors, crow, col, former, values, 1.0),
+    ]
     if wrong != "integers":
         calls.append(lambda: implementation.ops.csr_scatter_(tensors, crow, col, values))
         if "values" not in wrong:
@@ -276,7 +313,9 @@ def test_bad_contents_stay_inside_memory(implementation, wrong):
     _, tensors, crow, col, values = _wrong_case(implementation, WRONG_CONTENT[wrong])
     implementation.ops.csr_gather(tensors, crow, col)  # the emulator faults on any access outside the arguments
     implementation.ops.csr_scatter_(tensors, crow, col, values)
-    implementation.ops.csr_add_(tensors, crow, col, values, 1.0)
+    former = torch.zeros_like(values)
+    implementation.ops.csr_add_(tensors, crow, col, values, 1.0, former)
+    implementation.ops.csr_restore_(tensors, crow, col, former, values, 1.0)
 
 
 def test_sixteen_byte_elements_are_refused(implementation):

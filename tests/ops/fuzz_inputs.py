@@ -59,6 +59,11 @@ def _csr(make: Maker, values: bool = True) -> list[Any]:
     return [tensors, crow, col, *([make.floats(len(col), dtype=tensors[0].dtype)] if values else [])]
 
 
+def _add(make: Maker) -> list[Any]:
+    csr = _csr(make)
+    return [*csr, 0.5, torch.zeros_like(csr[3]), torch.tensor(False)]
+
+
 def _combine(make: Maker) -> list[Any]:
     shapes = make.shapes()
     crow, col = make.mask(shapes)
@@ -178,7 +183,8 @@ def _bits(magnitude: float, dtype: torch.dtype) -> int:
 VALID: dict[str, Callable[[Maker], list[Any]]] = {
     "csr_gather": lambda make: _csr(make, values=False),
     "csr_scatter_": _csr,
-    "csr_add_": lambda make: [*_csr(make), 0.5],
+    "csr_add_": _add,
+    "csr_restore_": lambda make: [*(csr := _csr(make))[:3], csr[3].clone(), csr[3], 0.5],
     "csr_combine": _combine,
     "csr_sum": _sum,
     "dense_to_csr": lambda make: [[make.floats(*s) > 0.3 for s in make.shapes()]],

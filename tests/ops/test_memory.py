@@ -50,7 +50,8 @@ flat = [torch.tensor([0, 2, 3]), torch.tensor([0, 5, 1], dtype=torch.int32)]
 cases = {
     "csr_gather": [(tensors, *mask)],
     "csr_scatter_": [(tensors, *mask, values)],
-    "csr_add_": [(tensors, *mask, values, 0.5)],
+    "csr_add_": [(tensors, *mask, values, 0.5), (tensors, *mask, values, 0.5, values.clone(), torch.tensor(False))],
+    "csr_restore_": [(tensors, *mask, values.clone(), values, 0.5)],
     "csr_combine": [(*mask, *mask, code) for code in schemas.OPERATIONS.values()],
     "csr_sum": [
         (*mask, [mask[0]] * 2, [mask[1]] * 2, [values] * 2, [0.5, 1.0], code, torch.float32)
