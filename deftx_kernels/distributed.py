@@ -344,7 +344,7 @@ def _parts(model: Model, argument: str, group: dist.ProcessGroup | None) -> _Par
 def _both_parts(new: Model, old: Model, group: dist.ProcessGroup | None) -> tuple[_Parts, _Parts, dict[str, str]]:
     """The parts of both models, with this rank's tied names."""
     mine, theirs = _parts(new, "new", group), _parts(old, "old", group)
-    for name in mine.keys() & theirs.keys():
+    for name in [n for n in theirs if n in mine]:
         if (one := mine[name][1:3]) != (other := theirs[name][1:3]):
             words = [f"{list(shape)}{', sharded' if sharded else ''}" for shape, sharded in (one, other)]
             raise ValueError(f"tensor {name!r} is {words[0]} in new and {words[1]} in old")
