@@ -208,9 +208,7 @@ def apply_patch_(
     targets = {n: known for n, known in everyone[0].items() if all(rank.get(n) == known for rank in everyone)}
     parts = _placed({n: found[0][n] for n in targets}, group)
     tensors = {n: parts[n].local for n in targets}
-    mine = SparsePatch(
-        {n: _own_entries(patch, known, parts[n]) for n, known in targets.items() if known in patch.names}
-    )
+    mine = SparsePatch({n: _own_entries(patch, known, parts[n]) for n, known in targets.items() if known in changed})
     back = mine.inverse({n: tensors[n] for n in mine.names})
     if verify and patch.before is not None and patch.after is not None:
         sums = {n: part_of_checksum(t, parts[n].start) for n, t in tensors.items()}
@@ -346,7 +344,7 @@ def _parts(model: Model, argument: str, group: dist.ProcessGroup | None) -> _Par
 def _both_parts(new: Model, old: Model, group: dist.ProcessGroup | None) -> tuple[_Parts, _Parts, dict[str, str]]:
     """The parts of both models, with this rank's tied names."""
     mine, theirs = _parts(new, "new", group), _parts(old, "old", group)
-    for name in mine.keys() & theirs.keys():
+    for name in [n for n in theirs if n in mine]:
         if (one := mine[name][1:3]) != (other := theirs[name][1:3]):
             words = [f"{list(shape)}{', sharded' if sharded else ''}" for shape, sharded in (one, other)]
             raise ValueError(f"tensor {name!r} is {words[0]} in new and {words[1]} in old")
@@ -396,7 +394,7 @@ def _targets(
     parts = _parts(model, "model", group)
     states = [s for s in (patch.before, patch.after) if s is not None]
     exactly = bool(states) and verify
-    names = {*(states[0] if exactly else patch.names)}
+    names = states[0] if exactly else dict.fromkeys(patch.names)
     seen = {n: p.local for n, p in parts.items() if p.local.numel() or n in names or n in patch.tied}
     targets = matched_targets(seen, "model", names, patch.tied, states, exactly)
     for name, known in targets.items():
