@@ -143,9 +143,9 @@ DEFTX_INLINE Vector gather(const char* data, const int64_t* offsets) {
     return Vector{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
 }
 
-// The weights w after a step with the gradients g, of one vector's entries from the k-th on. Updates the moments.
+// Steps the weights w with the gradients g, of one vector's entries from the k-th on, and their moments.
 template <typename Vector, typename Compute>
-DEFTX_INLINE Vector updated(Vector w, Vector g, const Pointers<Compute>& p, const Scalars<Compute>& s, int64_t k) {
+DEFTX_INLINE void update(Vector& w, Vector& g, const Pointers<Compute>& p, const Scalars<Compute>& s, int64_t k) {
   if (s.scale != 1) g /= s.scale;
   if (s.l1 != 0 || s.decay != 0) {
     const Vector distance = p.decay_to ? w - load<Vector>(p.decay_to + k) : w;
@@ -158,7 +158,6 @@ DEFTX_INLINE Vector updated(Vector w, Vector g, const Pointers<Compute>& p, cons
   w -= s.step_size * (m / (root(v) / s.root_bias2 + s.eps));
   std::memcpy(p.exp_avg + k, &m, sizeof m);
   std::memcpy(p.exp_avg_sq + k, &v, sizeof v);
-  return w;
 }
 
 template <typename T>
@@ -176,7 +175,7 @@ DEFTX_INLINE void step_vector(const Pointers<Compute>& p, const Scalars<Compute>
     prefetch(p.next_params + p.next_offsets[k + q] * int64_t{sizeof(T)});
     if (p.grads) prefetch(p.next_grads + p.next_offsets[k + q] * int64_t{sizeof(G)});
   }
-  w = updated(w, g, p, s, k);
+  update(w, g, p, s, k);
   if (p.values) std::memcpy(p.values + k, &w, sizeof w);
   Compute lanes[kLanes];
   std::memcpy(lanes, &w, sizeof w);
@@ -208,7 +207,8 @@ DEFTX_CLONES void step_block(const Pointers<Compute>& pointers, const Scalars<Co
 
 template <typename Vector, typename Compute>
 DEFTX_INLINE void step_full_vector(const Pointers<Compute>& p, const Scalars<Compute>& s, int64_t k) {
-  const Vector w = updated(load<Vector>(p.weights + k), load<Vector>(p.grad + k), p, s, k);
+  Vector w = load<Vector>(p.weights + k), g = load<Vector>(p.grad + k);
+  update(w, g, p, s, k);
   std::memcpy(p.values + k, &w, sizeof w);
 }
 
@@ -268,12 +268,15 @@ template <typename Bits>
 void replace_elements(const void* from, void* to, int64_t n, uint32_t* changed) {
   const Bits* fresh = static_cast<const Bits*>(from);
   Bits* out = static_cast<Bits*>(to);
-  for (int64_t i = 0; i < n; i += kWord) {
-    const int64_t m = std::min(kWord, n - i);
-    const uint32_t word = m == kWord ? differences_of_word(fresh + i, out + i) : differences(fresh + i, out + i, m);
-    if (word != 0) std::memcpy(out + i, fresh + i, m * sizeof(Bits));
+  int64_t i = 0;
+  for (; i + kWord <= n; i += kWord) {
+    const uint32_t word = differences_of_word(fresh + i, out + i);
+    if (word != 0) std::memcpy(out + i, fresh + i, kWord * sizeof(Bits));
     changed[i / kWord] = word;
   }
+  if (i == n) return;
+  changed[i / kWord] = differences(fresh + i, out + i, n - i);
+  std::memcpy(out + i, fresh + i, (n - i) * sizeof(Bits));
 }
 
 // ---- the step of a thread ----

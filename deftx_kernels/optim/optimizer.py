@@ -274,6 +274,8 @@ class SparseAdamW(Optimizer):
                 self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
                 for key in ("exp_avg", "exp_avg_sq"):
                     self.state[p][key] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+            elif self.state[p]["exp_avg"].dtype != p.dtype:  # loaded, of a run with track_changes
+                self.state[p] |= {key: self.state[p][key].to(p.dtype) for key in ("exp_avg", "exp_avg_sq")}
             batches.setdefault((p.dtype, p.device), []).append(p)
         beta1, beta2 = group["betas"]
         options = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}

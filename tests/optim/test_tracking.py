@@ -257,6 +257,22 @@ def test_a_loaded_state_and_copies_begin_anew():
     pair.take(exactly=True)
 
 
+@pytest.mark.parametrize("dtype", [f32, f16], ids=str)
+@pytest.mark.parametrize("track", [True, False])
+def test_a_run_may_go_on_with_or_without_tracking(dtype, track):
+    """Of parameters outside the mask, whose moments are float32 with tracking and of their dtype without."""
+    models, optimizers = [make_model(dtype) for _ in range(2)], []
+    for model, tracked in zip(models, (track, not track)):
+        optimizers.append(SparseAdamW(model.named_parameters(), make_mask(), lr=1e-3, track_changes=tracked))
+    train(models[0], optimizers[0], 2)
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    models[1].load_state_dict(models[0].state_dict())
+    for model, optimizer in zip(models, optimizers):
+        train(model, optimizer, 1, first=2)
+    for one, other in zip(*(m.parameters() for m in models)):
+        torch.testing.assert_close(one, other, rtol=1e-2 if dtype == f16 else 1e-6, atol=1e-4)
+
+
 def test_tied_and_not_contiguous_parameters():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(12, 8), nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last))
