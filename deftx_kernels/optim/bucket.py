@@ -108,16 +108,13 @@ class Bucket:
         return any(state.get(key) is not view for state, key, view in self.views)
 
     def split(self) -> list["Bucket"]:
-        """The bucket; or several where steps differ (a launch has one) or some parameters have no gradient."""
+        """The bucket; or one for each parameter where steps differ (a launch has one) or some have no gradient. Their
+        states stay where they are in memory.
+        """
         if not self.steps_differ and len({p.grad is None for p in self.params}) == 1:
             return [self]
         group, state, pairs, mask, decay_to, track_changes = self.arguments
-        parts: dict[tuple, Pairs] = {}
-        for name, p, step in zip(self.names, self.params, self.steps.tolist()):
-            parts.setdefault((step, p.grad is None), {})[name] = pairs[name]
-        if len(parts) == 1:
-            return [self]
-        return [Bucket(group, state, part, mask, decay_to, track_changes) for part in parts.values()]
+        return [Bucket(group, state, {n: pairs[n]}, mask, decay_to, track_changes) for n in self.names]
 
     def marked(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(dense tensor, int64 [any number] flat indices of its marked entries, ascending), for each tensor."""

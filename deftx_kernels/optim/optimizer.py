@@ -261,7 +261,7 @@ class SparseAdamW(Optimizer):
         self._buckets = [part for bucket in before for part in bucket.split()]
         if self._tracker is not None:
             kept = set(map(id, self._buckets))
-            self._tracker.keep_marks(bucket for bucket in before if id(bucket) not in kept)
+            self._tracker.divided += [bucket for bucket in before if id(bucket) not in kept]
         return self._buckets
 
     def _step_dense(

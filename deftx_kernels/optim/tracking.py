@@ -53,6 +53,7 @@ class ChangeTracker:
     def __init__(self) -> None:
         self.tensors: dict[int, _Tracked] = {}  # by id
         self.state: Any = None  # of the model when a patch was last taken, as the patch maker returned it
+        self.divided: list[Bucket] = []  # buckets that were divided; a CUDA graph may still step them
 
     def before_step(self, buckets: Sequence[Bucket]) -> None:
         """Find tensors that other code has written since the last step; keep checksums of new ones."""
@@ -71,6 +72,7 @@ class ChangeTracker:
 
     def keep_marks(self, buckets: Iterable[Bucket]) -> None:
         """Keep the marks of buckets that will not be used any more."""
+        buckets, self.divided = [*buckets, *self.divided], []
         for bucket in buckets:
             for tensor, indices in bucket.marked():
                 if len(indices):
@@ -78,6 +80,7 @@ class ChangeTracker:
 
     def take_patch(self, model: Any, model_version: int, buckets: Sequence[Bucket], tensors: Sequence[Tensor]) -> Any:
         """The patch since the last call. tensors: the dense tensors that the optimizer steps. Errors clear nothing."""
+        buckets = [*buckets, *self.divided]
         patch, state = _makers[0](lambda: self._changes(buckets, tensors), self.state, model, model_version)
         for bucket in buckets:
             if bucket.changed is not None:
