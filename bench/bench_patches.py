@@ -1,4 +1,6 @@
-"""The operators of sparse patches, of tensors of which 1 % of the elements change, against plain torch."""
+"""The operators of sparse patches, of tensors of which 1 % of the elements change, against plain torch; and steps of
+SparseAdamW that track their changes against steps that do not.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -8,7 +10,8 @@ from torch import Tensor
 
 from bench.harness import Call, Case, Choice, Workload, workload
 from bench.rows import OURS
-from bench.shapes import random_tensors
+from bench.shapes import numel, random_tensors
+from deftx_kernels import SparseAdamW, topk_mask
 from deftx_kernels.kernels.tensors import INTEGERS
 from deftx_kernels.ops import reference
 
@@ -16,9 +19,12 @@ OPS = {
     "bit_diff": "the entries at which the bits of two lists of tensors differ, and the values there",
     "flat_exchange_": "values at given entries of tensors exchanged with others",
     "bit_checksum": "a checksum of each tensor's bits",
+    "tracked_step": "one step of SparseAdamW with a float32 master that marks what it changes; density 1: every entry",
 }
 SIZES = ("tiny", "minilm", "512M")
 SETTINGS = [(torch.bfloat16, 0.01), (torch.float32, 0.01)]
+STEP_SIZES, STEP_SETTINGS = ("tiny", "minilm"), [(torch.bfloat16, 0.05), (torch.bfloat16, 1.0)]
+UNTRACKED = "SparseAdamW without track_changes"
 ops = torch.ops.deftx
 
 
@@ -27,6 +33,9 @@ def workloads(choice: Choice) -> Iterator[Workload]:
         for setting in choice.settings(SETTINGS[:1] if size == "512M" else SETTINGS):  # 1 GB of bfloat16
             for op, case in (("bit_diff", diff_case), ("flat_exchange_", exchange_case), ("bit_checksum", sum_case)):
                 yield workload(case, op, size, setting, choice.device)
+    for size in (s for s in choice.sizes if s in STEP_SIZES):
+        for setting in choice.settings(STEP_SETTINGS):
+            yield workload(step_case, "tracked_step", size, setting, choice.device)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -143,3 +152,38 @@ def sum_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case
     }
     implementations |= {"hashlib.sha256": lambda: digests} if device == "cpu" else {}
     return Case(problem.bytes, implementations, lambda sums: None if torch.equal(sums, expected) else "the sums differ")
+
+
+def step_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
+    """The marks are not taken: a step adds those of what it changes, as between two patches."""
+    mask = None if density == 1 else topk_mask(random_tensors(size, torch.float32, device, seed=2), density=density)
+    grads = random_tensors(size, dtype, device, seed=1)
+
+    def stepping(track_changes: bool) -> Callable[[], Call]:
+        def make() -> Call:
+            params = {n: torch.nn.Parameter(t) for n, t in random_tensors(size, dtype, device).items()}
+            for name, parameter in params.items():
+                parameter.grad = grads[name]
+            options = dict(lr=3e-5, master=True, track_changes=track_changes)
+            optimizer = SparseAdamW(params.items(), mask, **options)
+
+            def call() -> list[Tensor]:
+                optimizer.step()
+                return [p.detach() for p in params.values()]
+
+            return call
+
+        return make
+
+    expected = stepping(False)()()
+
+    def check(result: list[Tensor]) -> str | None:
+        same = all(torch.equal(bits(a), bits(b)) for a, b in zip(result, expected))
+        return None if same else "the weights differ"
+
+    elements, item = numel(size), dtype.itemsize
+    touched = (1 - (1 - density) ** ((32 if device == "cuda" else 64) / item)) * elements * item  # in whole sectors
+    columns = 0 if mask is None else mask.col_indices.element_size()
+    moved = round(elements * density * (24 + columns) + 3 * touched)
+    implementations: dict[str, Callable] = {OURS: stepping(True), UNTRACKED: stepping(False)}
+    return Case(moved, implementations, check, served_by="sparse_adamw_")

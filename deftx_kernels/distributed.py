@@ -206,7 +206,7 @@ def apply_patch_(
     error, found = _try(_targets, patch, model, verify, group)
     everyone = [dict(rank) for rank in _exchange(error, [*found[1].items()] if error is None else [], group)]
     targets = {n: known for n, known in everyone[0].items() if all(rank.get(n) == known for rank in everyone)}
-    parts = _placed({n: found[0][n] for n in targets}, group)
+    parts, changed = _placed({n: found[0][n] for n in targets}, group), {*patch.names}
     tensors = {n: parts[n].local for n in targets}
     mine = SparsePatch({n: _own_entries(patch, known, parts[n]) for n, known in targets.items() if known in changed})
     back = mine.inverse({n: tensors[n] for n in mine.names})

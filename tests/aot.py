@@ -70,7 +70,8 @@ def constants_of(module, *names: str) -> dict:
     return {name: getattr(module, name) for name in names}
 
 
-# parameter, gradient, what else: "compact", "master", "all" (every option), "seed", "i32" (columns), "bf16 state"
+# parameter, gradient, what else: "compact", "master", "all" (every option), "seed", "i32" (columns), "bf16 state",
+# "changed", "full" (no columns)
 SPARSE_ADAMW = [
     ("bf16", "bf16", "master"),
     ("bf16", "fp32", "compact", "master"),
@@ -89,6 +90,9 @@ SPARSE_ADAMW = [
     ("bf16", "bf16", "bf16 state", "seed", "master"),
     ("fp16", "fp16", "bf16 state", "seed", "master", "all"),
     ("fp32", "fp32", "bf16 state", "seed", "all", "i32"),
+    ("bf16", "bf16", "master", "changed"),
+    ("bf16", "bf16", "master", "changed", "full"),
+    ("fp32", "fp32", "full"),
 ]
 
 
@@ -98,7 +102,7 @@ def sparse_adamw_variants() -> Iterator[Variant]:
     for param, grad, *chosen in SPARSE_ADAMW:
         compute, everything, compact = COMPUTE[param], "all" in chosen, "compact" in chosen
         state = "bf16" if "bf16 state" in chosen else compute
-        columns = "i32" if "i32" in chosen else "u16"
+        columns = None if "full" in chosen else "*i32" if "i32" in chosen else "*u16"
         vector = {"fp64": "v2.b64", "fp32": "v4.b32", "bf16": "v2.b32"}[state]
         arguments = {
             "table": "*i64",
@@ -108,21 +112,20 @@ def sparse_adamw_variants() -> Iterator[Variant]:
             "values": f"*{compute}" if "master" in chosen else None,
             "decay_to": f"*{compute}" if everything else None,
             "crow_indices": "*i64",
-            "col_indices": f"*{columns}",
+            "col_indices": columns,
             **dict.fromkeys(("step", "lr"), "*fp32"),
             **dict.fromkeys(("grad_scale", "found_inf"), "*fp32" if everything else None),
+            "changed": "*i32" if "changed" in chosen else None,
             **dict.fromkeys(module._ANY_VALUE, "i64"),
             **dict.fromkeys(("MAXIMIZE", "HAS_L1"), everything),
             "HAS_SEED": "seed" in chosen,
             "PARAM": triton_dtypes()[param],
             "GRAD": triton_dtypes()[grad],
+            "BITS": module.BITS[triton_dtypes()[param].primitive_bitwidth // 8],
             **constants_of(module, "BLOCK", "WAYS"),
         }
-        must_have = (
-            f"ld.global.{vector}",
-            f"st.global.{vector}",
-            "ld.global.v2.b32" if columns == "u16" else "ld.global.v4.b32",
-        )
+        column_loads = {"*u16": ("ld.global.v2.b32",), "*i32": ("ld.global.v4.b32",), None: ()}[columns]
+        must_have = (f"ld.global.{vector}", f"st.global.{vector}", *column_loads)
         name = ", ".join([param, f"{grad} gradient", *chosen])
         options = {"num_warps": module.NUM_WARPS}
         yield Variant(module.__name__, "_sparse_adamw_kernel", name, arguments, options, must_have)

@@ -3,7 +3,8 @@
 // The entries are cut into pieces of equal length, one per thread, whatever rows or tensors they fall into, and a piece
 // into blocks. Reads of scattered cache lines bound the time, so they must not wait for arithmetic: the step of a block
 // prefetches, between its vectors, the lines of the next one. (A phase that gathers a block, then one that computes,
-// took 1.15 times as long: 50 M float32 at 5 %, two cores of a Sapphire Rapids Xeon.)
+// took 1.15 times as long: 50 M float32 at 5 %, two cores of a Sapphire Rapids Xeon.) Without col_indices every entry
+// is stepped: blocks are stretches of the tensors, which the hardware prefetches.
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -11,10 +12,15 @@
 
 #include "rows.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace deftx {
 namespace {
 
 constexpr int64_t kBlock = 256;  // entries
+constexpr int64_t kWord = 32;    // entries of a word of `changed`
 
 #if defined(__GNUC__)
 #define DEFTX_INLINE inline __attribute__((always_inline))  // into each clone of the caller
@@ -100,7 +106,9 @@ struct Pointers {
   const int64_t* next_offsets;             // [n]
   Compute *values, *exp_avg, *exp_avg_sq;  // [n] values: may be null
   const Compute *grad, *decay_to;          // [n] may be null
+  const Compute* weights;                  // [n] where all entries follow one another
   const uint32_t* words;                   // [n] to round parameters stochastically, or null
+  uint32_t* changed;                       // [kBlock / kWord] bits of the entries that change, or null
 };
 
 template <typename Vector>
@@ -135,17 +143,9 @@ DEFTX_INLINE Vector gather(const char* data, const int64_t* offsets) {
     return Vector{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
 }
 
-// One vector's entries, from the k-th on. T, G: the parameters' and the dense gradients' types.
-template <typename Vector, typename T, typename G, typename Compute>
-DEFTX_INLINE void step_vector(const Pointers<Compute>& p, const Scalars<Compute>& s, int64_t k) {
-  constexpr int64_t kLanes = sizeof(Vector) / sizeof(Compute);
-  Vector w = p.values ? load<Vector>(p.values + k) : gather<Vector, T, Compute>(p.params, p.offsets + k);
-  Vector g = p.grad ? load<Vector>(p.grad + k) : gather<Vector, G, Compute>(p.grads, p.offsets + k);
-  for (int64_t q = 0; q < kLanes; ++q) {
-    prefetch(p.next_params + p.next_offsets[k + q] * int64_t{sizeof(T)});
-    if (p.grads) prefetch(p.next_grads + p.next_offsets[k + q] * int64_t{sizeof(G)});
-  }
-
+// Steps the weights w with the gradients g, of one vector's entries from the k-th on, and their moments.
+template <typename Vector, typename Compute>
+DEFTX_INLINE void update(Vector& w, Vector& g, const Pointers<Compute>& p, const Scalars<Compute>& s, int64_t k) {
   if (s.scale != 1) g /= s.scale;
   if (s.l1 != 0 || s.decay != 0) {
     const Vector distance = p.decay_to ? w - load<Vector>(p.decay_to + k) : w;
@@ -156,19 +156,41 @@ DEFTX_INLINE void step_vector(const Pointers<Compute>& p, const Scalars<Compute>
   const Vector m = s.beta1 * load<Vector>(p.exp_avg + k) + s.rest1 * g;
   const Vector v = s.beta2 * load<Vector>(p.exp_avg_sq + k) + s.rest2 * g * g;
   w -= s.step_size * (m / (root(v) / s.root_bias2 + s.eps));
-
   std::memcpy(p.exp_avg + k, &m, sizeof m);
   std::memcpy(p.exp_avg_sq + k, &v, sizeof v);
+}
+
+template <typename T>
+DEFTX_INLINE bool bits_differ(const T& one, const T& other) {
+  return std::memcmp(&one, &other, sizeof(T)) != 0;
+}
+
+// One vector's entries, from the k-th on. T, G: the parameters' and the dense gradients' types.
+template <typename Vector, typename T, typename G, typename Compute>
+DEFTX_INLINE void step_vector(const Pointers<Compute>& p, const Scalars<Compute>& s, int64_t k) {
+  constexpr int64_t kLanes = sizeof(Vector) / sizeof(Compute);
+  Vector w = p.values ? load<Vector>(p.values + k) : gather<Vector, T, Compute>(p.params, p.offsets + k);
+  Vector g = p.grad ? load<Vector>(p.grad + k) : gather<Vector, G, Compute>(p.grads, p.offsets + k);
+  for (int64_t q = 0; q < kLanes; ++q) {
+    prefetch(p.next_params + p.next_offsets[k + q] * int64_t{sizeof(T)});
+    if (p.grads) prefetch(p.next_grads + p.next_offsets[k + q] * int64_t{sizeof(G)});
+  }
+  update(w, g, p, s, k);
   if (p.values) std::memcpy(p.values + k, &w, sizeof w);
   Compute lanes[kLanes];
   std::memcpy(lanes, &w, sizeof w);
+  uint32_t changed = 0;
   for (int64_t q = 0; q < kLanes; ++q) {
     T* out = reinterpret_cast<T*>(p.params) + p.offsets[k + q];
+    T rounded;
     if constexpr (std::is_same_v<T, BFloat16>)
-      *out = p.words ? round_stochastically(lanes[q], p.words[k + q]) : static_cast<T>(lanes[q]);
+      rounded = p.words ? round_stochastically(lanes[q], p.words[k + q]) : static_cast<T>(lanes[q]);
     else
-      *out = static_cast<T>(lanes[q]);
+      rounded = static_cast<T>(lanes[q]);
+    if (p.changed) changed |= uint32_t{bits_differ(*out, rounded)} << q;
+    *out = rounded;
   }
+  if (p.changed) p.changed[k / kWord] |= changed << k % kWord;  // k is a multiple of kLanes
 }
 
 template <typename T, typename G, typename Compute>
@@ -179,6 +201,82 @@ DEFTX_CLONES void step_block(const Pointers<Compute>& pointers, const Scalars<Co
   int64_t k = 0;
   for (; k + kLanes <= n; k += kLanes) step_vector<Lanes<Compute>, T, G>(p, s, k);
   for (; k < n; ++k) step_vector<Compute, T, G>(p, s, k);
+}
+
+// ---- the step of a block in which all entries follow one another: from `weights` and `grad` to `values` ----
+
+template <typename Vector, typename Compute>
+DEFTX_INLINE void step_full_vector(const Pointers<Compute>& p, const Scalars<Compute>& s, int64_t k) {
+  Vector w = load<Vector>(p.weights + k), g = load<Vector>(p.grad + k);
+  update(w, g, p, s, k);
+  std::memcpy(p.values + k, &w, sizeof w);
+}
+
+template <typename Compute>
+DEFTX_CLONES void step_full_block(const Pointers<Compute>& pointers, const Scalars<Compute>& scalars, int64_t n) {
+  const Pointers<Compute> p = pointers;
+  const Scalars<Compute> s = scalars;
+  constexpr int64_t kLanes = sizeof(Lanes<Compute>) / sizeof(Compute);
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) step_full_vector<Lanes<Compute>>(p, s, k);
+  for (; k < n; ++k) step_full_vector<Compute>(p, s, k);
+}
+
+// Bit j: whether elements j of a and b differ, of n <= kWord.
+template <typename Bits>
+uint32_t differences(const Bits* a, const Bits* b, int64_t n) {
+  uint32_t word = 0;
+  for (int64_t j = 0; j < n; ++j) word |= uint32_t{a[j] != b[j]} << j;
+  return word;
+}
+
+#if defined(__SSE2__)
+inline __m128i equal(const uint32_t* a, const uint32_t* b) {  // 4 elements
+  return _mm_cmpeq_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
+}
+inline __m128i equal(const uint16_t* a, const uint16_t* b) {  // 8 elements
+  return _mm_cmpeq_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
+}
+inline __m128i equal_bytes(const uint16_t* a, const uint16_t* b) {  // of 16 elements
+  return _mm_packs_epi16(equal(a, b), equal(a + 8, b + 8));
+}
+inline __m128i equal_bytes(const uint32_t* a, const uint32_t* b) {
+  return _mm_packs_epi16(_mm_packs_epi32(equal(a, b), equal(a + 4, b + 4)),
+                         _mm_packs_epi32(equal(a + 8, b + 8), equal(a + 12, b + 12)));
+}
+template <typename Bits>
+uint32_t differences_of_word(const Bits* a, const Bits* b) {
+  if constexpr (sizeof(Bits) == 8)
+    return differences(a, b, kWord);
+  else {
+    const auto low = static_cast<uint32_t>(_mm_movemask_epi8(equal_bytes(a, b)));
+    const auto high = static_cast<uint32_t>(_mm_movemask_epi8(equal_bytes(a + 16, b + 16)));
+    return ~(high << 16 | low);
+  }
+}
+#else
+template <typename Bits>
+uint32_t differences_of_word(const Bits* a, const Bits* b) {
+  return differences(a, b, kWord);
+}
+#endif
+
+// Writes n <= kBlock elements, and the bits of those that change. Without a branch for each word: at small learning
+// rates about one in four changes, and wrong predictions would take longer than the writes.
+template <typename Bits>
+void replace_elements(const void* from, void* to, int64_t n, uint32_t* changed) {
+  const Bits* fresh = static_cast<const Bits*>(from);
+  Bits* out = static_cast<Bits*>(to);
+  int64_t i = 0;
+  for (; i + kWord <= n; i += kWord) {
+    changed[i / kWord] = differences_of_word(fresh + i, out + i);
+    std::memcpy(out + i, fresh + i, kWord * sizeof(Bits));
+  }
+  if (i == n) return;
+  changed[i / kWord] = differences(fresh + i, out + i, n - i);
+  std::memcpy(out + i, fresh + i, (n - i) * sizeof(Bits));
 }
 
 // ---- the step of a thread ----
@@ -208,11 +306,28 @@ template <typename Compute>
 struct Work {
   Csr params, grads;  // dense; no grads where there is a compact one
   Compact<Compute> exp_avg, exp_avg_sq, values, grad, decay_to;
+  Compact<Compute> param, dense_grad;  // of a tensor in `params` and `grads`, without its data
   Scalars<Compute> scalars;
   void (*step_block)(const Pointers<Compute>&, const Scalars<Compute>&, int64_t n);
   uint64_t seed, step;
   bool round_params, round_state;  // stochastically
+  uint32_t* changed;               // [ceil(nnz / kWord)] or null
 };
+
+// Adds the bits of n entries from `first` on. No other thread has entries of the same words.
+inline void add_changes(const uint32_t* changed, int64_t first, int64_t n, uint32_t* all) {
+  uint32_t bits[kBlock / kWord + 1] = {}, added = 0;
+  for (int64_t w = 0; w * kWord < n; ++w) {
+    const uint64_t shifted = uint64_t{changed[w]} << first % kWord;
+    bits[w] |= static_cast<uint32_t>(shifted);
+    bits[w + 1] |= static_cast<uint32_t>(shifted >> 32);
+  }
+  uint32_t* words = all + first / kWord;
+  const int64_t count = (first % kWord + n + kWord - 1) / kWord;
+  for (int64_t w = 0; w < count; ++w) added |= bits[w] & ~words[w];
+  if (added == 0) return;
+  for (int64_t w = 0; w < count; ++w) words[w] |= bits[w];
+}
 
 // Entries of one tensor.
 struct Block {
@@ -225,9 +340,11 @@ struct Worker {
   const Work<Compute>& work;
   Compute exp_avg[kBlock], exp_avg_sq[kBlock], grad[kBlock], decay_to[kBlock];
   uint32_t words[3][kBlock];
+  Compute param[kBlock];     // where all entries follow one another
+  uint16_t rounded[kBlock];  // these in 16 bits
+  uint32_t changed[kBlock / kWord];
 
   void step(const Block& block, const Block& next) {
-    const int64_t first = block.first, n = block.n;
     Pointers<Compute> p{};
     p.params = static_cast<char*>(work.params.slices[block.tensor].data);
     p.next_params = static_cast<const char*>(work.params.slices[next.tensor].data);
@@ -237,17 +354,78 @@ struct Worker {
     }
     p.offsets = block.offsets;
     p.next_offsets = next.offsets;
+    p.values = work.values.block(block.first, block.n, nullptr);
+    p.grad = work.grad.block(block.first, block.n, grad);
+    set_state(p, block.first, block.n);
+    p.words = work.round_params ? words[0] : nullptr;
+    if (work.changed) {
+      std::fill_n(changed, kBlock / kWord, 0);
+      p.changed = changed;
+    }
+    work.step_block(p, work.scalars, block.n);
+    put_state(p, block.first, block.n);
+  }
+
+  // Entries [first, first + n), which are the elements of one tensor from `element` on.
+  void step_full(int64_t tensor, int64_t element, int64_t first, int64_t n) {
+    Compact<Compute> stored = work.param, dense_grad = work.dense_grad;
+    stored.data = static_cast<char*>(work.params.slices[tensor].data);
+    char* out = stored.data + element * stored.size;
+    const bool in_place = !stored.write && !work.changed;  // without a master
+    Pointers<Compute> p{};
     p.values = work.values.block(first, n, nullptr);
+    p.weights = p.values ? p.values : stored.block(element, n, param);
+    if (!p.values) p.values = in_place ? reinterpret_cast<Compute*>(out) : param;
+    if (work.grad.data) {
+      p.grad = work.grad.block(first, n, grad);
+    } else {
+      dense_grad.data = static_cast<char*>(work.grads.slices[tensor].data);
+      p.grad = dense_grad.block(element, n, grad);
+    }
+    set_state(p, first, n);
+    step_full_block(p, work.scalars, n);
+    const auto fresh = reinterpret_cast<const char*>(p.values);
+    if (!work.changed) {
+      if (fresh != out) write(p.values, out, n);
+    } else if (!stored.write) {
+      replace(fresh, out, n);
+    } else {
+      write(p.values, rounded, n);
+      replace(rounded, out, n);
+    }
+    put_state(p, first, n);
+  }
+
+  // Writes parameters in their dtype.
+  void write(const Compute* weights, void* out, int64_t n) {
+    if constexpr (std::is_same_v<Compute, float>)
+      if (work.round_params) return round_stochastically(weights, words[0], static_cast<BFloat16*>(out), n);
+    if (work.param.write)
+      work.param.write(weights, out, n);
+    else
+      std::memcpy(out, weights, n * sizeof(Compute));
+  }
+
+  // Writes parameters and the bits of those that change.
+  void replace(const void* fresh, void* out, int64_t n) {
+    const auto function = work.param.size == 2   ? replace_elements<uint16_t>
+                          : work.param.size == 4 ? replace_elements<uint32_t>
+                                                 : replace_elements<uint64_t>;
+    function(fresh, out, n, changed);
+  }
+
+  void set_state(Pointers<Compute>& p, int64_t first, int64_t n) {
     p.exp_avg = work.exp_avg.block(first, n, exp_avg);
     p.exp_avg_sq = work.exp_avg_sq.block(first, n, exp_avg_sq);
-    p.grad = work.grad.block(first, n, grad);
     p.decay_to = work.decay_to.block(first, n, decay_to);
     if (work.round_params || work.round_state)
       philox(work.seed, work.step, static_cast<uint64_t>(first), n, words[0], words[1], words[2]);
-    p.words = work.round_params ? words[0] : nullptr;
-    work.step_block(p, work.scalars, n);
+  }
+
+  void put_state(const Pointers<Compute>& p, int64_t first, int64_t n) {
     put(work.exp_avg, first, n, p.exp_avg, words[1]);
     put(work.exp_avg_sq, first, n, p.exp_avg_sq, words[2]);
+    if (work.changed) add_changes(changed, first, n, work.changed);
   }
 
   void put(const Compact<Compute>& state, int64_t first, int64_t n, const Compute* block, const uint32_t* words) {
@@ -258,12 +436,30 @@ struct Worker {
   }
 };
 
+// Calls step(begin, end) for pieces of the entries, in threads. They begin at multiples of kWord.
+template <typename Step>
+void for_each_piece(int64_t nnz, const Step& step) {
+  torch::stable::parallel_for(0, (nnz + kWord - 1) / kWord, kGrain / kWord,
+                              [&](int64_t begin, int64_t end) { step(begin * kWord, std::min(end * kWord, nnz)); });
+}
+
+template <typename Compute>
+void step_full(const Work<Compute>& work) {
+  for_each_piece(work.params.nnz, [&](int64_t begin, int64_t end) {
+    Worker<Compute> worker{work, {}, {}, {}, {}, {}, {}, {}, {}};
+    for_each_run(work.params, begin, end, [&](const Run& run) {
+      for (int64_t i = run.begin; i < run.end; i += kBlock)
+        worker.step_full(run.tensor, i - run.row_begin, i, std::min(kBlock, run.end - i));
+    });
+  });
+}
+
 template <typename Column, typename Compute>
 void step_all(const Work<Compute>& work) {
   check_contents<Column>(work.params);
   const auto* col = static_cast<const Column*>(work.params.col);
-  torch::stable::parallel_for(0, work.params.nnz, kGrain, [&](int64_t begin, int64_t end) {
-    Worker<Compute> worker{work, {}, {}, {}, {}, {}};
+  for_each_piece(work.params.nnz, [&](int64_t begin, int64_t end) {
+    Worker<Compute> worker{work, {}, {}, {}, {}, {}, {}, {}, {}};
     Block blocks[2], *filling = &blocks[0], *before = &blocks[1];
     filling->first = before->first = begin;
     const auto advance = [&] {
@@ -304,12 +500,9 @@ double number(const Tensor& t, const char* name) {
 }
 
 template <typename Compute>
-Compact<Compute> compact(const Tensor& t, Access access, const Tensor& col_indices, const char* name) {
-  check_compact(t, Device::kCpu, col_indices, col_indices.numel(), name);
+Compact<Compute> elements_of(int32_t dtype, const char* name) {
   Compact<Compute> result;
-  result.data =
-      static_cast<char*>(access == Access::kWrite ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()));
-  with_dtype(dtype_of(t), name, [&](auto zero) {
+  with_dtype(dtype, name, [&](auto zero) {
     using T = decltype(zero);
     result.size = sizeof(T);
     if constexpr (!std::is_same_v<T, Compute>) {
@@ -321,6 +514,41 @@ Compact<Compute> compact(const Tensor& t, Access access, const Tensor& col_indic
 }
 
 template <typename Compute>
+Compact<Compute> compact(const Tensor& t, Access access, const Tensor& crow_indices, int64_t nnz, const char* name) {
+  check_compact(t, Device::kCpu, crow_indices, nnz, name);
+  Compact<Compute> result = elements_of<Compute>(dtype_of(t), name);
+  result.data =
+      static_cast<char*>(access == Access::kWrite ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()));
+  return result;
+}
+
+// Tensors of which every element is an entry: each is one row, whatever its shape.
+Csr check_full(const std::vector<Tensor>& tensors, Access access,
+               const Tensor& crow_indices) {  // int64 [tensors + 1]
+  check_tensor(crow_indices, Device::kCpu, "crow_indices");
+  const auto count = static_cast<int64_t>(tensors.size());
+  DEFTX_CHECK(crow_indices.dim() == 1 && dtype_of(crow_indices) == aoti_torch_dtype_int64() &&
+                  crow_indices.numel() == count + 1,
+              "crow_indices must be int64 [tensors + 1] = [", count + 1, "] without col_indices");
+  Csr csr{};
+  csr.crow = static_cast<const int64_t*>(crow_indices.const_data_ptr());
+  csr.dtype = tensors.empty() ? aoti_torch_dtype_float32() : dtype_of(tensors[0]);
+  csr.element_size = static_cast<int64_t>(aoti_torch_dtype_element_size(csr.dtype));
+  csr.slices.reserve(tensors.size());
+  DEFTX_CHECK(csr.crow[0] == 0, "crow_indices must begin with 0, got ", csr.crow[0]);
+  for (const Tensor& t : tensors) {
+    check_tensor(t, Device::kCpu, "every tensor");
+    DEFTX_CHECK(dtype_of(t) == csr.dtype, "tensor ", csr.rows, " has another dtype than tensor 0");
+    void* data = access == Access::kWrite ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
+    csr.slices.push_back({data, csr.rows++, t.numel()});
+    csr.nnz += t.numel();
+    DEFTX_CHECK(csr.crow[csr.rows] == csr.nnz, "crow_indices must have ", csr.nnz, " at ", csr.rows,
+                ", the number of elements of the tensors before, got ", csr.crow[csr.rows]);
+  }
+  return csr;
+}
+
+template <typename Compute>
 Scalars<Compute> rounded(const Scalars<double>& s) {
   const auto c = [](double x) { return static_cast<Compute>(x); };
   return {c(s.beta1),     c(s.rest1), c(s.beta2), c(s.rest2), c(s.root_bias2),
@@ -328,16 +556,21 @@ Scalars<Compute> rounded(const Scalars<double>& s) {
 }
 
 void sparse_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, bool compact_grads,
-                   Tensor exp_avg,                // [nnz]
-                   Tensor exp_avg_sq,             // [nnz]
-                   std::optional<Tensor> values,  // [nnz]
-                   Tensor crow_indices,           // int64 [rows + 1]
-                   Tensor col_indices,            // uint16 or int32 [nnz]
+                   Tensor exp_avg,                     // [nnz]
+                   Tensor exp_avg_sq,                  // [nnz]
+                   std::optional<Tensor> values,       // [nnz]
+                   Tensor crow_indices,                // int64 [rows + 1], or [tensors + 1] without col_indices
+                   std::optional<Tensor> col_indices,  // uint16 or int32 [nnz]
                    Tensor step, Tensor lr, double beta1, double beta2, double eps, double weight_decay,
                    std::optional<Tensor> decay_to,  // [nnz]
                    double l1, bool maximize, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-                   std::optional<int64_t> seed) {
-  const Csr csr = check_csr(params, Access::kWrite, crow_indices, col_indices, Device::kCpu);
+                   std::optional<int64_t> seed,
+                   std::optional<Tensor> changed) {  // int32 [ceil(nnz / 32)]
+  const auto csr_of = [&](const std::vector<Tensor>& tensors, Access access) {
+    return col_indices ? check_csr(tensors, access, crow_indices, *col_indices, Device::kCpu)
+                       : check_full(tensors, access, crow_indices);
+  };
+  const Csr csr = csr_of(params, Access::kWrite);
   if (csr.nnz == 0 || (found_inf && number(*found_inf, "found_inf") != 0)) return;
   const double t = number(step, "step"), rate = number(lr, "lr");
   const double scale = (maximize ? -1.0 : 1.0) * (grad_scale ? number(*grad_scale, "grad_scale") : 1.0);
@@ -351,24 +584,32 @@ void sparse_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, bool c
     Work<Compute> work{};
     work.params = csr;
     work.scalars = rounded<Compute>(scalars);
-    work.exp_avg = compact<Compute>(exp_avg, Access::kWrite, col_indices, "exp_avg");
-    work.exp_avg_sq = compact<Compute>(exp_avg_sq, Access::kWrite, col_indices, "exp_avg_sq");
+    work.param = elements_of<Compute>(csr.dtype, "params");
+    work.exp_avg = compact<Compute>(exp_avg, Access::kWrite, crow_indices, csr.nnz, "exp_avg");
+    work.exp_avg_sq = compact<Compute>(exp_avg_sq, Access::kWrite, crow_indices, csr.nnz, "exp_avg_sq");
     DEFTX_CHECK(dtype_of(exp_avg) == dtype_of(exp_avg_sq), "exp_avg and exp_avg_sq must have the same dtype");
     if (values) {
       DEFTX_CHECK(dtype_of(*values) == compute, "values must be float32, or float64 for float64 params");
-      work.values = compact<Compute>(*values, Access::kWrite, col_indices, "values");
+      work.values = compact<Compute>(*values, Access::kWrite, crow_indices, csr.nnz, "values");
     }
     std::vector<Tensor> written = params;
     written.insert(written.end(), {exp_avg, exp_avg_sq});
     if (values) written.push_back(*values);
-    check_apart(written, "params, exp_avg, exp_avg_sq and values");
-    if (decay_to) work.decay_to = compact<Compute>(*decay_to, Access::kRead, col_indices, "decay_to");
+    if (changed) {
+      check_compact(*changed, Device::kCpu, crow_indices, (csr.nnz + kWord - 1) / kWord, "changed");
+      DEFTX_CHECK(dtype_of(*changed) == aoti_torch_dtype_int32(), "changed must be int32 [ceil(nnz / 32)]");
+      work.changed = static_cast<uint32_t*>(changed->mutable_data_ptr());
+      written.push_back(*changed);
+    }
+    check_apart(written, "params, exp_avg, exp_avg_sq, values and changed");
+    if (decay_to) work.decay_to = compact<Compute>(*decay_to, Access::kRead, crow_indices, csr.nnz, "decay_to");
     if (compact_grads) {
       DEFTX_CHECK(grads.size() == 1, "grads must be one compact tensor");
-      work.grad = compact<Compute>(grads[0], Access::kRead, col_indices, "grads");
+      work.grad = compact<Compute>(grads[0], Access::kRead, crow_indices, csr.nnz, "grads");
     } else {
-      work.grads = check_csr(grads, Access::kRead, crow_indices, col_indices, Device::kCpu);
       DEFTX_CHECK(grads.size() == params.size(), "grads must have one tensor for each of params");
+      work.grads = csr_of(grads, Access::kRead);
+      work.dense_grad = elements_of<Compute>(work.grads.dtype, "grads");
       for (size_t i = 0; i < grads.size(); ++i)
         DEFTX_CHECK(grads[i].numel() == params[i].numel() && work.grads.slices[i].columns == csr.slices[i].columns,
                     "gradient ", i, " has another shape than its parameter");
@@ -386,7 +627,10 @@ void sparse_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, bool c
     work.round_state = seed && dtype_of(exp_avg) == aoti_torch_dtype_bfloat16();
     work.seed = static_cast<uint64_t>(seed.value_or(0));
     work.step = t >= 0 && t < 0x1p63 ? static_cast<uint64_t>(t) : 0;  // other numbers have no integer
-    csr.wide ? step_all<int32_t>(work) : step_all<uint16_t>(work);
+    if (!col_indices)
+      step_full(work);
+    else
+      csr.wide ? step_all<int32_t>(work) : step_all<uint16_t>(work);
   };
   csr.dtype == aoti_torch_dtype_float64() ? step_in(double{}) : step_in(float{});
 }

@@ -9,6 +9,7 @@ from deftx_kernels.delta.merging import merge
 from deftx_kernels.delta.patch import SparsePatch
 from deftx_kernels.delta.sparse_delta import SparseDelta, compose
 from deftx_kernels.delta.storage import CONFIG_NAME, WEIGHTS_NAME
+from deftx_kernels.delta.tracked import tracked_patch
 
 __all__ = [
     "CONFIG_NAME",
@@ -21,4 +22,5 @@ __all__ = [
     "compose",
     "fingerprint",
     "merge",
+    "tracked_patch",
 ]

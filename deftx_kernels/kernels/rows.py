@@ -106,6 +106,33 @@ def locate(
     return element, other
 
 
+@triton.jit
+def _elements_in(table, other_table, starts, n_tensors, tensor, entry, DTYPE: tl.constexpr, OTHER: tl.constexpr):
+    """As `_addresses_in`, for tensors that are one row each, whose entries are all elements."""
+    index = entry - tl.load(starts + tensor)
+    index = tl.maximum(tl.minimum(index, tl.load(table + 2 * n_tensors + tensor)), 0)
+    element = tl.load(table + tensor).to(tl.pointer_type(DTYPE)) + index
+    other = element
+    if other_table is not None:
+        other = tl.load(other_table + tensor).to(tl.pointer_type(OTHER)) + index
+    return element, other
+
+
+@triton.jit
+def locate_full(
+    table, other_table, starts, n_tensors, start, end, entry,
+    DTYPE: tl.constexpr, OTHER: tl.constexpr, WAYS: tl.constexpr,
+):  # fmt: skip
+    """As `locate`, where each tensor is one row and every element an entry. starts: int64 [n_tensors + 1]."""
+    first, last = _search(starts, n_tensors, start, end - 1, WAYS)
+    if first == last:
+        element, other = _elements_in(table, other_table, starts, n_tensors, first, entry, DTYPE, OTHER)
+    else:
+        tensor = first + _search_each(starts, first, last, entry)
+        element, other = _elements_in(table, other_table, starts, n_tensors, tensor, entry, DTYPE, OTHER)
+    return element, other
+
+
 # ---- for the launchers ----
 def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple([t.data_ptr() for t in tensors])

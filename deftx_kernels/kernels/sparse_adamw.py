@@ -11,12 +11,21 @@ import triton
 import triton.language as tl
 
 from deftx_kernels.kernels.launch import Launcher, cdiv, on
-from deftx_kernels.kernels.rows import TRITON_DTYPE, WAYS, addresses, gradient_table, locate, tensor_table
+from deftx_kernels.kernels.rows import (
+    TRITON_DTYPE,
+    WAYS,
+    addresses,
+    gradient_table,
+    locate,
+    locate_full,
+    tensor_table,
+)
 
 # Fixed, not tuned: an autotuner would run the in-place update several times. 4 entries a thread make 16-byte loads of
 # the float32 state; 69 to 102 registers (float64: 110) leave 4 to 7 programs a multiprocessor. Not timed yet.
-BLOCK = 512
+BLOCK = 512  # a multiple of 32: no word of `changed` belongs to two programs
 NUM_WARPS = 4
+BITS = {2: tl.int16, 4: tl.int32, 8: tl.int64}  # by element size
 
 
 @triton.jit
@@ -58,17 +67,31 @@ def _round(x, word, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
+def _mark(changed, start, old, new, inside, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Set the bits of the entries [BLOCK] whose bits differ."""
+    differs = old.to(BITS, bitcast=True) != new.to(BITS, bitcast=True)
+    if inside is not None:
+        differs &= inside
+    place = tl.arange(0, BLOCK) % 32
+    word = tl.sum(tl.reshape(differs.to(tl.int32) << place, (BLOCK // 32, 32)), 1)  # of distinct powers of 2
+    at = changed + start // 32 + tl.arange(0, BLOCK // 32)
+    before = tl.load(at, mask=word != 0, other=0)
+    tl.store(at, before | word, mask=(word & ~before) != 0)
+
+
+@triton.jit
 def _step(
     table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr, grad_scale,
-    rows, n_tensors, start, end, entry, inside, beta1, beta2, log_beta1, log_beta2, eps, weight_decay, l1, seed,
-    MAXIMIZE: tl.constexpr, HAS_L1: tl.constexpr, HAS_SEED: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
-    WAYS: tl.constexpr,
+    changed, rows, n_tensors, start, end, entry, inside, beta1, beta2, log_beta1, log_beta2, eps, weight_decay, l1,
+    seed, MAXIMIZE: tl.constexpr, HAS_L1: tl.constexpr, HAS_SEED: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
     state: tl.constexpr = exp_avg.dtype.element_ty
     compute: tl.constexpr = tl.float64 if state == tl.float64 else tl.float32
     round_param: tl.constexpr = HAS_SEED and values is None  # a float32 master keeps what rounding to nearest loses
     # Loads whose addresses are known come before the search, so that both run at the same time.
-    columns = tl.load(col_indices + entry, mask=inside)
+    if col_indices is not None:
+        columns = tl.load(col_indices + entry, mask=inside)
     m = tl.load(exp_avg + entry, mask=inside).to(compute)
     v = tl.load(exp_avg_sq + entry, mask=inside).to(compute)
     if values is not None:
@@ -76,13 +99,18 @@ def _step(
     if grad is not None:
         g = tl.load(grad + entry, mask=inside).to(compute)
 
-    param, source = locate(
-        table, grad_table, crow_indices, rows, n_tensors, start, end, entry, columns, PARAM, GRAD, WAYS
-    )  # fmt: skip
+    if col_indices is None:
+        param, source = locate_full(table, grad_table, crow_indices, n_tensors, start, end, entry, PARAM, GRAD, WAYS)
+    else:
+        param, source = locate(
+            table, grad_table, crow_indices, rows, n_tensors, start, end, entry, columns, PARAM, GRAD, WAYS
+        )  # fmt: skip
     if grad is None:
         g = tl.load(source, mask=inside).to(compute)
+    if values is None or changed is not None:
+        old = tl.load(param, mask=inside)
     if values is None:
-        w = tl.load(param, mask=inside).to(compute)
+        w = old.to(compute)
 
     # The scalars in float64, once a program: 1 - beta ** step in float32 would lose most digits at the first steps.
     number = tl.load(step).to(tl.float64)
@@ -115,7 +143,10 @@ def _step(
     tl.store(exp_avg_sq + entry, _round(v, word2, state, HAS_SEED), mask=inside)
     if values is not None:
         tl.store(values + entry, w, mask=inside)
-    tl.store(param, _round(w, word0, PARAM, round_param), mask=inside)
+    new = _round(w, word0, PARAM, round_param)
+    if changed is not None:
+        _mark(changed, start, old, new, inside, BITS, BLOCK)
+    tl.store(param, new, mask=inside)
 
 
 # Numbers that change from step to step or from mask to mask: Triton must not compile again for some of their values.
@@ -134,11 +165,12 @@ def _sparse_adamw_kernel(
     values,  # [nnz] or None
     decay_to,  # [nnz] or None
     crow_indices,  # int64 [rows + 1]
-    col_indices,  # uint16 or int32 [nnz]
+    col_indices,  # uint16 or int32 [nnz]; None: every element of the tensors is an entry, a tensor is a row
     step,  # [1]
     lr,  # [1]
     grad_scale,  # [1] or None
     found_inf,  # [1] or None
+    changed,  # int32 [ceil(nnz / 32)] or None
     nnz: tl.int64,
     rows: tl.int64,
     n_tensors: tl.int64,
@@ -155,6 +187,7 @@ def _sparse_adamw_kernel(
     HAS_SEED: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
+    BITS: tl.constexpr,  # the integer of PARAM's size
     BLOCK: tl.constexpr,
     WAYS: tl.constexpr,
 ):
@@ -168,7 +201,8 @@ def _sparse_adamw_kernel(
         parameter       2 f/d elements (read and written; sectors are partly written, so the master saves no read)
         gradient        f/d elements if dense, 1 element if compact
     bfloat16 with dense gradients, master, float32 state, d = 5 %: 26 + 3 * 0.56 / 0.05 * 2 = 93 bytes; compact
-    gradient: 73. The search adds 8 bytes per row, and its probes hit L2.
+    gradient: 73. The search adds 8 bytes per row, and its probes hit L2. `changed` adds at most 1/4, and, beside
+    a master, the read of the parameter.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     end = tl.minimum(start + BLOCK, nnz.to(tl.int64))
@@ -181,14 +215,14 @@ def _sparse_adamw_kernel(
         if end - start == BLOCK:
             _step(
                 table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr,
-                grad_scale, rows, n_tensors, start, end, entry, None, beta1, beta2, log_beta1, log_beta2, eps,
-                weight_decay, l1, seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, WAYS,
+                grad_scale, changed, rows, n_tensors, start, end, entry, None, beta1, beta2, log_beta1, log_beta2, eps,
+                weight_decay, l1, seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, BITS, BLOCK, WAYS,
             )  # fmt: skip
         else:
             _step(
                 table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr,
-                grad_scale, rows, n_tensors, start, end, entry, entry < end, beta1, beta2, log_beta1, log_beta2, eps,
-                weight_decay, l1, seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, WAYS,
+                grad_scale, changed, rows, n_tensors, start, end, entry, entry < end, beta1, beta2, log_beta1,
+                log_beta2, eps, weight_decay, l1, seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, BITS, BLOCK, WAYS,
             )  # fmt: skip
 
 
@@ -210,24 +244,28 @@ def sparse_adamw_(args: Any) -> None:
 
     args: the operator's arguments as attributes, `deftx_kernels.ops.schemas.AdamWArgs`.
     """
-    nnz, rows = args.col_indices.numel(), args.crow_indices.numel() - 1
+    nnz, rows = args.exp_avg.numel(), args.crow_indices.numel() - 1
     if nnz == 0:
         return
-    device, written = args.exp_avg.device, addresses(args.params)
-    dtype, grad_dtype = args.params[0].dtype, args.grads[0].dtype
+    params, grads = args.params, args.grads
+    if args.col_indices is None:  # each tensor is one row
+        params = [p.view(-1) for p in params]
+        grads = grads if args.compact_grads else [g.view(-1) for g in grads]
+    device, written = args.exp_avg.device, addresses(params)
+    dtype, grad_dtype = params[0].dtype, grads[0].dtype
     flags = (args.maximize, args.l1 != 0, args.seed is not None)
     with on(device):
-        table = tensor_table(device, written, args.params, written, rows, written=True)
-        grad_table = None if args.compact_grads else gradient_table(device, written, args.grads, args.params)
+        table = tensor_table(device, written, params, written, rows, written=True)
+        grad_table = None if args.compact_grads else gradient_table(device, written, grads, params)
         tensors = (
-            table, grad_table, args.grads[0] if args.compact_grads else None, args.exp_avg, args.exp_avg_sq,
+            table, grad_table, grads[0] if args.compact_grads else None, args.exp_avg, args.exp_avg_sq,
             args.values, args.decay_to if args.weight_decay or args.l1 else None, args.crow_indices, args.col_indices,
-            args.step, args.lr, args.grad_scale, args.found_inf,
+            args.step, args.lr, args.grad_scale, args.found_inf, args.changed,
         )  # fmt: skip
         beta1, beta2 = args.beta1, args.beta2
         scalars = _bits(beta1, beta2, _log(beta1), _log(beta2), args.eps, args.weight_decay, args.l1)
         _launch(
             (cdiv(nnz, BLOCK), 1, 1), (*flags, dtype, grad_dtype), tensors,
-            (nnz, rows, len(args.params), *scalars, args.seed or 0),
-            *flags, TRITON_DTYPE[dtype], TRITON_DTYPE[grad_dtype], BLOCK, WAYS,
+            (nnz, rows, len(params), *scalars, args.seed or 0),
+            *flags, TRITON_DTYPE[dtype], TRITON_DTYPE[grad_dtype], BITS[dtype.itemsize], BLOCK, WAYS,
         )  # fmt: skip

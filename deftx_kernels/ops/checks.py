@@ -8,6 +8,7 @@ wait for a GPU; only those in `CONTENTS` do, for the reference.
 
 import functools
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ Dtypes = frozenset[torch.dtype]
 _WIDE_FLOATS: Dtypes = frozenset((torch.float32, torch.float64))
 _COLUMNS: Dtypes = frozenset((torch.uint16, torch.int32))
 _INDICES: Dtypes = frozenset((torch.int32, torch.int64))
+_INT32: Dtypes = frozenset((torch.int32,))
 _INT64: Dtypes = frozenset((torch.int64,))
 
 
@@ -300,19 +302,23 @@ def csr_sum(
 
 def sparse_adamw_(*arguments: Any) -> None:
     args = AdamWArgs(*arguments)
-    csr_gather(args.params, args.crow_indices, args.col_indices, FLOATS)
+    device = args.crow_indices.device
+    if args.col_indices is None:
+        _dense(args.params, "params", device, FLOATS)
+    else:
+        csr_gather(args.params, args.crow_indices, args.col_indices, FLOATS)
     if args.params:
         sparse_adamw_compact(*arguments)
         if not args.compact_grads:
             dtype = args.params[0].dtype
-            _dense(args.grads, "grads", args.col_indices.device, frozenset((dtype, compute_dtype(dtype))))
+            _dense(args.grads, "grads", device, frozenset((dtype, compute_dtype(dtype))))
             for i, (p, g) in enumerate(zip(args.params, args.grads)):
                 if g.shape != p.shape:
                     raise ValueError(
                         f"grads[{i}] must have the shape of its parameter, {list(p.shape)}, got {list(g.shape)}"
                     )
-    written = [args.exp_avg, args.exp_avg_sq, *([] if args.values is None else [args.values])]
-    _apart([*args.params, *written], "params, exp_avg, exp_avg_sq and values")
+    written = [t for t in (args.exp_avg, args.exp_avg_sq, args.values, args.changed) if t is not None]
+    _apart([*args.params, *written], "params, exp_avg, exp_avg_sq, values and changed")
 
 
 def sparse_adamw_compact(*arguments: Any) -> None:
@@ -320,14 +326,26 @@ def sparse_adamw_compact(*arguments: Any) -> None:
     args = AdamWArgs(*arguments)
     if not args.params:
         raise ValueError("params must hold at least one tensor")
-    device, nnz, dtype = args.col_indices.device, args.col_indices.shape[0], args.params[0].dtype
+    device, dtype = args.crow_indices.device, args.params[0].dtype
     _float_dtype(dtype, "params")
     compute = frozenset((compute_dtype(dtype),))
-    _mask(args.crow_indices, args.col_indices)
+    if args.col_indices is None:
+        _contiguous(args.crow_indices, "crow_indices", device, _INT64)
+        if args.crow_indices.shape != (len(args.params) + 1,):
+            size = f"[{len(args.params) + 1}]"
+            raise ValueError(f"crow_indices must have shape {size} without col_indices: the params and one more")
+        nnz = sum(p.numel() for p in args.params)
+    else:
+        _mask(args.crow_indices, args.col_indices)
+        nnz = args.col_indices.shape[0]
     state = compute if dtype == torch.float64 else compute | {torch.bfloat16}
     _compact(args.exp_avg, "exp_avg", device, state, nnz)
     _compact(args.exp_avg_sq, "exp_avg_sq", device, frozenset((args.exp_avg.dtype,)), nnz)
     _compact(args.values, "values", device, compute, nnz)
+    if args.changed is not None:
+        _contiguous(args.changed, "changed", device, _INT32)
+        if args.changed.shape != (words := -(-nnz // 32),):
+            raise ValueError(f"changed must have shape [ceil(nnz / 32)] = [{words}], got {list(args.changed.shape)}")
     _compact(args.decay_to, "decay_to", device, compute | {dtype}, nnz)
     if len(args.grads) != (1 if args.compact_grads else len(args.params)):
         wanted = "one compact tensor" if args.compact_grads else "one tensor for each of params"
@@ -450,7 +468,10 @@ def _sum_contents(
 
 def _adamw_contents(*arguments: Any) -> None:
     args = AdamWArgs(*arguments)
-    _csr_contents(args.params, args.crow_indices, args.col_indices)
+    if args.col_indices is not None:
+        _csr_contents(args.params, args.crow_indices, args.col_indices)
+    elif args.crow_indices.tolist() != [*accumulate((p.numel() for p in args.params), initial=0)]:
+        raise ValueError("crow_indices must hold where each of params begins, and the number of their elements")
 
 
 def _linear_contents(grad_output: Tensor, input: Tensor, crow_indices: Tensor, col_indices: Tensor, *rest: Any) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.kernels.tensors import FLOATS, INTEGERS, rows_and_columns
+from deftx_kernels.ops.reference_adamw import philox, sparse_adamw_  # noqa: F401
 from deftx_kernels.ops.reference_bits import bit_checksum, bit_checksum_change, bit_diff, flat_exchange_  # noqa: F401
 from deftx_kernels.ops.reference_csr import csr_add_, csr_gather, csr_restore_, csr_scatter_  # noqa: F401
-from deftx_kernels.ops.schemas import ELECTIONS, OPERATIONS, SCOPES, AdamWArgs, column_dtype, compute_dtype
+from deftx_kernels.ops.schemas import ELECTIONS, OPERATIONS, SCOPES, column_dtype, compute_dtype
 
 _CHUNK = 1 << 22  # elements of temporary memory per step
 
@@ -343,79 +344,8 @@ def low_rank_denoised(delta: Tensor, left: Tensor, right: Tensor, cut: Tensor) -
     return denoised
 
 
-# ---- AdamW ----
 def csr_square_sum(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     return csr_gather(tensors, crow_indices, col_indices).to(torch.float64).square().sum()
-
-
-def philox(seed: int, step: Tensor, n: int) -> Tensor:
-    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the key `seed` and the
-    counters (0 ... n - 1, step), two 32-bit words each, the lower first: int64 [4, n]."""
-    entry, step = torch.arange(n, device=step.device), step.to(torch.int64).view(()).expand(n)
-    low = 0xFFFFFFFF
-    counter = [entry & low, entry >> 32, step & low, step >> 32]
-    key = [seed & low, seed >> 32]
-    for _ in range(10):
-        high0, low0 = _product(0xD2511F53, counter[0])
-        high1, low1 = _product(0xCD9E8D57, counter[2])
-        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
-        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
-    return torch.stack(counter)
-
-
-def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The upper and the lower 32 bits of the product of 32-bit numbers, in int64 arithmetic."""
-    lower = a * (b & 0xFFFF)
-    upper = a * (b >> 16) + (lower >> 16)
-    return upper >> 16, (upper & 0xFFFF) << 16 | lower & 0xFFFF
-
-
-def round_stochastically(x: Tensor, words: Tensor) -> Tensor:
-    """float32 to a bfloat16 neighbour, each as likely as x is near to it. words: int64, of which 16 bits are used."""
-    bits = (x.view(torch.int32).to(torch.int64) + (words & 0xFFFF)) >> 16
-    return torch.where(x.isnan(), x.to(torch.bfloat16), bits.to(torch.int16).view(torch.bfloat16))
-
-
-def sparse_adamw_(*arguments) -> None:
-    """`torch.optim.AdamW`'s arithmetic (Loshchilov & Hutter 2019, algorithm 2) on the gathered entries."""
-    args = AdamWArgs(*arguments)
-    mask = args.crow_indices, args.col_indices
-    old_param = csr_gather(args.params, *mask)
-    compute = compute_dtype(old_param.dtype)
-    step, lr = args.step.to(torch.float64).view(()), args.lr.to(torch.float64).view(())
-    weight = old_param.to(compute) if args.values is None else args.values
-    gradient = (args.grads[0] if args.compact_grads else csr_gather(args.grads, *mask)).to(compute)
-    if args.grad_scale is not None:
-        gradient = gradient / args.grad_scale.to(compute).view(())
-    if args.maximize:
-        gradient = -gradient
-    distance = weight - (0.0 if args.decay_to is None else args.decay_to.to(compute))
-    if args.l1:
-        gradient = gradient + args.l1 * torch.sign(distance)
-    new_weight = weight - (lr * args.weight_decay).to(compute) * distance if args.weight_decay else weight
-    new_exp_avg = torch.lerp(args.exp_avg.to(compute), gradient, 1 - args.beta1)
-    new_exp_avg_sq = args.beta2 * args.exp_avg_sq.to(compute) + (1 - args.beta2) * gradient * gradient
-    correction1, correction2 = 1 - args.beta1**step, 1 - args.beta2**step
-    denominator = (new_exp_avg_sq.sqrt() / correction2.sqrt().to(compute)).add_(args.eps)
-    new_weight = new_weight - (lr / correction1).to(compute) * (new_exp_avg / denominator)
-
-    words = None if args.seed is None else philox(args.seed, args.step, len(args.col_indices))
-
-    def stored(x: Tensor, old: Tensor, word: int, exact: bool = False) -> Tensor:
-        """x in the dtype of `old`, which it replaces; `old` itself in a step that is skipped."""
-        if words is not None and old.dtype == torch.bfloat16 and not exact:
-            new = round_stochastically(x, words[word])
-        else:
-            new = x.to(old.dtype)
-        return new if args.found_inf is None else torch.where(args.found_inf.view(()) != 0, old, new)
-
-    # Beside a float32 master, which keeps the exact values, parameters are rounded to nearest.
-    new_param = stored(new_weight, old_param, 0, exact=args.values is not None)
-    if args.values is not None:
-        args.values.copy_(stored(new_weight, args.values, 0))
-    args.exp_avg.copy_(stored(new_exp_avg, args.exp_avg, 1))
-    args.exp_avg_sq.copy_(stored(new_exp_avg_sq, args.exp_avg_sq, 2))
-    csr_scatter_(args.params, *mask, new_param)
 
 
 # ---- masked weight gradients ----

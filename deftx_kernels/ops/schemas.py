@@ -114,11 +114,15 @@ SCHEMAS = {
     # 2 and 0 of Philox4x32-10 with the key seed and the counter (entry, step), both as (low 32 bits, high 32 bits), are
     # for exp_avg, exp_avg_sq and the parameter; a word's low 16 bits are added to the float32 bits, whose upper 16 are
     # kept (NaN: rounded to nearest).
+    # Without col_indices every element of the params is an entry, in their order: each tensor counts as one row, and
+    # crow_indices int64 [tensors + 1] holds where they begin.
+    # changed: int32 [ceil(nnz / 32)]; bit j % 32 of word j // 32 is set where the bits stored in the params at entry j
+    # differ from those that were there. Other bits stay.
     "sparse_adamw_": (
         "(Tensor(a!)[] params, Tensor[] grads, bool compact_grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
-        " Tensor(d!)? values, Tensor crow_indices, Tensor col_indices, Tensor step, Tensor lr, float beta1,"
+        " Tensor(d!)? values, Tensor crow_indices, Tensor? col_indices, Tensor step, Tensor lr, float beta1,"
         " float beta2, float eps, float weight_decay, Tensor? decay_to, float l1, bool maximize, Tensor? grad_scale,"
-        " Tensor? found_inf, int? seed) -> ()"
+        " Tensor? found_inf, int? seed, Tensor(e!)? changed=None) -> ()"
     ),
     # The sum of the masked entries' squares, float64 [], in an order that depends on nothing but their number.
     "csr_square_sum": "(Tensor[] tensors, Tensor crow_indices, Tensor col_indices) -> Tensor",
@@ -179,8 +183,8 @@ class AdamWArgs(NamedTuple):
     exp_avg: Tensor  # [nnz]
     exp_avg_sq: Tensor  # [nnz]
     values: Tensor | None  # [nnz]
-    crow_indices: Tensor  # int64 [rows + 1]
-    col_indices: Tensor  # uint16 or int32 [nnz]
+    crow_indices: Tensor  # int64 [rows + 1], or [tensors + 1] without col_indices
+    col_indices: Tensor | None  # uint16 or int32 [nnz]
     step: Tensor  # one element, as lr, grad_scale and found_inf
     lr: Tensor
     beta1: float
@@ -193,6 +197,7 @@ class AdamWArgs(NamedTuple):
     grad_scale: Tensor | None
     found_inf: Tensor | None
     seed: int | None
+    changed: Tensor | None = None  # int32 [ceil(nnz / 32)]
 
 
 def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:

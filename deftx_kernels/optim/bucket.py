@@ -1,6 +1,6 @@
-"""The masked parameters of an optimizer, in buckets: a step is one launch for each bucket."""
+"""The parameters that an optimizer steps with the kernel, in buckets: a step is one launch for each bucket."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -10,33 +10,37 @@ from torch import Tensor
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import entries_of
 from deftx_kernels.ops.schemas import compute_dtype
+from deftx_kernels.optim.full import FullMask
 from deftx_kernels.optim.functional import CompactState, StepOptions, apply_step, check_targets
+from deftx_kernels.optim.marks import set_bits
 from deftx_kernels.validation import scalar
 
-# Name in the mask → (dense tensor, parameter), of parameters that the mask covers. The parameter is the dense tensor
+# Name in the mask → (dense tensor, parameter), of parameters that a mask covers. The parameter is the dense tensor
 # itself or the compact values [nnz] of a sparsified model.
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 class Bucket:
-    """Masked parameters of one group, dtype and device. Their compact state is one flat buffer, a step one launch.
+    """Parameters of one group, dtype and device. Their compact state is one flat buffer, a step one launch.
 
     Args:
         group: the parameter group, whose options are read at each step.
         optimizer_state: of all parameters. It is copied into the bucket's buffers and replaced by views of them.
         pairs: the parameters, all dense or all compact.
         mask, decay_to: of the whole optimizer.
+        track_changes: mark the entries whose stored bits the steps change.
     """
 
     def __init__(
         self,
-        group: dict[str, Any],
+        group: Mapping[str, Any],
         optimizer_state: dict[Tensor, Any],
         pairs: Pairs,
         mask: CSRMask,
         decay_to: dict[str, Tensor] | None,
+        track_changes: bool = False,
     ) -> None:
-        self.arguments = group, optimizer_state, pairs, mask, decay_to
+        self.arguments = group, optimizer_state, pairs, mask, decay_to, track_changes
         self.group, self.optimizer_state = group, optimizer_state
         self.names = sorted(pairs)
         self.dense, self.params = ([pairs[name][i] for name in self.names] for i in (0, 1))
@@ -63,6 +67,8 @@ class Bucket:
             self._flat_state("values", compute) if has_master else None,
             None if decay_to is None else torch.cat([decay_to[n] for n in self.names]).to(self.device, compute),
         )
+        words = -(-self.mask.nnz // 32)
+        self.changed = torch.zeros(words, dtype=torch.int32, device=self.device) if track_changes else None
         self.steps = self._flat_state("step", torch.float32)
         self.first_step = self.steps[0]
         self.steps_differ = len(set(self.steps.tolist())) > 1
@@ -76,8 +82,8 @@ class Bucket:
         a single parameter it is that parameter's own state, so that `split` copies nothing.
         """
         saved = [state.get(key) for state in self.states]
-        if key != "step":  # a loaded state keeps its dtype
-            dtype = next((t.dtype for t in saved if t is not None), dtype)
+        if key != "step":  # a loaded state keeps its dtype; that of fused AdamW may have float16
+            dtype = next((t.dtype for t in saved if t is not None and t.dtype != torch.float16), dtype)
         if len(saved) == 1 and saved[0] is not None:
             flat = saved[0].to(self.device, dtype).contiguous().view(-1)
         elif key == "values":
@@ -102,11 +108,22 @@ class Bucket:
         return any(state.get(key) is not view for state, key, view in self.views)
 
     def split(self) -> list["Bucket"]:
-        """The bucket; or one for each parameter where steps differ (a launch has one) or some have no gradient."""
+        """The bucket; or one for each parameter where steps differ (a launch has one) or some have no gradient. Their
+        states stay where they are in memory.
+        """
         if not self.steps_differ and len({p.grad is None for p in self.params}) == 1:
             return [self]
-        group, optimizer_state, pairs, mask, decay_to = self.arguments
-        return [Bucket(group, optimizer_state, {name: pairs[name]}, mask, decay_to) for name in self.names]
+        group, state, pairs, mask, decay_to, track_changes = self.arguments
+        return [Bucket(group, state, {n: pairs[n]}, mask, decay_to, track_changes) for n in self.names]
+
+    def marked(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(dense tensor, int64 [any number] flat indices of its marked entries, ascending), for each tensor."""
+        assert self.changed is not None
+        offsets = self.mask.entry_offsets
+        for name, dense, start, end in zip(self.names, self.dense, offsets, offsets[1:]):
+            entries = set_bits(self.changed, start, end)
+            full = isinstance(self.mask, FullMask) or not len(entries)
+            yield dense, entries if full else self.mask[name].flat_indices()[entries]
 
     def square_sums(self) -> list[Tensor]:
         """float64, each [any number]: sums of squares of masked gradients, which add up to that of all."""
@@ -134,7 +151,8 @@ class Bucket:
         options = options._replace(lr=lr, seed=options.seed + self.seed_offset)
         self.steps.add_(1.0)
         try:
-            apply_step(self.dense, grads, self.state, self.first_step, self.mask, options, grad_scale, found_inf)
+            step = self.first_step, self.mask, options, grad_scale, found_inf, self.changed
+            apply_step(self.dense, grads, self.state, *step)
         except Exception:
             self.steps.sub_(1.0)
             raise

@@ -141,8 +141,11 @@ def apply_step(
     options: StepOptions,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    changed: Tensor | None = None,  # int32 [ceil(nnz / 32)]
 ) -> None:
-    """`sparse_adamw` of targets and state that `check_targets` has checked, and of a checked `decay_to`."""
+    """`sparse_adamw` of targets and state that `check_targets` has checked, and of a checked `decay_to`. In `changed`,
+    if given, the bits of the entries that change are set (see the operator `sparse_adamw_`).
+    """
     dtype, device, decay_to = targets[0].dtype, mask.device, state.decay_to
     if decay_to is not None:
         decay_to = decay_to.detach().to(compute_dtype(dtype)).contiguous()
@@ -174,6 +177,7 @@ def apply_step(
         grad_scale=None if grad_scale is None else scalar(grad_scale, "grad_scale", device),
         found_inf=None if found_inf is None else scalar(found_inf, "found_inf", device),
         seed=options.seed if options.stochastic_rounding else None,
+        changed=changed,
     )
     with torch.no_grad():
         try:

@@ -1,8 +1,9 @@
-"""SparseAdamW: AdamW with state and steps of the size of the mask."""
+"""SparseAdamW: AdamW with state and steps of the size of the mask, or of every entry; its changes as patches."""
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections import ChainMap
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -14,12 +15,15 @@ from torch.optim.adamw import adamw
 
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import entries_of
+from deftx_kernels.optim.arguments import check_options, check_same_mask, name_in_mask, trainable
 from deftx_kernels.optim.bucket import Bucket, Pairs
-from deftx_kernels.validation import check_hyperparameters, check_int, check_plain, dense_name, is_number, plain_name
+from deftx_kernels.optim.full import FullMask
+from deftx_kernels.optim.tracking import ChangeTracker
+from deftx_kernels.validation import check_float, check_plain, is_number
 
 
 class SparseAdamW(Optimizer):
-    """`torch.optim.AdamW` (Loshchilov & Hutter 2019) at the entries of a mask.
+    """`torch.optim.AdamW` (Loshchilov & Hutter 2019) at the entries of a mask, or, without one, at every entry.
 
     Parameters that the mask covers, and the compact `values` of a model that `sparsify` changed with it, get compact
     moments (8 bytes for each entry in float32) and steps of one kernel launch; entries outside the mask stay
@@ -33,7 +37,8 @@ class SparseAdamW(Optimizer):
         named_params: `model.named_parameters()`, or parameter groups whose "params" are (name, parameter) pairs.
             Parameters that need no gradient are left out. Prefixes of `torch.compile`, activation checkpointing and
             DistributedDataParallel in the names are ignored.
-        mask: the entries to train.
+        mask: the entries to train; None: every entry of every parameter (dense AdamW). The options below that name
+            masked entries then apply to all.
         lr: learning rate, a float or a 0-d tensor.
         betas, eps, weight_decay, maximize: as in `torch.optim.AdamW`. Groups may set these and the options below
             themselves.
@@ -45,6 +50,9 @@ class SparseAdamW(Optimizer):
             torch.bfloat16.
         stochastic_rounding: of masked entries kept in bfloat16 (moments; parameters without a float32 copy).
         seed: of the stochastic rounding, 0 <= seed < 2**31. Runs with one seed are equal bit by bit, also resumed ones.
+        track_changes: mark the entries whose stored bits the steps change, one bit for each entry, for `take_patch`.
+            Parameters that the mask does not cover are then stepped by this library's kernel, too, with float32 moments
+            (float64 for float64 parameters).
 
     Raises:
         ValueError, TypeError: parameters without names, a value out of range, a mask that does not fit the parameters,
@@ -64,14 +72,15 @@ class SparseAdamW(Optimizer):
 
     # Read by torch.amp.GradScaler: it passes grad_scale and found_inf instead of unscaling and synchronising.
     _step_supports_amp_scaling = True
-    _buckets: list[Bucket] | None  # of the masked parameters; None until the next step needs them
+    _buckets: list[Bucket] | None = None  # of parameters that the kernel steps; None until the next step needs them
     _dense_params: list[list[Tensor]]  # the other parameters of each group
     _clip_divisor: Tensor | None  # what the next step divides gradients by
+    _tracker: ChangeTracker | None = None
 
     def __init__(
         self,
         named_params: Iterable[Any],
-        mask: CSRMask,
+        mask: CSRMask | None,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -84,13 +93,17 @@ class SparseAdamW(Optimizer):
         state_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        track_changes: bool = False,
     ) -> None:
-        if not isinstance(mask, CSRMask):
-            raise TypeError(f"mask must be a CSRMask, got {type(mask).__name__}")
+        if mask is not None and not isinstance(mask, CSRMask):
+            raise TypeError(f"mask must be a CSRMask or None, got {type(mask).__name__}")
+        self.mask, self._decay_to = mask, None
         if decay_to is not None:
+            if mask is None:
+                raise ValueError("decay_to needs a mask: without one, every entry decays to 0")
             mask.check_compact(decay_to, "decay_to")
-        self.mask = mask
-        self._decay_to = None if decay_to is None else mask.split(decay_to.detach())
+            self._decay_to = mask.split(decay_to.detach())
+        self._tracker = ChangeTracker() if track_changes else None
         self.param_groups = []
         self._reset_buckets()
         defaults: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, l1=l1)
@@ -104,19 +117,26 @@ class SparseAdamW(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = {**self.defaults, **param_group}
-        group["params"] = [(_name_in_mask(n, self.mask), p) for n, p in _trainable(param_group["params"])]
+        group["params"] = [(name_in_mask(n, self.mask), p) for n, p in trainable(param_group["params"])]
         group.setdefault("param_names", [])  # of a group without trainable parameters
-        _check_options(group)
+        check_options(group)
         names, params = [n for n, _ in group["params"]], [p for _, p in group["params"]]
         for entry in entries_of(params).values():
             name = entry.mask.names[0]
+            if self.mask is None:
+                raise ValueError(f"{name!r} is sparsified: give its mask, or densify the model to train every entry")
             if name not in self.mask or self.mask[name] != entry.mask.to(self.mask.device):
                 raise ValueError(f"{name!r} was sparsified with another mask than this optimizer's")
-        pairs = self._covered_pairs(names, params)
-        dense_tensors = {name: dense for covered in self._pairs_by_group() for name, (dense, _) in covered.items()}
-        for name, (dense, param) in pairs.items():
+        pairs, full_pairs = self._pairs(names, params)
+        for name, (dense, _) in full_pairs.items():
+            check_float(dense, f"named_params[{name!r}]")
+        present = [group_pairs for both in self._pairs_by_group() for group_pairs in both]
+        dense_tensors = {name: dense for group_pairs in present for name, (dense, _) in group_pairs.items()}
+        for name, (dense, param) in (pairs | full_pairs).items():
             if dense_tensors.get(name, dense) is not dense:
                 raise ValueError(f"a parameter named {name!r} is in another group already")
+            if name in full_pairs and self.mask is not None:
+                continue  # the options of masked entries do not apply
             has_float32 = param is not dense or group["master"]
             if group["stochastic_rounding"] and dense.dtype == torch.float16 and not has_float32:
                 raise ValueError(
@@ -126,18 +146,29 @@ class SparseAdamW(Optimizer):
         self._set_fingerprints(group, pairs)
         self._reset_buckets()
 
-    def _pairs_by_group(self) -> list[Pairs]:
-        return [self._covered_pairs(g["param_names"], g["params"]) for g in self.param_groups]
+    def _pairs_by_group(self) -> list[tuple[Pairs, Pairs]]:
+        return [self._pairs(g["param_names"], g["params"]) for g in self.param_groups]
 
-    def _covered_pairs(self, names: list[str], params: list[Tensor]) -> Pairs:
+    def _pairs(self, names: list[str], params: list[Tensor]) -> tuple[Pairs, Pairs]:
+        """The parameters that the mask covers; and those of the others of which the kernel steps every entry."""
+        pairs, full_pairs = {} if self.mask is None else self._covered_pairs(names, params, self.mask), Pairs()
+        if self.mask is None or self._tracker is not None:
+            covered = {id(param) for _, param in pairs.values()}
+            for name, param in zip(names, params):
+                if id(param) not in covered and full_pairs.setdefault(name, (param, param))[0] is not param:
+                    raise ValueError(f"two parameters are named {name!r}")
+        return pairs, full_pairs
+
+    @staticmethod
+    def _covered_pairs(names: list[str], params: list[Tensor], mask: CSRMask) -> Pairs:
         pairs: Pairs = {}
         entries = entries_of(params)
-        shapes = dict(zip(self.mask.names, self.mask.shapes))
+        shapes = dict(zip(mask.names, mask.shapes))
         for name, param in zip(names, params):
             dense = param
             if entry := entries.get(id(param)):
                 name, dense = entry.mask.names[0], entry.dense
-            elif name not in self.mask:
+            elif name not in mask:
                 continue
             else:
                 check_plain(param, f"named_params[{name!r}]")
@@ -148,30 +179,49 @@ class SparseAdamW(Optimizer):
             pairs[name] = dense, param
         return pairs
 
-    def _divide_parameters(self) -> tuple[dict[tuple, Pairs], list[list[Tensor]]]:
-        """The pairs of each bucket, by (group, dtype, device, is dense), and each group's other parameters."""
+    def _divide_parameters(self) -> tuple[dict[tuple, Pairs], dict[tuple, Pairs], list[list[Tensor]]]:
+        """The pairs of each bucket: of masked parameters, by (group, dtype, device, is dense), and of those of which
+        every entry is stepped. And each group's other parameters.
+        """
         buckets: dict[tuple, Pairs] = {}
+        full_buckets: dict[tuple, Pairs] = {}
         others = []
-        for i, (group, pairs) in enumerate(zip(self.param_groups, self._pairs_by_group())):
+        for i, (pairs, full_pairs) in enumerate(self._pairs_by_group()):
             for name, (dense, param) in pairs.items():
                 buckets.setdefault((i, dense.dtype, dense.device, param is dense), {})[name] = dense, param
-            masked = {id(param) for _, param in pairs.values()}
-            others.append([p for p in group["params"] if id(p) not in masked])
-        _check_covered(self.mask, chain.from_iterable(buckets.values()))
-        return buckets, others
+            for name, (param, _) in full_pairs.items():
+                full_buckets.setdefault((i, param.dtype, param.device), {})[name] = param, param
+            taken = {id(param) for _, param in (pairs | full_pairs).values()}
+            others.append([p for p in self.param_groups[i]["params"] if id(p) not in taken])
+        if self.mask is not None:
+            _check_covered(self.mask, chain.from_iterable(buckets.values()))
+        return buckets, full_buckets, others
 
     def _prepared_buckets(self) -> list[Bucket]:
         """The buckets, made at the first step (until then the model may be moved), and again if `state` was changed."""
         if self._buckets is None or any(bucket.needs_rebuild() for bucket in self._buckets):
-            self._buckets = None
-            divided, self._dense_params = self._divide_parameters()
-            arguments = ((self.param_groups[i], self.state, pairs) for (i, *_), pairs in divided.items())
-            self._buckets = [Bucket(*given, self.mask, self._decay_to) for given in arguments]
+            self._reset_buckets(keep_clipping=True)
+            masked, full, self._dense_params = self._divide_parameters()
+            track, buckets = self._tracker is not None, []
+            for (i, *_), pairs in masked.items():
+                assert self.mask is not None
+                given = self.param_groups[i], self.state, pairs, self.mask, self._decay_to
+                buckets.append(Bucket(*given, track))
+            shapes = {n: dense.shape for pairs in full.values() for n, (dense, _) in pairs.items()}
+            for (i, _, device), pairs in full.items():
+                group = self.param_groups[i]
+                options = group if self.mask is None else ChainMap(_OPTIONS_OUTSIDE_MASK, group)
+                buckets.append(Bucket(options, self.state, pairs, FullMask(shapes, device), None, track))
+            self._buckets = buckets
         return self._buckets
 
-    def _reset_buckets(self) -> None:
+    def _reset_buckets(self, keep_clipping: bool = False) -> None:
         """Parameters, state or mask have changed: the next step makes the buckets anew."""
-        self._buckets, self._dense_params, self._clip_divisor = None, [], None
+        if self._tracker is not None:
+            self._tracker.keep_marks(self._buckets or ())
+        self._buckets, self._dense_params = None, []
+        if not keep_clipping:
+            self._clip_divisor = None
 
     @property
     def writes_masked_weights(self) -> bool:
@@ -189,17 +239,30 @@ class SparseAdamW(Optimizer):
         grads = [p.grad for group in self.param_groups for p in group["params"]]
         if {grad.layout for grad in grads if grad is not None} - {torch.strided}:
             raise RuntimeError("SparseAdamW does not support sparse gradients")
-        self._buckets = [part for bucket in self._prepared_buckets() for part in bucket.split()]
+        buckets = self._split_buckets()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self._clip_divisor is not None:
             divisor = self._clip_divisor
             grad_scale = divisor if grad_scale is None else grad_scale * divisor.to(grad_scale)
-        for bucket in self._buckets:
+        if self._tracker is not None:
+            self._tracker.before_step(buckets)
+        for bucket in buckets:
             bucket.step(grad_scale, found_inf)
+        if self._tracker is not None:
+            self._tracker.after_step(buckets)
         for group, params in zip(self.param_groups, self._dense_params):
             self._step_dense(group, [p for p in params if p.grad is not None], grad_scale, found_inf)
         self._clip_divisor = None
         return loss
+
+    def _split_buckets(self) -> list[Bucket]:
+        """The buckets, divided such that all parameters of each take the same step, or none."""
+        before = self._prepared_buckets()
+        self._buckets = [part for bucket in before for part in bucket.split()]
+        if self._tracker is not None:
+            kept = set(map(id, self._buckets))
+            self._tracker.divided += [bucket for bucket in before if id(bucket) not in kept]
+        return self._buckets
 
     def _step_dense(
         self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -211,6 +274,8 @@ class SparseAdamW(Optimizer):
                 self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
                 for key in ("exp_avg", "exp_avg_sq"):
                     self.state[p][key] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+            elif self.state[p]["exp_avg"].dtype != p.dtype:  # loaded, of a run with track_changes
+                self.state[p] |= {key: self.state[p][key].to(p.dtype) for key in ("exp_avg", "exp_avg_sq")}
             batches.setdefault((p.dtype, p.device), []).append(p)
         beta1, beta2 = group["betas"]
         options = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
@@ -248,7 +313,7 @@ class SparseAdamW(Optimizer):
         dense_grads = [p.grad for params in self._dense_params for p in params if p.grad is not None]
         if dense_grads:
             squares.append(get_total_norm(dense_grads).double().square().view(1))
-        device = buckets[0].mask.device if buckets else squares[0].device if squares else self.mask.device
+        device = buckets[0].device if buckets else squares[0].device if squares else torch.device("cpu")
         total = torch.cat([s.to(device) for s in squares]).sum().sqrt() if squares else torch.zeros((), device=device)
         if error_if_nonfinite and not math.isfinite(float(total)):
             raise RuntimeError(f"the norm of the gradients is {float(total)}, so they cannot be clipped")
@@ -266,15 +331,18 @@ class SparseAdamW(Optimizer):
     def _set_fingerprints(self, group: dict[str, Any], pairs: Pairs) -> None:
         """Store in the group, and so in a state dict, the number and fingerprint of each parameter's masked entries."""
         names = {id(param): name for name, (_, param) in pairs.items()}
-        masks = [self.mask[names[id(p)]] if id(p) in names else None for p in group["params"]]
+        masks = [self.mask[names[id(p)]] if self.mask and id(p) in names else None for p in group["params"]]
         group["mask_fingerprints"] = ["" if m is None else f"{m.nnz}:{m.fingerprint()[:32]}" for m in masks]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; training resumes bit-identically. ValueError, before any change, for that of another mask."""
+        """Load a state; training resumes bit-identically. ValueError, before any change, for that of another mask.
+
+        Tracking begins anew: the next patch has what the steps from now on change.
+        """
         loaded: dict[str, Any] = {}
 
         def check_state_hook(_, adapted: dict[str, Any]) -> None:  # runs last: other hooks may have changed the state
-            self._check_same_mask(adapted["param_groups"])
+            check_same_mask(adapted["param_groups"], self.param_groups)
             loaded.update(adapted)
 
         # Runs first after loading: torch has cast the state to the parameters' dtype, which rounds float32 moments.
@@ -297,33 +365,9 @@ class SparseAdamW(Optimizer):
                 hook.remove()
         self._reset_buckets()
 
-    def _check_same_mask(self, saved_groups: list[dict[str, Any]]) -> None:
-        differences = []
-        for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups)):
-            saved_fingerprints, fingerprints = saved.get("mask_fingerprints"), group["mask_fingerprints"]
-            if saved_fingerprints is None:
-                raise ValueError(
-                    f"param_groups[{i}] of the state has no mask_fingerprints: it is not a state of this SparseAdamW"
-                )
-            names = group["param_names"]
-            saved_names = saved.get("param_names", names)
-            for name, saved_name, old, new in zip(names, saved_names, saved_fingerprints, fingerprints):
-                if old == new:
-                    continue
-                if dense_name(name) != dense_name(saved_name):
-                    raise ValueError(
-                        f"param_groups[{i}] of the state belongs to other parameters: it has {saved_name!r} where "
-                        f"this optimizer has {name!r}. Give the optimizer the saved run's parameters, in their order"
-                    )
-                differences.append(f"{name!r} {_describe_difference(old.partition(':')[0], new.partition(':')[0])}")
-        if differences:
-            more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-            raise ValueError(
-                f"the state was saved with another mask than this optimizer's: {'; '.join(differences[:3])}{more}"
-            )
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "mask": self.mask, "_decay_to": self._decay_to}
+        tracker = None if self._tracker is None else ChangeTracker()
+        return {**super().__getstate__(), "mask": self.mask, "_decay_to": self._decay_to, "_tracker": tracker}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -334,6 +378,8 @@ class SparseAdamW(Optimizer):
                 entry = self.state.get(param, {})
                 if "step" in entry and not isinstance(entry["step"], Tensor):
                     entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32, device=param.device)
+        self._tracker = None if self._tracker is None else ChangeTracker()
+        self._buckets = None  # with their marks
         self._reset_buckets()
 
     def update_mask(self, mask: CSRMask) -> None:
@@ -348,9 +394,11 @@ class SparseAdamW(Optimizer):
         """
         if not isinstance(mask, CSRMask):
             raise TypeError(f"mask must be a CSRMask, got {type(mask).__name__}")
+        if self.mask is None:
+            raise ValueError("mask cannot be set: this optimizer was made without one and trains every entry")
         if (mask.names, mask.shapes) != (self.mask.names, self.mask.shapes):
             raise ValueError("mask must cover the same tensors as the one that it replaces")
-        pairs_by_group = self._pairs_by_group()
+        pairs_by_group = [pairs for pairs, _ in self._pairs_by_group()]
         dense_tensors = {}
         for name, (dense, param) in chain.from_iterable(pairs.items() for pairs in pairs_by_group):
             if param is not dense:
@@ -371,17 +419,62 @@ class SparseAdamW(Optimizer):
                 decay_to = self._decay_to[name]
                 projected = _project_or_gather(decay_to.to(dense.device), old, new, dense)
                 self._decay_to[name] = projected.to(decay_to.device)
+        self._reset_buckets()  # while the marks have the old mask's order
         self.mask = mask
         for group, pairs in zip(self.param_groups, pairs_by_group):
             self._set_fingerprints(group, pairs)
-        self._reset_buckets()
+
+    # ---- changes ----
+    @torch.no_grad()
+    def take_patch(self, model: Any, *, model_version: int = 0) -> Any:
+        """What has changed in a model since the last call, as a SparsePatch; with `track_changes=True`.
+
+        The patch has every entry whose stored bits the steps since then changed, with its present value: also one that
+        was changed and changed back. There is no copy of the weights: the version that the patch was made for is that
+        of the last call, or, at first, that before the first step, of which checksums are kept; the present version
+        takes one read of the model. An error leaves the marks as they are.
+
+        Tensors that the optimizer does not step (buffers, frozen parameters) and stepped tensors that other code has
+        written between steps are in the patch whole if their checksum has changed. Not seen is a write to a stepped
+        tensor through its `.data` or NumPy: the receiver's verification finds it. What buffers held before the first
+        step is not known: if training changes them (BatchNorm), call this once before the first step, which gives an
+        empty patch. State dicts and copies of the optimizer hold no marks: after `load_state_dict`, the next patch is
+        that of the steps since.
+
+        Args:
+            model: the module of the parameters, plain or sparsified (the patch is of the plain model's tensors), or a
+                mapping of names to tensors.
+            model_version: the number of the present version.
+
+        Raises:
+            ValueError: the optimizer does not track changes; the model lacks a tensor that it steps, or has other
+                tensors, shapes or dtypes than at the last call.
+
+        Example:
+            >>> model = torch.nn.Linear(3, 1).bfloat16()
+            >>> receiver = torch.nn.Linear(3, 1).bfloat16()
+            >>> _ = receiver.load_state_dict(model.state_dict())
+            >>> optimizer = SparseAdamW(model.named_parameters(), None, lr=1e-2, track_changes=True)
+            >>> model(torch.ones(3).bfloat16()).backward()
+            >>> optimizer.step()
+            >>> optimizer.take_patch(model).apply_(receiver)
+            >>> torch.equal(receiver.weight, model.weight)
+            True
+        """
+        if self._tracker is None:
+            raise ValueError("this optimizer does not track changes: make it with track_changes=True")
+        masked, full, _ = self._divide_parameters()
+        tensors = [dense for pairs in (*masked.values(), *full.values()) for dense, _ in pairs.values()]
+        return self._tracker.take_patch(model, model_version, self._buckets or (), tensors)
 
 
 _OPTION_DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(SparseAdamW.__init__).parameters.items()
-    if parameter.default is not parameter.empty and name != "decay_to"
+    if parameter.default is not parameter.empty and name not in ("decay_to", "track_changes")
 }
+# Of parameters that the mask does not cover, where the kernel steps them.
+_OPTIONS_OUTSIDE_MASK = dict(l1=0.0, master=False, state_dtype=None, stochastic_rounding=False)
 
 
 def _check_covered(mask: CSRMask, names: Iterable[str]) -> None:
@@ -394,40 +487,3 @@ def _project_or_gather(compact: Tensor, old: CSRMask, new: CSRMask, dense: Tenso
     """A compact tensor of the new mask: from the old one at entries in both masks, from the weight at new entries."""
     in_both = old.project(torch.ones_like(compact), new) == 1
     return torch.where(in_both, old.project(compact, new), new.gather({new.names[0]: dense}).to(compact.dtype))
-
-
-def _describe_difference(saved: str, current: str) -> str:
-    if not saved or not current:
-        return f"was {'masked' if saved else 'not masked'} and is {'masked' if current else 'not masked'} now"
-    return f"has {saved} entries " + (f"there and {current} here" if saved != current else "at other positions")
-
-
-def _check_options(group: Mapping[str, Any]) -> None:
-    check_hyperparameters(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["l1"])
-    if float(group["lr"]) < 0:
-        raise ValueError(f"lr must be at least 0, got {float(group['lr'])}")
-    if group["state_dtype"] not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(f"state_dtype must be torch.float32, torch.bfloat16 or None, got {group['state_dtype']}")
-    check_int(group["seed"], "seed", 0)
-    if group["seed"] >= 2**31:
-        raise ValueError(f"seed must be less than 2**31, got {group['seed']}")
-
-
-def _trainable(named_params: Any) -> list[tuple[str, Tensor]]:
-    """The (name, parameter) pairs of the parameters that need a gradient."""
-    pairs = [named_params] if isinstance(named_params, Tensor) else list(named_params)
-    for pair in pairs:
-        if not (
-            isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
-        ):
-            raise TypeError("named_params must be (name, parameter) pairs, such as model.named_parameters()")
-    return [(name, param) for name, param in pairs if param.requires_grad]
-
-
-def _name_in_mask(name: str, mask: CSRMask) -> str:
-    """`plain_name`, also without the prefix of DistributedDataParallel; a name that is in the mask stays as it is."""
-    if name in mask:
-        return name
-    name = plain_name(name)
-    inner = name.removeprefix("module.")  # a model may have a module of that name, too
-    return inner if inner in mask else name

@@ -124,9 +124,12 @@ def _adamw(make: Maker) -> list[Any]:
     dtype = make.dtype()
     compute = schemas.compute_dtype(dtype)
     params, crow, col = make.tensors(dtype)
+    nnz = len(col)
+    if make.rng.random() < 0.3:  # every element is an entry
+        crow, col = torch.tensor([0, *(p.numel() for p in params)]).cumsum(0), None
+        nnz = int(crow[-1])
     compact = make.rng.random() < 0.5
     state = compute if dtype == torch.float64 or make.rng.random() < 0.7 else torch.bfloat16
-    nnz = len(col)
 
     def maybe(value: Any) -> Any:
         return value if make.rng.random() < 0.3 else None
@@ -136,7 +139,8 @@ def _adamw(make: Maker) -> list[Any]:
     values, decay_to = maybe(make.floats(nnz, dtype=compute)), maybe(make.floats(nnz, dtype=compute))
     tensors = [params, grads, compact, *moments, values, crow, col, torch.tensor(3.0), torch.tensor(0.01)]
     numbers = [0.9, 0.999, 1e-8, 0.01, decay_to, 0.0, False]
-    return list(schemas.AdamWArgs(*tensors, *numbers, maybe(torch.tensor(2.0)), maybe(torch.tensor(0.0)), maybe(7)))
+    more = maybe(torch.tensor(2.0)), maybe(torch.tensor(0.0)), maybe(7)
+    return list(schemas.AdamWArgs(*tensors, *numbers, *more, maybe(torch.zeros(-(-nnz // 32), dtype=torch.int32))))
 
 
 def _split(make: Maker) -> list[Any]:

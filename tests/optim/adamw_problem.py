@@ -43,6 +43,8 @@ class Options:
     found_inf: float | None = None
     state: torch.dtype | None = None  # of exp_avg and exp_avg_sq; None: what is computed in
     seed: int | None = None
+    full: bool = False  # without col_indices; for layouts of density 1
+    changed: bool = False  # marks the entries whose bits change
 
     @property
     def compute(self) -> torch.dtype:
@@ -102,6 +104,10 @@ class Problem:
         self.layout, self.options = layout.draw(self.generator), options
         self.crow_indices, self.col_indices = self.layout.csr()
         self.nnz = self.col_indices.numel()
+        if options.full:
+            ends = torch.tensor([0, *(m.numel() for m in self.layout.masks)])
+            self.crow_indices, self.col_indices = ends.cumsum(0), None
+        self.changed = torch.zeros(-(-self.nnz // 32), dtype=torch.int32) if options.changed else None
         self.params = [self._fill(self.randn(s, options.dtype), m) for s, m in zip(layout.shapes, self.layout.masks)]
         state = options.state or options.compute
         self.exp_avg, self.exp_avg_sq = (torch.zeros(self.nnz, dtype=state) for _ in range(2))
@@ -174,7 +180,16 @@ class Problem:
             scale,
             found_inf,
             o.seed,
+            self.changed,
         )
+
+    def marked(self) -> Tensor:
+        """bool [nnz]: the entries whose bits are set in `changed`, of which no others are."""
+        if self.changed is None:
+            return torch.zeros(self.nnz, dtype=torch.bool)
+        flags = (self.changed[:, None] >> torch.arange(32) & 1).bool().view(-1)
+        assert not flags[self.nnz :].any()
+        return flags[: self.nnz]
 
     def step(self, implementation, grads: list[Tensor], number: int) -> None:
         """Emulated kernels are checked for races in the first step: the following ones are the same launch."""
@@ -245,11 +260,15 @@ def check_step(problem: Problem, implementation, number: int) -> Tensor:
     grads = problem.grads()
     state = (problem.weight().clone(), problem.exp_avg.clone(), problem.exp_avg_sq.clone())
     g = grads[0] if o.compact_grads else layout.gather(grads)
-    before = problem.snapshot()
+    before, marked = problem.snapshot(), problem.marked()
     problem.step(implementation, grads, number)
     for i, (old, new, mask) in enumerate(zip(before, problem.params, layout.masks)):
         outside = ~mask.reshape(-1)
         assert torch.equal(old[outside], bits(new)[outside]), f"tensor {i} changed outside the mask"
+    if o.changed:
+        differs = [bits(new) != old for old, new in zip(before, problem.params)]
+        at_entries = torch.cat([d[mask.reshape(-1)] for d, mask in zip(differs, layout.masks)])
+        assert torch.equal(problem.marked(), marked | at_entries), f"step {number}: wrong marks"
 
     result = adamw(o, torch.float64, state, g, problem.decay_to, number)
     limits = bounds(o, state, g, problem.decay_to, number, result)

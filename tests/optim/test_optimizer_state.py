@@ -125,8 +125,8 @@ def test_a_refused_group_changes_nothing(case):
 def test_bad_arguments():
     model, mask, pair = make_model(), make_mask(), nn.Parameter(torch.ones(2, 2))
     named = list(model.named_parameters())
-    with pytest.raises(TypeError, match="mask must be a CSRMask"):
-        SparseAdamW(named, None)
+    with pytest.raises(TypeError, match="mask must be a CSRMask or None, got str"):
+        SparseAdamW(named, "all")
     with pytest.raises(ValueError, match="'1.weight', which is not among"):
         SparseAdamW([(n, p) for n, p in named if n != "1.weight"], mask)
     with pytest.raises(ValueError, match="more than one parameter group"):
