@@ -189,7 +189,7 @@ def test_of_two_forms_the_one_that_transformers_loads(base, delta, tmp_path):
     save_file(tensors(), base / WEIGHTS)
     merge_into_checkpoint(base, delta, tmp_path / "out")
     assert_merged(tmp_path / "out", delta)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", WEIGHTS]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", WEIGHTS, "tokenizer"]
 
 
 def test_parts_keep_low_terms():
