@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bench.harness import silence_libraries
 from bench.rows import ROOT, provenance
-from deftx_kernels import CSRMask, PatchReader, PatchWriter, SparseAdamW, SparsePatch
+from deftx_kernels import PatchReader, PatchWriter, SparseAdamW, SparsePatch
 from deftx_kernels.files import read_json, replaced, write_json
 
 RATES = (1e-6, 3e-6, 1e-5, 1e-4, 1e-3)
@@ -63,9 +63,8 @@ class Training:
     def __init__(self, model: nn.Module, lr: float) -> None:
         self.model, self.tokens = model, texts()
         self.generator = torch.Generator().manual_seed(0)
-        everything = CSRMask.from_dense({n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters()})
-        self.optimizer = SparseAdamW(model.named_parameters(), everything, lr=lr, weight_decay=0.0, master=True)
-        self.snapshot = Snapshot(model)
+        options = dict(weight_decay=0.0, master=True, track_changes=True)
+        self.optimizer = SparseAdamW(model.named_parameters(), None, lr=lr, **options)
 
     def step(self) -> float:
         """Returns the loss."""
@@ -79,7 +78,7 @@ class Training:
 
     def take_patch(self) -> SparsePatch:
         """What the steps since the last call changed."""
-        return self.snapshot.take_patch()
+        return self.optimizer.take_patch(self.model)
 
 
 class Snapshot:
@@ -192,7 +191,8 @@ def times(rounds: int, layers: int, hidden: int) -> Iterator[Row]:
     model = llama(layers, hidden, seed=0)
     training = Training(model, RATE)
     methods: dict[str, Callable[[], Any]] = {
-        "deftx, snapshot and bit_diff": training.snapshot.take_patch,
+        "deftx, tracking": training.take_patch,
+        "deftx, snapshot and bit_diff": Snapshot(model).take_patch,
         "torch, snapshot and !=": Snapshot(model).take_entries,
     }
     found: dict[str, list[float]] = {name: [] for name in methods}

@@ -51,7 +51,7 @@ def tracked_patch(
         if not unchanged and (name in whole or not len(indices)):
             indices = torch.arange(tensor.numel(), device=tensor.device)
         if len(indices):
-            values = bits(dense(tensor))[indices].view(tensor.dtype)
+            values = bits(dense(tensor)).index_select(0, indices).view(tensor.dtype)
             entries[name] = indices.to(index_dtype([tensor])), values
     return SparsePatch(entries, base, after, tied, model_version), after
 

@@ -37,7 +37,7 @@ def test_rows_and_figure(tmp_path, capsys):
     assert "the weights of each, bit for bit" in capsys.readouterr().out
     with (tmp_path / "weight_sync.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 5 + 5 * 5 + 2
+    assert len(rows) == 5 + 5 * 5 + 3
     assert {row["op"] for row in rows} == {"weight sync", "patch size", "patch time"}
     changed = [sum(int(r["changed"]) for r in rows if r["lr"] == str(lr) and r["step"]) for lr in weight_sync.RATES]
     assert changed[0] < changed[2] < changed[4]
