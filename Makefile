@@ -30,7 +30,7 @@ help:  ## this list
 
 install: $(BUILT)  ## .venv with pinned dependencies, and the package built into it (editable)
 
-demo: $(BUILT)  ## the whole pipeline on real weights and real text, four minutes: runs/demo/report.md
+demo: $(BUILT)  ## the whole pipeline on real weights and real text, five minutes: runs/demo/report.md
 	$(BIN)/deftx run demo $(ARGS)
 
 # Both passes run even if the first one fails. 5 is pytest's exit status if ARGS selects no test of a pass.

@@ -31,7 +31,7 @@ from deftx_kernels.train.data_config import (
     NusaxData,
 )
 
-MINILM = "minilm"
+E5_SMALL = "e5-small"
 
 RecipeName = Literal["deft-x", "lt-sft", "lift", "full"]
 METHODS = {"full": "full fine-tuning", "deft-x": "DeFT-X", "lt-sft": "LT-SFT", "lift": "LIFT"}  # recipes in reports

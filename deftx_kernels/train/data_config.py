@@ -42,7 +42,7 @@ class CldrData:
 
     sources: list[str] = field(default_factory=lambda: ["en", "de", "fr", "es"])
     """Labelled languages."""
-    targets: list[str] = field(default_factory=lambda: ["id", "eu", "sw"])
+    targets: list[str] = field(default_factory=lambda: ["sw", "eu"])
     """Languages to transfer to."""
 
     def __post_init__(self):

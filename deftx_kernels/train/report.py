@@ -40,6 +40,7 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
         f'{test_sizes(data)} "sources" is the mean over the labelled languages. {seed_note(len(seeds))}',
         source_vector_note(config, data["sources"]),
         *gain_lines(config, metrics),
+        *perplexity_lines(metrics),
         picture("scores", f"{score_name(metrics)} by target language and method"),
     ]
     if (table := cost_table(metrics)) is not None:
@@ -114,7 +115,7 @@ def print_tables(config: dict, metrics: dict, console: Console) -> None:
             for row in rows[1:]:
                 table.add_row(*row)
             console.print(table)
-    for line in gain_lines(config, metrics):
+    for line in gain_lines(config, metrics) + perplexity_lines(metrics):
         console.print(line)
     console.print(test_sizes(metrics["data"]))
     console.print(seed_note(len({score["seed"] for score in metrics["scores"]})))
@@ -164,6 +165,21 @@ def gain_lines(config: dict, metrics: dict) -> list[str]:
         mean, name = statistics.fmean(gains.values()), Recipe.of(method).label
         lines.append(f"{name}: {done} changed {score_name(metrics)} by {each} (mean {mean:+.3f}).")
     return lines
+
+
+def perplexity_lines(metrics: dict) -> list[str]:
+    """One sentence per method: the perplexity of each target language without and with its vector (first seed)."""
+    found: dict[str, dict[str, str]] = {}
+    for phase in metrics["phases"]:
+        if phase["method"] != "dense" and phase["vector"] != "task" and "perplexity" in phase:
+            name = language_name(phase["vector"].removeprefix("language-"))
+            found.setdefault(phase["method"], {}).setdefault(name, perplexities(phase))
+    return [
+        f"{Recipe.of(method).label}: perplexity of held-out text without and with its language vector: "
+        + ", ".join(f"{name} {values}" for name, values in languages.items())
+        + "."
+        for method, languages in found.items()
+    ]
 
 
 def cost_table(metrics: dict) -> Rows | None:

@@ -33,7 +33,8 @@ FACES = {"__init__", "interop"}
 # What a door may import that is neither ours nor of the standard library. The driver may import what it likes.
 CORE = {"torch", "numpy", "safetensors", "huggingface_hub"}
 THIRD_PARTY = {
-    **{door: {"torch"} for door in ("denoise", "nn", "ops", "optim", "select", "validation")},
+    **{door: {"torch"} for door in ("denoise", "nn", "ops", "select", "validation")},
+    "optim": {"torch", "numpy"},
     "kernels": {"torch", "triton"},
     "delta": {*CORE, "fsspec", "scipy", "cupy", "cupyx"},
     "doctor": {"torch", "rich"},

@@ -228,6 +228,15 @@ def test_score_tables():
     assert report.show([0.25, 0.35]) == ".300 ± .071"
 
 
+def test_perplexity_lines():
+    phases = [{"vector": "task", "method": "dense"}, {"vector": "task", "method": "deft-x"}]
+    for seed, after in ((0, 532.14), (1, 7.0)):
+        fell = {"perplexity": {"before": 1013.1, "after": after}, "seed": seed}
+        phases += [{"vector": "language-sw", "method": method, **fell} for method in ("dense", "deft-x")]
+    text = "DeFT-X: perplexity of held-out text without and with its language vector: Swahili 1,013.1 → 532.1."
+    assert report.perplexity_lines({"phases": phases}) == [text]
+
+
 def test_densities_add_up(tmp_path):
     mask = CSRMask.from_dense(
         {
