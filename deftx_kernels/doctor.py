@@ -303,8 +303,9 @@ def _csr_case(width: int, *more: Any, values: bool = True) -> list[Any]:
 
 
 def _restore_case(width: int) -> list[Any]:
-    """Of a tensor's entries some have the bits of the sum, others not."""
+    """Of a tensor's entries some have the bits of the sum, others not. The sums are exact in float32 and float64."""
     tensors, crow, col, values, alpha = _csr_case(width, 0.5)
+    tensors, values = [(t * 64).round() / 64 for t in tensors], (values * 64).round() / 64
     former = torch.zeros_like(values)
     reference.csr_add_(tensors, crow, col, values, alpha, former)
     return [tensors, crow, col, former, values.clamp(max=0), alpha]

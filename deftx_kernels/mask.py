@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deftx_kernels import validation
 from deftx_kernels.files import parse_json, reading, write_tensors
-from deftx_kernels.kernels.tensors import FLOATS
+from deftx_kernels.kernels.tensors import FLOATS, row_starts_of, signed
 from deftx_kernels.ops.schemas import ELECTIONS, OPERATIONS, column_dtype, compute_dtype, rows_and_columns
 
 __all__ = ["CSRMask", "column_dtype", "rows_and_columns", "signed"]
@@ -258,13 +258,10 @@ class CSRMask:
         groups = self._of_one_dtype(dense)
         if len(groups) > 1 or any(copy is not t for t, copy in zip(detached, dense)):
             validation.check_writable(labelled)
-        parts, results = [compact], []
-        if len(groups) > 1:
-            parts = list(compact.split([mask.nnz for mask, _ in groups]))
+        parts, results = compact.split([mask.nnz for mask, _ in groups]) if len(groups) > 1 else [compact], []
         try:
             for (mask, same), part in zip(groups, parts):
-                # values of the tensors' dtype, or (csr_add_) of the dtype to compute in
-                dtype = same[0].dtype
+                dtype = same[0].dtype  # of values; csr_add_ takes the dtype to compute in, too
                 if op == "csr_add_" and part.dtype != dtype:
                     dtype = part.dtype if part.dtype == torch.float64 else compute_dtype(dtype)
                 values = part.detach().contiguous().to(dtype)
@@ -367,16 +364,14 @@ class CSRMask:
         names. With `offsets`, the first element of each tensor has the index offsets[name].
         """
         starts = None if offsets is None else [offsets[n] for n in self.names]
-        row_starts = _row_starts(self.shapes, starts).to(self.device)
+        row_starts = row_starts_of(self.shapes, starts).to(self.device)
         return torch.repeat_interleave(row_starts, self.crow_indices.diff()) + self.col_indices.to(torch.int64)
 
     @classmethod
     def from_flat_indices(cls, names: Sequence[str], shapes: Sequence[torch.Size], flat: Tensor) -> "CSRMask":
         """The mask with these `flat_indices()`: int64, ascending, not checked."""
-        row_starts = _row_starts(shapes).to(flat.device)
-        crow = torch.searchsorted(
-            flat, torch.cat([row_starts, row_starts.new_tensor([sum(s.numel() for s in shapes)])])
-        )
+        row_starts, numel = row_starts_of(shapes).to(flat.device), sum(s.numel() for s in shapes)
+        crow = torch.searchsorted(flat, torch.nn.functional.pad(row_starts, (0, 1), value=numel))
         col = flat - torch.repeat_interleave(row_starts, crow.diff())
         return cls.unchecked(names, shapes, crow, col.to(torch.int32))
 
@@ -456,7 +451,6 @@ class CSRMask:
     def __hash__(self) -> int:
         return hash((self.names, self.shapes, self.nnz))
 
-    # ---- devices and files ----
     def to(self, device: torch.device | str | int) -> "CSRMask":
         """This mask on a device (itself where it is there already)."""
         crow, col = self.crow_indices.to(device), self.col_indices.to(device)
@@ -499,22 +493,7 @@ class CSRMask:
             layout = parse_json(metadata["layout"])
             mask = cls(layout["names"], layout["shapes"], *map(file.get_tensor, ("crow_indices", "col_indices")))
             if "fingerprint" not in metadata:
-                raise ValueError(
-                    "written by an older version of deftx-kernels, without a checksum: make the mask again"
-                )
+                raise ValueError("written by an older version, without a checksum: make the mask again")
             if mask.fingerprint() != metadata["fingerprint"]:
                 raise ValueError("its content does not match its checksum")
         return mask.to(device)
-
-
-def _row_starts(shapes: Sequence[torch.Size], starts: Sequence[int] | None = None) -> Tensor:
-    """int64 [rows]: the flat index of each row's first element; `starts`: those of the tensors (see `flat_indices`)."""
-    starts = list(accumulate((s.numel() for s in shapes), initial=0)) if starts is None else starts
-    matrices = [rows_and_columns(s) for s in shapes]
-    rows = [torch.arange(m, dtype=torch.int64, device="cpu") * n + start for (m, n), start in zip(matrices, starts)]
-    return torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *rows])
-
-
-def signed(col_indices: Tensor) -> Tensor:
-    """The same bits in a dtype that every torch operation takes, as uint16 is not."""
-    return col_indices.view(torch.int16) if col_indices.dtype == torch.uint16 else col_indices

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,3 +21,16 @@ def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """The indices of two tensors, all without gaps in memory, that share memory."""
     spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, i) for i, t in enumerate(tensors) if t.numel())
     return next(((i, j) for (_, end, i), (start, _, j) in zip(spans, spans[1:]) if end > start), None)
+
+
+def row_starts_of(shapes: Sequence[torch.Size], starts: Sequence[int] | None = None) -> Tensor:
+    """int64 [rows]: the flat index of each row's first element; `starts`: those of the tensors."""
+    starts = list(accumulate((s.numel() for s in shapes), initial=0)) if starts is None else starts
+    matrices = [rows_and_columns(s) for s in shapes]
+    rows = [torch.arange(m, dtype=torch.int64, device="cpu") * n + start for (m, n), start in zip(matrices, starts)]
+    return torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *rows])
+
+
+def signed(col_indices: Tensor) -> Tensor:
+    """The same bits in a dtype that every torch operation takes, as uint16 is not."""
+    return col_indices.view(torch.int16) if col_indices.dtype == torch.uint16 else col_indices

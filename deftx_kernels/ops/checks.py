@@ -22,7 +22,6 @@ Dtypes = frozenset[torch.dtype]
 _WIDE_FLOATS: Dtypes = frozenset((torch.float32, torch.float64))
 _COLUMNS: Dtypes = frozenset((torch.uint16, torch.int32))
 _INDICES: Dtypes = frozenset((torch.int32, torch.int64))
-_INT32: Dtypes = frozenset((torch.int32,))
 _INT64: Dtypes = frozenset((torch.int64,))
 
 
@@ -243,14 +242,9 @@ def csr_scatter_(tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: T
 
 
 def csr_add_(
-    tensors: Sequence[Tensor],
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    values: Tensor,
-    alpha: float,
-    former: Tensor | None = None,
-    done: Tensor | None = None,
+    tensors: Sequence[Tensor], crow_indices: Tensor, col_indices: Tensor, values: Tensor, alpha: float, *more: Any
 ) -> None:
+    former, done = (*more, None, None)[:2]
     csr_gather(tensors, crow_indices, col_indices, FLOATS)
     device, nnz = col_indices.device, col_indices.shape[0]
     if tensors:
@@ -332,8 +326,7 @@ def sparse_adamw_compact(*arguments: Any) -> None:
     if args.col_indices is None:
         _contiguous(args.crow_indices, "crow_indices", device, _INT64)
         if args.crow_indices.shape != (len(args.params) + 1,):
-            size = f"[{len(args.params) + 1}]"
-            raise ValueError(f"crow_indices must have shape {size} without col_indices: the params and one more")
+            raise ValueError(f"crow_indices must have shape [{len(args.params) + 1}] without col_indices")
         nnz = sum(p.numel() for p in args.params)
     else:
         _mask(args.crow_indices, args.col_indices)
@@ -343,7 +336,7 @@ def sparse_adamw_compact(*arguments: Any) -> None:
     _compact(args.exp_avg_sq, "exp_avg_sq", device, frozenset((args.exp_avg.dtype,)), nnz)
     _compact(args.values, "values", device, compute, nnz)
     if args.changed is not None:
-        _contiguous(args.changed, "changed", device, _INT32)
+        _contiguous(args.changed, "changed", device, frozenset((torch.int32,)))
         if args.changed.shape != (words := -(-nnz // 32),):
             raise ValueError(f"changed must have shape [ceil(nnz / 32)] = [{words}], got {list(args.changed.shape)}")
     _compact(args.decay_to, "decay_to", device, compute | {dtype}, nnz)
