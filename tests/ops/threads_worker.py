@@ -184,6 +184,17 @@ def _() -> Results:
     return found
 
 
+@case("csr_add_ and csr_restore_, bfloat16 layers", exact=True)
+def _() -> Results:
+    found = copies(layers(), torch.bfloat16)
+    tensors, csr, values = list(found.values()), (mask().crow_indices, mask().col_indices), compact(mask().nnz, 201)
+    former = torch.empty(mask().nnz, dtype=torch.bfloat16)
+    ops.csr_add_(tensors, *csr, values, 0.3, former)
+    for tensor in tensors:
+        tensor.view(-1)[::7] = 1.0  # other writes, which are counted
+    return {**found, "former": former.clone(), "changed": ops.csr_restore_(tensors, *csr, former, values, 0.3)}
+
+
 @case("csr_square_sum, layers", exact=True)
 def _() -> Results:
     return {"sum": ops.csr_square_sum(list(layers().values()), mask().crow_indices, mask().col_indices)}
