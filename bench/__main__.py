@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="one small size, few rounds, peaks in this process: under three minutes")
     add("--targets", action="store_true", help="only the workloads, of any size, that have a performance target")
     add("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
+    add("--op", nargs="+", choices=OPS, metavar="OP", default=list(OPS), help=f"default: all of {', '.join(OPS)}")
     sizes = f"those that a family has; default: {', '.join(FULL)}; {', '.join(QUICK)} with --quick"
     add("--size", nargs="+", choices=SIZES, help=sizes)
     add("--dtype", nargs="+", choices=DTYPES, default=[], help="default: each family's own")
@@ -108,7 +109,8 @@ def chosen(options: argparse.Namespace, family: str) -> Iterator[Workload]:
     dtypes = tuple(DTYPES[name] for name in options.dtype)
     choice = Choice(options.device, tuple(options.size or default), dtypes, tuple(options.density), options.quick)
     for workload in workloads(family, choice):
-        if not options.targets or any(target.is_about(workload) for target in TARGETS):
+        targeted = not options.targets or any(target.is_about(workload) for target in TARGETS)
+        if targeted and workload.op in options.op:
             yield workload
 
 

@@ -41,6 +41,13 @@ using Lanes = Compute;
 inline void prefetch(const void*) {}
 #endif
 
+template <typename T>
+using UnsignedOf = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+// Of a number, or of each in a vector.
+template <typename Vector, typename Compute>
+using UnsignedLanes =
+    std::conditional_t<std::is_same_v<Vector, Compute>, UnsignedOf<Compute>, Lanes<UnsignedOf<Compute>>>;
+
 // ---- 16-bit numbers ----
 
 template <typename From, typename To>
@@ -108,7 +115,7 @@ struct Pointers {
   const Compute *grad, *decay_to;          // [n] may be null
   const Compute* weights;                  // [n] where all entries follow one another
   const uint32_t* words;                   // [n] to round parameters stochastically, or null
-  uint32_t* changed;                       // [kBlock / kWord] bits of the entries that change, or null
+  uint8_t* differ;                         // [n] 255 where the bits of the tensor change, else 0; or null
 };
 
 template <typename Vector>
@@ -160,16 +167,55 @@ DEFTX_INLINE void update(Vector& w, Vector& g, const Pointers<Compute>& p, const
   std::memcpy(p.exp_avg_sq + k, &v, sizeof v);
 }
 
-template <typename T>
-DEFTX_INLINE bool bits_differ(const T& one, const T& other) {
-  return std::memcmp(&one, &other, sizeof(T)) != 0;
+// 255 where a truth value, or an element of a vector of them, is true, else 0.
+DEFTX_INLINE void put_truth(bool truth, uint8_t* out) { *out = truth ? 255 : 0; }
+#if defined(__GNUC__)
+template <typename Vector>
+DEFTX_INLINE void put_truth(const Vector& truth, uint8_t* out) {
+  typedef int8_t Bytes __attribute__((vector_size(sizeof(Vector) / sizeof(truth[0]))));
+  const Bytes bytes = __builtin_convertvector(truth, Bytes);
+  std::memcpy(out, &bytes, sizeof bytes);
+}
+#endif
+
+// The bits of each weight in the tensor's type T.
+template <typename T, typename Vector, typename Compute>
+DEFTX_INLINE UnsignedLanes<Vector, Compute> rounded_bits(const Vector& w, const uint32_t* words) {
+  using Bits = UnsignedLanes<Vector, Compute>;
+  Bits bits;
+  std::memcpy(&bits, &w, sizeof w);
+  if constexpr (std::is_same_v<T, Compute>) return bits;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const Bits nan = Bits{} + 0x7fc0, change = words ? load<Bits>(words) & 0xffff : 0x7fff + (bits >> 16 & 1);
+    return w != w ? nan : (bits + change) >> 16;
+  }
+  constexpr int64_t kLanes = sizeof(Vector) / sizeof(Compute);
+  Compute lanes[kLanes];
+  UnsignedOf<Compute> results[kLanes];
+  std::memcpy(lanes, &w, sizeof w);
+  for (int64_t q = 0; q < kLanes; ++q) {
+    const T rounded = static_cast<T>(lanes[q]);
+    UnsignedOf<T> result;
+    std::memcpy(&result, &rounded, sizeof(T));
+    results[q] = result;
+  }
+  return load<Bits>(results);
 }
 
 // One vector's entries, from the k-th on. T, G: the parameters' and the dense gradients' types.
 template <typename Vector, typename T, typename G, typename Compute>
 DEFTX_INLINE void step_vector(const Pointers<Compute>& p, const Scalars<Compute>& s, int64_t k) {
   constexpr int64_t kLanes = sizeof(Vector) / sizeof(Compute);
+  using Element = UnsignedOf<T>;
+  using Bits = UnsignedLanes<Vector, Compute>;
   Vector w = p.values ? load<Vector>(p.values + k) : gather<Vector, T, Compute>(p.params, p.offsets + k);
+  Bits former{};  // read early, as it may come from L2
+  if (p.differ) {
+    if (std::is_same_v<T, Compute> && !p.values)
+      std::memcpy(&former, &w, sizeof w);
+    else
+      former = gather<Bits, Element, UnsignedOf<Compute>>(p.params, p.offsets + k);
+  }
   Vector g = p.grad ? load<Vector>(p.grad + k) : gather<Vector, G, Compute>(p.grads, p.offsets + k);
   for (int64_t q = 0; q < kLanes; ++q) {
     prefetch(p.next_params + p.next_offsets[k + q] * int64_t{sizeof(T)});
@@ -177,20 +223,12 @@ DEFTX_INLINE void step_vector(const Pointers<Compute>& p, const Scalars<Compute>
   }
   update(w, g, p, s, k);
   if (p.values) std::memcpy(p.values + k, &w, sizeof w);
-  Compute lanes[kLanes];
-  std::memcpy(lanes, &w, sizeof w);
-  uint32_t changed = 0;
-  for (int64_t q = 0; q < kLanes; ++q) {
-    T* out = reinterpret_cast<T*>(p.params) + p.offsets[k + q];
-    T rounded;
-    if constexpr (std::is_same_v<T, BFloat16>)
-      rounded = p.words ? round_stochastically(lanes[q], p.words[k + q]) : static_cast<T>(lanes[q]);
-    else
-      rounded = static_cast<T>(lanes[q]);
-    if (p.changed) changed |= uint32_t{bits_differ(*out, rounded)} << q;
-    *out = rounded;
-  }
-  if (p.changed) p.changed[k / kWord] |= changed << k % kWord;  // k is a multiple of kLanes
+  const Bits bits = rounded_bits<T, Vector, Compute>(w, p.words ? p.words + k : nullptr);
+  if (p.differ) put_truth(bits != former, p.differ + k);
+  UnsignedOf<Compute> lanes[kLanes];
+  std::memcpy(lanes, &bits, sizeof bits);
+  Element* out = reinterpret_cast<Element*>(p.params);
+  for (int64_t q = 0; q < kLanes; ++q) out[p.offsets[k + q]] = static_cast<Element>(lanes[q]);
 }
 
 template <typename T, typename G, typename Compute>
@@ -239,7 +277,11 @@ inline __m128i equal(const uint16_t* a, const uint16_t* b) {  // 8 elements
   return _mm_cmpeq_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)),
                          _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
 }
-inline __m128i equal_bytes(const uint16_t* a, const uint16_t* b) {  // of 16 elements
+inline __m128i equal_bytes(const uint8_t* a, const uint8_t* b) {  // of 16 elements
+  return _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)),
+                        _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
+}
+inline __m128i equal_bytes(const uint16_t* a, const uint16_t* b) {
   return _mm_packs_epi16(equal(a, b), equal(a + 8, b + 8));
 }
 inline __m128i equal_bytes(const uint32_t* a, const uint32_t* b) {
@@ -263,20 +305,14 @@ uint32_t differences_of_word(const Bits* a, const Bits* b) {
 }
 #endif
 
-// Writes n <= kBlock elements, and the bits of those that change. Without a branch for each word: at small learning
-// rates about one in four changes, and wrong predictions would take longer than the writes.
+// The bits of the elements that differ, of n <= kBlock. Without a branch for each word: at small learning rates about
+// one element in four changes, and wrong predictions would take longer.
 template <typename Bits>
-void replace_elements(const void* from, void* to, int64_t n, uint32_t* changed) {
-  const Bits* fresh = static_cast<const Bits*>(from);
-  Bits* out = static_cast<Bits*>(to);
+void find_differences(const void* one, const void* other, int64_t n, uint32_t* words) {
+  const Bits *a = static_cast<const Bits*>(one), *b = static_cast<const Bits*>(other);
   int64_t i = 0;
-  for (; i + kWord <= n; i += kWord) {
-    changed[i / kWord] = differences_of_word(fresh + i, out + i);
-    std::memcpy(out + i, fresh + i, kWord * sizeof(Bits));
-  }
-  if (i == n) return;
-  changed[i / kWord] = differences(fresh + i, out + i, n - i);
-  std::memcpy(out + i, fresh + i, (n - i) * sizeof(Bits));
+  for (; i + kWord <= n; i += kWord) words[i / kWord] = differences_of_word(a + i, b + i);
+  if (i < n) words[i / kWord] = differences(a + i, b + i, n - i);
 }
 
 // ---- the step of a thread ----
@@ -340,8 +376,8 @@ struct Worker {
   const Work<Compute>& work;
   Compute exp_avg[kBlock], exp_avg_sq[kBlock], grad[kBlock], decay_to[kBlock];
   uint32_t words[3][kBlock];
-  Compute param[kBlock];     // where all entries follow one another
-  uint16_t rounded[kBlock];  // these in 16 bits
+  Compute param[kBlock], rounded[kBlock];  // in the type that is computed in, and in the tensor's
+  uint8_t differ[kBlock];
   uint32_t changed[kBlock / kWord];
 
   void step(const Block& block, const Block& next) {
@@ -358,11 +394,10 @@ struct Worker {
     p.grad = work.grad.block(block.first, block.n, grad);
     set_state(p, block.first, block.n);
     p.words = work.round_params ? words[0] : nullptr;
-    if (work.changed) {
-      std::fill_n(changed, kBlock / kWord, 0);
-      p.changed = changed;
-    }
+    p.differ = work.changed ? differ : nullptr;
     work.step_block(p, work.scalars, block.n);
+    static constexpr uint8_t kNone[kBlock] = {};
+    if (work.changed) mark<uint8_t>(differ, kNone, block.first, block.n);
     put_state(p, block.first, block.n);
   }
 
@@ -387,11 +422,11 @@ struct Worker {
     const auto fresh = reinterpret_cast<const char*>(p.values);
     if (!work.changed) {
       if (fresh != out) write(p.values, out, n);
-    } else if (!stored.write) {
-      replace(fresh, out, n);
     } else {
-      write(p.values, rounded, n);
-      replace(rounded, out, n);
+      const void* replacing = stored.write ? static_cast<const void*>(rounded) : fresh;
+      if (stored.write) write(p.values, rounded, n);
+      stored.size == 2 ? mark<uint16_t>(replacing, out, first, n) : mark<UnsignedOf<Compute>>(replacing, out, first, n);
+      std::memcpy(out, replacing, n * stored.size);
     }
     put_state(p, first, n);
   }
@@ -406,12 +441,11 @@ struct Worker {
       std::memcpy(out, weights, n * sizeof(Compute));
   }
 
-  // Writes parameters and the bits of those that change.
-  void replace(const void* fresh, void* out, int64_t n) {
-    const auto function = work.param.size == 2   ? replace_elements<uint16_t>
-                          : work.param.size == 4 ? replace_elements<uint32_t>
-                                                 : replace_elements<uint64_t>;
-    function(fresh, out, n, changed);
+  // Adds the bits of the entries at which two arrays of n <= kBlock elements differ.
+  template <typename Bits>
+  void mark(const void* one, const void* other, int64_t first, int64_t n) {
+    find_differences<Bits>(one, other, n, changed);
+    add_changes(changed, first, n, work.changed);
   }
 
   void set_state(Pointers<Compute>& p, int64_t first, int64_t n) {
@@ -425,7 +459,6 @@ struct Worker {
   void put_state(const Pointers<Compute>& p, int64_t first, int64_t n) {
     put(work.exp_avg, first, n, p.exp_avg, words[1]);
     put(work.exp_avg_sq, first, n, p.exp_avg_sq, words[2]);
-    if (work.changed) add_changes(changed, first, n, work.changed);
   }
 
   void put(const Compact<Compute>& state, int64_t first, int64_t n, const Compute* block, const uint32_t* words) {
@@ -446,7 +479,7 @@ void for_each_piece(int64_t nnz, const Step& step) {
 template <typename Compute>
 void step_full(const Work<Compute>& work) {
   for_each_piece(work.params.nnz, [&](int64_t begin, int64_t end) {
-    Worker<Compute> worker{work, {}, {}, {}, {}, {}, {}, {}, {}};
+    Worker<Compute> worker{work, {}, {}, {}, {}, {}, {}, {}, {}, {}};
     for_each_run(work.params, begin, end, [&](const Run& run) {
       for (int64_t i = run.begin; i < run.end; i += kBlock)
         worker.step_full(run.tensor, i - run.row_begin, i, std::min(kBlock, run.end - i));
@@ -459,7 +492,7 @@ void step_all(const Work<Compute>& work) {
   check_contents<Column>(work.params);
   const auto* col = static_cast<const Column*>(work.params.col);
   for_each_piece(work.params.nnz, [&](int64_t begin, int64_t end) {
-    Worker<Compute> worker{work, {}, {}, {}, {}, {}, {}, {}, {}};
+    Worker<Compute> worker{work, {}, {}, {}, {}, {}, {}, {}, {}, {}};
     Block blocks[2], *filling = &blocks[0], *before = &blocks[1];
     filling->first = before->first = begin;
     const auto advance = [&] {

@@ -110,16 +110,17 @@ def test_only_baselines_of_targets(bench, monkeypatch):
     assert [(r["op"], r["provider"]) for r in found["topk"]] == expected
 
 
-def test_chosen_dtypes_densities_and_implementations(bench):
+def test_chosen_operators_dtypes_densities_and_implementations(bench):
     arguments = ("--dtype", "float16", "float32", "--density", "0.5", "0.125", "--implementation", "torch.take")
-    status, found = bench("--family", "csr", "--device", "cpu", *arguments)
+    status, found = bench("--family", "csr", "topk", "--op", "csr_gather", "--device", "cpu", *arguments)
     assert status == 0
-    gathers = {(r["dtype"], r["density"], r["provider"]) for r in found["csr"] if r["op"] == "csr_gather"}
+    gathers = {(r["op"], r["dtype"], r["density"], r["provider"]) for r in found["csr"]}
     pairs = [(dtype, density) for dtype in ("float16", "float32") for density in ("0.5", "0.125")]
-    assert gathers == {(*pair, name) for pair in pairs for name in (OURS, "torch.take")}
+    assert gathers == {("csr_gather", *pair, name) for pair in pairs for name in (OURS, "torch.take")}
+    assert not found.get("topk")
 
 
-@pytest.mark.parametrize("arguments", ["--density 0", "--density 1.5", "--dtype int8", "--size huge", "plots"])
+@pytest.mark.parametrize("arguments", ["--density 0", "--density 1.5", "--dtype int8", "--op add", "--size huge", "plots"])
 def test_wrong_choices_are_errors(arguments):
     with pytest.raises(SystemExit) as error:
         program.main(arguments.split())
