@@ -138,6 +138,34 @@ inline FlatEntries check_change(const Tensor& offsets, const Tensor& indices, co
   return entries;
 }
 
+// The bits of int32 words, in parts.
+struct Marks {
+  const uint32_t* words;
+  const int64_t* starts;  // [parts + 1]
+  int64_t count, parts;   // count: of words
+  bool wide;              // their numbers need 64 bits
+};
+
+inline Marks check_marks(const Tensor& words, const Tensor& starts, Device device) {
+  check_tensor(words, device, "words");
+  check_tensor(starts, device, "starts");
+  DEFTX_CHECK(dtype_of(words) == aoti_torch_dtype_int32(), "words must be int32");
+  DEFTX_CHECK(dtype_of(starts) == aoti_torch_dtype_int64(), "starts must be int64");
+  DEFTX_CHECK(words.dim() == 1 && starts.dim() == 1 && starts.numel() > 0,
+              "words must have shape [w] and starts [n + 1]");
+  DEFTX_CHECK(words.get_device_index() == starts.get_device_index(), "words is on another device than starts");
+  return {static_cast<const uint32_t*>(words.const_data_ptr()), static_cast<const int64_t*>(starts.const_data_ptr()),
+          words.numel(), starts.numel() - 1, 32 * words.numel() > INT32_MAX};
+}
+
+// A word, the first of whose bits has this number, without its bits outside [begin, end).
+DEFTX_EVERYWHERE inline uint32_t bits_within(uint32_t word, int64_t first, int64_t begin, int64_t end) {
+  if (first + 32 <= begin || first >= end) return 0;
+  if (first < begin) word &= ~0u << (begin - first);
+  if (first + 32 > end) word &= ~0u >> (first + 32 - end);
+  return word;
+}
+
 // Calls f(index, T{}) for the types of the entries' indices and of their values.
 template <typename F>
 void with_types(const FlatEntries& entries, const Tensor& values, const char* name, const F& f) {

@@ -393,6 +393,14 @@ def _change_case(width: int) -> list[Any]:
     return [offsets, indices, values.flip(0), values]
 
 
+def _marks_case(width: int) -> list[Any]:
+    """Parts that begin within words, of words with a third of the bits set."""
+    flags = (_tensors(width)[0].view(-1, 32) > 0.4).to(torch.int64) << torch.arange(32)
+    words = flags.sum(1)
+    starts = torch.tensor([0, 7, width, width * width + 13, 32 * len(words)])
+    return [torch.where(words > 2**31 - 1, words - 2**32, words).to(torch.int32), starts]
+
+
 CASES: dict[str, Callable[[int], list[Any]]] = {
     "csr_gather": lambda n: _csr_case(n, values=False),
     "csr_scatter_": _csr_case,
@@ -418,6 +426,7 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "flat_exchange_": _exchange_case,
     "bit_checksum": lambda n: _diff_case(n)[:1],
     "bit_checksum_change": _change_case,
+    "set_bits": _marks_case,
     "truncated_svd": lambda n: [_matrices(n), 8],
     "svd_denoise": lambda n: [_matrices(n), 0.9, _SPIKES],
 }

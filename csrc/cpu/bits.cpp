@@ -1,4 +1,4 @@
-// bit_diff, flat_exchange_, bit_checksum, bit_checksum_change on the CPU.
+// bit_diff, flat_exchange_, bit_checksum, bit_checksum_change, set_bits on the CPU.
 //
 // bit_diff reads the tensors once. They are cut, one after the other, into chunks of equal length. A chunk's entries
 // are found in memory that stays in a core's cache, and kept in a piece of their own size; the pieces are copied to the
@@ -49,6 +49,16 @@ std::vector<const T*> data_of(const std::vector<Tensor>& tensors) {
   data.reserve(tensors.size());
   for (const Tensor& t : tensors) data.push_back(static_cast<const T*>(t.const_data_ptr()));
   return data;
+}
+
+// Turns the entries of each chunk, in before[chunk + 1], into those of earlier chunks; and offsets[i], for a tensor
+// with elements the entries before it in the chunk that it begins in, into those before it in all.
+void add_up(std::vector<int64_t>& before, const std::vector<int64_t>& starts, int64_t* offsets) {
+  for (size_t c = 1; c < before.size(); ++c) before[c] += before[c - 1];
+  const size_t tensors = starts.size() - 1;
+  offsets[tensors] = before.back();
+  for (size_t i = tensors; i-- > 0;)
+    offsets[i] = starts[i] == starts[i + 1] ? offsets[i + 1] : offsets[i] + before[starts[i] / kChunk];
 }
 
 // ---- bit_diff ----
@@ -121,10 +131,7 @@ struct Diff {
       const std::unique_ptr<T[]> values(new T[kChunk]);
       for (int64_t c = begin; c < end; ++c) find(c, positions.get(), values.get(), offsets);
     });
-    for (size_t c = 1; c < before.size(); ++c) before[c] += before[c - 1];
-    offsets[mine.size()] = before.back();
-    for (size_t i = mine.size(); i-- > 0;)
-      offsets[i] = starts[i] == starts[i + 1] ? offsets[i + 1] : offsets[i] + before[starts[i] / kChunk];
+    add_up(before, starts, offsets);
     return before.back();
   }
 
@@ -287,6 +294,62 @@ Tensor bit_checksum_change(Tensor offsets, Tensor indices, Tensor before, Tensor
   return as_tensor(sums, offsets);
 }
 
+// ---- set_bits ----
+
+// Calls visit(word, number of its first bit) for the words that hold bits [begin, end), without their other bits.
+template <typename Visit>
+void for_each_word(const uint32_t* words, int64_t begin, int64_t end, const Visit& visit) {
+  for (int64_t first = begin / 32 * 32; first < end; first += 32)
+    visit(bits_within(words[first / 32], first, begin, end), first);
+}
+
+// Calls visit(chunk, part, begin, end) for the parts of each chunk, with numbers of bits, in threads.
+template <typename Visit>
+void for_each_bits(const std::vector<int64_t>& starts, int64_t shift, int64_t chunks, const Visit& visit) {
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t from, int64_t to) {
+    for (int64_t c = from; c < to; ++c)
+      for_each_part(starts, c * kChunk, std::min((c + 1) * kChunk, starts.back()),
+                    [&](size_t i, int64_t begin, int64_t end) {
+                      visit(c, i, shift + starts[i] + begin, shift + starts[i] + end);
+                    });
+  });
+}
+
+std::tuple<Tensor, Tensor> set_bits(Tensor words, Tensor starts) {
+  const Marks marks = check_marks(words, starts, Device::kCpu);
+  const int64_t shift = marks.starts[0], bits = 32 * marks.count;
+  std::vector<int64_t> relative(marks.starts, marks.starts + marks.parts + 1);
+  for (int64_t& start : relative) start -= shift;
+  DEFTX_CHECK(shift >= 0 && shift + relative.back() <= bits && std::is_sorted(relative.begin(), relative.end()),
+              "starts must ascend from at least 0 to at most ", bits, ", the bits of words");
+  Tensor offsets = torch::stable::new_empty(words, {marks.parts + 1}, ScalarType::Long);
+  auto* offset = static_cast<int64_t*>(offsets.mutable_data_ptr());
+  const int64_t chunks = (relative.back() + kChunk - 1) / kChunk;
+  std::vector<int64_t> before(chunks + 1);
+  for_each_bits(relative, shift, chunks, [&](int64_t chunk, size_t part, int64_t begin, int64_t end) {
+    int64_t& count = before[chunk + 1];
+    if (begin == marks.starts[part]) offset[part] = count;
+    for_each_word(marks.words, begin, end, [&](uint32_t word, int64_t) { count += bitmask::count_bits(word); });
+  });
+  add_up(before, relative, offset);
+  Tensor indices = torch::stable::new_empty(words, {before.back()}, marks.wide ? ScalarType::Long : ScalarType::Int);
+  const auto write = [&](auto* index) {
+    using Index = std::remove_pointer_t<decltype(index)>;
+    std::vector<int64_t> at(before.begin(), before.end() - 1);  // [chunks]
+    for_each_bits(relative, shift, chunks, [&](int64_t chunk, size_t part, int64_t begin, int64_t end) {
+      Index* out = index + at[chunk];
+      for_each_word(marks.words, begin, end, [&](uint32_t word, int64_t first) {
+        const auto number = static_cast<Index>(first - marks.starts[part]);
+        for (; word != 0; word &= word - 1) *out++ = static_cast<Index>(number + lowest_bit(word));
+      });
+      at[chunk] = out - index;
+    });
+  };
+  void* index = indices.mutable_data_ptr();
+  marks.wide ? write(static_cast<int64_t*>(index)) : write(static_cast<int32_t*>(index));
+  return {offsets, indices};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deftx, CPU, m) {
@@ -294,6 +357,7 @@ STABLE_TORCH_LIBRARY_IMPL(deftx, CPU, m) {
   m.impl("flat_exchange_", TORCH_BOX(&flat_exchange_));
   m.impl("bit_checksum", TORCH_BOX(&bit_checksum));
   m.impl("bit_checksum_change", TORCH_BOX(&bit_checksum_change));
+  m.impl("set_bits", TORCH_BOX(&set_bits));
 }
 
 }  // namespace deftx

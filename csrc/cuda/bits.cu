@@ -1,4 +1,4 @@
-// bit_diff, flat_exchange_, bit_checksum, bit_checksum_change on the GPU.
+// bit_diff, flat_exchange_, bit_checksum, bit_checksum_change, set_bits on the GPU.
 //
 // bit_diff reads the tensors once: each element gets one bit, each tile of kTile elements the number of its ones. The
 // counts are added up, the host waits for their sum, which is the size of the result, and the entries of each tile are
@@ -142,6 +142,16 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
+// By a whole warp: the sum of the counts of the lanes before this one.
+__device__ int rank_of_lane(int count) {
+  int rank = count;
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int lower = __shfl_up_sync(kFull, rank, offset);
+    if (static_cast<int>(threadIdx.x % 32) >= offset) rank += lower;
+  }
+  return rank - count;
+}
+
 template <typename T, typename Index>
 __global__ void __launch_bounds__(kThreads)
     emit_kernel(const __grid_constant__ Table table, const uint32_t* __restrict__ bits,  // [tiles * kTile / 32]
@@ -153,12 +163,7 @@ __global__ void __launch_bounds__(kThreads)
     int64_t out = before[number];
     if (out == before[number + 1]) return;
     uint32_t word = bits[number * 32 + lane];
-    int rank = __popc(word);
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int lower = __shfl_up_sync(kFull, rank, offset);
-      if (lane >= offset) rank += lower;
-    }
-    out += rank - __popc(word);
+    out += rank_of_lane(__popc(word));
     for (; word != 0; word &= word - 1, ++out) {
       const int64_t at = tile * kTile + lane * 32 + __ffs(word) - 1;
       indices[out] = static_cast<Index>(at);
@@ -392,6 +397,90 @@ Tensor bit_checksum_change(Tensor offsets, Tensor indices, Tensor before, Tensor
   return out;
 }
 
+// ---- set_bits ----
+
+// A word of the marks, without bits before the first part and behind the last one; 0 behind the last word.
+__device__ uint32_t marked_word(const Marks& marks, int64_t number) {
+  if (number >= marks.count) return 0;
+  return bits_within(marks.words[number], 32 * number, marks.starts[0], marks.starts[marks.parts]);
+}
+
+// Calls visit(tile, this lane's word of it), a warp to a tile.
+template <typename Visit>
+__device__ void for_each_marked_word(const Marks& marks, int64_t tiles, const Visit& visit) {
+  for (int64_t tile = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; tile < tiles;
+       tile += int64_t{gridDim.x} * kWarps)
+    visit(tile, marked_word(marks, tile * (kTile / 32) + threadIdx.x % 32));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    count_marks_kernel(const Marks marks, int64_t* __restrict__ counts, int64_t tiles) {  // [tiles]
+  for_each_marked_word(marks, tiles, [&](int64_t tile, uint32_t word) {
+    const unsigned count = __reduce_add_sync(kFull, static_cast<unsigned>(__popc(word)));
+    if (threadIdx.x % 32 == 0) counts[tile] = count;
+  });
+}
+
+template <typename Index>
+__global__ void __launch_bounds__(kThreads)
+    emit_marks_kernel(const Marks marks, const int64_t* __restrict__ before, int64_t tiles,  // [tiles + 1]
+                      Index* __restrict__ indices) {                                         // [nnz]
+  for_each_marked_word(marks, tiles, [&](int64_t tile, uint32_t word) {
+    int64_t out = before[tile];
+    if (out == before[tile + 1]) return;
+    out += rank_of_lane(__popc(word));
+    const int64_t number = tile * kTile + threadIdx.x % 32 * 32;
+    int64_t part = find_row_by_warp(marks.starts, 0, marks.parts, tile * kTile);
+    for (; word != 0; word &= word - 1, ++out) {
+      const int64_t at = number + __ffs(word) - 1;
+      while (part + 1 < marks.parts && marks.starts[part + 1] <= at) ++part;
+      indices[out] = static_cast<Index>(at - marks.starts[part]);
+    }
+  });
+}
+
+__global__ void mark_offsets_kernel(const Marks marks, const int64_t* __restrict__ before,  // [tiles + 1]
+                                    int64_t* __restrict__ offsets) {                        // [parts + 1]
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i <= marks.parts;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t start = min(max(marks.starts[i], int64_t{0}), 32 * marks.count), tile = start / kTile;
+    int64_t offset = before[tile];
+    for (int64_t w = tile * (kTile / 32); 32 * w < start; ++w)
+      offset += __popc(bits_within(marked_word(marks, w), 32 * w, 0, start));
+    offsets[i] = offset;
+  }
+}
+
+std::tuple<Tensor, Tensor> set_bits(Tensor words, Tensor starts) {
+  const Marks marks = check_marks(words, starts, Device::kCuda);
+  const DeviceGuard guard(words.get_device_index());
+  const cudaStream_t stream = current_stream(words);
+  const int64_t tiles = (32 * marks.count + kTile - 1) / kTile, parts = (tiles + kWarps - 1) / kWarps;
+  Tensor offsets = torch::stable::new_empty(words, {marks.parts + 1}, ScalarType::Long);
+  Tensor before = torch::stable::new_empty(words, {tiles + 1}, ScalarType::Long);
+  auto* count = static_cast<int64_t*>(before.mutable_data_ptr());
+  DEFTX_CUDA_CHECK(cudaMemsetAsync(count + tiles, 0, sizeof(int64_t), stream));
+  if (tiles) {
+    count_marks_kernel<<<blocks_for(count_marks_kernel, parts), kThreads, 0, stream>>>(marks, count, tiles);
+    DEFTX_LAUNCH_CHECK();
+  }
+  const int64_t nnz = scan(count, tiles + 1, words, stream);
+  Tensor indices = torch::stable::new_empty(words, {nnz}, marks.wide ? ScalarType::Long : ScalarType::Int);
+  const auto emit = [&](auto* index) {
+    using Index = std::remove_pointer_t<decltype(index)>;
+    emit_marks_kernel<Index>
+        <<<blocks_for(emit_marks_kernel<Index>, parts), kThreads, 0, stream>>>(marks, count, tiles, index);
+    DEFTX_LAUNCH_CHECK();
+  };
+  void* index = indices.mutable_data_ptr();
+  if (nnz) marks.wide ? emit(static_cast<int64_t*>(index)) : emit(static_cast<int32_t*>(index));
+  const int64_t blocks = (marks.parts + kThreads) / kThreads;
+  mark_offsets_kernel<<<blocks_for(mark_offsets_kernel, blocks), kThreads, 0, stream>>>(
+      marks, count, static_cast<int64_t*>(offsets.mutable_data_ptr()));
+  DEFTX_LAUNCH_CHECK();
+  return {offsets, indices};
+}
+
 }  // namespace
 
 DEFTX_CUDA_LIBRARY_IMPL(m) {
@@ -399,6 +488,7 @@ DEFTX_CUDA_LIBRARY_IMPL(m) {
   m.impl("flat_exchange_", TORCH_BOX(&flat_exchange_));
   m.impl("bit_checksum", TORCH_BOX(&bit_checksum));
   m.impl("bit_checksum_change", TORCH_BOX(&bit_checksum_change));
+  m.impl("set_bits", TORCH_BOX(&set_bits));
 }
 
 }  // namespace deftx

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deftx_kernels.kernels.tensors import FLOATS, INTEGERS, rows_and_columns
 from deftx_kernels.ops.reference_adamw import philox, sparse_adamw_  # noqa: F401
-from deftx_kernels.ops.reference_bits import bit_checksum, bit_checksum_change, bit_diff, flat_exchange_  # noqa: F401
+from deftx_kernels.ops.reference_bits import bit_checksum, bit_checksum_change, bit_diff, flat_exchange_, set_bits  # noqa: F401
 from deftx_kernels.ops.reference_csr import csr_add_, csr_gather, csr_restore_, csr_scatter_  # noqa: F401
 from deftx_kernels.ops.schemas import ELECTIONS, OPERATIONS, SCOPES, column_dtype, compute_dtype
 

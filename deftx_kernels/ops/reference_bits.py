@@ -1,4 +1,4 @@
-"""The references of the operators on the bits of tensors: differences, exchanges of entries, checksums.
+"""The references of the operators on the bits of tensors: differences, exchanges of entries, checksums, set bits.
 
 As in `reference.py`. Elements are compared and moved as integers of their size, whatever their dtype.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.kernels.tensors import INTEGERS
-from deftx_kernels.ops.schemas import index_dtype
+from deftx_kernels.ops.schemas import bits_dtype, index_dtype
 
 _CHUNK = 1 << 22  # elements of temporary memory per step
 _LOW = 0xFFFF_FFFF
@@ -120,3 +120,21 @@ def bit_checksum_change(
     index = indices.to(torch.int64)
     change = _terms(index, _bits(new)) - _terms(index, _bits(old))
     return torch.nn.functional.pad(change.cumsum(0), (1, 0))[offsets].diff()
+
+
+# ---- marks ----
+def set_bits(
+    words: Tensor,  # int32 [w]
+    starts: Tensor,  # int64 [n + 1]
+) -> tuple[Tensor, Tensor]:
+    bounds, dtype, places = starts.tolist(), bits_dtype(words), torch.arange(32, device=words.device)
+    counts, indices = [0], [torch.empty(0, dtype=dtype, device=words.device)]
+    for start, end in zip(bounds, bounds[1:]):
+        count = 0
+        for first, part in _chunks(words[start // 32 : -(-end // 32)]):
+            number = ((part[:, None] >> places) & 1).view(-1).nonzero().view(-1) + 32 * (first + start // 32)
+            index = number[(number >= start) & (number < end)] - start
+            indices.append(index.to(dtype))
+            count += len(index)
+        counts.append(count)
+    return torch.tensor(counts, device=words.device).cumsum(0), torch.cat(indices)

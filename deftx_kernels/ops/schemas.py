@@ -153,6 +153,10 @@ SCHEMAS = {
     # int64 [n]: what to add, modulo 2**64, to the checksums when the entries go from old to new. Both [nnz], one dtype.
     # indices need not ascend.
     "bit_checksum_change": "(Tensor offsets, Tensor indices, Tensor old, Tensor new) -> Tensor",
+    # The bits that are set in words int32 [w]: bit j of word k, the lowest first, is number 32 k + j. Part i of n has
+    # the numbers starts[i] ... starts[i + 1] - 1, starts int64 [n + 1], and its indices count from starts[i].
+    # indices: int32 where the words have at most MAX_INT32_ELEMENTS bits, else int64.
+    "set_bits": "(Tensor words, Tensor starts) -> (Tensor offsets, Tensor indices)",
 }
 
 MAX_INT32_ELEMENTS = 2**31 - 1
@@ -248,6 +252,16 @@ def _bit_diff(new, old):
     return like.new_empty(len(new) + 1, dtype=torch.int64), indices, like.new_empty(nnz)
 
 
+def bits_dtype(words: Tensor) -> torch.dtype:
+    """Of the numbers of bits in int32 words."""
+    return torch.int32 if 32 * words.numel() <= MAX_INT32_ELEMENTS else torch.int64
+
+
+def _set_bits(words, starts):
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    return starts.new_empty(starts.shape), words.new_empty(nnz, dtype=bits_dtype(words))
+
+
 def _bit_checksum(tensors):
     return (tensors[0] if tensors else torch.empty(0)).new_empty(len(tensors), dtype=torch.int64)
 
@@ -276,6 +290,7 @@ FAKES: dict[str, Callable] = {
     "flat_exchange_": _returns_nothing,
     "bit_checksum": _bit_checksum,
     "bit_checksum_change": lambda offsets, indices, old, new: offsets.new_empty(offsets.shape[0] - 1),
+    "set_bits": _set_bits,
 }
 
 

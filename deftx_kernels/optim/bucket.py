@@ -12,7 +12,6 @@ from deftx_kernels.nn import entries_of
 from deftx_kernels.ops.schemas import compute_dtype
 from deftx_kernels.optim.full import FullMask
 from deftx_kernels.optim.functional import CompactState, StepOptions, apply_step, check_targets
-from deftx_kernels.optim.marks import set_bits
 from deftx_kernels.validation import scalar
 
 # Name in the mask → (dense tensor, parameter), of parameters that a mask covers. The parameter is the dense tensor
@@ -117,13 +116,13 @@ class Bucket:
         return [Bucket(group, state, {n: pairs[n]}, mask, decay_to, track_changes) for n in self.names]
 
     def marked(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(dense tensor, int64 [any number] flat indices of its marked entries, ascending), for each tensor."""
+        """(dense tensor, int32 or int64 flat indices of its marked entries, ascending), for each tensor."""
         assert self.changed is not None
-        offsets = self.mask.entry_offsets
-        for name, dense, start, end in zip(self.names, self.dense, offsets, offsets[1:]):
-            entries = set_bits(self.changed, start, end)
-            full = isinstance(self.mask, FullMask) or not len(entries)
-            yield dense, entries if full else self.mask[name].flat_indices()[entries]
+        starts = torch.tensor(self.mask.entry_offsets, device=self.device)
+        offsets, entries = torch.ops.deftx.set_bits(self.changed, starts)
+        for name, dense, marked in zip(self.names, self.dense, entries.split(offsets.diff().tolist())):
+            full = isinstance(self.mask, FullMask) or not len(marked)
+            yield dense, marked if full else self.mask[name].flat_indices()[marked]
 
     def square_sums(self) -> list[Tensor]:
         """float64, each [any number]: sums of squares of masked gradients, which add up to that of all."""

@@ -15,7 +15,7 @@ class Changed(NamedTuple):
     tensor: Tensor
     checksum: int | None  # before the first tracked step; None: the tensor had none since the last patch
     other_writes: bool  # other code than the optimizer may have written it
-    indices: Tensor  # int64, ascending: flat indices of the entries that steps changed
+    indices: Tensor  # int32 or int64, ascending: flat indices of the entries that steps changed
 
 
 # (reads what has changed, the state that the last one returned or None, model, model_version) → patch, new state

@@ -120,7 +120,9 @@ def test_chosen_operators_dtypes_densities_and_implementations(bench):
     assert not found.get("topk")
 
 
-@pytest.mark.parametrize("arguments", ["--density 0", "--density 1.5", "--dtype int8", "--op add", "--size huge", "plots"])
+@pytest.mark.parametrize(
+    "arguments", ["--density 0", "--density 1.5", "--dtype int8", "--op add", "--size huge", "plots"]
+)
 def test_wrong_choices_are_errors(arguments):
     with pytest.raises(SystemExit) as error:
         program.main(arguments.split())

@@ -180,6 +180,12 @@ def _change(make: Maker) -> list[Any]:
     return [offsets, indices, torch.zeros_like(values), values]
 
 
+def _marks(make: Maker) -> list[Any]:
+    words = make.size(0, 40)
+    starts = sorted(make.rng.randint(0, 32 * words) for _ in range(make.rng.randint(1, 6)))
+    return [torch.randint(-(2**31), 2**31, (words,), generator=make.generator).to(torch.int32), torch.tensor(starts)]
+
+
 def _bits(magnitude: float, dtype: torch.dtype) -> int:
     return int(reference.magnitude_bits(torch.tensor([magnitude], dtype=dtype)))
 
@@ -208,4 +214,5 @@ VALID: dict[str, Callable[[Maker], list[Any]]] = {
     "flat_exchange_": _exchange,
     "bit_checksum": lambda make: _diff(make)[:1],
     "bit_checksum_change": _change,
+    "set_bits": _marks,
 }

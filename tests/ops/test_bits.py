@@ -1,5 +1,5 @@
-"""bit_diff, flat_exchange_, bit_checksum, bit_checksum_change against NumPy and Python's integers, the same tests for
-every implementation.
+"""bit_diff, flat_exchange_, bit_checksum, bit_checksum_change, set_bits against NumPy and Python's integers, the same
+tests for every implementation.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from deftx_kernels.ops import registrations, schemas
 from tests.conftest import implementations
 from tests.operators import MANY, SHAPES, bits, explore, replaced, with_threads
 
-OPS = ("bit_diff", "flat_exchange_", "bit_checksum", "bit_checksum_change")
+OPS = ("bit_diff", "flat_exchange_", "bit_checksum", "bit_checksum_change", "set_bits")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
 DTYPES += [torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
@@ -271,6 +271,56 @@ def test_difference_of_large_tensors(implementation):
     assert found == [sum(key(i // 4) * (v << 8 * (i % 4)) for i, v in zip(where, (1, 2, 3, 4)))]
 
 
+def numbers_of(words, starts) -> tuple[list[int], list[int]]:
+    """What set_bits returns, by NumPy."""
+    number = np.flatnonzero(np.unpackbits(words.numpy().view(np.uint8), bitorder="little"))
+    parts = [number[(number >= a) & (number < b)] - a for a, b in zip(starts, starts[1:])]
+    return np.cumsum([0, *map(len, parts)]).tolist(), [int(i) for part in parts for i in part]
+
+
+@pytest.mark.usefixtures("no_racecheck")
+def test_set_bits(implementation):
+    """Parts that begin within words, empty ones, bits before the first and after the last part."""
+    examples = st.tuples(
+        st.integers(0, 140),  # words
+        st.sampled_from([0.0, 0.01, 0.4, 1.0]),
+        st.lists(st.floats(0, 1), min_size=1, max_size=70),
+        st.integers(0, 2**32 - 1),
+    )
+
+    def check(example):
+        count, share, places, seed = example
+        flags = np.random.default_rng(seed).random(32 * count) < share
+        words = torch.from_numpy(np.packbits(flags, bitorder="little").view(np.int32).copy())
+        starts = sorted(int(p * 32 * count) for p in places)
+        given = [t.to(implementation.device) for t in (words, torch.tensor(starts))]
+        offsets, indices = implementation.ops.set_bits(*given)
+        assert (offsets.tolist(), indices.tolist()) == numbers_of(words, starts)
+        assert (offsets.dtype, indices.dtype) == (torch.int64, torch.int32)
+
+    explore(implementation, examples, check)
+
+
+def test_set_bits_of_many_words(implementation):
+    """More than a chunk of each implementation; a word of each is empty."""
+    words = torch.randint(-(2**31), 2**31, (5000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    words[::3] = 0
+    starts = [5, 5, 31, 32, 33, 70_000, 70_000, 159_999]
+    given = [t.to(implementation.device) for t in (words, torch.tensor(starts))]
+    for found in with_threads(lambda: implementation.ops.set_bits(*given), (1, 2, 3)):
+        assert tuple(t.tolist() for t in found) == numbers_of(words, starts)
+
+
+@implementations("c++", "cuda")
+def test_set_bits_above_two_billion(implementation):
+    words = torch.from_numpy(np.zeros(2**26 + 2, np.int32)).to(implementation.device)
+    words[[0, 2**26, 2**26 + 1]] = torch.tensor([2, 4, -(2**31)], dtype=torch.int32, device=words.device)
+    starts = [1, 31, 2**31 + 64]
+    offsets, indices = implementation.ops.set_bits(words, torch.tensor(starts, device=words.device))
+    assert (offsets.tolist(), indices.dtype) == ([0, 1, 3], torch.int64)
+    assert indices.tolist() == [0, 2**31 + 2 - 31, 2**31 + 63 - 31]
+
+
 # What is wrong -> (the operator, the changed arguments by number, what the message names)
 WRONG = {
     "fewer old": ("bit_diff", {1: lambda x: x[:1]}, "new and old must have one tensor for each other, got 2 and 1"),
@@ -289,6 +339,10 @@ WRONG = {
     "offsets empty": ("bit_checksum_change", {0: lambda x: x[:0]}, "offsets"),
     "other dtype": ("bit_checksum_change", {3: lambda x: x.int()}, "new must (be float32|have the dtype)"),
     "old short": ("bit_checksum_change", {2: lambda x: x[1:]}, "old must have shape"),
+    "words int64": ("set_bits", {0: lambda x: x.long()}, "words must be int32"),
+    "words 2-D": ("set_bits", {0: lambda x: x[None]}, "words must have shape"),
+    "starts int32": ("set_bits", {1: lambda x: x.int()}, "starts must be int64"),
+    "starts empty": ("set_bits", {1: lambda x: x[:0]}, "starts"),
 }
 CONTENTS = {
     "offsets begin late": (1, lambda x: x + 1, "offsets"),
@@ -313,6 +367,7 @@ def valid_arguments(op, device) -> list:
         "flat_exchange_": [old, offsets, indices, values],
         "bit_checksum": [new],
         "bit_checksum_change": [offsets, indices, values, -values],
+        "set_bits": [torch.full((3,), -1, dtype=torch.int32, device=device), torch.tensor([3, 40, 96], device=device)],
     }[op]
 
 
@@ -342,6 +397,19 @@ def test_bad_entries_change_nothing(implementation, wrong):
     if at == 1:
         with pytest.raises((RuntimeError, ValueError), match=message):
             ops.bit_checksum_change(*arguments[1:], arguments[3])
+
+
+@pytest.mark.parametrize("starts", [[-1, 40, 96], [3, 2, 96], [3, 40, 97], [3, 97, 96], [-(2**62), 2**62, 5]], ids=str)
+def test_bad_starts(implementation, starts):
+    """The CPU library and the reference name them; a GPU's kernels stay inside memory."""
+    words, _ = valid_arguments("set_bits", implementation.device)
+    starts = torch.tensor(starts, device=implementation.device)
+    if implementation.name not in ("c++", "reference"):
+        with implementation.without_racecheck():
+            implementation.ops.set_bits(words, starts)
+        return
+    with pytest.raises((RuntimeError, ValueError), match="starts must ascend from at least 0 to at most 96"):
+        implementation.ops.set_bits(words, starts)
 
 
 def test_the_dtype_of_indices(monkeypatch):

@@ -82,6 +82,7 @@ cases = {
     "flat_exchange_": [(tensors, *flat, values)],
     "bit_checksum": [(tensors,)],
     "bit_checksum_change": [(*flat, values, values + 1)],
+    "set_bits": [(torch.full((3,), -1, dtype=torch.int32), torch.tensor([3, 40, 96]))],
 }
 for op, arguments in cases.items():
     function = getattr(torch.ops.deftx, op)

@@ -220,7 +220,7 @@ def _() -> Results:
     return found
 
 
-@case("bit_diff and flat_exchange_, bit_checksum and bit_checksum_change, bfloat16 layers", exact=True)
+@case("bit_diff, set_bits, flat_exchange_, bit_checksum and bit_checksum_change, bfloat16 layers", exact=True)
 def _() -> Results:
     new, old = (list(copies(t, torch.bfloat16).values()) for t in (layers(), other_layers()))
     for a, b, pattern in zip(new, old, patterns().values()):
@@ -230,7 +230,8 @@ def _() -> Results:
     before = values.clone()
     ops.flat_exchange_(old, offsets, indices, before)
     sums |= {"change": ops.bit_checksum_change(offsets, indices, before, values), "written": ops.bit_checksum(old)}
-    return {"offsets": offsets, "indices": indices, "values": values, "before": before} | sums
+    marked = ops.set_bits(new[0].view(-1).view(torch.int32), torch.tensor([3, 1000, 1000, 16 * new[0].numel()]))
+    return {"offsets": offsets, "indices": indices, "values": values, "before": before, "marked": marked[1]} | sums
 
 
 @case("CSRMask, layers", exact=True)
