@@ -136,6 +136,8 @@ time in which this machine could move the bytes and do the arithmetic.
 
 ![Memory of training](memory.png)
 
+![Sparse patches: size by learning rate, and the time of getting one](weight_sync.png)
+
 ## Performance targets
 """
 

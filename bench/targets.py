@@ -69,6 +69,11 @@ CPU = (
       for m, n in ((384, 384), (768, 768), (3072, 768), (768, 3072), (4096, 4096))
       for share, dtype in ((5, F32), (30, F32), (5, BF16)) if m == n == 768 or (share, dtype) != (5, F32)),
     (*SELECTION, {MS: 10_000}),
+    ("find 1 % changed entries in 1 GB", "bit_diff", "512M", BF16, "0.01", {"torch != and nonzero": 5, FLOOR: 0.6}),
+    *((f"write {share} % of the entries of 1 GB", "flat_exchange_", "512M", BF16, f"{share / 100}",
+       {"torch copy_ of whole tensors": 10}) for share in (1, 0.1)),
+    *((f"step {share} % of MiniLM's entries and mark what changes", "tracked_step", "minilm", BF16, density,
+       {"SparseAdamW without track_changes": 1 / 1.03}) for share, density in ((5, "0.05"), (100, "1"))),
 )  # fmt: skip
 GPU = (
     ("denoise XLM-R base with its embedding, 90 % of the energy", "svd_denoise", "xlmr with embedding, energy 0.9", F32,
