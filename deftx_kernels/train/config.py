@@ -42,6 +42,9 @@ Scope = Literal["global", "tensor", "row"]
 # ---- training ----
 
 
+DEFAULT_ENERGY = 0.9
+
+
 @dataclass
 class SelectionConfig:
     """Which entries are trained."""
@@ -52,7 +55,7 @@ class SelectionConfig:
     """Number of entries to train."""
     rank: int | Literal["gavish-donoho"] | None = None
     """deft-x and lift: rank of every truncated SVD. For deft-x, exactly one of rank and energy."""
-    energy: float | None = 0.9
+    energy: float | None = DEFAULT_ENERGY
     """deft-x: keep, per matrix, the smallest rank that holds this share of the squared singular values."""
     residual_density: float = 0.0
     """deft-x: fraction of the residual's entries added back, per matrix. 1 gives LT-SFT."""
@@ -75,6 +78,10 @@ class SelectionConfig:
             if value is not None and (not isinstance(value, (int, float)) or not 0 < value <= 1):
                 raise ValueError(f"selection.{name} must be above 0 and at most 1, not {value}")
         if self.rank is not None:  # a rank given on the command line replaces the default energy
+            if self.energy not in (None, DEFAULT_ENERGY):
+                raise ValueError(
+                    f"selection: give one of rank and energy, not rank {self.rank} and energy {self.energy}"
+                )
             self.energy = None
             if self.rank != "gavish-donoho":
                 check_int("selection.rank", self.rank, 1)
@@ -296,8 +303,9 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     source_vector: bool = False
-    """Learn language vectors for the source languages too, and train the task with them: from theta0 + the vector of a
-    single source language; with several, each batch has examples of one language and that language's vector applied."""
+    """Learn language vectors for the source languages too, and train the task with them, as the papers do: from theta0
+    + the vector of a single source language; with several, each batch has examples of one language and that language's
+    vector applied. A task vector that was trained without them may lose by a target language's vector."""
     language_vectors: Path | None = None
     """Folder of language vectors that several runs share: those that it lacks are learned into it, with seed 0. By
     default each seed learns its own in its run folder. A new MLM head is trained on the texts of the first run's

@@ -64,6 +64,8 @@ def test_each_wrong_value_is_refused_by_name(make, wrong):
 def test_what_excludes_one_another():
     with pytest.raises(ValueError, match="warmup_steps must be at most max_steps = 5, not 6"):
         PhaseConfig(max_steps=5, warmup_steps=6)
+    with pytest.raises(ValueError, match="selection: give one of rank and energy, not rank 8 and energy 0.7"):
+        SelectionConfig(rank=8, energy=0.7)
     with pytest.raises(ValueError, match="pair_column: token classification"):
         FilesData(**FILES, pair_column="other", kind="token-classification")
     RunConfig(CldrData(), recipes=["lt-sft", "lift"], task=NEITHER)
