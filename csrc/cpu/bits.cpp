@@ -319,9 +319,9 @@ std::tuple<Tensor, Tensor> set_bits(Tensor words, Tensor starts) {
   const Marks marks = check_marks(words, starts, Device::kCpu);
   const int64_t shift = marks.starts[0], bits = 32 * marks.count;
   std::vector<int64_t> relative(marks.starts, marks.starts + marks.parts + 1);
-  for (int64_t& start : relative) start -= shift;
-  DEFTX_CHECK(shift >= 0 && shift + relative.back() <= bits && std::is_sorted(relative.begin(), relative.end()),
+  DEFTX_CHECK(shift >= 0 && relative.back() <= bits && std::is_sorted(relative.begin(), relative.end()),
               "starts must ascend from at least 0 to at most ", bits, ", the bits of words");
+  for (int64_t& start : relative) start -= shift;
   Tensor offsets = torch::stable::new_empty(words, {marks.parts + 1}, ScalarType::Long);
   auto* offset = static_cast<int64_t*>(offsets.mutable_data_ptr());
   const int64_t chunks = (relative.back() + kChunk - 1) / kChunk;

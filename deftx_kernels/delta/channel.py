@@ -25,7 +25,7 @@ from deftx_kernels.delta.model_state import (
     state_of,
     version,
 )
-from deftx_kernels.delta.models import Model
+from deftx_kernels.delta.models import Model, plain_model
 from deftx_kernels.delta.patch import SparsePatch
 from deftx_kernels.delta.patch_files import AnchorContent, read_anchor, write_anchor
 from deftx_kernels.validation import check_int
@@ -100,15 +100,17 @@ class PatchWriter:
         """Write the next version. Returns its number.
 
         Args:
-            model: a module or a mapping of names to tensors.
+            model: a module, plain or sparsified, or a mapping of names to tensors.
             patch: from the version that was written last to this one. Without it the model is compared with a copy of
-                the last version, which the writer then keeps in CPU memory.
+                the last version, which the writer then keeps in CPU memory; after versions that were written with a
+                patch, it is an anchor. So `write(model)` goes on after any error.
 
         Raises:
             ValueError, TypeError: the patch was made for another version, or does not lead to the model's (where that
                 is checked, with an anchor); the model's tensors are not those of the last version. Nothing is written.
             OSError: a file cannot be written. If it is the version's first one, its number is not used again, and the
-                next version is an anchor.
+                next version is an anchor; else the version is complete, without its anchor. Do not give the same patch
+                again.
         """
         step, last, given = self.model_version + 1, self._written, patch is not None
         if patch is not None and not isinstance(patch, SparsePatch):
@@ -116,7 +118,11 @@ class PatchWriter:
         if patch is not None and patch.to_version is None:
             raise ValueError("patch has no versions: a patch of another tool cannot be followed")
         if patch is not None and last not in (None, patch.from_version):
-            raise ValueError(f"patch was made for version {patch.from_version}, the last one is {last}")
+            raise ValueError(
+                f"patch was made for version {patch.from_version}, the last one is {last}; without a patch, the model"
+                " would be written whole"
+            )
+        model = model_tensors(plain_model(model), "model")
         if patch is None and self._copy is not None:
             patch = SparsePatch.diff(model, self._copy)
         is_first = patch is None or last != patch.from_version  # also where an earlier call was interrupted
@@ -169,14 +175,13 @@ class PatchWriter:
     resume = destroy = pause
 
 
-def _anchor(model: Model, patch: SparsePatch | None, step: int) -> AnchorContent:
+def _anchor(model: dict[str, Tensor], patch: SparsePatch | None, step: int) -> AnchorContent:
     """The whole model. ValueError unless the patch, if there is one, leads to its version."""
     if patch is None or patch.after is None:
         tensors, _, tied = matched_tensors(model, model)
         return AnchorContent(tensors, state_of(tensors), tied, step)
-    found = model_tensors(model, "model")
-    targets = matched_targets(found, "model", patch.after, patch.tied, [patch.after], exactly=True)
-    tensors = {known: found[name] for name, known in targets.items()}
+    targets = matched_targets(model, "model", patch.after, patch.tied, [patch.after], exactly=True)
+    tensors = {known: model[name] for name, known in targets.items()}
     if wrong := [n for n, state in state_of(tensors).items() if state != patch.after[n]]:
         raise ValueError(f"patch does not lead to the model's version: tensor {wrong[0]!r} has other values")
     return AnchorContent(tensors, patch.after, patch.tied, step)

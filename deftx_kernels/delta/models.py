@@ -36,6 +36,19 @@ def persistent_buffers(model: Model) -> dict[str, Tensor]:
     return found
 
 
+def plain_model(model: Model) -> Model:
+    """The model; for a sparsified module the tensors of the plain model by name, tied ones under each name, into which
+    the masked values have been written.
+    """
+    if not isinstance(model, nn.Module) or not (masked := masked_parameters(model)):
+        return model
+    plain_tensors(model)
+    values = {id(m.values) for m in masked.values()}
+    named = validation.unwrapped(model).named_parameters(remove_duplicate=False)
+    plain = {validation.plain_name(n): p.detach() for n, p in named if id(p) not in values}
+    return plain | persistent_buffers(model)
+
+
 def _tensors_and_buffers(model: Model, argument: str) -> tuple[dict[str, Tensor], set[str]]:
     """Name → tensor (the plain model's of a sparsified one), tied ones under each name, and the names of buffers."""
     if isinstance(model, nn.Module) and masked_parameters(model):

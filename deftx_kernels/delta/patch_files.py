@@ -73,6 +73,7 @@ def write_patch(path: str | os.PathLike, content: PatchContent, compact: bool) -
 
 def read_patch(path: str | os.PathLike) -> PatchContent:
     """Read the file of a patch; tensors are mapped from the file. ValueError, naming the file, if it is damaged."""
+    open(path, "rb").close()  # a folder's error names it
     with reading(path, "sparse patch"), safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (a safe_open is not a mapping)

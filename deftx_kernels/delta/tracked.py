@@ -3,13 +3,12 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deftx_kernels import validation
 from deftx_kernels.delta.model_state import State, bits, dense, model_tensors, state_of
-from deftx_kernels.delta.models import Model, persistent_buffers
+from deftx_kernels.delta.models import Model, plain_model
 from deftx_kernels.delta.patch import SparsePatch
-from deftx_kernels.nn import masked_parameters, plain_tensors
 from deftx_kernels.ops.schemas import index_dtype
 from deftx_kernels.optim.tracking import Changed, register_patch_maker
 
@@ -38,7 +37,9 @@ def tracked_patch(
             continue
         if (name := names.get(_memory(change.tensor))) is None:
             shape = list(change.tensor.shape)
-            raise ValueError(f"model lacks a tensor of shape {shape} that the optimizer steps: give the whole model")
+            raise ValueError(
+                f"model lacks a tensor of shape {shape} that the optimizer steps: give the whole model, and not a copy"
+            )
         marked[name] = change.indices
         if before is None and change.checksum is not None:
             base[name] = base[name]._replace(checksum=change.checksum)
@@ -58,13 +59,7 @@ def tracked_patch(
 
 def _untied_tensors(model: Model) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Name → tensor of the plain model, tied ones under the first name; and the other names → the first."""
-    if isinstance(model, nn.Module) and (masked := masked_parameters(model)):
-        plain_tensors(model)
-        values = {id(m.values) for m in masked.values()}
-        named = validation.unwrapped(model).named_parameters(remove_duplicate=False)
-        plain = {validation.plain_name(n): p.detach() for n, p in named if id(p) not in values}
-        model = plain | persistent_buffers(model)
-    tensors = model_tensors(model, "model")
+    tensors = model_tensors(plain_model(model), "model")
     first = validation.tied_names(tensors, "model")
     tied = {n: other for n, other in first.items() if n != other}
     return {n: t for n, t in tensors.items() if n not in tied}, tied

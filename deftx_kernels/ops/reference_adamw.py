@@ -53,7 +53,8 @@ def sparse_adamw_(*arguments) -> None:
     distance = weight - (0.0 if args.decay_to is None else args.decay_to.to(compute))
     if args.l1:
         gradient = gradient + args.l1 * torch.sign(distance)
-    new_weight = weight - (lr * args.weight_decay).to(compute) * distance if args.weight_decay else weight
+    decay = (lr * args.weight_decay).to(compute)
+    new_weight = weight - decay * distance if decay != 0 else weight  # 0 * inf is NaN
     new_exp_avg = torch.lerp(args.exp_avg.to(compute), gradient, 1 - args.beta1)
     new_exp_avg_sq = args.beta2 * args.exp_avg_sq.to(compute) + (1 - args.beta2) * gradient * gradient
     correction1, correction2 = 1 - args.beta1**step, 1 - args.beta2**step

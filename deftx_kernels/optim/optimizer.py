@@ -436,10 +436,10 @@ class SparseAdamW(Optimizer):
 
         Tensors that the optimizer does not step (buffers, frozen parameters) and stepped tensors that other code has
         written between steps are in the patch whole if their checksum has changed. Not seen is a write to a stepped
-        tensor through its `.data` or NumPy: the receiver's verification finds it. What buffers held before the first
-        step is not known: if training changes them (BatchNorm), call this once before the first step, which gives an
-        empty patch. State dicts and copies of the optimizer hold no marks: after `load_state_dict`, the next patch is
-        that of the steps since.
+        tensor through its `.data` or NumPy: the receiver's verification finds it. What buffers, and parameters
+        that another optimizer steps, held before the first step is not known: if training changes them, call this once
+        before the first step, which gives an empty patch. State dicts and copies of the optimizer hold no marks: after
+        `load_state_dict`, the next patch is that of the steps since.
 
         Args:
             model: the module of the parameters, plain or sparsified (the patch is of the plain model's tensors), or a

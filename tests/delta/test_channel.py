@@ -4,6 +4,7 @@
 """
 
 import ast
+import copy
 import importlib.util
 import os
 import shutil
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from test_patch import two_layers
 from torch import nn
 
-from deftx_kernels import PatchReader, PatchWriter, SparsePatch
+from deftx_kernels import CSRMask, PatchReader, PatchWriter, SparseAdamW, SparsePatch, densify, sparsify
 from deftx_kernels.delta import channel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,6 +93,36 @@ def test_given_patches(tmp_path):
         assert files(tmp_path) == before
     assert writer.write(content(5)) == updated(reader, model) == 5  # without a patch: an anchor
     assert "anchors/step_000005.safetensors" in files(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_sparsified_model(tmp_path, tied):
+    """Anchors too are of the plain model: those of the first version, of a later one, and after an error."""
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(20, 20), torch.nn.BatchNorm1d(20), torch.nn.Linear(20, 20)).bfloat16()
+    if tied:
+        plain[2].weight = plain[0].weight
+    follower, mask = copy.deepcopy(plain), CSRMask.from_dense({"0.weight": torch.rand(20, 20) < 0.2})
+    model = sparsify(plain, mask)
+    optimizer = SparseAdamW(model.named_parameters(), mask, lr=1e-2, track_changes=True)
+    writer, reader = PatchWriter(tmp_path, anchor_every=3), PatchReader(tmp_path)
+    for step in range(1, 8):
+        if step > 1:
+            model(torch.randn(5, 20).bfloat16()).float().square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        patch = optimizer.take_patch(model)
+        if step == 5:
+            with pytest.raises(ValueError, match="patch was made for version .* the model would be written whole"):
+                writer.write(model, former)
+            patch = None
+        assert writer.write(model, patch) == reader.update(follower) == step
+        former = patch
+        late = copy.deepcopy(follower)
+        assert PatchReader(tmp_path).update(late) == step
+        state = densify(copy.deepcopy(model)).state_dict()
+        assert all(torch.equal(t, state[n]) for n, t in follower.state_dict().items())
+        assert all(torch.equal(t, state[n]) for n, t in late.state_dict().items())
 
 
 @pytest.mark.parametrize("url", ["{}", "memory://{}"])

@@ -354,3 +354,8 @@ def test_files_in_the_layout_of_trl(tmp_path):
     save_file({"c": torch.zeros(2)}, path, {**header, "sparse": "False"})
     with pytest.raises(ValueError, match="sparse = True"):
         SparsePatch.load(path)
+
+
+def test_a_folder_is_no_patch(tmp_path):
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        SparsePatch.load(tmp_path)

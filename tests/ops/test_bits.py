@@ -399,7 +399,19 @@ def test_bad_entries_change_nothing(implementation, wrong):
             ops.bit_checksum_change(*arguments[1:], arguments[3])
 
 
-@pytest.mark.parametrize("starts", [[-1, 40, 96], [3, 2, 96], [3, 40, 97], [3, 97, 96], [-(2**62), 2**62, 5]], ids=str)
+@pytest.mark.parametrize(
+    "starts",
+    [
+        [-1, 40, 96],
+        [3, 2, 96],
+        [3, 40, 97],
+        [3, 97, 96],
+        [-(2**62), 2**62, 5],
+        [2**63 - 101, 2**63 - 1, -(2**63)],
+        [5, -(2**63)],
+    ],
+    ids=str,
+)
 def test_bad_starts(implementation, starts):
     """The CPU library and the reference name them; a GPU's kernels stay inside memory."""
     words, _ = valid_arguments("set_bits", implementation.device)

@@ -170,7 +170,10 @@ def test_bad_arguments():
 def test_an_error_clears_nothing():
     pair = make_pair()
     train(pair.model, pair.optimizer, 2)
-    for model, message in ((make_model(), "model lacks a tensor of shape"), (pair.model[0], "model lacks a tensor")):
+    for model, message in (
+        (make_model(), "model lacks a tensor of shape .* not a copy"),
+        (pair.model[0], "model lacks a tensor"),
+    ):
         with pytest.raises(ValueError, match=message):
             pair.optimizer.take_patch(model)
     with pytest.raises(ValueError, match="model_version"):
