@@ -36,9 +36,9 @@ def workloads(choice: Choice) -> Iterator[Workload]:
         for setting in choice.settings(HALF if size == "512M" else SETTINGS):  # 1 GB of bfloat16
             for op, case in (("bit_diff", diff_case), ("flat_exchange_", exchange_case), ("bit_checksum", sum_case)):
                 yield workload(case, op, size, setting, choice.device)
+    for size in (s for s in choice.sizes if s in STEP_SIZES):
         for setting in choice.settings(HALF):
             yield workload(bits_case, "set_bits", size, setting, choice.device)
-    for size in (s for s in choice.sizes if s in STEP_SIZES):
         for setting in choice.settings(STEP_SETTINGS):
             yield workload(step_case, "tracked_step", size, setting, choice.device)
 

@@ -299,8 +299,29 @@ Tensor bit_checksum_change(Tensor offsets, Tensor indices, Tensor before, Tensor
 // Calls visit(word, number of its first bit) for the words that hold bits [begin, end), without their other bits.
 template <typename Visit>
 void for_each_word(const uint32_t* words, int64_t begin, int64_t end, const Visit& visit) {
-  for (int64_t first = begin / 32 * 32; first < end; first += 32)
-    visit(bits_within(words[first / 32], first, begin, end), first);
+  const auto part = [&](int64_t first) { visit(bits_within(words[first / 32], first, begin, end), first); };
+  int64_t first = begin / 32 * 32;
+  if (first < begin) {
+    part(first);
+    first += 32;
+  }
+  for (; first + 32 <= end; first += 32) visit(words[first / 32], first);
+  if (first < end) part(first);
+}
+
+DEFTX_CLONES int64_t count_words(const uint32_t* words, int64_t n) {
+  int64_t count = 0;
+  for (int64_t w = 0; w < n; ++w) count += bitmask::count_bits(words[w]);
+  return count;
+}
+
+// The number of ones among bits [begin, end).
+int64_t count_ones(const uint32_t* words, int64_t begin, int64_t end) {
+  const auto part = [&](int64_t w) { return bitmask::count_bits(bits_within(words[w], 32 * w, begin, end)); };
+  const int64_t first = (begin + 31) / 32, last = end / 32;  // whole words
+  if (first > last) return part(last);
+  return count_words(words + first, last - first) + (begin < 32 * first ? part(first - 1) : 0) +
+         (32 * last < end ? part(last) : 0);
 }
 
 // Calls visit(chunk, part, begin, end) for the parts of each chunk, with numbers of bits, in threads.
@@ -327,9 +348,8 @@ std::tuple<Tensor, Tensor> set_bits(Tensor words, Tensor starts) {
   const int64_t chunks = (relative.back() + kChunk - 1) / kChunk;
   std::vector<int64_t> before(chunks + 1);
   for_each_bits(relative, shift, chunks, [&](int64_t chunk, size_t part, int64_t begin, int64_t end) {
-    int64_t& count = before[chunk + 1];
-    if (begin == marks.starts[part]) offset[part] = count;
-    for_each_word(marks.words, begin, end, [&](uint32_t word, int64_t) { count += bitmask::count_bits(word); });
+    if (begin == marks.starts[part]) offset[part] = before[chunk + 1];
+    before[chunk + 1] += count_ones(marks.words, begin, end);
   });
   add_up(before, relative, offset);
   Tensor indices = torch::stable::new_empty(words, {before.back()}, marks.wide ? ScalarType::Long : ScalarType::Int);
