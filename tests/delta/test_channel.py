@@ -105,7 +105,7 @@ def test_a_sparsified_model(tmp_path, tied):
     follower, mask = copy.deepcopy(plain), CSRMask.from_dense({"0.weight": torch.rand(20, 20) < 0.2})
     model = sparsify(plain, mask)
     optimizer = SparseAdamW(model.named_parameters(), mask, lr=1e-2, track_changes=True)
-    writer, reader = PatchWriter(tmp_path, anchor_every=3), PatchReader(tmp_path)
+    writer, reader, former = PatchWriter(tmp_path, anchor_every=3), PatchReader(tmp_path), None
     for step in range(1, 8):
         if step > 1:
             model(torch.randn(5, 20).bfloat16()).float().square().sum().backward()
