@@ -102,6 +102,7 @@ def write_anchor(path: str | os.PathLike, content: AnchorContent) -> None:
 
 def read_anchor(path: str | os.PathLike) -> AnchorContent:
     """Read the file of an anchor; tensors are mapped from the file. ValueError, naming the file, if it is damaged."""
+    open(path, "rb").close()  # as above
     with reading(path, "anchor"), safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         config = _config(metadata, {})

@@ -144,6 +144,8 @@ def test_old_anchors_are_deleted(tmp_path, url):
 
 def test_wrong_arguments(tmp_path):
     written(tmp_path, 2)
+    with pytest.raises(TypeError, match="model must be"):
+        PatchWriter(tmp_path).write(3)
     for options, message in (({"anchor_every": 0}, "anchor_every must be at least 1"), ({"keep_anchors": 1}, "keep_")):
         with pytest.raises(ValueError, match=message):
             PatchWriter(tmp_path, **options)

@@ -16,6 +16,7 @@ from torch import nn
 from deftx_kernels import SparsePatch
 from deftx_kernels.delta import model_state
 from deftx_kernels.delta import patch as patch_module
+from deftx_kernels.delta.patch_files import read_anchor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -356,6 +357,7 @@ def test_files_in_the_layout_of_trl(tmp_path):
         SparsePatch.load(path)
 
 
-def test_a_folder_is_no_patch(tmp_path):
+@pytest.mark.parametrize("load", [SparsePatch.load, read_anchor], ids=["patch", "anchor"])
+def test_a_folder_is_no_file(tmp_path, load):
     with pytest.raises(IsADirectoryError, match=str(tmp_path)):
-        SparsePatch.load(tmp_path)
+        load(tmp_path)
