@@ -81,19 +81,6 @@ DEFTX_CLONES void philox(uint64_t seed, uint64_t step, uint64_t first, int64_t n
   }
 }
 
-// One of the two bfloat16 numbers beside x, each as likely as x is near to it; bfloat16's own numbers, and NaN, stay.
-DEFTX_INLINE BFloat16 round_stochastically(float x, uint32_t word) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<BFloat16>(x);
-  bits += word & 0xffff;
-  return BFloat16(static_cast<uint16_t>(bits >> 16), BFloat16::from_bits());
-}
-
-void round_stochastically(const float* in, const uint32_t* words, BFloat16* out, int64_t n) {
-  for (int64_t k = 0; k < n; ++k) out[k] = round_stochastically(in[k], words[k]);
-}
-
 // ---- the step of a block ----
 
 // The scalars of a step, computed in float64: in float32, 1 - beta^step would lose most digits at the first steps.
@@ -178,7 +165,8 @@ DEFTX_INLINE void put_truth(const Vector& truth, uint8_t* out) {
 }
 #endif
 
-// The bits of each weight in the tensor's type T.
+// The bits of each weight in the tensor's type T. words: to round to bfloat16 stochastically, to one of the two numbers
+// beside it, each as likely as it is near (bfloat16's own numbers, and NaN, stay); or null.
 template <typename T, typename Vector, typename Compute>
 DEFTX_INLINE UnsignedLanes<Vector, Compute> rounded_bits(const Vector& w, const uint32_t* words) {
   using Bits = UnsignedLanes<Vector, Compute>;
@@ -200,6 +188,12 @@ DEFTX_INLINE UnsignedLanes<Vector, Compute> rounded_bits(const Vector& w, const 
     results[q] = result;
   }
   return load<Bits>(results);
+}
+
+void round_stochastically(const float* in, const uint32_t* words, BFloat16* out, int64_t n) {
+  for (int64_t k = 0; k < n; ++k)
+    out[k] =
+        BFloat16(static_cast<uint16_t>(rounded_bits<BFloat16, float, float>(in[k], words + k)), BFloat16::from_bits());
 }
 
 // One vector's entries, from the k-th on. T, G: the parameters' and the dense gradients' types.
