@@ -57,7 +57,7 @@ format: $(BUILT)  ## format the sources
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-aot: $(BUILT)  ## compile every GPU kernel for sm_80, sm_90 and sm_100: registers, spills, shared memory
+aot: $(BUILT)  ## compile every GPU kernel for sm_80, sm_90 and sm_100; count spills and instructions
 	$(BIN)/python tests/aot.py $(ARGS)
 
 gpu:  ## build, check and measure on a GPU machine, offline, with PYTHON's own torch; ARGS: check, measure, cpu

@@ -265,6 +265,8 @@ def step_case(name: str, dtype: torch.dtype, density: float, device: str) -> Cas
     if device == "cuda" and not shape.isolated:
         graphs = {f"{n}{GRAPH}": makers[n] for n in (OURS, DENSE, DENSE_MASK, SHIRA)}
         implementations |= {n: trainers.captured(n, m) for n, m in graphs.items()}
+    else:
+        graphs = {}
     absent = too_large(needs(trainers), available_bytes()) if device == "cpu" else {}
     if not has("peft"):
         absent |= {n: "peft is not installed" for n in implementations if n.startswith("PEFT")}
@@ -273,6 +275,7 @@ def step_case(name: str, dtype: torch.dtype, density: float, device: str) -> Cas
     case = Case(moved, implementations, checker(trainers), flops(trainers), absent=absent, training=True)
     case.rounds, case.served_by = shape.rounds if device == "cpu" else 25, "masked_linear_grad"
     case.parameters, case.footprints, case.isolated = trainers.numel, trainers.footprints, shape.isolated
+    case.apart = tuple(graphs)
     return case
 
 

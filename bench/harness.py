@@ -87,6 +87,8 @@ class Case:
     footprints: dict[str, dict[str, int]] = field(default_factory=dict)
     training: bool = False  # the peak covers making an implementation and two calls
     isolated: bool = False  # too large to be held side by side: each implementation is timed in its own process
+    # Implementations checked and timed each in its own process: CUDA graphs, whose faults may stop all later calls.
+    apart: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Leave out the implementations that are absent, or whose package does not import."""
@@ -327,7 +329,7 @@ class Measured:
 
 
 def alone(workload: Workload, implementation: str, rounds: int) -> Measured:
-    """Measure the peak of one implementation, and of an isolated case the times, in its own process."""
+    """Measure the peak of one implementation, and of one timed apart the times, in its own process."""
     try:
         # Spawned, not forked: a fork would share this process's pages and arenas.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -343,8 +345,13 @@ def _alone_here(workload: Workload, implementation: str, rounds: int, threads: i
     workload.tiny().implementations[implementation]()()
     case = workload.make()
     make = case.implementations[implementation]
-    found = Measured(peak=peak_of(case, make, None, workload.device))
-    if case.isolated:
+    found = Measured()
+    if implementation in case.apart:
+        found.wrong = case.check(make()()) or ""
+        if found.wrong:
+            return found
+    found.peak = peak_of(case, make, None, workload.device)
+    if case.isolated or implementation in case.apart:
         call = make()
         call()
         times, host = timed({implementation: call}, workload.device, rounds, training=case.training)
@@ -404,13 +411,14 @@ def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> dict[str, M
         times, host = timed(calls, device, rounds, case.once, case.training)
         for name in calls:
             found[name].times, found[name].host = times[name], host.get(name)
-    names = list(calls)
+    names = list(calls) if fresh else []
+    apart = [name for name in case.apart if name in case.implementations]
     case.implementations, case.check = {}, lambda result: None
     del calls
     trim()
-    for name in names if fresh else ():
+    for name in (*apart, *names):
         result = alone(workload, name, rounds)
-        if case.isolated:
+        if case.isolated or name in apart:
             found[name] = result
         found[name].peak = result.peak
     return found
@@ -421,6 +429,8 @@ def checked(case: Case) -> tuple[dict[str, Measured], dict[str, Call]]:
     right: dict[str, Any] = {}
     found: dict[str, Measured] = {}
     for name, make in case.implementations.items():
+        if name in case.apart:
+            continue
         call, fault = None, None
         try:
             call = make()

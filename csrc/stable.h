@@ -352,6 +352,16 @@ inline cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// For operators that copy from or to the host's memory and wait for it: a captured copy would use that memory again,
+// long freed, at each replay.
+inline void refuse_capture(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  DEFTX_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  DEFTX_CHECK(status == cudaStreamCaptureStatusNone,
+              "this operator of deftx_kernels exchanges data with the host and cannot be captured in a CUDA graph: call "
+              "it before the capture");
+}
+
 // How many blocks of this kernel the current device holds at once: the grid of a grid-stride kernel.
 template <typename Kernel>
 int64_t resident_blocks(Kernel* kernel, int threads, size_t shared_bytes = 0) {

@@ -57,7 +57,12 @@ def scalar(value: float | Tensor, name: str, device: torch.device, least: int | 
             )
         if value.is_meta and device.type != "meta":
             raise ValueError(f"{name} is on meta: its value cannot be read")
-        return value.detach().to(device, non_blocking=True)
+        if device.type == "cuda" and value.device.type == "cpu" and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"{name} is on the CPU: in a CUDA graph it must be on {device}, where replays read its value"
+            )
+        # A copy from pinned memory that nothing waits for would read what its owner writes after this call.
+        return value.detach().to(device, non_blocking=not value.is_pinned())
     if not is_number(value) or (least is not None and (value < least or value != int(value))):
         raise ValueError(f"{name} must be {'a number' if least is None else f'an int from {least}'}, got {value!r}")
     return torch.full((), value, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)

@@ -1,8 +1,9 @@
 """Compiles every GPU kernel ahead of time, without a GPU, and shows what ptxas says: python tests/aot.py
 
 Triton kernels go through Triton's own compiler, csrc/cuda/*.cu through nvcc, each for sm_80, sm_90 and sm_100. Fails on
-a spilled register, on a compile error and on an instruction that a variant must have and has not. Without nvcc only the
-Triton part runs.
+a spilled register, on a compile error, on an instruction that a variant must have and has not, and on machine code
+(machine_code.py) that is worse by more than 5 % than in bench/results/machine_code.csv, which --write makes anew.
+Without nvcc only the Triton part runs.
 
 What the PTX of sparse_adamw shows (Triton 3.6): exp_avg, exp_avg_sq and the master are read and written 16 bytes a
 thread (ld.global.v4.b32, st.global.v4.b32; v2.b64 for float64), exp_avg and exp_avg_sq in bfloat16 8 bytes (v2.b32),
@@ -12,6 +13,7 @@ dense gradients are gathered, neighbouring entries by neighbouring threads.
 """
 
 import argparse
+import csv
 import functools
 import importlib
 import itertools
@@ -26,6 +28,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import machine_code
+from machine_code import MachineCode
+
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = (80, 90, 100)
 TENSOR_CORES = {80: "mma.sync.", 90: "wgmma.mma_async.", 100: "tcgen05.mma."}
@@ -39,7 +44,8 @@ class Row(NamedTuple):
     spill_stores: int  # bytes
     spill_loads: int  # bytes
     shared: int  # bytes a block
-    missing: tuple[str, ...] = ()  # instructions that should have been there
+    missing: tuple[str, ...]  # instructions that should have been there
+    code: MachineCode
 
 
 class Variant(NamedTuple):
@@ -318,12 +324,17 @@ def compile_triton(variant: Variant, arch: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")
         file.write_text(ptx)
-        log = run([get_ptxas(arch).path, "-v", f"--gpu-name={target}", file, "-o", Path(folder, "kernel.cubin")])
+        log = run([get_ptxas(arch).path, "-v", f"--gpu-name={target}", file, "-o", file.with_suffix(".cubin")])
+        codes = machine_code.read(file.with_suffix(".cubin"))
     wanted = (*variant.must_have, *([TENSOR_CORES[arch]] if variant.tensor_cores else []))
     missing = tuple(x for x in wanted if x not in ptx)
     return [
-        Row(variant.kernel, variant.name, sm, registers, stores, loads, max(shared, compiled.metadata.shared), missing)
-        for _, sm, registers, stores, loads, shared in usage(log)
+        Row(
+            *(variant.kernel, variant.name, sm, registers, stores, loads, max(shared, compiled.metadata.shared)),
+            missing,
+            codes[name],
+        )
+        for name, sm, registers, stores, loads, shared in usage(log)
     ]
 
 
@@ -338,10 +349,12 @@ def compile_cuda(source: Path, arch: int) -> list[Row]:
     include = Path(torch.__path__[0], "include")
     with tempfile.TemporaryDirectory() as folder:
         flags = f"-cubin -arch=sm_{arch} -O3 -std=c++17 -Xptxas -v -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020A000000000000"
-        log = run(["nvcc", *flags.split(), "-isystem", include, source, "-o", Path(folder, "out.cubin")])
+        cubin = Path(folder, "out.cubin")
+        log = run(["nvcc", *flags.split(), "-isystem", include, source, "-o", cubin])
+        codes = machine_code.read(cubin)
     rows = list(usage(log))
     names = demangled([row[0] for row in rows])
-    return [Row(*split_name(name), *row[1:]) for name, row in zip(names, rows)]
+    return [Row(*split_name(name), *row[1:], (), codes[row[0]]) for name, row in zip(names, rows)]
 
 
 def split_name(demangled: str) -> tuple[str, str]:
@@ -366,20 +379,83 @@ def attempt(job) -> list[Row] | str:
         return f"{type(error).__name__}: {error}"
 
 
-def table(rows: list[Row]) -> str:
-    head = ("kernel", "variant", "arch", "registers", "spill stores", "spill loads", "shared memory")
-    cells = [head, *([str(x) for x in row[:7]] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(7)]
+# ---- the table ----
+TABLE = ROOT / "bench/results/machine_code.csv"
+KEY = ("kernel", "variant", "arch")
+# Per KB of the main path's widest accesses to global memory, or per iteration where it has none.
+WORSE = {"instructions": 1.05, "shared_accesses": 1.05, "warps": 0.95}
+
+
+def toolchain() -> str:
+    import triton
+
+    nvcc = run(["nvcc", "--version"]) if shutil.which("nvcc") else ""
+    release = re.search(r"V(\d+\.\d+\.\d+)", nvcc)
+    return f"nvcc {release[1] if release else 'none'}, triton {triton.__version__}"
+
+
+def columns(row: Row) -> dict[str, str | int | float]:
+    """A row of the table. `warps`: at a time on a multiprocessor (without dynamic shared memory of csrc/cuda)."""
+    main, arch = row.code.main, int(row.arch.removeprefix("sm_").rstrip("a"))
+    per = 1024 / (32 * main.wide) if main.wide else 1
+    return {
+        **dict(zip((*KEY, "registers", "spill_stores", "spill_loads", "shared_memory"), row)),
+        "warps": machine_code.occupancy(arch, row.code.threads, row.registers, row.shared),
+        "loop": "yes" if row.code.loop else "no",
+        "bytes": 32 * main.wide,
+        "instructions": round(main.instructions * per, 1),
+        "longest": round(row.code.longest * per, 1),
+        "shared_accesses": round(main.shared * per, 2),
+        "barriers": main.barriers,
+        "share_of_bandwidth": round(row.code.bandwidth_share, 2) if arch == 90 else "",
+    }
+
+
+def table(rows: list[dict]) -> str:
+    cells = [[name.replace("_", " ") for name in rows[0]], *([str(x) for x in row.values()] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return "\n".join(
         "  ".join(c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells
     )
+
+
+def write_table(rows: list[dict]) -> None:
+    with TABLE.open("w", newline="") as file:
+        file.write(f"# {toolchain()}\n")
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def worse_than_table(rows: list[dict]) -> Iterator[str]:
+    """What is worse than in the committed table, or is not there: it is of the same compilers, or nothing is said."""
+    with TABLE.open(newline="") as file:
+        made_with = file.readline().removeprefix("# ").strip()
+        before = {tuple(row[x] for x in KEY): row for row in csv.DictReader(file)}
+    if made_with != toolchain():
+        print(f"\nNot compared with {TABLE.name}, which is of {made_with}: this is {toolchain()}")
+        return
+    for row in rows:
+        key = tuple(str(row[x]) for x in KEY)
+        former = before.get(key)
+        label = ", ".join(filter(None, key))
+        if former is None:
+            yield f"{label}: not in {TABLE.name}; `make aot ARGS=--write` adds it"
+            continue
+        for name, limit in WORSE.items():
+            now, then = float(row[name]), float(former[name])
+            if (now - then * limit) * (limit - 1) > 0:
+                yield f"{label}: {name} {former[name]} -> {row[name]}, more than 5 % worse than in {TABLE.name}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities (default: 80 90 100)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)} instead of comparing")
     options = parser.parse_args()
+    if options.write and (tuple(options.arch) != ARCHS or not shutil.which("nvcc")):
+        parser.error("--write needs nvcc and all architectures")
     os.environ.pop("TRITON_INTERPRET", None)
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -400,10 +476,15 @@ def main() -> int:
     with ProcessPoolExecutor(options.jobs) as pool:
         results = dict(zip(jobs, pool.map(attempt, jobs.values())))
     rows = sorted(row for result in results.values() if isinstance(result, list) for row in result)
-    print(table(rows))
+    shown = [columns(row) for row in rows]
+    print(table(shown))
 
     faults = [f"{name}: {result}" for name, result in results.items() if isinstance(result, str)]
     faults += [f"{name}: ptxas reported no kernel" for name, result in results.items() if result == []]
+    if options.write and not faults:
+        write_table(shown)
+    elif not options.write:
+        faults += worse_than_table(shown)
     for row in rows:
         label = ", ".join(filter(None, row[:3]))
         if row.spill_stores or row.spill_loads:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from lost_context import pytest_runtest_protocol  # noqa: F401  (a hook)
 from torch import Tensor
 
 import deftx_kernels  # noqa: F401  (registers the operators)

@@ -286,6 +286,7 @@ struct BitsPlan {
         chunks_done(work.add(sizeof(unsigned))) {}
 
   Bits upload(const Workspace& work, const Layout& layout, cudaStream_t stream) const {
+    refuse_capture(stream);
     Item* table = work.at<Item>(items);
     DEFTX_CUDA_CHECK(cudaMemcpyAsync(table, layout.items.data(), sizeof(Item) * layout.items.size(),
                                      cudaMemcpyHostToDevice, stream));

@@ -218,7 +218,9 @@ def _batch_size(
     else:
         size = ((2 * m * n if cuda else 0) + 4 * (m + n) * test_matrix.shape[1]) * dtype.itemsize
     if limit is None and cuda:
-        limit = torch.cuda.mem_get_info(device)[0] // 4
+        # What torch keeps but does not use is free: else batches, and with them the last bits, would depend on history.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        limit = (torch.cuda.mem_get_info(device)[0] + cached) // 4
     if limit is not None:
         return max(1, limit // size)
     # 8 or 16 MiB per thread: larger batches take longer to page in than they save (measured with 2 threads).

@@ -15,6 +15,11 @@ def cdiv(x: int, y: int) -> int:
     return -(-x // y)
 
 
+def int_kinds(*numbers: int) -> tuple[int, ...]:
+    """What Triton compiles for, of each integer argument: 1, a multiple of 16, 64 bits wide."""
+    return tuple((x == 1) + 2 * (x % 16 == 0) + 4 * (x >> 31 > 0) for x in numbers)
+
+
 def on(device: torch.device) -> AbstractContextManager:
     """A context in which the device is torch's current one; nothing is done where it already is."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():

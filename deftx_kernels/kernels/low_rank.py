@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deftx_kernels.kernels.launch import cdiv, on
+from deftx_kernels.kernels.launch import Launcher, cdiv, int_kinds, on
 
 # Fixed, not tuned: other tiles could sum in another order. Larger tiles or BLOCK_K spill registers. Not timed yet.
 BLOCK_M, BLOCK_N, BLOCK_K = 64, 128, 16
@@ -96,6 +96,9 @@ def _low_rank_kernel(
 
 
 # ---- launcher ----
+_launch = Launcher(_low_rank_kernel, num_warps=NUM_WARPS, num_stages=NUM_STAGES)
+
+
 class LowRankScores:
     """L and H of b matrices; each method is a launch or two, none waits for the device."""
 
@@ -113,11 +116,10 @@ class LowRankScores:
         tiles = cdiv(self.n, BLOCK_N) * (1 if epilogue == "rows" else cdiv(self.m, BLOCK_M))
         if self.b * tiles:
             with on(self.delta.device):
-                _low_rank_kernel[(self.b * tiles,)](
-                    self.delta, self.left, self.right, key, out, self.m, self.n, self.left.shape[2], shift, stride,
-                    EPILOGUE=epilogue, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
-                    num_warps=NUM_WARPS, num_stages=NUM_STAGES,
-                )  # fmt: skip
+                numbers = self.m, self.n, self.left.shape[2], shift, stride
+                tensors = self.delta, self.left, self.right, key, out
+                kind = epilogue, *int_kinds(*numbers)
+                _launch((self.b * tiles, 1, 1), kind, tensors, numbers, epilogue, BLOCK_M, BLOCK_N, BLOCK_K)
         return out
 
     def full(self, *shape: int, value: int = 0, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deftx_kernels.kernels.launch import cdiv, on
+from deftx_kernels.kernels.launch import Launcher, cdiv, int_kinds, on
 
 # 16 entries a thread. A row of a tile is 512 bytes of x and 256 of each slot: whole sectors. Not timed yet.
 BLOCK_M, BLOCK_N = 32, 128
@@ -53,6 +53,9 @@ def _split_bf16_kernel(
         tl.store(target + s * out_slot, part, mask=inside)
 
 
+_launch = Launcher(_split_bf16_kernel, num_warps=NUM_WARPS)
+
+
 def split_bf16_(
     x: Tensor,  # float32 [..., m, n], finite
     out: Tensor,  # bfloat16 [..., m, s * n] (dim -1) or [..., s * m, n] (dim -2), contiguous
@@ -76,8 +79,7 @@ def split_into(
     if b * tiles == 0:
         return
     out_batch, out_slot, out_row, _ = out.stride()
+    slots, numbers = tuple(slots), (n, x.stride(0), x.stride(1), out_batch, out_row, out_slot)
     with on(x.device):
-        _split_bf16_kernel[(b * tiles,)](
-            x, out, m, n, x.stride(0), x.stride(1), out_batch, out_row, out_slot,
-            SLOTS=tuple(slots), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        kind = slots, m >> 31, *int_kinds(*numbers)
+        _launch((b * tiles, 1, 1), kind, (x, out), (m, *numbers), slots, BLOCK_M, BLOCK_N)

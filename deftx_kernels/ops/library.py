@@ -27,6 +27,8 @@ _loaded = False
 _registered: dict[tuple[str, str], str] = {}  # (op, device) -> implementation, for those registered from Python
 _absent: dict[str, str] = {}  # implementation -> why it serves nothing here
 
+# Of sm_80, the oldest architecture that CMakeLists.txt compiles for; Triton's bfloat16 products need it, too.
+LEAST_CAPABILITY = (8, 0)
 # Above it, denoise/decompositions.py uses torch.linalg on a GPU: our kernels use one multiprocessor for each matrix.
 MAX_EIGH_ROWS = 1024
 # (op, implementation) -> condition -> what runs instead. The conditions are decided in denoise/decompositions.py,
@@ -118,6 +120,19 @@ def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{schemas.NAMESPACE}::{op}", key)
 
 
+def _too_old() -> str | None:
+    """Why the kernels for GPUs cannot run on one of this machine's, or None. Initialises CUDA where there is one."""
+    if not torch.version.cuda or torch.cuda.device_count() == 0:
+        return None
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < LEAST_CAPABILITY:
+            least, this = (".".join(map(str, x)) for x in (LEAST_CAPABILITY, capability))
+            name = torch.cuda.get_device_name(index)
+            return f"needs compute capability {least} or newer: cuda:{index} ({name}) has {this}"
+    return None
+
+
 def _serving(op: str, device: str) -> str:
     """What the dispatcher would run."""
     if _has_kernel(op, device.upper()):
@@ -140,7 +155,8 @@ def _why_not(op: str, device: str, name: str, serving: str) -> str:
 def backends() -> dict[str, dict[str, Backend]]:
     """Which implementation serves each op on each device, and why the others do not.
 
-    Read from the dispatcher, so it is what a call would run. Devices are listed whether or not this machine has them.
+    Read from the dispatcher, so it is what a call would run. Devices are listed whether or not this machine has them;
+    where it has a GPU that is too old for the kernels, nothing serves an op that has one.
 
     Returns:
         Op → device → `Backend`: `name`, `others` (implementation → why it does not serve) and `limits` (condition →
@@ -155,11 +171,15 @@ def backends() -> dict[str, dict[str, Backend]]:
         {}
     """
     result: dict[str, dict[str, Backend]] = {}
+    too_old = _too_old()
     for op in schemas.SCHEMAS:
         result[op] = {}
         for device in DEVICES:
             serving = _serving(op, device)
+            gated = serving if device == "cuda" and too_old and serving in ("cuda", "triton") else None
             names = [_COMPILED[device], *(["triton"] if device == "cuda" else []), "reference"]
             others = {name: _why_not(op, device, name, serving) for name in names if name != serving}
+            if gated:  # the dispatcher would run it, and its launch would fail
+                serving, others = "none", {**others, gated: str(too_old)}
             result[op][device] = Backend(serving, others, dict(LIMITS.get((op, serving), {})))
     return result

@@ -251,6 +251,23 @@ def test_isolated_cases_are_timed_in_processes_of_their_own(monkeypatch, capsys)
     assert "b failed in a process of its own: ZeroDivisionError" in capsys.readouterr().out
 
 
+def case_with_one_apart():
+    """Its second implementation must not run in the process of DEFTX_TEST_PARENT, its third is wrong."""
+    here = str(os.getpid())
+    calls = {OURS: lambda: 1, "a": lambda: 1 / (os.environ["DEFTX_TEST_PARENT"] != here), "b": lambda: 2}
+    implementations = {name: lambda call=call: call for name, call in calls.items()}
+    return Case(1, implementations, lambda result: None if result == 1 else "not 1", apart=("a", "b"))
+
+
+def test_implementations_apart_are_checked_and_timed_in_processes_of_their_own(monkeypatch):
+    monkeypatch.setattr(harness, "ceilings", lambda device, dtype: (1e9, 1e12))
+    monkeypatch.setenv("DEFTX_TEST_PARENT", str(os.getpid()))
+    found = {r["provider"]: r for r in measure(workload_of(case_with_one_apart), {}, 3, (), fresh=False)}
+    assert found["a"]["rounds"] == found[OURS]["rounds"] == 3
+    assert float(found["a"]["times_ours"]) > 0
+    assert found["b"]["wrong"] == "not 1"
+
+
 # ---- peaks and sizes ----
 def test_peak_of_a_fresh_process():
     if peak_extra(lambda: None, "cpu") is None:

@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+import repeated
 import run_gpu
 from run_gpu import Step, failures, note_of, phase, phases
 
@@ -37,6 +38,37 @@ def test_each_error_is_printed_once_with_its_tests(tmp_path, options):
     assert "RuntimeError: CUDA error: an illegal memory access" in raises
     assert note_of(output, 1, 9).startswith("6 failed, 2 passed in ")
     assert note_of(output, None, 9).startswith("stopped after 9 s: 6 failed")
+
+
+LOSES = """
+import lost_context, pytest
+lost = False
+lost_context.context_is_lost = lambda: lost
+@pytest.mark.parametrize("n", range(6))
+def test_context(n):
+    global lost
+    assert not lost, "a CUDA call of a process whose context is lost"
+    if n == 1:
+        lost = True
+        raise RuntimeError("CUDA error: an illegal memory access")
+"""
+
+
+@pytest.mark.parametrize(("options", "passed"), [(["-n", "1", "--dist=worksteal"], 5), (["-p", "no:xdist"], 1)])
+def test_a_lost_context_fails_one_test(tmp_path, options, passed):
+    (tmp_path / "test_x.py").write_text(LOSES)
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "lost_context"]
+    env = run_gpu.ENV | {"PYTHONPATH": str(run_gpu.ROOT / "tests")}
+    done = subprocess.run([*command, *options, "test_x.py"], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert f" {passed} passed" in done.stdout
+    assert {line.split("::")[1][:15] for line in done.stdout.splitlines() if "FAILED" in line} == {"test_context[1]"}
+    assert "illegal memory access" in "".join(failures(done.stdout))
+    assert "was lost in test_x.py::test_context[1]" in done.stdout + done.stderr
+
+
+def test_large_inputs_over_and_over_here(capsys):
+    repeated.main("cpu", 30_000, 2)
+    assert "the same bits in 2 runs" in capsys.readouterr().out
 
 
 def test_of_a_stopped_pytest_the_failed_tests_are_named():
@@ -97,7 +129,7 @@ def test_without_a_gpu_nothing_else_is_run(log):
 
 
 def test_phases_are_within_their_time_and_their_programs_know_their_arguments():
-    assert sum(run_gpu.SECONDS[name] for name in ("check", "measure")) <= 500
+    assert sum(run_gpu.SECONDS[name] for name in ("check", "measure")) <= 530
     steps = [step for groups in phases().values() for group in groups for step in group]
     assert all(step.limit <= 285 for step in steps)
     for groups in phases().values():

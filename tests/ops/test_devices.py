@@ -170,3 +170,37 @@ def test_an_optimizer_step_is_captured_in_a_cuda_graph():
         optimizers[1].step()
     for p, q in zip(model.parameters(), eager.parameters()):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.gpu
+def test_what_a_cuda_graph_cannot_hold_is_an_error():
+    model, mask = model_and_mask()
+    model, scores = model.cuda(), torch.randn(1000, device="cuda")
+    lr = torch.tensor(1e-2)
+    optimizer = dk.SparseAdamW(model.named_parameters(), mask.to("cuda"), lr=lr)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    dk.topk_mask(scores, k=10)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+            torch.ops.deftx.topk_mask([scores], [], [10], 0)
+        with pytest.raises(ValueError, match="lr is on the CPU: in a CUDA graph it must be on cuda"):
+            optimizer.step()
+
+
+@pytest.mark.gpu
+def test_a_pinned_learning_rate_may_change_after_the_step():
+    model, mask = model_and_mask()
+    copies = [copy.deepcopy(model).cuda() for _ in range(2)]
+    rates = [torch.tensor(1e-2).pin_memory(), torch.tensor(1e-2)]
+    for m, lr in zip(copies, rates):
+        optimizer = dk.SparseAdamW(m.named_parameters(), mask.to("cuda"), lr=lr)
+        for _ in range(3):
+            for p in m.parameters():
+                p.grad = torch.ones_like(p)
+            torch.cuda._sleep(10_000_000)  # the step's kernels wait
+            optimizer.step()
+            lr.mul_(0.5)
+    for p, q in zip(*(m.parameters() for m in copies)):
+        assert torch.equal(p, q)

@@ -125,6 +125,21 @@ def test_without_cuda_the_reason_says_so():
     assert deftx_kernels.backends()["csr_gather"]["cuda"].others["cuda"] == "not loaded: this torch has no CUDA"
 
 
+def test_a_gpu_that_is_too_old_is_served_by_nothing(monkeypatch):
+    op = "csr_gather"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
+    monkeypatch.setattr(library, "_serving", lambda op, device: {"cpu": "c++", "cuda": "cuda"}[device])
+    served = library.backends()[op]
+    assert served["cuda"].name == "none"
+    assert served["cuda"].others["cuda"] == "needs compute capability 8.0 or newer: cuda:1 (GPU 1) has 7.5"
+    assert served["cpu"].name == "c++"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+    assert library.backends()[op]["cuda"].name == "cuda"
+
+
 def fresh(monkeypatch, folder: Path):
     monkeypatch.setattr(library, "_FOLDER", folder)
     monkeypatch.setattr(library, "_loaded", False)
