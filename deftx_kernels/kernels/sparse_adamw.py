@@ -12,9 +12,11 @@ import triton.language as tl
 
 from deftx_kernels.kernels.launch import Launcher, cdiv, on
 from deftx_kernels.kernels.rows import (
+    GROUP,
+    HEAD,
     TRITON_DTYPE,
-    WAYS,
     addresses,
+    block_table,
     gradient_table,
     locate,
     locate_full,
@@ -82,9 +84,9 @@ def _mark(changed, start, old, new, inside, BITS: tl.constexpr, BLOCK: tl.conste
 @triton.jit
 def _step(
     table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr, grad_scale,
-    changed, rows, n_tensors, start, end, entry, inside, beta1, beta2, log_beta1, log_beta2, eps, weight_decay, l1,
+    changed, blocks, n_tensors, start, entry, inside, beta1, beta2, log_beta1, log_beta2, eps, weight_decay, l1,
     seed, MAXIMIZE: tl.constexpr, HAS_L1: tl.constexpr, HAS_SEED: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     state: tl.constexpr = exp_avg.dtype.element_ty
     compute: tl.constexpr = tl.float64 if state == tl.float64 else tl.float32
@@ -100,10 +102,10 @@ def _step(
         g = tl.load(grad + entry, mask=inside).to(compute)
 
     if col_indices is None:
-        param, source = locate_full(table, grad_table, crow_indices, n_tensors, start, end, entry, PARAM, GRAD, WAYS)
+        param, source = locate_full(table, grad_table, crow_indices, blocks, n_tensors, entry, PARAM, GRAD, HEAD)
     else:
         param, source = locate(
-            table, grad_table, crow_indices, rows, n_tensors, start, end, entry, columns, PARAM, GRAD, WAYS
+            table, grad_table, crow_indices, blocks, n_tensors, entry, columns, PARAM, GRAD, BLOCK, GROUP, HEAD
         )  # fmt: skip
     if grad is None:
         g = tl.load(source, mask=inside).to(compute)
@@ -151,7 +153,7 @@ def _step(
 
 # Numbers that change from step to step or from mask to mask: Triton must not compile again for some of their values.
 _ANY_VALUE = [
-    "nnz", "rows", "n_tensors", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "l1", "seed",
+    "nnz", "n_tensors", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "l1", "seed",
 ]  # fmt: skip
 
 
@@ -171,8 +173,8 @@ def _sparse_adamw_kernel(
     grad_scale,  # [1] or None
     found_inf,  # [1] or None
     changed,  # int32 [ceil(nnz / 32)] or None
+    blocks,  # int32 [programs, HEAD + BLOCK // GROUP]; without col_indices [programs, HEAD]
     nnz: tl.int64,
-    rows: tl.int64,
     n_tensors: tl.int64,
     beta1: tl.int64,  # this and the next six: the bits of a float64
     beta2: tl.int64,
@@ -189,7 +191,8 @@ def _sparse_adamw_kernel(
     GRAD: tl.constexpr,
     BITS: tl.constexpr,  # the integer of PARAM's size
     BLOCK: tl.constexpr,
-    WAYS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
 ):
     """AdamW at BLOCK entries of the mask.
 
@@ -215,14 +218,14 @@ def _sparse_adamw_kernel(
         if end - start == BLOCK:
             _step(
                 table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr,
-                grad_scale, changed, rows, n_tensors, start, end, entry, None, beta1, beta2, log_beta1, log_beta2, eps,
-                weight_decay, l1, seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, BITS, BLOCK, WAYS,
+                grad_scale, changed, blocks, n_tensors, start, entry, None, beta1, beta2, log_beta1, log_beta2, eps,
+                weight_decay, l1, seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, BITS, BLOCK, GROUP, HEAD,
             )  # fmt: skip
         else:
             _step(
                 table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr,
-                grad_scale, changed, rows, n_tensors, start, end, entry, entry < end, beta1, beta2, log_beta1,
-                log_beta2, eps, weight_decay, l1, seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, BITS, BLOCK, WAYS,
+                grad_scale, changed, blocks, n_tensors, start, entry, entry < end, beta1, beta2, log_beta1,
+                log_beta2, eps, weight_decay, l1, seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, BITS, BLOCK, GROUP, HEAD,
             )  # fmt: skip
 
 
@@ -256,16 +259,18 @@ def sparse_adamw_(args: Any) -> None:
     flags = (args.maximize, args.l1 != 0, args.seed is not None)
     with on(device):
         table = tensor_table(device, written, params, written, rows, written=True)
+        group = None if args.col_indices is None else GROUP
+        blocks = block_table(table, [p.shape for p in params], args.crow_indices, nnz, BLOCK, group)
         grad_table = None if args.compact_grads else gradient_table(device, written, grads, params)
         tensors = (
             table, grad_table, grads[0] if args.compact_grads else None, args.exp_avg, args.exp_avg_sq,
             args.values, args.decay_to if args.weight_decay or args.l1 else None, args.crow_indices, args.col_indices,
-            args.step, args.lr, args.grad_scale, args.found_inf, args.changed,
+            args.step, args.lr, args.grad_scale, args.found_inf, args.changed, blocks,
         )  # fmt: skip
         beta1, beta2 = args.beta1, args.beta2
         scalars = _bits(beta1, beta2, _log(beta1), _log(beta2), args.eps, args.weight_decay, args.l1)
         _launch(
             (cdiv(nnz, BLOCK), 1, 1), (*flags, dtype, grad_dtype), tensors,
-            (nnz, rows, len(params), *scalars, args.seed or 0),
-            *flags, TRITON_DTYPE[dtype], TRITON_DTYPE[grad_dtype], BITS[dtype.itemsize], BLOCK, WAYS,
+            (nnz, len(params), *scalars, args.seed or 0),
+            *flags, TRITON_DTYPE[dtype], TRITON_DTYPE[grad_dtype], BITS[dtype.itemsize], BLOCK, GROUP, HEAD,
         )  # fmt: skip
