@@ -1,9 +1,9 @@
 """Shared by the kernels over the entries of a mask: an entry's row, tensor and address, and tables of addresses.
 
 A program works on a range of the compact order. A table that is made once for a mask (`block_table`, 1/8 byte an entry)
-says near which rows its entries are, and in which tensors; each entry's row is found by one to three halvings. A launch
-depends on nnz alone. A search for the program's first and last row instead of the table was most of a program's time:
-half of its instructions, 28 of 32 barriers, and a chain of 6 loads.
+says near which rows its entries are, and in which tensors; a few halvings then find each entry's row. A search for the
+program's first and last row in each launch took more than half of its instructions (sm_90: 740 to 900 of 1,260 to 1,500
+a warp), 25 of 28 barriers and 4 to 6 loads that wait for each other.
 """
 
 import functools

@@ -10,7 +10,7 @@ from torch import Tensor
 from deftx_kernels.kernels.launch import Launcher, cdiv, on
 from deftx_kernels.kernels.rows import GROUP, HEAD, TRITON_DTYPE, addresses, block_table, locate, tensor_table
 
-# 4 entries a thread take 32 registers (sm_80: 38): all (three quarters) of a multiprocessor's threads run. Not timed.
+# 4 entries a thread take 32 to 34 registers: almost all of a multiprocessor's threads run. Not timed.
 BLOCK = 512
 NUM_WARPS = 4
 
