@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deftx_kernels.nn import entries_of
+from deftx_kernels.nn import copies_in_graphs, entries_of
 from deftx_kernels.optim import SparseAdamW
 from deftx_kernels.validation import check_int, is_number
 
@@ -124,6 +124,7 @@ class CapturedStep:
             return self._eager(batch)
         for entry in self._entries:  # the captured forward does not: values may have been written since the last call
             entry.synchronise()
+            entry.refresh_copy()
         if self._storage_keys() != self._captured_keys:
             self._capture()
         assert self._graph is not None
@@ -185,7 +186,7 @@ class CapturedStep:
                     self._static_step()
             main.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with copies_in_graphs(), torch.cuda.graph(graph):
                 self._loss = self._static_step()
             self._found_inf.zero_()
         self._graph, self._captured_keys = graph, self._storage_keys()
@@ -205,6 +206,7 @@ class CapturedStep:
             tensors += [v for v in group.values() if isinstance(v, Tensor)]
         for state in self.optimizer.state.values():
             tensors += [v for v in state.values() if isinstance(v, Tensor)]
+        tensors += [e.copy.tensor for e in self._entries if e.copy is not None and e.copy.tensor is not None]
         keys += [(t.data_ptr(), t.dtype) for t in tensors if t.device == self.device]
         return keys
 

@@ -34,7 +34,7 @@ def loss_fn(model, batch):
 
 
 def make(kind, device="cpu", lr=LR, **options):
-    """A model and its optimizer: "plain", "sparsified", "every entry" or "torch"."""
+    """A model and its optimizer: "plain", "sparsified" (", copies"), "every entry" or "torch"."""
     torch.manual_seed(0)
     model = Net().to(device)
     if kind == "torch":
@@ -44,8 +44,8 @@ def make(kind, device="cpu", lr=LR, **options):
     mask = topk_mask(
         {n: model.get_parameter(n) for n in ("embedding.weight", "linear.weight")}, density=0.3, scope="tensor"
     )
-    if kind == "sparsified":
-        sparsify(model, mask)
+    if kind.startswith("sparsified"):
+        sparsify(model, mask, autocast_copies=kind == "sparsified, copies")
     return model, SparseAdamW(model.named_parameters(), mask, lr=lr, **options)
 
 
@@ -144,19 +144,20 @@ def test_the_warm_up_trains_nothing(kind, fake_graphs):
     assert not hasattr(optimizer, "found_inf")
 
 
-@pytest.mark.parametrize("max_norm", [None, 0.05])
-@pytest.mark.parametrize("kind", ["plain", "sparsified", "every entry"])
-def test_replays_are_the_loop(kind, max_norm, fake_graphs):
+@pytest.mark.parametrize(("max_norm", "dtype"), [(None, None), (0.05, torch.bfloat16)])
+@pytest.mark.parametrize("kind", ["plain", "sparsified", "sparsified, copies", "every entry"])
+def test_replays_are_the_loop(kind, max_norm, dtype, fake_graphs):
     """Rates that a schedule sets as numbers, a state that is loaded, and values that are written between the calls."""
     runs = []
     for is_step in (False, True):
         model, optimizer = make(kind)
         scheduler = lr_scheduler.StepLR(optimizer, 3, 0.5)
-        step = captured_step(model, optimizer, loss_fn, next(batches(1)), max_grad_norm=max_norm) if is_step else None
+        options = dict(max_grad_norm=max_norm, autocast_dtype=dtype)
+        step = captured_step(model, optimizer, loss_fn, next(batches(1)), **options) if is_step else None
         torch.manual_seed(7)
         losses = []
         for i, batch in enumerate(batches(10)):
-            losses.append(step(batch) if step else by_hand(model, optimizer, batch, max_norm))
+            losses.append(step(batch) if step else by_hand(model, optimizer, batch, max_norm, dtype))
             scheduler.step()
             if i == 4:
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -257,7 +258,7 @@ def test_optimizers_that_cannot_be_captured(fake_graphs):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("max_norm", "dtype"), [(None, None), (0.05, None), (0.5, torch.bfloat16)])
-@pytest.mark.parametrize("kind", ["plain", "sparsified", "every entry", "torch"])
+@pytest.mark.parametrize("kind", ["plain", "sparsified", "sparsified, copies", "every entry", "torch"])
 def test_a_captured_step_is_the_loop(kind, max_norm, dtype):
     runs = []
     for is_step in (False, True):
