@@ -250,9 +250,10 @@ class _BlockTable(NamedTuple):
 
     version: int
     first_rows: tuple[int, ...]
+    tensors: Tensor  # the table of tensors of the last call: the same one has the same first rows
     table: Tensor
     filled: torch.cuda.Event | None  # None on the CPU
-    captured: list[Tensor]  # older ones that a captured graph reads
+    captured: list[Tensor]  # it and older ones, where a captured graph reads them
 
 
 # crow_indices → (block, group) → what was made for it
@@ -260,27 +261,32 @@ _block_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def block_table(
-    table: Tensor, shapes: Sequence[torch.Size], crow_indices: Tensor, nnz: int, block: int, group: int | None
+    table: Tensor, tensors: Sequence[Tensor], crow_indices: Tensor, nnz: int, block: int, group: int | None
 ) -> Tensor:
     """int32 [programs, HEAD + block // group]: what each program of `block` entries reads in place of a search. HEAD
-    alone without a group.
+    alone without a group. `table`: of these tensors, as `tensor_table` makes it.
 
-    Kept as long as the tensor `crow_indices` is alive and unchanged. Steps on several streams may share it: they wait
+    Kept as long as the tensor `crow_indices` is alive and unchanged. Calls on several streams may share it: they wait
     until it is filled. In a stream capture it was filled before, since a capture begins with a synchronisation
     (`torch.cuda.graph`); one that is made within is filled again in each replay.
     """
-    first_rows = _layout(tuple(shapes))[0]
     version = 0 if crow_indices.is_inference() else crow_indices._version
-    tables = _block_tables.setdefault(crow_indices, {})
-    kept = tables.get((block, group))
+    kept = _block_tables.get(crow_indices, {}).get((block, group))
     on_cuda = crow_indices.device.type == "cuda"
     capturing = on_cuda and torch.cuda.is_current_stream_capturing()
-    if kept is None or kept.version != version or kept.first_rows != first_rows:
-        made = _fill_block_table(table[len(first_rows) : 2 * len(first_rows)], crow_indices, nnz, block, group)
-        if not capturing:
+    if kept is None or kept.version != version or kept.tensors is not table:
+        first_rows = _layout(tuple([t.shape for t in tensors]))[0]
+        if kept is not None and kept.version == version and kept.first_rows == first_rows:
+            kept = kept._replace(tensors=table)
+        else:
+            n = len(first_rows)
+            made = _fill_block_table(table[n : 2 * n], crow_indices, nnz, block, group)
+            if capturing:
+                return made
             filled = torch.cuda.current_stream(crow_indices.device).record_event() if on_cuda else None
-            tables[block, group] = _BlockTable(version, first_rows, made, filled, [] if kept is None else kept.captured)
-        return made
+            captured = [] if kept is None else kept.captured
+            kept = _BlockTable(version, first_rows, table, made, filled, captured)
+        _block_tables.setdefault(crow_indices, {})[block, group] = kept
     if capturing:
         if not any(t is kept.table for t in kept.captured):
             kept.captured.append(kept.table)

@@ -263,7 +263,7 @@ def sparse_adamw_(args: Any) -> None:
     with on(device):
         table = tensor_table(device, written, params, written, rows, written=True)
         group = None if args.col_indices is None else GROUP
-        blocks = block_table(table, [p.shape for p in params], args.crow_indices, nnz, BLOCK, group)
+        blocks = block_table(table, params, args.crow_indices, nnz, BLOCK, group)
         grad_table = None if args.compact_grads else gradient_table(device, written, grads, params)
         tensors = (
             table, grad_table, grads[0] if args.compact_grads else None, args.exp_avg, args.exp_avg_sq,

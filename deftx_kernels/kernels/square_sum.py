@@ -60,7 +60,7 @@ def csr_square_sum(
         # Two streams may read the same tensors at the same time: each has a table of its own.
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         table = tensor_table(device, (stream,), tensors, addresses(tensors), rows)
-        blocks = block_table(table, [t.shape for t in tensors], crow_indices, nnz, BLOCK, GROUP)
+        blocks = block_table(table, tensors, crow_indices, nnz, BLOCK, GROUP)
         dtype = tensors[0].dtype
         _launch(
             (programs, 1, 1), (dtype,), (table, crow_indices, col_indices, partial_sums, blocks), (nnz, len(tensors)),

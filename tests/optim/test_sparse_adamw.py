@@ -234,10 +234,10 @@ def test_block_tables_lead_to_rows_that_exist(rows, nnz, kind, group):
     from deftx_kernels.kernels.rows import HEAD, block_table
 
     block, crow = 64, wrong_crow(rows, nnz, kind)
-    shapes = [torch.Size([m, 5]) for m in (rows // 3, rows // 2, 0, rows - rows // 3 - rows // 2)]
+    tensors = [torch.empty(m, 5) for m in (rows // 3, rows // 2, 0, rows - rows // 3 - rows // 2)]
     first_rows = torch.tensor([0, rows // 3, rows // 3 + rows // 2, rows // 3 + rows // 2])
     table = torch.cat([torch.zeros(4), first_rows, torch.full((4,), 4)]).long()
-    blocks = block_table(table, shapes, crow, nnz, block, group)
+    blocks = block_table(table, tensors, crow, nnz, block, group)
     assert blocks.shape == (-(-nnz // block), HEAD + (2 if group else 0))
     extra, first, last = blocks[:, :3].unbind(1)
     tensor_of = torch.searchsorted(first_rows, torch.arange(rows), right=True) - 1
@@ -257,12 +257,20 @@ def test_block_tables_are_kept_with_the_mask():
     pytest.importorskip("triton")
     from deftx_kernels.kernels import rows
 
-    crow, shapes, table = torch.arange(0, 101, 10), [torch.Size([10, 10])], torch.tensor([0, 0, 9])
-    first = rows.block_table(table, shapes, crow, 100, 64, 32)
-    assert rows.block_table(table, shapes, crow, 100, 64, 32) is first
-    assert rows.block_table(table, shapes, crow.clone(), 100, 64, 32) is not first
+    def made(crow, *heights):
+        tensors = [torch.empty(m, 10) for m in heights]
+        table = rows.tensor_table(crow.device, (1,), tensors, rows.addresses(tensors), 10)
+        return rows.block_table(table, tensors, crow, 100, 64, 32)
+
+    crow = torch.arange(0, 101, 10)
+    first = made(crow, 10)
+    assert made(crow, 10) is first
+    assert made(crow, 4, 6) is not first
+    first = made(crow, 10)
+    assert made(crow.clone(), 10) is not first
+    assert made(crow, 10) is first
     crow.mul_(1)  # may have changed it
-    assert rows.block_table(table, shapes, crow, 100, 64, 32) is not first
+    assert made(crow, 10) is not first
     kept = len(rows._block_tables)
     del crow
     gc.collect()
