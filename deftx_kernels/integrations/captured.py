@@ -26,9 +26,9 @@ def captured_step(
     max_grad_norm: float | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> "CapturedStep":
-    """Capture a training step as a CUDA graph: `loss = step(batch)` then costs the host one copy and one launch.
+    """Capture a training step as a CUDA graph: the host then launches a whole step at once, not kernel by kernel.
 
-    A call does what this loop does, with the same results; on the CPU it is this loop:
+    A call, `loss = step(batch)`, does what this loop does, with the same results; on the CPU it is this loop:
 
         optimizer.zero_grad()
         with torch.autocast(device, autocast_dtype):
@@ -40,10 +40,10 @@ def captured_step(
     Warm-up and capture train nothing: weights, buffers, moments, step numbers and random numbers are then what they
     were before. Gradients present before are dropped; after a call, `param.grad` has those of this call. The learning
     rate is read at each call, so that every scheduler works. The step is captured again (some seconds) where a call
-    finds that the model or the optimizer's state has been moved, cast or loaded, `model.train()` or `eval()` called, or
-    another option of the optimizer changed (OneCycleLR needs `cycle_momentum=False`: it would change the betas at each
-    step). A captured step reads nothing back from the device. Not supported are gradient accumulation, GradScaler and
-    several devices.
+    finds that the model or the optimizer's state has been moved, cast, frozen or loaded, `model.train()` or `eval()`
+    called, or another option of the optimizer changed (OneCycleLR needs `cycle_momentum=False`: it would change the
+    betas at each step). A captured step reads nothing back from the device. Not supported are gradient accumulation,
+    GradScaler and several devices.
 
     Args:
         model: plain or sparsified, on one device.
@@ -111,8 +111,6 @@ class CapturedStep:
             self._inputs = {n: x.to(self.device, copy=True) for n, x in self._example.items() if isinstance(x, Tensor)}
             self._batch = _with_tensors(example_batch, self._inputs)
             self._found_inf = torch.zeros((), device=self.device)
-            self._rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
-            self._entries = list(entries_of(_parameters(optimizer)).values())
             self._capture()
         self._example = {n: _description(x) for n, x in self._example.items()}
 
@@ -176,6 +174,8 @@ class CapturedStep:
     def _capture(self) -> None:
         """Take steps that `found_inf` skips, so that kernels are compiled and states allocated; capture one."""
         self._graph = self._loss = None  # frees the memory of an older graph
+        self._rates = [torch.zeros((), device=self.device) for _ in self.optimizer.param_groups]
+        self._entries = list(entries_of(_parameters(self.optimizer)).values())
         self._set_rates()
         with _unchanged(self.model, self.device), torch.cuda.device(self.device):
             self._found_inf.fill_(1.0)
@@ -198,8 +198,9 @@ class CapturedStep:
 
     def _storage_keys(self) -> list[Any]:
         """What a captured step has fixed: addresses of what it reads and writes, and options."""
-        keys: list[Any] = [self.model.training]
-        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors: list[Tensor] = [*self.model.parameters()]
+        keys: list[Any] = [self.model.training, [t.requires_grad for t in tensors]]
+        tensors += self.model.buffers()
         for group in self.optimizer.param_groups:
             options = {k: group.get(k) for k in self.optimizer.defaults if k != "lr"}
             keys.append({k: v for k, v in options.items() if not isinstance(v, Tensor)})
@@ -207,8 +208,7 @@ class CapturedStep:
         for state in self.optimizer.state.values():
             tensors += [v for v in state.values() if isinstance(v, Tensor)]
         tensors += [e.copy.tensor for e in self._entries if e.copy is not None and e.copy.tensor is not None]
-        keys += [(t.data_ptr(), t.dtype) for t in tensors if t.device == self.device]
-        return keys
+        return [*keys, [t.data_ptr() for t in tensors]]
 
     def _check_batch(self, leaves: dict[str, Any]) -> None:
         if different := leaves.keys() ^ self._example.keys():

@@ -292,7 +292,7 @@ def block_table(
     if kept is None or kept.version != version or kept.tensors is not table:
         first_rows = _layout(tuple([t.shape for t in tensors]))[0]
         if kept is not None and kept.version == version and kept.first_rows == first_rows:
-            kept = kept._replace(tensors=table)
+            kept = kept if capturing else kept._replace(tensors=table)  # a graph's own memory is not kept
         else:
             n = len(first_rows)
             made = _fill_block_table(table[n : 2 * n], crow_indices, nnz, block, group)
