@@ -2,7 +2,7 @@
 
 A program works on a range of the compact order. A table that is made once for a mask (`block_table`, 1/8 byte an entry)
 says near which rows its entries are, and in which tensors; a few halvings then find each entry's row. A search for the
-program's first and last row in each launch took more than half of its instructions (sm_90: 740 to 900 of 1,260 to 1,500
+program's first and last row in each launch took more than half of its instructions (sm_90: 710 to 760 of 1,230 to 1,350
 a warp), 25 of 28 barriers and 4 to 6 loads that wait for each other.
 """
 
