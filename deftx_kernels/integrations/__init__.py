@@ -2,7 +2,7 @@
 Trainer and for TRL's.
 """
 
-from deftx_kernels.integrations.captured import CapturedStep, captured_step
+from deftx_kernels.integrations.captured import captured_step
 from deftx_kernels.integrations.sparse_model import (
     SparseConfig,
     get_sparse_model,
@@ -11,7 +11,6 @@ from deftx_kernels.integrations.sparse_model import (
 )
 
 __all__ = [
-    "CapturedStep",
     "SparseConfig",
     "captured_step",
     "get_sparse_model",

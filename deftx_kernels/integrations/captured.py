@@ -64,6 +64,8 @@ def captured_step(
             that differs from the example, by the tensor's name.
 
     Example:
+        >>> from deftx_kernels import SparseAdamW
+        >>> from deftx_kernels.integrations import captured_step
         >>> model = torch.nn.Linear(3, 1)
         >>> optimizer = SparseAdamW(model.named_parameters(), None, lr=0.1)
         >>> batch = {"x": torch.ones(4, 3), "y": torch.zeros(4, 1)}
