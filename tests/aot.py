@@ -122,13 +122,14 @@ def sparse_adamw_variants() -> Iterator[Variant]:
             **dict.fromkeys(("step", "lr"), "*fp32"),
             **dict.fromkeys(("grad_scale", "found_inf"), "*fp32" if everything else None),
             "changed": "*i32" if "changed" in chosen else None,
+            "blocks": "*i32",
             **dict.fromkeys(module._ANY_VALUE, "i64"),
             **dict.fromkeys(("MAXIMIZE", "HAS_L1"), everything),
             "HAS_SEED": "seed" in chosen,
             "PARAM": triton_dtypes()[param],
             "GRAD": triton_dtypes()[grad],
             "BITS": module.BITS[triton_dtypes()[param].primitive_bitwidth // 8],
-            **constants_of(module, "BLOCK", "WAYS"),
+            **constants_of(module, "BLOCK", "GROUP", "HEAD"),
         }
         column_loads = {"*u16": ("ld.global.v2.b32",), "*i32": ("ld.global.v4.b32",), None: ()}[columns]
         must_have = (f"ld.global.{vector}", f"st.global.{vector}", *column_loads)
@@ -145,9 +146,10 @@ def square_sum_variants() -> Iterator[Variant]:
             **dict.fromkeys(("table", "crow_indices"), "*i64"),
             "col_indices": f"*{columns}",
             "partial_sums": "*fp64",
-            **dict.fromkeys(("nnz", "rows", "n_tensors"), "i64"),
+            "blocks": "*i32",
+            **dict.fromkeys(("nnz", "n_tensors"), "i64"),
             "DTYPE": dtype,
-            **constants_of(module, "BLOCK", "WAYS"),
+            **constants_of(module, "BLOCK", "GROUP", "HEAD"),
         }
         options = {"num_warps": module.NUM_WARPS}
         yield Variant(module.__name__, "_square_sum_kernel", f"{name}, {columns}", arguments, options)

@@ -1,6 +1,9 @@
 """AdamW at the entries of a mask: one launch for all tensors, in place, nothing read back by the host.
 
-Program p updates the entries [p * BLOCK, (p + 1) * BLOCK) of the compact order, which it finds as rows.py says.
+Program p updates the entries [p * BLOCK, (p + 1) * BLOCK) of the compact order, which it finds as rows.py says. On
+sm_90 a warp of a full block takes 520 instructions (bfloat16, dense gradient, master), 33 for each further halving of
+the row search, and 3 barriers: 109 instructions for the scalars, 90 for divisions, 53 for handing the parameters to
+threads in order, 45 for roots. BLOCK = 1024 takes 438 per 512 entries, but 108 registers in place of 72.
 """
 
 import math
@@ -12,9 +15,11 @@ import triton.language as tl
 
 from deftx_kernels.kernels.launch import Launcher, cdiv, on
 from deftx_kernels.kernels.rows import (
+    GROUP,
+    HEAD,
     TRITON_DTYPE,
-    WAYS,
     addresses,
+    block_table,
     gradient_table,
     locate,
     locate_full,
@@ -22,7 +27,7 @@ from deftx_kernels.kernels.rows import (
 )
 
 # Fixed, not tuned: an autotuner would run the in-place update several times. 4 entries a thread make 16-byte loads of
-# the float32 state; 69 to 102 registers (float64: 110) leave 4 to 7 programs a multiprocessor. Not timed yet.
+# the float32 state; 56 to 96 registers (float64: 106) leave 4 to 9 programs a multiprocessor. Not timed yet.
 BLOCK = 512  # a multiple of 32: no word of `changed` belongs to two programs
 NUM_WARPS = 4
 BITS = {2: tl.int16, 4: tl.int32, 8: tl.int64}  # by element size
@@ -82,9 +87,9 @@ def _mark(changed, start, old, new, inside, BITS: tl.constexpr, BLOCK: tl.conste
 @triton.jit
 def _step(
     table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr, grad_scale,
-    changed, rows, n_tensors, start, end, entry, inside, beta1, beta2, log_beta1, log_beta2, eps, weight_decay, l1,
+    changed, blocks, n_tensors, start, entry, inside, beta1, beta2, log_beta1, log_beta2, eps, weight_decay, l1,
     seed, MAXIMIZE: tl.constexpr, HAS_L1: tl.constexpr, HAS_SEED: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     state: tl.constexpr = exp_avg.dtype.element_ty
     compute: tl.constexpr = tl.float64 if state == tl.float64 else tl.float32
@@ -100,10 +105,10 @@ def _step(
         g = tl.load(grad + entry, mask=inside).to(compute)
 
     if col_indices is None:
-        param, source = locate_full(table, grad_table, crow_indices, n_tensors, start, end, entry, PARAM, GRAD, WAYS)
+        param, source = locate_full(table, grad_table, crow_indices, blocks, n_tensors, entry, PARAM, GRAD, HEAD)
     else:
         param, source = locate(
-            table, grad_table, crow_indices, rows, n_tensors, start, end, entry, columns, PARAM, GRAD, WAYS
+            table, grad_table, crow_indices, blocks, n_tensors, entry, columns, PARAM, GRAD, BLOCK, GROUP, HEAD
         )  # fmt: skip
     if grad is None:
         g = tl.load(source, mask=inside).to(compute)
@@ -151,7 +156,7 @@ def _step(
 
 # Numbers that change from step to step or from mask to mask: Triton must not compile again for some of their values.
 _ANY_VALUE = [
-    "nnz", "rows", "n_tensors", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "l1", "seed",
+    "nnz", "n_tensors", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "l1", "seed",
 ]  # fmt: skip
 
 
@@ -171,8 +176,8 @@ def _sparse_adamw_kernel(
     grad_scale,  # [1] or None
     found_inf,  # [1] or None
     changed,  # int32 [ceil(nnz / 32)] or None
+    blocks,  # int32 [programs, HEAD + BLOCK // GROUP]; without col_indices [programs, HEAD]
     nnz: tl.int64,
-    rows: tl.int64,
     n_tensors: tl.int64,
     beta1: tl.int64,  # this and the next six: the bits of a float64
     beta2: tl.int64,
@@ -189,7 +194,8 @@ def _sparse_adamw_kernel(
     GRAD: tl.constexpr,
     BITS: tl.constexpr,  # the integer of PARAM's size
     BLOCK: tl.constexpr,
-    WAYS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
 ):
     """AdamW at BLOCK entries of the mask.
 
@@ -201,7 +207,7 @@ def _sparse_adamw_kernel(
         parameter       2 f/d elements (read and written; sectors are partly written, so the master saves no read)
         gradient        f/d elements if dense, 1 element if compact
     bfloat16 with dense gradients, master, float32 state, d = 5 %: 26 + 3 * 0.56 / 0.05 * 2 = 93 bytes; compact
-    gradient: 73. The search adds 8 bytes per row, and its probes hit L2. `changed` adds at most 1/4, and, beside
+    gradient: 73. Finding the rows adds 1/8 (`blocks`) and 8 bytes per row. `changed` adds at most 1/4, and, beside
     a master, the read of the parameter.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -215,14 +221,14 @@ def _sparse_adamw_kernel(
         if end - start == BLOCK:
             _step(
                 table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr,
-                grad_scale, changed, rows, n_tensors, start, end, entry, None, beta1, beta2, log_beta1, log_beta2, eps,
-                weight_decay, l1, seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, BITS, BLOCK, WAYS,
+                grad_scale, changed, blocks, n_tensors, start, entry, None, beta1, beta2, log_beta1, log_beta2, eps,
+                weight_decay, l1, seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, BITS, BLOCK, GROUP, HEAD,
             )  # fmt: skip
         else:
             _step(
                 table, grad_table, grad, exp_avg, exp_avg_sq, values, decay_to, crow_indices, col_indices, step, lr,
-                grad_scale, changed, rows, n_tensors, start, end, entry, entry < end, beta1, beta2, log_beta1,
-                log_beta2, eps, weight_decay, l1, seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, BITS, BLOCK, WAYS,
+                grad_scale, changed, blocks, n_tensors, start, entry, entry < end, beta1, beta2, log_beta1, log_beta2,
+                eps, weight_decay, l1, seed, MAXIMIZE, HAS_L1, HAS_SEED, PARAM, GRAD, BITS, BLOCK, GROUP, HEAD,
             )  # fmt: skip
 
 
@@ -256,16 +262,18 @@ def sparse_adamw_(args: Any) -> None:
     flags = (args.maximize, args.l1 != 0, args.seed is not None)
     with on(device):
         table = tensor_table(device, written, params, written, rows, written=True)
+        group = None if args.col_indices is None else GROUP
+        blocks = block_table(table, params, args.crow_indices, nnz, BLOCK, group)
         grad_table = None if args.compact_grads else gradient_table(device, written, grads, params)
         tensors = (
             table, grad_table, grads[0] if args.compact_grads else None, args.exp_avg, args.exp_avg_sq,
             args.values, args.decay_to if args.weight_decay or args.l1 else None, args.crow_indices, args.col_indices,
-            args.step, args.lr, args.grad_scale, args.found_inf, args.changed,
+            args.step, args.lr, args.grad_scale, args.found_inf, args.changed, blocks,
         )  # fmt: skip
         beta1, beta2 = args.beta1, args.beta2
         scalars = _bits(beta1, beta2, _log(beta1), _log(beta2), args.eps, args.weight_decay, args.l1)
         _launch(
             (cdiv(nnz, BLOCK), 1, 1), (*flags, dtype, grad_dtype), tensors,
-            (nnz, rows, len(params), *scalars, args.seed or 0),
-            *flags, TRITON_DTYPE[dtype], TRITON_DTYPE[grad_dtype], BITS[dtype.itemsize], BLOCK, WAYS,
+            (nnz, len(params), *scalars, args.seed or 0),
+            *flags, TRITON_DTYPE[dtype], TRITON_DTYPE[grad_dtype], BITS[dtype.itemsize], BLOCK, GROUP, HEAD,
         )  # fmt: skip

@@ -8,33 +8,35 @@ import triton.language as tl
 from torch import Tensor
 
 from deftx_kernels.kernels.launch import Launcher, cdiv, on
-from deftx_kernels.kernels.rows import TRITON_DTYPE, WAYS, addresses, locate, tensor_table
+from deftx_kernels.kernels.rows import GROUP, HEAD, TRITON_DTYPE, addresses, block_table, locate, tensor_table
 
-# 4 entries a thread take 32 registers (sm_80: 38): all (three quarters) of a multiprocessor's threads run. Not timed.
+# 4 entries a thread take 32 to 34 registers: almost all of a multiprocessor's threads run. Not timed.
 BLOCK = 512
 NUM_WARPS = 4
 
 
-@triton.jit(do_not_specialize=["nnz", "rows", "n_tensors"])
+@triton.jit(do_not_specialize=["nnz", "n_tensors"])
 def _square_sum_kernel(
     table,  # int64 [3, n_tensors]: address, first row, last column
     crow_indices,  # int64 [rows + 1]
     col_indices,  # uint16 or int32 [nnz]
     partial_sums,  # float64 [programs]
+    blocks,  # int32 [programs, HEAD + BLOCK // GROUP]
     nnz: tl.int64,
-    rows: tl.int64,
     n_tensors: tl.int64,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
-    WAYS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
 ):
     """BLOCK entries of the mask, squared and summed in float64, in which squares of float32 numbers do not overflow."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    end = tl.minimum(start + BLOCK, nnz.to(tl.int64))
     entry = start + tl.arange(0, BLOCK)
-    inside = entry < end
+    inside = entry < nnz
     columns = tl.load(col_indices + entry, mask=inside)
-    element, _ = locate(table, None, crow_indices, rows, n_tensors, start, end, entry, columns, DTYPE, DTYPE, WAYS)
+    element, _ = locate(
+        table, None, crow_indices, blocks, n_tensors, entry, columns, DTYPE, DTYPE, BLOCK, GROUP, HEAD
+    )  # fmt: skip
     x = tl.load(element, mask=inside, other=0.0).to(tl.float64)
     tl.store(partial_sums + tl.program_id(0), tl.sum(x * x, 0))
 
@@ -58,9 +60,10 @@ def csr_square_sum(
         # Two streams may read the same tensors at the same time: each has a table of its own.
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         table = tensor_table(device, (stream,), tensors, addresses(tensors), rows)
+        blocks = block_table(table, tensors, crow_indices, nnz, BLOCK, GROUP)
         dtype = tensors[0].dtype
         _launch(
-            (programs, 1, 1), (dtype,), (table, crow_indices, col_indices, partial_sums), (nnz, rows, len(tensors)),
-            TRITON_DTYPE[dtype], BLOCK, WAYS,
+            (programs, 1, 1), (dtype,), (table, crow_indices, col_indices, partial_sums, blocks), (nnz, len(tensors)),
+            TRITON_DTYPE[dtype], BLOCK, GROUP, HEAD,
         )  # fmt: skip
         return partial_sums.sum()

@@ -4,6 +4,7 @@ Each masked parameter keeps its dense tensor, frozen, and gets a compact trainab
 gradients, optimizer state and all-reduce are of size nnz.
 """
 
+from deftx_kernels.nn.autocast_copy import copies_in_graphs, write_copies
 from deftx_kernels.nn.entries import entries_of
 from deftx_kernels.nn.functional import masked_embedding, masked_linear
 from deftx_kernels.nn.modules import MaskedEmbedding, MaskedLinear, densify, masked_parameters, plain_tensors, sparsify
@@ -11,6 +12,7 @@ from deftx_kernels.nn.modules import MaskedEmbedding, MaskedLinear, densify, mas
 __all__ = [
     "MaskedEmbedding",
     "MaskedLinear",
+    "copies_in_graphs",
     "densify",
     "entries_of",
     "masked_embedding",
@@ -18,4 +20,5 @@ __all__ = [
     "masked_parameters",
     "plain_tensors",
     "sparsify",
+    "write_copies",
 ]

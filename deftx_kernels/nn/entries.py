@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
 
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.nn.autocast_copy import AutocastCopy, is_capturing, write_copies
 from deftx_kernels.nn.functional import is_traced
 
 
@@ -107,6 +108,11 @@ class ChangeTracker:
         self.has_new_data, self.assigned = True, data
         self.aliases.append((data, _version(data)))
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether other code may write, or has written, the tensor without its version counter."""
+        return bool(self.aliases) or self.has_new_data or self.data_was_read
+
     def has_changed(self, tensor: Tensor) -> bool:
         if self.has_new_data or _version(tensor) != self.version:
             return True
@@ -129,6 +135,8 @@ class ChangeTracker:
 
 class Entry:
     """The state of one masked parameter, shared by all modules that own it (tied weights)."""
+
+    copy: AutocastCopy | None = None
 
     def __init__(self, mask: CSRMask, dense: nn.Parameter, buffer: "ValuesBuffer", start: int) -> None:
         self.mask, self.buffer, self.start = mask, buffer, start  # `start`: the first of its values in the buffer
@@ -160,6 +168,8 @@ class Entry:
         self.set_tensors(dense, values)
 
     def set_tensors(self, dense: nn.Parameter, values: nn.Parameter) -> None:
+        if self.copy is not None and self.dense is not dense:
+            self.copy.key = None
         for old, new in ((self.dense, dense), (self.values, values)):
             if old is not new and isinstance(old, TrackedParameter):
                 old.tracker = None
@@ -174,6 +184,7 @@ class Entry:
 
     def release(self) -> None:
         """Make the dense tensor a plain parameter again."""
+        self.copy = None
         for tensor in (self.dense, self.values):
             if isinstance(tensor, TrackedParameter):
                 tensor.tracker = None
@@ -209,7 +220,36 @@ class Entry:
         if self.dense is not None and self.dense.shape == self.mask.shapes[0] and not self.dense.is_meta:
             self.synchronise()
 
+    # ---- the copy for autocast ----
+    def autocast_weight(self, dtype: torch.dtype) -> Tensor | None:
+        """The dense tensor in autocast's dtype, if the entry keeps a copy that is current; after `synchronise`."""
+        if self.copy is None or self.dense_tracker.is_watched:
+            return None
+        return self.copy.of(self.dense, dtype)
+
+    def refresh_copy(self) -> None:
+        """Bring a copy up to date that a captured graph reads."""
+        if self.copy is not None:
+            if self.dense_tracker.is_watched:
+                self.copy.key = None
+            self.copy.refresh(self.dense)
+
+    def current_copy(self) -> AutocastCopy | None:
+        """The copy, if a write of the values into the dense tensor has to be repeated in it. Call it before the write:
+        a captured one without a current copy ends the use of copies.
+        """
+        if self.copy is None:
+            return None
+        if not self.dense_tracker.is_watched and self.copy.is_current(self.dense):
+            return self.copy
+        self.copy.key = None
+        if is_capturing(self.dense):
+            self.copy.disable()
+        return None
+
     def mark_synchronised(self) -> None:
+        if self.copy is not None and self.dense_tracker.is_watched:
+            self.copy.key = None
         self.dense_tracker.mark_synchronised(self.dense)
         self.values_tracker.mark_synchronised(self.values)
         self.synchronised_dtype = self.dense.dtype
@@ -218,6 +258,7 @@ class Entry:
         """Write the values into the dense tensor."""
         if self.dense is None or self.dense.shape != self.mask.shapes[0]:
             raise RuntimeError(self.replaced_message)
+        copy = self.current_copy()
         if self.dense.is_contiguous():  # mask.scatter_ without its checks, since the hook runs this for every tensor
             values = self.values.detach().to(self.dense.dtype).contiguous()
             torch.ops.deftx.csr_scatter_([self.dense.detach()], self.mask.crow_indices, self.mask.col_indices, values)
@@ -225,6 +266,8 @@ class Entry:
                 torch.autograd.graph.increment_version(self.dense)
         else:
             self.mask.scatter_({self.name: self.dense}, self.values)
+        if copy is not None:
+            write_copies([(copy, self.dense)], self.mask, self.values)
         self.mark_synchronised()
 
     def read_values(self) -> None:

@@ -37,6 +37,12 @@ def _not_a_view(out: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(out, out.shape) if is_traced() else out.data
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast casts the input of a product; None where it does not. float64 is not cast."""
+    dtype = _autocast_dtype(x.device.type)
+    return dtype if dtype and x.is_floating_point() and x.dtype != torch.float64 else None
+
+
 # ---- autograd functions ----
 class _RaiseInBackward(torch.autograd.Function):
     """Returns `tensors[sources:]` unchanged. They depend on all tensors, and their backward raises RuntimeError."""
@@ -193,9 +199,8 @@ def masked_linear_unchecked(
 ) -> Tensor:
     if not torch.is_grad_enabled():
         return F.linear(x, weight.mT if transposed else weight, bias)
-    dtype = _autocast_dtype(x.device.type)
-    # autocast does not cast float64
-    if dtype and x.is_floating_point() and x.dtype != torch.float64 and weight.dtype != torch.float64:
+    dtype = autocast_dtype(x)
+    if dtype and weight.dtype != torch.float64:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     else:
         dtype = None

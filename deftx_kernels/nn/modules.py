@@ -12,9 +12,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deftx_kernels.kernels.tensors import FLOATS
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.nn.autocast_copy import AutocastCopy
 from deftx_kernels.nn.entries import DifferentiableWeight, Entry, MaskedParameter, ValuesBuffer
 from deftx_kernels.nn.functional import (
+    autocast_dtype,
     gather_gradient,
+    is_traced,
     masked_embedding_unchecked,
     masked_linear_unchecked,
     raise_in_backward,
@@ -199,7 +202,13 @@ class _Matmul(_Direct):
 
     def forward(self, input: Tensor) -> Tensor:
         bias = self._masked("bias") if "bias" in self._masked_entries else (self.bias,)
-        return masked_linear_unchecked(input, *self._masked("weight"), *bias, transposed=self._transposed)
+        weight, values, mask = self._masked("weight")
+        entry = self._masked_entries["weight"]
+        if entry.copy is not None and weight is entry.dense and values is entry.values and not is_traced():
+            dtype = autocast_dtype(input)
+            copy = None if dtype is None else entry.autocast_weight(dtype)
+            weight = weight if copy is None else copy  # the cast of a tensor of that dtype does nothing
+        return masked_linear_unchecked(input, weight, values, mask, *bias, transposed=self._transposed)
 
 
 class MaskedLinear(_Matmul, nn.Linear):
@@ -249,7 +258,9 @@ def _without_state(original: type, attrs: frozenset[str], direct: bool) -> nn.Mo
 
 
 # ---- sparsify ----
-def sparsify(model: nn.Module, mask: CSRMask, *, freeze_others: bool = False) -> nn.Module:
+def sparsify(
+    model: nn.Module, mask: CSRMask, *, freeze_others: bool = False, autocast_copies: bool = False
+) -> nn.Module:
     """Train only the mask's entries: replace, in place, the modules that own the mask's tensors by masked ones.
 
     Each masked tensor is frozen and gets a compact trainable parameter: `values` beside `weight`, `NAME_values` beside
@@ -274,6 +285,10 @@ def sparsify(model: nn.Module, mask: CSRMask, *, freeze_others: bool = False) ->
         model: the plain model on the mask's device. It must contain all modules that share a masked tensor.
         mask: over some of its `named_parameters()`.
         freeze_others: train nothing but the mask's entries.
+        autocast_copies: under autocast, keep a 16-bit copy of the float32 weight of each Linear and Conv1D, which takes
+            half as much memory again. The weights are then not cast in forward and again in backward: an optimizer step
+            writes the entries into both. The results are the same bit for bit. A copy is made anew after any other
+            write that version counters or `.data` show; write the weight with torch, not through NumPy or DLPack.
 
     Returns:
         The same model.
@@ -319,6 +334,8 @@ def sparsify(model: nn.Module, mask: CSRMask, *, freeze_others: bool = False) ->
             entries[name].owners.add(module)
         module.__dict__.update(_masked_entries={a: entries[n] for a, n in owned.items()}, _dense_class=type(module))
         module.__class__ = masked_class
+        if autocast_copies and issubclass(masked_class, _Matmul):
+            entries[owned["weight"]].copy = AutocastCopy()
     if freeze_others:
         _freeze_others(model, {id(entry.values) for entry in entries.values()})
     return model

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.mask import CSRMask
-from deftx_kernels.nn import entries_of
+from deftx_kernels.nn import entries_of, write_copies
 from deftx_kernels.ops.schemas import compute_dtype
 from deftx_kernels.optim.full import FullMask
 from deftx_kernels.optim.functional import CompactState, StepOptions, apply_step, check_targets
@@ -73,8 +73,8 @@ class Bucket:
         self.steps_differ = len(set(self.steps.tolist())) > 1
         self.must_copy_values = False  # compact values that are not views of one buffer: copied before and after a step
         self.checked_storage: tuple | None = None  # `_storage_keys` of what a step writes, when last checked
-        # In a sparsified model, the trackers of changes of the dense tensors
-        self.trackers = [entry.dense_tracker for entry in entries_of(self.params).values()]
+        self.entries = list(entries_of(self.params).values())  # of a sparsified model
+        self.copied: tuple[list[str], CSRMask] = [], self.mask  # names of weights with autocast copies, and their mask
 
     def _flat_state(self, key: str, dtype: torch.dtype) -> Tensor:
         """One tensor for the states, [nnz] or, for "step", [parameters]; the parameters' states become views of it. For
@@ -148,6 +148,7 @@ class Bucket:
         # A schedule may end at a rounding error below 0: the sign is checked where a group is added, not here.
         lr = options.lr if isinstance(options.lr, Tensor) else scalar(float(options.lr), "lr", self.device)
         options = options._replace(lr=lr, seed=options.seed + self.seed_offset)
+        copied = [entry for entry in self.entries if entry.current_copy() is not None]
         self.steps.add_(1.0)
         try:
             step = self.first_step, self.mask, options, grad_scale, found_inf, self.changed
@@ -157,12 +158,26 @@ class Bucket:
             raise
         if found_inf is not None:  # a skipped step does not count
             self.steps.sub_(found_inf.to(self.steps).view(()))
-        for tracker, dense in zip(self.trackers, self.dense):  # the step wrote the values into the dense tensors
-            tracker.version = dense._version
+        for entry, dense in zip(self.entries, self.dense):  # the step wrote the values into the dense tensors
+            entry.dense_tracker.version = dense._version
+        if copied:
+            self._write_copies({e.name: (e.copy, e.dense) for e in copied})
         if self.must_copy_values and self.state.values is not None:
             # Other owners of this memory (other processes, FSDP) read the result of the step from it.
             parts = self.state.values.split([p.numel() for p in self.params])
             torch._foreach_copy_([p.detach() for p in self.params], list(parts))
+
+    def _write_copies(self, copies: dict[str, Any]) -> None:
+        """Write the new values into the weights' copies for autocast, too: one launch."""
+        values, names = self.state.values, list(copies)
+        assert values is not None
+        if names == self.names:
+            write_copies(list(copies.values()), self.mask, values)
+            return
+        if self.copied[0] != names:
+            self.copied = names, self.mask.restrict(names)
+        parts = self.mask.split(values)
+        write_copies(list(copies.values()), self.copied[1], torch.cat([parts[n] for n in names]))
 
     def _check_storage(self) -> None:
         """Check what a step writes, unless unchanged since the last; put a sparsified model's values into the state."""

@@ -4,6 +4,7 @@ Fifty steps in a row are checked against fifty float64 steps; emulated kernels, 
 """
 
 import copy
+import gc
 import math
 
 import pytest
@@ -209,6 +210,71 @@ def test_tables_are_kept_by_content():
     for i in range(2 * rows._TABLES_KEPT):
         rows.device_table(device, (i,), (i,))
     assert len(rows._tables) == rows._TABLES_KEPT
+
+
+def wrong_crow(rows, nnz, kind):
+    generator = torch.Generator().manual_seed(rows)
+    if kind == "sorted":
+        return torch.cat([torch.tensor([0, nnz]), torch.randint(0, nnz + 1, (rows - 1,), generator=generator)]).sort()[
+            0
+        ]
+    return (
+        torch.randint(-9, 2 * nnz, (rows + 1,), generator=generator)
+        if kind == "random"
+        else torch.zeros(rows + 1).long()
+    )
+
+
+@pytest.mark.parametrize("group", [32, None])
+@pytest.mark.parametrize("kind", ["sorted", "random", "zero"])
+@pytest.mark.parametrize(("rows", "nnz"), [(1, 1), (1, 70), (2, 64), (300, 1000), (700, 64), (40, 4096)])
+def test_block_tables_lead_to_rows_that_exist(rows, nnz, kind, group):
+    """And, in a sorted crow_indices, to each entry's own."""
+    pytest.importorskip("triton")
+    from deftx_kernels.kernels.rows import HEAD, block_table
+
+    block, crow = 64, wrong_crow(rows, nnz, kind)
+    tensors = [torch.empty(m, 5) for m in (rows // 3, rows // 2, 0, rows - rows // 3 - rows // 2)]
+    first_rows = torch.tensor([0, rows // 3, rows // 3 + rows // 2, rows // 3 + rows // 2])
+    table = torch.cat([torch.zeros(4), first_rows, torch.full((4,), 4)]).long()
+    blocks = block_table(table, tensors, crow, nnz, block, group)
+    assert blocks.shape == (-(-nnz // block), HEAD + (2 if group else 0))
+    extra, first, last = blocks[:, :3].unbind(1)
+    tensor_of = torch.searchsorted(first_rows, torch.arange(rows), right=True) - 1
+    if not group:
+        assert kind != "sorted" or bool((first <= last).all())
+        return
+    low = blocks[:, HEAD:]
+    assert bool(((low >= 0) & (low + extra[:, None] < rows)).all())
+    assert bool((tensor_of[low] >= first[:, None]).all() and (tensor_of[low + extra[:, None]] <= last[:, None]).all())
+    if kind == "sorted":
+        row = torch.searchsorted(crow, torch.arange(nnz), right=True) - 1
+        near = low.flatten().repeat_interleave(32)[:nnz]
+        assert bool(((near <= row) & (row <= near + extra.repeat_interleave(block)[:nnz])).all())
+
+
+def test_block_tables_are_kept_with_the_mask():
+    pytest.importorskip("triton")
+    from deftx_kernels.kernels import rows
+
+    def made(crow, *heights):
+        tensors = [torch.empty(m, 10) for m in heights]
+        table = rows.tensor_table(crow.device, (1,), tensors, rows.addresses(tensors), 10)
+        return rows.block_table(table, tensors, crow, 100, 64, 32)
+
+    crow = torch.arange(0, 101, 10)
+    first = made(crow, 10)
+    assert made(crow, 10) is first
+    assert made(crow, 4, 6) is not first
+    first = made(crow, 10)
+    assert made(crow.clone(), 10) is not first
+    assert made(crow, 10) is first
+    crow.mul_(1)  # may have changed it
+    assert made(crow, 10) is not first
+    kept = len(rows._block_tables)
+    del crow
+    gc.collect()
+    assert len(rows._block_tables) < kept
 
 
 @implementations("c++")
