@@ -3,8 +3,8 @@
 import csv
 import re
 
-import aot
 import machine_code
+import machine_code_table
 import pytest
 from machine_code import Count, Instruction
 
@@ -87,44 +87,44 @@ def test_occupancy(threads, registers, shared, warps):
 # ---- the committed table ----
 @pytest.fixture
 def rows():
-    with aot.TABLE.open(newline="") as file:
+    with machine_code_table.TABLE.open(newline="") as file:
         file.readline()
         return list(csv.DictReader(file))[:3]
 
 
 @pytest.fixture(autouse=True)
 def same_compilers(monkeypatch):
-    with aot.TABLE.open() as file:
+    with machine_code_table.TABLE.open() as file:
         made_with = file.readline().removeprefix("# ").strip()
-    monkeypatch.setattr(aot, "toolchain", lambda: made_with)
+    monkeypatch.setattr(machine_code_table, "toolchain", lambda: made_with)
 
 
 def test_an_equal_table_is_no_fault(rows):
-    assert not list(aot.worse_than_table(rows))
+    assert not list(machine_code_table.worse_than_table(rows))
 
 
 @pytest.mark.parametrize(("name", "factor"), [("instructions", 1.06), ("shared_accesses", 1.06), ("warps", 0.94)])
 def test_worse_is_a_fault(rows, name, factor, monkeypatch, tmp_path):
-    monkeypatch.setattr(aot, "TABLE", tmp_path / "table.csv")
+    monkeypatch.setattr(machine_code_table, "TABLE", tmp_path / "table.csv")
     rows[1][name] = 10.0
-    aot.write_table(rows)
+    machine_code_table.write_table(rows)
     changed = [dict(row) for row in rows]
     changed[1][name] = 10 * factor
-    (fault,) = aot.worse_than_table(changed)
+    (fault,) = machine_code_table.worse_than_table(changed)
     assert rows[1]["variant"] in fault
     assert name in fault
     changed[1][name] = 10 / factor
-    assert not list(aot.worse_than_table(changed))
+    assert not list(machine_code_table.worse_than_table(changed))
     changed[1][name] = 10 * (1 + (factor - 1) / 2)
-    assert not list(aot.worse_than_table(changed))
+    assert not list(machine_code_table.worse_than_table(changed))
 
 
 def test_a_new_kernel_is_a_fault(rows):
-    (fault,) = aot.worse_than_table([rows[0] | {"variant": "another"}])
+    (fault,) = machine_code_table.worse_than_table([rows[0] | {"variant": "another"}])
     assert "not in machine_code.csv" in fault
 
 
 def test_other_compilers_are_not_compared(rows, monkeypatch, capsys):
-    monkeypatch.setattr(aot, "toolchain", lambda: "nvcc 99.0.1, triton 9.9.9")
-    assert not list(aot.worse_than_table([rows[0] | {"instructions": 1e9}]))
+    monkeypatch.setattr(machine_code_table, "toolchain", lambda: "nvcc 99.0.1, triton 9.9.9")
+    assert not list(machine_code_table.worse_than_table([rows[0] | {"instructions": 1e9}]))
     assert "Not compared" in capsys.readouterr().out
