@@ -164,8 +164,8 @@ __device__ void rotate(Real* vectors,  // [n, n]: one vector to a row
 
 template <typename Real>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
-    vectors_kernel(Real* reflectors,  // [b, n, n]: from tridiagonal_kernel; at the end the eigenvectors, in rows
-                   Real* vectors,     // [b, n, n]
+    vectors_kernel(Real* reflectors,                       // [b, padded, padded]: from tridiagonal_kernel; overwritten
+                   Real* vectors,                          // [b, n, n]: the eigenvectors, in rows
                    const Real* __restrict__ diagonal,      // [b, n]
                    const Real* __restrict__ off_diagonal,  // [b, n]
                    const Real* __restrict__ taus,          // [b, n]
@@ -179,7 +179,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   Real *d = reinterpret_cast<Real*>(shared), *e = d + n, *rotations = e + n;  // rotations [2, 2, n]
   const int64_t matrix = blockIdx.x;
-  reflectors += matrix * n * n, vectors += matrix * n * n, taus += matrix * n;
+  const int padded = padded_rows(n);
+  reflectors += matrix * padded * padded, vectors += matrix * n * n, taus += matrix * n;
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
     d[i] = diagonal[matrix * n + i];
     e[i] = i < n - 1 ? off_diagonal[matrix * n + i] : Real(0);
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     Real* z = vectors + int64_t{c} * n;
     for (int r = lane; r < n; r += 32) z[r] = r == c;
     for (int j = c - 1; j >= 0; --j) {
-      const Real tau = taus[j], *v = reflectors + int64_t{j} * n;
+      const Real tau = taus[j], *v = reflectors + int64_t{j} * padded;
       const int first = (j + 1) / 32 * 32 + lane;  // each lane meets the rows that it wrote
       Real dot = 0;
       for (int r = first; r < n; r += 32) dot += r > j ? v[r] * z[r] : Real(0);
@@ -219,16 +220,19 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     if (!more[i]) break;
   }
 
-  for (int i = threadIdx.x; i < n; i += blockDim.x) {  // sorted, the place of each
+  int* const places = reinterpret_cast<int*>(rotations);  // of each, when sorted
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
     int place = failed ? i : 0;
     for (int other = 0; other < n && !failed; ++other) place += d[other] < d[i] || (d[other] == d[i] && other < i);
-    reinterpret_cast<int*>(rotations)[i] = place;
+    places[i] = place;
     values[matrix * n + place] = failed ? cuda::std::numeric_limits<Real>::quiet_NaN() : d[i] * unscale[matrix];
+  }
+  for (int i = warp; i < n; i += warps) {
+    for (int r = lane; r < n; r += 32) reflectors[int64_t{i} * padded + r] = vectors[int64_t{i} * n + r];
   }
   __syncthreads();
   for (int i = warp; i < n; i += warps) {
-    const int place = reinterpret_cast<const int*>(rotations)[i];
-    for (int r = lane; r < n; r += 32) reflectors[int64_t{place} * n + r] = vectors[int64_t{i} * n + r];
+    for (int r = lane; r < n; r += 32) vectors[int64_t{places[i]} * n + r] = reflectors[int64_t{i} * padded + r];
   }
 }
 
@@ -243,13 +247,14 @@ Shape shape_of(int64_t n, int64_t element_size) {
   int device = 0, most_shared = 0;
   DEFTX_CUDA_CHECK(cudaGetDevice(&device));
   DEFTX_CUDA_CHECK(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const int64_t vectors = (most_shared - 2048) / (n * element_size);  // beside the kernel's own arrays
+  const int64_t padded = padded_rows(static_cast<int>(n)), row_bytes = padded * element_size;
+  const int64_t vectors = (most_shared - 2048) / row_bytes;  // beside the kernel's own arrays
   int64_t panel_size = kMaxPanel;
   while (panel_size > 1 && vectors - 2 * panel_size < kFewWarps) panel_size /= 2;
-  const int64_t wanted = (n + 2 * kRows - 1) / (2 * kRows);  // two turns to a warp, of the whole matrix
+  const int64_t wanted = (padded + 2 * kRows - 1) / (2 * kRows);  // two turns to a warp, of the whole matrix
   const int64_t warps = std::min({vectors - 2 * panel_size, std::max<int64_t>(wanted, 2), int64_t{kMaxWarps}});
   DEFTX_CHECK(warps >= 2, "eigh: matrices of ", n, " rows do not fit in a multiprocessor's shared memory");
-  const int64_t bytes = (2 * panel_size + warps) * n * element_size;
+  const int64_t bytes = (2 * panel_size + warps) * row_bytes;
   return {static_cast<int>(panel_size), static_cast<int>(warps), static_cast<int>(bytes)};
 }
 
@@ -280,9 +285,13 @@ void allow_shared(Kernel* kernel, int64_t bytes) {
 template <typename Real>
 Tridiagonal tridiagonal(const Tensor& matrices, cudaStream_t stream) {
   using torch::stable::new_empty;
-  const int64_t b = matrices.size(0), n = matrices.size(1);
-  Tridiagonal t{new_empty(matrices, {b, n, n}), new_empty(matrices, {b, n}), new_empty(matrices, {b, n}),
-                new_empty(matrices, {b, n}),    new_empty(matrices, {b}),    shape_of(n, sizeof(Real))};
+  const int64_t b = matrices.size(0), n = matrices.size(1), padded = padded_rows(static_cast<int>(n));
+  Tridiagonal t{new_empty(matrices, {b, padded, padded}),
+                new_empty(matrices, {b, n}),
+                new_empty(matrices, {b, n}),
+                new_empty(matrices, {b, n}),
+                new_empty(matrices, {b}),
+                shape_of(n, sizeof(Real))};
   allow_shared(tridiagonal_kernel<Real>, t.shape.bytes);
   tridiagonal_kernel<Real><<<static_cast<unsigned>(b), 32 * t.shape.warps, t.shape.bytes, stream>>>(
       data_of<Real>(matrices), data_of<Real>(t.work), data_of<Real>(t.diagonal), data_of<Real>(t.off_diagonal),
@@ -315,7 +324,7 @@ Tensor find_vectors(const Tensor& matrices, const Tensor& values, cudaStream_t s
       data_of<Real>(t.work), data_of<Real>(vectors), data_of<Real>(t.diagonal), data_of<Real>(t.off_diagonal),
       data_of<Real>(t.taus), data_of<Real>(t.unscale), data_of<Real>(values), static_cast<int>(n));
   DEFTX_LAUNCH_CHECK();
-  return t.work;
+  return vectors;
 }
 
 Tensor eigvalsh(Tensor matrices) {
