@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
                        Real* __restrict__ taus,            // [b, n], likewise
                        Real* __restrict__ unscale,         // [b]
                        int n, int panel_size) {            // panel_size: a power of 2
-  extern __shared__ double shared[];
+  extern __shared__ __align__(16) double shared[];
   __shared__ Real partial[kMaxWarps], dots[2 * kMaxPanel];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int padded = padded_rows(n);
