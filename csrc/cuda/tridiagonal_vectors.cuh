@@ -11,7 +11,10 @@ namespace deftx {
 namespace {
 
 constexpr double kEpsilon = 2.2204460492503131e-16;
-constexpr double kClose = 1e-6;         // eigenvalues that are closer (of the largest) are a cluster
+// Eigenvalues that are closer (of the largest) are a cluster. The overlaps of other vectors are about kEpsilon /
+// kClose: below rounding of float32; in float64 a step of Newton's iteration squares them.
+template <typename Real>
+constexpr double kClose = sizeof(Real) == 4 ? 1e-8 : 1e-6;
 constexpr int kIterations = 2;          // of inverse iteration
 constexpr int kIterationThreads = 512;  // of a block, at most
 constexpr int kTile = 48, kDepth = 16;  // of a product: rows and columns of a block's tile; rows at a time
@@ -189,8 +192,7 @@ __device__ void orthogonalise(double* x, int n, const int* cluster, double* over
   }
 }
 
-// Column j of x: the eigenvector of values[j]. Those of clusters are orthogonal; the overlaps of others are at most
-// about kEpsilon / kClose.
+// Column j of x: the eigenvector of values[j]. Those of a cluster are orthogonal.
 template <typename Real>
 __global__ void __launch_bounds__(kIterationThreads, 1)
     inverse_iteration_kernel(const Real* __restrict__ diagonal,      // [b, n]
@@ -207,7 +209,7 @@ __global__ void __launch_bounds__(kIterationThreads, 1)
   int* cluster = reinterpret_cast<int*>(overlaps + n);  // the first eigenvalue of each one's
   values += offset, x += blockIdx.x * size, scratch += blockIdx.x * 3 * size;
   // Shifts a little apart, since equal ones would give equal vectors.
-  const double apart = 4 * kEpsilon * t.norm, close = kClose * t.norm;
+  const double apart = 4 * kEpsilon * t.norm, close = kClose<Real> * t.norm;
   for (int j = threadIdx.x; j < n; j += blockDim.x) {
     const int begin = t.begin(j), end = t.end(j);
     double shift = values[j];

@@ -46,7 +46,9 @@ def assert_decomposed(a, device, limit=30):
 
 @every_implementation
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(13, 13), (2, 3, 6, 6), (1, 1), (3, 1, 1), (5, 0, 0), (0, 4, 4), (2, 0, 3, 3), (0, 0)])
+@pytest.mark.parametrize(
+    "shape", [(13, 13), (2, 3, 6, 6), (1, 1), (3, 1, 1), (5, 0, 0), (0, 4, 4), (2, 0, 3, 3), (0, 0)]
+)
 def test_batches_of_any_shape(served, shape, dtype):
     assert_decomposed(symmetric(shape, dtype), served)
 
