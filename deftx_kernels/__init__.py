@@ -2,7 +2,7 @@
 
 from deftx_kernels import interop
 from deftx_kernels.delta import PatchReader, PatchWriter, SparseAdapters, SparseDelta, SparsePatch, compose, merge
-from deftx_kernels.denoise import svd_denoise, truncated_svd
+from deftx_kernels.denoise import eigh, eigvalsh, svd_denoise, truncated_svd
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import MaskedEmbedding, MaskedLinear, densify, masked_embedding, masked_linear, sparsify
 from deftx_kernels.ops import backends
@@ -24,6 +24,8 @@ __all__ = [
     "backends",
     "compose",
     "densify",
+    "eigh",
+    "eigvalsh",
     "init_mask",
     "interop",
     "masked_embedding",

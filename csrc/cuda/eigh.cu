@@ -5,32 +5,16 @@
 // 1. `tridiagonal_kernel` (tridiagonal.cuh): Householder's reduction in panels (Dongarra, Hammarling & Sorensen 1989;
 //    latrd of LAPACK). Only the upper triangle is read, once a column: a matrix of n rows moves about n^3 / 6 elements
 //    through the memory.
-// 2. `bisection_kernel`: the eigenvalues, a thread to each (Kahan's count of sign changes); or `vectors_kernel`:
-//    implicit QL steps (Wilkinson's shift). One warp finds the rotations of a step while the others apply those of the
-//    step before.
+// 2. `bisection_kernel`: the eigenvalues, a thread to each (Kahan's count of sign changes).
+// 3. For vectors (tridiagonal_vectors.cuh): bisection in float64, a thread to each eigenvalue; inverse iteration, a
+//    thread to each vector; in float64 a step towards the nearest orthogonal matrix, which is two products; and the
+//    product with the reflectors.
 //
 // Matrices are scaled by a power of 2 to a largest entry near 1. Every sum has one order: the same bits in every run.
-#include "tridiagonal.cuh"
+#include "tridiagonal_vectors.cuh"
 
 namespace deftx {
 namespace {
-
-constexpr int kSteps = 30;  // QL steps for an eigenvalue, at most; it takes about 1.7
-
-// ---- 2. eigenvalues alone ----
-
-// How many eigenvalues of the tridiagonal matrix are below x.
-template <typename Real>
-__device__ int below(const Real* diagonal, const Real* squares, int n, Real x, Real smallest) {
-  int count = 0;
-  Real pivot = 1;
-  for (int i = 0; i < n; ++i) {
-    pivot = diagonal[i] - x - (i > 0 ? squares[i - 1] / pivot : Real(0));
-    if (fabs(pivot) < smallest) pivot = -smallest;
-    count += pivot < 0;
-  }
-  return count;
-}
 
 template <typename Real>
 __global__ void __launch_bounds__(128) bisection_kernel(const Real* __restrict__ diagonal,      // [b, n]
@@ -38,7 +22,7 @@ __global__ void __launch_bounds__(128) bisection_kernel(const Real* __restrict__
                                                         const Real* __restrict__ unscale,       // [b]
                                                         Real* __restrict__ values,              // [b, n], ascending
                                                         int n, int blocks_each) {
-  extern __shared__ double shared[];
+  extern __shared__ __align__(16) double shared[];
   Real *d = reinterpret_cast<Real*>(shared), *squares = d + n;
   const int64_t matrix = blockIdx.x / blocks_each;
   diagonal += matrix * n, off_diagonal += matrix * n;
@@ -48,188 +32,7 @@ __global__ void __launch_bounds__(128) bisection_kernel(const Real* __restrict__
   }
   __syncthreads();
   const int rank = static_cast<int>(blockIdx.x % blocks_each) * blockDim.x + threadIdx.x;
-  if (rank >= n) return;
-  Real low = 0, high = 0, largest = 1, left = 0;  // Gershgorin's interval
-  for (int i = 0; i < n; ++i) {
-    const Real right = sqrt(squares[i]), radius = left + right;
-    low = min(low, d[i] - radius), high = max(high, d[i] + radius), largest = max(largest, squares[i]);
-    left = right;
-  }
-  constexpr Real kEps = cuda::std::numeric_limits<Real>::epsilon();
-  // The tridiagonal form itself is wrong by about kEps of the norm.
-  const Real rounding = kEps * max(-low, high), smallest = cuda::std::numeric_limits<Real>::min() * largest;
-  low -= 4 * rounding, high += 4 * rounding;
-  while (high - low > rounding / 4) {
-    const Real middle = low + (high - low) / 2;
-    if (middle <= low || middle >= high) break;
-    (below(d, squares, n, middle, smallest) > rank ? high : low) = middle;
-  }
-  values[matrix * n + rank] = (low + (high - low) / 2) * unscale[matrix];
-}
-
-// ---- 2. eigenvalues and eigenvectors ----
-
-// Rotations of rows i and i + 1 for i = from, from - 1, ..., to.
-template <typename Real>
-struct Step {
-  Real *cosines, *sines;  // [n]
-  int from, to;
-};
-
-// Where the QL iteration is: the eigenvalues before `l` are found.
-struct Progress {
-  int l, steps;
-  bool failed;
-};
-
-// By one warp: the rotations of the next step, and what they make of the tridiagonal matrix. Returns whether there is
-// one.
-template <typename Real>
-__device__ bool next_step(Real* d, Real* e, int n, Progress& at, Step<Real>& step) {  // [n], [n]
-  constexpr Real kEps = cuda::std::numeric_limits<Real>::epsilon() / 2;
-  const int lane = threadIdx.x % 32;
-  while (at.l < n) {
-    const int l = at.l;
-    int m = n - 1;  // the first from l on that is not joined with the next
-    for (int base = l; base < n - 1; base += 32) {
-      const int i = base + lane;
-      const unsigned apart =
-          __ballot_sync(kFull, i < n - 1 && fabs(e[i]) <= kEps * (fabs(d[i]) + fabs(d[i + 1])) + kEps * kEps);
-      if (apart) {
-        m = base + __ffs(apart) - 1;
-        break;
-      }
-    }
-    if (m == l) {
-      ++at.l, at.steps = 0;
-      continue;
-    }
-    if (at.steps++ == kSteps) {
-      at.failed = true;
-      return false;
-    }
-    int i = m - 1;
-    if (lane == 0) {
-      Real g = (d[l + 1] - d[l]) / (2 * e[l]), r = hypot(g, Real(1));
-      g = d[m] - d[l] + e[l] / (g + copysign(r, g));
-      Real s = 1, c = 1, p = 0;
-      for (; i >= l; --i) {
-        const Real f = s * e[i], b = c * e[i];
-        r = hypot(f, g);
-        e[i + 1] = r;
-        if (r == 0) break;  // the matrix has come apart here
-        s = f / r, c = g / r;
-        step.cosines[i] = c, step.sines[i] = s;
-        g = d[i + 1] - p;
-        r = (d[i] - g) * s + 2 * c * b;
-        p = s * r;
-        d[i + 1] = g + p;
-        g = c * r - b;
-      }
-      d[i + 1] -= p;  // i + 1 = l if all went through
-      if (i < l) e[l] = g;
-      e[m] = 0;
-    }
-    i = __shfl_sync(kFull, i, 0);
-    __syncwarp();
-    step.from = m - 1, step.to = i + 1;
-    if (step.from >= step.to) return true;
-  }
-  return false;
-}
-
-// By the block's warps but the first: vector by vector, a thread to each of their components.
-template <typename Real>
-__device__ void rotate(Real* vectors,  // [n, n]: one vector to a row
-                       int n, const Step<Real>& step) {
-  constexpr int kAhead = 4;  // loads that do not wait for one another
-  for (int r = threadIdx.x - 32; r < n; r += blockDim.x - 32) {
-    Real* z = vectors + r;
-    Real carried = z[int64_t{step.from + 1} * n];
-    for (int i = step.from; i >= step.to; i -= kAhead) {
-      Real next[kAhead];
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a) next[a] = i - a >= step.to ? z[int64_t{i - a} * n] : Real(0);
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
-        if (i - a < step.to) break;
-        const Real c = step.cosines[i - a], s = step.sines[i - a];
-        z[int64_t{i - a + 1} * n] = s * next[a] + c * carried;
-        carried = c * next[a] - s * carried;
-      }
-    }
-    z[int64_t{step.to} * n] = carried;
-  }
-}
-
-template <typename Real>
-__global__ void __launch_bounds__(32 * kMaxWarps, 1)
-    vectors_kernel(Real* reflectors,  // [b, n, n]: from tridiagonal_kernel; at the end the eigenvectors, in rows
-                   Real* vectors,     // [b, n, n]
-                   const Real* __restrict__ diagonal,      // [b, n]
-                   const Real* __restrict__ off_diagonal,  // [b, n]
-                   const Real* __restrict__ taus,          // [b, n]
-                   const Real* __restrict__ unscale,       // [b]
-                   Real* __restrict__ values,              // [b, n], ascending
-                   int n) {
-  extern __shared__ double shared[];
-  __shared__ bool more[2];
-  __shared__ int range[2][2];  // from, to
-  __shared__ bool failed;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  Real *d = reinterpret_cast<Real*>(shared), *e = d + n, *rotations = e + n;  // rotations [2, 2, n]
-  const int64_t matrix = blockIdx.x;
-  reflectors += matrix * n * n, vectors += matrix * n * n, taus += matrix * n;
-  for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    d[i] = diagonal[matrix * n + i];
-    e[i] = i < n - 1 ? off_diagonal[matrix * n + i] : Real(0);
-  }
-  // Column c of the product of all reflectors, by one warp, as row c: reflectors from c on leave the unit vector as it
-  // is.
-  for (int c = warp; c < n; c += warps) {
-    Real* z = vectors + int64_t{c} * n;
-    for (int r = lane; r < n; r += 32) z[r] = r == c;
-    for (int j = c - 1; j >= 0; --j) {
-      const Real tau = taus[j], *v = reflectors + int64_t{j} * n;
-      const int first = (j + 1) / 32 * 32 + lane;  // each lane meets the rows that it wrote
-      Real dot = 0;
-      for (int r = first; r < n; r += 32) dot += r > j ? v[r] * z[r] : Real(0);
-      dot = tau * warp_sum(dot);
-      for (int r = first; r < n; r += 32) {
-        if (r > j) z[r] -= dot * v[r];
-      }
-    }
-  }
-  __syncthreads();
-
-  const auto step_of = [&](int i) {
-    return Step<Real>{rotations + i * 2 * n, rotations + i * 2 * n + n, range[i][0], range[i][1]};
-  };
-  Progress at{0, 0, false};  // of the first warp
-  for (int round = 0;; ++round) {
-    const int i = round % 2;
-    if (warp == 0) {
-      Step<Real> step = step_of(i);
-      const bool found = next_step(d, e, n, at, step);
-      if (lane == 0) more[i] = found, range[i][0] = step.from, range[i][1] = step.to, failed = at.failed;
-    } else if (round > 0) {
-      rotate(vectors, n, step_of(1 - i));
-    }
-    __syncthreads();
-    if (!more[i]) break;
-  }
-
-  for (int i = threadIdx.x; i < n; i += blockDim.x) {  // sorted, the place of each
-    int place = failed ? i : 0;
-    for (int other = 0; other < n && !failed; ++other) place += d[other] < d[i] || (d[other] == d[i] && other < i);
-    reinterpret_cast<int*>(rotations)[i] = place;
-    values[matrix * n + place] = failed ? cuda::std::numeric_limits<Real>::quiet_NaN() : d[i] * unscale[matrix];
-  }
-  __syncthreads();
-  for (int i = warp; i < n; i += warps) {
-    const int place = reinterpret_cast<const int*>(rotations)[i];
-    for (int r = lane; r < n; r += 32) reflectors[int64_t{place} * n + r] = vectors[int64_t{i} * n + r];
-  }
+  if (rank < n) values[matrix * n + rank] = bisect(d, squares, n, 0, n, rank) * unscale[matrix];
 }
 
 // ---- on the host ----
@@ -239,17 +42,22 @@ struct Shape {
   int panel_size, warps, bytes;
 };
 
-Shape shape_of(int64_t n, int64_t element_size) {
-  int device = 0, most_shared = 0;
+int most_shared() {  // bytes of a block
+  int device = 0, bytes = 0;
   DEFTX_CUDA_CHECK(cudaGetDevice(&device));
-  DEFTX_CUDA_CHECK(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const int64_t vectors = (most_shared - 2048) / (n * element_size);  // beside the kernel's own arrays
+  DEFTX_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
+Shape shape_of(int64_t n, int64_t element_size) {
+  const int64_t padded = padded_rows(static_cast<int>(n)), row_bytes = padded * element_size;
+  const int64_t vectors = (most_shared() - 2048) / row_bytes;  // beside the kernel's own arrays
   int64_t panel_size = kMaxPanel;
   while (panel_size > 1 && vectors - 2 * panel_size < kFewWarps) panel_size /= 2;
-  const int64_t wanted = (n + 2 * kRows - 1) / (2 * kRows);  // two turns to a warp, of the whole matrix
+  const int64_t wanted = (padded + 2 * kRows - 1) / (2 * kRows);  // two turns to a warp, of the whole matrix
   const int64_t warps = std::min({vectors - 2 * panel_size, std::max<int64_t>(wanted, 2), int64_t{kMaxWarps}});
   DEFTX_CHECK(warps >= 2, "eigh: matrices of ", n, " rows do not fit in a multiprocessor's shared memory");
-  const int64_t bytes = (2 * panel_size + warps) * n * element_size;
+  const int64_t bytes = (2 * panel_size + warps) * row_bytes;
   return {static_cast<int>(panel_size), static_cast<int>(warps), static_cast<int>(bytes)};
 }
 
@@ -280,9 +88,13 @@ void allow_shared(Kernel* kernel, int64_t bytes) {
 template <typename Real>
 Tridiagonal tridiagonal(const Tensor& matrices, cudaStream_t stream) {
   using torch::stable::new_empty;
-  const int64_t b = matrices.size(0), n = matrices.size(1);
-  Tridiagonal t{new_empty(matrices, {b, n, n}), new_empty(matrices, {b, n}), new_empty(matrices, {b, n}),
-                new_empty(matrices, {b, n}),    new_empty(matrices, {b}),    shape_of(n, sizeof(Real))};
+  const int64_t b = matrices.size(0), n = matrices.size(1), padded = padded_rows(static_cast<int>(n));
+  Tridiagonal t{new_empty(matrices, {b, padded, padded}),
+                new_empty(matrices, {b, n}),
+                new_empty(matrices, {b, n}),
+                new_empty(matrices, {b, n}),
+                new_empty(matrices, {b}),
+                shape_of(n, sizeof(Real))};
   allow_shared(tridiagonal_kernel<Real>, t.shape.bytes);
   tridiagonal_kernel<Real><<<static_cast<unsigned>(b), 32 * t.shape.warps, t.shape.bytes, stream>>>(
       data_of<Real>(matrices), data_of<Real>(t.work), data_of<Real>(t.diagonal), data_of<Real>(t.off_diagonal),
@@ -304,18 +116,61 @@ void find_values(const Tensor& matrices, const Tensor& values, cudaStream_t stre
   DEFTX_LAUNCH_CHECK();
 }
 
+// The vectors, one to a row, of `count` matrices from `first` on. scratch [4, count, n, n]
+template <typename Real>
+void find_some_vectors(const Tridiagonal& t, const Tensor& found, Real* values, Real* vectors, double* scratch,
+                       int64_t first, int64_t count, int64_t n, cudaStream_t stream) {
+  const int64_t size = count * n * n, padded = padded_rows(static_cast<int>(n)), iteration_bytes = 36 * n;
+  const auto b = static_cast<unsigned>(count);
+  const int rows = static_cast<int>(n);
+  double *x = scratch, *rest = scratch + size;
+  const int threads = static_cast<int>(std::min<int64_t>((n + 31) / 32 * 32, kIterationThreads));
+  allow_shared(inverse_iteration_kernel<Real>, iteration_bytes);
+  inverse_iteration_kernel<Real><<<b, threads, iteration_bytes, stream>>>(
+      data_of<Real>(t.diagonal) + first * n, data_of<Real>(t.off_diagonal) + first * n,
+      data_of<double>(found) + first * n, x, rest, rows);
+  DEFTX_LAUNCH_CHECK();
+  if (sizeof(Real) == 8) {
+    const int tiles = (rows + kTile - 1) / kTile;
+    polish_kernel<false><<<b * tiles * tiles, kTile * kTile / 16, 0, stream>>>(x, x, rest, rows, tiles);
+    DEFTX_LAUNCH_CHECK();
+    polish_kernel<true><<<b * tiles * tiles, kTile * kTile / 16, 0, stream>>>(x, rest, rest + size, rows, tiles);
+    DEFTX_LAUNCH_CHECK();
+    x = rest + size;
+  }
+  const int64_t warp_bytes = kRows * n * sizeof(Real);
+  const int64_t warps = std::clamp<int64_t>(most_shared() / warp_bytes, 1, kVectorWarps);
+  const int64_t blocks_each = (n + kRows * warps - 1) / (kRows * warps);
+  allow_shared(reflect_kernel<Real>, warps * warp_bytes);
+  reflect_kernel<Real><<<static_cast<unsigned>(b * blocks_each), 32 * warps, warps * warp_bytes, stream>>>(
+      x, data_of<double>(found) + first * n, data_of<Real>(t.work) + first * padded * padded,
+      data_of<Real>(t.taus) + first * n, data_of<Real>(t.unscale) + first, values + first * n, vectors + first * n * n,
+      rows, static_cast<int>(blocks_each));
+  DEFTX_LAUNCH_CHECK();
+}
+
 // Returns the vectors, one to a row.
 template <typename Real>
 Tensor find_vectors(const Tensor& matrices, const Tensor& values, cudaStream_t stream) {
+  constexpr int64_t kScratch = 1 << 30;  // bytes, or what one matrix needs
+  constexpr int kThreads = 128;
   const Tridiagonal t = tridiagonal<Real>(matrices, stream);
-  const int64_t b = values.size(0), n = values.size(1), bytes = 6 * n * sizeof(Real);
-  const Tensor vectors = torch::stable::new_empty(matrices, {b, n, n});
-  allow_shared(vectors_kernel<Real>, bytes);
-  vectors_kernel<Real><<<static_cast<unsigned>(b), 32 * t.shape.warps, bytes, stream>>>(
-      data_of<Real>(t.work), data_of<Real>(vectors), data_of<Real>(t.diagonal), data_of<Real>(t.off_diagonal),
-      data_of<Real>(t.taus), data_of<Real>(t.unscale), data_of<Real>(values), static_cast<int>(n));
+  const int64_t b = values.size(0), n = values.size(1), blocks_each = (n + kThreads - 1) / kThreads,
+                bytes = 2 * n * sizeof(double), some = std::clamp<int64_t>(kScratch / (32 * n * n), 1, b);
+  const auto float64 = torch::headeronly::ScalarType::Double;
+  const Tensor vectors = torch::stable::new_empty(matrices, {b, n, n}),
+               found = torch::stable::new_empty(matrices, {b, n}, float64),
+               scratch = torch::stable::new_empty(matrices, {4, some, n, n}, float64);
+  allow_shared(block_values_kernel<Real>, bytes);
+  block_values_kernel<Real><<<static_cast<unsigned>(b * blocks_each), kThreads, bytes, stream>>>(
+      data_of<Real>(t.diagonal), data_of<Real>(t.off_diagonal), data_of<double>(found), static_cast<int>(n),
+      static_cast<int>(blocks_each));
   DEFTX_LAUNCH_CHECK();
-  return t.work;
+  for (int64_t first = 0; first < b; first += some) {
+    find_some_vectors(t, found, data_of<Real>(values), data_of<Real>(vectors), data_of<double>(scratch), first,
+                      std::min(some, b - first), n, stream);
+  }
+  return vectors;
 }
 
 Tensor eigvalsh(Tensor matrices) {

@@ -11,9 +11,11 @@ namespace {
 
 constexpr unsigned kFull = 0xffffffffu;
 constexpr int kMaxWarps = 32;
-constexpr int kRows = 4;       // of a matrix, that a warp takes at a time
+constexpr int kRows = 4;       // of a matrix, that a warp takes at a time; the rows in memory are padded to a multiple
 constexpr int kMaxPanel = 16;  // columns whose update of the rest is put off
 constexpr int kFewWarps = 8;   // a smaller panel makes room for so many
+
+__host__ __device__ constexpr int padded_rows(int n) { return (n + kRows - 1) / kRows * kRows; }
 
 template <typename Real>
 __device__ Real warp_sum(Real x) {
@@ -33,12 +35,61 @@ __device__ Real block_sum(Real x, Real* partial) {  // [kMaxWarps], shared
   return warp_sum(lane < warps ? partial[lane] : Real(0));
 }
 
-// The matrix into `work`, scaled; returns what its eigenvalues are to be multiplied by, NaN if an entry is not finite.
+// The sum over the warp of x[i], for each i: in the lanes from 8 i to 8 i + 7.
 template <typename Real>
-__device__ Real copy_scaled(const Real* matrix, Real* work, int64_t size) {  // [n, n]
+__device__ Real warp_sum_of_four(const Real (&x)[4]) {
+  const int lane = threadIdx.x % 32;
+  const bool second = lane & 16, odd = lane & 8;
+  Real low = second ? x[2] : x[0], high = second ? x[3] : x[1];
+  low += __shfl_xor_sync(kFull, second ? x[0] : x[2], 16);
+  high += __shfl_xor_sync(kFull, second ? x[1] : x[3], 16);
+  Real sum = odd ? high : low;
+  sum += __shfl_xor_sync(kFull, odd ? low : high, 8);
+#pragma unroll
+  for (int d = 4; d > 0; d /= 2) sum += __shfl_xor_sync(kFull, sum, d);
+  return sum;
+}
+
+// Neighbours that one instruction loads or stores.
+template <typename Real>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(Real);
+  Real x[kSize];
+  __device__ Real& operator[](int i) { return x[i]; }
+  __device__ const Real& operator[](int i) const { return x[i]; }
+};
+
+template <typename Real>
+__device__ Pack<Real>& pack_at(Real* x) {
+  return *reinterpret_cast<Pack<Real>*>(x);
+}
+
+template <typename Real>
+__device__ const Pack<Real>& pack_at(const Real* x) {
+  return *reinterpret_cast<const Pack<Real>*>(x);
+}
+
+// kRows neighbours.
+template <typename Real>
+__device__ void load_rows(const Real* from, Real (&to)[kRows]) {
+  constexpr int kSize = Pack<Real>::kSize;
+#pragma unroll
+  for (int i = 0; i < kRows; i += kSize) {
+    const Pack<Real> pack = pack_at(from + i);
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) to[i + k] = pack[k];
+  }
+}
+
+// The matrix into `work`, scaled and padded with zeros; returns what its eigenvalues are to be multiplied by, NaN if an
+// entry is not finite. Only the upper triangle is used; the tiles on the diagonal become symmetric.
+template <typename Real>
+__device__ Real copy_scaled(const Real* matrix, Real* work, int n, int padded) {  // [n, n], [padded, padded]
   __shared__ int exponents[kMaxWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   int largest = INT_MIN;  // frexp's exponent; that of zero is 0, of what is not finite, anything
   bool finite = true;
+  const int64_t size = int64_t{n} * n;
   for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
     const Real x = matrix[i];
     int exponent;
@@ -47,11 +98,16 @@ __device__ Real copy_scaled(const Real* matrix, Real* work, int64_t size) {  // 
     if (x != 0) largest = max(largest, exponent);
   }
   largest = __reduce_max_sync(kFull, largest);
-  if (threadIdx.x % 32 == 0) exponents[threadIdx.x / 32] = largest;
+  if (lane == 0) exponents[warp] = largest;
   finite = __syncthreads_and(finite);
-  for (int w = 0; w < static_cast<int>(blockDim.x / 32); ++w) largest = max(largest, exponents[w]);
+  for (int w = 0; w < warps; ++w) largest = max(largest, exponents[w]);
   const int exponent = !finite || largest == INT_MIN ? 0 : largest;
-  for (int64_t i = threadIdx.x; i < size; i += blockDim.x) work[i] = ldexp(matrix[i], -exponent);
+  for (int r = warp; r < padded; r += warps) {
+    for (int c = r / kRows * kRows + lane; c < padded; c += 32) {
+      const int64_t from = c < r ? int64_t{c} * n + r : int64_t{r} * n + c;
+      work[int64_t{r} * padded + c] = max(r, c) < n ? ldexp(matrix[from], -exponent) : Real(0);
+    }
+  }
   return finite ? ldexp(Real(1), exponent) : cuda::std::numeric_limits<Real>::quiet_NaN();
 }
 
@@ -59,69 +115,82 @@ __device__ Real copy_scaled(const Real* matrix, Real* work, int64_t size) {  // 
 // stands for A - V W' - W V'. Shared memory.
 template <typename Real>
 struct Panel {
-  Real *V, *W;  // [panel, n]: one reflector's vector to a row
-  int n;
+  Real *V, *W;  // [panel, padded]: one reflector's vector to a row
+  int padded;
 
   __device__ Real pending(int t, int row, int column) const {
-    return V[t * n + row] * W[t * n + column] + W[t * n + row] * V[t * n + column];
+    return V[t * padded + row] * W[t * padded + column] + W[t * padded + row] * V[t * padded + column];
   }
 };
 
-// sums[warp] += A v by the rows that this warp takes, of the upper triangle from row and column `first` on. Lane c % 32
-// alone touches column c of its warp's sums.
+// The lane's first pack of columns from `first` on. A lane has the same columns of each strip of 32 packs, whatever
+// `first` is.
 template <typename Real>
-__device__ void multiply(const Real* A, const Real* v, Real* sums, int first, int n) {
+__device__ int first_column(int first) {
+  constexpr int kSize = Pack<Real>::kSize, kStrip = 32 * kSize;
+  const int c = first / kStrip * kStrip + threadIdx.x % 32 * kSize;
+  return c < first ? c + kStrip : c;
+}
+
+// The product A v is dots + the sum of `sums` over the warps: of the upper triangle from row and column `first` on. A
+// lane has a tile of kRows rows and one pack of columns, whose entries serve both a row's dot product and a column's
+// sum; of the symmetric tiles on the diagonal, whole, only the dot products count. v is zero before `first` and after
+// n.
+template <typename Real>
+__device__ void multiply(const Real* A, const Real* v, Real* dots, Real* sums, int first, int padded) {
+  constexpr int kSize = Pack<Real>::kSize, kStrip = 32 * kSize;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  Real* own = sums + warp * n;
-  for (int c = first / 32 * 32 + lane; c < n; c += 32) own[c] = 0;
-  for (int top = first + warp * kRows; top < n; top += warps * kRows) {
-    Real mine[kRows], dot[kRows];  // v and A v at these rows
+  Real* own = sums + warp * padded;  // always the same lane to a column
+  for (int c = first_column<Real>(first / kRows * kRows); c < padded; c += kStrip) pack_at(own + c) = Pack<Real>{};
+  for (int top = first / kRows * kRows + warp * kRows; top < padded; top += warps * kRows) {
+    Real mine[kRows], dot[kRows] = {};  // v and A v at these rows
+    load_rows(v + top, mine);
+#pragma unroll 1
+    for (int c = first_column<Real>(top); c < padded; c += kStrip) {
+      Pack<Real> a[kRows], sum = pack_at(own + c);
+      const Pack<Real> here = pack_at(v + c);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) mine[r] = top + r < n ? v[top + r] : Real(0), dot[r] = 0;
-    const Real* row = A + int64_t{top} * n;
-#pragma unroll 2
-    for (int c = top / 32 * 32 + lane; c < n; c += 32) {
-      Real a[kRows], sum = 0;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) a[r] = top + r <= c ? row[int64_t{r} * n + c] : Real(0);  // c < n
-      const Real here = c >= first ? v[c] : Real(0);
+      for (int r = 0; r < kRows; ++r) a[r] = pack_at(A + ((top + r) * padded + c));
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        dot[r] += a[r] * here;
-        if (top + r < c) sum += a[r] * mine[r];
-      }
-      own[c] += sum;
-    }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const Real whole = warp_sum(dot[r]);
-      if (top + r < n && lane == (top + r) % 32) own[top + r] += whole;
+        for (int k = 0; k < kSize; ++k) dot[r] += a[r][k] * here[k], sum[k] += a[r][k] * mine[r];
+      }
+      if (c >= top + kRows) pack_at(own + c) = sum;
     }
+    const Real whole = warp_sum_of_four(dot);
+    if (lane % 8 == 0) dots[top + lane / 8] = whole;
   }
 }
 
-// A -= V W' + W V', of the upper triangle from row and column `first` on.
+// A -= V W' + W V', of the upper triangle from row and column `first` on, and of the tiles on the diagonal.
 template <typename Real>
 __device__ void update(Real* A, const Panel<Real>& panel, int panel_size, int first) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, n = panel.n;
-  for (int top = first + warp * kRows; top < n; top += warps * kRows) {
-    Real* row = A + int64_t{top} * n;
-    for (int c = top / 32 * 32 + lane; c < n; c += 32) {
-      Real a[kRows];
+  constexpr int kSize = Pack<Real>::kSize, kStrip = 32 * kSize;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, padded = panel.padded;
+  for (int top = first / kRows * kRows + warp * kRows; top < padded; top += warps * kRows) {
+    for (int c = first_column<Real>(top); c < padded; c += kStrip) {
+      Pack<Real> a[kRows];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) a[r] = top + r <= c ? row[int64_t{r} * n + c] : Real(0);
+      for (int r = 0; r < kRows; ++r) a[r] = pack_at(A + ((top + r) * padded + c));
+#pragma unroll 1
       for (int t = 0; t < panel_size; ++t) {
-        const Real *V = panel.V + t * n, *W = panel.W + t * n;
-        const Real v = V[c], w = W[c];
+        const Real *V = panel.V + t * padded, *W = panel.W + t * padded;
+        const Pack<Real> v = pack_at(V + c), w = pack_at(W + c);
+        Real left_v[kRows], left_w[kRows];
+        load_rows(V + top, left_v), load_rows(W + top, left_w);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          const int i = min(top + r, n - 1);
-          a[r] -= V[i] * w + W[i] * v;
+#pragma unroll
+          for (int k = 0; k < kSize; ++k) {
+            a[r][k] -= left_v[r] * w[k];
+            a[r][k] -= left_w[r] * v[k];
+          }
         }
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        if (top + r <= c) row[int64_t{r} * n + c] = a[r];
+        if (top + r >= first) pack_at(A + ((top + r) * padded + c)) = a[r];  // above are vectors of reflectors
       }
     }
   }
@@ -131,33 +200,35 @@ __device__ void update(Real* A, const Panel<Real>& panel, int panel_size, int fi
 template <typename Real>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     tridiagonal_kernel(const Real* __restrict__ matrices,  // [b, n, n]
-                       Real* work,                         // [b, n, n]
+                       Real* work,                         // [b, padded, padded]
                        Real* __restrict__ diagonal,        // [b, n]
                        Real* __restrict__ off_diagonal,    // [b, n]: the last of each is not used
                        Real* __restrict__ taus,            // [b, n], likewise
                        Real* __restrict__ unscale,         // [b]
-                       int n, int panel_size) {
-  extern __shared__ double shared[];
+                       int n, int panel_size) {            // panel_size: a power of 2
+  extern __shared__ __align__(16) double shared[];
   __shared__ Real partial[kMaxWarps], dots[2 * kMaxPanel];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const Panel<Real> panel{reinterpret_cast<Real*>(shared), reinterpret_cast<Real*>(shared) + panel_size * n, n};
-  Real* sums = panel.W + panel_size * n;  // [warps, n]
-  const int64_t size = int64_t{n} * n;
-  Real* A = work + blockIdx.x * size;
-  diagonal += blockIdx.x * int64_t{n}, off_diagonal += blockIdx.x * int64_t{n}, taus += blockIdx.x * int64_t{n};
-  const Real factor = copy_scaled(matrices + blockIdx.x * size, A, size);
+  const int padded = padded_rows(n);
+  Real* const first_row = reinterpret_cast<Real*>(shared);
+  const Panel<Real> panel{first_row, first_row + panel_size * padded, padded};
+  Real *sums = panel.W + panel_size * padded,
+       *A = work + blockIdx.x * int64_t{padded} * padded;  // sums [warps, padded]
+  const int64_t offset = blockIdx.x * int64_t{n};
+  const Real factor = copy_scaled(matrices + blockIdx.x * int64_t{n} * n, A, n, padded);
   if (threadIdx.x == 0) unscale[blockIdx.x] = factor;
   __syncthreads();
 
   for (int j = 0; j < n; ++j) {
-    const int k = j % panel_size;  // reflectors that are pending
-    Real *v = panel.V + k * n, *w = panel.W + k * n, *row = A + int64_t{j} * n;
+    const int k = j & (panel_size - 1);  // reflectors that are pending
+    Real *v = panel.V + k * padded, *w = panel.W + k * padded, *row = A + int64_t{j} * padded;
     Real square = 0;
     for (int c = j + threadIdx.x; c < n; c += blockDim.x) {
       Real a = row[c];
+#pragma unroll 4
       for (int t = 0; t < k; ++t) a -= panel.pending(t, j, c);
       if (c == j) {
-        diagonal[j] = a;
+        diagonal[offset + j] = a;
       } else {
         v[c] = a;
         if (c > j + 1) square += a * a;
@@ -171,28 +242,31 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     const Real beta = nothing ? alpha : -copysign(sqrt(alpha * alpha + square), alpha);
     const Real tau = nothing ? Real(0) : (beta - alpha) / beta, scale = nothing ? Real(0) : 1 / (alpha - beta);
     __syncthreads();  // everyone has read alpha
-    for (int c = j + 1 + threadIdx.x; c < n; c += blockDim.x) {
-      v[c] = row[c] = c == j + 1 ? Real(1) : v[c] * scale;
+    for (int c = (j + 1) / kRows * kRows + threadIdx.x; c < padded; c += blockDim.x) {
+      const bool inside = c > j && c < n;
+      v[c] = !inside ? Real(0) : c == j + 1 ? Real(1) : v[c] * scale;
+      if (inside) row[c] = v[c];
       w[c] = 0;
     }
-    if (threadIdx.x == 0) off_diagonal[j] = beta, taus[j] = tau;
+    if (threadIdx.x == 0) off_diagonal[offset + j] = beta, taus[offset + j] = tau;
     __syncthreads();
     if (tau != 0) {  // w = tau (p - tau/2 (p v) v) with p = (A - V W' - W V') v
       for (int q = warp; q < 2 * k; q += warps) {
-        const Real* other = q < k ? panel.W + q * n : panel.V + (q - k) * n;
+        const Real* other = q < k ? panel.W + q * padded : panel.V + (q - k) * padded;
         Real dot = 0;
         for (int c = j + 1 + lane; c < n; c += 32) dot += other[c] * v[c];
         dot = warp_sum(dot);
         if (lane == 0) dots[q] = dot;
       }
-      multiply(A, v, sums, j + 1, n);
+      multiply(A, v, w, sums, j + 1, padded);
       __syncthreads();
       Real dot = 0;
-      for (int c = j + 1 + threadIdx.x; c < n; c += blockDim.x) {
-        Real p = 0;
-        for (int i = 0; i < warps; ++i) p += sums[i * n + c];
-        for (int t = 0; t < k; ++t) p -= panel.V[t * n + c] * dots[t] + panel.W[t * n + c] * dots[k + t];
-        w[c] = p *= tau;
+      for (int c = (j + 1) / kRows * kRows + threadIdx.x; c < n; c += blockDim.x) {
+        Real p = w[c];
+        for (int i = 0; i < warps; ++i) p += sums[i * padded + c];
+#pragma unroll 4
+        for (int t = 0; t < k; ++t) p -= panel.V[t * padded + c] * dots[t] + panel.W[t * padded + c] * dots[k + t];
+        w[c] = p *= c > j ? tau : Real(0);
         dot += p * v[c];
       }
       dot = block_sum(dot, partial);

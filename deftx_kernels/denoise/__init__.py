@@ -1,5 +1,6 @@
-"""Truncated SVD and denoising of weight differences."""
+"""Truncated SVD and denoising of weight differences; symmetric eigenproblems."""
 
+from deftx_kernels.denoise.eigenproblems import eigh, eigvalsh
 from deftx_kernels.denoise.functional import svd_denoise, truncated_svd
 
-__all__ = ["svd_denoise", "truncated_svd"]
+__all__ = ["eigh", "eigvalsh", "svd_denoise", "truncated_svd"]

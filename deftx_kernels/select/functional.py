@@ -100,9 +100,9 @@ def select_mask(
     The differences are taken in float32 (float64 where one tensor is), denoised by `svd_denoise` and selected by
     `topk_mask`. Without denoising both models are read once, and no difference is stored. With it, groups of tensors
     are denoised one after the other: besides the models there exist the differences of one group and 7.5 to 10 bytes
-    (float64: to 15) for each selected entry. A group has as many elements as the largest tensor, but at least 2**20
-    (2**25 on a GPU). Where the selected entries would take more than a quarter of the model (from a density of about
-    0.13), no score is kept and every group is denoised three times (float64: five times).
+    (float64: to 15) for each selected entry. A group has as many elements as the largest tensor (on a GPU half as many
+    more), but at least 2**20 (2**25 on a GPU). Where the selected entries would take more than a quarter of the model
+    (from a density of about 0.13), no score is kept and every group is denoised three times (float64: five times).
 
     Args:
         tuned, base: θ1 and θ0: modules (their named parameters) or mappings of names to tensors, of any floating

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deftx_kernels.denoise import decompositions
-from tests.conftest import Implementation
+from tests.conftest import Implementation, implementations
 
 OPS = ("eigh", "eigvalsh")
 DTYPES = [torch.float32, torch.float64]
@@ -42,9 +42,9 @@ def assert_decomposed(implementation, a, limit=60):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("count", "n"), [(1, 1), (3, 2), (4, 17), (2, 34), (5, 64)])
+@pytest.mark.parametrize(("count", "n"), [(1, 1), (3, 2), (4, 17), (2, 34), (5, 64), (1, 133)])
 def test_random_matrices(implementation, request, count, n, dtype):
-    if implementation.name == "emulated" and n > 40:
+    if implementation.name == "emulated" and n == 64:
         pytest.skip("a minute in the emulator")
     if n != 34:  # the race checks of both dtypes' kernels
         request.getfixturevalue("no_racecheck")
@@ -133,16 +133,14 @@ def test_nothing(implementation, shape):
     assert vectors.shape == shape
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [96, 300])
-def test_spectra_of_many_rows_on_the_cpu(n, dtype):
+def clustered(n, dtype):
     """Clusters, equal eigenvalues, low rank and rounding, blocks: what inverse iteration is sensitive to."""
-    ours = Implementation("c++", "cpu", torch.ops.deftx)
     i, generator = torch.arange(n, dtype=torch.float64), torch.Generator().manual_seed(5)
     low = torch.randn(n, 7, generator=generator, dtype=torch.float64)
     matrices = {
         "two values": with_eigenvalues(1 + (i < n // 2), dtype),
         "one cluster": with_eigenvalues(1 + 1e-7 * i, dtype),
+        "one cluster, rounding": with_eigenvalues(1 + 3e-16 * i, dtype),
         "clusters": with_eigenvalues(i // 30 + 1e-9 * i, dtype),
         "exponential": with_eigenvalues(torch.exp(-i / 10), dtype),
         "both signs": with_eigenvalues(torch.linspace(-1, 1, n), dtype),
@@ -155,8 +153,23 @@ def test_spectra_of_many_rows_on_the_cpu(n, dtype):
     }
     for name, values in spectra(n).items():
         matrices[name] = with_eigenvalues(values, dtype)
-    for a in [*matrices.values(), *(m[None] for m in special(n, dtype).values())]:
+    return [*matrices.values(), *(m[None] for m in special(n, dtype).values())]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [96, 300])
+def test_spectra_of_many_rows_on_the_cpu(n, dtype):
+    ours = Implementation("c++", "cpu", torch.ops.deftx)
+    for a in clustered(n, dtype):
         assert_decomposed(ours, a, limit=200)
+
+
+@implementations("emulated", "cuda")
+@pytest.mark.usefixtures("no_racecheck")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_spectra_of_many_rows_on_a_gpu(implementation, dtype):
+    matrices = clustered(32 if implementation.name == "emulated" else 300, dtype)
+    assert_decomposed(implementation, torch.cat(matrices), limit=100)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
