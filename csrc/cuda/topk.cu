@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const Bits bits, Word
   __shared__ int tie_counts[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int64_t row = blockIdx.x; row < bits.rows; row += gridDim.x) {
-    const Item& item = bits.items[find_item<&Item::first_row>(bits.items, bits.count, row)];
+    const Item item = bits.items[find_item<&Item::first_row>(bits.items, bits.count, row)];
     const int64_t columns = item.columns, start = (row - item.first_row) * columns;
     const int64_t first_bit = item.first_tile * kTile + start;
     int64_t remaining = item.k;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(1024)
   if (shared) clear_bins(histogram_bins, kSharedBins);
   const int warps = blockDim.x / 32;
   for (int64_t t = blockIdx.x * int64_t{warps} + threadIdx.x / 32; t < bits.tiles; t += gridDim.x * int64_t{warps}) {
-    const Item& item = bits.items[find_item<&Item::first_tile>(bits.items, bits.count, t)];
+    const Item item = bits.items[find_item<&Item::first_tile>(bits.items, bits.count, t)];
     const int64_t start = (t - item.first_tile) * kTile;
     for (int at = 0; at < kTile && start + at < item.numel; at += kGroups * 256) {
       const int64_t mine = start + at + threadIdx.x % 32 * 8;
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 4) dense_kernel(const Bits bits) {
   const int lane = threadIdx.x % 32;
   for (int64_t tile = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32; tile < bits.tiles;
        tile += gridDim.x * int64_t{kWarps}) {
-    const Item& item = bits.items[find_item<&Item::first_tile>(bits.items, bits.count, tile)];
+    const Item item = bits.items[find_item<&Item::first_tile>(bits.items, bits.count, tile)];
     const int64_t start = (tile - item.first_tile) * kTile + lane * 8;
     const uint8_t* from = static_cast<const uint8_t*>(item.a) + start;
     const bool aligned = reinterpret_cast<uintptr_t>(item.a) % 8 == 0;
@@ -179,14 +179,17 @@ __global__ void __launch_bounds__(kThreads, 4) dense_kernel(const Bits bits) {
 
 // ---- on the host ----
 
-// The keys' size for a call, and the key of infinity. Sets the tensors' types.
+// The keys' size for a call, the key of infinity, and the dtype of all tensors if they have one. Sets the tensors'
+// types.
 struct Keys {
   int bytes;
   uint64_t infinity;
+  int32_t type;
 };
 
 Keys keys_of(Layout& layout, const std::vector<Tensor>& scores, const std::vector<Tensor>& base, const char* op) {
   bool all_bfloat16 = base.empty(), all_float16 = base.empty(), any_float64 = false;
+  int32_t type = type_of(scores[0], op);
   for (size_t i = 0; i < scores.size(); ++i) {
     Item& item = layout.items[i];
     item.a_type = type_of(scores[i], op);
@@ -199,14 +202,15 @@ Keys keys_of(Layout& layout, const std::vector<Tensor>& scores, const std::vecto
       item.b = base[i].const_data_ptr();
       item.b_type = type_of(base[i], op);
     }
+    if (item.a_type != type || (!base.empty() && item.b_type != type)) type = kAnyType;
     all_bfloat16 = all_bfloat16 && item.a_type == kBFloat16;
     all_float16 = all_float16 && item.a_type == kFloat16;
     any_float64 = any_float64 || item.a_type == kFloat64 || (!base.empty() && item.b_type == kFloat64);
   }
-  if (any_float64) return {8, 0x7FF0000000000000ull};
-  if (all_bfloat16) return {2, 0x7F80};
-  if (all_float16) return {2, 0x7C00};
-  return {4, 0x7F800000};
+  if (any_float64) return {8, 0x7FF0000000000000ull, type};
+  if (all_bfloat16) return {2, 0x7F80, type};
+  if (all_float16) return {2, 0x7C00, type};
+  return {4, 0x7F800000, type};
 }
 
 int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -215,13 +219,11 @@ constexpr int kTogether =
     256;  // segments that are sampled or narrowed at a time, with the same counters and room for samples
 
 // The bracket's ranks in a sample of s out of n for the k-th largest, and how many candidates there may be.
-void plan_segment(Segment& s, int bits) {
-  if (s.k == 0 || s.k == s.elements) {  // exact: no candidates
-    s.from = s.above = s.k == 0 ? uint64_t{1} << bits : 0;
-    return;
-  }
-  const bool whole = s.elements <= kWhole;
-  s.samples = whole ? s.elements : std::clamp(s.elements / 64, kWhole, kSamples);
+void plan_segment(SegmentPlan& s) {
+  if (s.k == 0 || s.k == s.elements) return;  // exact: no candidates
+  const bool whole = s.elements <= kOwnSample;
+  s.samples =
+      whole ? s.elements : std::clamp(s.elements / 64, kOwnSample, s.elements > kLarge ? kManySamples : kSamples);
   const double share = static_cast<double>(s.k) / static_cast<double>(s.elements),
                samples = static_cast<double>(s.samples);
   const double slack = whole ? 0 : 6 * std::sqrt(samples * share * (1 - share)) + 8;
@@ -231,22 +233,29 @@ void plan_segment(Segment& s, int bits) {
   s.capacity = std::min(s.elements, static_cast<int64_t>(1.5 * expected) + s.elements / 64 + 1024);
 }
 
-std::vector<Segment> segments_of(Layout& layout, const std::vector<int64_t>& k, bool global, int bits) {
-  std::vector<Segment> segments(global ? 1 : layout.items.size());
+struct Segments {
+  std::vector<SegmentPlan> plans;
+  std::vector<SegmentState> states;
+};
+
+Segments segments_of(Layout& layout, const std::vector<int64_t>& k, bool global, int bits) {
   const auto end = static_cast<int32_t>(layout.items.size());
-  for (int32_t i = 0; i < static_cast<int32_t>(segments.size()); ++i) {
-    Segment& s = segments[i];
-    s = {};
+  const int32_t count = global ? 1 : end;
+  Segments segments{std::vector<SegmentPlan>(count), std::vector<SegmentState>(count)};
+  for (int32_t i = 0; i < count; ++i) {
+    SegmentPlan& s = segments.plans[i];
     s.k = k[i];
     s.first_item = global ? 0 : i, s.last_item = global ? end : i + 1;
     s.elements = global ? layout.elements : layout.items[i].numel;
     s.first_tile = layout.items[s.first_item].first_tile;
     s.last_tile = s.last_item < end ? layout.items[s.last_item].first_tile : layout.tiles;
     for (int32_t item = s.first_item; item < s.last_item; ++item) layout.items[item].segment = i;
-    plan_segment(s, bits);
+    plan_segment(s);
+    if (s.samples == 0 && s.k == 0) segments.states[i].from = segments.states[i].above = uint64_t{1} << bits;
     if (i > 0) {
-      s.sample_at = i % kTogether == 0 ? 0 : segments[i - 1].sample_at + segments[i - 1].samples;
-      s.list_at = segments[i - 1].list_at + segments[i - 1].capacity;
+      const SegmentPlan& before = segments.plans[i - 1];
+      s.sample_at = i % kTogether == 0 ? 0 : before.sample_at + before.samples;
+      s.list_at = before.list_at + before.capacity;
     }
   }
   return segments;
@@ -262,27 +271,30 @@ class Selection {
  public:
   Selection(Layout& layout, const std::vector<int64_t>& k, bool global, Keys keys, const Tensor& like,
             cudaStream_t stream)
-      : like_(like), stream_(stream), infinity_(static_cast<WordOf<Key>>(keys.infinity)) {
-    std::vector<Segment> segments = segments_of(layout, k, global, KeyOf<Key>::kBits);
-    count_ = static_cast<int>(segments.size());
+      : like_(like), stream_(stream), infinity_(static_cast<WordOf<Key>>(keys.infinity)), type_(keys.type) {
+    const Segments segments = segments_of(layout, k, global, KeyOf<Key>::kBits);
+    count_ = static_cast<int>(segments.plans.size());
     together_ = std::min(count_, kTogether);
     int64_t samples = 0, listed = 0;
-    for (const Segment& s : segments) {
+    for (const SegmentPlan& s : segments.plans) {
       most_samples_ = std::max(most_samples_, s.samples), most_listed_ = std::max(most_listed_, s.capacity);
       most_tiles_ = std::max(most_tiles_, s.last_tile - s.first_tile);
       samples = std::max(samples, s.sample_at + s.samples), listed += s.capacity;
     }
     const BitsPlan plan(work_, layout);
-    const int64_t segments_at = work_.add(sizeof(Segment) * count_), status_at = work_.add(sizeof(Status));
+    const int64_t plans_at = work_.add(sizeof(SegmentPlan) * count_),
+                  states_at = work_.add(sizeof(SegmentState) * count_), status_at = work_.add(sizeof(Status));
     const int64_t counters_at = work_.add(sizeof(Counter) * 2 * kBins * together_),
                   samples_at = work_.add(sizeof(Key) * samples);
     const int64_t keys_at = work_.add(sizeof(Key) * listed), places_at = work_.add(sizeof(uint64_t) * listed);
     work_.allocate(like);
     bits_ = plan.upload(work_, layout, stream);
-    segments_ = work_.at<Segment>(segments_at), status_ = work_.at<Status>(status_at);
+    plans_ = work_.at<SegmentPlan>(plans_at), states_ = work_.at<SegmentState>(states_at);
+    status_ = work_.at<Status>(status_at);
     counters_ = work_.at<Counter>(counters_at), samples_ = work_.at<Key>(samples_at);
     lists_ = {work_.at<Key>(keys_at), work_.at<uint64_t>(places_at)};
-    upload(segments_, segments, stream);
+    upload(plans_, segments.plans, stream);
+    upload(states_, segments.states, stream);
     upload(status_, {Status{~0ull, 0}}, stream);
     DEFTX_CUDA_CHECK(cudaMemsetAsync(counters_, 0, sizeof(Counter) * 2 * kBins * together_, stream));
   }
@@ -291,9 +303,7 @@ class Selection {
 
   void run() {
     if (most_samples_ > 0) for_each_batch([&](int first, int count) { sample(first, count); });
-    stream_kernel<Key, kBase, false><<<grid_of(stream_kernel<Key, kBase, false>, bits_), kThreads, 0, stream_>>>(
-        bits_, segments_, lists_, nullptr, infinity_, status_);
-    DEFTX_LAUNCH_CHECK();
+    type_ == kFloat32 ? stream<kFloat32>() : type_ == kBFloat16 ? stream<kBFloat16>() : stream<kAnyType>();
     if (most_samples_ > 0) for_each_batch([&](int first, int count) { narrow(first, count); });
   }
 
@@ -319,20 +329,20 @@ class Selection {
   void again(unsigned redo) {
     const bool missed = redo & kMissed;
     restart_kernel<Key>
-        <<<static_cast<unsigned>(divided(count_, kThreads)), kThreads, 0, stream_>>>(segments_, count_, missed);
+        <<<static_cast<unsigned>(divided(count_, kThreads)), kThreads, 0, stream_>>>(plans_, states_, count_, missed);
     DEFTX_LAUNCH_CHECK();
     const int64_t blocks =
         std::min(resident_blocks(count_all_kernel<Key, kBase>, kThreads), divided(bits_.tiles, kWarps));
     for_each_batch([&](int first, int count) {
       for (int high = missed ? KeyOf<Key>::kBits : 0; high > 0; high -= kDigit) {
         count_all_kernel<Key, kBase>
-            <<<static_cast<unsigned>(blocks), kThreads, 0, stream_>>>(bits_, segments_, first, count, counters_);
+            <<<static_cast<unsigned>(blocks), kThreads, 0, stream_>>>(bits_, plans_, states_, first, count, counters_);
         DEFTX_LAUNCH_CHECK();
-        pick_kernel<<<static_cast<unsigned>(count), kThreads, 0, stream_>>>(segments_ + first, counters_);
+        pick_kernel<<<static_cast<unsigned>(count), kThreads, 0, stream_>>>(states_ + first, counters_);
         DEFTX_LAUNCH_CHECK();
       }
     });
-    mask_by_threshold<Key, kBase>(bits_, segments_, like_, stream_);
+    mask_by_threshold<Key, kBase>(bits_, plans_, states_, like_, stream_);
   }
 
  private:
@@ -349,38 +359,48 @@ class Selection {
     return static_cast<int>(std::max<int64_t>(1, std::min(blocks, divided(most, each))));
   }
 
+  template <int kType>
+  void stream() {
+    constexpr bool kSpecial = sizeof(Key) == 4 && (kType == kFloat32 || (kBase && kType == kBFloat16));
+    const auto kernel = stream_kernel < Key, kBase, kSpecial ? kType : kAnyType > ;
+    kernel<<<grid_of(kernel, bits_), kThreads, 0, stream_>>>(bits_, plans_, states_, lists_, infinity_, status_);
+    DEFTX_LAUNCH_CHECK();
+  }
+
   void sample(int first, int count) {
     const int each = blocks_each(most_samples_, 2048);
     for (int round = 0; round < KeyOf<Key>::kRounds; ++round) {
       sample_kernel<Key, kBase><<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(
-          bits_, segments_ + first, samples_, counters_, each, round);
+          bits_, plans_ + first, states_ + first, samples_, counters_, each, round);
       DEFTX_LAUNCH_CHECK();
     }
   }
 
   void narrow(int first, int count) {
-    Segment* const segments = segments_ + first;
     const int each = blocks_each(most_listed_, 4096);
     int place_bits = 0;
     while (most_tiles_ * kTile - 1 >> place_bits) ++place_bits;
     const int64_t rounds = divided(KeyOf<Key>::kBits, kDigit) + divided(place_bits, kDigit);
     for (int round = 0; round < rounds; ++round) {
-      narrow_kernel<Key><<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(segments, lists_, counters_,
-                                                                                        each, round, status_);
+      narrow_kernel<Key><<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(
+          plans_ + first, states_ + first, lists_, counters_, each, round, status_);
       DEFTX_LAUNCH_CHECK();
     }
-    apply_kernel<Key><<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(bits_, segments, lists_, each);
+    apply_kernel<Key><<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(bits_, plans_ + first,
+                                                                                     states_ + first, lists_, each);
     DEFTX_LAUNCH_CHECK();
   }
 
   Tensor like_;
   cudaStream_t stream_;
   WordOf<Key> infinity_;
+  int32_t type_;
   int count_ = 0, together_ = 0;  // segments, and how many of them have counters at a time
   int64_t most_samples_ = 0, most_listed_ = 0, most_tiles_ = 0;
   Workspace work_;
   Bits bits_{};
-  Segment* segments_ = nullptr;
+  SegmentPlan* plans_ = nullptr;
+  SegmentState* states_ = nullptr;
   Status* status_ = nullptr;
   Counter* counters_ = nullptr;
   Key* samples_ = nullptr;
@@ -484,25 +504,28 @@ std::tuple<Tensor, Tensor> threshold_mask(std::vector<Tensor> scores, int64_t th
   const Keys keys = keys_of_one_dtype(layout, scores, "threshold_mask");
   check_ties(ties, scores);
   check_threshold(threshold, keys.bytes);
-  std::vector<Segment> segments(scores.size());
-  for (size_t i = 0; i < segments.size(); ++i) {
+  std::vector<SegmentPlan> plans(scores.size());
+  std::vector<SegmentState> states(scores.size());
+  for (size_t i = 0; i < states.size(); ++i) {
     layout.items[i].segment = static_cast<int32_t>(i);
-    segments[i] = {};
-    segments[i].first_tile = layout.items[i].first_tile;
-    segments[i].from = static_cast<uint64_t>(threshold);
-    segments[i].above = segments[i].from + 1;
-    segments[i].quota = ties[i];
+    plans[i].first_tile = layout.items[i].first_tile;
+    states[i].from = static_cast<uint64_t>(threshold);
+    states[i].above = states[i].from + 1;
+    states[i].quota = ties[i];
   }
   const DeviceGuard guard(scores[0].get_device_index());
   const cudaStream_t stream = current_stream(scores[0]);
   Workspace work;
   const BitsPlan plan(work, layout);
-  const int64_t segments_at = work.add(sizeof(Segment) * segments.size());
+  const int64_t plans_at = work.add(sizeof(SegmentPlan) * plans.size()),
+                states_at = work.add(sizeof(SegmentState) * states.size());
   work.allocate(scores[0]);
   const Bits bits = plan.upload(work, layout, stream);
-  upload(work.at<Segment>(segments_at), segments, stream);
+  upload(work.at<SegmentPlan>(plans_at), plans, stream);
+  upload(work.at<SegmentState>(states_at), states, stream);
   with_key(keys.bytes, false, [&](auto key, auto) {
-    mask_by_threshold<decltype(key), false>(bits, work.at<Segment>(segments_at), scores[0], stream);
+    mask_by_threshold<decltype(key), false>(bits, work.at<SegmentPlan>(plans_at), work.at<SegmentState>(states_at),
+                                            scores[0], stream);
   });
   const CsrOut out = emit_counted(bits, layout, scores[0], stream);
   return {out.crow, out.col};
