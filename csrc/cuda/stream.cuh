@@ -138,20 +138,22 @@ struct Stream {
   }
 
   // Lists the scores of this lane's eight that are marked. Returns how many the warp has.
-  template <bool kWhole>
-  __device__ unsigned list(const Item& item, int64_t from, uint64_t bit, uint32_t inside) {
+  __device__ int list(const Item& item, int64_t from, uint64_t bit, uint32_t inside) {
     const int mine = __popc(inside), through = warp_inclusive(mine), total = __shfl_sync(kFull, through, 31);
     if (!room || total == 0) return total;
     const SegmentPlan& plan = plans[current];
     unsigned long long at = 0;
     if (lane == 0) at = atomicAdd(&states[current].candidates, static_cast<unsigned long long>(total));
     at = __shfl_sync(kFull, at, 0);
-    const unsigned long long capacity = plan.capacity;
-    room = at + total <= capacity;
-    for (at += through - mine; inside && at < capacity; inside &= inside - 1, ++at) {
+    const int64_t left = plan.capacity - static_cast<int64_t>(at);
+    room = total <= left;
+    const int fit = static_cast<int>(max(min(left, int64_t{total}), int64_t{0}));
+    Key* keys = lists.keys + plan.list_at + at;
+    uint64_t* places = lists.places + plan.list_at + at;
+    for (int to = through - mine; inside && to < fit; inside &= inside - 1, ++to) {
       const int j = __ffs(inside) - 1;
-      lists.keys[plan.list_at + at] = static_cast<Key>(load_key<Key, kBase>(item, from + j));
-      lists.places[plan.list_at + at] = bit + j;
+      keys[to] = static_cast<Key>(load_key<Key, kBase>(item, from + j));
+      places[to] = bit + j;
     }
     return total;
   }
@@ -170,7 +172,7 @@ struct Stream {
         inside = scores.not_below(0, low) & ~scores.not_below(0, high);
         if (!kWhole) inside &= valid_bits(item, start + place);
       }
-      found += list<kWhole>(item, start + place, tile_bit + place, inside);
+      found += list(item, start + place, tile_bit + place, inside);
     }
     __syncwarp();  // the queue has been read
     return found;

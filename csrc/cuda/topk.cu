@@ -1,11 +1,11 @@
 // topk_mask, magnitude_histogram, threshold_mask and dense_to_csr on the GPU.
 //
 // topk_mask over all tensors, or over each (a "segment"), reads the scores once and waits for the device once:
-//   1. sample: up to 2^18 scores of a segment, at random places, give a bracket of two keys: six standard deviations of
-//      the rank on either side of the k-th largest. (A segment of up to 2^12 elements is its own sample: the bracket is
-//      exact.)
-//   2. stream: one pass. A score's bit is set where its key is not below the bracket; those inside are listed, (key,
-//      place).
+//   1. sample: up to 2^18 scores of a segment (2^20 of one with more than 10^9), at random places, give a bracket of
+//      two keys: six standard deviations of the rank on either side of the k-th largest. (A segment of up to 2^12
+//      elements is its own sample: the bracket is exact.)
+//   2. stream (stream.cuh): one pass. A score's bit is set where its key is not below the bracket; those inside are
+//      listed, (key, place).
 //   3. narrow: radix select over the list, by key, then by place. A launch a round; the last block of a segment picks
 //      the digit, and blocks of a segment that is decided return at once. apply: clears the bits that were not chosen.
 //   4. scan, emit (bitmask.cuh).
@@ -15,7 +15,8 @@
 // many.
 // scope "row": a block to a row, radix select over the row, which stays in the cache.
 //
-// Steps 1 to 3 are in bracket.cuh, masks from exact thresholds in threshold.cuh, the keys of scores in scores.cuh.
+// Steps 1 and 3 are in bracket.cuh, masks from exact thresholds in threshold.cuh, the keys of scores in scores.cuh, and
+// comparisons with a bracket in classify.cuh.
 //
 // Results are the same in every run: atomics only add integers, or fill a list whose order does not matter.
 // Workspace: N/8 + N/4096 * 4 bytes of mask and counts; a list for 0.016 N + 1024 candidates and half as many again as
