@@ -9,8 +9,9 @@
 //     found_bad(worst, infinity)
 //                             whether any score that was classified was infinite or NaN
 //
-// A scheduler issues one instruction in a cycle, but an integer one (other than multiplications) only every other cycle.
-// On sm_90 classify takes 30 instructions for float32, 14 of them such, and 22 for 16-bit scores, 15 of them such.
+// A scheduler issues one instruction in a cycle, but an integer one (other than multiplications) only every other
+// cycle. On sm_90 classify takes 30 instructions for float32, 14 of them such, and 22 for 16-bit scores, 15 of them
+// such.
 #pragma once
 
 #include "scores.cuh"

@@ -65,10 +65,11 @@ template <typename Key, bool kBase, int kType, bool kWhole>
 constexpr int kTileEights = kHasWhole<Key, kType> && !kWhole                  ? 1
                             : sizeof(Key) == 4 && !kBase && kType == kFloat32 ? 4
                                                                               : KeyOf<Key>::kGroups;
-template <typename Key, bool kBase>
-constexpr int kStreamBlocks = sizeof(Key) == 8 ? 2
-                              : kBase          ? 3
-                                               : 4;
+template <typename Key, bool kBase, int kType>
+constexpr int kStreamBlocks = (sizeof(Key) == 8 ? 2
+                               : kBase          ? 3
+                                                : 4) -
+                              (sizeof(Key) == 4 && kType == kAnyType);
 
 // A warp in the pass. `hits` and `found` count eights and scores that may lie inside the bracket, and that do.
 template <typename Key, bool kBase, int kType>
@@ -199,7 +200,7 @@ struct Stream {
 // Sets the bits of the scores that are not below their segment's bracket, counts them in each tile, and lists those
 // inside it.
 template <typename Key, bool kBase, int kType>
-__global__ void __launch_bounds__(kThreads, kStreamBlocks<Key, kBase>)
+__global__ void __launch_bounds__(kThreads, kStreamBlocks<Key, kBase, kType>)
     stream_kernel(const Bits bits, const SegmentPlan* __restrict__ plans, SegmentState* states, const Lists<Key> lists,
                   WordOf<Key> infinity, Status* status) {
   __shared__ uint16_t queues[kWarps][kTile / 8];

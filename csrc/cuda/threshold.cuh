@@ -116,7 +116,7 @@ __device__ __forceinline__ void mark_tile(const Item& item, int64_t start, uint8
 
 // The bits of the keys from each segment's threshold on; in each tile the number of them, and of the ties.
 template <typename Key, bool kBase>
-__global__ void __launch_bounds__(kThreads, kStreamBlocks<Key, kBase>)
+__global__ void __launch_bounds__(kThreads, kStreamBlocks<Key, kBase, kAnyType>)
     threshold_kernel(const Bits bits, const SegmentState* __restrict__ states, uint32_t* ties) {  // [tiles]
   const int lane = threadIdx.x % 32;
   for_each_tile(bits, [&](int64_t tile, int index) {
