@@ -71,7 +71,7 @@ constexpr int kStreamBlocks = (sizeof(Key) == 8 ? 2
                                                 : 4) -
                               (sizeof(Key) == 4 && kType == kAnyType);
 
-// A warp in the pass. `hits` and `found` count eights and scores that may lie inside the bracket, and that do.
+// A warp in the pass. An eight is hit where one of its scores may lie inside the bracket.
 template <typename Key, bool kBase, int kType>
 struct Stream {
   using Word = WordOf<Key>;
