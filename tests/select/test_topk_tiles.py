@@ -6,7 +6,7 @@ import torch
 
 from deftx_kernels.ops.schemas import SCOPES
 from tests.operators import FLOATS
-from tests.select.topk_problem import TILE, check_topk, counts, own_ops, tensor
+from tests.select.topk_problem import TILE, check_topk, counts, kernels_of, own_ops, tensor
 
 OPS = ("topk_mask",)
 
@@ -62,16 +62,11 @@ def near_the_median(tiles: int, distinct: int, rng) -> np.ndarray:
 @pytest.mark.parametrize(("tiles", "distinct", "fit"), [(1, 200, True), (4, 1, False), (4, 2, False)])
 def test_topk_of_a_tile_of_candidates(implementation, run, dtype, tiles, distinct, fit):
     """A bracket holds all of a tile's scores. Those of one tile fit the list, which is full within another."""
-    if implementation.name == "emulated":
-        implementation.emulator.clear()
     x = near_the_median(tiles, distinct, np.random.default_rng(22))
     scores = [torch.from_numpy(x).to(dtype).to(implementation.device)]
-    check_topk(run, scores, [], [len(x) // 2], "global")
-    if dtype == torch.float32:
-        check_topk(run, scores, [torch.zeros_like(scores[0])], [len(x) // 2], "tensor")
-    if implementation.name == "emulated":
-        restarted = any("restart_kernel" in launch.name for launch in implementation.emulator.launches)
-        assert restarted != fit
+    for base in ([], [torch.zeros_like(scores[0])]) if dtype == torch.float32 else ([],):
+        kernels = kernels_of(implementation, lambda base=base: check_topk(run, scores, base, [len(x) // 2], "global"))
+        assert kernels is None or ("restart_kernel" in kernels) != fit
 
 
 @pytest.mark.usefixtures("no_racecheck")

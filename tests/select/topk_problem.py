@@ -28,6 +28,16 @@ def own_ops(implementation):
     return Ops()
 
 
+def kernels_of(implementation, call) -> str | None:
+    """The names of the kernels that a call launches; None where they are not counted."""
+    if implementation.name != "emulated":
+        call()
+        return None
+    implementation.emulator.clear()
+    call()
+    return " ".join(launch.name for launch in implementation.emulator.launches)
+
+
 # ---- data ----
 
 
