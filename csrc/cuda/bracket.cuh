@@ -126,9 +126,7 @@ __device__ uint32_t scramble(uint64_t x) {  // the finaliser of MurmurHash3
 
 // One element of each of `samples` stretches of the segment, at a place in it that looks random: rows and columns leave
 // no trace.
-__device__ int64_t sampled_element(const SegmentPlan& s, int64_t i) {
-  if (s.samples == s.elements) return i;
-  const int64_t stretch = s.elements / s.samples, longer = s.elements % s.samples;  // the first `longer` have one more
+__device__ int64_t sampled_element(int64_t stretch, int64_t longer, int64_t i) {  // the first `longer` have one more
   const int64_t begin = i * stretch + min(i, longer), length = stretch + (i < longer);
   return begin +
          static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(scramble(i)) << 32, static_cast<uint64_t>(length)));
@@ -140,11 +138,12 @@ __global__ void __launch_bounds__(kThreads)
                   Counter* counters,  // [segments][2][kBins]
                   int blocks_each, int round) {
   __shared__ unsigned bins[2][kBins];
-  const SegmentPlan& plan = plans[blockIdx.x / blocks_each];
+  const SegmentPlan plan = plans[blockIdx.x / blocks_each];
   SegmentState& state = states[blockIdx.x / blocks_each];
   const int block = blockIdx.x % blocks_each;
   const int64_t n = plan.samples;
   if (n == 0) return;
+  const int64_t stretch = plan.elements / n, longer = plan.elements % n;
   Key* keys = samples + plan.sample_at;
   Counter* mine = counters + int64_t{blockIdx.x / blocks_each} * 2 * kBins;
   Search ends[2] = {state.ends[0], state.ends[1]};
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = block * int64_t{kThreads} + threadIdx.x; i < n; i += blocks_each * int64_t{kThreads}) {
     WordOf<Key> key;
     if (round == 0) {
-      const int64_t element = bits.items[plan.first_item].first_element + sampled_element(plan, i);
+      const int64_t element = bits.items[plan.first_item].first_element + sampled_element(stretch, longer, i);
       int low = plan.first_item, high = plan.last_item;
       while (high - low > 1) {
         const int middle = (low + high) / 2;

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, kStreamBlocks<Key, kBase, kAnyType>)
 
 // Takes the ties beyond the quota out of the mask: of each segment the last ones.
 template <typename Key, bool kBase>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, sizeof(Key) == 8 ? 2 : 3)
     trim_kernel(const Bits bits, const SegmentPlan* __restrict__ plans, const SegmentState* __restrict__ states,
                 const uint32_t* __restrict__ ties,             // scanned
                 const int64_t* __restrict__ ties_of_chunks) {  // scanned
