@@ -13,7 +13,7 @@
 namespace deftx {
 namespace {
 
-enum Type : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
+enum Type : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64, kAnyType };
 
 template <typename Key>
 struct KeyOf;
@@ -38,28 +38,31 @@ struct KeyOf<uint64_t> {
 template <typename Key>
 using WordOf = typename KeyOf<Key>::Word;
 
+__device__ inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 __host__ __device__ inline int size_of(int32_t type) { return type == kFloat64 ? 8 : type == kFloat32 ? 4 : 2; }
 
-// The bytes of up to eight elements from `at` on, zero beyond `valid`.
+// The bytes of eight elements, of which the first is aligned like 16 bytes.
 template <typename Key>
-__device__ void load_raw(uint32_t (&raw)[KeyOf<Key>::kBytes / 4], const void* data, int64_t at, int size, int valid) {
+__device__ void load_whole(uint32_t (&raw)[KeyOf<Key>::kBytes / 4], const char* p, int size) {
   constexpr int kBytes = KeyOf<Key>::kBytes;
-  const char* p = static_cast<const char*>(data) + at * size;
   uint4* vectors = reinterpret_cast<uint4*>(raw);
-  if (valid >= 8 && reinterpret_cast<uintptr_t>(data) % 16 == 0) {  // `at` is a multiple of eight
-    const uint4* from = reinterpret_cast<const uint4*>(p);
-    vectors[0] = __ldcs(from);
-    if constexpr (kBytes >= 32) {
-      if (size >= 4) vectors[1] = __ldcs(from + 1);
-    }
-    if constexpr (kBytes >= 64) {
-      if (size >= 8) {
-        vectors[2] = __ldcs(from + 2);
-        vectors[3] = __ldcs(from + 3);
-      }
-    }
-    return;
+  const uint4* from = reinterpret_cast<const uint4*>(p);
+  vectors[0] = __ldcs(from);
+  if constexpr (kBytes >= 32) {
+    if (size >= 4) vectors[1] = __ldcs(from + 1);
   }
+  if constexpr (kBytes >= 64) {
+    if (size >= 8) {
+      vectors[2] = __ldcs(from + 2);
+      vectors[3] = __ldcs(from + 3);
+    }
+  }
+}
+
+// The bytes of the first `valid` of eight elements, and zeros.
+template <typename Key>
+__device__ void load_part(uint32_t (&raw)[KeyOf<Key>::kBytes / 4], const char* p, int size, int valid) {
+  constexpr int kBytes = KeyOf<Key>::kBytes;
 #pragma unroll
   for (int i = 0; i < kBytes / 4; ++i) raw[i] = 0;
   if (size == 2) {
@@ -86,6 +89,18 @@ __device__ void load_raw(uint32_t (&raw)[KeyOf<Key>::kBytes / 4], const void* da
         }
       }
     }
+  }
+}
+
+// The bytes of up to eight elements from `at` on, a multiple of eight, and zeros. kWhole: there are eight, of an
+// aligned tensor.
+template <typename Key, bool kWhole>
+__device__ void load_raw(uint32_t (&raw)[KeyOf<Key>::kBytes / 4], const void* data, int64_t at, int size, int valid) {
+  const char* p = static_cast<const char*>(data) + at * size;
+  if constexpr (kWhole) {
+    load_whole<Key>(raw, p, size);
+  } else {
+    valid == 8 && is_aligned(data) ? load_whole<Key>(raw, p, size) : load_part<Key>(raw, p, size, valid);
   }
 }
 
@@ -118,20 +133,26 @@ __device__ inline uint64_t magnitude(double x) {
 __device__ inline float minus(float a, float b) { return __fsub_rn(a, b); }
 __device__ inline double minus(double a, double b) { return __dsub_rn(a, b); }
 
+// How many of the eight elements from `at` on there are, and a bit for each.
+__device__ inline int valid_of(const Item& item, int64_t at) {
+  return static_cast<int>(min(max(item.numel - at, int64_t{0}), int64_t{8}));
+}
+__device__ inline uint32_t valid_bits(const Item& item, int64_t at) { return (1u << valid_of(item, at)) - 1; }
+
 // The bytes of eights that begin at `at`, at + 256, ... All loads come before the first use.
-template <typename Key, bool kBase>
+template <typename Key, bool kBase, bool kWhole, int kEights>
 struct RawEights {
-  static constexpr int kGroups = KeyOf<Key>::kGroups, kWords = KeyOf<Key>::kBytes / 4;
-  alignas(16) uint32_t a[kGroups][kWords];
-  alignas(16) uint32_t b[kBase ? kGroups : 1][kWords];
+  static constexpr int kWords = KeyOf<Key>::kBytes / 4;
+  alignas(16) uint32_t a[kEights][kWords];
+  alignas(16) uint32_t b[kBase ? kEights : 1][kWords];
 
   __device__ RawEights(const Item& item, int64_t at) {
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
+    for (int g = 0; g < kEights; ++g) {
       const int64_t from = at + g * 256;
-      const int valid = static_cast<int>(min(max(item.numel - from, int64_t{0}), int64_t{8}));
-      load_raw<Key>(a[g], item.a, from, size_of(item.a_type), valid);
-      if constexpr (kBase) load_raw<Key>(b[g], item.b, from, size_of(item.b_type), valid);
+      const int valid = kWhole ? 8 : valid_of(item, from);
+      load_raw<Key, kWhole>(a[g], item.a, from, size_of(item.a_type), valid);
+      if constexpr (kBase) load_raw<Key, kWhole>(b[g], item.b, from, size_of(item.b_type), valid);
     }
   }
 
@@ -147,11 +168,11 @@ struct RawEights {
   }
 };
 
-template <typename Key, bool kBase>
-__device__ void load_keys(WordOf<Key> (&keys)[KeyOf<Key>::kGroups][8], const Item& item, int64_t at) {
-  const RawEights<Key, kBase> raw(item, at);
+template <typename Key, bool kBase, bool kWhole = false, int kEights = KeyOf<Key>::kGroups>
+__device__ void load_keys(WordOf<Key> (&keys)[kEights][8], const Item& item, int64_t at) {
+  const RawEights<Key, kBase, kWhole, kEights> raw(item, at);
 #pragma unroll
-  for (int g = 0; g < KeyOf<Key>::kGroups; ++g) {
+  for (int g = 0; g < kEights; ++g) {
     if constexpr (sizeof(Key) == 2) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) keys[g][j] = half_of(raw.a[g], j) & 0x7FFFu;
@@ -163,91 +184,6 @@ __device__ void load_keys(WordOf<Key> (&keys)[KeyOf<Key>::kGroups][8], const Ite
     }
   }
 }
-
-// Eights to be compared with a few limits: how, depends on which arithmetic is cheapest.
-//     limit(key)           a limit, made from a key
-//     not_below(g, limit)  a bit for each of the eight: whether its key is at least the limit
-//     look, found_bad      whether any was infinite or NaN
-//     key(g, j)
-// kFinite: only finite scores need to be compared right.
-template <typename Key, bool kBase, bool kFinite>
-struct Eights {
-  using Limit = WordOf<Key>;
-  using Seen = WordOf<Key>;  // the largest key
-  WordOf<Key> keys[KeyOf<Key>::kGroups][8];
-
-  __device__ Eights(const Item& item, int64_t at) { load_keys<Key, kBase>(keys, item, at); }
-  __device__ static Limit limit(uint64_t key) { return static_cast<Limit>(key); }
-  __device__ uint32_t not_below(int g, Limit limit) const {
-    uint32_t below = 0;
-#pragma unroll
-    for (int j = 7; j >= 0; --j) {  // neither key nor limit has more than kBits + 1 bits: the first bit is the sign
-      below = __funnelshift_l(static_cast<uint32_t>((keys[g][j] - limit) >> (8 * sizeof(Limit) - 32)), below, 1);
-    }
-    return ~below & 0xFFu;
-  }
-  __device__ void look(int g, Seen& seen) const {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) seen = max(seen, keys[g][j]);
-  }
-  __device__ static bool found_bad(Seen seen, uint64_t infinity) { return seen >= infinity; }
-  __device__ WordOf<Key> key(int g, int j) const { return keys[g][j]; }
-};
-
-// In float32 the sign of |x| - limit, which no rounding changes: additions have twice the rate of integer ones, and |x|
-// is free.
-template <bool kBase>
-struct Eights<uint32_t, kBase, true> {
-  using Limit = float;
-  using Seen = float;  // 0, or NaN
-  float x[KeyOf<uint32_t>::kGroups][8];
-
-  __device__ Eights(const Item& item, int64_t at) {
-    const RawEights<uint32_t, kBase> raw(item, at);
-#pragma unroll
-    for (int g = 0; g < KeyOf<uint32_t>::kGroups; ++g) raw.scores(g, x[g], item);
-  }
-  __device__ static Limit limit(uint64_t key) {
-    return __uint_as_float(static_cast<uint32_t>(min(key, uint64_t{0x7F800000})));
-  }
-  __device__ uint32_t not_below(int g, Limit limit) const {
-    uint32_t below = 0;
-#pragma unroll
-    for (int j = 7; j >= 0; --j) below = __funnelshift_l(__float_as_uint(__fsub_rn(fabsf(x[g][j]), limit)), below, 1);
-    return ~below & 0xFFu;
-  }
-  __device__ void look(int g, Seen& seen) const {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) seen = __fmaf_rn(x[g][j], 0.0f, seen);
-  }
-  __device__ static bool found_bad(Seen seen, uint64_t) { return seen != seen; }
-  __device__ uint32_t key(int g, int j) const { return magnitude(x[g][j]); }
-};
-
-// Two keys of 15 bits to a word: with bit 15 set, a subtraction borrows nothing from the neighbour and leaves the bit
-// where the key is not below the limit.
-template <bool kFinite>
-struct Eights<uint16_t, false, kFinite> {
-  using Limit = uint32_t;
-  using Seen = uint32_t;  // the largest of each half
-  RawEights<uint16_t, false> raw;
-
-  __device__ Eights(const Item& item, int64_t at) : raw(item, at) {}
-  __device__ static Limit limit(uint64_t key) { return static_cast<uint32_t>(key) * 0x10001u; }
-  __device__ uint32_t not_below(int g, Limit limit) const {
-    uint32_t found = 0;  // elements 0, 2, 4, 6 in bits 0, 2, 4, 6; 1, 3, 5, 7 in bits 16, 18, 20, 22
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      found |= (((raw.a[g][i] | 0x80008000u) - limit) >> (15 - 2 * i)) & (0x00010001u << 2 * i);
-    return (found | found >> 15) & 0xFFu;
-  }
-  __device__ void look(int g, Seen& seen) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) seen = __vmaxu2(seen, raw.a[g][i] & 0x7FFF7FFFu);
-  }
-  __device__ static bool found_bad(Seen seen, uint64_t infinity) { return max(seen & 0xFFFFu, seen >> 16) >= infinity; }
-  __device__ uint32_t key(int g, int j) const { return half_of(raw.a[g], j) & 0x7FFFu; }
-};
 
 template <typename Real>
 __device__ Real load_real(const void* data, int32_t type, int64_t at) {

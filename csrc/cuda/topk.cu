@@ -1,11 +1,11 @@
 // topk_mask, magnitude_histogram, threshold_mask and dense_to_csr on the GPU.
 //
 // topk_mask over all tensors, or over each (a "segment"), reads the scores once and waits for the device once:
-//   1. sample: up to 2^18 scores of a segment, at random places, give a bracket of two keys: six standard deviations of
-//      the rank on either side of the k-th largest. (A segment of up to 2^12 elements is its own sample: the bracket is
-//      exact.)
-//   2. stream: one pass. A score's bit is set where its key is not below the bracket; those inside are listed, (key,
-//      place).
+//   1. sample: up to 2^18 scores of a segment (2^20 of one with more than 10^9), at random places, give a bracket of
+//      two keys: six standard deviations of the rank on either side of the k-th largest. (A segment of up to 2^12
+//      elements is its own sample: the bracket is exact.)
+//   2. stream (stream.cuh): one pass. A score's bit is set where its key is not below the bracket; those inside are
+//      listed, (key, place).
 //   3. narrow: radix select over the list, by key, then by place. A launch a round; the last block of a segment picks
 //      the digit, and blocks of a segment that is decided return at once. apply: clears the bits that were not chosen.
 //   4. scan, emit (bitmask.cuh).
@@ -15,7 +15,8 @@
 // many.
 // scope "row": a block to a row, radix select over the row, which stays in the cache.
 //
-// Steps 1 to 3 are in bracket.cuh, masks from exact thresholds in threshold.cuh, the keys of scores in scores.cuh.
+// Steps 1 and 3 are in bracket.cuh, masks from exact thresholds in threshold.cuh, the keys of scores in scores.cuh, and
+// comparisons with a bracket in classify.cuh. selection.cuh launches them.
 //
 // Results are the same in every run: atomics only add integers, or fill a list whose order does not matter.
 // Workspace: N/8 + N/4096 * 4 bytes of mask and counts; a list for 0.016 N + 1024 candidates and half as many again as
@@ -23,96 +24,15 @@
 // most 256 segments. In all about 0.4 N bytes there with 32-bit keys. Exact thresholds add 4 bytes a tile. A tensor
 // takes at least a tile (516 bytes) and about 350 bytes of tables; as a segment of its own also the 1024 candidates (12
 // KB), or one for each of its elements if it has fewer.
-#include <cmath>
 #include <tuple>
-#include <type_traits>
 
-#include "threshold.cuh"
+#include "selection.cuh"
 
 namespace deftx {
 namespace {
 
 constexpr int kHistogramBins = 1 << 16;  // of magnitude_histogram
 constexpr int kSharedBins = 1 << 15;     // of them, those that a magnitude's first 16 bits can reach
-
-// ---- scope "row" ----
-
-// The bits of 32 neighbouring columns, by their warp, into a mask of zeros. Rows begin anywhere in a word.
-__device__ void set_bits(uint32_t* words, int64_t bit, uint32_t set) {
-  const int shift = static_cast<int>(bit % 32);
-  const uint64_t both = static_cast<uint64_t>(set) << shift;
-  const int lane = threadIdx.x % 32;
-  const uint32_t mine = static_cast<uint32_t>(lane == 0 ? both : both >> 32);
-  if (lane < 2 && mine) atomicOr(words + bit / 32 + lane, mine);
-}
-
-template <typename Key, bool kBase>
-__global__ void __launch_bounds__(kThreads, 4) rows_kernel(const Bits bits, WordOf<Key> infinity, Status* status) {
-  constexpr int kRowDigit = 8;
-  __shared__ unsigned bins[1 << kRowDigit];
-  __shared__ int64_t row_pick[3];  // digit, above, count
-  __shared__ int tie_counts[kWarps];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int64_t row = blockIdx.x; row < bits.rows; row += gridDim.x) {
-    const Item& item = bits.items[find_item<&Item::first_row>(bits.items, bits.count, row)];
-    const int64_t columns = item.columns, start = (row - item.first_row) * columns;
-    const int64_t first_bit = item.first_tile * kTile + start;
-    int64_t remaining = item.k;
-    uint64_t prefix = 0;
-    int high = KeyOf<Key>::kBits;
-    bool all = remaining == columns;  // of those that are left
-    bool first = true;
-    while (first || (!all && remaining > 0 && high > 0)) {
-      const int low = max(high - kRowDigit, 0);
-      __syncthreads();
-      bins[threadIdx.x] = 0;
-      __syncthreads();
-      for (int64_t c = threadIdx.x; c < columns; c += kThreads) {
-        const WordOf<Key> key = load_key<Key, kBase>(item, start + c);
-        if (first && key >= infinity) atomicMin(&status->first_bad, static_cast<unsigned long long>(first_bit + c));
-        if (static_cast<uint64_t>(key) >> high == prefix) {
-          atomicAdd(&bins[static_cast<int>(key >> low) & ((1 << (high - low)) - 1)], 1u);
-        }
-      }
-      first = false;
-      if (all || remaining == 0) break;
-      __syncthreads();
-      const int bin = (1 << kRowDigit) - 1 - static_cast<int>(threadIdx.x);
-      const int64_t count = bins[bin];
-      int64_t total;
-      const int64_t above = block_exclusive(count, total);
-      if (above < remaining && remaining <= above + count) row_pick[0] = bin, row_pick[1] = above, row_pick[2] = count;
-      __syncthreads();
-      prefix = prefix << (high - low) | static_cast<uint64_t>(row_pick[0]);
-      remaining -= row_pick[1];
-      all = row_pick[2] == remaining;
-      high = low;
-    }
-    if (remaining == 0) continue;
-    const bool whole = item.k == columns;
-    int64_t ties = 0;  // so far
-    for (int64_t at = 0; at < columns; at += kThreads) {
-      const int64_t c = at + threadIdx.x;
-      const uint64_t key = c < columns && !whole ? load_key<Key, kBase>(item, start + c) >> high : 0;
-      const bool tie = c < columns && !whole && key == prefix;
-      bool chosen = c < columns && (whole || key > prefix || (all && tie));
-      if (!all) {
-        const unsigned tied = __ballot_sync(kFull, tie);
-        __syncthreads();
-        if (lane == 0) tie_counts[warp] = __popc(tied);
-        __syncthreads();
-        int64_t rank = ties + __popc(tied & ((1u << lane) - 1));
-        for (int w = 0; w < kWarps; ++w) {
-          if (w < warp) rank += tie_counts[w];
-          ties += tie_counts[w];
-        }
-        chosen = chosen || (tie && rank < remaining);
-      }
-      const unsigned set = __ballot_sync(kFull, chosen);
-      if (set) set_bits(bits.words, first_bit + at + warp * 32, set);
-    }
-  }
-}
 
 // ---- magnitude_histogram, dense_to_csr ----
 
@@ -127,7 +47,7 @@ __global__ void __launch_bounds__(1024)
   if (shared) clear_bins(histogram_bins, kSharedBins);
   const int warps = blockDim.x / 32;
   for (int64_t t = blockIdx.x * int64_t{warps} + threadIdx.x / 32; t < bits.tiles; t += gridDim.x * int64_t{warps}) {
-    const Item& item = bits.items[find_item<&Item::first_tile>(bits.items, bits.count, t)];
+    const Item item = bits.items[find_item<&Item::first_tile>(bits.items, bits.count, t)];
     const int64_t start = (t - item.first_tile) * kTile;
     for (int at = 0; at < kTile && start + at < item.numel; at += kGroups * 256) {
       const int64_t mine = start + at + threadIdx.x % 32 * 8;
@@ -152,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 4) dense_kernel(const Bits bits) {
   const int lane = threadIdx.x % 32;
   for (int64_t tile = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32; tile < bits.tiles;
        tile += gridDim.x * int64_t{kWarps}) {
-    const Item& item = bits.items[find_item<&Item::first_tile>(bits.items, bits.count, tile)];
+    const Item item = bits.items[find_item<&Item::first_tile>(bits.items, bits.count, tile)];
     const int64_t start = (tile - item.first_tile) * kTile + lane * 8;
     const uint8_t* from = static_cast<const uint8_t*>(item.a) + start;
     const bool aligned = reinterpret_cast<uintptr_t>(item.a) % 8 == 0;
@@ -179,14 +99,9 @@ __global__ void __launch_bounds__(kThreads, 4) dense_kernel(const Bits bits) {
 
 // ---- on the host ----
 
-// The keys' size for a call, and the key of infinity. Sets the tensors' types.
-struct Keys {
-  int bytes;
-  uint64_t infinity;
-};
-
 Keys keys_of(Layout& layout, const std::vector<Tensor>& scores, const std::vector<Tensor>& base, const char* op) {
   bool all_bfloat16 = base.empty(), all_float16 = base.empty(), any_float64 = false;
+  int32_t type = type_of(scores[0], op);
   for (size_t i = 0; i < scores.size(); ++i) {
     Item& item = layout.items[i];
     item.a_type = type_of(scores[i], op);
@@ -199,193 +114,16 @@ Keys keys_of(Layout& layout, const std::vector<Tensor>& scores, const std::vecto
       item.b = base[i].const_data_ptr();
       item.b_type = type_of(base[i], op);
     }
+    if (item.a_type != type || (!base.empty() && item.b_type != type)) type = kAnyType;
     all_bfloat16 = all_bfloat16 && item.a_type == kBFloat16;
     all_float16 = all_float16 && item.a_type == kFloat16;
     any_float64 = any_float64 || item.a_type == kFloat64 || (!base.empty() && item.b_type == kFloat64);
   }
-  if (any_float64) return {8, 0x7FF0000000000000ull};
-  if (all_bfloat16) return {2, 0x7F80};
-  if (all_float16) return {2, 0x7C00};
-  return {4, 0x7F800000};
+  if (any_float64) return {8, 0x7FF0000000000000ull, type};
+  if (all_bfloat16) return {2, 0x7F80, type};
+  if (all_float16) return {2, 0x7C00, type};
+  return {4, 0x7F800000, type};
 }
-
-int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-constexpr int kTogether =
-    256;  // segments that are sampled or narrowed at a time, with the same counters and room for samples
-
-// The bracket's ranks in a sample of s out of n for the k-th largest, and how many candidates there may be.
-void plan_segment(Segment& s, int bits) {
-  if (s.k == 0 || s.k == s.elements) {  // exact: no candidates
-    s.from = s.above = s.k == 0 ? uint64_t{1} << bits : 0;
-    return;
-  }
-  const bool whole = s.elements <= kWhole;
-  s.samples = whole ? s.elements : std::clamp(s.elements / 64, kWhole, kSamples);
-  const double share = static_cast<double>(s.k) / static_cast<double>(s.elements),
-               samples = static_cast<double>(s.samples);
-  const double slack = whole ? 0 : 6 * std::sqrt(samples * share * (1 - share)) + 8;
-  s.rank[0] = whole ? s.k : static_cast<int64_t>(std::ceil(samples * share + slack));
-  s.rank[1] = whole ? s.k : static_cast<int64_t>(std::floor(samples * share - slack));
-  const double expected = 2 * slack / samples * static_cast<double>(s.elements);
-  s.capacity = std::min(s.elements, static_cast<int64_t>(1.5 * expected) + s.elements / 64 + 1024);
-}
-
-std::vector<Segment> segments_of(Layout& layout, const std::vector<int64_t>& k, bool global, int bits) {
-  std::vector<Segment> segments(global ? 1 : layout.items.size());
-  const auto end = static_cast<int32_t>(layout.items.size());
-  for (int32_t i = 0; i < static_cast<int32_t>(segments.size()); ++i) {
-    Segment& s = segments[i];
-    s = {};
-    s.k = k[i];
-    s.first_item = global ? 0 : i, s.last_item = global ? end : i + 1;
-    s.elements = global ? layout.elements : layout.items[i].numel;
-    s.first_tile = layout.items[s.first_item].first_tile;
-    s.last_tile = s.last_item < end ? layout.items[s.last_item].first_tile : layout.tiles;
-    for (int32_t item = s.first_item; item < s.last_item; ++item) layout.items[item].segment = i;
-    plan_segment(s, bits);
-    if (i > 0) {
-      s.sample_at = i % kTogether == 0 ? 0 : segments[i - 1].sample_at + segments[i - 1].samples;
-      s.list_at = segments[i - 1].list_at + segments[i - 1].capacity;
-    }
-  }
-  return segments;
-}
-
-template <typename T>
-void upload(T* to, const std::vector<T>& from, cudaStream_t stream) {
-  DEFTX_CUDA_CHECK(cudaMemcpyAsync(to, from.data(), sizeof(T) * from.size(), cudaMemcpyHostToDevice, stream));
-}
-
-template <typename Key, bool kBase>
-class Selection {
- public:
-  Selection(Layout& layout, const std::vector<int64_t>& k, bool global, Keys keys, const Tensor& like,
-            cudaStream_t stream)
-      : like_(like), stream_(stream), infinity_(static_cast<WordOf<Key>>(keys.infinity)) {
-    std::vector<Segment> segments = segments_of(layout, k, global, KeyOf<Key>::kBits);
-    count_ = static_cast<int>(segments.size());
-    together_ = std::min(count_, kTogether);
-    int64_t samples = 0, listed = 0;
-    for (const Segment& s : segments) {
-      most_samples_ = std::max(most_samples_, s.samples), most_listed_ = std::max(most_listed_, s.capacity);
-      most_tiles_ = std::max(most_tiles_, s.last_tile - s.first_tile);
-      samples = std::max(samples, s.sample_at + s.samples), listed += s.capacity;
-    }
-    const BitsPlan plan(work_, layout);
-    const int64_t segments_at = work_.add(sizeof(Segment) * count_), status_at = work_.add(sizeof(Status));
-    const int64_t counters_at = work_.add(sizeof(Counter) * 2 * kBins * together_),
-                  samples_at = work_.add(sizeof(Key) * samples);
-    const int64_t keys_at = work_.add(sizeof(Key) * listed), places_at = work_.add(sizeof(uint64_t) * listed);
-    work_.allocate(like);
-    bits_ = plan.upload(work_, layout, stream);
-    segments_ = work_.at<Segment>(segments_at), status_ = work_.at<Status>(status_at);
-    counters_ = work_.at<Counter>(counters_at), samples_ = work_.at<Key>(samples_at);
-    lists_ = {work_.at<Key>(keys_at), work_.at<uint64_t>(places_at)};
-    upload(segments_, segments, stream);
-    upload(status_, {Status{~0ull, 0}}, stream);
-    DEFTX_CUDA_CHECK(cudaMemsetAsync(counters_, 0, sizeof(Counter) * 2 * kBins * together_, stream));
-  }
-
-  const Bits& bits() const { return bits_; }
-
-  void run() {
-    if (most_samples_ > 0) for_each_batch([&](int first, int count) { sample(first, count); });
-    stream_kernel<Key, kBase, false><<<grid_of(stream_kernel<Key, kBase, false>, bits_), kThreads, 0, stream_>>>(
-        bits_, segments_, lists_, nullptr, infinity_, status_);
-    DEFTX_LAUNCH_CHECK();
-    if (most_samples_ > 0) for_each_batch([&](int first, int count) { narrow(first, count); });
-  }
-
-  void rows() {
-    DEFTX_CUDA_CHECK(cudaMemsetAsync(bits_.words, 0, sizeof(uint32_t) * kWords * bits_.tiles, stream_));
-    const int64_t blocks = std::min(bits_.rows, resident_blocks(rows_kernel<Key, kBase>, kThreads));
-    if (blocks > 0) {
-      rows_kernel<Key, kBase><<<static_cast<unsigned>(blocks), kThreads, 0, stream_>>>(bits_, infinity_, status_);
-      DEFTX_LAUNCH_CHECK();
-    }
-    count_kernel<<<grid_of(count_kernel, bits_), kThreads, 0, stream_>>>(bits_);
-    DEFTX_LAUNCH_CHECK();
-  }
-
-  // Waits for all that was launched.
-  Status status() const {
-    Status status{};
-    DEFTX_CUDA_CHECK(cudaMemcpyAsync(&status, status_, sizeof status, cudaMemcpyDeviceToHost, stream_));
-    DEFTX_CUDA_CHECK(cudaStreamSynchronize(stream_));
-    return status;
-  }
-
-  void again(unsigned redo) {
-    const bool missed = redo & kMissed;
-    restart_kernel<Key>
-        <<<static_cast<unsigned>(divided(count_, kThreads)), kThreads, 0, stream_>>>(segments_, count_, missed);
-    DEFTX_LAUNCH_CHECK();
-    const int64_t blocks =
-        std::min(resident_blocks(count_all_kernel<Key, kBase>, kThreads), divided(bits_.tiles, kWarps));
-    for_each_batch([&](int first, int count) {
-      for (int high = missed ? KeyOf<Key>::kBits : 0; high > 0; high -= kDigit) {
-        count_all_kernel<Key, kBase>
-            <<<static_cast<unsigned>(blocks), kThreads, 0, stream_>>>(bits_, segments_, first, count, counters_);
-        DEFTX_LAUNCH_CHECK();
-        pick_kernel<<<static_cast<unsigned>(count), kThreads, 0, stream_>>>(segments_ + first, counters_);
-        DEFTX_LAUNCH_CHECK();
-      }
-    });
-    mask_by_threshold<Key, kBase>(bits_, segments_, like_, stream_);
-  }
-
- private:
-  // Calls work(first, count) for the segments, as many at a time as there are counters for.
-  template <typename Work>
-  void for_each_batch(const Work& work) {
-    for (int first = 0; first < count_; first += together_) work(first, std::min(together_, count_ - first));
-  }
-
-  // Blocks for each segment, when the largest has `most` elements to look at, `each` a block.
-  int blocks_each(int64_t most, int64_t each) const {
-    const int64_t blocks =
-        std::clamp<int64_t>(64 * int64_t{together_}, 512, 8192) / together_;  // few flushes, or even work
-    return static_cast<int>(std::max<int64_t>(1, std::min(blocks, divided(most, each))));
-  }
-
-  void sample(int first, int count) {
-    const int each = blocks_each(most_samples_, 2048);
-    for (int round = 0; round < KeyOf<Key>::kRounds; ++round) {
-      sample_kernel<Key, kBase><<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(
-          bits_, segments_ + first, samples_, counters_, each, round);
-      DEFTX_LAUNCH_CHECK();
-    }
-  }
-
-  void narrow(int first, int count) {
-    Segment* const segments = segments_ + first;
-    const int each = blocks_each(most_listed_, 4096);
-    int place_bits = 0;
-    while (most_tiles_ * kTile - 1 >> place_bits) ++place_bits;
-    const int64_t rounds = divided(KeyOf<Key>::kBits, kDigit) + divided(place_bits, kDigit);
-    for (int round = 0; round < rounds; ++round) {
-      narrow_kernel<Key><<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(segments, lists_, counters_,
-                                                                                        each, round, status_);
-      DEFTX_LAUNCH_CHECK();
-    }
-    apply_kernel<Key><<<static_cast<unsigned>(each * count), kThreads, 0, stream_>>>(bits_, segments, lists_, each);
-    DEFTX_LAUNCH_CHECK();
-  }
-
-  Tensor like_;
-  cudaStream_t stream_;
-  WordOf<Key> infinity_;
-  int count_ = 0, together_ = 0;  // segments, and how many of them have counters at a time
-  int64_t most_samples_ = 0, most_listed_ = 0, most_tiles_ = 0;
-  Workspace work_;
-  Bits bits_{};
-  Segment* segments_ = nullptr;
-  Status* status_ = nullptr;
-  Counter* counters_ = nullptr;
-  Key* samples_ = nullptr;
-  Lists<Key> lists_{};
-};
 
 // int64 [2] on the CPU, filled by LibTorch.
 Tensor cpu_pair(int64_t first, int64_t second) {
@@ -484,25 +222,28 @@ std::tuple<Tensor, Tensor> threshold_mask(std::vector<Tensor> scores, int64_t th
   const Keys keys = keys_of_one_dtype(layout, scores, "threshold_mask");
   check_ties(ties, scores);
   check_threshold(threshold, keys.bytes);
-  std::vector<Segment> segments(scores.size());
-  for (size_t i = 0; i < segments.size(); ++i) {
+  std::vector<SegmentPlan> plans(scores.size());
+  std::vector<SegmentState> states(scores.size());
+  for (size_t i = 0; i < states.size(); ++i) {
     layout.items[i].segment = static_cast<int32_t>(i);
-    segments[i] = {};
-    segments[i].first_tile = layout.items[i].first_tile;
-    segments[i].from = static_cast<uint64_t>(threshold);
-    segments[i].above = segments[i].from + 1;
-    segments[i].quota = ties[i];
+    plans[i].first_tile = layout.items[i].first_tile;
+    states[i].from = static_cast<uint64_t>(threshold);
+    states[i].above = states[i].from + 1;
+    states[i].quota = ties[i];
   }
   const DeviceGuard guard(scores[0].get_device_index());
   const cudaStream_t stream = current_stream(scores[0]);
   Workspace work;
   const BitsPlan plan(work, layout);
-  const int64_t segments_at = work.add(sizeof(Segment) * segments.size());
+  const int64_t plans_at = work.add(sizeof(SegmentPlan) * plans.size()),
+                states_at = work.add(sizeof(SegmentState) * states.size());
   work.allocate(scores[0]);
   const Bits bits = plan.upload(work, layout, stream);
-  upload(work.at<Segment>(segments_at), segments, stream);
+  upload(work.at<SegmentPlan>(plans_at), plans, stream);
+  upload(work.at<SegmentState>(states_at), states, stream);
   with_key(keys.bytes, false, [&](auto key, auto) {
-    mask_by_threshold<decltype(key), false>(bits, work.at<Segment>(segments_at), scores[0], stream);
+    mask_by_threshold<decltype(key), false>(bits, work.at<SegmentPlan>(plans_at), work.at<SegmentState>(states_at),
+                                            scores[0], stream);
   });
   const CsrOut out = emit_counted(bits, layout, scores[0], stream);
   return {out.crow, out.col};

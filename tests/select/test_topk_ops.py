@@ -1,7 +1,4 @@
-"""topk_mask, magnitude_histogram, threshold_mask, dense_to_csr against NumPy, the same tests for every implementation.
-
-The oracle sorts: by -|x|, then by position. It knows nothing of bits, brackets or tiles.
-"""
+"""topk_mask, magnitude_histogram, threshold_mask, dense_to_csr against NumPy, in every implementation."""
 
 import numpy as np
 import pytest
@@ -10,127 +7,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deftx_kernels.ops.schemas import SCOPES
-from tests.operators import FLOATS, MANY, SHAPES, csr_of, explore, matrix_shape, with_threads
+from tests.operators import FLOATS, MANY, SHAPES, explore, matrix_shape, with_threads
+from tests.select.topk_problem import (
+    KINDS,
+    TILE,
+    check_csr,
+    check_random,
+    check_topk,
+    counts,
+    kernels_of,
+    own_ops,
+    tensor,
+    tensors,
+)
 
 OPS = ("topk_mask", "magnitude_histogram", "threshold_mask", "dense_to_csr")
 
 MIXTURES = [[d] for d in FLOATS] + [[torch.float32, torch.bfloat16], [torch.bfloat16, torch.float16], FLOATS]
-TILE = 4096  # elements of the CUDA kernels' unit of work; also the size up to which a tensor is its own sample
 INTEGER = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 @pytest.fixture
 def run(implementation):
-    """run.topk_mask(...): the implementation's op, or a skip where it has none of its own."""
-
-    class Ops:
-        device = implementation.device
-
-        def __getattr__(self, op):
-            if not implementation.can_run(op):
-                pytest.skip(f"{implementation.name} has no {op} of its own")
-            return getattr(implementation.ops, op)
-
-    return Ops()
-
-
-# ---- data ----
-
-
-VALUES = {
-    "normal": lambda n, rng: rng.standard_normal(n),
-    "few": lambda n, rng: (rng.standard_normal(n) * 2).round(),  # distinct magnitudes, both signs
-    "equal": lambda n, rng: rng.choice([-1.5, 1.5], n),
-    "zero": lambda n, rng: rng.choice([-0.0, 0.0], n),
-    # of float16, bfloat16 and float32: multiples of the smallest one
-    "subnormal": lambda n, rng: rng.integers(-9, 10, n) * float(rng.choice([2.0**-24, 2.0**-133, 2.0**-149])),
-    "wide": lambda n, rng: np.exp2(rng.uniform(-14, 15, n)) * rng.choice([-1, 1], n),  # many exponents
-}
-KINDS = ["normal", "normal", "few", "equal", "zero", "subnormal", "wide"]
-
-
-def tensor(shape, dtype, kind, rng, device="cpu", aligned=True) -> Tensor:
-    n = int(np.prod(shape))
-    flat = torch.zeros(n + (not aligned), dtype=dtype, device=device)[not aligned :]
-    flat.copy_(torch.from_numpy(VALUES[kind](n, rng)))
-    return flat.view(shape)
-
-
-def tensors(shapes, dtypes, kind, rng, device="cpu", aligned=True) -> list[Tensor]:
-    return [tensor(s, dtypes[i % len(dtypes)], kind, rng, device, aligned) for i, s in enumerate(shapes)]
-
-
-def double(t: Tensor) -> np.ndarray:
-    return t.detach().cpu().to(torch.float64).numpy().reshape(-1)
-
-
-# ---- the oracle ----
-
-
-def magnitudes(scores, base) -> list[np.ndarray]:
-    if not base:
-        return [np.abs(double(s)) for s in scores]
-    real = np.float64 if any(t.dtype == torch.float64 for t in [*scores, *base]) else np.float32
-    with np.errstate(all="ignore"):
-        return [
-            np.abs(double(s).astype(real) - double(b).astype(real)).astype(np.float64) for s, b in zip(scores, base)
-        ]
-
-
-def largest(x: np.ndarray, k: int) -> np.ndarray:
-    """bool like x."""
-    chosen = np.zeros(x.shape, bool)
-    chosen[np.lexsort((np.arange(len(x)), -x))[:k]] = True
-    return chosen
-
-
-def selected(scores, base, k, scope) -> list[np.ndarray]:
-    """bool [rows, columns] for each tensor."""
-    flat = magnitudes(scores, base)
-    shapes = [matrix_shape(s.shape) for s in scores]
-    if scope == "global":
-        ends = np.cumsum([len(x) for x in flat])[:-1]
-        return [m.reshape(s) for m, s in zip(np.split(largest(np.concatenate(flat), k[0]), ends), shapes)]
-    if scope == "tensor":
-        return [largest(x, n).reshape(s) for x, n, s in zip(flat, k, shapes)]
-    return [
-        np.array([largest(row, n) for row in x.reshape(s)], bool).reshape(s) if s[0] else np.zeros(s, bool)
-        for x, n, s in zip(flat, k, shapes)
-    ]
-
-
-def check_csr(crow, col, masks, device):
-    wide = any(m.shape[1] > 65_536 for m in masks)
-    assert crow.dtype == torch.int64
-    assert col.dtype == (torch.int32 if wide else torch.uint16)
-    assert crow.device.type == col.device.type == device
-    for found, expected in zip((crow, col), csr_of(masks)):
-        np.testing.assert_array_equal(found.cpu().numpy(), expected)
-
-
-def check_topk(run, scores, base, k, scope):
-    crow, col, bad = run.topk_mask(scores, base, k, SCOPES[scope])
-    assert (bad.device.type, bad.dtype, bad.tolist()) == ("cpu", torch.int64, [-1, -1])
-    check_csr(crow, col, selected(scores, base, k, scope), scores[0].device.type)
-
-
-def check_random(run, shapes, dtypes, scope, share, kind="normal", base_dtypes=(), aligned=True, seed=1):
-    """Random tensors; base_dtypes: also differences from tensors of these dtypes."""
-    rng = np.random.default_rng(seed)
-    scores = tensors(shapes, dtypes, kind, rng, run.device, aligned)
-    base = tensors(shapes, base_dtypes, kind, rng, run.device, aligned) if base_dtypes else []
-    check_topk(run, scores, base, counts(shapes, scope, share, rng), scope)
-
-
-def counts(shapes, scope, share, rng) -> list[int]:
-    """A k for each, of which the share is wanted; None: any."""
-    matrices = [matrix_shape(s) for s in shapes]
-    sizes = {
-        "global": [sum(r * c for r, c in matrices)],
-        "tensor": [r * c for r, c in matrices],
-        "row": [c for _, c in matrices],
-    }
-    return [round(share * n) if share is not None else int(rng.integers(0, n + 1)) for n in sizes[scope]]
+    return own_ops(implementation)
 
 
 # ---- topk_mask ----
@@ -215,11 +114,8 @@ def test_topk_heavy_ties(implementation, run, request, distinct, dtype, share):
     scores = [
         torch.from_numpy(p.reshape(s)).to(dtype).to(implementation.device) for p, s in zip(np.split(x, ends), shapes)
     ]
-    check_topk(run, scores, [], [round(n * share)], "global")
-    if implementation.name == "emulated":
-        restarted = any("restart_kernel" in launch.name for launch in request.getfixturevalue("emulated").launches)
-        assert restarted or distinct == 200
-        request.getfixturevalue("emulated").clear()
+    kernels = kernels_of(implementation, lambda: check_topk(run, scores, [], [round(n * share)], "global"))
+    assert kernels is None or "restart_kernel" in kernels or distinct == 200
     if dtype == torch.float32:
         sizes = [int(np.prod(s)) for s in shapes]
         check_topk(run, scores, [torch.zeros_like(s) for s in scores], [round(m * share) for m in sizes], "tensor")
@@ -227,7 +123,7 @@ def test_topk_heavy_ties(implementation, run, request, distinct, dtype, share):
 
 @pytest.mark.usefixtures("no_racecheck")
 @every_scope
-def test_topk_when_the_sample_misleads(implementation, run, request, scope):
+def test_topk_when_the_sample_misleads(implementation, run, scope):
     """The scores that the CUDA kernel samples are all smaller than the others: its bracket holds none of what it
     should. With scope "tensor" they are in the second batch of tensors that share counters."""
     n, samples = 1 << 16, 4096
@@ -241,10 +137,9 @@ def test_topk_when_the_sample_misleads(implementation, run, request, scope):
     scores = [torch.from_numpy(x).to(torch.float32).to(implementation.device)]
     small = tensors([(2,)] * 299, [torch.float32], "normal", np.random.default_rng(7), implementation.device)
     before = small if scope == "tensor" else []
-    check_topk(run, before + scores, [], [1] * len(before) + [n // 2], scope)
-    if implementation.name == "emulated" and scope != "row":
-        assert any("count_all_kernel" in launch.name for launch in request.getfixturevalue("emulated").launches)
-        request.getfixturevalue("emulated").clear()
+    k = [1] * len(before) + [n // 2]
+    kernels = kernels_of(implementation, lambda: check_topk(run, before + scores, [], k, scope))
+    assert kernels is None or scope == "row" or "count_all_kernel" in kernels
 
 
 @pytest.mark.usefixtures("no_racecheck")
