@@ -4,9 +4,9 @@ A kernel is issue-bound, whatever its traffic, if a warp executes more instructi
 Both are counted along the *main path* of the kernel's main loop: among the ways through the loop with the most of its
 widest accesses to global memory, the one with the fewest instructions (other paths: tails, rare cases). The main loop
 is the one with the most instructions outside inner loops, if a loop runs four times for one run of what is around it,
-or with most of those of tensor cores. Where that is all of the kernel, it counts from its entry to its exit. Inner
-loops on the way count one iteration. Bytes are those that lanes access: gathered ones cost a sector of 32 each, and
-what the cache holds costs nothing, so that the share of the bandwidth is one of streaming kernels.
+or with most of those of tensor cores (STREAMING: see there). Where that is all of the kernel, it counts from its entry
+to its exit. Inner loops on the way count one iteration. Bytes are those that lanes access: gathered ones cost a sector
+of 32 each, and what the cache holds costs nothing, so that the share of the bandwidth is one of streaming kernels.
 """
 
 import re
@@ -21,6 +21,9 @@ BANDWIDTH = 4.3e12
 ISSUE = 132 * 4 * 1.755e9
 # By architecture: registers, shared memory (bytes), warps and blocks of a multiprocessor.
 MULTIPROCESSOR = {80: (65536, 164 << 10, 64, 32), 90: (65536, 228 << 10, 64, 32), 100: (65536, 228 << 10, 64, 32)}
+# Kernels that stream through memory: their main loop is the one with the most bytes of its widest accesses, outside
+# inner loops, which take rare cases.
+STREAMING = ("stream_kernel", "threshold_kernel", "count_all_kernel", "trim_kernel", "histogram_kernel")
 RESERVED_SHARED = 1024  # bytes of each block that the driver takes
 
 
@@ -204,7 +207,7 @@ def count(block: list[Instruction], widest: int) -> Count:
     )
 
 
-def analyse(code: list[Instruction], threads: int) -> MachineCode:
+def analyse(code: list[Instruction], threads: int, streaming: bool = False) -> MachineCode:
     flow = ControlFlow(code)
     whole = frozenset(flow.blocks)
     regions = [(flow.entry, whole, {at for at, block in flow.blocks.items() if block[-1].name in ("EXIT", "BRA")})]
@@ -221,6 +224,9 @@ def analyse(code: list[Instruction], threads: int) -> MachineCode:
         main = max((best for best, _ in paths), key=lambda c: c.rank)
         runs = 4 ** sum(blocks <= loop.blocks for loop in flow.loops)
         weight = runs * sum(i.tensor_core for i in own), runs * len(own)
+        if streaming:
+            widest = max(i.bytes for i in own)
+            weight = (len(blocks) < len(whole)) * sum(i.bytes for i in own if i.bytes == widest), len(own)
         longest = max(longest.instructions for _, longest in paths)
         found.append((weight, len(blocks) < len(whole), main, longest))
     _, loop, main, longest = max(found, key=lambda f: f[0])
@@ -253,5 +259,6 @@ def read(cubin: Path) -> dict[str, MachineCode]:
     for name, body in zip(parts[::2], parts[1::2]):
         code = [Instruction(int(a, 16), bool(p), o, x.strip()) for a, p, o, x in _LINE.findall(body)]
         code = [i for i in code if i.name != "NOP"]
-        kernels[name] = analyse(code, threads.get(name, 1024))
+        streaming = any(f"{len(kernel)}{kernel}" in name for kernel in STREAMING)
+        kernels[name] = analyse(code, threads.get(name, 1024), streaming)
     return kernels

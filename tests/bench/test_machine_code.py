@@ -40,7 +40,8 @@ def code(text):
 
 
 def test_the_main_path():
-    found = machine_code.analyse(code(CODE), 128)
+    assert machine_code.analyse(code(CODE), 128).main.wide == 2  # by instructions, the inner loop
+    found = machine_code.analyse(code(CODE), 128, streaming=True)
     assert (found.loop, found.threads, found.instructions) == (True, 128, 21)
     # Two loads of 16 bytes, not the rare case; one iteration of the inner loop.
     assert found.main == Count(wide=32, bytes=38, instructions=8, shared=0, barriers=0)
