@@ -1,6 +1,7 @@
 """Several processes of a gloo group, for tests."""
 
 import gc
+import importlib
 import os
 import socket
 import sys
@@ -12,20 +13,22 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(functions: Sequence[Callable[[int], None]], world: int) -> None:
-    """Call each function, of a test file, with the rank in `world` processes of one group."""
+def run_ranks(functions: Sequence[Callable[[int], None]], world: int, imports: Sequence[str] = ()) -> None:
+    """Call each function, of a test file, with the rank in `world` processes of one group. `imports`: modules that take
+    long to import, which is done once for all processes.
+    """
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_fork, args=(port, functions, world))
+    mp.spawn(_fork, args=(port, functions, world, imports))
 
 
-def _fork(_, port, functions, world):
+def _fork(_, port, functions, world, imports):
     """In a fresh process of one thread, whose imports its forks share."""
-    from torch.distributed import tensor  # noqa: F401
-
+    for name in ("torch.distributed.tensor", *imports):
+        importlib.import_module(name)
     torch.set_num_threads(1)
     mp.start_processes(_process, args=(port, functions, world), nprocs=world, start_method="fork")
 

@@ -102,7 +102,7 @@ class Masked(nn.Module):
             if is_traceable_wrapper_subclass(self._parameters.get(attr)):
                 raise RuntimeError(
                     f"{entry.name!r} is sharded (FSDP2), and its shards do not hold the values: to save a state, shard "
-                    "a plain model, and train it with SparseAdamW and `distributed.local_mask`"
+                    "the plain model, and train it with SparseAdamW and the mask, without sparsify"
                 )
             self._masked(attr)  # synchronises
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -296,7 +296,8 @@ def sparsify(
     Raises:
         ValueError: the model is sparsified already, lacks a tensor of the mask, has it in another shape or on another
             device, or in a module that cannot be masked (a script module, an embedding with `max_norm`).
-        TypeError: a tensor of the mask is not floating point. After any error the model is unchanged.
+        TypeError: a tensor of the mask is not floating point, or is a DTensor: a model that is sharded with FSDP2 is
+            trained with SparseAdamW and the mask instead. After any error the model is unchanged.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -308,6 +309,11 @@ def sparsify(
     if any(isinstance(m, Masked) for m in model.modules()):
         raise ValueError("model is sparsified already: densify(model) first")
     named = {plain_name(n): p for n, p in model.named_parameters()}
+    if sharded := [n for n in mask.names if type(named.get(n)).__name__ == "DTensor"]:
+        raise TypeError(
+            f"model[{sharded[0]!r}] is a DTensor: train a sharded model (FSDP2) with SparseAdamW and the mask, without "
+            "sparsify"
+        )
     tensors = dict(zip(mask.names, mask.checked_tensors(named, "model")))
     _check_trainable(tensors)
     name_of = {id(t): n for n, t in tensors.items()}

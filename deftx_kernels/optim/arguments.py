@@ -1,13 +1,21 @@
 """Checks of the arguments of an optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deftx_kernels.mask import CSRMask
-from deftx_kernels.validation import check_hyperparameters, check_int, dense_name, plain_name
+from deftx_kernels.shards import check_placement, check_rows, check_same, is_dtensor
+from deftx_kernels.validation import (
+    check_float,
+    check_hyperparameters,
+    check_int,
+    check_plain,
+    dense_name,
+    plain_name,
+)
 
 
 def check_options(group: Mapping[str, Any]) -> None:
@@ -30,6 +38,72 @@ def trainable(named_params: Any) -> list[tuple[str, Tensor]]:
         ):
             raise TypeError("named_params must be (name, parameter) pairs, such as model.named_parameters()")
     return [(name, param) for name, param in pairs if param.requires_grad]
+
+
+def as_lists(named_params: Any) -> Any:
+    """The argument with lists in place of generators, to be read more than once."""
+    if isinstance(named_params, Tensor | Mapping | str) or not isinstance(named_params, Iterable):
+        return named_params
+    given = list(named_params)
+    return [{**g, "params": as_lists(g["params"])} if isinstance(g, dict) and "params" in g else g for g in given]
+
+
+def tensors_in(named_params: Any) -> list[Tensor]:
+    """The tensors in (name, parameter) pairs and groups of them; anything else is left out."""
+    found = []
+    for item in named_params if isinstance(named_params, list) else ():
+        if isinstance(item, dict):
+            found += tensors_in(item.get("params"))
+        elif isinstance(item, tuple):
+            found += [part for part in item if isinstance(part, Tensor)]
+    return found
+
+
+def check_ranks_agree(content: Any, meshes: Iterable[Any]) -> None:
+    """ValueError, on all ranks of the meshes, unless they have the same parameter groups, or the same fingerprint."""
+    if isinstance(content, list):
+        content = [(g["param_names"], [[*p.shape] for p in g["params"]], g["mask_fingerprints"]) for g in content]
+    message = (
+        "the mask and the parameters must be the same on all ranks, those of rank 0 differ from those of ranks "
+        "{ranks}: select the mask from common scores (distributed.topk_mask), or distributed.broadcast_mask"
+    )
+    check_same(content, message, meshes)
+
+
+_DTENSORS = (
+    "is a DTensor, of which masked entries can be trained, without track_changes. torch.optim.AdamW trains every "
+    "entry; distributed.diff_patch finds what has changed"
+)
+
+
+def check_stepped_whole(name: str, param: Tensor) -> None:
+    """TypeError unless the kernel can step every entry of a parameter."""
+    if is_dtensor(param):
+        raise TypeError(f"named_params[{name!r}] {_DTENSORS}")
+    check_float(param, f"named_params[{name!r}]")
+
+
+def check_masked(name: str, param: Tensor, shapes: Mapping[str, torch.Size], track_changes: bool) -> bool:
+    """Whether a mask over tensors of these names and shapes covers a parameter. An error if it does not fit."""
+    if name not in shapes:
+        if is_dtensor(param) and (dense := dense_name(name)) != name and dense in shapes:
+            raise ValueError(
+                f"{name!r} has the values of a model that was sharded (FSDP2) after sparsify: shard the plain model "
+                "instead, and give its parameters and the mask to SparseAdamW"
+            )
+        if is_dtensor(param):
+            check_placement(name, param)
+        return False
+    if not is_dtensor(param):
+        check_plain(param, f"named_params[{name!r}]")
+    if param.shape != (shape := shapes[name]):
+        raise ValueError(f"{name!r} has shape {list(param.shape)}, the mask was made for {list(shape)}")
+    if is_dtensor(param):
+        if track_changes:
+            raise TypeError(f"named_params[{name!r}] {_DTENSORS}")
+        check_placement(name, param)
+        check_rows(name, param)
+    return True
 
 
 def check_same_mask(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
@@ -57,6 +131,12 @@ def check_same_mask(saved_groups: list[dict[str, Any]], groups: list[dict[str, A
         raise ValueError(
             f"the state was saved with another mask than this optimizer's: {'; '.join(differences[:3])}{more}"
         )
+
+
+def check_covered(mask: CSRMask, names: Iterable[str]) -> None:
+    missing = {name for name, row in mask.summary().items() if row["nnz"]}.difference(names)
+    if missing:
+        raise ValueError(f"mask covers {min(missing)!r}, which is not among the trainable named_params")
 
 
 def _describe_difference(saved: str, current: str) -> str:

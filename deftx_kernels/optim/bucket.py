@@ -12,10 +12,12 @@ from deftx_kernels.nn import entries_of, write_copies
 from deftx_kernels.ops.schemas import compute_dtype
 from deftx_kernels.optim.full import FullMask
 from deftx_kernels.optim.functional import CompactState, StepOptions, apply_step, check_targets
+from deftx_kernels.shards import is_dtensor, local_gradient, local_part, local_tensor, mesh_of_rows
 from deftx_kernels.validation import scalar
 
 # Name in the mask → (dense tensor, parameter), of parameters that a mask covers. The parameter is the dense tensor
-# itself or the compact values [nnz] of a sparsified model.
+# itself or the compact values [nnz] of a sparsified model. A DTensor is a dense tensor, of which a bucket steps this
+# rank's part.
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -25,8 +27,9 @@ class Bucket:
     Args:
         group: the parameter group, whose options are read at each step.
         optimizer_state: of all parameters. It is copied into the bucket's buffers and replaced by views of them.
-        pairs: the parameters, all dense or all compact.
-        mask, decay_to: of the whole optimizer.
+        pairs: the parameters, all dense or all compact; all divided by rows over one mesh, or none.
+        mask: of the whole tensors of the whole optimizer.
+        decay_to: name → compact tensor of this rank's entries.
         track_changes: mark the entries whose stored bits the steps change.
     """
 
@@ -49,12 +52,19 @@ class Bucket:
                     f"named_params[{name!r}] is on meta: the model needs its weights before the first step"
                 )
         self.is_compact = self.params[0] is not self.dense[0]
+        self.mesh = mesh_of_rows(self.params[0])
+        self.has_dtensors = any(map(is_dtensor, self.params))
         self.device, dtype = self.dense[0].device, self.dense[0].dtype
         # The launches of a step use different random numbers: the seed's upper half is the index of the first tensor.
         self.seed_offset = mask.names.index(self.names[0]) << 32
+        if self.mesh is not None:  # and those of the ranks differ, where each has its own rows
+            self.seed_offset += self.mesh.get_local_rank() << 48
         if len(self.names) < len(mask):
             mask = mask[self.names[0]] if len(self.names) == 1 else mask.restrict(self.names)
+        if self.mesh is not None:
+            mask = CSRMask.joined([local_part(mask[n], t) for n, t in zip(self.names, self.dense)])
         self.mask = mask.to(self.device)
+        self._find_local_tensors()
         compute = compute_dtype(dtype)
         moments = compute if compute == torch.float64 else group["state_dtype"] or compute
         has_master = not self.is_compact and group["master"] and dtype in (torch.float16, torch.bfloat16)
@@ -98,6 +108,11 @@ class Bucket:
             self.views.append((state, key, view))
         return flat
 
+    def _find_local_tensors(self) -> None:
+        """FSDP2 may replace the local tensors of its parameters between steps."""
+        if self.has_dtensors:
+            self.dense = [local_tensor(p) for p in self.params]
+
     def needs_rebuild(self) -> bool:
         """Whether other code has replaced or removed tensors of the optimizer's state, or densified the model."""
         if not all(map(is_, map(self.optimizer_state.get, self.params), self.states)):
@@ -126,7 +141,7 @@ class Bucket:
 
     def square_sums(self) -> list[Tensor]:
         """float64, each [any number]: sums of squares of masked gradients, which add up to that of all."""
-        grads = {name: p.grad for name, p in zip(self.names, self.params) if p.grad is not None}
+        grads = {n: grad for n, grad in zip(self.names, map(local_gradient, self.params)) if grad is not None}
         if not grads:
             return []
         if self.is_compact:
@@ -138,11 +153,12 @@ class Bucket:
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """One step of all parameters; nothing if they have no gradients."""
-        grads: Any = {name: p.grad for name, p in zip(self.names, self.params)}
+        grads: Any = dict(zip(self.names, map(local_gradient, self.params)))
         if grads[self.names[0]] is None:
             return
         if self.is_compact:
             grads = torch.cat(list(grads.values()))
+        self._find_local_tensors()
         self._check_storage()
         options = StepOptions(**{key: self.group[key] for key in StepOptions._fields})
         # A schedule may end at a rounding error below 0: the sign is checked where a group is added, not here.

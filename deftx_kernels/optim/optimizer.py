@@ -9,17 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import entries_of
-from deftx_kernels.optim.arguments import check_options, check_same_mask, name_in_mask, trainable
+from deftx_kernels.optim.arguments import (
+    as_lists,
+    check_covered,
+    check_masked,
+    check_options,
+    check_ranks_agree,
+    check_same_mask,
+    check_stepped_whole,
+    name_in_mask,
+    tensors_in,
+    trainable,
+)
 from deftx_kernels.optim.bucket import Bucket, Pairs
+from deftx_kernels.optim.dense import step_dense, total_norm
 from deftx_kernels.optim.full import FullMask
 from deftx_kernels.optim.tracking import ChangeTracker
-from deftx_kernels.validation import check_float, check_plain, is_number
+from deftx_kernels.optim.whole_state import Masked, change_entries, local_state, whole_state
+from deftx_kernels.shards import errors_on_all_ranks, local_entries, mesh_of_rows, meshes_of
+from deftx_kernels.validation import is_number
 
 
 class SparseAdamW(Optimizer):
@@ -32,6 +44,11 @@ class SparseAdamW(Optimizer):
     Gradients may be dense (`param.grad`) or compact. LR schedulers, `torch.amp.GradScaler`, closures, CUDA graphs (with
     `lr` as a tensor on the device) and compiled models are supported. `torch.nn.utils.clip_grad_norm_` counts every
     entry of a dense gradient, also those outside the mask; the method `clip_grad_norm_` counts what is trained.
+
+    Of parameters that FSDP2 has sharded by rows (DTensors placed `Shard(0)`, or `Replicate()`, on a 1-D mesh), each
+    rank steps its rows and keeps their compact state. The mask is that of the whole tensors. All ranks make the
+    optimizer, with the same mask, and call `clip_grad_norm_`, `state_dict`, `load_state_dict` and `update_mask`
+    together; `track_changes` and mask None are not supported.
 
     Args:
         named_params: `model.named_parameters()`, or parameter groups whose "params" are (name, parameter) pairs.
@@ -56,7 +73,8 @@ class SparseAdamW(Optimizer):
 
     Raises:
         ValueError, TypeError: parameters without names, a value out of range, a mask that does not fit the parameters,
-            or that covers a tensor which is not among them.
+            or that covers a tensor which is not among them. With DTensors, a ValueError on every rank, also if the
+            ranks' masks or parameters differ.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -95,22 +113,29 @@ class SparseAdamW(Optimizer):
         seed: int = 0,
         track_changes: bool = False,
     ) -> None:
-        if mask is not None and not isinstance(mask, CSRMask):
-            raise TypeError(f"mask must be a CSRMask or None, got {type(mask).__name__}")
-        self.mask, self._decay_to = mask, None
-        if decay_to is not None:
-            if mask is None:
-                raise ValueError("decay_to needs a mask: without one, every entry decays to 0")
-            mask.check_compact(decay_to, "decay_to")
-            self._decay_to = mask.split(decay_to.detach())
-        self._tracker = ChangeTracker() if track_changes else None
-        self.param_groups = []
-        self._reset_buckets()
         defaults: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, l1=l1)
         defaults |= dict(maximize=maximize, master=master, state_dtype=state_dtype)
         defaults |= dict(stochastic_rounding=stochastic_rounding, seed=seed)
-        super().__init__(named_params, defaults)
-        self._divide_parameters()
+        named_params = as_lists(named_params)
+        meshes = meshes_of(tensors_in(named_params))
+        with errors_on_all_ranks(meshes):
+            if mask is not None and not isinstance(mask, CSRMask):
+                raise TypeError(f"mask must be a CSRMask or None, got {type(mask).__name__}")
+            self.mask, self._decay_to = mask, None
+            if decay_to is not None:
+                if mask is None:
+                    raise ValueError("decay_to needs a mask: without one, every entry decays to 0")
+                mask.check_compact(decay_to, "decay_to")
+                self._decay_to = mask.split(decay_to.detach())
+            self._tracker = ChangeTracker() if track_changes else None
+            self.param_groups = []
+            self._reset_buckets()
+            super().__init__(named_params, defaults)
+            self._divide_parameters()
+        check_ranks_agree(self.param_groups, meshes)
+        if meshes and (parts := self._decay_to) is not None:
+            for name, entries in ((m.names[0], local_entries(m, p)) for p, m in self._masked_params() if m is not None):
+                parts[name] = parts[name][entries].clone()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: a dict whose "params" are (name, parameter) pairs, with options of its own."""
@@ -129,7 +154,7 @@ class SparseAdamW(Optimizer):
                 raise ValueError(f"{name!r} was sparsified with another mask than this optimizer's")
         pairs, full_pairs = self._pairs(names, params)
         for name, (dense, _) in full_pairs.items():
-            check_float(dense, f"named_params[{name!r}]")
+            check_stepped_whole(name, dense)
         present = [group_pairs for both in self._pairs_by_group() for group_pairs in both]
         dense_tensors = {name: dense for group_pairs in present for name, (dense, _) in group_pairs.items()}
         for name, (dense, param) in (pairs | full_pairs).items():
@@ -146,6 +171,10 @@ class SparseAdamW(Optimizer):
         self._set_fingerprints(group, pairs)
         self._reset_buckets()
 
+    @property
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def _pairs_by_group(self) -> list[tuple[Pairs, Pairs]]:
         return [self._pairs(g["param_names"], g["params"]) for g in self.param_groups]
 
@@ -159,8 +188,7 @@ class SparseAdamW(Optimizer):
                     raise ValueError(f"two parameters are named {name!r}")
         return pairs, full_pairs
 
-    @staticmethod
-    def _covered_pairs(names: list[str], params: list[Tensor], mask: CSRMask) -> Pairs:
+    def _covered_pairs(self, names: list[str], params: list[Tensor], mask: CSRMask) -> Pairs:
         pairs: Pairs = {}
         entries = entries_of(params)
         shapes = dict(zip(mask.names, mask.shapes))
@@ -168,33 +196,30 @@ class SparseAdamW(Optimizer):
             dense = param
             if entry := entries.get(id(param)):
                 name, dense = entry.mask.names[0], entry.dense
-            elif name not in mask:
+            elif not check_masked(name, param, shapes, self._tracker is not None):
                 continue
-            else:
-                check_plain(param, f"named_params[{name!r}]")
-                if param.shape != (shape := shapes[name]):
-                    raise ValueError(f"{name!r} has shape {list(param.shape)}, the mask was made for {list(shape)}")
             if name in pairs and pairs[name][0] is not dense:
                 raise ValueError(f"two parameters are named {name!r}")
             pairs[name] = dense, param
         return pairs
 
     def _divide_parameters(self) -> tuple[dict[tuple, Pairs], dict[tuple, Pairs], list[list[Tensor]]]:
-        """The pairs of each bucket: of masked parameters, by (group, dtype, device, is dense), and of those of which
-        every entry is stepped. And each group's other parameters.
+        """The pairs of each bucket: of masked parameters, by (group, dtype, device, is dense, mesh of the rows), and of
+        those of which every entry is stepped. And each group's other parameters.
         """
         buckets: dict[tuple, Pairs] = {}
         full_buckets: dict[tuple, Pairs] = {}
         others = []
         for i, (pairs, full_pairs) in enumerate(self._pairs_by_group()):
             for name, (dense, param) in pairs.items():
-                buckets.setdefault((i, dense.dtype, dense.device, param is dense), {})[name] = dense, param
+                key = i, dense.dtype, dense.device, param is dense, mesh_of_rows(param)
+                buckets.setdefault(key, {})[name] = dense, param
             for name, (param, _) in full_pairs.items():
                 full_buckets.setdefault((i, param.dtype, param.device), {})[name] = param, param
             taken = {id(param) for _, param in (pairs | full_pairs).values()}
             others.append([p for p in self.param_groups[i]["params"] if id(p) not in taken])
         if self.mask is not None:
-            _check_covered(self.mask, chain.from_iterable(buckets.values()))
+            check_covered(self.mask, chain.from_iterable(buckets.values()))
         return buckets, full_buckets, others
 
     def _prepared_buckets(self) -> list[Bucket]:
@@ -251,7 +276,7 @@ class SparseAdamW(Optimizer):
         if self._tracker is not None:
             self._tracker.after_step(buckets)
         for group, params in zip(self.param_groups, self._dense_params):
-            self._step_dense(group, [p for p in params if p.grad is not None], grad_scale, found_inf)
+            step_dense(group, params, self.state, grad_scale, found_inf)
         self._clip_divisor = None
         return loss
 
@@ -263,32 +288,6 @@ class SparseAdamW(Optimizer):
             kept = set(map(id, self._buckets))
             self._tracker.divided += [bucket for bucket in before if id(bucket) not in kept]
         return self._buckets
-
-    def _step_dense(
-        self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        """Fused AdamW of parameters that the mask does not cover."""
-        batches: dict[tuple, list[Tensor]] = {}
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
-                for key in ("exp_avg", "exp_avg_sq"):
-                    self.state[p][key] = torch.zeros_like(p, memory_format=torch.contiguous_format)
-            elif self.state[p]["exp_avg"].dtype != p.dtype:  # loaded, of a run with track_changes
-                self.state[p] |= {key: self.state[p][key].to(p.dtype) for key in ("exp_avg", "exp_avg_sq")}
-            batches.setdefault((p.dtype, p.device), []).append(p)
-        beta1, beta2 = group["betas"]
-        options = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
-        options |= dict(beta1=beta1, beta2=beta2, grad_scale=grad_scale, found_inf=found_inf)
-        for batch in batches.values():
-            state = ([self.state[p][key] for p in batch] for key in ("exp_avg", "exp_avg_sq", "step"))
-            exp_avgs, exp_avg_sqs, steps = state
-            # torch's fused kernel on the CPU assumes contiguous tensors.
-            weights, grads = [p.contiguous() for p in batch], [p.grad.contiguous() for p in batch if p.grad is not None]
-            adamw(weights, grads, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, **options)
-            for p, weight in zip(batch, weights):
-                if weight is not p:
-                    p.copy_(weight)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
@@ -309,12 +308,7 @@ class SparseAdamW(Optimizer):
         if not (max_norm == math.inf or (is_number(max_norm) and max_norm >= 0)):
             raise ValueError(f"max_norm must be a number, at least 0, got {max_norm!r}")
         buckets = self._prepared_buckets()
-        squares = [s for bucket in buckets for s in bucket.square_sums()]
-        dense_grads = [p.grad for params in self._dense_params for p in params if p.grad is not None]
-        if dense_grads:
-            squares.append(get_total_norm(dense_grads).double().square().view(1))
-        device = buckets[0].device if buckets else squares[0].device if squares else torch.device("cpu")
-        total = torch.cat([s.to(device) for s in squares]).sum().sqrt() if squares else torch.zeros((), device=device)
+        total = total_norm(buckets, chain.from_iterable(self._dense_params), self._params)
         if error_if_nonfinite and not math.isfinite(float(total)):
             raise RuntimeError(f"the norm of the gradients is {float(total)}, so they cannot be clipped")
         total = total.float()
@@ -330,9 +324,34 @@ class SparseAdamW(Optimizer):
     # ---- state ----
     def _set_fingerprints(self, group: dict[str, Any], pairs: Pairs) -> None:
         """Store in the group, and so in a state dict, the number and fingerprint of each parameter's masked entries."""
-        names = {id(param): name for name, (_, param) in pairs.items()}
-        masks = [self.mask[names[id(p)]] if self.mask and id(p) in names else None for p in group["params"]]
+        masks = [mask for _, mask in self._with_masks(group, pairs)]
         group["mask_fingerprints"] = ["" if m is None else f"{m.nnz}:{m.fingerprint()[:32]}" for m in masks]
+
+    def _with_masks(self, group: dict[str, Any], pairs: Pairs) -> list[Masked]:
+        names = {id(param): name for name, (_, param) in pairs.items()}
+        return [(p, self.mask[names[id(p)]] if self.mask and id(p) in names else None) for p in group["params"]]
+
+    def _masked_params(self) -> list[Masked]:
+        """All parameters in the order of a state dict, each with its mask, of the whole tensor, or None."""
+        groups = zip(self.param_groups, self._pairs_by_group())
+        return [pair for group, (pairs, _) in groups for pair in self._with_masks(group, pairs)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`. Of sharded parameters (FSDP2), it has the whole compact tensors, on
+        every rank, and the other tensors as DTensors: all ranks call it. `torch.distributed.checkpoint` (with
+        `get_optimizer_state_dict`) saves it and loads it on any number of ranks.
+        """
+        if not meshes_of(self._params):
+            return super().state_dict()
+
+        def whole_state_hook(_, state_dict: dict[str, Any]) -> dict[str, Any]:  # runs first
+            return {**state_dict, "state": whole_state(state_dict["state"], dict(enumerate(self._masked_params())))}
+
+        hook = self.register_state_dict_post_hook(whole_state_hook, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; training resumes bit-identically. ValueError, before any change, for that of another mask.
@@ -341,15 +360,19 @@ class SparseAdamW(Optimizer):
         """
         loaded: dict[str, Any] = {}
 
-        def check_state_hook(_, adapted: dict[str, Any]) -> None:  # runs last: other hooks may have changed the state
-            check_same_mask(adapted["param_groups"], self.param_groups)
-            loaded.update(adapted)
+        masked = self._masked_params()
+
+        def check_state_hook(_, adapted: dict[str, Any]) -> dict[str, Any]:  # runs last, after hooks that change it
+            with errors_on_all_ranks(meshes_of(param for param, _ in masked)):
+                check_same_mask(adapted["param_groups"], self.param_groups)
+                saved_ids = chain.from_iterable(g["params"] for g in adapted["param_groups"])
+                loaded.update(adapted, state=local_state(adapted["state"], zip(saved_ids, masked)))
+            return dict(loaded)
 
         # Runs first after loading: torch has cast the state to the parameters' dtype, which rounds float32 moments.
         def restore_state_dtype_hook(_) -> None:
             saved_ids = chain.from_iterable(g["params"] for g in loaded["param_groups"])
-            params = chain.from_iterable(g["params"] for g in self.param_groups)
-            for saved_id, param in zip(saved_ids, params):
+            for saved_id, (param, _) in zip(saved_ids, masked):
                 for key, value in loaded["state"].get(saved_id, {}).items():
                     if isinstance(value, Tensor):
                         self.state[param][key] = value.detach().to(param.device, copy=True)
@@ -392,13 +415,27 @@ class SparseAdamW(Optimizer):
             ValueError: the mask covers other tensors, or a covered model is sparsified (densify it and sparsify it
                 again). Nothing has changed then.
         """
+        pairs_by_group = [pairs for pairs, _ in self._pairs_by_group()]
+        meshes = meshes_of(self._params)
+        with errors_on_all_ranks(meshes):
+            dense_tensors = self._check_new_mask(mask, pairs_by_group)
+        check_ranks_agree(mask.fingerprint(), meshes)
+        assert self.mask is not None
+        for name, tensor in dense_tensors.items():
+            change_entries(self.state[tensor], self._decay_to, tensor, self.mask[name], mask[name])
+        self._reset_buckets()  # while the marks have the old mask's order
+        self.mask = mask
+        for group, pairs in zip(self.param_groups, pairs_by_group):
+            self._set_fingerprints(group, pairs)
+
+    def _check_new_mask(self, mask: CSRMask, pairs_by_group: list[Pairs]) -> dict[str, Tensor]:
+        """Name → dense tensor of the covered parameters. Errors as `update_mask`."""
         if not isinstance(mask, CSRMask):
             raise TypeError(f"mask must be a CSRMask, got {type(mask).__name__}")
         if self.mask is None:
             raise ValueError("mask cannot be set: this optimizer was made without one and trains every entry")
         if (mask.names, mask.shapes) != (self.mask.names, self.mask.shapes):
             raise ValueError("mask must cover the same tensors as the one that it replaces")
-        pairs_by_group = [pairs for pairs, _ in self._pairs_by_group()]
         dense_tensors = {}
         for name, (dense, param) in chain.from_iterable(pairs.items() for pairs in pairs_by_group):
             if param is not dense:
@@ -406,23 +443,8 @@ class SparseAdamW(Optimizer):
                     "mask cannot change for a sparsified model: densify and sparsify it, and make a new optimizer"
                 )
             dense_tensors[name] = dense
-        _check_covered(mask, dense_tensors)
-        for name, dense in dense_tensors.items():
-            old, new = self.mask[name].to(dense.device), mask[name].to(dense.device)
-            state = self.state[dense]
-            for key in ("exp_avg", "exp_avg_sq"):
-                if key in state:
-                    state[key] = old.project(state[key], new)
-            if "values" in state:
-                state["values"] = _project_or_gather(state["values"], old, new, dense)
-            if self._decay_to is not None:
-                decay_to = self._decay_to[name]
-                projected = _project_or_gather(decay_to.to(dense.device), old, new, dense)
-                self._decay_to[name] = projected.to(decay_to.device)
-        self._reset_buckets()  # while the marks have the old mask's order
-        self.mask = mask
-        for group, pairs in zip(self.param_groups, pairs_by_group):
-            self._set_fingerprints(group, pairs)
+        check_covered(mask, dense_tensors)
+        return dense_tensors
 
     # ---- changes ----
     @torch.no_grad()
@@ -475,15 +497,3 @@ _OPTION_DEFAULTS = {
 }
 # Of parameters that the mask does not cover, where the kernel steps them.
 _OPTIONS_OUTSIDE_MASK = dict(l1=0.0, master=False, state_dtype=None, stochastic_rounding=False)
-
-
-def _check_covered(mask: CSRMask, names: Iterable[str]) -> None:
-    missing = {name for name, row in mask.summary().items() if row["nnz"]}.difference(names)
-    if missing:
-        raise ValueError(f"mask covers {min(missing)!r}, which is not among the trainable named_params")
-
-
-def _project_or_gather(compact: Tensor, old: CSRMask, new: CSRMask, dense: Tensor) -> Tensor:
-    """A compact tensor of the new mask: from the old one at entries in both masks, from the weight at new entries."""
-    in_both = old.project(torch.ones_like(compact), new) == 1
-    return torch.where(in_both, old.project(compact, new), new.gather({new.names[0]: dense}).to(compact.dtype))

@@ -24,7 +24,7 @@ FLOORS = [
     ["train", "integrations", "distributed"],
     ["doctor", "delta"],
     ["optim", "select"],
-    ["nn", "denoise"],
+    ["nn", "denoise", "shards"],
     ["mask"],
     ["validation", "files", "ops"],
     ["kernels"],

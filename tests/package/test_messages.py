@@ -136,6 +136,9 @@ def test_an_unusual_parameter_is_named(kind, request):
         model.w.grad = model.w.detach().clone()
         optimizer.step()
 
+    if kind == "DTensor":  # which only the optimizer trains
+        first_step()
+        return
     with pytest.raises((TypeError, ValueError), match=r"^(named_)?params\['w'\]"):
         first_step()
 

@@ -1,0 +1,186 @@
+"""Tensors of which each rank of a process group has some rows: DTensors placed `Shard(0)`, as FSDP2's parameters.
+
+`torch.distributed.tensor` takes seconds to import, so nothing here imports it: where it is not loaded, no tensor is a
+DTensor.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from deftx_kernels.mask import CSRMask
+
+
+# ---- ranks ----
+def attempt(function: Callable, *arguments: Any, errors: Any = (TypeError, ValueError)) -> tuple[str | None, Any]:
+    """(None, the function's result), or (the message of its error, {})."""
+    try:
+        return None, function(*arguments)
+    except errors as error:
+        return str(error), {}
+
+
+def exchange(error: str | None, content: Any, group: dist.ProcessGroup | None) -> list:
+    """Every rank's content; or, if any rank has an error, the same ValueError on all of them."""
+    everyone: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, (error, content), group=group)
+    for rank, (message, _) in enumerate(everyone):
+        if message is not None:
+            raise ValueError(f"rank {rank}: {message}")
+    contents = [c for _, c in everyone]
+    if isinstance(content, dict) and any(c.keys() != contents[0].keys() for c in contents):
+        raise ValueError("the tensors must have the same names on all ranks")
+    return contents
+
+
+@contextmanager
+def errors_on_all_ranks(meshes: Iterable[Any]) -> Iterator[None]:
+    """An error of the body on any rank of the meshes is a ValueError on all of them. Without meshes, nothing changes.
+
+    All ranks wait for each other at the end of the body, which may contain no collective.
+    """
+    if not (groups := [mesh.get_group() for mesh in meshes]):
+        yield
+        return
+    found: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        found = error
+    for group in groups:
+        try:
+            exchange(None if found is None else str(found), None, group)
+        except ValueError as error:
+            raise error from found
+
+
+def check_same(content: Any, message: str, meshes: Iterable[Any]) -> None:
+    """ValueError, on all ranks, unless the content is equal on all of them. `message` has a field {ranks}."""
+    for mesh in meshes:
+        contents = exchange(None, [content], mesh.get_group())
+        if others := [rank for rank, other in enumerate(contents) if other != contents[0]]:
+            raise ValueError(message.format(ranks=others))
+
+
+def gather_all(flat: Tensor, group: dist.ProcessGroup | None, sizes: list[int] | None = None) -> list[Tensor]:
+    """The flat tensors of all ranks; their lengths may differ. `sizes`: the lengths, where they are known."""
+    sizes = exchange(None, len(flat), group) if sizes is None else sizes
+    if not max(sizes):
+        return [flat for _ in sizes]
+    padded = pad(flat, (0, max(sizes) - len(flat)))
+    everyone = [torch.empty_like(padded) for _ in sizes]
+    # As bytes: no backend takes every dtype.
+    dist.all_gather([t.view(torch.uint8) for t in everyone], padded.view(torch.uint8), group=group)
+    return [part[:size] for part, size in zip(everyone, sizes)]
+
+
+# ---- DTensors ----
+def is_dtensor(tensor: object) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def check_placement(name: str, tensor: Any) -> None:
+    """ValueError unless a DTensor is placed by rows, or replicated, on a mesh of one dimension."""
+    placements = tensor.placements
+    if len(placements) != 1 or not (placements[0].is_shard(0) or placements[0].is_replicate()):
+        raise ValueError(f"tensor {name!r} must be placed Shard(0) or Replicate() on a 1-D mesh, got {placements}")
+
+
+def check_ranks(label: str, tensor: Any, group: dist.ProcessGroup | None) -> None:
+    """ValueError unless the mesh of a DTensor has the ranks of the group."""
+    if (mine := tensor.device_mesh.mesh.tolist()) != (ranks := dist.get_process_group_ranks(group)):
+        raise ValueError(f"{label} is on the ranks {mine}, the group consists of {ranks}")
+
+
+def mesh_of_rows(tensor: Tensor) -> Any:
+    """The mesh over whose ranks the rows of a tensor are divided; None for one that each rank has as a whole."""
+    if is_dtensor(tensor) and tensor.placements[0].is_shard(0):  # type: ignore[attr-defined]
+        return tensor.device_mesh  # type: ignore[attr-defined]
+    return None
+
+
+def meshes_of(tensors: Iterable[Tensor], *, of_rows: bool = False) -> list[Any]:
+    """The meshes of the DTensors among these tensors, or of those that are divided by rows only. Meshes of two
+    dimensions, and those that this rank is not part of, are left out.
+    """
+    chosen: Iterable[Any] = (t for t in tensors if is_dtensor(t) and (not of_rows or mesh_of_rows(t) is not None))
+    meshes = dict.fromkeys(t.device_mesh for t in chosen)
+    return [mesh for mesh in meshes if mesh.ndim == 1 and mesh.get_coordinate() is not None]
+
+
+@torch.no_grad()
+def local_tensor(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor, in the same memory; another tensor itself."""
+    return tensor.to_local().detach() if is_dtensor(tensor) else tensor
+
+
+@torch.no_grad()
+def local_gradient(param: Any) -> Tensor | None:
+    """The gradient of this rank's part. A DTensor's gradient is brought to the parameter's placement first."""
+    grad = param.grad
+    if grad is None or not is_dtensor(param):
+        return grad
+    if grad.placements != param.placements:  # the sum over the ranks is pending
+        grad = grad.redistribute(placements=param.placements)
+    return grad.to_local()
+
+
+def row_bounds(shape: torch.Size, ranks: int) -> list[int]:
+    """[ranks + 1]: where the rows of each rank begin, as `torch.chunk` and `Shard(0)` divide them."""
+    rows = -(-shape[0] // ranks)
+    return [min(rank * rows, shape[0]) for rank in range(ranks + 1)]
+
+
+def check_rows(name: str, tensor: Any) -> None:
+    """ValueError unless a DTensor that passed `check_placement` has the rows that `row_bounds` expects."""
+    rank, found = tensor.device_mesh.get_coordinate(), list(local_tensor(tensor).shape)
+    if rank is None:
+        raise ValueError(f"tensor {name!r} is on a mesh that this rank is not part of")
+    wanted = list(tensor.shape)
+    if mesh_of_rows(tensor) is not None:
+        bounds = row_bounds(tensor.shape, tensor.device_mesh.size())
+        wanted[0] = bounds[rank[0] + 1] - bounds[rank[0]]
+    if found != wanted:
+        raise ValueError(f"tensor {name!r} has the shape {found} on this rank, Shard(0) of a whole tensor {wanted}")
+
+
+# ---- masks of parts ----
+def entry_bounds(mask: CSRMask, ranks: int) -> list[int]:
+    """[ranks + 1]: where the entries of each rank's rows begin in the compact tensors of a mask of one tensor."""
+    (shape,) = mask.shapes
+    bounds = row_bounds(shape, ranks)
+    if len(shape) > 1:
+        return mask.crow_indices[bounds].tolist()
+    limits = torch.tensor(bounds, dtype=torch.int32, device=mask.device)  # one row, divided by columns
+    return torch.searchsorted(mask.col_indices.to(torch.int32), limits).tolist()
+
+
+def local_entries(mask: CSRMask, tensor: Any) -> slice:
+    """Where the entries in this rank's part are in a compact tensor of a mask of this one tensor."""
+    if (mesh := mesh_of_rows(tensor)) is None:
+        return slice(0, mask.nnz)
+    rank = mesh.get_local_rank()
+    return slice(*entry_bounds(mask, mesh.size())[rank : rank + 2])
+
+
+def local_part(mask: CSRMask, tensor: Any) -> CSRMask:
+    """The mask of this rank's part of a tensor, from a mask of the whole tensor alone."""
+    if (mesh := mesh_of_rows(tensor)) is None:
+        return mask
+    (name,), (shape,) = mask.names, mask.shapes
+    rank, entries = mesh.get_local_rank(), local_entries(mask, tensor)
+    start, stop = row_bounds(shape, mesh.size())[rank : rank + 2]
+    columns = mask.col_indices[entries].to(torch.int32)
+    if len(shape) > 1:
+        crow = mask.crow_indices[start : stop + 1] - entries.start
+    else:
+        columns = columns - start
+        crow = torch.tensor([0, len(columns)], dtype=torch.int64, device=mask.device)
+    return CSRMask.unchecked((name,), (torch.Size((stop - start, *shape[1:])),), crow, columns)
