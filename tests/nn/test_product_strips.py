@@ -249,30 +249,29 @@ class Recorder:
 
 
 def test_what_waits_for_what(monkeypatch):
-    streams, counts = Recorder(), {"product": 0, "gather": 0}
+    streams, buffers = Recorder(), {"product": [], "gather": []}
     streams.current = streams.main
 
-    def operation(kind):
-        def run(*_):
-            streams.current.run((kind, counts[kind]))
-            counts[kind] += 1
+    def operation(kind, buffer_of):
+        def run(*arguments):
+            streams.current.run((kind, len(buffers[kind])))
+            buffers[kind].append(buffer_of(*arguments).data_ptr())
 
         return run
 
     monkeypatch.setattr(module, "_streams", lambda device: (streams.main, streams.side))
     monkeypatch.setattr(torch.cuda, "stream", streams.use)
-    monkeypatch.setattr(module, "_multiply", operation("product"))
-    monkeypatch.setattr(module, "_launch", operation("gather"))
+    monkeypatch.setattr(module, "_multiply", operation("product", lambda a, b, out: out))
+    monkeypatch.setattr(module, "_launch", operation("gather", lambda grid, kind, tensors, *_: tensors[0]))
     crow, col = csr(torch.ones(5 * ROWS, 16, dtype=torch.bool))
-    module.gather_by_strips(
-        torch.zeros(3, 5 * ROWS), torch.zeros(3, 16), crow, col, torch.zeros(len(col)), ROWS, torch.float32
-    )
-    assert counts == {"product": 5, "gather": 5}
-    for i in range(5):
+    module.gather_by_strips(torch.zeros(3, 80), torch.zeros(3, 16), crow, col, torch.zeros(len(col)), ROWS, FP32)
+    assert buffers["product"] == buffers["gather"]
+    assert len(buffers["product"]) == 5
+    for i, buffer in enumerate(buffers["product"]):
         assert ("product", i) in streams.before["gather", i]
-        before = streams.before["product", i]
-        assert i < 2 or ("gather", i - 2) in before  # the buffer has been read
-        assert ("gather", i - 1) not in before  # nothing else is waited for
+        earlier = {("gather", j) for j in range(i) if buffers["gather"][j] == buffer}
+        assert earlier <= streams.before["product", i]  # the buffer has been read
+        assert ("gather", i - 1) not in streams.before["product", i]  # the two run at the same time
     assert {("gather", i) for i in range(5)} <= streams.main.done
 
 
