@@ -40,7 +40,7 @@ LIMITS: dict[tuple[str, str], dict[str, str]] = {
     ("low_rank_denoised", "triton"): {"float64": "reference"},
     ("masked_linear_grad", "c++"): {"density above 0.2": "torch.matmul"},
     ("masked_linear_grad", "triton"): {
-        "2048 tokens (float32 without TF32: 256, float64: 512), several full waves of tiles, density 1/1024": "torch.mm",
+        "2048 tokens (float32 without TF32: 256, float64: 512), several waves of tiles, density 1/1024": "torch.mm",
     },
 }
 

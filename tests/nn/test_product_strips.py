@@ -82,6 +82,8 @@ def test_shapes(implementation, rows_of_strips, shape, dtype):
     ids=lambda dtypes: "-".join(str(d).removeprefix("torch.") for d in dtypes),
 )
 def test_dtypes(implementation, rows_of_strips, dtypes):
+    if implementation.name == "triton-interpreter" and dtypes[2] == BF16:
+        pytest.skip("Triton's interpreter truncates to bfloat16")
     Case(40, random_mask(3 * ROWS + 2, 35, 0.3), *dtypes[:2]).check(implementation, dtypes[2])
 
 
