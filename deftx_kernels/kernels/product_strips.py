@@ -19,7 +19,7 @@ from torch import Tensor
 from deftx_kernels.kernels.launch import Launcher, cdiv
 
 # By the operands' bytes per element and precision: columns of cuBLAS' tile of TILE_ROWS rows, as assumed for sm_90, and
-# the fewest tokens with which its product takes about 32,768 cycles (19 us), which is what the host takes for a strip.
+# the fewest tokens with which its product takes about 32,768 cycles: 19 us, about what the host takes for a strip.
 TILE_ROWS = 128
 TILES = {(2, "ieee"): (256, 2048), (4, "tf32"): (128, 2048), (4, "ieee"): (128, 256), (8, "ieee"): (64, 512)}
 SCRATCH = 17 << 20  # bytes of one buffer at most: 384 rows of 11,008 sums, or 1,024 of 4,096
@@ -66,12 +66,12 @@ def strip_rows(tokens: int, m: int, n: int, nnz: int, itemsize: int, precision: 
     """Rows of a strip of the [m, n] product, of equal strips that are one wave each or less; 0 where the fused kernel
     serves the call.
 
-    Estimates for sm_90 behind this rule; neither kernel has been timed. The fused kernel takes 1.25 to 1.45 times as
-    long as the dense product: its 128 x 128 tiles read twice as much from shared memory for each multiplication as the
-    tensor cores can hide, and their epilogue has 765 instructions. Strips take 1.03 to 1.06 times as long where there
-    are several full waves: the gather reads from the L2 cache, one product starts where another ends. With one strip
-    nothing overlaps, and cuBLAS does not fill the device where the fused kernel splits the tokens; with few tokens the
-    host is slower than the device. Waves with few tiles make strips slower in proportion: at `IDLE` they still win.
+    Estimates for sm_90; neither way has been timed. The fused kernel takes 1.25 to 1.45 times as long as the dense
+    product: shared memory limits its 128 x 128 tiles to 80 % of the peak, and their epilogue has 765 instructions.
+    Strips take 1.03 to 1.06 times as long where there are several full waves, even if a product leaves the gather no
+    room and it runs between two products: about 5 us in all for 5 % of 4096 x 4096 entries. With one strip nothing
+    overlaps, and for a product below one wave the fused kernel splits the tokens. With few tokens, the host takes longer
+    than the device. Waves that are not full make strips slower in proportion: at `IDLE` they should still win.
     """
     tile_n, least_tokens = TILES[itemsize, precision]
     tiles_m, tiles_n = cdiv(m, TILE_ROWS), cdiv(n, tile_n)
@@ -126,22 +126,25 @@ def gather_by_strips(
 ) -> None:
     """out = the entries of grad_output.T @ input, `rows` rows at a time."""
     (_, n), nnz, m, device = input.shape, out.numel(), crow_indices.numel() - 1, out.device
-    left, right = grad_output.detach().mT, input.detach()  # mm(out=...) refuses tensors that require gradients
+    # Detached: mm(out=...) refuses tensors that require gradients. All views at once: each alone takes host time.
+    lefts, right = grad_output.detach().mT[:m].split(rows), input.detach()
+    # The current stream waits for the other one at the end, so that its memory needs no record_stream.
+    buffers = torch.empty(min(len(lefts), 2), rows, n, dtype=acc, device=device).unbind()
     parts = min(cdiv(nnz, m * BLOCK), MOST_PARTS)
     streams = _streams(device)
     gathered: list[torch.cuda.Event] = []
-    # The current stream waits for the other one at the end, so that its memory needs no record_stream.
-    scratch = torch.empty(min(cdiv(m, rows), 2), rows, n, dtype=acc, device=device)
     try:
-        for i, first in enumerate(range(0, m, rows)):
-            product = scratch[i % 2, : m - first]
+        for i, left in enumerate(lefts):
+            count = left.shape[0]
+            product = buffers[i % 2] if count == rows else buffers[i % 2][:count]
             if streams is not None and i >= 2:  # until the buffer has been read
                 streams[0].wait_event(gathered[i - 2])
-            _multiply(left[first : min(first + rows, m)], right, product)
+            _multiply(left, right, product)
             if streams is not None:
                 streams[1].wait_event(streams[0].record_event())
             with contextlib.nullcontext() if streams is None else torch.cuda.stream(streams[1]):
-                _launch((len(product), parts, 1), (), (product, crow_indices, col_indices, out), (first, n, nnz), BLOCK)
+                tensors, numbers = (product, crow_indices, col_indices, out), (i * rows, n, nnz)
+                _launch((count, parts, 1), (), tensors, numbers, BLOCK)
             if streams is not None:
                 gathered.append(streams[1].record_event())
     finally:
