@@ -66,12 +66,12 @@ def strip_rows(tokens: int, m: int, n: int, nnz: int, itemsize: int, precision: 
     """Rows of a strip of the [m, n] product, of equal strips that are one wave each or less; 0 where the fused kernel
     serves the call.
 
-    Estimates for sm_90; neither way has been timed. The fused kernel takes 1.25 to 1.45 times as long as the dense
+    Estimates for sm_90; neither has been timed. The fused kernel takes 1.25 to 1.45 times as long as the dense
     product: shared memory limits its 128 x 128 tiles to 80 % of the peak, and their epilogue has 765 instructions.
     Strips take 1.03 to 1.06 times as long where there are several full waves, even if a product leaves the gather no
     room and it runs between two products: about 5 us in all for 5 % of 4096 x 4096 entries. With one strip nothing
-    overlaps, and for a product below one wave the fused kernel splits the tokens. With few tokens, the host takes longer
-    than the device. Waves that are not full make strips slower in proportion: at `IDLE` they should still win.
+    overlaps, and for a product below one wave the fused kernel splits the tokens. With few tokens the host takes
+    longer than the device. Waves that are not full make strips slower in proportion: at `IDLE` they should still win.
     """
     tile_n, least_tokens = TILES[itemsize, precision]
     tiles_m, tiles_n = cdiv(m, TILE_ROWS), cdiv(n, tile_n)
