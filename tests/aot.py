@@ -222,6 +222,31 @@ def masked_linear_grad_variants() -> Iterator[Variant]:
         yield Variant(module.__name__, "_sum_kernel", f"{acc}, {out} out", arguments, {"num_warps": 4})
 
 
+def product_strips_variants() -> Iterator[Variant]:
+    from deftx_kernels.kernels import product_strips as module
+
+    for acc, out, columns in [
+        ("fp32", "fp32", "u16"),
+        ("fp32", "fp32", "i32"),
+        ("fp32", "bf16", "u16"),
+        ("fp32", "fp16", "u16"),
+        ("fp64", "fp64", "u16"),
+        ("fp64", "fp32", "i32"),
+    ]:
+        arguments = {
+            "product": f"*{acc}",
+            "crow_indices": "*i64",
+            "col_indices": f"*{columns}",
+            "out": f"*{out}",
+            "first_row": "i32",
+            "stride": "i32:16",
+            "nnz": "i64",
+            **constants_of(module, "BLOCK"),
+        }
+        name, options = f"{acc}, {out} out, {columns}", {"num_warps": module.NUM_WARPS}
+        yield Variant(module.__name__, "_gather_strip_kernel", name, arguments, options)
+
+
 def masked_embedding_grad_variants() -> Iterator[Variant]:
     from deftx_kernels.kernels import masked_embedding_grad as module
 
@@ -258,6 +283,7 @@ def triton_variants() -> list[Variant]:
         *low_rank_variants(),
         *split_bf16_variants(),
         *masked_linear_grad_variants(),
+        *product_strips_variants(),
         *masked_embedding_grad_variants(),
     ]
 

@@ -6,7 +6,7 @@ tile are in the mask: one bit each, 32 columns to a word. The program of a tile 
 reads an input. At the end, the entry at a set bit is stored at its row's first position plus the number of bits set
 before it. There is no [m, n] buffer. Where the tiles are too few for the device, the tokens are split as well, into
 compact partial sums that a second launch adds up. No atomics, and an order of summation that depends on shapes and
-device alone: the same bits in every run.
+device alone: the same bits in every run. Large layers are served by product_strips.py.
 """
 
 import functools
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deftx_kernels.kernels.launch import Launcher, cdiv, on
+from deftx_kernels.kernels.product_strips import gather_by_strips, strip_rows
 from deftx_kernels.kernels.rows import TRITON_DTYPE
 
 # Rows, columns and tokens of a tile. Fixed, not tuned: chosen so that nothing spills, and that on sm_90 and sm_100 two
@@ -213,7 +214,8 @@ def masked_linear_grad(
     CUDA graph.
 
     Two inputs of one 16-bit dtype are multiplied as they are, others in float32, or in float64 where one of the three
-    dtypes is; sums are float32, or float64. float32 products follow torch.backends.cuda.matmul.
+    dtypes is; sums are float32, or float64. float32 products follow torch.backends.cuda.matmul. `strip_rows` decides
+    between the fused kernel and strips.
     """
     tokens, m = grad_output.shape
     nnz, device = col_indices.numel(), grad_output.device
@@ -228,13 +230,17 @@ def masked_linear_grad(
         raise ValueError(f"masked_linear_grad: a weight of {m} x {input.shape[1]} is too large for the Triton kernel")
     tiles = cdiv(m, block_m) * cdiv(input.shape[1], block_n)
     steps, multiprocessors = cdiv(tokens, block_k), _multiprocessors(device)
-    splits = _splits(tiles, steps, min(steps, multiprocessors, max(_SCRATCH // nnz, 1)), multiprocessors)
-    tokens_each = cdiv(steps, splits) * block_k
-    splits = cdiv(tokens, tokens_each)
     precision = "tf32" if operand == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    rows = strip_rows(tokens, m, input.shape[1], nnz, operand.itemsize, precision, multiprocessors)
     with on(device):
         grad_output, input = _operand(grad_output, operand), _operand(input, operand)
         out = torch.empty(nnz, dtype=dtype, device=device)
+        if rows:
+            gather_by_strips(grad_output, input, crow_indices, col_indices, out, rows, acc)
+            return out
+        splits = _splits(tiles, steps, min(steps, multiprocessors, max(_SCRATCH // nnz, 1)), multiprocessors)
+        tokens_each = cdiv(steps, splits) * block_k
+        splits = cdiv(tokens, tokens_each)
         sums = torch.empty(splits, nnz, dtype=acc, device=device) if splits > 1 else out
         _launch(
             (tiles, splits, 1), (acc, precision, tokens >> 31), (grad_output, input, crow_indices, col_indices, sums),

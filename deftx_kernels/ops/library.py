@@ -32,13 +32,16 @@ LEAST_CAPABILITY = (8, 0)
 # Above it, denoise/decompositions.py uses torch.linalg on a GPU: our kernels use one multiprocessor for each matrix.
 MAX_EIGH_ROWS = 1024
 # (op, implementation) -> condition -> what runs instead. The conditions are decided in denoise/decompositions.py,
-# registrations.py and csrc/cpu/masked_linear_grad.cpp.
+# registrations.py, csrc/cpu/masked_linear_grad.cpp and kernels/product_strips.py.
 LIMITS: dict[tuple[str, str], dict[str, str]] = {
     ("eigh", "cuda"): {f"more than {MAX_EIGH_ROWS} rows": "torch.linalg"},
     ("eigvalsh", "cuda"): {f"more than {MAX_EIGH_ROWS} rows": "torch.linalg"},
     ("residual_cut", "triton"): {"float64": "reference"},
     ("low_rank_denoised", "triton"): {"float64": "reference"},
     ("masked_linear_grad", "c++"): {"density above 0.2": "torch.matmul"},
+    ("masked_linear_grad", "triton"): {
+        "2048 tokens (float32 without TF32: 256, float64: 512), several waves of tiles, density 1/1024": "torch.mm",
+    },
 }
 
 

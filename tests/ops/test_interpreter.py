@@ -13,6 +13,7 @@ TESTS = Path(__file__).resolve().parents[1]
 # Of the operators with Triton kernels, those that the interpreter computes rightly.
 FILES = (
     "nn/test_masked_linear_grad.py",
+    "nn/test_product_strips.py",
     "nn/test_masked_embedding_grad.py",
     "optim/test_sparse_adamw.py",
     "optim/test_stochastic_rounding.py",

@@ -119,6 +119,26 @@ def test_limit_of_density(density):
     assert (library.LIMITS["masked_linear_grad", "c++"]["density above 0.2"] in called) == (density > 0.2)
 
 
+@pytest.mark.parametrize("tokens", [2047, 2048])
+def test_limit_of_strips(monkeypatch, tokens):
+    """On a device of one multiprocessor, as which the CPU counts."""
+    pytest.importorskip("triton")
+    from deftx_kernels.kernels import masked_linear_grad, product_strips
+
+    called = []
+    monkeypatch.setattr(masked_linear_grad, "gather_by_strips", lambda *arguments: called.append("torch.mm"))
+    monkeypatch.setattr(masked_linear_grad, "_launch", lambda *arguments: called.append("triton"))
+    x = torch.ones(tokens, 256, dtype=torch.bfloat16)
+    crow, col = torch.arange(257), torch.zeros(256, dtype=torch.uint16)
+    registrations.triton_kernels()["masked_linear_grad"](x, x, crow, col, torch.float32)
+    ((condition, instead),) = library.LIMITS["masked_linear_grad", "triton"].items()
+    assert called == [instead if tokens >= 2048 else "triton"]
+    (_, half), (_, tf32), (_, single), (_, double) = product_strips.TILES.values()
+    assert half == tf32 == 2048
+    assert f"2048 tokens (float32 without TF32: {single}, float64: {double})" in condition
+    assert f"density 1/{product_strips.SPARSEST}" in condition
+
+
 @pytest.mark.skipif(bool(torch.version.cuda), reason="about a torch without CUDA")
 def test_without_cuda_the_reason_says_so():
     assert library.errors["cuda"] == "not loaded: this torch has no CUDA"
