@@ -1,5 +1,6 @@
 """The `deftx` command. tyro makes its options from `train`'s dataclasses; only training imports transformers."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -161,15 +162,48 @@ _Others = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
+    Of several processes (torchrun, accelerate launch), which train together, only the first prints, and of errors the
+    first one is printed.
+
     Returns:
         The exit code: 0; 1 where `doctor` found an error; 2 for bad input, a file that cannot be read or written, or a
         missing extra; 130 after an interrupt; 141 where the pipe that reads its output was closed.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return _main(arguments) if _rank() is None else _one_of_several(arguments)
+
+
+def _rank() -> int | None:
+    """The number of this process among several that a launcher started, or None."""
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+def _one_of_several(arguments: list[str]) -> int:
+    from deftx_kernels.train import processes
+
+    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+        if _rank():
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            warnings.simplefilter("ignore")
+        try:
+            if (code := _main(arguments)) == 0:
+                processes.leave()
+            return code
+        except processes.FailedElsewhere:
+            return 2
+        except Exception:
+            if processes.first_to_fail():
+                raise
+            return 2
+
+
+def _main(arguments: list[str]) -> int:
     try:
         try:
-            arguments = list(sys.argv[1:] if argv is None else argv)
-            commands = _commands(_profile(arguments))
-            command = tyro.cli(commands, args=arguments, prog="deftx", description=DESCRIPTION)
+            command = _parse(arguments)
+            trains = isinstance(command, (Run, TrainLanguageConfig, TrainTaskConfig, EvalConfig))
+            if _rank() and not trains:
+                return 0
             return next(handler for kind, handler in _HANDLERS.items() if isinstance(command, kind))(command)
         finally:
             sys.stdout.flush()  # here, where a closed pipe is caught
@@ -187,7 +221,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted; the same command continues where it stopped", 130)
 
 
+def _parse(arguments: list[str]) -> Any:
+    commands = _commands(_profile(arguments))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere if _rank() else sys.stderr):
+        return tyro.cli(commands, args=arguments, prog="deftx", description=DESCRIPTION)
+
+
 def _fail(message: str, code: int = 2) -> int:
+    if _rank() is not None:
+        from deftx_kernels.train import processes
+
+        if not processes.first_to_fail():
+            return code
     print(f"deftx: {' '.join(message.split())}", file=sys.stderr)
     return code
 

@@ -1,6 +1,7 @@
 """What a phase keeps in its folder: Trainer's checkpoints, its result, and phase.json, written last.
 
-Until there is a phase.json, the newest complete checkpoint lets the phase continue after a crash.
+Until there is a phase.json, the newest complete checkpoint lets the phase continue after a crash. Of several processes
+rank 0 reads and writes, and the others have its results.
 """
 
 import errno
@@ -17,9 +18,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from deftx_kernels.files import read_json, write_json
+from deftx_kernels.train.processes import on_main
 
 # what torch.save wrote: archives with a checksum of every member
-STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+STATES = ("optimizer.pt", "scheduler.pt")
+RANDOM_STATE, RANDOM_STATES = "rng_state.pth", "rng_state_*.pth"  # of one process, of the ranks of several
 _WRITER_ERRORS = ("inline_container", "unexpected pos", "iostream error")  # the RuntimeErrors of torch's file writer
 
 
@@ -35,6 +38,10 @@ def finished(folder: Path, read: Callable[[], object] | None = None) -> dict | N
     Raises:
         ValueError: phase.json is damaged.
     """
+    return on_main(partial(_finished, folder, read))
+
+
+def _finished(folder: Path, read: Callable[[], object] | None) -> dict | None:
     path = folder / "phase.json"
     if not path.is_file():
         return None
@@ -43,7 +50,7 @@ def finished(folder: Path, read: Callable[[], object] | None = None) -> dict | N
         raise ValueError(f"{path} is damaged: an object is expected, not {type(metrics).__name__}")
     if read is not None and (error := damage_found(read)) is not None:
         message = f"{folder} is run again, as its result is missing or damaged: {error}"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
         return None
     return metrics
 
@@ -60,9 +67,13 @@ def finished_model(folder: Path, model: Path) -> dict | None:
 
 def finish(folder: Path, metrics: dict) -> None:
     """Mark a phase as finished, and delete its checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "phase.json", metrics)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "phase.json", metrics)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    on_main(write)
 
 
 def save_model(model, folder: Path) -> None:
@@ -71,13 +82,17 @@ def save_model(model, folder: Path) -> None:
     Raises:
         OSError: it cannot be written; its name is in the message.
     """
-    with saving(folder):
+
+    def write() -> None:
         if folder.exists():
             shutil.rmtree(folder)
         model.save_pretrained(folder)
         for path in folder.iterdir():  # on the disk before phase.json is
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
+
+    with saving(folder):
+        on_main(write)
 
 
 @contextmanager
@@ -108,13 +123,17 @@ def newest_checkpoint(folder: Path, extra: Sequence[str] = ()) -> Path | None:
     Raises:
         OSError: the system cannot read a file that is there; nothing is deleted then.
     """
+    return on_main(partial(_newest_checkpoint, folder, extra))
+
+
+def _newest_checkpoint(folder: Path, extra: Sequence[str]) -> Path | None:
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     found.sort(key=lambda path: int(path.name.partition("-")[2]), reverse=True)
     errors = {path: damage_found(partial(_check_complete, path, extra)) for path in found}
     complete = [path for path, error in errors.items() if error is None]
     for path, error in errors.items():
         if error is not None:
-            warnings.warn(f"{path} is incomplete or damaged and is deleted: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{path} is incomplete or damaged and is deleted: {error}", RuntimeWarning, stacklevel=4)
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if not complete:
         return None
@@ -146,7 +165,8 @@ def _check_complete(checkpoint: Path, extra: Sequence[str]) -> None:
     check_weights(checkpoint)
     if (best := state["best_model_checkpoint"]) is not None:
         check_weights(_best_checkpoint(checkpoint, best))
-    for name in STATES:
+    of_ranks = sorted(path.name for path in checkpoint.glob(RANDOM_STATES))
+    for name in (*STATES, *(of_ranks or [RANDOM_STATE])):
         _check_archive(checkpoint / name)
     for name in extra:
         _check_safetensors(checkpoint / name)

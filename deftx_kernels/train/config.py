@@ -226,7 +226,8 @@ class VectorConfig:
     sparse: PhaseConfig = field(default_factory=PhaseConfig)
     """Second phase: from the start again, training only the selected entries and the head."""
     batch_size: int = 4
-    """Examples per step and device."""
+    """Examples per batch. Several processes (torchrun, accelerate launch) divide them, so that their number changes
+    neither the steps nor the batches."""
     accumulation: int = 2
     """Batches whose gradients are added up for one optimizer step."""
     max_length: int = 128

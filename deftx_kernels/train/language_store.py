@@ -12,6 +12,7 @@ from rich.console import Console
 from deftx_kernels.files import read_json, write_json
 from deftx_kernels.train import models
 from deftx_kernels.train.config import LanguageConfig, RunConfig
+from deftx_kernels.train.processes import on_main
 from deftx_kernels.train.runs import open_run
 from deftx_kernels.train.vectors import VectorBuilder
 
@@ -46,7 +47,10 @@ def open_store(
 
 @dataclass
 class SharedVectors(VectorBuilder):
-    """Makes language vectors in a folder that other runs use, too: one process at a time makes one vector."""
+    """Makes language vectors in a folder that other runs use, too: one run at a time makes one vector.
+
+    Of several processes of a run, rank 0 has the locks, and the others follow it.
+    """
 
     console: Console
 
@@ -59,12 +63,19 @@ class SharedVectors(VectorBuilder):
         """As in `VectorBuilder`. Writes the hash of the text beside the vector."""
         self.check_texts([language])
         path = self._text_path(language)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"text": self.corpus.text_hash(language)})
+
+        def write() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"text": self.corpus.text_hash(language)})
+
+        on_main(write)
         return super().language(language, start, config)
 
     def check_texts(self, languages: Iterable[str]) -> None:
         """Raises ValueError where the folder's vector of one of the languages was learned from other text."""
+        on_main(lambda: self._check_texts(languages))
+
+    def _check_texts(self, languages: Iterable[str]) -> None:
         for language in languages:
             path = self._text_path(language)
             if path.is_file() and read_json(path) != {"text": self.corpus.text_hash(language)}:
@@ -89,14 +100,21 @@ class SharedVectors(VectorBuilder):
 
     @contextmanager
     def _lock(self, name: str, blocking: bool = True) -> Iterator[None]:
-        lock = filelock.FileLock(self.folder / f".{name}.lock")
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            if not blocking:
-                raise
-            self.console.print(f"waiting for another process, which makes {name} in {self.folder}")
-            lock.acquire()
+        path = self.folder / f".{name}.lock"
+        lock = filelock.FileLock(path)  # released without being held, on the other ranks, it does nothing
+
+        def acquire() -> bool:
+            try:
+                lock.acquire(blocking=False)
+            except filelock.Timeout:
+                if not blocking:
+                    return False
+                self.console.print(f"waiting for another process, which makes {name} in {self.folder}")
+                lock.acquire()
+            return True
+
+        if not on_main(acquire):
+            raise filelock.Timeout(str(path))
         try:
             yield
         finally:

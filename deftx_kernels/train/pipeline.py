@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from deftx_kernels.delta import SparseDelta
 from deftx_kernels.files import write_json
-from deftx_kernels.train import costs, models, report
+from deftx_kernels.train import costs, models, processes, report
 from deftx_kernels.train.checkpoints import finish, finished
 from deftx_kernels.train.checks import parse_pairs
 from deftx_kernels.train.config import EvalConfig, Recipe, RunConfig, TrainLanguageConfig, TrainTaskConfig, to_dict
@@ -29,17 +30,18 @@ from deftx_kernels.train.vectors import Vector, VectorBuilder, check_fit, check_
 def run(config: RunConfig, console: Console | None = None) -> dict:
     """Run the pipeline and write the run folder: config.json, metrics.json, deltas/, phases/, figures/, report.md.
 
-    An interrupted run continues where it stopped. Returns the metrics.
+    An interrupted run continues where it stopped. Returns the metrics. Under torchrun or accelerate launch the phases
+    are trained data-parallel.
 
     Raises:
         ValueError: bad settings, data or model files, by name; a phase that diverged; a run folder that holds a run
             with other settings or data, or that another process uses.
         OSError: a file of the run cannot be written.
     """
-    console = console or Console()
+    processes.join(config.device)
+    console = Console(quiet=True) if processes.rank() else console or Console()
     began = time.perf_counter()
-    corpus = load_corpus(config.data)
-    tokenizer = models.load_tokenizer(config.model)
+    corpus, tokenizer = processes.main_first(lambda: (load_corpus(config.data), models.load_tokenizer(config.model)))
     check_fit(config.model, tokenizer, corpus.task, config.task, config.recipes)
     if set(config.recipes) != {"full"}:
         check_fit(config.model, tokenizer, "masked-lm", config.language, config.recipes)
@@ -60,10 +62,15 @@ def run(config: RunConfig, console: Console | None = None) -> dict:
         metrics: dict[str, Any] = {"data": corpus.sizes(), "scores": scores, "phases": phases, "overlaps": overlaps}
         metrics["costs"] = None
         if config.cost_steps:
-            metrics["costs"] = measure_costs(config, corpus, tokenizer, run_dir, console)
-        metrics["seconds"] = time.perf_counter() - began
-        write_json(run_dir / "metrics.json", metrics)
-        report.write(run_dir, to_dict(config), metrics)
+            measure = partial(measure_costs, config, corpus, tokenizer, run_dir, console)
+            metrics["costs"] = processes.on_main(measure)
+        metrics |= {"world_size": processes.world_size(), "seconds": time.perf_counter() - began}
+
+        def write() -> None:
+            write_json(run_dir / "metrics.json", metrics)
+            report.write(run_dir, to_dict(config), metrics)
+
+        processes.on_main(write)
     report.print_tables(to_dict(config), metrics, console)
     console.print(f"Report: {run_dir / 'report.md'}   ({metrics['seconds']:.0f} s)")
     return metrics
@@ -99,14 +106,16 @@ def measure_costs(config: RunConfig, corpus: Corpus, tokenizer, run_dir: Path, c
     mask = vector / recipe.folder / "mask.safetensors"
     measured = costs.compare(start, mask, batches, config.cost_steps, config.device, corpus.task)
     metrics = {"recipe": str(recipe), "cost_steps": config.cost_steps, **measured}
+    if processes.world_size() > 1:
+        metrics["measured_on"] = "rank 0, in one process"
     finish(folder, metrics)
     return metrics
 
 
 def train_language(config: TrainLanguageConfig) -> Path:
     """Learn a language vector; returns its folder (with recipe "full", that of the tuned model)."""
-    corpus = load_corpus(config)
-    tokenizer = models.load_tokenizer(config.model)
+    processes.join(config.device)
+    corpus, tokenizer = processes.main_first(lambda: (load_corpus(config), models.load_tokenizer(config.model)))
     check_fit(config.model, tokenizer, "masked-lm", config.settings, [config.recipe])
     check_texts(corpus, tokenizer, [config.language])
     parts = corpus.hashes()
@@ -122,9 +131,9 @@ def train_language(config: TrainLanguageConfig) -> Path:
 
 def train_task(config: TrainTaskConfig) -> Path:
     """Learn a task vector; returns its folder (with recipe "full", that of the tuned model)."""
-    corpus = load_corpus(config)
+    processes.join(config.device)
+    corpus, tokenizer = processes.main_first(lambda: (load_corpus(config), models.load_tokenizer(config.model)))
     added = [load_delta(path) for path in config.start_from]
-    tokenizer = models.load_tokenizer(config.model)
     check_fit(config.model, tokenizer, config.kind, config.settings, [config.recipe])
     fingerprints = corpus.hashes()
     fingerprints |= {f"vector {number}": delta_hash(delta) for number, delta in enumerate(added, start=1)}
@@ -171,6 +180,7 @@ def evaluate_vectors(config: EvalConfig) -> dict[str, float]:
     Raises:
         ValueError: none or several of the vectors are task vectors.
     """
+    processes.join(config.device)
     deltas = [load_delta(path) for path in config.vectors]
     tasks = [task for delta in deltas for task in tasks_of(delta.metadata)]
     if len(tasks) != 1:

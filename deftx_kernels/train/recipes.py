@@ -18,7 +18,7 @@ from deftx_kernels.delta import SparseDelta, fingerprint
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import densify, sparsify
 from deftx_kernels.optim import SparseAdamW
-from deftx_kernels.train import models
+from deftx_kernels.train import models, processes
 from deftx_kernels.train.callbacks import DivergenceGuard, L1Toward
 from deftx_kernels.train.checkpoints import finish, finished, finished_model, newest_checkpoint, save_model
 from deftx_kernels.train.config import Recipe, SelectionConfig, to_dict
@@ -39,7 +39,6 @@ def learn(vector: Vector, recipe: Recipe | str, runtime: Runtime) -> tuple[Spars
     folder, output = vector.folder / recipe.folder, vector.deltas / recipe.folder / vector.name
     if (metrics := finished(folder, partial(_read_result, folder, output, recipe))) is not None:
         return SparseDelta.from_pretrained(output), metrics
-    folder.mkdir(parents=True, exist_ok=True)
     vector = dataclasses.replace(
         vector, config=dataclasses.replace(vector.config, selection=recipe.selection(vector.config.selection))
     )
@@ -47,10 +46,15 @@ def learn(vector: Vector, recipe: Recipe | str, runtime: Runtime) -> tuple[Spars
         mask, metrics, trained = _lift(vector, folder, runtime)
     else:
         mask, metrics, trained = _lottery_ticket(vector, recipe, folder, runtime)
-    delta = difference(vector, trained, mask, recipe)
-    delta.save_pretrained(output)
-    finish(folder, metrics)
-    return delta, metrics
+    saved: list[SparseDelta] = []
+
+    def save() -> None:
+        saved.append(difference(vector, trained, mask, recipe))
+        saved[0].save_pretrained(output)
+        finish(folder, metrics)
+
+    processes.on_main(save)
+    return saved[0] if saved else SparseDelta.from_pretrained(output), metrics
 
 
 def _lottery_ticket(vector: Vector, recipe: Recipe, folder: Path, runtime: Runtime):
@@ -67,8 +71,7 @@ def _lottery_ticket(vector: Vector, recipe: Recipe, folder: Path, runtime: Runti
         else:
             dense_phase(current, runtime)
             mask, selection = _select(vector, recipe, runtime, current.folder / "dense/model", number, mask)
-            part.mkdir(parents=True, exist_ok=True)
-            mask.save(part / "mask.safetensors")
+            processes.on_main(partial(_save_mask, mask, part))
             trained, metrics = sparse_phase(current, mask, part, runtime)
             metrics["selection"] = selection
             if number < iterations:
@@ -77,6 +80,11 @@ def _lottery_ticket(vector: Vector, recipe: Recipe, folder: Path, runtime: Runti
         following = folder / f"iteration-{number + 1}"
         current = dataclasses.replace(vector, start=part / "model", folder=following, theta0=vector.start)
     return mask, metrics, trained
+
+
+def _save_mask(mask: CSRMask, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    mask.save(folder / "mask.safetensors")
 
 
 def _read_result(folder: Path, output: Path, recipe: Recipe) -> None:
@@ -111,6 +119,7 @@ def _theta0(vector: Vector, model: PreTrainedModel) -> dict[str, Tensor]:
 
 def sparse_phase(vector: Vector, mask: CSRMask, folder: Path, runtime: Runtime) -> tuple[PreTrainedModel, dict]:
     """Fine-tune the entries of `mask` (and the head) of a fresh copy of theta0: (theta2, metrics)."""
+    processes.check_mask(mask)
     model, phase = load_start(vector, runtime), vector.config.sparse
     l1 = phase.l1 / models.count_parameters(model)
     start = mask.gather(_theta0(vector, model))
@@ -146,11 +155,15 @@ def _select(
     vector: Vector, recipe: Recipe | str, runtime: Runtime, tuned: Path, iteration: int, before: CSRMask | None
 ) -> tuple[CSRMask, dict]:
     """The mask of the model in the folder `tuned` and theta0, and metrics."""
-    base, theta1 = load_start(vector, runtime), vector.load(tuned).to(runtime.torch_device)
-    began = _clock()
-    mask, denoising = select(recipe, theta1, base, vector.config.selection, iteration, before)
-    metrics = {"seconds": _clock() - began, **_sizes(mask)}
-    return mask, {**metrics, "denoising": denoising} if denoising else metrics
+
+    def find() -> tuple[CSRMask, dict]:
+        base, theta1 = load_start(vector, runtime), vector.load(tuned).to(runtime.torch_device)
+        began = _clock()
+        mask, denoising = select(recipe, theta1, base, vector.config.selection, iteration, before)
+        metrics = {"seconds": _clock() - began, **_sizes(mask)}
+        return mask, {**metrics, "denoising": denoising} if denoising else metrics
+
+    return processes.mask_of_main(find, runtime.torch_device)
 
 
 def _sizes(mask: CSRMask) -> dict:
@@ -175,7 +188,7 @@ class RefreshMask(TrainerCallback):
         if state.global_step % self.selection.refresh_every or state.global_step >= state.max_steps:
             return
         self.guard.check_weights(model, state.global_step)
-        self.mask, _ = lift_mask(self.weights, self.selection)
+        self.mask, _ = _lift_mask(self.weights, self.selection)
         self.optimizer.update_mask(self.mask)
         self.union = self.union | self.mask
 
@@ -183,6 +196,12 @@ class RefreshMask(TrainerCallback):
         """Write the masks into the folder of a checkpoint, whose optimizer state is in the order of the first."""
         for name, mask in zip(LIFT_MASKS, (self.mask, self.union)):
             mask.save(checkpoint / name)
+
+
+def _lift_mask(weights: Mapping[str, Tensor], selection: SelectionConfig) -> tuple[CSRMask, Denoising]:
+    """`lift_mask`, the same on all ranks."""
+    device = next(iter(weights.values())).device
+    return processes.mask_of_main(partial(lift_mask, weights, selection), device)
 
 
 def _lift(vector: Vector, folder: Path, runtime: Runtime) -> tuple[CSRMask, dict, PreTrainedModel]:
@@ -193,7 +212,7 @@ def _lift(vector: Vector, folder: Path, runtime: Runtime) -> tuple[CSRMask, dict
     weights = {name: model.get_parameter(name).detach() for name in linear}
     selection, phase = vector.config.selection, vector.config.sparse
     began = time.perf_counter()
-    mask, denoising = lift_mask(weights, selection)
+    mask, denoising = _lift_mask(weights, selection)
     seconds = time.perf_counter() - began
     checkpoint = newest_checkpoint(folder / "checkpoints", LIFT_MASKS)
     masks = (mask, mask) if checkpoint is None else _load_masks(checkpoint, runtime)

@@ -50,7 +50,8 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
             markdown(table),
             f"The task's training step on the same {dense['steps']} batches, each column in a fresh process "
             f"({dense['device']}, {dense['threads']} threads). Gradients and optimizer state are counted from the "
-            f"tensors. Peak memory: {dense['peak_bytes_are']}.",
+            f"tensors. Peak memory: {dense['peak_bytes_are']}."
+            + (f" Measured on {where}." if (where := metrics["costs"].get("measured_on")) else ""),
             picture("costs", "Cost of a training step, dense and sparse"),
         ]
     parts += [
@@ -64,12 +65,18 @@ def text(config: dict, metrics: dict, pictures: dict[str, str]) -> str:
         else "",
         "## Phases",
         markdown(phase_table(metrics)),
-        "Step times are those of the run itself. A dense phase that is of no method is shared by DeFT-X and LT-SFT.",
+        f"Step times are those of the run itself{processes_note(metrics)}. "
+        "A dense phase that is of no method is shared by DeFT-X and LT-SFT.",
         perplexity_note(config, metrics),
         "Settings: [config.json](config.json). All numbers: [metrics.json](metrics.json). "
         f"Time of the last call, which repeats no finished phase: {metrics['seconds']:.0f} s.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def processes_note(metrics: dict) -> str:
+    count = metrics.get("world_size", 1)
+    return f", on rank 0 of {count} processes, which divide each batch" if count > 1 else ""
 
 
 def test_sizes(data: dict) -> str:

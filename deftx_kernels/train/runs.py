@@ -1,10 +1,13 @@
-"""A run's folder: its marker file with the settings and inputs of the run, and the lock of the process that uses it."""
+"""A run's folder: its marker file with the settings and inputs of the run, and the lock of the process that uses it.
+
+Of several processes that run one command, rank 0 has the lock.
+"""
 
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,12 @@ import filelock
 
 from deftx_kernels.files import read_json, write_json
 from deftx_kernels.train.config import to_dict
+from deftx_kernels.train.processes import on_main, world_size
 
 MARKER = "deftx_run.json"
 FORMAT, FORMAT_VERSION = "deftx_run", 1
 LOCK = ".lock"
+RESTART_SECONDS = 60  # torchrun may start a process again before the system has removed its killed predecessor
 # All that a run writes in its folder, beside seed-<number>. Nothing else there is ever deleted.
 CONTENTS = ("config.json", "metrics.json", "report.md", "deltas", "phases")
 FIGURES = ("scores.png", "costs.png", "spectra.png", "density.png")
@@ -47,12 +52,27 @@ def open_run(
 
     Raises:
         ValueError: the folder holds a run with other settings or inputs (and not `overwrite`), or files but no run;
-            another process uses it; it is, holds or is in the current or home directory, an input or another run; or
-            several processes run this (WORLD_SIZE), each of which would write the folder.
+            another process uses it; it is, holds or is in the current or home directory, an input or another run.
         OSError: a file cannot be written; the file system has no locks.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("WORLD_SIZE is above 1: deftx runs in one process; start it without torchrun")
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(_open(config, run_dir, fingerprints, inputs, waiting, setting))
+
+        on_main(enter)
+        yield
+
+
+@contextmanager
+def _open(
+    config: Any,
+    run_dir: Path,
+    fingerprints: dict[str, str],
+    inputs: Iterable[str | Path],
+    waiting: Callable[[], None] | None,
+    setting: str,
+) -> Iterator[None]:
     _check_run_dir(run_dir, inputs, setting)
     marker = run_dir / MARKER
     if run_dir.exists() and not run_dir.is_dir():
@@ -115,9 +135,9 @@ def _check_run_dir(run_dir: Path, inputs: Iterable[str | Path], setting: str) ->
 @contextmanager
 def _locked(run_dir: Path, waiting: Callable[[], None] | None, setting: str) -> Iterator[None]:
     """A file lock of the operating system, which is released when the process ends, also when it is killed."""
-    lock = filelock.FileLock(run_dir / LOCK, blocking=False)
+    lock = filelock.FileLock(run_dir / LOCK)
     try:
-        lock.acquire()
+        lock.acquire(timeout=RESTART_SECONDS if world_size() > 1 and waiting is None else 0)
     except filelock.Timeout:
         if waiting is not None:
             waiting()

@@ -23,9 +23,11 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 
 from deftx_kernels.delta import SparseDelta, compose
 from deftx_kernels.nn import masked_parameters
+from deftx_kernels.train import processes
 from deftx_kernels.train.callbacks import CostMeter, DivergenceGuard, EpochToCollator, QuietProgress
 from deftx_kernels.train.checkpoints import newest_checkpoint, saving
 from deftx_kernels.train.config import PhaseConfig, VectorConfig
+from deftx_kernels.train.global_batches import GlobalBatchTrainer, SeedOfRank
 from deftx_kernels.train.metrics import classification_metrics
 from deftx_kernels.train.sources import LanguageBatches, SourceVectors
 from deftx_kernels.train.tokens import IGNORED, MaskedLanguageCollator
@@ -75,7 +77,7 @@ class Examples:
 # ---- trainers ----
 
 
-class VectorTrainer(Trainer):
+class VectorTrainer(GlobalBatchTrainer):
     """A Trainer that also saves sparsified models, for whose tied values `save_pretrained` raises.
 
     A checkpoint of diverged weights is not written, and one that is incomplete because the disk is full is deleted.
@@ -108,6 +110,13 @@ class VectorTrainer(Trainer):
         (language,) = set(inputs.pop("language").tolist())
         return self.source_vectors.applied(self.accelerator.unwrap_model(self.model), language)
 
+    def evaluation_loop(self, *arguments, **options):
+        if self.source_vectors is not None:
+            # The last batch of every language may be smaller. Trainer's default cuts the last one of all of them to
+            # what is left of the sum of their examples.
+            self.gather_function = self.accelerator.gather
+        return super().evaluation_loop(*arguments, **options)
+
     def get_train_dataloader(self):
         if self.source_vectors is None:
             return super().get_train_dataloader()
@@ -119,7 +128,9 @@ class VectorTrainer(Trainer):
         return self._batches_of_one_language(eval_dataset or self.eval_dataset, self.args.eval_batch_size, None)
 
     def _batches_of_one_language(self, dataset, batch_size: int, seed: int | None) -> DataLoader:
-        batches = LanguageBatches(dataset["language"], batch_size, seed)
+        batches = LanguageBatches(dataset["language"], batch_size * processes.world_size(), seed)
+        if processes.world_size() > 1:
+            return self.divided(dataset, batch_sampler=batches)
         return self.accelerator.prepare(DataLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator))
 
     def _save_checkpoint(self, model, trial):
@@ -128,13 +139,18 @@ class VectorTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             with saving(folder):
-                if self.save_extra is not None:
+                if self.save_extra is not None and self.args.should_save:
                     folder.mkdir(parents=True, exist_ok=True)
                     self.save_extra(folder)
                 super()._save_checkpoint(model, trial)
         except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        processes.barrier()  # trainer_state.json is written next: a checkpoint with it has the states of all ranks
 
     def save_model(self, output_dir=None, _internal_call=False):
         if not masked_parameters(self.model) or self.is_fsdp_enabled:
@@ -172,7 +188,7 @@ class MaskedLanguageTrainer(VectorTrainer):
     column: Tensor | None = None  # of each token among the logits
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = dict(inputs)
+        inputs = {name: value for name, value in inputs.items() if name not in ("rows", "share")}
         labels = inputs.pop("labels")
         masked = labels != IGNORED  # [batch, length]
 
@@ -186,7 +202,10 @@ class MaskedLanguageTrainer(VectorTrainer):
             hook.remove()
         targets = labels[masked] if self.column is None else self.column[labels[masked]]
         total = nn.functional.cross_entropy(outputs.logits.float(), targets, reduction="sum")
-        loss = total / (num_items_in_batch if num_items_in_batch is not None else masked.sum())
+        if num_items_in_batch is None:
+            loss = total / masked.sum().clamp(min=1)
+        else:  # those of all ranks, whose losses DDP averages
+            loss = total / num_items_in_batch * processes.world_size()
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
 
@@ -209,11 +228,11 @@ def training_arguments(
     every = phase.eval_every
     # Without keep_best and eval_every a phase is short, and is run again from its start: no checkpoints.
     save_strategy = "steps" if every is not None else "epoch" if phase.keep_best else "no"
-    best, masked_lm = phase.keep_best and validated, examples.masked_lm
+    best, masked_lm, ranks = phase.keep_best and validated, examples.masked_lm, processes.world_size()
     return TrainingArguments(
         output_dir=str(folder.absolute() / "checkpoints"),  # Trainer stores it: a run may continue from elsewhere
-        per_device_train_batch_size=vector.batch_size,
-        per_device_eval_batch_size=max(32, vector.batch_size),
+        per_device_train_batch_size=vector.batch_size // ranks,
+        per_device_eval_batch_size=-(-max(32, vector.batch_size) // ranks),
         gradient_accumulation_steps=vector.accumulation,
         num_train_epochs=phase.epochs,
         max_steps=phase.max_steps or -1,
@@ -238,6 +257,7 @@ def training_arguments(
         prediction_loss_only=masked_lm,
         logging_steps=10,
         logging_nan_inf_filter=False,
+        log_level_replica="error",
         disable_tqdm=not sys.stderr.isatty(),
         report_to=list(runtime.report_to) or "none",
         **({"train_sampling_strategy": "group_by_length"} if vector.group_by_length else {}),
@@ -283,7 +303,7 @@ def train_phase(
         eval_dataset=examples.validation if validated else None,
         compute_metrics=None if examples.masked_lm else partial(classification_metrics, labels=examples.labels),
         optimizers=(optimizer, None),
-        callbacks=[guard, meter, *callbacks, *runtime.callbacks],
+        callbacks=[guard, meter, SeedOfRank(), *callbacks, *runtime.callbacks],
     )
     if examples.vocabulary is not None:
         trainer.use_vocabulary(examples.vocabulary)
@@ -301,6 +321,7 @@ def train_phase(
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     guard.check_weights(model, trainer.state.global_step)
+    processes.check_weights(model)
     _check_loss(trainer, guard)
     metrics = {**meter.metrics(), "seconds": time.perf_counter() - began, **_history(trainer, examples.metric)}
     if before is not None:
@@ -312,6 +333,8 @@ def train_phase(
             warnings.warn(guard.no_gain(before, after), RuntimeWarning, stacklevel=2)
     if examples.vocabulary is not None:
         del model.get_output_embeddings().forward  # that of the class again
+    processes.barrier()  # rank 0 deletes the checkpoints, which every rank may have read
+    metrics["world_size"] = processes.world_size()
     return {**metrics, "resumed_from": None if last is None else last.name}
 
 
@@ -337,7 +360,8 @@ def _check_loss(trainer: Trainer, guard: DivergenceGuard) -> None:
     """ValueError where the trained model's loss is not finite: finite weights can be too large for finite outputs."""
     with torch.no_grad(), trainer.compute_loss_context_manager():
         batch = next(iter(trainer.get_train_dataloader()))
-        batch = {name: value.to(trainer.args.device) for name, value in batch.items() if name != "language"}
+        batch.pop("language", None)
+        batch = {n: x.to(trainer.args.device) if isinstance(x, Tensor) else x for n, x in batch.items()}
         loss = trainer.compute_loss(trainer.model.eval(), batch).item()
     if not math.isfinite(loss):
         raise guard.error(f"the loss after it is {loss}", trainer.state.global_step)
@@ -354,19 +378,21 @@ def evaluate(
     Raises:
         ValueError: an output of the model is NaN or infinite.
     """
+    processes.join(runtime.device)
     lengths = [len(ids) for ids in dataset["input_ids"]]
     by_length = dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__))  # less padding
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder,
-            per_device_eval_batch_size=batch_size,
+            per_device_eval_batch_size=-(-batch_size // processes.world_size()),
             bf16=runtime.bf16,
             use_cpu=runtime.torch_device.type == "cpu",
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
+            log_level_replica="error",
             report_to="none",
         )
-        prediction = Trainer(model=model, args=args, data_collator=collator).predict(by_length)
+        prediction = GlobalBatchTrainer(model=model, args=args, data_collator=collator).predict(by_length)
     if not np.isfinite(prediction.predictions).all():
         raise ValueError("evaluation: outputs of the model are NaN or infinite, so it is not scored")
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]

@@ -12,7 +12,7 @@ from transformers.trainer_utils import set_seed
 
 from deftx_kernels.delta import SparseDelta
 from deftx_kernels.select.functional import selected_counts
-from deftx_kernels.train import models
+from deftx_kernels.train import models, processes
 from deftx_kernels.train.callbacks import DivergenceGuard
 from deftx_kernels.train.checkpoints import finish, finished_model, save_model
 from deftx_kernels.train.config import LanguageConfig, PhaseConfig, Recipe, TaskConfig, VectorConfig
@@ -148,13 +148,17 @@ class VectorBuilder:
 
     def _classifier(self, name: str, added: Sequence[SparseDelta] = ()) -> Path:
         folder = self.folder / "phases" / name
-        if finished_model(folder, folder) is None:
+
+        def make() -> None:
             set_seed(self.runtime.seed)  # of the head
             classifier = models.load_classifier(self.model, self.corpus.labels, self.corpus.task)
             for delta in added:
                 delta.apply_(classifier)
             save_model(classifier, folder)
             finish(folder, {"vectors": len(added)})
+
+        if finished_model(folder, folder) is None:
+            processes.on_main(make)
         return folder
 
     def mlm_start(self, config: LanguageConfig, languages: Sequence[str]) -> Path:
@@ -218,9 +222,11 @@ def check_fit(
         task: "classification", "token-classification" or "masked-lm".
 
     Raises:
-        ValueError: a tokenizer with more tokens than the model has embeddings; max_length above the model's positions;
-            a selection of more entries than it has, or of none; for "masked-lm", a tokenizer without a mask token.
+        ValueError: a batch that cannot be divided among the processes; a tokenizer with more tokens than the model has
+            embeddings; max_length above the model's positions; a selection of more entries than it has, or of none;
+            for "masked-lm", a tokenizer without a mask token.
     """
+    processes.check_batch_size(config.batch_size)
     outline = models.outline(model, task)
     if task == "masked-lm":
         MaskedLanguageCollator(tokenizer)

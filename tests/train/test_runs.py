@@ -122,11 +122,6 @@ def test_folders_where_no_run_may_be(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file"):
         opened(tmp_path / "file")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE is above 1"):
-        opened(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-    monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(OSError, match="run_dir .*file/new cannot be made: Not a directory"):
         opened(tmp_path / "file/new")
     (tmp_path / "locked/.lock").mkdir(parents=True)
