@@ -357,9 +357,10 @@ inline cudaStream_t current_stream(const Tensor& t) {
 inline void refuse_capture(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   DEFTX_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-  DEFTX_CHECK(status == cudaStreamCaptureStatusNone,
-              "this operator of deftx_kernels exchanges data with the host and cannot be captured in a CUDA graph: call "
-              "it before the capture");
+  DEFTX_CHECK(
+      status == cudaStreamCaptureStatusNone,
+      "this operator of deftx_kernels exchanges data with the host and cannot be captured in a CUDA graph: call "
+      "it before the capture");
 }
 
 // How many blocks of this kernel the current device holds at once: the grid of a grid-stride kernel.
