@@ -67,6 +67,7 @@ def captured_step(
         >>> from deftx_kernels import SparseAdamW
         >>> from deftx_kernels.integrations import captured_step
         >>> model = torch.nn.Linear(3, 1)
+        >>> _ = torch.nn.init.ones_(model.weight)
         >>> optimizer = SparseAdamW(model.named_parameters(), None, lr=0.1)
         >>> batch = {"x": torch.ones(4, 3), "y": torch.zeros(4, 1)}
         >>> def loss_fn(model, batch):
