@@ -187,7 +187,8 @@ def plot(rows: list[Row], path: Path) -> None:
         for key, of_condition in scores.items():
             if values := means_of(of_condition, languages):
                 bars.append((label(key) + (f" ({model})" if len(models) > 1 else ""), key, values))
-    figure = Figure(figsize=(6.5, 0.6 + 0.3 * len(bars)), dpi=160, layout="constrained")
+    longest = max((len(name) for name, *_ in bars), default=0)
+    figure = Figure(figsize=(max(6.5, 3 + 0.06 * longest), 0.6 + 0.3 * len(bars)), dpi=160, layout="constrained")
     axes = figure.subplots()
     for place, (_, key, values) in enumerate(bars):
         color = COLORS[Recipe.of(key[1]).name]
