@@ -70,18 +70,28 @@ def write_table(rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+def _with_keys(rows: list[dict]) -> tuple[list[tuple[str, ...]], list[dict]]:
+    """Keys and rows; kernels of one name in two files are told apart by their order."""
+    seen: dict[tuple[str, ...], int] = {}
+    keys = []
+    for row in rows:
+        name = tuple(str(row[x]) for x in KEY)
+        seen[name] = seen.get(name, 0) + 1
+        keys.append((*name, str(seen[name])))
+    return keys, rows
+
+
 def worse_than_table(rows: list[dict]) -> Iterator[str]:
     """What is worse than in the committed table, or is not there: it is of the same compilers, or nothing is said."""
     with TABLE.open(newline="") as file:
         made_with = file.readline().removeprefix("# ").strip()
-        before = {tuple(row[x] for x in KEY): row for row in csv.DictReader(file)}
+        before = dict(zip(*_with_keys(list(csv.DictReader(file)))))
     if made_with != toolchain():
         print(f"\nNot compared with {TABLE.name}, which is of {made_with}: this is {toolchain()}")
         return
-    for row in rows:
-        key = tuple(str(row[x]) for x in KEY)
+    for key, row in zip(*_with_keys(rows)):
         former = before.get(key)
-        label = ", ".join(filter(None, key))
+        label = ", ".join(filter(None, key[:-1]))
         if former is None:
             yield f"{label}: not in {TABLE.name}; `make aot ARGS=--write` adds it"
             continue
