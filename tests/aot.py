@@ -9,7 +9,7 @@ What the PTX of sparse_adamw shows (Triton 3.6): exp_avg, exp_avg_sq and the mas
 thread (ld.global.v4.b32, st.global.v4.b32; v2.b64 for float64), exp_avg and exp_avg_sq in bfloat16 8 bytes (v2.b32),
 four uint16 columns in one ld.global.v2.b32, four int32 columns in one ld.global.v4.b32, in the body for full blocks.
 The body for the last block reads element by element, because its mask is not constant over a vector. Parameters and
-dense gradients are gathered, neighbouring entries by neighbouring threads.
+dense gradients are gathered; only the parameters are stored with neighbouring entries in neighbouring threads.
 """
 
 import argparse
