@@ -65,7 +65,9 @@ def join(device: str = "auto") -> None:
     if not dist.is_initialized():
         if gpus:
             torch.cuda.set_device(local)
-        _store, rank, size = next(dist.rendezvous("env://", timeout=TRAINING_TIMEOUT))
+        store, rank, size = next(dist.rendezvous("env://", timeout=TRAINING_TIMEOUT))
+        # torchrun keeps the store when it restarts the processes: it holds the addresses of those that were killed.
+        _store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}", store)
         backend = "nccl" if gpus else "gloo"
         dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=TRAINING_TIMEOUT)
     if _control is None:

@@ -59,10 +59,11 @@ def call(function: Callable, arguments: tuple, environ: dict[str, str], log: Pat
         os._exit(code)
 
 
-def start(folder: Path, world: int, function: Callable, *arguments) -> list:
+def start(folder: Path, world: int, function: Callable, *arguments, new_store: bool = True) -> list:
     """The processes; their logs are folder/log-<rank>."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    STORES.append(store)
+    if new_store:
+        STORES.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    store = STORES[-1]
     folder.mkdir(parents=True, exist_ok=True)
     started = []
     for rank in range(world):
@@ -78,9 +79,9 @@ def logs(folder: Path) -> list[str]:
     return ["".join(f"{line}\n" for line in found if "find_unused_parameters" not in line) for found in lines]
 
 
-def together(folder: Path, world: int, function: Callable, *arguments) -> list[int]:
+def together(folder: Path, world: int, function: Callable, *arguments, **options) -> list[int]:
     """The exit codes."""
-    started = start(folder, world, function, *arguments)
+    started = start(folder, world, function, *arguments, **options)
     for process in started:
         process.join()
     return [process.exitcode for process in started]
@@ -344,6 +345,24 @@ def wait_for(path: Path, alive: Callable[[], bool]) -> None:
     while not path.exists():
         assert alive(), f"it ended before it wrote {path}"
         time.sleep(0.05)
+
+
+def joining(restart: int) -> int:
+    """Join, and end without leaving if this is not a restart."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restart)
+    processes.join("cpu")
+    processes.barrier()
+    if processes.rank() == 0:
+        assert processes.first_to_fail()
+    if restart:
+        processes.leave()
+    return 3 - restart
+
+
+def test_a_restart_in_the_same_store(tmp_path):
+    """torchrun keeps its store, with the addresses and marks of the processes that were killed."""
+    assert together(tmp_path, 2, joining, 0) == [3, 3], logs(tmp_path)
+    assert together(tmp_path, 2, joining, 1, new_store=False) == [2, 2], logs(tmp_path)
 
 
 @pytest.mark.slow
