@@ -4,8 +4,9 @@ FSDP2: `SparseAdamW` takes DTensors that are placed by rows (`Shard(0)`) and a m
 selects such a mask over all ranks' shards; `local_mask` returns the mask of this rank's rows, for
 `deftx_kernels.sparse_adamw` on local tensors. Ranks exchange histograms and the mask, never scores.
 
-DDP needs only the same mask on all ranks: a sparsified model's trainable parameters are ordinary (compact) ones. For
-`SparseAdamW` on a plain model, `masked_allreduce_hook` all-reduces only the masked entries of dense gradients.
+A model that is sparsified, and then sharded with FSDP2 or wrapped in DDP, needs only the same mask on all ranks: its
+trainable parameters are ordinary (compact) ones. For `SparseAdamW` on a plain model under DDP, `masked_allreduce_hook`
+all-reduces only the masked entries of dense gradients.
 
 `diff_patch` compares two versions of a model whose parameters are sharded by rows, `apply_patch_` writes a patch to
 one. Ranks exchange the entries that changed, never weights.

@@ -5,8 +5,9 @@ DTensor.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -122,6 +123,12 @@ def local_tensor(tensor: Any) -> Tensor:
 
 
 @torch.no_grad()
+def whole_tensor(tensor: Any) -> Tensor:
+    """The whole of a DTensor, on every rank: all of them call it. Another tensor itself."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+@torch.no_grad()
 def local_gradient(param: Any) -> Tensor | None:
     """The gradient of this rank's part. A DTensor's gradient is brought to the parameter's placement first."""
     grad = param.grad
@@ -162,12 +169,19 @@ def entry_bounds(mask: CSRMask, ranks: int) -> list[int]:
     return torch.searchsorted(mask.col_indices.to(torch.int32), limits).tolist()
 
 
+def compact_bounds(mask: CSRMask, tensor: Tensor, ranks: int) -> list[int]:
+    """`entry_bounds` of a dense tensor; of the values [nnz] of a sparsified model, where each rank's part begins."""
+    if tensor.shape != mask.shapes[0]:
+        return row_bounds(tensor.shape, ranks)
+    return entry_bounds(mask, ranks)
+
+
 def local_entries(mask: CSRMask, tensor: Any) -> slice:
-    """Where the entries in this rank's part are in a compact tensor of a mask of this one tensor."""
+    """Where this rank's entries (see `compact_bounds`) are in a compact tensor of a mask of this one tensor."""
     if (mesh := mesh_of_rows(tensor)) is None:
         return slice(0, mask.nnz)
     rank = mesh.get_local_rank()
-    return slice(*entry_bounds(mask, mesh.size())[rank : rank + 2])
+    return slice(*compact_bounds(mask, tensor, mesh.size())[rank : rank + 2])
 
 
 def local_part(mask: CSRMask, tensor: Any) -> CSRMask:
@@ -184,3 +198,55 @@ def local_part(mask: CSRMask, tensor: Any) -> CSRMask:
         columns = columns - start
         crow = torch.tensor([0, len(columns)], dtype=torch.int64, device=mask.device)
     return CSRMask.unchecked((name,), (torch.Size((stop - start, *shape[1:])),), crow, columns)
+
+
+def gather_entries(mask: CSRMask, tensor: Tensor) -> Tensor:
+    """[nnz], on every rank: `mask.gather` of one tensor, of which ranks may have rows. All of them call it."""
+    (name,), local = mask.names, local_tensor(tensor).detach()
+    mine = local_part(mask, tensor).to(local.device).gather({name: local})
+    if (mesh := mesh_of_rows(tensor)) is None:
+        return mine
+    bounds = entry_bounds(mask, mesh.size())
+    sizes = [end - start for start, end in zip(bounds, bounds[1:])]
+    return torch.cat(gather_all(mine, mesh.get_group(), sizes))
+
+
+class Redistribution:
+    """Flat tensors that are divided over the ranks of a group at some bounds become divided at others. A rank sends to
+    another one only what that needs.
+
+    Args:
+        before, after: of each tensor [ranks + 1]: where the part of each rank begins.
+    """
+
+    def __init__(self, before: Sequence[list[int]], after: Sequence[list[int]], group: dist.ProcessGroup) -> None:
+        rank, self.ranks, self.group = dist.get_rank(group), dist.get_world_size(group), group
+        pairs = list(product(range(len(before)), range(self.ranks)))
+        # Elements by (tensor, rank) that gets them, and by (rank, tensor) that sends them
+        sent = {(i, r): _common(before[i], rank, after[i], r) for i, r in pairs}
+        received = {(r, i): _common(after[i], rank, before[i], r) for i, r in pairs}
+        self._sent, self._received = ({k: n for k, n in sizes.items() if n} for sizes in (sent, received))
+
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
+        """This rank's new parts, one tensor after the other. `parts`: its present part of each, of one dtype."""
+        sent = _regrouped(torch.cat(list(parts)), self._sent)
+        sizes = [[0] * self.ranks, [0] * self.ranks]
+        for (_, to), n in self._sent.items():
+            sizes[0][to] += n
+        for (source, _), n in self._received.items():
+            sizes[1][source] += n
+        received = sent.new_empty(sum(sizes[1]))
+        dist.all_to_all_single(received, sent, sizes[1], sizes[0], group=self.group)
+        return _regrouped(received, self._received)
+
+
+def _common(bounds: list[int], rank: int, others: list[int], other: int) -> int:
+    """How many elements two ranks' parts have in common."""
+    return max(0, min(bounds[rank + 1], others[other + 1]) - max(bounds[rank], others[other]))
+
+
+def _regrouped(flat: Tensor, sizes: dict[tuple[int, int], int]) -> Tensor:
+    """The parts of a flat tensor, which are in the order of their keys (a, b), in the order of (b, a)."""
+    keys = sorted(sizes)
+    parts = dict(zip(keys, flat.split([sizes[key] for key in keys])))
+    return torch.cat([parts[key] for key in sorted(keys, key=lambda key: key[::-1])]) if parts else flat

@@ -42,5 +42,7 @@ def _process(rank, port, functions, world):
             function(rank)
         gc.collect()  # a DDP wrapper's reducer ends before the group that it uses
         dist.barrier()  # no rank ends while another one still communicates with it
+    except pytest.fail.Exception as error:  # of pytest.raises: not an Exception, so spawn would not report it
+        raise AssertionError(str(error)) from error
     finally:
         dist.destroy_process_group()

@@ -21,7 +21,7 @@ from deftx_kernels.delta.model_state import (
     model_tensors,
     part_of_checksum,
 )
-from deftx_kernels.delta.models import Model, persistent_buffers
+from deftx_kernels.delta.models import Model, persistent_buffers, plain_model
 from deftx_kernels.delta.patch import SparsePatch, check_fits, different_entries
 from deftx_kernels.ops.schemas import index_dtype
 from deftx_kernels.shards import (
@@ -145,7 +145,7 @@ def _parts(model: Model, argument: str, group: dist.ProcessGroup | None) -> _Par
 
 def _both_parts(new: Model, old: Model, group: dist.ProcessGroup | None) -> tuple[_Parts, _Parts, dict[str, str]]:
     """The parts of both models, with this rank's tied names."""
-    mine, theirs = _parts(new, "new", group), _parts(old, "old", group)
+    mine, theirs = _parts(plain_model(new), "new", group), _parts(plain_model(old), "old", group)
     for name in [n for n in theirs if n in mine]:
         if (one := mine[name][1:3]) != (other := theirs[name][1:3]):
             words = [f"{list(shape)}{', sharded' if sharded else ''}" for shape, sharded in (one, other)]

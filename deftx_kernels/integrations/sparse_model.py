@@ -14,6 +14,7 @@ from deftx_kernels.delta.models import persistent_buffers
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import masked_parameters, plain_tensors, sparsify
 from deftx_kernels.select import mask_from_weights, matches_ending, plain_modules, target_weights
+from deftx_kernels.shards import gather_entries, whole_tensor
 
 _RECORD = "_sparse_base"  # attribute of the model: its BaseRecord
 
@@ -139,7 +140,8 @@ def sparse_delta(model: nn.Module, metadata: Mapping[str, Any] | None = None) ->
     tensors: all other trainable parameters (those of `modules_to_save`) and the persistent buffers that have changed.
 
     Args:
-        model: sparsified by `get_sparse_model`, before `densify`; also in DistributedDataParallel or torch.compile.
+        model: sparsified by `get_sparse_model`, before `densify`; also in DistributedDataParallel or torch.compile. If
+            it is sharded with FSDP2, all ranks call this, and gather the masked entries and those whole tensors.
         metadata: goes into the delta's.
 
     Returns:
@@ -159,7 +161,7 @@ def sparse_delta(model: nn.Module, metadata: Mapping[str, Any] | None = None) ->
     masked = masked_parameters(model)
     tensors = plain_tensors(model)  # synchronised
     mask = _joined_mask(masked).to("cpu")
-    now = {n: m.mask.gather({n: tensors[n].detach()}).cpu() for n, m in masked.items()}
+    now = {n: gather_entries(m.mask, tensors[n]).cpu() for n, m in masked.items()}
     every = CSRMask.from_dense({n: torch.ones_like(t, dtype=torch.bool) for n, t in now.items()})
     difference = SparseDelta.from_models(now, record.entries, every)
     dense = {n: t for n, t in tensors.items() if t.requires_grad and n not in masked}
@@ -172,7 +174,7 @@ def sparse_delta(model: nn.Module, metadata: Mapping[str, Any] | None = None) ->
     }
     if tied := {n: first for n, first in record.tied.items() if first in mask or first in dense}:
         details["tied"] = tied
-    dense = {n: t.detach().to("cpu", copy=True) for n, t in dense.items()}
+    dense = {n: whole_tensor(t).detach().to("cpu", copy=True) for n, t in dense.items()}
     return SparseDelta(mask, difference.values, dense, details, difference.low)
 
 

@@ -24,13 +24,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from deftx_kernels.delta import SparseDelta
 from deftx_kernels.integrations.sparse_model import base_record, sparse_delta
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import masked_parameters
 from deftx_kernels.optim import SparseAdamW
+from deftx_kernels.shards import is_dtensor
 
 
 def optimizer_cls_and_kwargs(
@@ -66,7 +68,7 @@ class _OptimizerFactory:
 
     def __call__(self, model: nn.Module, **options: Any) -> SparseAdamW:
         masked = _trained(model)
-        mask = CSRMask.joined([m.mask for m in masked.values() if m.values.requires_grad])
+        mask = CSRMask.joined([m.mask for m in masked.values() if m.values.requires_grad or not m.mask.nnz])
         decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
@@ -96,9 +98,8 @@ class SaveDeltaCallback(TrainerCallback):
 
     def on_save(self, args, state, control, model=None, **_):
         """Write the delta into the new checkpoint, and upload it."""
-        if not state.is_world_process_zero:
+        if (delta := _delta(model, state)) is None:
             return
-        delta = sparse_delta(model, {"step": state.global_step})
         delta.save_pretrained(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.dtype)
         if not args.push_to_hub or args.hub_strategy == HubStrategy.END:
             return
@@ -116,8 +117,15 @@ class SaveDeltaCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **_):
         """Write the delta of the trained model (the best one, with `load_best_model_at_end`) into `output_dir`."""
-        if state.is_world_process_zero:
-            sparse_delta(model, {"step": state.global_step}).save_pretrained(args.output_dir, self.dtype)
+        if (delta := _delta(model, state)) is not None:
+            delta.save_pretrained(args.output_dir, self.dtype)
+
+
+def _delta(model: nn.Module, state: TrainerState) -> SparseDelta | None:
+    """The delta, on the main process. All ranks gather that of a model which is sharded with FSDP2."""
+    sharded = any(is_dtensor(m.values) for m in masked_parameters(model).values())
+    delta = sparse_delta(model, {"step": state.global_step}) if sharded or state.is_world_process_zero else None
+    return delta if state.is_world_process_zero else None
 
 
 def _trained(model: nn.Module) -> dict[str, Any]:
@@ -125,7 +133,7 @@ def _trained(model: nn.Module) -> dict[str, Any]:
     masked = masked_parameters(model)
     if not masked:
         raise ValueError("model is not sparsified: call get_sparse_model(model, config) or sparsify(model, mask) first")
-    if not any(m.values.requires_grad for m in masked.values()):
+    if not any(m.values.requires_grad for m in masked.values() if m.mask.nnz):
         raise ValueError(
             "the values of this sparsified model are frozen, so that none would be trained. get_peft_model, which a "
             "trainer calls for peft_config, freezes them: drop peft_config, or densify(model) before"

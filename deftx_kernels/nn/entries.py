@@ -4,6 +4,8 @@ An optimizer step over the values writes them into the dense tensor: in `SparseA
 the step of any other torch optimizer. All other changes are detected at the next use, by comparing the version counters
 of the two tensors. Writes through `.data` do not change these, so the parameters also record reads of their `.data`.
 A use without changes compares two integers and launches nothing on the device.
+
+FSDP2 replaces both tensors by DTensors, of which each rank has a part. These are synchronised in `sharded.py`.
 """
 
 import copy
@@ -21,6 +23,8 @@ from torch.utils.weak import TensorWeakRef
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn.autocast_copy import AutocastCopy, is_capturing, write_copies
 from deftx_kernels.nn.functional import is_traced
+from deftx_kernels.shards import is_dtensor
+from deftx_kernels.validation import values_name
 
 
 class MaskedParameter(NamedTuple):
@@ -137,6 +141,8 @@ class Entry:
     """The state of one masked parameter, shared by all modules that own it (tied weights)."""
 
     copy: AutocastCopy | None = None
+    is_sharded = False  # the two tensors are DTensors
+    values: Any  # [nnz]: a parameter
 
     def __init__(self, mask: CSRMask, dense: nn.Parameter, buffer: "ValuesBuffer", start: int) -> None:
         self.mask, self.buffer, self.start = mask, buffer, start  # `start`: the first of its values in the buffer
@@ -145,8 +151,10 @@ class Entry:
         self.is_replaceable = False  # while torch casts or loads all parameters of a module
         buffer.entries.add(self)
         self.owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        _entries[id(self)] = self
         dense.requires_grad_(False)
-        self._track(dense, TrackedParameter(buffer.view_of(self, mask.device)))
+        # Nothing is trained where the mask has no entries: FSDP2 does not take empty gradients.
+        self._track(dense, TrackedParameter(buffer.view_of(self, dense.device), requires_grad=mask.nnz > 0))
         self.mark_synchronised()
 
     @property
@@ -162,6 +170,10 @@ class Entry:
     def replaced_message(self) -> str:
         return f"{self.name!r} is sparsified and has been replaced or resized since: densify the model first"
 
+    @property
+    def sharded_apart_message(self) -> str:
+        return f"{self.name!r} and its values must be sharded (FSDP2) together, or neither of them"
+
     def _track(self, dense: nn.Parameter, values: nn.Parameter) -> None:
         self.dense_tracker, self.values_tracker = ChangeTracker(self, False), ChangeTracker(self, True)
         self._dense, self.values = weakref.ref(dense), values
@@ -173,7 +185,9 @@ class Entry:
         for old, new in ((self.dense, dense), (self.values, values)):
             if old is not new and isinstance(old, TrackedParameter):
                 old.tracker = None
-        self._dense, self.values = weakref.ref(dense), values
+        self.values = values
+        # torch casts a DTensor by swapping it, which fails where there is a weak reference
+        self._dense = (lambda: dense) if self.is_sharded else weakref.ref(dense)  # type: ignore[assignment]
         for tensor, tracker in ((dense, self.dense_tracker), (values, self.values_tracker)):
             if type(tensor) is nn.Parameter:
                 tensor.__class__ = TrackedParameter  # type: ignore[assignment]
@@ -181,6 +195,19 @@ class Entry:
                 if tensor.tracker is not tracker:
                     tracker.reset()
                 tensor.tracker = tracker
+
+    def find_shards(self) -> None:
+        """Take the DTensors by which FSDP2 has replaced the two tensors in the modules that own them."""
+        owned = ((m, a) for m in self.owners for a, e in m.__dict__.get("_masked_entries", {}).items() if e is self)
+        if self.is_sharded or (first := next(owned, None)) is None:
+            return
+        parameters, attr = first[0]._parameters, first[1]
+        dense: Any = parameters.get(attr)
+        values: Any = parameters.get(values_name(attr))
+        if is_dtensor(dense) and is_dtensor(values):
+            self.copy, self.is_sharded, self.buffer.data = None, True, None
+            self.mask = self.mask.to(values.device_mesh.device_type)  # fully_shard moves parameters there
+            self.set_tensors(dense, values)
 
     def release(self) -> None:
         """Make the dense tensor a plain parameter again."""
@@ -200,11 +227,16 @@ class Entry:
         dense = state.pop("dense")
         vars(self).update(state, owners=weakref.WeakSet())
         self.buffer.entries.add(self)
+        _entries[id(self)] = self
         self._track(dense, self.values)
 
     # ---- synchronisation ----
     def synchronise(self) -> None:
-        """Write changed values into the dense tensor; if only that was changed, read the values from it."""
+        """Write changed values into the dense tensor; if only that was changed, read the values from it. Nothing for
+        shards, which `sharded.py` synchronises.
+        """
+        if self.is_sharded:
+            return
         if self.values_tracker.has_changed(self.values):
             self.write_values()
         elif self.dense_tracker.has_changed(self.dense):
@@ -216,7 +248,7 @@ class Entry:
             self.mark_synchronised()
 
     def synchronise_if_possible(self) -> None:
-        """`synchronise`, unless the dense tensor is resized, sharded or on meta."""
+        """`synchronise`, unless the dense tensor is resized or on meta."""
         if self.dense is not None and self.dense.shape == self.mask.shapes[0] and not self.dense.is_meta:
             self.synchronise()
 
@@ -291,13 +323,20 @@ class Entry:
         self.dense.detach()[:rows][chosen] = self.values.detach()[: int(chosen.sum())].to(self.dense.dtype)
         self.mark_synchronised()
 
-    def matches(self, dense: Tensor, values: Tensor) -> bool:
-        """Whether a dense tensor has these values at the mask's entries: exactly, or in 16 bits within one rounding,
-        since states that are averaged or cast round the two separately. True for other shapes, which torch reports.
+    def matches(self, dense: Tensor | None, values: Tensor | None) -> bool:
+        """Whether a dense tensor has these values at the mask's entries. True where one is missing, and for other
+        shapes, which torch reports.
         """
+        if dense is None or values is None:
+            return True
         if dense.shape != self.mask.shapes[0] or values.shape != self.values.shape:
             return True
-        found = self.mask.to(dense.device).gather({self.name: dense})
+        return self.are_near(self.mask.to(dense.device).gather({self.name: dense}), values)
+
+    def are_near(self, found: Tensor, values: Tensor) -> bool:
+        """Whether entries of a dense tensor are these values: exactly, or in 16 bits within one rounding, since states
+        that are averaged or cast round the two separately.
+        """
         dtypes = [torch.finfo(dtype) for dtype in (found.dtype, values.dtype, self.synchronised_dtype)]
         rtol, atol = max(((i.eps, i.tiny) for i in dtypes if i.bits == 16), default=(0.0, 0.0))
         wanted = values.to(found).to(torch.float64)
@@ -307,6 +346,9 @@ class Entry:
         """Whether the dense tensor holds the values: compares the contents."""
         found, wanted = self.mask.gather({self.name: self.dense}), self.values.detach().to(self.dense.dtype)
         return torch.allclose(found, wanted, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+_entries: weakref.WeakValueDictionary[int, Entry] = weakref.WeakValueDictionary()  # all of them, by their ids
 
 
 class ValuesBuffer:
@@ -368,8 +410,15 @@ def _entry_of(parameter: Tensor) -> Entry | None:
 
 def entries_of(parameters: Iterable[Tensor]) -> dict[int, Entry]:
     """id(values) → entry, for those of the tensors that are the compact values of a sparsified model."""
-    found = ((parameter, _entry_of(parameter)) for parameter in parameters)
-    return {id(parameter): entry for parameter, entry in found if entry is not None and entry.values is parameter}
+    parameters = list(parameters)
+    pairs = ((parameter, _entry_of(parameter)) for parameter in parameters)
+    found = {id(parameter): entry for parameter, entry in pairs if entry is not None and entry.values is parameter}
+    if dtensors := {id(parameter) for parameter in parameters if is_dtensor(parameter)}:
+        for entry in [entry for ref in _entries.valuerefs() if (entry := ref()) is not None]:
+            entry.find_shards()
+            if id(entry.values) in dtensors:
+                found[id(entry.values)] = entry
+    return found
 
 
 def _write_values_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

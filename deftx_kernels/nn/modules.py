@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from deftx_kernels.kernels.tensors import FLOATS
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn.autocast_copy import AutocastCopy
-from deftx_kernels.nn.entries import DifferentiableWeight, Entry, MaskedParameter, ValuesBuffer
+from deftx_kernels.nn.entries import DifferentiableWeight, Entry, ValuesBuffer
 from deftx_kernels.nn.functional import (
     autocast_dtype,
     gather_gradient,
@@ -23,6 +23,7 @@ from deftx_kernels.nn.functional import (
     raise_in_backward,
     scattered_copy,
 )
+from deftx_kernels.nn.sharded import after_apply, shards_match, synchronise_shards
 from deftx_kernels.ops.schemas import compute_dtype
 from deftx_kernels.validation import check_writable, plain_name, usable_in_backward, values_name
 
@@ -49,6 +50,10 @@ class Masked(nn.Module):
         if dense is None or values is None or dense.shape != entry.mask.shapes[0]:
             raise RuntimeError(entry.replaced_message)
         if values is not entry.values:  # torch.func.functional_call, FSDP
+            if entry.is_sharded:  # gathered by FSDP2 from parts that are synchronised
+                return dense, values, entry.mask
+            if is_traceable_wrapper_subclass(values):
+                raise ValueError(entry.sharded_apart_message)
             return scattered_copy(dense, values, entry.mask), values, entry.mask
         if dense is entry.dense and not torch.compiler.is_compiling():
             entry.synchronise()
@@ -72,6 +77,9 @@ class Masked(nn.Module):
         for attr, entry in self._masked_entries.items():
             old_dense, old_values = before[attr]
             dense, values = self._parameters[attr], self._parameters[values_name(attr)]
+            if entry.is_sharded:
+                after_apply(entry, dense, values, old_values)
+                continue
             if entry.dense is not old_dense:  # torch made new parameters for another owner: use them here too
                 if entry.dense is not None:
                     self._parameters[attr], self._parameters[values_name(attr)] = entry.dense, entry.values
@@ -99,15 +107,14 @@ class Masked(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for attr, entry in self._masked_entries.items():
-            if is_traceable_wrapper_subclass(self._parameters.get(attr)):
-                raise RuntimeError(
-                    f"{entry.name!r} is sharded (FSDP2), and its shards do not hold the values: to save a state, shard "
-                    "the plain model, and train it with SparseAdamW and the mask, without sparsify"
-                )
-            self._masked(attr)  # synchronises
+            entry.find_shards()
+            if not entry.is_sharded:
+                self._masked(attr)  # synchronises
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for attr, entry in self._masked_entries.items():
             name = prefix + values_name(attr)
+            if entry.is_sharded:
+                continue
             if not keep_vars:
                 destination[name] = _with_own_storage(destination[name])
                 entry.values_tracker.add_alias(destination[name])
@@ -123,8 +130,9 @@ class Masked(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         """Loads values, which are then written into the dense tensors, or those of a plain model from its weights."""
         for attr, entry in self._masked_entries.items():
-            dense, values = state_dict.get(prefix + attr), state_dict.get(prefix + values_name(attr))
-            if dense is not None and values is not None and not entry.matches(dense, values):
+            given = state_dict.get(prefix + attr), state_dict.get(prefix + values_name(attr))
+            entry.find_shards()
+            if not (shards_match(entry, *given) if entry.is_sharded else entry.matches(*given)):
                 name = prefix + attr
                 error_msgs.append(f"the values of {name} do not belong to this model's mask: saved with another mask.")
                 return
@@ -140,7 +148,10 @@ class Masked(nn.Module):
             entry.set_tensors(self._parameters[attr], self._parameters[values_name(attr)])
             if entry.dense.is_meta:
                 continue
-            if name in state_dict and state_dict[name].shape == entry.values.shape:
+            has_values = name in state_dict and state_dict[name].shape == entry.values.shape
+            if entry.is_sharded:
+                synchronise_shards(entry, has_values)
+            elif has_values:
                 entry.write_values()
             else:
                 entry.read_values()
@@ -149,6 +160,7 @@ class Masked(nn.Module):
 
     def _synchronise_if_possible(self) -> None:
         for entry in self._masked_entries.values():
+            entry.find_shards()
             entry.synchronise_if_possible()
 
     def __reduce_ex__(self, protocol):  # pickle cannot import classes that are made at run time
@@ -180,6 +192,9 @@ def _masked_attribute(attr: str) -> property:
             raise AttributeError(attr)
         entry, present = module._masked_entries[attr], module._parameters.get(attr)
         if present is not None and is_traceable_wrapper_subclass(present):  # a DTensor, which FSDP2 looks for
+            entry.find_shards()
+            if not entry.is_sharded:
+                raise ValueError(entry.sharded_apart_message)
             return present
         if entry.dense is not None and entry.dense.shape != entry.mask.shapes[0]:  # `resize_token_embeddings` reads it
             weight = raise_in_backward(entry.dense, entry.values, entry.replaced_message)
@@ -265,8 +280,9 @@ def sparsify(
 
     Each masked tensor is frozen and gets a compact trainable parameter: `values` beside `weight`, `NAME_values` beside
     NAME. Values are float32 (float64 for float64 tensors), also after the model is cast, and views of one flat buffer.
-    Tied tensors share their values. Parameters that the mask does not name (norms, biases, embeddings, the head) keep
-    their `requires_grad`: by default they are trained densely; with `freeze_others` they are frozen until `densify`.
+    Tied tensors share their values. Those of a tensor without masked entries are frozen. Parameters that the mask does
+    not name (norms, biases, embeddings, the head) keep their `requires_grad`: by default they are trained densely; with
+    `freeze_others` they are frozen until `densify`.
 
     `nn.Linear`, `nn.Embedding` and transformers' `Conv1D` compute compact gradients directly. For a tensor of any other
     module, subclasses of these included, a dense gradient is computed, gathered and dropped. For weights of norms and
@@ -278,11 +294,18 @@ def sparsify(
     both were written, the values are kept. A state dict holds values and dense tensors; that of a plain model can be
     loaded, too.
 
+    FSDP2: call `fully_shard` after `sparsify`; with the model on meta, no rank needs all weights. Dense tensors and
+    values are sharded, gradients and their communication are compact. After a step of any torch optimizer, which all
+    ranks take, they exchange the values that are in another one's rows. A sharded model stays sparsified:
+    `nn.plain_tensors` has the weights, `integrations.sparse_delta` what was learned. What other code writes into shards
+    of values reaches the weights with the next step. FSDP2 trains parameters of one dtype: beside the values of 16-bit
+    weights, freeze the others.
+
     A masked `weight` that is read as an attribute (by a fused loss over `lm_head.weight`) has a gradient that reaches
     the values; it is dense during backward. The parameter itself, from `named_parameters`, is frozen.
 
     Args:
-        model: the plain model on the mask's device. It must contain all modules that share a masked tensor.
+        model: the plain model on the mask's device, or on meta. It must contain all modules that share a masked tensor.
         mask: over some of its `named_parameters()`.
         freeze_others: train nothing but the mask's entries.
         autocast_copies: under autocast, keep a 16-bit copy of the float32 weight of each Linear and Conv1D, which takes
@@ -296,8 +319,8 @@ def sparsify(
     Raises:
         ValueError: the model is sparsified already, lacks a tensor of the mask, has it in another shape or on another
             device, or in a module that cannot be masked (a script module, an embedding with `max_norm`).
-        TypeError: a tensor of the mask is not floating point, or is a DTensor: a model that is sharded with FSDP2 is
-            trained with SparseAdamW and the mask instead. After any error the model is unchanged.
+        TypeError: a tensor of the mask is not floating point, or is a DTensor (of a model that is sharded already).
+            After any error the model is unchanged.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -311,10 +334,11 @@ def sparsify(
     named = {plain_name(n): p for n, p in model.named_parameters()}
     if sharded := [n for n in mask.names if type(named.get(n)).__name__ == "DTensor"]:
         raise TypeError(
-            f"model[{sharded[0]!r}] is a DTensor: train a sharded model (FSDP2) with SparseAdamW and the mask, without "
-            "sparsify"
+            f"model[{sharded[0]!r}] is a DTensor: call fully_shard after sparsify, or train the sharded model with "
+            "SparseAdamW and the mask, without sparsify"
         )
-    tensors = dict(zip(mask.names, mask.checked_tensors(named, "model")))
+    on_meta = mask.names and all(getattr(named.get(n), "is_meta", False) for n in mask.names)
+    tensors = dict(zip(mask.names, (mask.to("meta") if on_meta else mask).checked_tensors(named, "model")))
     _check_trainable(tensors)
     name_of = {id(t): n for n, t in tensors.items()}
     # module, its new class, attribute → name in the model
@@ -396,7 +420,9 @@ def _make_entries(mask: CSRMask, tensors: dict[str, Any]) -> dict[str, Entry]:
     for dtype in (torch.float32, torch.float64):
         if names := [n for n, t in tensors.items() if compute_dtype(t.dtype) == dtype]:
             part = mask if len(names) == len(mask) else mask.restrict(names)
-            buffer, start = ValuesBuffer(usable_in_backward(part.gather(tensors).to(dtype)), part.nnz, dtype), 0
+            meta = tensors[names[0]].is_meta
+            data = torch.empty(part.nnz, device="meta") if meta else usable_in_backward(part.gather(tensors))
+            buffer, start = ValuesBuffer(data.to(dtype), part.nnz, dtype), 0
             for name in part.names:
                 entries[name] = Entry(part[name], tensors[name], buffer, start)
                 start += entries[name].mask.nnz
@@ -433,6 +459,12 @@ def densify(model: nn.Module) -> nn.Module:
         raise ValueError("model is not sparsified")
     for owner in owners:
         for attr, entry in owner._masked_entries.items():
+            entry.find_shards()
+            if entry.is_sharded:
+                raise ValueError(
+                    f"{entry.name!r} is sharded (FSDP2), so the model stays sparsified: deftx_kernels.nn.plain_tensors("
+                    "model) has the plain model's tensors, for torch.distributed.checkpoint"
+                )
             if not set(map(id, entry.owners)) <= set(map(id, owners)):
                 raise ValueError(f"{entry.name!r} is tied to a module outside of this model: densify the whole model")
             dense = owner._parameters.get(attr)
@@ -454,26 +486,3 @@ def densify(model: nn.Module) -> nn.Module:
             if (parameter := module._parameters.get(name)) is not None:
                 parameter.requires_grad_(True)
     return model
-
-
-def masked_parameters(model: nn.Module) -> dict[str, MaskedParameter]:
-    """Name in the plain model → masked parameter, tied ones once; empty for a model that is not sparsified."""
-    entries: dict[str, Entry] = {}
-    for module in model.modules():
-        for entry in module._masked_entries.values() if isinstance(module, Masked) else ():
-            if entries.setdefault(entry.name, entry) is not entry:
-                raise ValueError(f"two masked tensors are named {entry.name!r}: sparsify the whole model in one call")
-    return {name: MaskedParameter(e.dense, e.values, e.mask) for name, e in sorted(entries.items())}
-
-
-def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """`named_parameters()` of the plain model: for a sparsified one the synchronised dense tensors, without values.
-    Names as without torch.compile and activation checkpointing.
-    """
-    values = set()
-    for module in model.modules():
-        if isinstance(module, Masked):
-            for attr, entry in module._masked_entries.items():
-                module._masked(attr)
-                values.add(id(entry.values))
-    return {plain_name(name): p for name, p in model.named_parameters() if id(p) not in values}

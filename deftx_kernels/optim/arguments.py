@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.nn import check_shards
 from deftx_kernels.shards import check_placement, check_rows, check_same, is_dtensor
 from deftx_kernels.validation import (
     check_float,
@@ -86,11 +87,6 @@ def check_stepped_whole(name: str, param: Tensor) -> None:
 def check_masked(name: str, param: Tensor, shapes: Mapping[str, torch.Size], track_changes: bool) -> bool:
     """Whether a mask over tensors of these names and shapes covers a parameter. An error if it does not fit."""
     if name not in shapes:
-        if is_dtensor(param) and (dense := dense_name(name)) != name and dense in shapes:
-            raise ValueError(
-                f"{name!r} has the values of a model that was sharded (FSDP2) after sparsify: shard the plain model "
-                "instead, and give its parameters and the mask to SparseAdamW"
-            )
         if is_dtensor(param):
             check_placement(name, param)
         return False
@@ -104,6 +100,37 @@ def check_masked(name: str, param: Tensor, shapes: Mapping[str, torch.Size], tra
         check_placement(name, param)
         check_rows(name, param)
     return True
+
+
+def check_entry(entry: Any, track_changes: bool) -> None:
+    """An error unless the values of this entry of a sparsified model can be stepped."""
+    if entry.dense is None:
+        raise ValueError(entry.replaced_message)
+    if entry.is_sharded:
+        if track_changes:
+            raise TypeError(f"named_params[{entry.name!r}] {_DTENSORS}")
+        check_shards(entry)
+
+
+def checked_for_mask(
+    mask: CSRMask, present: CSRMask | None, pairs: Iterable[tuple[str, tuple[Tensor, Tensor]]]
+) -> dict[str, Tensor]:
+    """Name → dense tensor of the covered parameters, for another mask than the present one. Errors as `update_mask`."""
+    if not isinstance(mask, CSRMask):
+        raise TypeError(f"mask must be a CSRMask, got {type(mask).__name__}")
+    if present is None:
+        raise ValueError("mask cannot be set: this optimizer was made without one and trains every entry")
+    if (mask.names, mask.shapes) != (present.names, present.shapes):
+        raise ValueError("mask must cover the same tensors as the one that it replaces")
+    dense_tensors = {}
+    for name, (dense, param) in pairs:
+        if param is not dense:
+            raise ValueError(
+                "mask cannot change for a sparsified model: densify and sparsify it, and make a new optimizer"
+            )
+        dense_tensors[name] = dense
+    check_covered(mask, dense_tensors)
+    return dense_tensors
 
 
 def check_same_mask(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:

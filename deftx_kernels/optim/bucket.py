@@ -16,8 +16,7 @@ from deftx_kernels.shards import is_dtensor, local_gradient, local_part, local_t
 from deftx_kernels.validation import scalar
 
 # Name in the mask → (dense tensor, parameter), of parameters that a mask covers. The parameter is the dense tensor
-# itself or the compact values [nnz] of a sparsified model. A DTensor is a dense tensor, of which a bucket steps this
-# rank's part.
+# itself or the compact values [nnz] of a sparsified model. Of a DTensor a bucket steps this rank's part.
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -54,6 +53,9 @@ class Bucket:
         self.is_compact = self.params[0] is not self.dense[0]
         self.mesh = mesh_of_rows(self.params[0])
         self.has_dtensors = any(map(is_dtensor, self.params))
+        has_values = self.is_compact and self.has_dtensors
+        if has_values:  # not of this rank's rows: a step writes no dense tensors, which are written after it (`nn`)
+            self.dense, self.is_compact = self.params, False
         self.device, dtype = self.dense[0].device, self.dense[0].dtype
         # The launches of a step use different random numbers: the seed's upper half is the index of the first tensor.
         self.seed_offset = mask.names.index(self.names[0]) << 32
@@ -61,7 +63,9 @@ class Bucket:
             self.seed_offset += self.mesh.get_local_rank() << 48
         if len(self.names) < len(mask):
             mask = mask[self.names[0]] if len(self.names) == 1 else mask.restrict(self.names)
-        if self.mesh is not None:
+        if has_values:
+            mask = FullMask({n: local_tensor(p).shape for n, p in zip(self.names, self.params)}, self.device)
+        elif self.mesh is not None:
             mask = CSRMask.joined([local_part(mask[n], t) for n, t in zip(self.names, self.dense)])
         self.mask = mask.to(self.device)
         self._find_local_tensors()
@@ -83,7 +87,7 @@ class Bucket:
         self.steps_differ = len(set(self.steps.tolist())) > 1
         self.must_copy_values = False  # compact values that are not views of one buffer: copied before and after a step
         self.checked_storage: tuple | None = None  # `_storage_keys` of what a step writes, when last checked
-        self.entries = list(entries_of(self.params).values())  # of a sparsified model
+        self.entries = list(entries_of(self.params).values()) if self.is_compact else []  # of a sparsified model
         self.copied: tuple[list[str], CSRMask] = [], self.mask  # names of weights with autocast copies, and their mask
 
     def _flat_state(self, key: str, dtype: torch.dtype) -> Tensor:

@@ -16,11 +16,13 @@ from deftx_kernels.nn import entries_of
 from deftx_kernels.optim.arguments import (
     as_lists,
     check_covered,
+    check_entry,
     check_masked,
     check_options,
     check_ranks_agree,
     check_same_mask,
     check_stepped_whole,
+    checked_for_mask,
     name_in_mask,
     tensors_in,
     trainable,
@@ -48,7 +50,8 @@ class SparseAdamW(Optimizer):
     Of parameters that FSDP2 has sharded by rows (DTensors placed `Shard(0)`, or `Replicate()`, on a 1-D mesh), each
     rank steps its rows and keeps their compact state. The mask is that of the whole tensors. All ranks make the
     optimizer, with the same mask, and call `clip_grad_norm_`, `state_dict`, `load_state_dict` and `update_mask`
-    together; `track_changes` and mask None are not supported.
+    together; `track_changes` and mask None are not supported. Of a model that was sharded after `sparsify`, each rank
+    has an equal part of each tensor's values, with their state, and all ranks call `step`, too.
 
     Args:
         named_params: `model.named_parameters()`, or parameter groups whose "params" are (name, parameter) pairs.
@@ -196,6 +199,7 @@ class SparseAdamW(Optimizer):
             dense = param
             if entry := entries.get(id(param)):
                 name, dense = entry.mask.names[0], entry.dense
+                check_entry(entry, self._tracker is not None)
             elif not check_masked(name, param, shapes, self._tracker is not None):
                 continue
             if name in pairs and pairs[name][0] is not dense:
@@ -418,7 +422,7 @@ class SparseAdamW(Optimizer):
         pairs_by_group = [pairs for pairs, _ in self._pairs_by_group()]
         meshes = meshes_of(self._params)
         with errors_on_all_ranks(meshes):
-            dense_tensors = self._check_new_mask(mask, pairs_by_group)
+            dense_tensors = checked_for_mask(mask, self.mask, chain(*(pairs.items() for pairs in pairs_by_group)))
         check_ranks_agree(mask.fingerprint(), meshes)
         assert self.mask is not None
         for name, tensor in dense_tensors.items():
@@ -427,24 +431,6 @@ class SparseAdamW(Optimizer):
         self.mask = mask
         for group, pairs in zip(self.param_groups, pairs_by_group):
             self._set_fingerprints(group, pairs)
-
-    def _check_new_mask(self, mask: CSRMask, pairs_by_group: list[Pairs]) -> dict[str, Tensor]:
-        """Name → dense tensor of the covered parameters. Errors as `update_mask`."""
-        if not isinstance(mask, CSRMask):
-            raise TypeError(f"mask must be a CSRMask, got {type(mask).__name__}")
-        if self.mask is None:
-            raise ValueError("mask cannot be set: this optimizer was made without one and trains every entry")
-        if (mask.names, mask.shapes) != (self.mask.names, self.mask.shapes):
-            raise ValueError("mask must cover the same tensors as the one that it replaces")
-        dense_tensors = {}
-        for name, (dense, param) in chain.from_iterable(pairs.items() for pairs in pairs_by_group):
-            if param is not dense:
-                raise ValueError(
-                    "mask cannot change for a sparsified model: densify and sparsify it, and make a new optimizer"
-                )
-            dense_tensors[name] = dense
-        check_covered(mask, dense_tensors)
-        return dense_tensors
 
     # ---- changes ----
     @torch.no_grad()

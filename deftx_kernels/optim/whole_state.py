@@ -11,7 +11,7 @@ from torch import Tensor
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.shards import (
     check_same,
-    entry_bounds,
+    compact_bounds,
     gather_all,
     is_dtensor,
     local_entries,
@@ -49,7 +49,7 @@ def whole_state(state: Mapping[Any, Any], params: Mapping[Any, Masked]) -> dict[
         [m for m in meshes if m is not None],
     )
     for (mesh, _), batch in batches.items():
-        bounds = [entry_bounds(mask, mesh.size()) for *_, mask in batch]
+        bounds = [compact_bounds(mask, params[i][0], mesh.size()) for i, _, mask in batch]
         sizes = [[b[rank + 1] - b[rank] for b in bounds] for rank in range(mesh.size())]
         flat = torch.cat([found[i][key] for i, key, _ in batch])
         ranks = gather_all(flat, mesh.get_group(), [sum(s) for s in sizes])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from deftx_kernels import SparseAdamW, SparseDelta, densify, sparsify, topk_mask
 from deftx_kernels.integrations import SparseConfig, get_sparse_model, sparse_delta
@@ -121,7 +122,7 @@ def test_optimizer_has_the_arguments_of_the_trainer(tmp_path):
     model = llama(attention_bias=True, mlp_bias=True)
     names = ("q_proj.weight", "q_proj.bias", "input_layernorm.weight")
     tensors = {n: p for n, p in model.named_parameters() if n.endswith(names)}
-    get_sparse_model(model, SparseConfig(modules_to_save=["norm", "lm_head"]), topk_mask(tensors, density=0.5))
+    get_sparse_model(model, SparseConfig(modules_to_save=["norm", "lm_head"]), topk_mask(tensors, k=8, scope="tensor"))
     args = arguments(tmp_path, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
     run = trainer(model, args)
     optimizer = run.create_optimizer()
@@ -233,3 +234,23 @@ def test_each_delta_is_pushed(fails, tmp_path, monkeypatch):
         [(repo_id, message, delta)] = pushed
         assert (repo_id, message, delta.metadata["step"]) == ("me/run", "Sparse delta, step 3", 3)
     assert [f.name for f in (tmp_path / "run").iterdir()] == ["checkpoint-3"]
+
+
+def test_all_ranks_gather_the_delta_of_a_sharded_model(tmp_path, monkeypatch):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    calls, state = [], SimpleNamespace(is_world_process_zero=False, global_step=2)
+    monkeypatch.setattr("deftx_kernels.integrations.transformers.sparse_delta", lambda *_: calls.append(1))
+    model = get_sparse_model(llama(), CONFIG)
+    SaveDeltaCallback().on_train_end(arguments(tmp_path), state, None, model=model)
+    assert not calls
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        SaveDeltaCallback().on_train_end(arguments(tmp_path), state, None, model=model)
+        SaveDeltaCallback().on_save(arguments(tmp_path), state, None, model=model)
+    finally:
+        dist.destroy_process_group()
+    assert len(calls) == 2
+    assert not list(tmp_path.iterdir())

@@ -229,19 +229,6 @@ def test_fsdp_version_1(process_group):
     assert train(wrapped) == train(sparsified(linears()))
 
 
-def test_fsdp_version_2(process_group):
-    """It trains; saving the shards, whose masked entries are stale, is refused."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    expected = sparsified(linears())
-    model = fully_shard(sparsified(linears()), mesh=init_device_mesh("cpu", (1,)))
-    losses = train(model, sgd(model, lr=0.01))
-    assert losses == pytest.approx(train(expected, sgd(expected, lr=0.01)), rel=1e-6)
-    with pytest.raises(RuntimeError, match=r"'0\.weight' is sharded"):
-        model.state_dict()
-
-
 def test_models_in_threads():
     def run(_):
         for _ in range(30):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from deftx_kernels import densify
+from deftx_kernels import SparseAdamW, densify, sparsify
 from deftx_kernels.nn import masked_parameters, plain_tensors
 from tests.nn.sparsified_models import (
     IDS,
@@ -336,6 +336,22 @@ def test_states_that_are_averaged_or_cast(dtype):
     mean["0.values"] = mean["0.values"].flip(0)
     with pytest.raises(RuntimeError, match="saved with another mask"):
         one.load_state_dict(mean)
+
+
+def test_a_model_on_meta_is_sparsified():
+    """It trains as others, from the weights that are loaded then."""
+    plain = linears()
+    mask, trained = mask_of(plain), []
+    with torch.device("meta"):
+        model = linears()
+    for each in (sparsify(model, mask).to_empty(device="cpu"), sparsify(linears(), mask)):
+        each.load_state_dict(plain.state_dict())
+        optimizer = SparseAdamW(each.named_parameters(), mask, lr=0.1)
+        each(X).square().sum().backward()
+        optimizer.step()
+        assert len({p.untyped_storage().data_ptr() for p in trainable(each)}) == 1
+        trained.append(densify(each)(X))
+    assert torch.equal(*trained)
 
 
 def test_a_model_on_meta_comes_back():
