@@ -204,9 +204,14 @@ def test_parameters_stay_in_the_memory_of_others():
     assert torch.equal(buffer, torch.cat([p.detach().flatten() for p in list(alone.parameters())[::-1]]))
 
 
+def train_in_a_fork(model):
+    torch.set_num_threads(1)  # the threads of OpenMP do not survive a fork
+    train(model)
+
+
 def test_shared_memory():
     model, alone = copy.deepcopy(sparsified(linears())).share_memory(), sparsified(linears())
-    process = multiprocessing.get_context("fork").Process(target=train, args=(model,))
+    process = multiprocessing.get_context("fork").Process(target=train_in_a_fork, args=(model,))
     process.start()
     process.join()
     train(alone)
