@@ -37,6 +37,7 @@ OUT = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
 LOG = (OUT or ROOT / "build") / "gpu.log"
 SECONDS = {"check": 240, "measure": 285, "cpu": 285}  # for each phase
 PROCESSES = 12  # of the GPU tests: most of their time is compilation, and comparison with the CPU
+OURS = ("deftx_kernels", "bench", "tests")
 LEFT_OUT = ("tests/train/", "tests/package/test_build")  # the driver and wheels: tested by the CPU suite
 
 
@@ -196,7 +197,7 @@ def sanitize(name: str) -> list[list[str]]:
 @functools.cache
 def imports(source: Path) -> tuple[set[Path], set[str]]:
     """(our files, packages that are not installed) that a file imports."""
-    files, missing = set(), set()
+    files, missing = around(source), set()
     modules = {file.stem: file for file in (ROOT / "tests").rglob("*.py")}
     for node in ast.parse(source.read_text()).body:
         if isinstance(node, ast.Import):
@@ -208,13 +209,20 @@ def imports(source: Path) -> tuple[set[Path], set[str]]:
         for name in names:
             top = name.partition(".")[0]
             path = ROOT.joinpath(*name.split("."))
-            if top not in ("deftx_kernels", "bench"):  # a module of the tests, or a package
+            if top not in OURS:  # a module of the tests, or a package
                 path = modules.get(top, path)
             found = {file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()}
             files |= found
-            if not found and top not in ("deftx_kernels", "bench") and not installed(top):
+            if not found and top not in OURS and not installed(top):
                 missing.add(top)
     return files, missing
+
+
+def around(source: Path) -> set[Path]:
+    """What is imported before a file: the __init__.py of its folders, of a test also their conftest.py."""
+    names = ("__init__.py", "conftest.py") if source.name.startswith("test_") else ("__init__.py",)
+    folders = [f for f in source.parents if f.is_relative_to(ROOT)]
+    return {folder / name for folder in folders for name in names if (folder / name).exists()} - {source}
 
 
 def absent(source: Path) -> set[str]:
