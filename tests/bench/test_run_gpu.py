@@ -1,5 +1,7 @@
 """How `make gpu` runs its steps and reads their output; needs no GPU."""
 
+import importlib.util
+import re
 import subprocess
 import sys
 import time
@@ -126,6 +128,45 @@ def test_a_sanitizers_first_errors_are_shown(log, capsys):
 def test_without_a_gpu_nothing_else_is_run(log):
     wrong = [Step("versions", python("1 / 0"), 20)]
     assert len(phase("check", [wrong, [Step("other", python("1"), 20)]])) == 1
+
+
+def test_a_file_is_left_out_only_for_a_package_that_is_not_installed():
+    """In a process like that of `make gpu`, in which the tests' folder is no package."""
+    tests = str(run_gpu.ROOT / "tests")
+    program = f"import sys; sys.path.insert(0, {tests!r}); import run_gpu; print(len(run_gpu.test_files()))"
+    command = [sys.executable, "-I", "-c", program]
+    *left_out, count = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    needed = {package for line in left_out for package in re.findall(r"needs (.*)\)", line)}
+    assert not {p for names in needed for p in names.split(", ") if importlib.util.find_spec(p)}
+    assert int(count) + len(left_out) == len(list((run_gpu.ROOT / "tests").rglob("test_*.py")))
+
+
+# torch, triton, NumPy, pytest, hypothesis, transformers, peft and what these install.
+BARE = "torch triton numpy _pytest pytest hypothesis transformers peft accelerate safetensors tokenizers huggingface_hub"
+BARE = {*BARE.split(), *"filelock packaging psutil rich".split()}
+
+
+@pytest.fixture
+def bare_machine(monkeypatch):
+    monkeypatch.setattr(run_gpu, "installed", lambda package: package in BARE | sys.stdlib_module_names)
+    cached = (run_gpu.imports, run_gpu.test_files)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+def test_the_gpu_tests_and_the_benchmark_need_few_packages(bare_machine):
+    tests = set(run_gpu.pytest("gpu", 100, 1)[0])
+    for file in (run_gpu.ROOT / "tests").rglob("test_*.py"):
+        name, text = file.relative_to(run_gpu.ROOT).as_posix(), file.read_text()
+        if re.search(r"mark\.gpu|^OPS = |@implementations\(", text, re.M):
+            assert name in tests, run_gpu.absent(file)
+    programs = [*(run_gpu.ROOT / "bench").glob("bench_*.py"), *run_gpu.ROOT.glob("tests/*.py")]
+    for file in (run_gpu.ROOT / "bench/__main__.py", run_gpu.ROOT / "bench/step_models.py", *programs):
+        assert not run_gpu.absent(file), file
+    assert run_gpu.absent(run_gpu.ROOT / "deftx_kernels/cli.py") == {"tyro"}
 
 
 def test_phases_are_within_their_time_and_their_programs_know_their_arguments():
