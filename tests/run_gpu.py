@@ -406,7 +406,7 @@ def phases() -> dict[str, list[list[Step]]]:
         "check": [*first, tests, [repeated]],
         "measure": [
             *first,
-            [Step("machine", lambda: [[*bench, "machine"]], 60, 19)],
+            [Step("machine", lambda: [[*bench, "machine"]], 60, 30, 2500)],
             # Rows are appended by workload: a limit loses only what is not yet timed. Ours comes before the baselines,
             # which take seconds a call.
             [Step("targets", lambda: [[*with_baselines, "topk", "train", "masked"]], 80, 40, 3000)],
