@@ -106,7 +106,7 @@ def memory(device: str) -> dict[str, float]:
     rates = {"copy": ceilings(device, torch.float32)[0] / 1e9} | {
         n: tensor.nbytes / ms / 1e6 for n, ms in times.items()
     }
-    return {name: round(rate, 1) for name, rate in rates.items()}
+    return {name: float(f"{rate:.4g}") for name, rate in rates.items()}
 
 
 # ---- scattered reads and writes ----
@@ -127,7 +127,9 @@ def scattered(device: str) -> Iterator[list[dict[str, Any]]]:
                 rows = []
                 for name, ms in medians(calls, device).items():
                     moved = share * dense.nbytes * (2 if name == "update" else 1) + position.nbytes + compact.nbytes
-                    rows.append({"access": name} | same | {"ms": round(ms, 5), "gb_s": round(moved / ms / 1e6, 1)})
+                    rows.append(
+                        {"access": name} | same | {"ms": round(ms, 5), "gb_s": float(f"{moved / ms / 1e6:.4g}")}
+                    )
                 yield rows
 
 

@@ -2,8 +2,8 @@
 
     check    build (or find the libraries built from these sources), then doctor, the tests marked `gpu` and the
              sanitizers at the same time, then large inputs over and over: at most four minutes
-    measure  the machine's rates, the workloads with performance targets, the most important first, our kernels'
-             memory traffic, training steps, and the slowest baselines: under five minutes
+    measure  the machine's rates, the workloads with performance targets, the most important first, training steps,
+             our kernels' memory traffic, and the slowest baselines: under five minutes
     cpu      the CPU tests, to check this torch and this Python
 
 Without an argument: check and measure. Needs no network, virtual environment or installation: only the torch, nvcc and
@@ -240,15 +240,13 @@ def absent(source: Path) -> set[str]:
 
 @functools.cache
 def test_files() -> list[str]:
-    """The tests whose packages are installed."""
-    chosen = []
-    for file in sorted((ROOT / "tests").rglob("test_*.py")):
-        name, missing = file.relative_to(ROOT).as_posix(), absent(file)
-        if missing or name.startswith(LEFT_OUT):
-            print("left out:", name + (f" (needs {', '.join(sorted(missing))})" if missing else ""))
-        else:
-            chosen.append(name)
-    return chosen
+    """The tests whose packages are installed, without LEFT_OUT."""
+    names = {file.relative_to(ROOT).as_posix(): file for file in sorted((ROOT / "tests").rglob("test_*.py"))}
+    lacking = {name: absent(file) for name, file in names.items() if not name.startswith(LEFT_OUT)}
+    for name, missing in lacking.items():
+        if missing:
+            print(f"left out: {name} (needs {', '.join(sorted(missing))})")
+    return [name for name, missing in lacking.items() if not missing]
 
 
 def pytest(marks: str, limit: int, processes: int) -> list[list[str]]:
@@ -407,12 +405,12 @@ def phases() -> dict[str, list[list[Step]]]:
         "measure": [
             *first,
             [Step("machine", lambda: [[*bench, "machine"]], 60, 30, 2500)],
-            # Rows are appended by workload: a limit loses only what is not yet timed. Ours comes before the baselines,
+            # Rows are appended one by one: a limit loses only what is not yet timed. Ours comes before the baselines,
             # which take seconds a call.
             [Step("targets", lambda: [[*with_baselines, "topk", "train", "masked"]], 80, 40, 3000)],
             [Step("denoising", lambda: [[*targets, "--family", "svd", "--implementation", "deftx"]], 60, 14)],
+            [Step("training steps", lambda: [[*with_baselines, "steps"]], 120, 20, 2000)],
             [Step("counters", lambda: [[*bench, "counters"]], 90, 20)],
-            [Step("training steps", lambda: [[*with_baselines, "steps"]], 90, 20, 2000)],
             [Step("denoising, baselines", lambda: [[*with_baselines, "svd"]], 120, 16)],
         ],
         "cpu": [*first, [Step("CPU tests", lambda: pytest(cpu, 60, max(1, (os.cpu_count() or 1) // 2)), 285)]],
