@@ -154,7 +154,8 @@ def build_by_cmake() -> None:
 VERSIONS = """
 import importlib.metadata as m, sys, torch
 print("python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda)
-for name in ("triton", "setuptools", "cmake", "ninja", "pytest", "hypothesis", "numpy", "transformers"):
+for name in ("triton", "setuptools", "cmake", "ninja", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis",
+             "numpy", "transformers", "peft", "cupy-cuda13x"):
     try: print(name, m.version(name), end="  ")
     except m.PackageNotFoundError: print(name, "absent", end="  ")
 print()

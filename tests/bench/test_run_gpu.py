@@ -13,6 +13,9 @@ from run_gpu import Step, failures, note_of, phase, phases
 
 from bench import __main__ as bench
 
+WITH_XDIST = ["-n", "1", "--dist=worksteal"]
+xdist = pytest.mark.skipif(not run_gpu.installed("xdist"), reason="pytest-xdist is not installed")
+
 FAILING = """
 import pytest
 @pytest.mark.parametrize("n", range(5))
@@ -26,7 +29,7 @@ def test_right():
 """
 
 
-@pytest.mark.parametrize("options", [["-n", "1", "--dist=worksteal"], ["-p", "no:xdist"]], ids=["xdist", "alone"])
+@pytest.mark.parametrize("options", [pytest.param(WITH_XDIST, marks=xdist), ["-p", "no:xdist"]], ids=["xdist", "alone"])
 def test_each_error_is_printed_once_with_its_tests(tmp_path, options):
     (tmp_path / "test_x.py").write_text(FAILING)
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *options, "test_x.py"]
@@ -56,7 +59,9 @@ def test_context(n):
 """
 
 
-@pytest.mark.parametrize(("options", "passed"), [(["-n", "1", "--dist=worksteal"], 5), (["-p", "no:xdist"], 1)])
+@pytest.mark.parametrize(
+    ("options", "passed"), [pytest.param(WITH_XDIST, 5, marks=xdist), (["-p", "no:xdist"], 1)], ids=["xdist", "alone"]
+)
 def test_a_lost_context_fails_one_test(tmp_path, options, passed):
     (tmp_path / "test_x.py").write_text(LOSES)
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "lost_context"]
