@@ -78,12 +78,12 @@ def run(options: argparse.Namespace) -> int:
     for family in options.family:
         for workload in chosen(options, family):
             print_heading(workload, new=workload.op != op)
-            op, rows = workload.op, []
+            op = workload.op
             for row in measured(workload, metadata, options):
                 print_row(row)
-                rows.append(row)
-            append([row for row in rows if "p50_ms" in row], options.out / f"{family}.csv")
-            found += rows
+                if "p50_ms" in row:
+                    append([row], options.out / f"{family}.csv")
+                found.append(row)
     wrong = [f"WRONG: {r['provider']} in {r['op']}, {r['size']}: {r['wrong']}" for r in found if "wrong" in r]
     timed = by_workload(row for row in found if "p50_ms" in row)
     print(*summary(timed), f"Rows: {options.out}. {len(wrong)} results were wrong.", *wrong, sep="\n")

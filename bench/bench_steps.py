@@ -17,7 +17,7 @@ On the CPU the weights are float32, of Llama bfloat16, as language models are fi
 moments of torch's AdamW have the same dtype; our values, their gradients and moments and PEFT's adapters stay float32.
 On a GPU all but Llama have float32 weights and autocast: with bfloat16 weights dense AdamW loses small updates. Frozen
 weights lose nothing in bfloat16, so ours and LoRA also run so ("bfloat16 weights"). All run eagerly; because the host's
-time limits small models, ours, the dense baselines and SHiRA also run as a CUDA graph of the step, replayed.
+time limits small models, ours, the dense baselines and SHiRA also run as a CUDA graph of the step (`captured_step`).
 
 Peak memory is that of a training run (`Case.training`). An implementation with a mask has its own copy: holding it
 counts, making it does not. A footprint counts parameters and buffers (ours: the dense tensors and the compact values;
@@ -42,6 +42,8 @@ from bench.rows import OURS
 from bench.shapes import random_tensors
 from bench.step_models import MODELS, TINY, build, make_batch, maskable, on_meta, start_weights_
 from deftx_kernels import SparseAdamW, sparsify, topk_mask
+from deftx_kernels.integrations import captured_step
+from deftx_kernels.integrations.captured import CapturedStep
 from deftx_kernels.nn import masked_parameters
 from deftx_kernels.train.tensors import gradient_bytes, state_bytes
 
@@ -78,16 +80,18 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     mask: Iterable[Tensor] = ()  # the tensors that select the trained entries
-    before_step: Callable[[], None] = lambda: None
     kind: str = "other"  # which weights change: "dense", "masked"; "other": only the loss is checked
     dtype: torch.dtype | None = None  # of the weights, where it is not the others'
     name: str = ""
     loss: float | Tensor = 0.0  # before the last step
+    captured: CapturedStep | None = None  # takes the steps
 
     def __call__(self) -> "Run":
-        loss = self.trainers.loss(self.model)
+        if self.captured is not None:
+            self.loss = self.captured(self.trainers.batch)
+            return self
+        loss = self.trainers.loss(self.model, self.trainers.batch)
         loss.backward()
-        self.before_step()
         first = self.name not in self.trainers.footprints
         gradients = gradient_bytes(self.model) if first else 0
         self.optimizer.step()
@@ -98,41 +102,6 @@ class Run:
         self.optimizer.zero_grad()
         self.loss = loss.detach()
         return self
-
-
-@dataclass
-class Captured:
-    """A run as a replayed CUDA graph. The first call takes three steps eagerly, captures one and replays it."""
-
-    run: Run
-    first_loss: float = 0.0
-    graph: Any = None
-
-    def __call__(self) -> "Captured":
-        if self.graph is None:
-            self.capture()
-        self.graph.replay()
-        return self
-
-    def capture(self) -> None:
-        # As in torch's documentation: what a first step allocates must not belong to the graph.
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            self.first_loss = float(self.run().loss)
-            for _ in range(2):
-                self.run()
-        main.wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.run()
-
-    def fault(self, expected: float, tolerance: float) -> str | None:
-        """After the first call: the first loss is known, the fourth step's is lower."""
-        loss = float(self.run.loss)
-        if not abs(self.first_loss - expected) <= tolerance * expected:
-            return f"first loss {self.first_loss}, of the dense model {expected}"
-        return None if loss < self.first_loss else f"first loss {self.first_loss}, of the first replay {loss}"
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -161,25 +130,29 @@ class Trainers:
         trim()  # a dropped model may be part of a cycle, and there may be memory for one only
         return build(self.shape, dtype or self.dtype, self.device)
 
-    def loss(self, model: nn.Module) -> Tensor:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         # No weight is cast twice in a step, and a CUDA graph must not keep its casts.
         with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
             if self.shape.family == "linears":
-                return (model(self.batch["x"]).float() - self.batch["y"]).square().mean()
+                return (model(batch["x"]).float() - batch["y"]).square().mean()
             if self.shape.family == "llama":
-                return model(**self.batch).loss
+                return model(**batch).loss
             # In float32: transformers does so for language models, not for classifiers of 16 bits.
-            return nn.functional.cross_entropy(model(self.batch["input_ids"]).logits.float(), self.batch["labels"])
+            return nn.functional.cross_entropy(model(batch["input_ids"]).logits.float(), batch["labels"])
 
-    def captured(self, name: str, make: Callable[..., Run]) -> Callable[[], Captured]:
-        """`make` takes the option that makes an optimizer's step capturable."""
-        return lambda: Captured(replace(make(capturable=True), name=name))
+    def captured(self, name: str, make: Callable[[], Run]) -> Callable[[], Run]:
+        """The same with its step as a CUDA graph, captured when it is made; on the CPU, without a graph."""
 
-    def ours(self, dtype: torch.dtype | None = None, kind: str = "masked", capturable: bool = False) -> Run:
+        def made() -> Run:
+            run = make()
+            return replace(run, name=name, captured=captured_step(run.model, run.optimizer, self.loss, self.batch))
+
+        return made
+
+    def ours(self, dtype: torch.dtype | None = None, kind: str = "masked") -> Run:
         model, mask = self.model(dtype), copy.deepcopy(self.mask)
         sparsify(model, mask)
-        settings = SETTINGS | ({"lr": torch.tensor(SETTINGS["lr"], device=self.device)} if capturable else {})
-        optimizer = SparseAdamW(model.named_parameters(), mask, **settings)
+        optimizer = SparseAdamW(model.named_parameters(), mask, **SETTINGS)
         masks = [mask, *(record.mask for record in masked_parameters(model).values())]
         indices = [t for m in masks for t in (m.crow_indices, m.col_indices)]
         return Run(self, model, optimizer, indices, kind=kind, dtype=dtype)
@@ -193,11 +166,12 @@ class Trainers:
         dropped = {n: keep.logical_not_() for n, keep in self.mask.to_dense().items()}
         parameters = [run.model.get_parameter(n) for n in dropped]
 
-        def drop() -> None:
+        def drop(*_: Any) -> None:
             for parameter, others in zip(parameters, dropped.values()):
                 parameter.grad.masked_fill_(others, 0.0)
 
-        return replace(run, mask=dropped.values(), before_step=drop, kind="masked")
+        run.optimizer.register_step_pre_hook(drop)
+        return replace(run, mask=dropped.values(), kind="masked")
 
     def peft(self, method: str, dtype: torch.dtype | None = None, **options: bool) -> Run:
         """SHiRA of about as many values as the mask has, or LoRA."""
@@ -263,7 +237,8 @@ def step_case(name: str, dtype: torch.dtype, density: float, device: str) -> Cas
         makers[f"{LORA}, bfloat16 weights"] = partial(lora, torch.bfloat16)
     implementations: dict[str, Callable] = {n: lambda n=n, m=m: replace(m(), name=n) for n, m in makers.items()}
     if device == "cuda" and not shape.isolated:
-        graphs = {f"{n}{GRAPH}": makers[n] for n in (OURS, DENSE, DENSE_MASK, SHIRA)}
+        baselines = {n: partial(makers[n], capturable=True) for n in (DENSE, DENSE_MASK, SHIRA)}
+        graphs = {f"{n}{GRAPH}": make for n, make in ({OURS: trainers.ours} | baselines).items()}
         implementations |= {n: trainers.captured(n, m) for n, m in graphs.items()}
     else:
         graphs = {}
@@ -327,7 +302,7 @@ def truth(trainers: Trainers) -> Truth:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(partial(keep, name))
-    loss = trainers.loss(model)
+    loss = trainers.loss(model, trainers.batch)
     loss.backward()
     found.loss = float(loss.detach())
     return found
@@ -381,11 +356,9 @@ def checker(trainers: Trainers) -> Callable[[Any], str | None]:
     @cache
     def loss_of(dtype: torch.dtype) -> float:
         with torch.no_grad():
-            return float(trainers.loss(trainers.model(dtype)))
+            return float(trainers.loss(trainers.model(dtype), trainers.batch))
 
-    def check(run: Run | Captured) -> str | None:
-        if isinstance(run, Captured):
-            return run.fault(start().loss, loss_tolerance)
+    def check(run: Run) -> str | None:
         loss, expected = float(run.loss), loss_of(run.dtype) if run.dtype else start().loss
         if not abs(loss - expected) <= loss_tolerance * expected:
             return f"first loss {loss}, of the dense model {expected}"

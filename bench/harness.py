@@ -27,7 +27,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -328,20 +328,41 @@ class Measured:
     wrong: str = ""
 
 
+@functools.cache
+def _gpu_process() -> ProcessPoolExecutor:
+    return _new_process()
+
+
+def _new_process() -> ProcessPoolExecutor:
+    # Spawned, not forked: a fork would share this process's pages and arenas.
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+
 def alone(workload: Workload, implementation: str, rounds: int) -> Measured:
-    """Measure the peak of one implementation, and of one timed apart the times, in its own process."""
+    """Measure the peak of one implementation, and of one timed apart the times, in another process.
+
+    On the CPU that is a new one. On a GPU, where torch counts the peaks, it serves the next implementations, too, until
+    one of them is wrong or fails: imports and a context take ten seconds.
+    """
+    kept = workload.device == "cuda"
+    pool = _gpu_process() if kept else _new_process()
     try:
-        # Spawned, not forked: a fork would share this process's pages and arenas.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(_alone_here, workload, implementation, rounds, torch.get_num_threads()).result()
+        found = pool.submit(_alone_here, workload, implementation, rounds, torch.get_num_threads()).result()
     except Exception as error:
         print(f"{implementation} failed in a process of its own: {type(error).__name__}: {error}", flush=True)
-        return Measured(wrong="it failed in a process of its own (printed above)")
+        found = Measured(wrong="it failed in a process of its own (printed above)")
+    if found.wrong or not kept:
+        pool.shutdown()
+        _gpu_process.cache_clear()
+    return found
 
 
 def _alone_here(workload: Workload, implementation: str, rounds: int, threads: int) -> Measured:
     silence_libraries()
     torch.set_num_threads(threads)
+    trim()  # of the implementation before
+    if workload.device == "cuda":
+        torch.cuda.empty_cache()
     workload.tiny().implementations[implementation]()()
     case = workload.make()
     make = case.implementations[implementation]
@@ -373,18 +394,19 @@ def measure(
     for name, reason in case.absent.items():
         if not chosen or name in chosen:
             yield same | {"provider": name, "absent": reason}
-    found = run(workload, case, rounds or case.rounds, fresh)
-    bandwidth, rate = ceilings(device, workload.dtype if workload.dtype.is_floating_point else torch.float32)
-    floor = 1e3 * max(case.bytes / bandwidth, case.flops / rate)
-    limits = {"bytes": case.bytes, "flops": f"{case.flops:.0f}", "floor_ms": f"{floor:.4f}"}
-    limits |= {"copy_gb_s": f"{bandwidth / 1e9:.1f}", "product_gflop_s": f"{rate / 1e9:.0f}"}
-    op, ours = case.served_by or workload.op, found[OURS].times if OURS in found else []
+    op, ours = case.served_by or workload.op, []
     # The denoising functions are no operators: torch's linear algebra serves them.
     backend = case.library or (backends()[op][device].name if op in backends() else "blas")
-    for name, one in found.items():
+    for name, one in run(workload, case, rounds or case.rounds, fresh):
         if one.wrong:
             yield same | {"provider": name, "wrong": one.wrong}
             continue
+        # Measured once, after the first of the timed calls, when memory is free again.
+        bandwidth, rate = ceilings(device, workload.dtype if workload.dtype.is_floating_point else torch.float32)
+        floor = 1e3 * max(case.bytes / bandwidth, case.flops / rate)
+        limits = {"bytes": case.bytes, "flops": f"{case.flops:.0f}", "floor_ms": f"{floor:.4f}"}
+        limits |= {"copy_gb_s": f"{bandwidth / 1e9:.1f}", "product_gflop_s": f"{rate / 1e9:.0f}"}
+        ours = one.times if name == OURS else ours
         row = same | limits | {"provider": name, "package": package_of(name), "rounds": len(one.times)}
         row["backend"] = backend if name.startswith(OURS) else ""
         deciles = statistics.quantiles(one.times if len(one.times) > 1 else 2 * one.times, n=10, method="inclusive")
@@ -399,8 +421,8 @@ def measure(
         yield row
 
 
-def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> dict[str, Measured]:
-    """Check and time the case, which then lets go of its inputs."""
+def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> Iterator[tuple[str, Measured]]:
+    """Check and time the case, which then lets go of its inputs; each implementation as soon as it is measured."""
     device = workload.device
     found, calls = checked(case)
     fresh = case.isolated or (fresh and device == "cpu")
@@ -416,12 +438,13 @@ def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> dict[str, M
     case.implementations, case.check = {}, lambda result: None
     del calls
     trim()
-    for name in (*apart, *names):
-        result = alone(workload, name, rounds)
-        if case.isolated or name in apart:
-            found[name] = result
-        found[name].peak = result.peak
-    return found
+    for name, one in found.items():
+        if name in names:
+            result = alone(workload, name, rounds)
+            one = result if case.isolated else replace(one, peak=result.peak)
+        yield name, one
+    for name in apart:
+        yield name, alone(workload, name, rounds)
 
 
 def checked(case: Case) -> tuple[dict[str, Measured], dict[str, Call]]:

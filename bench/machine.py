@@ -1,10 +1,14 @@
 """The machine's own rates, and our kernels' memory traffic: `python -m bench machine` and `python -m bench counters`.
 
 - Bytes per second of a large copy, of reading and of writing; operations per second of square matrix products.
-- Reads and writes at scattered, ascending positions, as those of a mask. In the model, memory moves in sectors of 32
-  bytes (lines of 64 on a CPU), so the share 1 - (1 - density)^(sector / bytes of an element) of a dense tensor moves,
-  and the positions and compact values beside it. `gb_s` is the model's bytes divided by the time: where it is half of
-  the copy's rate for writes, partly written sectors are read first.
+- Reads (gather), writes (scatter) and both (update) at scattered, ascending positions: those of a random mask, or the
+  first 1, 8 or 16 float32 of 5 % of all lines of 64 bytes. In the model, memory moves in sectors of 32 bytes (lines of
+  64 on a CPU), so of a mask the share 1 - (1 - density)^(sector / bytes of an element) of a dense tensor moves, and the
+  positions and compact values beside it. `gb_s` is the model's bytes divided by the time: where it is half of the
+  copy's rate for writes, partly written sectors are read first; where runs of 8 take as long as runs of 16, both
+  sectors of a line are fetched. On a GPU each is measured with the cache's fetch limit at 32 and at 64 bytes.
+- By these rates, the least time of AdamW's step with dense gradients for XLM-R base: an update at the mask's positions
+  (parameters), a gather (gradients), and the moments, read and written.
 - `counters`, on a GPU with Nsight Compute (`ncu`): time, bytes from and to memory and sectors per request of every
   kernel that our operators launch (`python -m bench.machine` makes the calls).
 
@@ -12,6 +16,7 @@ Results go to bench/results/machine.json, the newest of each device.
 """
 
 import csv
+import ctypes
 import json
 import os
 import re
@@ -30,14 +35,17 @@ from torch import Tensor
 
 from bench.harness import Call, ceilings, timed
 from bench.rows import RESULTS, ROOT, provenance
-from bench.shapes import random_tensors
+from bench.shapes import numel, random_tensors
 from deftx_kernels import sparse_adamw, topk_mask
 
 FILE = "machine.json"
-SECTOR = {"cpu": 64, "cuda": 32}  # bytes
+SECTOR, LINE = {"cpu": 64, "cuda": 32}, 64  # bytes
 DENSITIES = (0.01, 0.05, 0.1, 0.3)
+RUNS, LINES = (1, 8, 16), 0.05  # consecutive float32 of a line; the share of all lines
+ADAMW = (0.01, 0.05)  # densities of the estimated steps
 ROUNDS = 9
 DENSE_BYTES = {"cpu": 1 << 29, "cuda": 1 << 30}  # of a dense tensor: more than the caches
+SETTINGS = ("bytes", "density", "run", "fetch", "sector_share")
 SECONDS = 80  # for Nsight Compute
 SECTORS = "l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_"
 METRICS = {  # Nsight Compute's name → ours
@@ -60,9 +68,13 @@ def measure(device: str, out: Path = RESULTS) -> int:
     found["products"] = {str(dtype): float(f"{ceilings(device, dtype)[1] / 1e12:.4g}") for dtype in dtypes}
     print_values(found["products"], "products, TFLOP/s: ")
     found["scattered"] = []
-    for row in scattered(device):
-        print_values(row)
-        found["scattered"].append(row)
+    for rows in scattered(device):
+        shared = {k: v for k, v in rows[0].items() if k in SETTINGS}
+        print_values(shared | {r["access"]: f"{r['ms']} ms ({r['gb_s']} GB/s)" for r in rows})
+        found["scattered"] += rows
+    found["sparse_adamw"] = list(adamw_steps(found["scattered"], found["memory"]["copy"], device))
+    for step in found["sparse_adamw"]:
+        print_values(step, "sparse_adamw of xlmr, at least: ")
     write(name, found, out)
     return 0
 
@@ -94,7 +106,7 @@ def memory(device: str) -> dict[str, float]:
     rates = {"copy": ceilings(device, torch.float32)[0] / 1e9} | {
         n: tensor.nbytes / ms / 1e6 for n, ms in times.items()
     }
-    return {name: round(rate, 1) for name, rate in rates.items()}
+    return {name: float(f"{rate:.4g}") for name, rate in rates.items()}
 
 
 # ---- scattered reads and writes ----
@@ -103,19 +115,74 @@ def sector_share(density: float, itemsize: int, device: str) -> float:
     return 1 - (1 - density) ** (SECTOR[device] / itemsize)
 
 
-def scattered(device: str) -> Iterator[dict[str, Any]]:
-    for dtype in (torch.bfloat16, torch.float32):
-        dense = torch.ones(DENSE_BYTES[device] // dtype.itemsize, dtype=dtype, device=device)
-        for density in DENSITIES:
-            position = random_positions(len(dense), density, device)
-            compact = torch.ones(len(position), dtype=dtype, device=device)
-            calls = {name: partial(access, dense, position, compact) for name, access in accesses(device).items()}
-            beside = position.nbytes + compact.nbytes
-            share = sector_share(len(position) / len(dense), dtype.itemsize, device)
-            for name, ms in medians(calls, device).items():
-                rate = (share * dense.nbytes + beside) / ms / 1e6
-                row = {"access": name, "bytes": dtype.itemsize, "density": density, "ms": round(ms, 5)}
-                yield row | {"gb_s": round(rate, 1), "sector_share": round(share, 4)}
+def scattered(device: str) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each setting: one for each access."""
+    for fetch in fetch_limits(device):
+        for dtype in (torch.bfloat16, torch.float32):
+            dense = torch.ones(DENSE_BYTES[device] // dtype.itemsize, dtype=dtype, device=device)
+            for setting, position, share in patterns(dense, device):
+                same = {"bytes": dtype.itemsize} | setting | {"fetch": fetch, "sector_share": round(share, 4)}
+                compact = torch.ones(len(position), dtype=dtype, device=device)
+                calls = {name: partial(access, dense, position, compact) for name, access in accesses(device).items()}
+                rows = []
+                for name, ms in medians(calls, device).items():
+                    moved = share * dense.nbytes * (2 if name == "update" else 1) + position.nbytes + compact.nbytes
+                    rows.append(
+                        {"access": name} | same | {"ms": round(ms, 5), "gb_s": float(f"{moved / ms / 1e6:.4g}")}
+                    )
+                yield rows
+
+
+def patterns(dense: Tensor, device: str) -> Iterator[tuple[dict[str, float], Tensor, float]]:
+    """(setting, int32 positions, share of the tensor's sectors that they touch)."""
+    count, itemsize, here = len(dense), dense.element_size(), str(dense.device)
+    for density in DENSITIES:
+        position = random_positions(count, density, here)
+        yield {"density": density}, position, sector_share(len(position) / count, itemsize, device)
+    if dense.dtype == torch.float32:
+        line = random_positions(dense.nbytes // LINE, LINES, here) * (LINE // itemsize)
+        for run in RUNS:
+            position = (line[:, None] + torch.arange(run, dtype=torch.int32, device=here)).view(-1)
+            sectors = -(-run * itemsize // SECTOR[device])
+            yield {"run": run}, position, len(line) * sectors * SECTOR[device] / dense.nbytes
+
+
+def fetch_limits(device: str) -> Iterator[int]:
+    """The most bytes that a miss fetches into a GPU's last cache, set to each in turn; of a CPU, the line's.
+
+    A hint of this process (cuCtxSetLimit, CU_LIMIT_MAX_L2_FETCH_GRANULARITY), reset at the end. A driver that refuses
+    it is measured as it is.
+    """
+    if device == "cpu":
+        yield LINE
+        return
+    torch.ones(1, device=device)  # makes the context
+    driver, which, before = ctypes.CDLL("libcuda.so.1"), 5, ctypes.c_size_t()
+    if status := driver.cuCtxGetLimit(ctypes.byref(before), which):
+        print(f"the fetch limit is not known: error {status}", flush=True)
+        yield 0
+        return
+    try:
+        for size in (32, 64):
+            if status := driver.cuCtxSetLimit(which, ctypes.c_size_t(size)):
+                print(f"the fetch limit stays {before.value}: error {status}", flush=True)
+                yield before.value
+                return
+            yield size
+    finally:
+        driver.cuCtxSetLimit(which, before)
+
+
+def adamw_steps(rows: list[dict[str, Any]], copy: float, device: str) -> Iterator[dict[str, Any]]:
+    """Estimated steps on `numel("xlmr")` parameters; `copy`: GB/s."""
+    times = {(r["bytes"], r["density"], r["fetch"], r["access"]): r["ms"] for r in rows if "density" in r}
+    for (itemsize, density, fetch, access), update in times.items():
+        if access == "update" and density in ADAMW:
+            count = numel("xlmr")
+            scale = count * itemsize / DENSE_BYTES[device]
+            moments = 4 * density * count * (itemsize if device == "cuda" else max(itemsize, 4))
+            ms = scale * (update + times[itemsize, density, fetch, "gather"]) + moments / copy / 1e6
+            yield {"bytes": itemsize, "density": density, "fetch": fetch, "ms": round(ms, 4)}
 
 
 def random_positions(count: int, density: float, device: str) -> Tensor:  # int32, ascending
@@ -124,14 +191,15 @@ def random_positions(count: int, density: float, device: str) -> Tensor:  # int3
 
 
 def accesses(device: str) -> dict[str, Callable[..., Any]]:
-    """gather(dense, position, out) and scatter(dense, position, values)."""
+    """gather(dense, position, out), scatter(dense, position, values) and update(dense, position, values)."""
     if device == "cuda":
-        from bench.scattered import access
+        from bench.scattered import ACCESSES, access
 
-        return {"gather": partial(access, False), "scatter": partial(access, True)}
+        return {name: partial(access, name) for name in ACCESSES}
     return {
         "gather": lambda dense, position, out: torch.index_select(dense, 0, position, out=out),
         "scatter": lambda dense, position, values: dense.index_copy_(0, position.long(), values),
+        "update": lambda dense, position, values: dense.index_add_(0, position, values),
     }
 
 

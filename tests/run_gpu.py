@@ -2,8 +2,8 @@
 
     check    build (or find the libraries built from these sources), then doctor, the tests marked `gpu` and the
              sanitizers at the same time, then large inputs over and over: at most four minutes
-    measure  the machine's rates, the workloads with performance targets, the most important first, our kernels'
-             memory traffic, training steps, and the slowest baselines: under five minutes
+    measure  the machine's rates, the workloads with performance targets, the most important first, training steps,
+             our kernels' memory traffic, and the slowest baselines: under five minutes
     cpu      the CPU tests, to check this torch and this Python
 
 Without an argument: check and measure. Needs no network, virtual environment or installation: only the torch, nvcc and
@@ -37,6 +37,7 @@ OUT = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
 LOG = (OUT or ROOT / "build") / "gpu.log"
 SECONDS = {"check": 240, "measure": 285, "cpu": 285}  # for each phase
 PROCESSES = 12  # of the GPU tests: most of their time is compilation, and comparison with the CPU
+OURS = ("deftx_kernels", "bench", "tests")
 LEFT_OUT = ("tests/train/", "tests/package/test_build")  # the driver and wheels: tested by the CPU suite
 
 
@@ -153,7 +154,8 @@ def build_by_cmake() -> None:
 VERSIONS = """
 import importlib.metadata as m, sys, torch
 print("python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda)
-for name in ("triton", "setuptools", "cmake", "ninja", "pytest", "hypothesis", "numpy", "transformers"):
+for name in ("triton", "setuptools", "cmake", "ninja", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis",
+             "numpy", "transformers", "peft", "cupy-cuda13x"):
     try: print(name, m.version(name), end="  ")
     except m.PackageNotFoundError: print(name, "absent", end="  ")
 print()
@@ -196,7 +198,7 @@ def sanitize(name: str) -> list[list[str]]:
 @functools.cache
 def imports(source: Path) -> tuple[set[Path], set[str]]:
     """(our files, packages that are not installed) that a file imports."""
-    files, missing = set(), set()
+    files, missing = around(source), set()
     modules = {file.stem: file for file in (ROOT / "tests").rglob("*.py")}
     for node in ast.parse(source.read_text()).body:
         if isinstance(node, ast.Import):
@@ -208,13 +210,20 @@ def imports(source: Path) -> tuple[set[Path], set[str]]:
         for name in names:
             top = name.partition(".")[0]
             path = ROOT.joinpath(*name.split("."))
-            if top not in ("deftx_kernels", "bench"):  # a module of the tests, or a package
+            if top not in OURS:  # a module of the tests, or a package
                 path = modules.get(top, path)
             found = {file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()}
             files |= found
-            if not found and top not in ("deftx_kernels", "bench") and not installed(top):
+            if not found and top not in OURS and not installed(top):
                 missing.add(top)
     return files, missing
+
+
+def around(source: Path) -> set[Path]:
+    """What is imported before a file: the __init__.py of its folders, of a test also their conftest.py."""
+    names = ("__init__.py", "conftest.py") if source.name.startswith("test_") else ("__init__.py",)
+    folders = [f for f in source.parents if f.is_relative_to(ROOT)]
+    return {folder / name for folder in folders for name in names if (folder / name).exists()} - {source}
 
 
 def absent(source: Path) -> set[str]:
@@ -232,15 +241,13 @@ def absent(source: Path) -> set[str]:
 
 @functools.cache
 def test_files() -> list[str]:
-    """The tests whose packages are installed."""
-    chosen = []
-    for file in sorted((ROOT / "tests").rglob("test_*.py")):
-        name, missing = file.relative_to(ROOT).as_posix(), absent(file)
-        if missing or name.startswith(LEFT_OUT):
-            print("left out:", name + (f" (needs {', '.join(sorted(missing))})" if missing else ""))
-        else:
-            chosen.append(name)
-    return chosen
+    """The tests whose packages are installed, without LEFT_OUT."""
+    names = {file.relative_to(ROOT).as_posix(): file for file in sorted((ROOT / "tests").rglob("test_*.py"))}
+    lacking = {name: absent(file) for name, file in names.items() if not name.startswith(LEFT_OUT)}
+    for name, missing in lacking.items():
+        if missing:
+            print(f"left out: {name} (needs {', '.join(sorted(missing))})")
+    return [name for name, missing in lacking.items() if not missing]
 
 
 def pytest(marks: str, limit: int, processes: int) -> list[list[str]]:
@@ -398,13 +405,13 @@ def phases() -> dict[str, list[list[Step]]]:
         "check": [*first, tests, [repeated]],
         "measure": [
             *first,
-            [Step("machine", lambda: [[*bench, "machine"]], 60, 19)],
-            # Rows are appended by workload: a limit loses only what is not yet timed. Ours comes before the baselines,
+            [Step("machine", lambda: [[*bench, "machine"]], 60, 30, 2500)],
+            # Rows are appended one by one: a limit loses only what is not yet timed. Ours comes before the baselines,
             # which take seconds a call.
             [Step("targets", lambda: [[*with_baselines, "topk", "train", "masked"]], 80, 40, 3000)],
             [Step("denoising", lambda: [[*targets, "--family", "svd", "--implementation", "deftx"]], 60, 14)],
+            [Step("training steps", lambda: [[*with_baselines, "steps"]], 120, 20, 2000)],
             [Step("counters", lambda: [[*bench, "counters"]], 90, 20)],
-            [Step("training steps", lambda: [[*with_baselines, "steps"]], 90, 20, 2000)],
             [Step("denoising, baselines", lambda: [[*with_baselines, "svd"]], 120, 16)],
         ],
         "cpu": [*first, [Step("CPU tests", lambda: pytest(cpu, 60, max(1, (os.cpu_count() or 1) // 2)), 285)]],

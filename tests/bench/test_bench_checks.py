@@ -1,8 +1,5 @@
 """The checks of the benchmark's families: what they accept and what they report as wrong."""
 
-import contextlib
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -59,32 +56,21 @@ def test_baselines_select_exactly_k_of_ties(k):
 
 
 # ---- a training step ----
-@pytest.fixture
-def replay(monkeypatch):
-    """Replaces CUDA graphs on the CPU; `replay.do` is what a replay does."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    replays = SimpleNamespace(do=None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.do()))
-    return replays
-
-
 @pytest.mark.parametrize("name", ["ours", "dense", "dense_mask"])
-def test_steps_as_a_graph(replay, name):
+def test_steps_as_a_graph(monkeypatch, name):
+    """On the CPU, `captured_step` is the loop; its first step is checked like that of any other run."""
     trainers = bench_steps.Trainers("tiny linears", F32, 0.02, "cpu")
-    make = getattr(trainers, name)
-    captured = trainers.captured(name, lambda capturable: make() if name != "ours" else make(capturable=capturable))()
-    replay.do = captured.run
-    assert captured() is captured
-    expected = float(trainers.loss(trainers.model()).detach())
-    assert captured.fault(expected, 1e-5) is None
-    assert "of the dense model" in captured.fault(1.01 * expected, 1e-5)
-    assert captured.run.optimizer.state_dict()["state"][0]["step"] == 5  # three, the captured one and a replay
-    replay.do = lambda: setattr(captured.run, "loss", float("nan"))
-    assert "of the first replay nan" in captured().fault(expected, 1e-5)
+    check = bench_steps.checker(trainers)
+    make = trainers.captured(name, getattr(trainers, name))
+    run = make()
+    assert run() is run
+    assert run.name == name
+    assert check(run) is None
+    assert run.optimizer.state_dict()["state"][0]["step"] == 1
+    monkeypatch.setitem(bench_steps.SETTINGS, "lr", 2e-4)
+    twice = make()()
+    monkeypatch.undo()
+    assert "of a step away" in check(twice)
 
 
 def other_start(model, mask):

@@ -1,5 +1,7 @@
 """How `make gpu` runs its steps and reads their output; needs no GPU."""
 
+import importlib.util
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +12,9 @@ import run_gpu
 from run_gpu import Step, failures, note_of, phase, phases
 
 from bench import __main__ as bench
+
+WITH_XDIST = ["-n", "1", "--dist=worksteal"]
+xdist = pytest.mark.skipif(not run_gpu.installed("xdist"), reason="pytest-xdist is not installed")
 
 FAILING = """
 import pytest
@@ -24,7 +29,7 @@ def test_right():
 """
 
 
-@pytest.mark.parametrize("options", [["-n", "1", "--dist=worksteal"], ["-p", "no:xdist"]], ids=["xdist", "alone"])
+@pytest.mark.parametrize("options", [pytest.param(WITH_XDIST, marks=xdist), ["-p", "no:xdist"]], ids=["xdist", "alone"])
 def test_each_error_is_printed_once_with_its_tests(tmp_path, options):
     (tmp_path / "test_x.py").write_text(FAILING)
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *options, "test_x.py"]
@@ -54,7 +59,9 @@ def test_context(n):
 """
 
 
-@pytest.mark.parametrize(("options", "passed"), [(["-n", "1", "--dist=worksteal"], 5), (["-p", "no:xdist"], 1)])
+@pytest.mark.parametrize(
+    ("options", "passed"), [pytest.param(WITH_XDIST, 5, marks=xdist), (["-p", "no:xdist"], 1)], ids=["xdist", "alone"]
+)
 def test_a_lost_context_fails_one_test(tmp_path, options, passed):
     (tmp_path / "test_x.py").write_text(LOSES)
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "lost_context"]
@@ -126,6 +133,48 @@ def test_a_sanitizers_first_errors_are_shown(log, capsys):
 def test_without_a_gpu_nothing_else_is_run(log):
     wrong = [Step("versions", python("1 / 0"), 20)]
     assert len(phase("check", [wrong, [Step("other", python("1"), 20)]])) == 1
+
+
+def test_a_file_is_left_out_only_for_a_package_that_is_not_installed():
+    """In a process like that of `make gpu`, in which the tests' folder is no package."""
+    tests = str(run_gpu.ROOT / "tests")
+    program = f"import sys; sys.path.insert(0, {tests!r}); import run_gpu; print(len(run_gpu.test_files()))"
+    command = [sys.executable, "-I", "-c", program]
+    *left_out, count = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    needed = {package for line in left_out for package in re.findall(r"needs (.*)\)", line)}
+    assert not {p for names in needed for p in names.split(", ") if importlib.util.find_spec(p)}
+    others = [*run_gpu.ROOT.glob("tests/train/test_*.py"), run_gpu.ROOT / "tests/package/test_build.py"]
+    assert int(count) + len(left_out) + len(others) == len(list((run_gpu.ROOT / "tests").rglob("test_*.py")))
+
+
+# torch, triton, NumPy, pytest, hypothesis, transformers, peft and what these install.
+BARE = (
+    "torch triton numpy _pytest pytest hypothesis transformers peft accelerate safetensors tokenizers huggingface_hub"
+)
+BARE = {*BARE.split(), *["filelock", "packaging", "psutil", "rich"]}
+
+
+@pytest.fixture
+def bare_machine(monkeypatch):
+    monkeypatch.setattr(run_gpu, "installed", lambda package: package in BARE | sys.stdlib_module_names)
+    cached = (run_gpu.imports, run_gpu.test_files)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+def test_the_gpu_tests_and_the_benchmark_need_few_packages(bare_machine):
+    tests = set(run_gpu.pytest("gpu", 100, 1)[0])
+    for file in (run_gpu.ROOT / "tests").rglob("test_*.py"):
+        name, text = file.relative_to(run_gpu.ROOT).as_posix(), file.read_text()
+        if re.search(r"mark\.gpu|^OPS = |@implementations\(", text, re.M):
+            assert name in tests, run_gpu.absent(file)
+    programs = [*(run_gpu.ROOT / "bench").glob("bench_*.py"), *run_gpu.ROOT.glob("tests/*.py")]
+    for file in (run_gpu.ROOT / "bench/__main__.py", run_gpu.ROOT / "bench/step_models.py", *programs):
+        assert not run_gpu.absent(file), file
+    assert run_gpu.absent(run_gpu.ROOT / "deftx_kernels/cli.py") == {"tyro"}
 
 
 def test_phases_are_within_their_time_and_their_programs_know_their_arguments():

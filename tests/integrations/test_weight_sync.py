@@ -33,6 +33,7 @@ def test_a_difference_is_found(tmp_path, monkeypatch):
 
 
 def test_rows_and_figure(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     assert command.main(["weight-sync", "--quick", "--out", str(tmp_path)]) == 0
     assert "the weights of each, bit for bit" in capsys.readouterr().out
     with (tmp_path / "weight_sync.csv").open(newline="") as file:

@@ -1,10 +1,32 @@
 """Random problems for masked_linear_grad, with a float64 oracle and a derived error bound."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.conftest import Implementation
-from tests.nn.gradient_checks import FP32, FP64, assert_within, csr, equal_with_nan, unit_roundoff
+from tests.nn.gradient_checks import BF16, FP16, FP32, FP64, assert_within, csr, equal_with_nan, unit_roundoff
+
+all_dtypes = pytest.mark.parametrize(
+    "dtypes",  # of grad_output, the input and the result
+    [
+        (BF16, BF16, BF16),
+        (FP16, FP16, FP32),
+        (FP16, FP16, FP16),
+        (FP64, FP64, FP64),
+        (BF16, FP32, FP32),
+        (FP16, BF16, FP32),
+        (FP64, FP32, FP32),
+        (BF16, BF16, FP64),
+        (FP32, FP32, BF16),
+    ],
+    ids=lambda dtypes: "-".join(str(d).removeprefix("torch.") for d in dtypes),
+)
+gpu_dtypes = pytest.mark.parametrize(
+    "dtypes",  # of both inputs, and of the result
+    [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP32), (FP64, FP64)],
+    ids=str,
+)
 
 
 class Case:

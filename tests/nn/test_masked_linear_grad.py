@@ -17,7 +17,6 @@ from tests.conftest import INTERPRETED, implementations
 from tests.nn.gradient_checks import (
     BF16,
     BROKEN_CSR,
-    FP16,
     FP32,
     FP64,
     assert_within,
@@ -27,7 +26,7 @@ from tests.nn.gradient_checks import (
     skip_unsupported,
     small_masks,
 )
-from tests.nn.linear_case import Case
+from tests.nn.linear_case import Case, all_dtypes, gpu_dtypes
 
 OPS = ("masked_linear_grad",)
 unchecked = pytest.mark.usefixtures("without_racecheck")
@@ -74,21 +73,7 @@ def test_shapes(implementation, shape, dtype):
         case.check(implementation)
 
 
-@pytest.mark.parametrize(
-    "dtypes",  # of grad_output, the input and the result
-    [
-        (BF16, BF16, BF16),
-        (FP16, FP16, FP32),
-        (FP16, FP16, FP16),
-        (FP64, FP64, FP64),
-        (BF16, FP32, FP32),
-        (FP16, BF16, FP32),
-        (FP64, FP32, FP32),
-        (BF16, BF16, FP64),
-        (FP32, FP32, BF16),
-    ],
-    ids=lambda dtypes: "-".join(str(d).removeprefix("torch.") for d in dtypes),
-)
+@all_dtypes
 @pytest.mark.parametrize("density", [0.15, 0.7])
 def test_dtypes(implementation, dtypes, density):
     triton = implementation.name.startswith("triton")
@@ -334,7 +319,7 @@ def test_too_large_a_matrix_is_refused():
 
 # ---- on a GPU ----
 @implementations("cuda")
-@pytest.mark.parametrize("dtypes", [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP32), (FP64, FP64)], ids=str)
+@gpu_dtypes
 @pytest.mark.parametrize("shape", [(2048, 768, 768), (16_384, 384, 384), (1000, 3072, 768), (777, 1111, 999)], ids=str)
 def test_matrices_of_many_tiles(implementation, dtypes, shape):
     tokens, rows, columns = shape

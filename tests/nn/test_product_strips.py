@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.conftest import implementations
-from tests.nn.gradient_checks import BF16, FP16, FP32, FP64, assert_within, csr, random_mask
-from tests.nn.linear_case import Case
+from tests.nn.gradient_checks import BF16, FP32, assert_within, csr, random_mask
+from tests.nn.linear_case import Case, all_dtypes, gpu_dtypes
 
 pytest.importorskip("triton")
 
@@ -67,20 +67,7 @@ def test_shapes(implementation, rows_of_strips, shape, dtype):
 
 
 @only_triton
-@pytest.mark.parametrize(
-    "dtypes",  # of grad_output, the input and the result
-    [
-        (BF16, BF16, BF16),
-        (FP16, FP16, FP32),
-        (FP16, FP16, FP16),
-        (FP64, FP64, FP64),
-        (BF16, FP32, FP32),
-        (FP64, FP32, FP32),
-        (BF16, BF16, FP64),
-        (FP32, FP32, BF16),
-    ],
-    ids=lambda dtypes: "-".join(str(d).removeprefix("torch.") for d in dtypes),
-)
+@all_dtypes
 def test_dtypes(implementation, rows_of_strips, dtypes):
     if implementation.name == "triton-interpreter" and dtypes[2] == BF16:
         pytest.skip("Triton's interpreter truncates to bfloat16")
@@ -295,7 +282,7 @@ def test_a_failed_launch_leaves_no_stream_behind(monkeypatch):
 
 # ---- on a GPU ----
 @implementations("cuda")
-@pytest.mark.parametrize("dtypes", [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP32), (FP64, FP64)], ids=str)
+@gpu_dtypes
 @pytest.mark.parametrize("shape", [(2048, 1000, 768), (777, 1111, 999), (64, 129, 3000)], ids=str)
 def test_strips_on_the_gpu(implementation, rows_of_strips, dtypes, shape):
     tokens, rows, columns = shape
