@@ -22,6 +22,7 @@ from torch.utils.weak import TensorWeakRef
 
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn.autocast_copy import AutocastCopy, is_capturing, write_copies
+from deftx_kernels.nn.expert_masks import ExpertMasks
 from deftx_kernels.nn.functional import is_traced
 from deftx_kernels.shards import is_dtensor
 from deftx_kernels.validation import values_name
@@ -148,6 +149,7 @@ class Entry:
         self.mask, self.buffer, self.start = mask, buffer, start  # `start`: the first of its values in the buffer
         self.dense_required_grad = dense.requires_grad  # before sparsify
         self.synchronised_dtype = dense.dtype  # of the dense tensor
+        self.expert_masks = ExpertMasks()  # of a weight of experts
         self.is_replaceable = False  # while torch casts or loads all parameters of a module
         buffer.entries.add(self)
         self.owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()

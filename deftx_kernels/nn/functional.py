@@ -1,6 +1,6 @@
 """`masked_linear` and `masked_embedding`, and the autograd functions that compute gradients of compact values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -148,6 +148,91 @@ class _MaskedEmbedding(torch.autograd.Function):
         return None, None, d_values, None, None, None
 
 
+def _gradient_of_experts(
+    rows: Tensor,  # [N, m], the tokens of one expert after the other
+    columns: Tensor,  # [N, n]
+    ends: list[int],  # [experts]: where the tokens of each one end
+    masks: Sequence[CSRMask],  # [experts], each of one [m, n] tensor
+    dtype: torch.dtype,
+) -> Tensor:
+    """[nnz of all masks]: the masked entries of each expert's rows.T @ columns; 0 where an expert has no tokens."""
+    sizes, start = [mask.nnz for mask in masks], 0
+    out = torch.empty(sum(sizes), dtype=dtype, device=rows.device)
+    for part, mask, end in zip(out.split(sizes), masks, ends):
+        entries = mask.crow_indices, mask.col_indices
+        part.copy_(torch.ops.deftx.masked_linear_grad(rows[start:end], columns[start:end], *entries, dtype))
+        start = end
+    return out
+
+
+class _MaskedBmm(torch.autograd.Function):
+    """torch.bmm(x, weight), or torch.bmm(weight, x), where matrix s of the weight is that of expert `experts[s]`, or of
+    expert s. The masks are those of the experts' matrices, of which the weight's are the transposed where `transposed`.
+    """
+
+    @staticmethod
+    def forward(x, weight, values, experts, masks, weight_first, transposed, dtype):
+        weight = weight if dtype is None else weight.to(dtype)
+        return torch.bmm(weight, x) if weight_first else torch.bmm(x, weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, values, experts, ctx.masks, ctx.weight_first, ctx.transposed, ctx.dtype = inputs
+        ctx.values_dtype = values.dtype
+        x, weight = x if ctx.needs_input_grad[2] else None, weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x, weight, experts, None if weight is None else values)
+
+    @staticmethod
+    @_first_derivative_only("the product with the weights of experts")
+    def backward(ctx, grad_output):
+        x, weight, experts, _ = ctx.saved_tensors
+        d_x = d_values = None
+        if ctx.needs_input_grad[0]:
+            weight = (weight if ctx.dtype is None else weight.to(ctx.dtype)).mT
+            d_x = torch.bmm(weight, grad_output) if ctx.weight_first else torch.bmm(grad_output, weight)
+        if ctx.needs_input_grad[2]:
+            rows, columns = (grad_output.mT, x.mT) if ctx.weight_first else (x, grad_output)  # [s, tokens, features]
+            if ctx.transposed:
+                rows, columns = columns, rows
+            counts = torch.ones(len(ctx.masks), dtype=torch.int64)
+            if experts is not None:
+                order, counts = experts.argsort(), experts.bincount(minlength=len(ctx.masks))
+                rows, columns = rows[order], columns[order]
+            ends = (counts.cumsum(0) * rows.shape[1]).tolist()
+            flat = rows.flatten(0, 1).contiguous(), columns.flatten(0, 1).contiguous()
+            d_values = _gradient_of_experts(*flat, ends, ctx.masks, ctx.values_dtype)
+        return d_x, None, d_values, None, None, None, None, None
+
+
+class _MaskedGroupedMm(torch.autograd.Function):
+    """`product(x, weight, offs=offs)`: the rows of x up to offs[0] by the first matrix of the weight, those up to
+    offs[1] by the second one, and so on. `masks` and `transposed` as in `_MaskedBmm`.
+    """
+
+    @staticmethod
+    def forward(x, weight, values, offs, masks, transposed, product):
+        return product(x, weight, offs=offs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, values, offs, ctx.masks, ctx.transposed, ctx.product = inputs
+        ctx.values_dtype = values.dtype
+        x, weight = x if ctx.needs_input_grad[2] else None, weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x, weight, offs, None if weight is None else values)
+
+    @staticmethod
+    @_first_derivative_only("the product with the weights of experts")
+    def backward(ctx, grad_output):
+        x, weight, offs, _ = ctx.saved_tensors
+        grad_output, d_x, d_values = grad_output.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            d_x = ctx.product(grad_output, weight.mT, offs=offs)
+        if ctx.needs_input_grad[2]:
+            rows, columns = (grad_output, x.contiguous()) if ctx.transposed else (x.contiguous(), grad_output)
+            d_values = _gradient_of_experts(rows, columns, offs.tolist(), ctx.masks, ctx.values_dtype)
+        return d_x, None, d_values, None, None, None, None
+
+
 class _GatherGradient(torch.autograd.Function):
     @staticmethod
     def forward(dense, values, crow_indices, col_indices):
@@ -218,6 +303,34 @@ def masked_embedding_unchecked(
         return F.embedding(ids, weight)
     padding_idx = -1 if padding_idx is None else padding_idx
     return _apply(_MaskedEmbedding, ids, weight.detach(), values, mask.crow_indices, mask.col_indices, padding_idx)
+
+
+def masked_bmm_unchecked(
+    x: Tensor,  # [s, tokens, n]; [s, n, tokens] where weight_first
+    weight: Tensor,  # [s, n, m]; [s, m, n] where weight_first
+    values: Tensor,  # [nnz]
+    experts: Tensor | None,  # int [s]: whose matrices the weight consists of; None: those of all, in order
+    masks: Sequence[CSRMask],  # [experts]
+    *,
+    weight_first: bool,
+    transposed: bool,  # the matrices are the transposed of those that the masks are of
+) -> Tensor:
+    dtype = autocast_dtype(x) if weight.dtype != torch.float64 else None
+    x = x if dtype is None else x.to(dtype)
+    return _apply(_MaskedBmm, x, weight.detach(), values, experts, masks, weight_first, transposed, dtype)
+
+
+def masked_grouped_mm_unchecked(
+    x: Tensor,  # [tokens, n]
+    weight: Tensor,  # [experts, n, m]
+    values: Tensor,  # [nnz]
+    offs: Tensor,  # int32 [experts]
+    masks: Sequence[CSRMask],  # [experts]
+    product: Callable[..., Tensor],  # torch's grouped_mm, or a function with the same arguments
+    *,
+    transposed: bool,
+) -> Tensor:
+    return _apply(_MaskedGroupedMm, x, weight.detach(), values, offs, masks, transposed, product)
 
 
 def gather_gradient(dense: Tensor, values: Tensor, mask: CSRMask) -> Tensor:

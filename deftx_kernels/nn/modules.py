@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from deftx_kernels.kernels.tensors import FLOATS
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn.autocast_copy import AutocastCopy
 from deftx_kernels.nn.entries import DifferentiableWeight, Entry, ValuesBuffer
+from deftx_kernels.nn.experts import Experts, expert_attribute
 from deftx_kernels.nn.functional import (
     autocast_dtype,
     gather_gradient,
@@ -23,9 +23,10 @@ from deftx_kernels.nn.functional import (
     raise_in_backward,
     scattered_copy,
 )
+from deftx_kernels.nn.maskable import check_module, check_trainable, compact_attributes, is_matmul
 from deftx_kernels.nn.sharded import after_apply, shards_match, synchronise_shards
 from deftx_kernels.ops.schemas import compute_dtype
-from deftx_kernels.validation import check_writable, plain_name, usable_in_backward, values_name
+from deftx_kernels.validation import plain_name, usable_in_backward, values_name
 
 _FROZEN = "_frozen_by_sparsify"  # attribute of a module: the names of its parameters that `sparsify` has frozen
 
@@ -35,6 +36,7 @@ class Masked(nn.Module):
 
     _masked_entries: dict[str, Entry]  # by the parameter's name in the module
     _dense_class: type
+    _compact: frozenset[str]  # the masked parameters whose compact gradients the module computes directly
     _parameters: dict[str, Any]
 
     def __init__(self, *_, **__) -> None:
@@ -166,7 +168,7 @@ class Masked(nn.Module):
     def __reduce_ex__(self, protocol):  # pickle cannot import classes that are made at run time
         self._synchronise_if_possible()
         state = super().__reduce_ex__(max(int(protocol), 2))[2]
-        return _without_state, (self._dense_class, frozenset(self._masked_entries), isinstance(self, _Direct)), state
+        return _without_state, (self._dense_class, frozenset(self._masked_entries), self._compact), state
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -180,7 +182,7 @@ class _Direct(Masked):
 
     @property
     def masks(self) -> dict[str, CSRMask]:
-        """The masks of `weight` and, where it is masked, `bias`."""
+        """The masks of the masked parameters, by their names in the module."""
         return {attr: entry.mask for attr, entry in self._masked_entries.items()}
 
 
@@ -256,20 +258,27 @@ class MaskedEmbedding(_Direct, nn.Embedding):
         return masked_embedding_unchecked(input, *self._masked("weight"), self.padding_idx)
 
 
+class _MaskedExperts(Experts, _Direct):
+    """Modules with weights of experts. Their other parameters, biases of experts, have dense gradients."""
+
+
 @cache
-def _masked_class(original: Any, attrs: frozenset[str], direct: bool) -> type:
+def _masked_class(original: Any, attrs: frozenset[str], compact: frozenset[str]) -> type:
     members: dict[str, Any] = {attr: _masked_attribute(attr) for attr in attrs}
-    if not direct:
+    if not compact:
         return type(f"Masked{original.__name__}", (Masked, original), members)
+    if not is_matmul(original) and original is not nn.Embedding:
+        members |= {attr: expert_attribute(attr, members[attr]) for attr in compact}
+        return type(f"Masked{original.__name__}", (_MaskedExperts, original), members)
     if original not in (nn.Linear, nn.Embedding):
         return type("MaskedConv1D", (_Matmul, original), {**members, "_transposed": True})
     base = MaskedLinear if original is nn.Linear else MaskedEmbedding
     return type(base.__name__, (base,), members) if "bias" in attrs else base
 
 
-def _without_state(original: type, attrs: frozenset[str], direct: bool) -> nn.Module:
+def _without_state(original: type, attrs: frozenset[str], compact: frozenset[str]) -> nn.Module:
     """The module that pickle and deepcopy give a state."""
-    return nn.Module.__new__(_masked_class(original, attrs, direct))
+    return nn.Module.__new__(_masked_class(original, attrs, compact))
 
 
 # ---- sparsify ----
@@ -284,9 +293,11 @@ def sparsify(
     not name (norms, biases, embeddings, the head) keep their `requires_grad`: by default they are trained densely; with
     `freeze_others` they are frozen until `densify`.
 
-    `nn.Linear`, `nn.Embedding` and transformers' `Conv1D` compute compact gradients directly. For a tensor of any other
-    module, subclasses of these included, a dense gradient is computed, gathered and dropped. For weights of norms and
-    other tensors of one dimension that costs nothing; one warning names the larger ones.
+    `nn.Linear`, `nn.Embedding` and transformers' `Conv1D` compute compact gradients directly, and so do weights of
+    experts [experts, m, n] in products with one expert, `torch.bmm` and `grouped_mm`: torch.compile leaves such modules
+    out of its graphs, and in a captured step their gradients are dense. For any other tensor, those of subclasses
+    included, a dense gradient is computed, gathered and dropped. For weights of norms and other tensors of one
+    dimension that costs nothing; one warning names the larger ones.
 
     Values and dense tensors are synchronised by the step of any torch optimizer, by `load_state_dict` and by the next
     forward (not by a compiled one). Forward also detects writes through `.data` and, on the CPU, through its NumPy
@@ -339,30 +350,31 @@ def sparsify(
         )
     on_meta = mask.names and all(getattr(named.get(n), "is_meta", False) for n in mask.names)
     tensors = dict(zip(mask.names, (mask.to("meta") if on_meta else mask).checked_tensors(named, "model")))
-    _check_trainable(tensors)
+    check_trainable(tensors)
     name_of = {id(t): n for n, t in tensors.items()}
-    # module, its new class, attribute → name in the model
-    plan: list[tuple[Any, type, dict[str, str]]] = []
+    # module, its new class, attribute → name in the model, the attributes with compact gradients
+    plan: list[tuple[Any, type, dict[str, str], frozenset[str]]] = []
     gathered: set[str] = set()  # those whose dense gradients take memory
     for module in model.modules():
         if owned := {a: name_of[id(p)] for a, p in module._parameters.items() if id(p) in name_of}:
-            _check_module(module, owned)
-            direct = _computes_compact_gradients(module, owned)
+            check_module(module, owned)
+            compact = compact_attributes(module, owned)
             cls: Any = type(module)
-            plan.append((module, _masked_class(cls, frozenset(owned), direct), owned))
-            gathered.update(n for n in owned.values() if not direct and tensors[n].dim() > 1)
+            plan.append((module, _masked_class(cls, frozenset(owned), compact), owned, compact))
+            gathered.update(n for a, n in owned.items() if a not in compact and tensors[n].dim() > 1 + bool(compact))
     if gathered:
         warnings.warn(
-            f"{len(gathered)} masked tensors belong to no Linear, Embedding or Conv1D and are trained "
+            f"{len(gathered)} masked tensors belong to no Linear, Embedding, Conv1D or experts and are trained "
             f"through a dense gradient that is then gathered: {', '.join(sorted(gathered))}",
             stacklevel=2,
         )
     entries = _make_entries(mask, tensors)
-    for module, masked_class, owned in plan:
+    for module, masked_class, owned, compact in plan:
         for attr, name in owned.items():
             module.register_parameter(values_name(attr), entries[name].values)
             entries[name].owners.add(module)
         module.__dict__.update(_masked_entries={a: entries[n] for a, n in owned.items()}, _dense_class=type(module))
+        module.__dict__["_compact"] = compact
         module.__class__ = masked_class
         if autocast_copies and issubclass(masked_class, _Matmul):
             entries[owned["weight"]].copy = AutocastCopy()
@@ -379,39 +391,6 @@ def _freeze_others(model: nn.Module, values: set[int]) -> None:
             module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
         if others:
             module.__dict__[_FROZEN] = others
-
-
-def _check_trainable(tensors: dict[str, Any]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"model[{name!r}] must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
-        if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
-            raise ValueError(f"model[{name!r}] has gradient hooks: register them on its values, after sparsify")
-        if tensor.is_inference():
-            raise ValueError(f"model[{name!r}] was made in inference_mode, which backward cannot use: load it outside")
-    check_writable({f"model[{name!r}]": tensor for name, tensor in tensors.items()})
-
-
-def _check_module(module: nn.Module, owned: dict[str, str]) -> None:
-    first = next(iter(owned.values()))
-    if isinstance(module, torch.jit.ScriptModule):
-        raise ValueError(f"{first!r} belongs to a script module, which cannot be masked")
-    if getattr(module, "max_norm", None) is not None:
-        raise ValueError(f"{first!r} belongs to an embedding with max_norm, which rewrites its weight in every forward")
-    for attr, name in owned.items():
-        if hasattr(module, values_name(attr)):
-            raise ValueError(
-                f"the module that owns {name!r} has an attribute {values_name(attr)!r}, the name of its values"
-            )
-
-
-def _computes_compact_gradients(module: Any, owned: dict[str, str]) -> bool:
-    """Whether the module can compute the compact gradients of these parameters directly."""
-    cls = type(module)
-    matmul = cls is nn.Linear or (cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers."))
-    known = matmul or (cls is nn.Embedding and not module.scale_grad_by_freq)
-    # A forward set on the instance (accelerate's hooks) reads the parameters as attributes.
-    return known and "weight" in owned and owned.keys() <= {"weight", "bias"} and "forward" not in vars(module)
 
 
 def _make_entries(mask: CSRMask, tensors: dict[str, Any]) -> dict[str, Entry]:
@@ -481,6 +460,7 @@ def densify(model: nn.Module) -> nn.Module:
         for entry in owner.__dict__.pop("_masked_entries").values():
             entry.release()
         owner.__class__ = owner.__dict__.pop("_dense_class")
+        del owner.__dict__["_compact"]
     for module in model.modules():
         for name in module.__dict__.pop(_FROZEN, ()):
             if (parameter := module._parameters.get(name)) is not None:
