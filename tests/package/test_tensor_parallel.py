@@ -1,5 +1,6 @@
 """Tensor parallelism on two gloo processes: what is sharded by rows trains as in one process, what is not is refused by
-name before anything is changed."""
+name before anything is changed. Weights of experts by rows, that is whole experts, also sparsified and with FSDP2.
+"""
 
 import pytest
 import torch
@@ -8,13 +9,15 @@ from torch import nn
 
 import deftx_kernels as dk
 from deftx_kernels import SparseAdamW, distributed
+from deftx_kernels.nn import plain_tensors
 
 WORLD = 2
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
 
 
 def test_tensor_parallel_models():
-    run_ranks((_refused, _placements, _rows_are_trained, _experts_are_trained), WORLD, ("torch._dynamo",))
+    functions = (_refused, _placements, _rows_are_trained, _experts_are_trained, _sparsified_experts)
+    run_ranks(functions, WORLD, ("torch._dynamo", "torch.distributed.fsdp"))
 
 
 def make():
@@ -114,3 +117,34 @@ def _experts_are_trained(rank):
         found.append(weight.detach())
     assert torch.equal(found[1].full_tensor(), found[0])
     assert torch.equal(found[0] != start, mask.to_dense()["w"])
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.num_experts = 3
+        self.weight = nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, x):
+        grouped = nn.functional.grouped_mm(x, self.weight.mT, offs=torch.tensor([2, 2, 5], dtype=torch.int32))
+        return grouped.square().sum() + (x @ self.weight[1]).square().sum()
+
+
+def _sparsified_experts(rank):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    mesh, found = init_device_mesh("cpu", (WORLD,)), []
+    for is_sharded in (False, True):
+        mask = mask_of(Experts().named_parameters())
+        model = dk.sparsify(Experts(), mask)
+        if is_sharded:
+            fully_shard(model, mesh=mesh)
+        optimizer = SparseAdamW(model.named_parameters(), mask, lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(X).backward()
+            optimizer.step()
+        found.append(plain_tensors(model)["weight"].detach())
+    torch.testing.assert_close(found[1].full_tensor(), found[0], atol=1e-6, rtol=1e-5)
