@@ -417,7 +417,7 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "eigvalsh": lambda n: [_grams(n)],
     "residual_cut": lambda n: _factors(n, 3 * n * n // 2),
     "low_rank_denoised": lambda n: _factors(n, _cut(n)),
-    "split_bf16_": lambda n: [_tensors(n)[0], torch.empty(4 * n, 3 * n, dtype=torch.bfloat16), [1, 0, 0], -1],
+    "split_bf16_": lambda n: [[*_matrices(n)], torch.empty(3, n, 4 * n // 3 * 3, dtype=torch.bfloat16), [1, 0, 0], -1],
     "sparse_adamw_": _adamw_case,
     "csr_square_sum": lambda n: _csr_case(n, values=False),
     "masked_linear_grad": _linear_case,

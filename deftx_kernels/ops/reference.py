@@ -306,12 +306,13 @@ def eigvalsh(matrices: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(matrices)
 
 
-def split_bf16_(x: Tensor, out: Tensor, slots: Sequence[int], dim: int) -> None:
-    parts = []
-    for _ in range(max(slots) + 1):
-        parts.append(x.to(torch.bfloat16))
-        x = x - parts[-1].float()
-    torch.cat([parts[s] for s in slots], dim, out=out)
+def split_bf16_(x: Sequence[Tensor], out: Tensor, slots: Sequence[int], dim: int) -> None:
+    for rest, target in zip(x, out):
+        parts = []
+        for _ in range(max(slots) + 1):
+            parts.append(rest.to(torch.bfloat16))
+            rest = rest - parts[-1].float()
+        torch.cat([parts[s] for s in slots], dim, out=target)
 
 
 def _residual(delta: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

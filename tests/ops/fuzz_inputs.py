@@ -144,9 +144,10 @@ def _adamw(make: Maker) -> list[Any]:
 
 
 def _split(make: Maker) -> list[Any]:
-    x = make.floats(*make.rng.choice([(), (0,), (2,)]), make.size(), make.size())
+    shape = *make.rng.choice([(), (0,), (2,)]), make.size(), make.size()
+    x = [make.floats(*shape) for _ in range(make.size(1, 4))]
     slots, dim = make.rng.choice([[0, 1], [1, 0, 0], [2]]), make.rng.choice([-1, -2])
-    return [x, torch.cat([x] * len(slots), dim).bfloat16(), slots, dim]
+    return [x, torch.cat([torch.stack(x)] * len(slots), dim).bfloat16(), slots, dim]
 
 
 def _linear(make: Maker) -> list[Any]:

@@ -267,7 +267,7 @@ case("low_rank_denoised, 2 of 768x3072", exact=True)(lambda: {"denoised": ops.lo
 @case("split_bf16_, 2 of 768x3072", exact=True)
 def _() -> Results:
     out = torch.empty(2, 768, 2 * 3072, dtype=torch.bfloat16)
-    ops.split_bf16_(factors()[0] / 3, out, [0, 1], -1)
+    ops.split_bf16_([x / 3 for x in factors()[0]], out, [0, 1], -1)
     return {"parts": out}
 
 
