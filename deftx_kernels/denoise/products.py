@@ -3,7 +3,7 @@
 On CUDA float32 products are made of bfloat16 ones, summed in float32: cuBLAS' float32 product would be slow, or as
 inaccurate as the user's TF32 flag. With x = x0 + x1, both bfloat16, a @ b is a0 b0 + a0 b1 + a1 b0; the omitted a1 b1
 is about 2**-16 of the result. Entries must be finite. Every operand is split in one pass that writes its parts where
-the product reads them. There are two forms:
+the product reads them; the operands of a batch of matrices in one launch. There are two forms:
 
     deep    [a1 | a0 | a0] @ [b0; b1; b0]: one product, 3 times as deep, whose result is written once (`matmul`,
             `matmul_`)
@@ -199,6 +199,16 @@ def right_operand(x: Tensor) -> Tensor:
     return split(x, RIGHT, -2) if uses_split_products(x) else x
 
 
+def both_operands(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [b, n, n] as the left and as the right operand of `product_`: it is read once for both."""
+    if not uses_split_products(x):
+        return x, x
+    b, n, _ = x.shape
+    left, right = (x.new_empty(shape, dtype=torch.bfloat16) for shape in ((b, n, 3 * n), (b, 3 * n, n)))
+    torch.ops.deftx.split_bf16_([x], left[None], list(LEFT), right[None], list(RIGHT))
+    return left, right
+
+
 def split(x: Matrices, slots: Sequence[int], dim: int, out: Tensor | None = None) -> Tensor:
     """Parts of x [..., m, n] beside each other along the columns (dim -1) or rows (dim -2): slot s holds part slots[s].
 
@@ -212,7 +222,8 @@ def split(x: Matrices, slots: Sequence[int], dim: int, out: Tensor | None = None
         shape = list(x.shape) if isinstance(x, Tensor) else [len(tensors), *tensors[0].shape]
         shape[dim] *= len(slots)
         out = tensors[0].new_empty(shape, dtype=torch.bfloat16)
-    torch.ops.deftx.split_bf16_(tensors, out[None] if isinstance(x, Tensor) else out, list(slots), dim)
+    parts: tuple = out[None] if isinstance(x, Tensor) else out, list(slots)
+    torch.ops.deftx.split_bf16_(tensors, *(parts if dim == -1 else (None, [])), *(parts if dim == -2 else (None, [])))
     return out
 
 

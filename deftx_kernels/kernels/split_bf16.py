@@ -2,8 +2,8 @@
 each entry.
 
 A slot holds one of the parts. Slots lie beside each other along the columns or the rows: `denoise/products.py` needs
-the parts in this order as an operand of one matrix product, and nothing is copied later. Matrices of one shape are split
-in one launch, wherever each of them lies.
+the parts in this order as an operand of one matrix product, and nothing is copied later. Matrices of one shape are
+split in one launch, wherever each of them lies, and read once for an operand of either kind.
 """
 
 import math
@@ -22,22 +22,35 @@ BLOCK_M, BLOCK_N = 32, 128
 NUM_WARPS = 8
 
 
+@triton.jit
+def _store(target, slot_stride, first, second, third, inside, SLOTS: tl.constexpr):
+    for s in tl.static_range(len(SLOTS)):
+        part = first if SLOTS[s] == 0 else (second if SLOTS[s] == 1 else third)
+        tl.store(target + s * slot_stride, part, mask=inside)
+
+
 @triton.jit(do_not_specialize=["m"])
 def _split_bf16_kernel(
     # float32: entry (row, column) of matrix i at i * x_batch + row * x_row + column; or int64: the addresses of tensors
     # of `each` matrices
     x,
-    out,  # bfloat16: that entry of slot s at i * out_batch + row * out_row + s * out_slot + column
+    # bfloat16, or None: that entry of slot s at i * columns_batch + row * columns_row + s * columns_slot + column
+    columns,
+    rows,  # likewise
     m,
     n,
     each,
     x_batch,
     x_row,
-    out_batch,
-    out_row,
-    out_slot,
+    columns_batch,
+    columns_row,
+    columns_slot,
+    rows_batch,
+    rows_row,
+    rows_slot,
     ALIGNMENT: tl.constexpr,  # bytes that divide the addresses
-    SLOTS: tl.constexpr,  # which part each slot holds: 0 or 1, or 2 if there are three
+    COLUMN_SLOTS: tl.constexpr,  # which part each slot holds: 0 or 1, or 2 if there are three
+    ROW_SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -58,10 +71,12 @@ def _split_bf16_kernel(
     rest = whole - first.to(tl.float32)
     second = rest.to(tl.bfloat16)
     third = (rest - second.to(tl.float32)).to(tl.bfloat16)
-    target = out + (i * out_batch + row * out_row + column)
-    for s in tl.static_range(len(SLOTS)):
-        part = first if SLOTS[s] == 0 else (second if SLOTS[s] == 1 else third)
-        tl.store(target + s * out_slot, part, mask=inside)
+    if columns is not None:
+        target = columns + (i * columns_batch + row * columns_row + column)
+        _store(target, columns_slot, first, second, third, inside, COLUMN_SLOTS)
+    if rows is not None:
+        target = rows + (i * rows_batch + row * rows_row + column)
+        _store(target, rows_slot, first, second, third, inside, ROW_SLOTS)
 
 
 _launch = Launcher(_split_bf16_kernel, num_warps=NUM_WARPS)
@@ -69,41 +84,51 @@ _launch = Launcher(_split_bf16_kernel, num_warps=NUM_WARPS)
 
 def split_bf16_(
     x: Sequence[Tensor],  # float32 [..., m, n], finite, of one shape
-    out: Tensor,  # bfloat16 [len(x), ..., m, s * n] (dim -1) or [len(x), ..., s * m, n] (dim -2), contiguous
-    slots: Sequence[int],  # [s]
-    dim: int,
+    columns: Tensor | None,  # bfloat16 [len(x), ..., m, s * n], contiguous
+    column_slots: Sequence[int],  # [s]
+    rows: Tensor | None,  # bfloat16 [len(x), ..., s * m, n], contiguous
+    row_slots: Sequence[int],  # [s]
 ) -> None:
     """The operator `deftx::split_bf16_` on tensors of one CUDA device. One launch; where the tensors of a list are new,
     others before it fill a table of their addresses (`device_table`).
     """
     *batch, m, n = x[0].shape
-    b, s = len(x) * math.prod(batch), len(slots)
-    targets = out.view(b, m, s, n).transpose(1, 2) if dim == -1 else out.view(b, s, m, n)
+    b = len(x) * math.prod(batch)
     strides = x[0].stride()
     if len(x) == 1 or strides[-1] != 1 or len(batch) > 1 or any(t.stride() != strides for t in x):
         whole = x[0] if len(x) == 1 else torch.stack(list(x))
         x = [(whole if whole.stride(-1) == 1 else whole.contiguous()).reshape(b, m, n)]
-    split_into(targets, x, slots)
+    split_into(
+        x,
+        None if columns is None else columns.view(b, m, len(column_slots), n).transpose(1, 2),
+        column_slots,
+        None if rows is None else rows.view(b, len(row_slots), m, n),
+        row_slots,
+    )
 
 
 def split_into(
-    out: Tensor,  # bfloat16 [b, s, m, n], columns one after the other
     x: Sequence[Tensor],  # float32 [m, n] or [b / len(x), m, n], of one shape and layout, columns one after the other
-    slots: Sequence[int],  # [s]
+    columns: Tensor | None,  # bfloat16 [b, s, m, n], columns one after the other
+    column_slots: Sequence[int],  # [s]
+    rows: Tensor | None,  # bfloat16 [b, s, m, n], columns one after the other
+    row_slots: Sequence[int],  # [s]
 ) -> None:
-    b, _, m, n = out.shape
-    tiles = cdiv(m, BLOCK_M) * cdiv(n, BLOCK_N)
-    if b * tiles == 0:
+    *batch, m, n = x[0].shape
+    each = math.prod(batch)
+    programs = len(x) * each * cdiv(m, BLOCK_M) * cdiv(n, BLOCK_N)
+    if programs == 0:
         return
-    device, at = out.device, addresses(x)
-    x_batch, x_row = (0, *x[0].stride())[-3:-1]
-    out_batch, out_slot, out_row, _ = out.stride()
-    numbers = n, b // len(x), x_batch, x_row, out_batch, out_row, out_slot
-    constants = 16 if all(a % 16 == 0 for a in at) else 4, tuple(slots)
+    device, at = x[0].device, addresses(x)
+    numbers = [n, 1 if len(x) == 1 else each, *(0, *x[0].stride())[-3:-1]]
+    for out in (columns, rows):
+        batch_stride, slot_stride, row_stride, _ = (0, 0, 0, 0) if out is None else out.stride()
+        numbers += [batch_stride, row_stride, slot_stride]
+    constants = 16 if all(a % 16 == 0 for a in at) else 4, tuple(column_slots), tuple(row_slots)
     with on(device):
         source = x[0]
         if len(x) > 1:
             stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
             source = device_table(device, (stream,), at)
         kind = *constants, m >> 31, *int_kinds(*numbers)
-        _launch((b * tiles, 1, 1), kind, (source, out), (m, *numbers), *constants, BLOCK_M, BLOCK_N)
+        _launch((programs, 1, 1), kind, (source, columns, rows), (m, *numbers), *constants, BLOCK_M, BLOCK_N)

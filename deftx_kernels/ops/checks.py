@@ -179,7 +179,13 @@ def residual_cut(delta: Tensor, left: Tensor, right: Tensor, keep: int) -> None:
     _number(keep, "keep", 0, sizes["m"] * sizes["n"])
 
 
-def split_bf16_(x: Sequence[Tensor], out: Tensor, slots: Sequence[int], dim: int) -> None:
+def split_bf16_(
+    x: Sequence[Tensor],
+    columns: Tensor | None,
+    column_slots: Sequence[int],
+    rows: Tensor | None,
+    row_slots: Sequence[int],
+) -> None:
     if not x:
         raise ValueError("x must hold at least one tensor")
     for i, t in enumerate(x):
@@ -187,15 +193,26 @@ def split_bf16_(x: Sequence[Tensor], out: Tensor, slots: Sequence[int], dim: int
         if t.dim() < 2 or t.shape != x[0].shape:
             shape = "[..., m, n]" if i == 0 else f"{list(x[0].shape)}, as x[0]"
             raise ValueError(f"x[{i}] must have shape {shape}, got {list(t.shape)}")
-    _contiguous(out, "out", x[0].device, frozenset((torch.bfloat16,)))
-    if dim not in (-1, -2):
-        raise ValueError(f"dim must be -1 or -2, got {dim}")
+    if columns is None and rows is None:
+        raise ValueError("columns or rows must be a tensor, got None for both")
+    _parts(x, columns, "columns", column_slots, "column_slots", -1)
+    _parts(x, rows, "rows", row_slots, "row_slots", -2)
+    if columns is not None and rows is not None and overlapping((columns, rows)):
+        raise ValueError("columns and rows share memory")
+
+
+def _parts(x: Sequence[Tensor], out: Tensor | None, name: str, slots: Sequence[int], slots_name: str, dim: int) -> None:
+    if out is None:
+        if slots:
+            raise ValueError(f"{slots_name} must be empty where {name} is None, got {list(slots)}")
+        return
+    _contiguous(out, name, x[0].device, frozenset((torch.bfloat16,)))
     if not slots or not all(0 <= s <= 2 for s in slots):
-        raise ValueError(f"slots must be a list of 0, 1 and 2, got {list(slots)}")
+        raise ValueError(f"{slots_name} must be a list of 0, 1 and 2, got {list(slots)}")
     shape = [len(x), *x[0].shape]
     shape[dim] *= len(slots)
     if list(out.shape) != shape:
-        raise ValueError(f"out must have shape {shape}, got {list(out.shape)}")
+        raise ValueError(f"{name} must have shape {shape}, got {list(out.shape)}")
 
 
 # ---- operators on the tensors of a mask ----

@@ -40,7 +40,8 @@ def split(implementation: Implementation, x: list[Tensor], slots: tuple[int, ...
     shape = [len(x), *x[0].shape]
     shape[dim] *= len(slots)
     out = torch.full((math.prod(shape) + 2,), 7.0, dtype=torch.bfloat16, device=x[0].device)
-    implementation.ops.split_bf16_(x, out[1:-1].view(shape), list(slots), dim)
+    parts = out[1:-1].view(shape), list(slots)
+    implementation.ops.split_bf16_(x, *(parts if dim == -1 else (None, [])), *(parts if dim == -2 else (None, [])))
     if implementation.name == "triton-sm80":
         assert len(implementation.ops.launches) == (x[0].numel() > 0), "one launch for all matrices"
     assert bool((out[[0, -1]] == 7).all())  # nothing beside it was written
@@ -103,7 +104,9 @@ def test_strided_matrices(implementation, dim):
 
 @no_interpreter
 @pytest.mark.parametrize("dim", [-1, -2])
-@pytest.mark.parametrize("layout", ["contiguous", "4 bytes off", "rows", "batches", "transposed", "two", "empty"])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "4 bytes off", "rows", "batches", "of 4", "transposed", "two", "empty"]
+)
 def test_tensors_that_lie_apart(implementation, dim, layout):
     """In no order, with others between them; not a multiple of the distance of two of them."""
     x = numbers(9, 40, 144).view(-1)
@@ -114,6 +117,7 @@ def test_tensors_that_lie_apart(implementation, dim, layout):
     views = {
         "rows": lambda t: t[3:37, 16:121],
         "batches": lambda t: t.view(5, 8, 144)[1::2, :, 16:],
+        "of 4": lambda t: t.view(2, 4, 5, 144)[:, 1:3],
         "transposed": lambda t: t.mT,
         "empty": lambda t: t[:0],
     }
@@ -140,21 +144,41 @@ def test_into_a_given_tensor():
         assert_same(out, expected(x, (0, 1), -1))
 
 
+@no_interpreter
+def test_both_kinds_of_operands(implementation):
+    x = numbers(3, 41, 66)
+    given = [t.to(implementation.device) for t in x]
+    columns, rows = (torch.zeros(s, dtype=torch.bfloat16, device=given[0].device) for s in ((3, 41, 132), (3, 123, 66)))
+    implementation.ops.split_bf16_(given, columns, [1, 0], rows, [0, 2, 1])
+    assert_same(columns.cpu(), expected(x, (1, 0), -1))
+    assert_same(rows.cpu(), expected(x, (0, 2, 1), -2))
+
+
+def test_operands_of_a_square(monkeypatch):
+    x = numbers(2, 9, 9)
+    assert all(t is x for t in products.both_operands(x))
+    monkeypatch.setattr(products, "uses_split_products", lambda x: True)
+    for found, want in zip(products.both_operands(x), (products.left_operand(x), products.right_operand(x))):
+        assert_same(found, want)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (lambda x, out: ([], out, [0, 1], -1), "x must hold at least one tensor"),
-        (lambda x, out: ([x, x.double()], out, [0, 1], -1), r"x\[1\] must be float32"),
-        (lambda x, out: ([x[0], x[0]], out, [0, 1], -1), r"x\[0\] must have shape \[..., m, n\]"),
-        (lambda x, out: ([x, x[:2]], out, [0, 1], -1), r"x\[1\] must have shape \[3, 5\], as x\[0\], got \[2, 5\]"),
-        (lambda x, out: ([x, x], out.float(), [0, 1], -1), "out must be bfloat16"),
-        (lambda x, out: ([x, x], out.mT, [0, 1], -1), "out must be contiguous"),
-        (lambda x, out: ([x, x], out, [0, 1], -2), "out must have shape"),
-        (lambda x, out: ([x], out, [0, 1], -1), "out must have shape"),
-        (lambda x, out: ([x, x], out, [0], -1), "out must have shape"),
-        (lambda x, out: ([x, x], out, [], -1), "slots"),
-        (lambda x, out: ([x, x], out, [0, 3], -1), "slots"),
-        (lambda x, out: ([x, x], out, [0, 1], 0), "dim"),
+        (lambda x, out: ([], out, [0, 1], None, []), "x must hold at least one tensor"),
+        (lambda x, out: ([x, x.double()], out, [0, 1], None, []), r"x\[1\] must be float32"),
+        (lambda x, out: ([x[0], x[0]], out, [0, 1], None, []), r"x\[0\] must have shape \[..., m, n\]"),
+        (lambda x, out: ([x, x[:2]], out, [0, 1], None, []), r"x\[1\] must have shape \[3, 5\], as x\[0\], got"),
+        (lambda x, out: ([x, x], out.float(), [0, 1], None, []), "columns must be bfloat16"),
+        (lambda x, out: ([x, x], out.mT, [0, 1], None, []), "columns must be contiguous"),
+        (lambda x, out: ([x, x], None, [], out, [0, 1]), "rows must have shape"),
+        (lambda x, out: ([x], out, [0, 1], None, []), "columns must have shape"),
+        (lambda x, out: ([x, x], out, [0], None, []), "columns must have shape"),
+        (lambda x, out: ([x, x], out, [], None, []), "column_slots must be a list"),
+        (lambda x, out: ([x, x], None, [], out, [0, 3]), "row_slots must be a list"),
+        (lambda x, out: ([x, x], out, [0, 1], None, [0]), "row_slots must be empty where rows is None"),
+        (lambda x, out: ([x, x], None, [], None, []), "columns or rows must be a tensor"),
+        (lambda x, out: ([x, x], out, [0, 1], out.view(2, 6, 5), [0, 1]), "columns and rows share memory"),
     ],
 )
 def test_bad_arguments_raise(arguments, named):
@@ -176,9 +200,11 @@ def test_offsets_beyond_31_bits(triton_on_cpu):
         for out_strides in ((far, 10, 5, 1), (10, far, 5, 1), (10, 5, far, 1)):
             out = torch.empty(far + 40, dtype=torch.bfloat16).as_strided((2, 2, 2, 5), out_strides)  # [b, s, m, n]
             for tensors in ([x], list(x)):
-                with triton_on_cpu.override(extra=tensors):
-                    split_into(out.zero_(), tensors, (0, 1))
-                assert_same(out.reshape(2, 4, 5), expected(x, (0, 1), -2))
+                for both in ((out, (0, 1), None, ()), (None, (), out, (0, 1))):
+                    with triton_on_cpu.override(extra=tensors):
+                        split_into(tensors, *both)
+                    assert_same(out.reshape(2, 4, 5), expected(x, (0, 1), -2))
+                    out.zero_()
 
 
 @implementations("triton-sm80")
