@@ -377,6 +377,12 @@ def _factors(width: int, *more: Any) -> list[Any]:
     return [left @ right.mT + noise, left, right, *more]
 
 
+def _split_case(width: int) -> list[Any]:
+    x = [*_matrices(width)]
+    columns, rows = (torch.cat([torch.stack(x)] * 3, dim).bfloat16() for dim in (-1, -2))
+    return [x, columns, [1, 0, 0], rows, [0, 1, 0]]
+
+
 def _diff_case(width: int) -> list[Any]:
     """bfloat16 tensors as integers, which the oracle does not convert, and others of which 1 % differ."""
     new = [t.bfloat16().view(torch.int16) for t in _tensors(width)]
@@ -417,7 +423,7 @@ CASES: dict[str, Callable[[int], list[Any]]] = {
     "eigvalsh": lambda n: [_grams(n)],
     "residual_cut": lambda n: _factors(n, 3 * n * n // 2),
     "low_rank_denoised": lambda n: _factors(n, _cut(n)),
-    "split_bf16_": lambda n: [_tensors(n)[0], torch.empty(4 * n, 3 * n, dtype=torch.bfloat16), [1, 0, 0], -1],
+    "split_bf16_": _split_case,
     "sparse_adamw_": _adamw_case,
     "csr_square_sum": lambda n: _csr_case(n, values=False),
     "masked_linear_grad": _linear_case,

@@ -163,22 +163,42 @@ def low_rank_variants() -> Iterator[Variant]:
 
 
 def split_bf16_variants() -> Iterator[Variant]:
-    from deftx_kernels.denoise import products
+    from deftx_kernels.denoise.products import LEFT, RIGHT
     from deftx_kernels.kernels import split_bf16 as module
 
-    for slots, any_size in itertools.product(((0, 1), products.LEFT, products.RIGHT, (0, 1, 2)), (False, True)):
-        size = "i32" if any_size else "i32:16"
-        arguments = {
-            "x": "*fp32",
-            "out": "*bf16",
-            "m": "i32",
-            **dict.fromkeys(("n", "x_batch", "x_row", "out_batch", "out_row", "out_slot"), size),
-            "SLOTS": slots,
-            **constants_of(module, "BLOCK_M", "BLOCK_N"),
-        }
-        vectors = () if any_size else ("ld.global.v4.b32", "st.global.v4.b32")
-        name = f"slots {slots}{', any size' * any_size}"
-        yield Variant(module.__name__, "_split_bf16_kernel", name, arguments, {"num_warps": module.NUM_WARPS}, vectors)
+    # what it reads, slots along the columns, slots along the rows
+    for source, columns, rows in [
+        ("matrix", (0, 1), ()),
+        ("list", (0, 1), ()),
+        ("matrix", LEFT, ()),
+        ("list", LEFT, ()),
+        ("matrix", (), RIGHT),
+        ("list", (), RIGHT),
+        ("matrix", LEFT, RIGHT),
+        ("list", (0, 1, 2), ()),
+    ]:
+        # In a list of any size the widest access is that to an address: the count would say nothing about the rest.
+        for any_size in (False, True) if source == "matrix" else (False,):
+            size = "i32" if any_size else "i32:16"
+            arguments = {
+                "x": "*i64" if source == "list" else "*fp32",
+                "columns": "*bf16" if columns else None,
+                "rows": "*bf16" if rows else None,
+                "m": "i32",
+                "each": 1,
+                **dict.fromkeys(("n", "x_batch", "x_row"), size),
+                **dict.fromkeys((f"columns_{x}" for x in ("batch", "row", "slot")), size if columns else "i32:16"),
+                **dict.fromkeys((f"rows_{x}" for x in ("batch", "row", "slot")), size if rows else "i32:16"),
+                "ALIGNMENT": 4 if any_size else 16,
+                "COLUMN_SLOTS": columns,
+                "ROW_SLOTS": rows,
+                **constants_of(module, "BLOCK_M", "BLOCK_N"),
+            }
+            vectors = () if any_size else ("ld.global.v4.b32", "st.global.v4.b32")
+            slots = [f"{kind} {s}" for kind, s in (("columns", columns), ("rows", rows)) if s]
+            name = ", ".join([source, *slots, *["any size"] * any_size])
+            options = {"num_warps": module.NUM_WARPS}
+            yield Variant(module.__name__, "_split_bf16_kernel", name, arguments, options, vectors)
 
 
 def masked_linear_grad_variants() -> Iterator[Variant]:

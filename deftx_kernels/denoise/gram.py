@@ -11,7 +11,7 @@ from torch import Tensor
 from deftx_kernels.denoise import products
 from deftx_kernels.denoise.decompositions import eigh, eigvalsh, svd
 from deftx_kernels.denoise.matrices import as_tall, gram64, is_mostly_rounding, prune_, rows_per_chunk, shares
-from deftx_kernels.denoise.products import gram_, matmul, matmul_
+from deftx_kernels.denoise.products import LEFT, RIGHT, gram_, matmul, matmul_, product_, split
 from deftx_kernels.denoise.projector import spectral_projector
 from deftx_kernels.denoise.rule import Rule, gavish_donoho_multiple
 
@@ -29,7 +29,7 @@ def denoise_by_gram(
     runs = _runs(matrices, grams.shape[0] * grams.shape[1])
     if products.uses_split_products(grams):
         for run in runs:
-            gram_(grams[run], as_tall(_stacked(matrices[run])).split(ROWS, 1))
+            gram_(grams[run], zip(*(as_tall(w).split(ROWS) for w in matrices[run])))
     else:
         for w, gram in zip(matrices, grams):
             _gram_matrix_(gram, as_tall(w))
@@ -75,11 +75,6 @@ def _runs(matrices: Sequence[Tensor], rows: int) -> list[slice]:
         else:
             runs.append(slice(i, i + 1))
     return runs
-
-
-def _stacked(matrices: Sequence[Tensor]) -> Tensor:  # [b, m, n]
-    """One batch. On a GPU, copying small matrices costs less than launching every step for each of them."""
-    return torch.stack(list(matrices)) if len(matrices) > 1 else matrices[0][None]
 
 
 # ---- Gram matrices, and whether their eigenvalues determine the ranks ----
@@ -156,12 +151,13 @@ def _projectors(
 
 def _project_all(matrices: Sequence[Tensor], projectors: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """out[i] [m, n] = matrices[i] P or, of wide ones, P' matrices[i]: all of one shape."""
+    tall, right = [as_tall(w) for w in matrices], split(projectors, RIGHT, -2)
     if len(matrices) == 1:
-        for rows, target in zip(as_tall(matrices[0]).split(ROWS), as_tall(out[0]).split(ROWS)):
-            matmul_(target, rows, projectors[0])
-    else:
-        batch, p = _stacked(matrices), _stacked(projectors)
-        low = matmul(batch, p) if batch.shape[1] >= batch.shape[2] else matmul(p.mT, batch)
+        for rows, target in zip(tall[0].split(ROWS), as_tall(out[0]).split(ROWS)):
+            product_(target[None], split([rows], LEFT, -1), right)
+    else:  # on a GPU, copying small matrices costs less than a product for each of them
+        low = out[0].new_empty(len(out), *out[0].shape)
+        product_(as_tall(low), split(tall, LEFT, -1), right)
         torch._foreach_copy_(list(out), list(low))
 
 

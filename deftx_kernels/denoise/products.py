@@ -3,7 +3,7 @@
 On CUDA float32 products are made of bfloat16 ones, summed in float32: cuBLAS' float32 product would be slow, or as
 inaccurate as the user's TF32 flag. With x = x0 + x1, both bfloat16, a @ b is a0 b0 + a0 b1 + a1 b0; the omitted a1 b1
 is about 2**-16 of the result. Entries must be finite. Every operand is split in one pass that writes its parts where
-the product reads them. There are two forms:
+the product reads them; the operands of a batch of matrices in one launch. There are two forms:
 
     deep    [a1 | a0 | a0] @ [b0; b1; b0]: one product, 3 times as deep, whose result is written once (`matmul`,
             `matmul_`)
@@ -15,13 +15,15 @@ Memory traffic was counted (bench/NOTES.md, "Denoising: products") but not timed
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 LEFT, RIGHT = (1, 0, 0), (0, 1, 0)  # the parts of a deep product's operands, pair by pair
+
+Matrices = Tensor | Sequence[Tensor]  # [..., m, n], or b matrices [m, n] of one shape, which may lie apart: [b, m, n]
 
 
 def uses_split_products(x: Tensor) -> bool:
@@ -80,9 +82,7 @@ class SplitBF16:
         """Of matrices [m, n] of one shape, written into a contiguous float32 workspace of at least as many entries."""
         count, (m, n) = len(matrices), matrices[0].shape
         parts = workspace.view(-1)[: count * m * n].view(torch.bfloat16).view(count, m, 2 * n)
-        for x, out in zip(matrices, parts):
-            split(x, (0, 1), -1, out=out)
-        return cls(*parts.tensor_split(2, -1))
+        return cls(*split(matrices, (0, 1), -1, out=parts).tensor_split(2, -1))
 
     @property
     def shape(self) -> torch.Size:
@@ -158,7 +158,7 @@ class SeparateMatrices:
 Operand = SplitBF16 | SeparateMatrices
 
 
-def gram_(out: Tensor, chunks: Sequence[Tensor]) -> None:  # [b, n, n], each [b, rows, n]
+def gram_(out: Tensor, chunks: Iterable[Matrices]) -> None:  # [b, n, n], each [b, rows, n] or b of [rows, n]
     """out = w.mT @ w, exactly symmetric, of w split into three parts (the omitted products are about 2**-24 of it).
 
     Four products instead of the six for two different matrices: w0' w1 and w1' w0, say, are each other's transposes.
@@ -199,19 +199,31 @@ def right_operand(x: Tensor) -> Tensor:
     return split(x, RIGHT, -2) if uses_split_products(x) else x
 
 
-def split(x: Tensor, slots: Sequence[int], dim: int, out: Tensor | None = None) -> Tensor:
+def both_operands(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [b, n, n] as the left and as the right operand of `product_`: it is read once for both."""
+    if not uses_split_products(x):
+        return x, x
+    b, n, _ = x.shape
+    left, right = (x.new_empty(shape, dtype=torch.bfloat16) for shape in ((b, n, 3 * n), (b, 3 * n, n)))
+    torch.ops.deftx.split_bf16_([x], left[None], list(LEFT), right[None], list(RIGHT))
+    return left, right
+
+
+def split(x: Matrices, slots: Sequence[int], dim: int, out: Tensor | None = None) -> Tensor:
     """Parts of x [..., m, n] beside each other along the columns (dim -1) or rows (dim -2): slot s holds part slots[s].
 
     float32 [..., m, n] -> bfloat16 [..., m, s * n] or [..., s * m, n]. `out`, if given, is contiguous. A transposed x
     gives a transposed result: it is read in the order of its memory.
     """
+    tensors = [x] if isinstance(x, Tensor) else list(x)
     if out is None:
-        if x.stride(-1) != 1 and x.stride(-2) == 1:
-            return split(x.mT, slots, -3 - dim).mT
-        shape = list(x.shape)
+        if all(t.stride(-1) != 1 and t.stride(-2) == 1 for t in tensors):
+            return split(x.mT if isinstance(x, Tensor) else [t.mT for t in tensors], slots, -3 - dim).mT
+        shape = list(x.shape) if isinstance(x, Tensor) else [len(tensors), *tensors[0].shape]
         shape[dim] *= len(slots)
-        out = x.new_empty(shape, dtype=torch.bfloat16)
-    torch.ops.deftx.split_bf16_(x, out, list(slots), dim)
+        out = tensors[0].new_empty(shape, dtype=torch.bfloat16)
+    parts: tuple = out[None] if isinstance(x, Tensor) else out, list(slots)
+    torch.ops.deftx.split_bf16_(tensors, *(parts if dim == -1 else (None, [])), *(parts if dim == -2 else (None, [])))
     return out
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from deftx_kernels.denoise.products import left_operand, product_, right_operand
+from deftx_kernels.denoise.products import both_operands, left_operand, product_, right_operand
 
 # Error bound of float32 eigenvalues, as a share of sqrt(n) times the largest (torch.linalg.eigvalsh, n = 768: 2e-7).
 EIGENVALUE_ERROR = 3e-7
@@ -52,11 +52,8 @@ def spectral_projector(
     for i, (degree, t) in enumerate(steps):
         if degree == 2:
             x.add_(_square(x), alpha=t)
-            continue
-        left = left_operand(x)
-        square = _square(x) if i == len(steps) - 1 else product_(torch.empty_like(x), left, right_operand(x))
-        # The power's error is small where x is, next to the cut; x itself is added in float32.
-        product_(x, left, right_operand(square), add=t)
+        else:
+            _add_cube_(x, t, is_last=i == len(steps) - 1)
     x.mul_((0.5 / size * turn).float()[:, None, None]).diagonal(dim1=-2, dim2=-1).add_(0.5)
     return x
 
@@ -94,6 +91,16 @@ def schedule(low: float, short: float) -> tuple[list[tuple[int, float]], float]:
     return steps, high * (1 + low) / 2
 
 
+def _add_cube_(x: Tensor, t: float, is_last: bool) -> None:
+    """x += t x**3. The power's error is small where x is, next to the cut; x itself is added in float32."""
+    if is_last:
+        left, square = left_operand(x), _square(x)
+    else:
+        left, right = both_operands(x)
+        square = product_(torch.empty_like(x), left, right)
+    product_(x, left, right_operand(square), add=t)
+
+
 def _square(x: Tensor) -> Tensor:
     """x @ x as y @ y + 2 d y + d**2 with y = x - d I: bfloat16 loses small entries next to a large common diagonal.
 
@@ -102,7 +109,7 @@ def _square(x: Tensor) -> Tensor:
     diagonal = x.diagonal(dim1=-2, dim2=-1)
     d = diagonal.mean(-1, keepdim=True)
     diagonal.sub_(d)
-    square = product_(torch.empty_like(x), left_operand(x), right_operand(x)).addcmul_(x, 2 * d[..., None])
+    square = product_(torch.empty_like(x), *both_operands(x)).addcmul_(x, 2 * d[..., None])
     square.diagonal(dim1=-2, dim2=-1).add_(d * d)
     diagonal.add_(d)
     return square

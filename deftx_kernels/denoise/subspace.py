@@ -16,7 +16,17 @@ from deftx_kernels.denoise.matrices import (
     prune_from_factors,
     sums_of_squares,
 )
-from deftx_kernels.denoise.products import Operand, SeparateMatrices, SplitBF16, matmul, matmul_, rough_matmul
+from deftx_kernels.denoise.products import (
+    LEFT,
+    RIGHT,
+    Operand,
+    SeparateMatrices,
+    SplitBF16,
+    matmul,
+    product_,
+    rough_matmul,
+    split,
+)
 from deftx_kernels.denoise.rule import Rule
 
 
@@ -86,12 +96,13 @@ def subspace_factors(
         done = done | (k == 1 + n_iter + _EXTRA_ITERATIONS) | (totals == 0)
         is_done = [bool(x) for x in done.cpu()]
         finished, rest = ([i for i, x in enumerate(is_done) if x == wanted] for wanted in (True, False))
-        if finished:
-            some = finished if rest else slice(None)
-            c = vectors[some].to(y.dtype)
-            factors = zip(matmul(y[some], c), matmul(c.mT, q[some]), squares[some])
-            for i, found in zip(finished, factors):
-                results[index[i]] = found
+        if not finished:
+            continue
+        some = finished if rest else slice(None)
+        c = vectors[some].to(y.dtype)
+        factors = zip(matmul(y[some], c), matmul(c.mT, q[some]), squares[some])
+        for i, found in zip(finished, factors):
+            results[index[i]] = found
         if not rest:
             break
         index = [index[i] for i in rest]
@@ -158,12 +169,17 @@ def denoise_by_subspace(
     captured = torch.stack([x.sum() for x in squares])
     lost = totals - captured
     must_measure = is_mostly_rounding(lost, totals, matrices[0].dtype).tolist()
+    if is_split and not keep:
+        lefts, rights = split(left, LEFT, -1), split(right, RIGHT, -2)
     for i, w in enumerate(matrices):
         if keep and is_split:
             lost[i] = prune_from_factors(w, left[i], right[i].mT, out[i], keep)
             continue
         low = torch.empty_like(w) if keep or must_measure[i] else out[i]
-        matmul_(as_tall(low), left[i], right[i])
+        if is_split:
+            product_(as_tall(low)[None], lefts[i : i + 1], rights[i : i + 1])
+        else:
+            torch.mm(left[i], right[i], out=as_tall(low))
         if keep or must_measure[i]:
             lost[i] = prune_(w, low, out[i], keep)
     return torch.full_like(totals, rank, dtype=torch.int64), captured, lost

@@ -179,19 +179,40 @@ def residual_cut(delta: Tensor, left: Tensor, right: Tensor, keep: int) -> None:
     _number(keep, "keep", 0, sizes["m"] * sizes["n"])
 
 
-def split_bf16_(x: Tensor, out: Tensor, slots: Sequence[int], dim: int) -> None:
-    _tensor(x, "x", x.device, frozenset((torch.float32,)))
-    _contiguous(out, "out", x.device, frozenset((torch.bfloat16,)))
-    if x.dim() < 2:
-        raise ValueError(f"x must have shape [..., m, n], got {list(x.shape)}")
-    if dim not in (-1, -2):
-        raise ValueError(f"dim must be -1 or -2, got {dim}")
+def split_bf16_(
+    x: Sequence[Tensor],
+    columns: Tensor | None,
+    column_slots: Sequence[int],
+    rows: Tensor | None,
+    row_slots: Sequence[int],
+) -> None:
+    if not x:
+        raise ValueError("x must hold at least one tensor")
+    for i, t in enumerate(x):
+        _tensor(t, f"x[{i}]", x[0].device, frozenset((torch.float32,)))
+        if t.dim() < 2 or t.shape != x[0].shape:
+            shape = "[..., m, n]" if i == 0 else f"{list(x[0].shape)}, as x[0]"
+            raise ValueError(f"x[{i}] must have shape {shape}, got {list(t.shape)}")
+    if columns is None and rows is None:
+        raise ValueError("columns or rows must be a tensor, got None for both")
+    _parts(x, columns, "columns", column_slots, "column_slots", -1)
+    _parts(x, rows, "rows", row_slots, "row_slots", -2)
+    if columns is not None and rows is not None and overlapping((columns, rows)):
+        raise ValueError("columns and rows share memory")
+
+
+def _parts(x: Sequence[Tensor], out: Tensor | None, name: str, slots: Sequence[int], slots_name: str, dim: int) -> None:
+    if out is None:
+        if slots:
+            raise ValueError(f"{slots_name} must be empty where {name} is None, got {list(slots)}")
+        return
+    _contiguous(out, name, x[0].device, frozenset((torch.bfloat16,)))
     if not slots or not all(0 <= s <= 2 for s in slots):
-        raise ValueError(f"slots must be a list of 0, 1 and 2, got {list(slots)}")
-    shape = list(x.shape)
+        raise ValueError(f"{slots_name} must be a list of 0, 1 and 2, got {list(slots)}")
+    shape = [len(x), *x[0].shape]
     shape[dim] *= len(slots)
     if list(out.shape) != shape:
-        raise ValueError(f"out must have shape {shape}, got {list(out.shape)}")
+        raise ValueError(f"{name} must have shape {shape}, got {list(out.shape)}")
 
 
 # ---- operators on the tensors of a mask ----

@@ -306,12 +306,22 @@ def eigvalsh(matrices: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(matrices)
 
 
-def split_bf16_(x: Tensor, out: Tensor, slots: Sequence[int], dim: int) -> None:
-    parts = []
-    for _ in range(max(slots) + 1):
-        parts.append(x.to(torch.bfloat16))
-        x = x - parts[-1].float()
-    torch.cat([parts[s] for s in slots], dim, out=out)
+def split_bf16_(
+    x: Sequence[Tensor],
+    columns: Tensor | None,
+    column_slots: Sequence[int],
+    rows: Tensor | None,
+    row_slots: Sequence[int],
+) -> None:
+    for i, rest in enumerate(x):
+        parts = []
+        for _ in range(max(*column_slots, *row_slots, 0) + 1):
+            parts.append(rest.to(torch.bfloat16))
+            rest = rest - parts[-1].float()
+        if columns is not None:
+            torch.cat([parts[s] for s in column_slots], -1, out=columns[i])
+        if rows is not None:
+            torch.cat([parts[s] for s in row_slots], -2, out=rows[i])
 
 
 def _residual(delta: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,9 +103,10 @@ SCHEMAS = {
     "residual_cut": "(Tensor delta, Tensor left, Tensor right, int keep) -> Tensor",
     # L + prune(H) [b, m, n].
     "low_rank_denoised": "(Tensor delta, Tensor left, Tensor right, Tensor cut) -> Tensor",
-    # float32 matrices x [..., m, n] as sums of bfloat16 ones: x0 = x rounded, x1 = (x - x0) rounded, x2 likewise.
-    # Slot s of out, along the columns (dim -1: [..., m, len(slots) * n]) or rows (dim -2), becomes part slots[s].
-    "split_bf16_": "(Tensor x, Tensor(a!) out, int[] slots, int dim) -> ()",
+    # float32 matrices x[i] [..., m, n], of one shape, as sums of bfloat16 ones: x0 = x[i] rounded, x1 = (x[i] - x0)
+    # rounded, x2 likewise. Slot s of columns[i], along the columns [..., m, len(column_slots) * n], becomes part
+    # column_slots[s]; slot s of rows[i], along the rows [..., len(row_slots) * m, n], part row_slots[s].
+    "split_bf16_": ("(Tensor[] x, Tensor(a!)? columns, int[] column_slots, Tensor(b!)? rows, int[] row_slots) -> ()"),
     # One AdamW step at the masked entries. grads: the dense gradients, or one compact tensor where compact_grads.
     # Computed in float32 (float64 for float64 params). values, decay_to: compact, of that dtype; decay_to may have the
     # params'. exp_avg, exp_avg_sq: compact, of that dtype or, both, bfloat16 (float64 params: float64).

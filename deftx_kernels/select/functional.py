@@ -208,7 +208,8 @@ def _select(
     def score(name: str) -> Tensor:
         if not old:
             return new[name].to(dtype, copy=True, memory_format=torch.contiguous_format)
-        return (new[name].to(device, dtype) - old[name].to(dtype)).contiguous()
+        # `sub` converts what it reads: no copy of the base in a wider dtype is made on a GPU.
+        return (new[name].to(device, dtype) - old[name]).contiguous()
 
     def denoised_scores(group: Sequence[str]) -> list[Tensor]:
         found = {n: score(n) for n in group}

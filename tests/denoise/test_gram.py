@@ -132,12 +132,41 @@ def test_fixed_rank_on_split_products(on_split_products, shape, spectrum):
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:3])
-def test_matrices_are_split_once_for_all_products(on_split_products, monkeypatch, shape):
-    sizes = watch(monkeypatch, products, "split", lambda x, *_: x.numel())
+def test_a_batch_is_split_once_for_all_products(on_split_products, monkeypatch, shape):
+    """The matrices, and the factors of their approximations."""
+    calls = watch(monkeypatch, torch.ops.deftx, "split_bf16_", lambda x, *_: [t.shape for t in x])
     a = torch.stack([matrix(shape, "noise", s) for s in range(3)])
-    svd_denoise(a, rank=20, batch_bytes=1 << 30)
-    assert sizes.count(a[0].numel()) == 3
-    assert max(sizes) == a[0].numel()
+    result = svd_denoise(a, rank=20, batch_bytes=1 << 30)
+    m, n = max(shape), min(shape)
+    assert [c for c in calls if len(c) > 1] == [[shape] * 3, [(m, 20)] * 3, [(20, n)] * 3]
+    assert not any(c[0][-2:] in (shape, shape[::-1]) for c in calls if len(c) == 1)
+    for x, low in zip(a, result):
+        assert_near_optimal(x, low, 20, 3e-5)
+
+
+def test_matrices_are_copied_only_where_others_of_the_batch_are_done(on_split_products, monkeypatch):
+    chosen = watch(monkeypatch, products.SplitBF16, "__getitem__", lambda x, some: (len(x), len(some)))
+    steps = watch(monkeypatch, subspace, "orthonormal_rows", len)
+    slow = matrix((300, 300), "noise", 0)
+    svd_denoise(slow[None], rank=20, oversample=0)
+    assert len(steps) > 4
+    assert chosen == []
+    fast = torch.zeros_like(slow)
+    fast[:10, :10] = slow[:10, :10]
+    svd_denoise(torch.stack([fast, slow]), rank=20, oversample=0, batch_bytes=1 << 30)
+    assert chosen == [(2, 1)]
+
+
+def test_matrices_are_split_where_they_are_for_gram_matrices_and_projections(on_split_products, monkeypatch):
+    monkeypatch.setattr(gram, "ROWS", 128)
+    calls = watch(monkeypatch, torch.ops.deftx, "split_bf16_", lambda x, *_: [t.shape for t in x])
+    a = [matrix((300, 300), "noise", s) for s in range(3)]
+    result = svd_denoise(a, energy=0.8, batch_bytes=1 << 30)
+    parts = [[(rows, 300)] * 3 for rows in (128, 128, 44)]
+    assert [c for c in calls if len(c) > 1] == [*parts, [(300, 300)] * 3, [(300, 300)] * 3]
+    for x, found in zip(a, result):
+        want = svd_denoise(x.double(), energy=0.8)
+        assert float((found - want).norm() / want.norm()) < 5e-5
 
 
 @pytest.mark.parametrize("rule", [{"rank": 20}, {"energy": 0.9}, {"energy": 0.999}])
@@ -152,9 +181,10 @@ def test_cublas_takes_operands_and_results_as_they_are(on_split_products, monkey
         layouts = [(*x.stride()[1:], *x.shape[1:]) for x in (out, a, b)]
         return all((j == 1 and i >= max(n, 1)) or (i == 1 and j >= max(m, 1)) for i, j, m, n in layouts)
 
-    seen = [watch(monkeypatch, module, "product_", is_fit) for module in (products, projector)]
+    seen = [watch(monkeypatch, module, "product_", is_fit) for module in (products, projector, gram, subspace)]
     svd_denoise(torch.stack([matrix(shape, "exponential", s) for s in range(2)]), **rule)
     assert seen[0]
+    assert seen[2] or seen[3] or rule == {"energy": 0.999}  # by eigenvectors
     assert all(map(all, seen))
 
 

@@ -144,9 +144,12 @@ def _adamw(make: Maker) -> list[Any]:
 
 
 def _split(make: Maker) -> list[Any]:
-    x = make.floats(*make.rng.choice([(), (0,), (2,)]), make.size(), make.size())
-    slots, dim = make.rng.choice([[0, 1], [1, 0, 0], [2]]), make.rng.choice([-1, -2])
-    return [x, torch.cat([x] * len(slots), dim).bfloat16(), slots, dim]
+    shape = *make.rng.choice([(), (0,), (2,)]), make.size(), make.size()
+    x = [make.floats(*shape) for _ in range(make.size(1, 4))]
+    slots = [make.rng.choice([[], [0, 1], [1, 0, 0], [2]]) for _ in range(2)]
+    slots = slots if any(slots) else [[0], [0, 1]]
+    outs = [torch.cat([torch.stack(x)] * len(s), dim).bfloat16() if s else None for s, dim in zip(slots, (-1, -2))]
+    return [x, outs[0], slots[0], outs[1], slots[1]]
 
 
 def _linear(make: Maker) -> list[Any]:

@@ -266,9 +266,9 @@ case("low_rank_denoised, 2 of 768x3072", exact=True)(lambda: {"denoised": ops.lo
 
 @case("split_bf16_, 2 of 768x3072", exact=True)
 def _() -> Results:
-    out = torch.empty(2, 768, 2 * 3072, dtype=torch.bfloat16)
-    ops.split_bf16_(factors()[0] / 3, out, [0, 1], -1)
-    return {"parts": out}
+    columns, rows = (torch.empty(s, dtype=torch.bfloat16) for s in ((2, 768, 2 * 3072), (2, 3 * 768, 3072)))
+    ops.split_bf16_([x / 3 for x in factors()[0]], columns, [0, 1], rows, [0, 1, 0])
+    return {"columns": columns, "rows": rows}
 
 
 def adamw(params: dict[str, Tensor], grads: Any, m: CSRMask, state: torch.dtype, **options: Any) -> Results:
