@@ -1,8 +1,12 @@
-"""Denoising of many matrices: those of one shape and dtype together, in batches that fit a memory limit."""
+"""Denoising of many matrices: those of one shape and dtype together, in batches that fit a memory limit.
+
+On the CPU the bits of a result do not depend on the other matrices. On a GPU products of batches may round otherwise
+for other numbers of matrices.
+"""
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +56,7 @@ def denoise(
     found: Found = {name: [] for name in sources}
     matrices = {name: t for name, t in sources.items() if t.numel()}
     # Of small matrices, calls for each one would take longer than a batched singular value decomposition.
-    sizes = {name: sorted(t.shape[-2:]) for name, t in matrices.items()}
-    small = {name: matrices[name] for name, (n, m) in sizes.items() if n <= _SMALL_SIDE and m * n <= _SMALL_MATRIX}
+    small = {name: t for name, t in matrices.items() if _is_small(t.shape)}
     large = {name: t for name, t in matrices.items() if name not in small}
     done, total = 0, sum(math.prod(t.shape[:-2]) for t in matrices.values())
     steps = itertools.chain(_denoise_small(small, outs, rule, found), _denoise_large(large, outs, totals, rule, found))
@@ -120,10 +123,7 @@ def _denoise_large(
     for (_, dtype, device), group in groups.items():
         group.sort(key=lambda w: w.source.shape)  # stable: a tensor's matrices stay in order
         shape, compute = group[0].source.shape, compute_dtype(dtype)
-        rank = rule.fixed_rank(shape)
-        # In float64 a Gram matrix would lose what is below 1e-8 of the largest singular value.
-        approximate = rank is not None and (compute == torch.float64 or not _exact_is_as_fast(rank, shape))
-        test_matrix = rule.test_matrix(shape, compute, device) if approximate else None
+        test_matrix = _test_matrix(rule, shape, dtype, device)
         count = _batch_size(shape, compute, device, test_matrix, rule.batch_bytes)
         # Matrices in another dtype, and results that are not kept, need additional memory.
         many = count if dtype != compute or rule.keeps_all else max(1, _MATRICES_PER_CALL // count) * count
@@ -229,9 +229,58 @@ def _batch_size(
     return max(1, count // threads * threads if count > threads else count)  # as many matrices for each thread
 
 
+def _is_small(shape: torch.Size) -> bool:
+    n, m = sorted(shape[-2:])
+    return n <= _SMALL_SIDE and m * n <= _SMALL_MATRIX
+
+
+def _is_approximated(rule: Rule, shape: torch.Size, dtype: torch.dtype) -> bool:
+    """Whether a matrix that is not small takes subspace iteration, where the test matrix is narrow enough."""
+    rank = rule.fixed_rank(shape)
+    # In float64 a Gram matrix would lose what is below 1e-8 of the largest singular value.
+    return rank is not None and (dtype == torch.float64 or not _exact_is_as_fast(rank, shape))
+
+
+def _test_matrix(rule: Rule, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Of matrices that are not small; None where they are decomposed exactly."""
+    if not _is_approximated(rule, shape, compute_dtype(dtype)):
+        return None
+    if rule.drawn is not None:
+        return rule.drawn[shape, dtype, device]
+    return rule.test_matrix(shape, compute_dtype(dtype), device)
+
+
 def _exact_is_as_fast(rank: int, shape: Sequence[int]) -> bool:
     """Whether the exact truncation takes no longer than subspace iteration (measured: noise and power laws, 384 to 1024
     columns, square and four times as tall, one and two cores of an AMD EPYC).
     """
     short = min(shape)
     return rank * (6 if short <= 512 or max(shape) >= 4 * short else 4) >= short
+
+
+# ---- for calls with some of the tensors each ----
+def with_drawn_matrices(rule: Rule, tensors: Iterable[tuple[torch.Size, torch.dtype, torch.device]]) -> Rule:
+    """The rule with the test matrices that one call of `denoise` with tensors of these shapes, dtypes and devices would
+    draw from its generator: calls with some of the tensors each then give the results of that one.
+    """
+    if rule.generator is None:
+        return rule
+    drawn: dict[tuple, Tensor | None] = {}
+    for shape, dtype, device in tensors:
+        key = shape[-2:], dtype, device
+        if len(shape) >= 2 and shape.numel() and not _is_small(shape) and key not in drawn:
+            drawn[key] = _test_matrix(rule, *key)
+    return rule._replace(drawn=drawn)
+
+
+def work(shape: torch.Size, dtype: torch.dtype, rule: Rule) -> float:
+    """An estimate of the time to denoise a tensor [..., m, n], in multiplications of the product of a Gram matrix.
+
+    The factors are from matrices of 128 to 1536 columns, square to fifteen times as tall, on one core of an AMD EPYC.
+    Unknown: how many iterations the values need, and which matrices need float64.
+    """
+    n, m = sorted(shape[-2:])
+    columns = (rule.fixed_rank(shape[-2:]) or 0) + rule.oversample
+    is_approximated = not _is_small(shape) and _is_approximated(rule, shape[-2:], compute_dtype(dtype))
+    each = m * n * 12.0 * columns if is_approximated and 2 * columns < n else n * n * (m + 2.5 * n)
+    return math.prod(shape[:-2]) * (each + 150.0 * m * n)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ class Rule(NamedTuple):
     n_iter: int
     generator: torch.Generator | None
     batch_bytes: int | None
+    drawn: Mapping[tuple, Tensor | None] | None = None  # test matrices (batches.py)
 
     @property
     def keeps_all(self) -> bool:
