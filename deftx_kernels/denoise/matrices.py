@@ -1,7 +1,6 @@
 """Shared by the three methods of truncation (gram, subspace, small): accurate sums, scales, the pruned residual."""
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -13,16 +12,9 @@ def as_tall(w: Tensor) -> Tensor:  # [..., m, n]
     return w if w.shape[-2] >= w.shape[-1] else w.mT
 
 
-_SUMMED = 1 << 14  # numbers that are added up at a time; torch divides a single sum of 1 << 15 among its threads
-
-
 def sums_of_squares(y: Tensor) -> Tensor:  # [..., m, n] -> float64 [...]
-    """Norms of rows, squared and added up in float64: torch's sum of a whole float32 matrix has 4 correct digits.
-
-    On the CPU the bits of a matrix's sum depend neither on the number of threads nor on the other matrices.
-    """
-    squares = torch.linalg.vector_norm(y, dim=-1).to(torch.float64).square()
-    return reduce(torch.add, (part.sum(-1) for part in squares.split(_SUMMED, -1)))
+    """Norms of rows, squared and added up in float64: torch's sum of a whole float32 matrix has 4 correct digits."""
+    return torch.linalg.vector_norm(y, dim=-1).to(torch.float64).square().sum(-1)
 
 
 def shares(squares: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:  # float64 [b, n], int64 [b] -> float64 [b], [b]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.denoise.decompositions import svd
-from deftx_kernels.denoise.matrices import keep_largest_residuals_, shares, sums_of_squares
+from deftx_kernels.denoise.matrices import keep_largest_residuals_, shares
 from deftx_kernels.denoise.rule import Rule
 
 
@@ -35,7 +35,7 @@ def denoise_by_svd(
     total = torch.where(squares[:, 0] > 0, captured + lost, 1.0)
     if keep := rule.kept_entries((m, n)):
         keep_largest_residuals_([low.view(-1, m * n)], [w.reshape(-1, m * n)], keep, "row")
-        lost = sums_of_squares((exact - low) / scale)
+        lost = ((exact - low) / scale).square().sum((1, 2))
     for target, part in zip(out, low.split([len(x) for x in matrices])):
         target.copy_(part)
     share = torch.where(squares[:, 0] > 0, captured / total, 1.0)

@@ -1,18 +1,19 @@
 """Tensors divided over the ranks of a process group, to denoise them or to select from them.
 
-A matrix that is sharded by rows is gathered on one rank, its owner, which denoises it as one process would. Matrices go
-to the rank with the least work so far, those of most work first. A stack of matrices that is sharded along its first
-dimension stays where it is.
+A sharded tensor that is to be denoised is gathered on one rank, its owner, which denoises it as one process would. So
+are all that one process computes in the same batch; such lists of tensors go to the rank with the least work so far,
+those of most work first.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deftx_kernels.denoise.batches import denoise, work
+from deftx_kernels.denoise.batches import denoise
+from deftx_kernels.denoise.plans import Layout, together, work
 from deftx_kernels.denoise.rule import Rule
 from deftx_kernels.select.rows import Rows, moved
 from deftx_kernels.shards import attempt, exchange
@@ -25,44 +26,59 @@ class Division(NamedTuple):
     """Which rank has which rows, before and after tensors are gathered on their owners. The same on all ranks."""
 
     sources: Mapping[Any, Rows | None]  # None: each rank has the whole tensor
-    owners: Mapping[Any, int]  # of replicated tensors, and of sharded matrices to denoise
+    owners: Mapping[Any, int]  # of tensors to denoise, and of replicated ones
     targets: Mapping[Any, Rows]
+    lists: Sequence[Sequence[Any]]  # names of tensors to denoise: those of one list together, by one owner
 
     @classmethod
     def of(
         cls,
         sources: Mapping[Any, Rows | None],
-        tensors: Mapping[Any, tuple[torch.Size, torch.dtype]],  # of the whole tensors
-        denoised: Iterable[Any],
-        rule: Rule | None,
+        layouts: Mapping[Any, Layout],  # of the whole tensors
         group: dist.ProcessGroup | None,
+        lists: Sequence[Sequence[Any]] = (),
+        rule: Rule | None = None,
     ) -> "Division":
-        ranks, noisy = dist.get_world_size(group), set(denoised)
-
-        def cost(name: Any, shape: torch.Size) -> float:
-            return work(shape, tensors[name][1], rule) if rule is not None and name in noisy else shape.numel()
-
-        loads, costs = [0.0] * ranks, {}
-        for name, (shape, _) in tensors.items():
-            if (rows := sources[name]) is None or (name in noisy and len(shape) == 2):
-                costs[name] = cost(name, shape)
-            else:
-                loads = [load + cost(name, rows.local_shape(rank)) for rank, load in enumerate(loads)]
-        owners = {}
-        for name in sorted(costs, key=lambda n: -costs[n]):  # of equal costs the first
-            owners[name] = loads.index(min(loads))
-            loads[owners[name]] += costs[name]
+        ranks = dist.get_world_size(group)
+        loads, costs = [0.0] * ranks, dict[tuple, float]()
+        if rule is not None:
+            costs |= {tuple(names): sum(work(layouts[name], rule) for name in names) for names in lists}
+        denoised = {name for names in costs for name in names}
+        for name, layout in layouts.items():
+            if name not in denoised:
+                if (rows := sources[name]) is None:
+                    costs[name,] = float(layout.shape.numel())
+                else:
+                    loads = [load + rows.local_shape(rank).numel() for rank, load in enumerate(loads)]
+        owners: dict[Any, int] = {}
+        for names in sorted(costs, key=lambda n: -costs[n]):  # of equal costs the first
+            owner = loads.index(min(loads))
+            loads[owner] += costs[names]
+            owners |= dict.fromkeys(names, owner)
         targets = {
-            name: Rows.of_owner(shape, owners[name], ranks) if name in owners else sources[name]
-            for name, (shape, _) in tensors.items()
+            name: Rows.of_owner(layout.shape, owners[name], ranks) if name in owners else sources[name]
+            for name, layout in layouts.items()
         }
-        return cls(sources, owners, targets)  # type: ignore[arg-type]
+        return cls(sources, owners, targets, lists)  # type: ignore[arg-type]
+
+
+def lists_to_denoise(
+    groups: Iterable[Iterable[Any]], layouts: Mapping[Any, Layout], rule: Rule, group: dist.ProcessGroup | None
+) -> list[list[Any]]:
+    """The names of the groups in lists, on which one process would call `denoise` for one group after the other.
+
+    On CPUs with one number of threads, the tensors of a list get the bits that they have there.
+    """
+    lists: list[list[Any]] = []
+    for names in groups:
+        lists += together({n: layouts[n] for n in names if layouts[n].shape.numel()}, rule)
+        lists += [[n] for n in names if not layouts[n].shape.numel()]
+    return exchange(None, lists, group)[0]  # they depend on the number of threads, on a GPU on its memory
 
 
 def denoised_rows(
     values: Callable[[Any, slice], Tensor],
     division: Division,
-    denoised: Iterable[Any],
     rule: Rule,
     labels: Mapping[Any, str],
     group: dist.ProcessGroup | None,
@@ -75,7 +91,7 @@ def denoised_rows(
         progress: called with (matrices done, matrices in all) of this rank.
 
     Returns:
-        The rows by name, and the information of `svd_denoise` for the matrices that this rank denoised.
+        The rows by name, and the information of `svd_denoise` for the tensors that this rank denoised.
 
     Raises:
         ValueError: on all ranks, for a NaN or infinite entry of any rank, or where denoising fails on one.
@@ -88,25 +104,36 @@ def denoised_rows(
         errors.append(attempt(check_finite, part, labels[name], source.start(rank))[0])
         found[name] = moved(part, source, target, group)
     exchange(next((e for e in errors if e is not None), None), None, group)
-    noisy = {n: found[n] for n in denoised if division.owners.get(n, rank) == rank}
-    error, infos = attempt(denoise, noisy, noisy, labels, rule, progress, errors=Exception)
+    mine = [{n: found[n] for n in names} for names in division.lists if division.owners[names[0]] == rank]
+    error, infos = attempt(_denoise, mine, labels, rule, progress, errors=Exception)
     exchange(error, None, group)
     return found, infos
 
 
-def infos_of_all_ranks(
-    mine: Infos, division: Division, group: dist.ProcessGroup | None, devices: Mapping[Any, torch.device]
+def _denoise(
+    lists: Sequence[dict[Any, Tensor]],
+    labels: Mapping[Any, str],
+    rule: Rule,
+    progress: Callable[[int, int], None] | None,
 ) -> Infos:
-    """The information on all denoised tensors: of a stack of matrices each rank has a part."""
+    """Denoises the tensors in place, one list after the other."""
+    total, before = sum(Layout.of(t).matrices for some in lists for t in some.values() if t.numel()), 0
+    infos: Infos = {}
+
+    def more(done: int, in_all: int) -> None:
+        if progress is not None and done < in_all:
+            progress(before + done, total)
+
+    for some in lists:
+        infos |= denoise(some, some, labels, rule, more)
+        before += sum(Layout.of(t).matrices for t in some.values() if t.numel())
+    if progress is not None:
+        progress(total, total)
+    return infos
+
+
+def infos_of_all_ranks(mine: Infos, group: dist.ProcessGroup | None, devices: Mapping[Any, torch.device]) -> Infos:
+    """The information on all denoised tensors, from that on the tensors of each rank."""
     sent = [(name, {key: x.cpu() for key, x in info.items()}) for name, info in mine.items()]
-    parts: dict[Any, list[dict[str, Tensor]]] = {}
-    for rank in exchange(None, sent, group):
-        for name, info in rank:
-            parts.setdefault(name, []).append(info)
-    return {
-        name: {
-            key: (x if name in division.owners else torch.cat([info[key] for info in infos])).to(devices[name])
-            for key, x in infos[0].items()
-        }
-        for name, infos in parts.items()
-    }
+    found = {name: info for rank in exchange(None, sent, group) for name, info in rank}
+    return {name: {key: x.to(devices[name]) for key, x in info.items()} for name, info in found.items()}

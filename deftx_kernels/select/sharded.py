@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deftx_kernels import validation
-from deftx_kernels.denoise.batches import with_drawn_matrices
 from deftx_kernels.denoise.functional import tensors_of
+from deftx_kernels.denoise.plans import Layout, with_drawn_matrices
 from deftx_kernels.denoise.rule import Rule, check_rule
 from deftx_kernels.mask import CSRMask
-from deftx_kernels.select.divided import Division, denoised_rows, infos_of_all_ranks
+from deftx_kernels.select.divided import Division, denoised_rows, infos_of_all_ranks, lists_to_denoise
 from deftx_kernels.select.functional import (
     check_differences,
     check_shapes,
@@ -28,6 +28,7 @@ from deftx_kernels.select.functional import (
 from deftx_kernels.select.over_ranks import select_over_ranks
 from deftx_kernels.select.rows import Rows, check_dtensor, moved, rows_of_ranks
 from deftx_kernels.select.starting import ALL_LINEAR, check_method, random_mask, target_weights
+from deftx_kernels.select.streaming import groups_of_names
 from deftx_kernels.shards import (
     attempt,
     check_same_arguments,
@@ -259,15 +260,16 @@ def svd_denoise(
     results = _copies({n: local[n] for n in ordered if rule.keeps_all or n not in matrices}, rows, labels, group)
     infos: dict[Any, dict[str, Tensor] | None] = dict.fromkeys(tensors)
     if matrices and (return_info or not rule.keeps_all):
-        rule = with_drawn_matrices(rule, [(t.shape, t.dtype, local[n].device) for n, t in ordered.items()])
-        division = Division.of(rows, {n: (ordered[n].shape, ordered[n].dtype) for n in matrices}, matrices, rule, group)
+        layouts = {n: Layout(ordered[n].shape, ordered[n].dtype, local[n].device) for n in matrices}
+        rule = with_drawn_matrices(rule, [layout for layout in layouts.values() if layout.shape.numel()])
+        division = Division.of(rows, layouts, group, lists_to_denoise([matrices], layouts, rule, group), rule)
 
         def values(name: Any, part: slice) -> Tensor:
             return local[name][part].clone(memory_format=torch.contiguous_format)
 
-        found, mine = denoised_rows(values, division, matrices, rule, labels, group, progress)
+        found, mine = denoised_rows(values, division, rule, labels, group, progress)
         if return_info:
-            infos |= infos_of_all_ranks(mine, division, group, {n: local[n].device for n in matrices})
+            infos |= infos_of_all_ranks(mine, group, {n: local[n].device for n in matrices})
         for name in [] if rule.keeps_all else matrices:
             results[name] = _returned(found.pop(name), name, division, group)
     result = structure({n: placed_like(results[n], t) for n, t in tensors.items()})
@@ -420,7 +422,11 @@ def _select(
     """
     shapes, rank = _whole_shapes(new, rows), dist.get_rank(group)
     device = next(iter((old or new).values())).device
-    division = Division.of(rows, {n: (s, dtype) for n, s in shapes.items()}, denoised, rule, group)
+    layouts, lists = {n: Layout(s, dtype, device) for n, s in shapes.items()}, list[list[str]]()
+    if denoised and rule is not None:
+        groups = [[n for n in names if n in denoised] for names in groups_of_names(shapes, device)]
+        lists = lists_to_denoise(groups, layouts, rule, group)
+    division = Division.of(rows, layouts, group, lists, rule)
     # A rank has rows of a tensor; one without dimensions is one row.
     new, old = ({n: t if t.dim() else t.reshape(1) for n, t in model.items()} for model in (new, old))
 
@@ -431,9 +437,9 @@ def _select(
     infos: dict[str, Any] = dict.fromkeys(new)
     if denoised and rule is not None:
         labels = {n: label.format(n) for n in new}
-        scores, mine = denoised_rows(values, division, sorted(denoised), rule, labels, group, progress)
+        scores, mine = denoised_rows(values, division, rule, labels, group, progress)
         if return_info:
-            infos |= infos_of_all_ranks(mine, division, group, dict.fromkeys(denoised, device))
+            infos |= infos_of_all_ranks(mine, group, dict.fromkeys(denoised, device))
         new, old = scores, {}
     else:
         if progress is not None:

@@ -11,28 +11,20 @@ from torch import nn
 
 import deftx_kernels as dk
 from deftx_kernels import distributed
-from deftx_kernels.denoise.batches import work
+from deftx_kernels.denoise.plans import Layout, work
 from deftx_kernels.denoise.rule import check_rule
+from deftx_kernels.select import streaming
 from deftx_kernels.select.divided import Division
 
 WORLD = 4
-IMPORTS = ("torch._dynamo", "torch.distributed.fsdp")
 
 
-def test_selection():
-    run_ranks((_topk_mask, _select_mask, _tied_names), WORLD, IMPORTS)
+def test_selection_and_denoising():
+    run_ranks((_topk_mask, _select_mask, _tied_names, _svd_denoise, _bytes, _layer), WORLD)
 
 
-def test_denoising():
-    run_ranks((_svd_denoise, _bytes, _layer), WORLD, IMPORTS)
-
-
-def test_starting_masks():
-    run_ranks((_init_mask,), WORLD, IMPORTS)
-
-
-def test_errors():
-    run_ranks((_errors, _errors_of_entries), WORLD, IMPORTS)
+def test_starting_masks_and_errors():
+    run_ranks((_init_mask, _errors, _errors_of_entries), WORLD, ("torch._dynamo", "torch.distributed.fsdp"))
 
 
 # ---- tensors and their placements ----
@@ -50,15 +42,17 @@ def meshes(rank, worlds=(1, 2, 3, 4)):
     return [(world, mesh) for world, mesh in found if rank < world]
 
 
-SHAPES = {  # uneven rows, ranks without rows, matrices of every kind of truncation, stacks of matrices
-    "wide": (50, 70),
-    "tall": (90, 50),
+SHAPES = {  # uneven rows, ranks without rows, matrices of every kind of truncation, several of one shape
+    "wide": (61, 90),
+    "tall": (90, 61),
+    "tall2": (90, 61),
     "experts": (5, 44, 40),
     "conv": (6, 3, 3, 3),
     "bias": (7,),
     "row": (1, 40),
     "empty": (0, 4),
 }
+NUMEL = 25_479
 
 
 def randn(seed, dtype=torch.float32):
@@ -105,20 +99,20 @@ def _topk_mask(rank):
     for world, mesh in meshes(rank):
         group = mesh.get_group()
         for tensors, sizes in (
-            (scores, [("global", dict(k=k)) for k in (0, 1, 1234, 17_000, 17_009)]),
-            (scores, [("tensor", dict(density=d)) for d in (0, 0.3, 1)] + [("row", dict(density=0.4))]),
-            (mixed, [(scope, dict(density=0.1)) for scope in ("global", "tensor", "row")]),
+            (scores, [("global", dict(k=k)) for k in (0, 1234, NUMEL)] + [("row", dict(density=0.4))]),
+            (scores, [("tensor", dict(density=0.3)), ("tensor", dict(density=1))][: world - 1]),
+            (mixed, [(("global", "tensor", "row")[world % 3], dict(density=0.1))]),
         ):
             local = {n: part(t, world, rank) for n, t in tensors.items()}
             for scope, size in sizes:
                 expected = dk.topk_mask(tensors, scope=scope, **size)
                 take = partial(distributed.topk_mask, scope=scope, group=group, **size)
-                found = [take(local), take(tensors, replicated=True)]
+                found = [take(local)] if world % 2 else [take(tensors, replicated=True)]
                 found += [take(t) for t in placements(tensors, mesh).values() if t is not tensors]
                 assert all(mask == expected for mask in found), (world, scope, size)
     # Rows that are divided in other ways; a tensor of which one rank has all rows
     if rank < 2:
-        rows = [{"a": scores["wide"][:40], "b": scores["row"]}, {"a": scores["wide"][40:], "b": scores["row"][:0]}]
+        rows = [{"a": scores["wide"][:50], "b": scores["row"]}, {"a": scores["wide"][50:], "b": scores["row"][:0]}]
         expected = dk.topk_mask({"a": scores["wide"], "b": scores["row"]}, k=7, scope="tensor")
         assert distributed.topk_mask(rows[rank], k=7, scope="tensor", group=mesh_of(2).get_group()) == expected
     zero = {"scale": torch.tensor(3.0), "w": torch.ones(5)}
@@ -129,30 +123,39 @@ def _topk_mask(rank):
 RULES = (
     dict(density=0.1),
     dict(density=0.2, scope="tensor", energy=0.9),
-    dict(k=900, rank=4, residual_density=0.05, denoise_names=["tall", "conv", "experts"]),
+    dict(k=900, rank=5, residual_density=0.05, denoise_names=["tall", "tall2", "conv", "experts"]),
     dict(density=0.3, scope="row", rank="gavish-donoho", names=["wide", "experts", "bias", "row"]),
 )
+KINDS = (("sharded", "sharded"), ("whole", "whole"), ("sharded", "whole"), ("replicated", "sharded"))
 
 
 def _select_mask(rank):
-    for seed, dtypes in ((0, (torch.float32, torch.float32)), (2, (torch.bfloat16, torch.float32))):
-        tuned, base = randn(seed, dtypes[0]), randn(seed + 1, dtypes[1])
-        expected = [dk.select_mask(tuned, base, return_info=True, **rule) for rule in RULES]
-        for world, mesh in meshes(rank):
-            models = [placements(m, mesh) for m in (tuned, base)]
-            for kinds in (("sharded", "sharded"), ("whole", "whole"), ("sharded", "whole"), ("replicated", "sharded")):
-                if seed and kinds[0] != "sharded":
-                    continue
-                pair = [m[kind] for m, kind in zip(models, kinds)]
-                for rule, (mask, infos) in zip(RULES, expected):
-                    found = distributed.select_mask(*pair, **rule, group=mesh.get_group(), return_info=True)
-                    assert found[0] == mask, (world, kinds, rule)
-                    assert_same_infos(found[1], infos)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(streaming, "_MIN_GROUP", (1, 1))  # several groups, one after the other, on one process
+        _select_like_one_process(rank)
     ties = tied_scores()
     pair = shard(ties, mesh_of(WORLD)), {n: torch.zeros_like(t) for n, t in ties.items()}
     calls = []
-    assert distributed.select_mask(*pair, k=5000, progress=lambda *done: calls.append(done)) == dk.topk_mask(ties, k=5000)
-    assert calls == [(0, 7), (7, 7)]
+    found = distributed.select_mask(*pair, k=5000, progress=lambda *done: calls.append(done))
+    assert found == dk.topk_mask(ties, k=5000)
+    assert calls == [(0, 8), (8, 8)]
+
+
+def _select_like_one_process(rank):
+    for seed, dtypes, worlds in (
+        (0, (torch.float32, torch.float32), (1, 2, 3, 4)),
+        (2, (torch.bfloat16, torch.float32), (3,)),
+    ):
+        tuned, base = randn(seed, dtypes[0]), randn(seed + 1, dtypes[1])
+        expected = [dk.select_mask(tuned, base, return_info=True, **rule) for rule in RULES]
+        for world, mesh in meshes(rank, worlds):
+            models = [placements(m, mesh) for m in (tuned, base)]
+            for i, (rule, (mask, infos)) in enumerate(zip(RULES, expected)):
+                for kinds in dict.fromkeys((KINDS[0], KINDS[(i + world) % 4])):
+                    pair = [m[kind] for m, kind in zip(models, kinds)]
+                    found = distributed.select_mask(*pair, **rule, group=mesh.get_group(), return_info=True)
+                    assert found[0] == mask, (world, kinds, rule)
+                    assert_same_infos(found[1], infos)
 
 
 def assert_same_infos(found, expected):
@@ -199,8 +202,8 @@ def _svd_denoise(rank):
     delta["large"] = delta["tall"] * 1e25  # scaled, to be computed
     for options in (
         dict(energy=0.8),
-        dict(rank=4, residual_density=0.05, n_iter=3),
-        dict(rank=4, generator=3, batch_bytes=1 << 16),
+        dict(rank=5, residual_density=0.05, n_iter=3),
+        dict(rank=5, generator=3, batch_bytes=1 << 16),
         dict(rank=2, residual_density=1.0),
     ):
         seed = options.pop("generator", None)
@@ -210,8 +213,10 @@ def _svd_denoise(rank):
             return function(tensors, return_info=True, **options, **generator, **others)
 
         expected, expected_infos = denoise(dk.svd_denoise, delta)
-        for world, mesh in meshes(rank, (1, 3, 4)):
-            for kind, tensors in placements(delta, mesh).items():
+        for world, mesh in meshes(rank, (2, 3, 4)):
+            placed = placements(delta, mesh)
+            for kind in ("sharded", ("whole", "replicated")[world % 2]):
+                tensors = placed[kind]
                 found, infos = denoise(distributed.svd_denoise, tensors, group=mesh.get_group())
                 assert list(found) == list(delta)
                 assert_same_infos(infos, expected_infos)
@@ -234,12 +239,14 @@ def _svd_denoise(rank):
     total = [None] * WORLD
     dist.all_gather_object(total, calls[-1])
     assert all(done == count for done, count in total)
-    assert sum(count for _, count in total) == 1 + 1 + 5 + 6 * 3 + 1 + 1 + 1
+    assert sum(count for _, count in total) == 3 + 5 + 6 * 3 + 1 + 2
 
 
 def _bytes(rank):
     """A rank receives the rows of the matrices that it denoises, once, and no others."""
-    layers = {f"{i}.{n}": t for i in range(3) for n, t in randn(i).items()}
+    generator = torch.Generator().manual_seed(0)
+    layers = {f"{i}.w": torch.randn(50 + i, 70 - 3 * i, generator=generator) for i in range(9)}
+    layers |= {"stack": torch.randn(5, 33, 40, generator=generator), "bias": torch.randn(50, generator=generator)}
     sharded, zeros = (shard(m, mesh_of(WORLD)) for m in (layers, {n: torch.zeros_like(t) for n, t in layers.items()}))
     received, transfer = [], dist.batch_isend_irecv
 
@@ -247,27 +254,22 @@ def _bytes(rank):
         received.extend(x.tensor.nbytes for x in operations if x.op is dist.irecv)
         return transfer(operations)
 
-    divided, owners = Division.of.__func__, {}
-
-    def recording(*arguments):
-        owners.update((division := divided(Division, *arguments)).owners)
-        return division
-
+    divided, made = Division.of, []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(dist, "batch_isend_irecv", counting)
-        patched.setattr(Division, "of", recording)
+        patched.setattr(Division, "of", lambda *arguments: made.append(divided(*arguments)) or made[-1])
         distributed.select_mask(sharded, zeros, density=0.1, energy=0.9)
-    matrices = [n for n, t in layers.items() if t.dim() == 2]
-    assert sorted(owners) == sorted(matrices)
-    mine = [layers[n] for n in matrices if owners[n] == rank]
+    (division,) = made
+    matrices = {n: t for n, t in layers.items() if t.dim() > 1}
+    assert sorted(division.owners) == sorted(matrices)
+    mine = [t for n, t in matrices.items() if division.owners[n] == rank]
     assert sum(received) == sum(t.nbytes - part(t, WORLD, rank).nbytes for t in mine)
-    # The least loaded rank has at most one matrix less than the most loaded one.
-    rule = check_rule(None, 0.9, 0.0)
-    loads = [0.0] * WORLD
-    for r in range(WORLD):
-        held = [t if t.dim() == 2 else part(t, WORLD, r) for n, t in layers.items() if owners.get(n, r) == r]
-        loads[r] = sum(work(t.shape, t.dtype, rule) for t in held if t.dim() > 1)
-    assert max(loads) - min(loads) <= max(work(layers[n].shape, torch.float32, rule) for n in matrices)
+    # The least loaded rank has at most one list of tensors less than the most loaded one.
+    rule, loads = check_rule(None, 0.9, 0.0), [0.0] * WORLD
+    costs = [sum(work(Layout.of(layers[n]), rule) for n in names) for names in division.lists]
+    for names, cost in zip(division.lists, costs):
+        loads[division.owners[names[0]]] += cost
+    assert max(loads) - min(loads) <= max(costs)
     received.clear()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(dist, "batch_isend_irecv", counting)
@@ -285,7 +287,9 @@ def _layer(rank):
     tuned = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
     base = {n: torch.zeros(s) for n, s in shapes.items()}
     for rule in (dict(energy=0.5, residual_density=0.05), dict(rank=16)):
-        found = distributed.select_mask(*(shard(m, mesh_of(2)) for m in (tuned, base)), density=0.05, **rule, group=group)
+        found = distributed.select_mask(
+            *(shard(m, mesh_of(2)) for m in (tuned, base)), density=0.05, **rule, group=group
+        )
         if rank == 0:
             assert found == dk.select_mask(tuned, base, density=0.05, **rule)
     torch.set_num_threads(1)
@@ -311,12 +315,12 @@ def _init_mask(rank):
         sharded, group = copy.deepcopy(model), mesh.get_group()
         for layer in (*sharded, sharded):
             fully_shard(layer, mesh=mesh)
+        scope, targets = (("tensor", "all-linear"), ("global", ["0", "3"]), ("row", "[12]"))[world - 2]
         for method, options in methods:
-            for scope, targets in (("tensor", "all-linear"), ("global", ["0", "3"]), ("row", "[12]")):
-                options = dict(method=method, target_modules=targets, scope=scope, density=0.2) | options
-                expected = dk.init_mask(model, **options)
-                for given in (model, sharded):
-                    assert distributed.init_mask(given, **options, group=group) == expected, (world, options)
+            options = dict(method=method, target_modules=targets, scope=scope, density=0.2) | options
+            expected = dk.init_mask(model, **options)
+            for given in (model, sharded):
+                assert distributed.init_mask(given, **options, group=group) == expected, (world, options)
     assert dk.init_mask(model, method="magnitude", k=1).names == ("0.weight", "1.weight", "2.weight")
     wrapped = nn.parallel.DistributedDataParallel(model)
     assert distributed.init_mask(wrapped, density=0.1, rank=3) == dk.init_mask(model, density=0.1, rank=3)
@@ -338,43 +342,54 @@ def _errors(rank):
     mesh, two = mesh_of(WORLD), rank == 2
     plain = {n: t for n, t in randn(0).items() if n in ("wide", "bias")}
     tuned = shard(plain, mesh)
-    other = {"wide": torch.randn(50, 71), "bias": plain["bias"]}
+    other = {"wide": torch.randn(61, 91), "bias": plain["bias"]}
     columns = {n: distribute_tensor(t, mesh, [Shard(t.dim() - 1)]) for n, t in plain.items()}
-    take, select = distributed.topk_mask, distributed.select_mask
-    denoise, init = distributed.svd_denoise, distributed.init_mask
     whole = {"wide": distribute_tensor(plain["wide"], mesh, [Replicate()])}
-    model = nn.Sequential(nn.Linear(3, 4))
+    more, fewer = plain | ({"x": plain["bias"]} if two else {}), {n: t for n, t in plain.items() if n < "c" or not two}
+    take, select = distributed.topk_mask, distributed.select_mask
+    both = partial(select, tuned, plain, k=1)
     for call, message in (
         (lambda: take(tuned, k=1 + two), "k must be the same on all ranks, got 1 on rank 0 and 2 on rank 2"),
         (lambda: take(tuned, k=1, scope="tensor" if two else "row"), "scope must be the same"),
         (lambda: take(plain, k=1, replicated=two), "replicated must be the same on all ranks, got False on rank 0"),
         (lambda: take(tuned, k=-1), "k must be at least 0"),
-        (lambda: take(plain | ({"x": plain["bias"]} if two else {}), k=1), "same tensors on all ranks: rank 0 has no 'x'"),
-        (lambda: take({n: t for n, t in plain.items() if n < "c" or not two}, k=1), "rank 2 has no 'wide'"),
-        (lambda: take(other if two else plain, k=1), r"scores\['wide'\] must be one tensor, got rows \[50, 70\]"),
-        (lambda: take(plain if two else tuned, k=1), r"sharded \[50, 70\] torch.float32 \(cpu\) on rank 0 and rows \[50, 70"),
+        (lambda: take({} if two else plain, k=1), "rank 2: scores must be a mapping"),
+        (lambda: take(more, k=1), "scores must have the same tensors on all ranks: rank 0 has no 'x'"),
+        (lambda: take(fewer, k=1), "rank 2 has no 'wide'"),
+        (lambda: take(other if two else plain, k=1), r"scores\['wide'\] must be one tensor, got rows \[61, 90\]"),
+        (
+            lambda: take(plain if two else tuned, k=1),
+            r"got sharded \[61, 90\] torch.float32 \(cpu\) on rank 0",
+        ),
         (lambda: take(columns, k=1), r"rank 0: tensor 'wide' must be placed Shard\(0\) or Replicate"),
-        (lambda: take({"wide": [1]} if two else plain, k=1), r"rank 2: scores\['wide'\] must be a torch.Tensor, got list"),
+        (lambda: take({"wide": [1]} if two else plain, k=1), r"rank 2: scores\['wide'\] must be a torch.Tensor"),
+        (lambda: take({"x": torch.ones(2, device="meta" if two else "cpu")}, k=1), r"rank 2: scores\['x'\] is on meta"),
         (lambda: select(tuned, plain, density=0.1, energy=0.5 + two / 4), "energy must be the same .* 0.5 .* 0.75"),
-        (lambda: select(tuned, plain, k=1, names=["wide", "bias"][: 1 + two]), r"names must be the same .* \['wide'\] on"),
-        (lambda: select(tuned, plain, k=1, rank=1, denoise_names=["x"]), "denoise_names holds 'x'"),
-        (lambda: select(tuned, plain, k=1, residual_density=0.5), "rank 0: residual_density = 0.5 needs a rank"),
-        (lambda: select(tuned, plain, k=10**6), "k = 1000000 is more than the 3507 entries"),
-        (lambda: select(tuned, other if two else plain, k=1), r"rank 2: tensor 'wide' has shape \[50, 70\] in tuned and"),
-        (lambda: select(other if two else plain, whole, k=1), r"rank 2: tensor 'wide' has shape \[50, 71\] in tuned and"),
+        (lambda: both(names=["wide", "bias"][: 1 + two]), r"names must be the same .* \['wide'\] on rank 0 and"),
+        (lambda: both(rank=1, denoise_names=["x"]), "denoise_names holds 'x'"),
+        (lambda: both(residual_density=0.5), "rank 0: residual_density = 0.5 needs a rank"),
+        (lambda: select(tuned, plain, k=10**6), "k = 1000000 is more than the 5497 entries"),
+        (lambda: select(tuned, other if two else plain, k=1), r"rank 2: tensor 'wide' has shape \[61, 90\] in tuned"),
+        (lambda: select(other if two else plain, whole, k=1), r"rank 2: tensor 'wide' has shape \[61, 91\] in tuned"),
         (lambda: select(plain if two else tuned, plain, k=1), r"tuned\['wide'\] must be one tensor, got sharded"),
         (lambda: select({} if two else tuned, plain, k=1), "rank 2: tuned lacks tensor 'bias'"),
-        (lambda: select(tuned, {"wide": plain["wide"]} if two else plain, k=1), "base must have .* rank 2 has no 'bias'"),
+        (lambda: select(tuned, fewer, k=1), "base must have the same tensors on all ranks: rank 2 has no 'wide'"),
+    ):
+        assert_fails(call, message)
+    denoise, init = distributed.svd_denoise, partial(distributed.init_mask, k=1)
+    model, targets = nn.Sequential(nn.Linear(3, 4)), ["x"] if two else "all-linear"
+    generator = torch.Generator().manual_seed(rank)
+    for call, message in (
         (lambda: denoise(tuned, rank=1 + two), "rank must be the same on all ranks"),
         (lambda: denoise(tuned, rank=1, energy=0.5), "rank 0: exactly one of rank and energy"),
         (lambda: denoise(columns["wide"], rank=1), "must be placed"),
         (lambda: denoise([plain["wide"]] * (1 + two), rank=1), "rank 0 has no 1"),
-        (lambda: denoise(plain, rank=1, generator=torch.Generator().manual_seed(rank)), "the state of generator must be"),
-        (lambda: init(model, method="fisher", k=1), "rank 0: method must be one of lift, magnitude, random"),
-        (lambda: init(model, method="random", k=1, seed=rank), "seed must be the same"),
-        (lambda: init(model, k=1, target_modules=["0"] if two else "all-linear"), "target_modules must be the same"),
-        (lambda: init(model, k=1, target_modules=["x"] if two else "all-linear"), "rank 2: target_modules: 'x' matches"),
-        (lambda: init(nn.Sequential(nn.Linear(3, 4 + two)), k=1), r"model\['0.weight'\] must be one tensor, got whole"),
+        (lambda: denoise(plain, rank=1, generator=generator), "the state of generator must be the same"),
+        (lambda: init(model, method="fisher"), "rank 0: method must be one of lift, magnitude, random"),
+        (lambda: init(model, method="random", seed=rank), "seed must be the same"),
+        (lambda: init(model, target_modules=["0"] if two else "all-linear"), "target_modules must be the same"),
+        (lambda: init(model, target_modules=targets), "rank 2: target_modules: 'x' matches no module"),
+        (lambda: init(nn.Sequential(nn.Linear(3, 4 + two))), r"model\['0.weight'\] must be one tensor, got whole"),
     ):
         assert_fails(call, message)
 
@@ -384,7 +399,7 @@ def _errors_of_entries(rank):
     mesh = mesh_of(WORLD)
     tensors = {n: t for n, t in randn(0).items() if n in ("wide", "bias", "experts")}
     zeros = {n: torch.zeros_like(t) for n, t in tensors.items()}
-    for name, index, owner in (("wide", 45 * 70 + 2, 3), ("bias", 4, 2), ("experts", 4 * 44 * 40 + 7, 2)):
+    for name, index, owner in (("wide", 50 * 90 + 2, 3), ("bias", 4, 2), ("experts", 4 * 44 * 40 + 7, 2)):
         bad = {n: t.clone() for n, t in tensors.items()}
         bad[name].view(-1)[index] = float("nan")
         holds = f"holds nan at flat index {index}: every entry must be finite"
@@ -396,9 +411,7 @@ def _errors_of_entries(rank):
         assert_fails(lambda s=sharded: distributed.svd_denoise(s, rank=1), rf"rank {owner}: delta\['{name}'\] {holds}")
         for size in (dict(k=1), dict(k=1, rank=1)):
             pair = (bad if rank == 1 else tensors, zeros)  # replicated, wrong on one rank: seen where that one reads it
-            owners = Division.of(
-                dict.fromkeys(bad), {n: (t.shape, t.dtype) for n, t in sorted(bad.items())}, (), None, None
-            ).owners
+            owners = Division.of(dict.fromkeys(bad), {n: Layout.of(t) for n, t in sorted(bad.items())}, None).owners
             if len(size) == 1 and owners[name] == 1:
                 assert_fails(partial(distributed.select_mask, *pair, **size), holds)
 
