@@ -65,9 +65,8 @@ class Division(NamedTuple):
 def lists_to_denoise(
     groups: Iterable[Iterable[Any]], layouts: Mapping[Any, Layout], rule: Rule, group: dist.ProcessGroup | None
 ) -> list[list[Any]]:
-    """The names of the groups in lists, on which one process would call `denoise` for one group after the other.
-
-    On CPUs with one number of threads, the tensors of a list get the bits that they have there.
+    """Which names to denoise together. One process calls `denoise` for one of the groups after the other; on CPUs, with
+    the same number of threads, the tensors of a list alone get the same bits.
     """
     lists: list[list[Any]] = []
     for names in groups:

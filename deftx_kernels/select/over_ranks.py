@@ -16,7 +16,7 @@ from deftx_kernels.mask import CSRMask, column_dtype, rows_and_columns, signed
 from deftx_kernels.ops.schemas import SCOPES
 from deftx_kernels.select.rows import Rows
 from deftx_kernels.select.streaming import count_equal, find_threshold
-from deftx_kernels.shards import attempt, exchange, gather_all
+from deftx_kernels.shards import attempt, exchange
 from deftx_kernels.validation import raise_not_finite
 
 
@@ -134,14 +134,25 @@ def _whole_mask(mine: CSRMask, rows: Sequence[Rows], group: dist.ProcessGroup | 
         nnz = torch.tensor(mine.entry_offsets, device=device).diff()
         col = col.to(torch.int32) + torch.tensor(starts, dtype=torch.int32, device=device).repeat_interleave(nnz)
     heights = [[rows_and_columns(r.local_shape(i))[0] for r in rows] for i in range(dist.get_world_size(group))]
-    of_rows = gather_all(mine.crow_indices.diff(), group, [sum(h) for h in heights])  # entries of each row
+    of_rows = _gathered(mine.crow_indices.diff(), [sum(h) for h in heights], group)  # entries of each row
     sizes = [_sums(counts, h) for counts, h in zip(of_rows, heights)]  # entries of each tensor
-    cols = gather_all(signed(col.to(dtype)), group, [sum(s) for s in sizes])
+    cols = _gathered(signed(col.to(dtype)), [sum(s) for s in sizes], group)
     counts = list(zip(*(c.split(h) for c, h in zip(of_rows, heights))))
     crows = [torch.cat(parts) if len(s) > 1 else torch.stack(parts).sum(0) for parts, s in zip(counts, shapes)]
     crow = pad(torch.cat(crows).cumsum(0), (1, 0))
     parts = zip(*(c.split(s) for c, s in zip(cols, sizes)))
     return CSRMask.unchecked(mine.names, shapes, crow, torch.cat([c for part in parts for c in part]).view(dtype))
+
+
+def _gathered(mine: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """The flat tensors of all ranks, whose lengths are `sizes`. Not padded: one rank may have nearly all entries."""
+    found = [mine if rank == dist.get_rank(group) else mine.new_empty(n) for rank, n in enumerate(sizes)]
+    for rank, flat in enumerate(found):
+        if len(flat):
+            dist.broadcast(
+                flat.view(torch.uint8), group=group, group_src=rank
+            )  # as bytes: no backend takes every dtype
+    return found
 
 
 def _sums(counts: Tensor, sizes: Sequence[int]) -> list[int]:

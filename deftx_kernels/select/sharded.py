@@ -71,6 +71,14 @@ def topk_mask(
     Raises:
         ValueError: on every rank, with the same message, whichever rank's argument is wrong: as
             `deftx_kernels.topk_mask`; arguments or shapes that do not fit together.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from deftx_kernels import distributed
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: none of these
+        >>> distributed.topk_mask({"w": torch.tensor([[0.1, -3.0], [2.0, 0.5]])}, k=2).col_indices.tolist()
+        [1, 0]
+        >>> dist.destroy_process_group()
     """
     error, given = attempt(_checked_scores, scores, replicated, group)
     arguments = {"k": k, "density": density, "scope": scope, "replicated": replicated}
@@ -102,18 +110,18 @@ def select_mask(
 ) -> Any:
     """`deftx_kernels.select_mask` of models that are divided over a process group: the same mask on every rank.
 
-    On CPUs it is the mask that one process with the same number of threads selects, bit for bit. (On GPUs the last
-    bits of denoised differences may depend on how many matrices a rank denoises together.)
+    On CPUs it is the mask that one process with the same number of threads selects, bit for bit. On GPUs, too, without
+    denoising; with it the last bits of a difference may depend on how many matrices are denoised together.
 
-    Without denoising, differences stay on their rank: ranks exchange histograms and the mask. With it, matrices are
-    divided over the ranks by an estimate of the work. The rows of the difference of a matrix are sent to the rank that
-    denoises it, and to no other; scores stay there. Stacks of matrices [..., m, n] that are sharded along the first
-    dimension are denoised where they are, other tensors are not sent.
+    Without denoising, differences stay on their rank: ranks exchange histograms and the mask. With it, tensors are
+    divided over the ranks by an estimate of the work. The rows of a tensor's difference are sent to the rank that
+    denoises it, and to no other; its scores stay there. On CPUs one rank denoises what one process would compute in one
+    batch: matrices of at most 8 or 16 MiB of products for each thread, or one large one.
 
-    Memory of a rank, besides its part of the models: 6 to 12 bytes for each of at most k candidates, and those of the
-    mask; with denoising also its scores (4 bytes an element; float64: 8) and what `svd_denoise` needs. Its scores are
-    those of the matrices that it denoises and of its rows of other tensors: about its share of the model, or its
-    largest matrix where that is more.
+    Memory of a rank, besides its part of the models: 6 to 12 bytes for each of its candidates, of which there are k at
+    most, and twice the mask; with denoising also its scores, 4 bytes an element (float64: 8), and the memory that
+    `svd_denoise` needs. Its scores are those of the tensors that it denoises and of its rows of the others: about its
+    share of the model, or its largest tensor where that is more.
 
     Args:
         tuned, base: as in `deftx_kernels.select_mask`, with DTensors placed `Shard(0)` (FSDP2's, with rows on some of
@@ -121,8 +129,8 @@ def select_mask(
             sharded and the other one whole.
         k, density, rank, energy, residual_density, scope, names, denoise_names, return_info: as in
             `deftx_kernels.select_mask`, the same on all ranks.
-        progress: called with (matrices denoised, matrices to denoise) of this rank; without denoising, with (tensors
-            done, tensors in all).
+        progress: called with (matrices done, matrices in all) of this rank; without denoising, once, at the end, with
+            (tensors done, tensors in all).
         group: the ranks of the DTensors' mesh; by default all ranks.
 
     Returns:
@@ -132,6 +140,16 @@ def select_mask(
         ValueError: on every rank, with the same message, whichever rank's argument is wrong: as
             `deftx_kernels.select_mask`; arguments, names, shapes or dtypes that are not the same on all ranks; DTensors
             placed otherwise. Positions are those in the whole tensors.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from deftx_kernels import distributed
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> tuned, base = (torch.nn.Linear(8, 4) for _ in range(2))  # after fully_shard, or plain
+        >>> mask = distributed.select_mask(tuned, base, density=0.25, energy=0.9)
+        >>> mask == select_mask(tuned, base, density=0.25, energy=0.9)
+        True
+        >>> dist.destroy_process_group()
     """
     error, given = attempt(_checked_models, tuned, base, (rank, energy, residual_density), names, denoise_names)
     arguments: dict[str, Any] = {"k": k, "density": density, "scope": scope, "return_info": return_info}
@@ -174,8 +192,8 @@ def init_mask(
 ) -> CSRMask:
     """`deftx_kernels.init_mask` of a model that is divided over a process group: the same mask on every rank.
 
-    "lift" divides the approximations over the ranks as `select_mask` does, with its memory and its bits. "magnitude"
-    exchanges histograms and the mask. "random" exchanges nothing: each rank draws the mask of the whole model.
+    "lift" divides the approximations over the ranks as `select_mask` its denoising, with its memory and its bits.
+    "magnitude": ranks exchange histograms and the mask. "random": each rank draws the mask of the whole model.
 
     Args:
         model: on every rank, with DTensors placed `Shard(0)` (FSDP2's) or `Replicate()`, or with plain parameters,
@@ -186,6 +204,15 @@ def init_mask(
     Raises:
         ValueError: on every rank, with the same message, whichever rank's argument is wrong: as
             `deftx_kernels.init_mask`; arguments, shapes or dtypes that are not the same on all ranks.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from deftx_kernels import distributed
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> model = torch.nn.Linear(8, 8)
+        >>> distributed.init_mask(model, density=0.25, rank=2).nnz
+        16
+        >>> dist.destroy_process_group()
     """
     targets = target_modules
     error, listed = attempt(lambda: targets if isinstance(targets, str) else list(targets))
@@ -224,9 +251,9 @@ def svd_denoise(
 ) -> Any:
     """`deftx_kernels.svd_denoise` of tensors that are divided over a process group.
 
-    Matrices are divided over the ranks, and sent, as in `select_mask`; results have the bits that it describes. Besides
-    arguments and results a rank needs memory for the matrices that it denoises: about its share of all, or its largest
-    matrix where that is more.
+    Tensors are divided over the ranks and sent as in `distributed.select_mask`. On CPUs results are those of one
+    process with the same number of threads, bit for bit. Besides arguments and results a rank needs memory for the
+    tensors that it denoises: about its share of all, or its largest tensor where that is more.
 
     Args:
         delta: as in `deftx_kernels.svd_denoise`, with DTensors placed `Shard(0)` or `Replicate()`; plain tensors are
@@ -245,6 +272,14 @@ def svd_denoise(
         ValueError: on every rank, with the same message, whichever rank's argument is wrong: as
             `deftx_kernels.svd_denoise`; arguments, shapes or dtypes that are not the same on all ranks; DTensors placed
             otherwise.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from deftx_kernels import distributed
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> distributed.svd_denoise(torch.diag(torch.tensor([3.0, 2.0, 0.5])), energy=0.9).diagonal()
+        tensor([3., 2., 0.])
+        >>> dist.destroy_process_group()
     """
     numbers = (rank, energy, residual_density, oversample, n_iter)
     error, given = attempt(_checked_delta, delta, (*numbers, generator, batch_bytes), group)
@@ -442,8 +477,6 @@ def _select(
             infos |= infos_of_all_ranks(mine, group, dict.fromkeys(denoised, device))
         new, old = scores, {}
     else:
-        if progress is not None:
-            progress(0, len(new))
         parts = {n: division.targets[n].range(rank) if rows[n] is None else slice(None) for n in new}
         new, old = ({n: t[parts[n]].to(device).contiguous() for n, t in model.items()} for model in (new, old))
     mask = select_over_ranks(new, old, division.targets, counts, scope, label, dtype, group)
