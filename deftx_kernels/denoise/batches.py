@@ -17,7 +17,7 @@ from deftx_kernels.denoise.rule import Rule
 from deftx_kernels.denoise.small import denoise_by_svd
 from deftx_kernels.denoise.subspace import denoise_by_subspace
 from deftx_kernels.ops.schemas import compute_dtype
-from deftx_kernels.validation import check_finite
+from deftx_kernels.validation import check_finite, has_memory
 
 _ALIGNMENT = 64  # bytes: as torch allocates. The last bits of a product depend on the alignment of its factors
 _MATRICES_PER_CALL = 16  # matrices between two calls of `progress`, at least
@@ -134,7 +134,9 @@ def _denoise_batch(
             source = source * scale
             total = float(sums_of_squares(source))
         source = source.contiguous()
-        sources.append(source if source.data_ptr() % _ALIGNMENT == 0 else source.clone())
+        # Tensors of torch.func's transforms have no address.
+        is_misaligned = has_memory(source) and source.data_ptr() % _ALIGNMENT != 0
+        sources.append(source.clone() if is_misaligned else source)
         outs.append(_result_for(sources[-1], w.out, rule))
         scales.append(scale)
         totals.append(total)
