@@ -1,8 +1,10 @@
 """One mask, and one patch, for a process group.
 
-FSDP2: `SparseAdamW` takes DTensors that are placed by rows (`Shard(0)`) and a mask of the whole tensors. `topk_mask`
-selects such a mask over all ranks' shards; `local_mask` returns the mask of this rank's rows, for
-`deftx_kernels.sparse_adamw` on local tensors. Ranks exchange histograms and the mask, never scores.
+`topk_mask`, `select_mask` and `init_mask` select over all ranks' parts of scores or models, sharded or replicated: the
+same mask on every rank, as one process selects. `svd_denoise` divides matrices over the ranks.
+
+FSDP2: `SparseAdamW` takes DTensors that are placed by rows (`Shard(0)`) and a mask of the whole tensors. `local_mask`
+returns the mask of this rank's rows, for `deftx_kernels.sparse_adamw` on local tensors.
 
 A model that is sparsified, and then sharded with FSDP2 or wrapped in DDP, needs only the same mask on all ranks: its
 trainable parameters are ordinary (compact) ones. For `SparseAdamW` on a plain model under DDP, `masked_allreduce_hook`
@@ -21,21 +23,16 @@ from torch import Tensor
 from deftx_kernels.delta.sharded import apply_patch_, diff_patch
 from deftx_kernels.mask import CSRMask, column_dtype, rows_and_columns
 from deftx_kernels.optim.arguments import check_covered, name_in_mask, trainable
-from deftx_kernels.select.functional import selected_counts
-from deftx_kernels.select.streaming import count_equal, find_threshold
+from deftx_kernels.select.sharded import init_mask, select_mask, svd_denoise, topk_mask
 from deftx_kernels.shards import (
     attempt,
     check_placement,
-    check_ranks,
     check_rows,
     exchange,
-    gather_all,
     is_dtensor,
     local_part,
-    local_tensor,
-    mesh_of_rows,
 )
-from deftx_kernels.validation import check_devices, check_finite, check_float, check_mask_layout, check_plain
+from deftx_kernels.validation import check_plain
 
 __all__ = [
     "MaskedAllreduceState",
@@ -43,62 +40,13 @@ __all__ = [
     "broadcast_mask",
     "check_same_mask",
     "diff_patch",
+    "init_mask",
     "local_mask",
     "masked_allreduce_hook",
+    "select_mask",
+    "svd_denoise",
     "topk_mask",
 ]
-
-
-def topk_mask(
-    scores: Mapping[str, Tensor],
-    *,
-    k: int | None = None,
-    density: float | None = None,
-    group: dist.ProcessGroup | None = None,
-) -> CSRMask:
-    """`deftx_kernels.topk_mask` with scope "global" over tensors that are sharded by rows over a process group.
-
-    Args:
-        scores: on every rank the same names, each with this rank's rows: a DTensor placed `Shard(0)`, or a plain
-            tensor. The tensor of each rank follows that of the rank before along dimension 0; it may be empty. One
-            floating dtype.
-        k, density: as in `deftx_kernels.topk_mask`, of the whole tensors.
-        group: by default all ranks.
-
-    Returns:
-        The mask of the whole tensors, the same on every rank, on this rank's device.
-
-    Raises:
-        ValueError, TypeError: on every rank, whichever rank's argument is wrong.
-    """
-    error, local = attempt(_local_scores, scores, group)
-    if len(set(exchange(error, (k, density), group))) > 1:
-        raise ValueError(f"k and density must be the same on all ranks, got k={k}, density={density} on this one")
-    shards = exchange(None, {n: (t.shape, t.dtype) for n, t in local.items()}, group)
-    names = sorted(local)
-    shapes = [_whole_shape(name, [s[name][0] for s in shards]) for name in names]
-    check_mask_layout(names, shapes)
-    if len(dtypes := {str(s[n][1]) for s in shards for n in names}) > 1:
-        raise ValueError(f"scores must have one dtype on all ranks, got {sorted(dtypes)}")
-    [count] = selected_counts(names, shapes, k, density, "global")
-    tensors = [local[n] for n in names]
-    exchange(attempt(_check_finite, local)[0], None, group)
-
-    def histogram(prefix: int, shift: int) -> Tensor:
-        counts = torch.ops.deftx.magnitude_histogram(tensors, prefix, shift)
-        dist.all_reduce(counts, group=group)
-        return counts
-
-    threshold, ties = find_threshold(histogram, tensors[0].element_size(), count)
-    csr = torch.ops.deftx.threshold_mask(tensors, threshold, _tie_quotas(tensors, threshold, ties, group))
-    mine = CSRMask.unchecked(names, [t.shape for t in tensors], *csr)
-    rank, offsets, tensor_start = dist.get_rank(group), {}, 0
-    for name, shape in zip(names, shapes):  # of this rank's first rows in the whole tensors
-        offsets[name] = tensor_start + sum(s[name][0].numel() for s in shards[:rank])
-        tensor_start += shape.numel()
-    return CSRMask.from_flat_indices(
-        names, shapes, torch.cat(gather_all(mine.flat_indices(offsets), group)).sort().values
-    )
 
 
 def local_mask(mask: CSRMask, params: Mapping[str, Tensor]) -> CSRMask:
@@ -240,45 +188,3 @@ def masked_allreduce_hook(state: MaskedAllreduceState, bucket: dist.GradBucket) 
         return buffer
 
     return future.then(write)
-
-
-def _local_scores(scores: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
-    """This rank's rows of each tensor, checked."""
-    if not isinstance(scores, Mapping) or not scores:
-        raise ValueError("scores must be a mapping of names to tensors, with at least one")
-    local = {}
-    for name, tensor in scores.items():
-        if is_dtensor(tensor):
-            check_placement(name, tensor)
-            check_ranks(f"scores[{name!r}]", tensor, group)
-            repeated = mesh_of_rows(tensor) is None and dist.get_rank(group) > 0  # of replicas the first rank's counts
-            tensor = local_tensor(tensor)[:0] if repeated else local_tensor(tensor)
-        check_float(tensor, f"scores[{name!r}]")
-        if tensor.dim() == 0:
-            raise ValueError(f"scores[{name!r}] has no dimension that can be sharded over ranks")
-        local[name] = tensor.detach().contiguous()
-    check_devices(local, "scores")
-    return local
-
-
-def _check_finite(local: Mapping[str, Tensor]) -> None:
-    for name in sorted(local):
-        check_finite(local[name], f"scores[{name!r}] on this rank")
-
-
-def _whole_shape(name: str, shapes: list[torch.Size]) -> torch.Size:
-    if len({s[1:] for s in shapes}) > 1:
-        raise ValueError(f"scores[{name!r}]: the ranks' shards differ beyond dimension 0: {[list(s) for s in shapes]}")
-    return torch.Size((sum(s[0] for s in shapes), *shapes[0][1:]))
-
-
-def _tie_quotas(tensors: list[Tensor], threshold: int, ties: int, group: dist.ProcessGroup | None) -> list[int]:
-    """How many entries equal to the threshold this rank selects of each tensor: earlier tensors, then ranks, first."""
-    if ties == 0:
-        return [0] * len(tensors)
-    mine = torch.stack([count_equal([t], threshold) for t in tensors])
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, mine, group=group)
-    counts = torch.stack(everyone, dim=1).view(-1)  # tensor-major
-    selected = (ties - (counts.cumsum(0) - counts)).clamp(min=0).minimum(counts).view(len(tensors), -1)
-    return selected[:, dist.get_rank(group)].tolist()

@@ -4,8 +4,9 @@
 DTensor.
 """
 
+import reprlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -38,6 +39,44 @@ def exchange(error: str | None, content: Any, group: dist.ProcessGroup | None) -
     if isinstance(content, dict) and any(c.keys() != contents[0].keys() for c in contents):
         raise ValueError("the tensors must have the same names on all ranks")
     return contents
+
+
+def check_same_arguments(arguments: dict[str, Any], group: dist.ProcessGroup | None, error: str | None = None) -> None:
+    """ValueError, the same on all ranks, unless the arguments are; or where one of the ranks has an error."""
+    everyone = exchange(error, [*arguments.items()], group)
+    for rank, theirs in enumerate(everyone):
+        for (name, first), (_, other) in zip(everyone[0], theirs):
+            if first != other:
+                values = f"{reprlib.repr(first)} on rank 0 and {reprlib.repr(other)} on rank {rank}"
+                raise ValueError(f"{name} must be the same on all ranks, got {values}")
+
+
+def in_common_order(tensors: Mapping[Any, Tensor], argument: str, group: dist.ProcessGroup | None) -> dict[Any, Tensor]:
+    """The tensors in the order that rank 0 has them in. ValueError, on all ranks, unless all have the same names."""
+    everyone = exchange(None, list(tensors), group)
+    for rank, names in enumerate(everyone):
+        for one, other, without in ((everyone[0], names, rank), (names, everyone[0], 0)):
+            if missing := sorted({*one} - {*other}, key=str):
+                wanted = f"{argument} must have the same tensors on all ranks"
+                raise ValueError(f"{wanted}: rank {without} has no {missing[0]!r}")
+    return {name: tensors[name] for name in everyone[0]}
+
+
+def tied_on_all_ranks(
+    tied: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    group: dist.ProcessGroup | None,
+    error: str | None = None,  # of this rank
+) -> dict[str, str]:
+    """Name → the first name of the same tensor, from each rank's names, in one order, and parts of the tensors.
+
+    Tied are those that are on each rank with elements of them: a rank without any cannot see it.
+    """
+    without = {n for n, t in tensors.items() if not t.numel()}
+    everyone = exchange(error, (dict(tied), without), group)
+    found = {n: first for names, _ in everyone for n, first in names.items() if n != first}
+    agreed = {n for n, first in found.items() if all(t.get(n) == first or n in empty for t, empty in everyone)}
+    return {n: found[n] if n in agreed else n for n in tensors}
 
 
 @contextmanager
@@ -156,6 +195,15 @@ def check_rows(name: str, tensor: Any) -> None:
         wanted[0] = bounds[rank[0] + 1] - bounds[rank[0]]
     if found != wanted:
         raise ValueError(f"tensor {name!r} has the shape {found} on this rank, Shard(0) of a whole tensor {wanted}")
+
+
+def placed_like(local: Tensor, tensor: Any) -> Tensor:
+    """This rank's contiguous part of a new tensor, which is placed as a DTensor; itself for another tensor."""
+    if not is_dtensor(tensor):
+        return local
+    strides = torch.empty(tensor.shape, device="meta").stride()
+    placement = dict(device_mesh=tensor.device_mesh, placements=tensor.placements)
+    return type(tensor).from_local(local, **placement, run_check=False, shape=tensor.shape, stride=strides)
 
 
 # ---- masks of parts ----

@@ -138,18 +138,18 @@ def check_devices(tensors: Mapping[str, Tensor], argument: str) -> None:
         check_readable(tensor, f"{argument}[{name!r}]")
 
 
-def check_finite(tensor: Tensor, label: str) -> None:
-    """ValueError unless every entry is finite."""
+def check_finite(tensor: Tensor, label: str, start: int = 0) -> None:
+    """ValueError unless every entry is finite. `start`: the flat index of the first one in the tensor of the label."""
     if math.isfinite(float(tensor.sum())):  # one pass; the sum of finite entries may overflow
         return
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
-        raise_not_finite(tensor, label, int((~finite).reshape(-1).to(torch.uint8).argmax()))
+        raise_not_finite(tensor, label, int((~finite).reshape(-1).to(torch.uint8).argmax()), start)
 
 
-def raise_not_finite(tensor: Tensor, label: str, index: int) -> NoReturn:
+def raise_not_finite(tensor: Tensor, label: str, index: int, start: int = 0) -> NoReturn:
     value = float(tensor.detach().reshape(-1)[index])
-    raise ValueError(f"{label} holds {value} at flat index {index}: every entry must be finite")
+    raise ValueError(f"{label} holds {value} at flat index {start + index}: every entry must be finite")
 
 
 def usable_in_backward(tensor: Tensor) -> Tensor:

@@ -30,9 +30,11 @@ from deftx_kernels.shards import (
     check_ranks,
     exchange,
     gather_all,
+    in_common_order,
     is_dtensor,
     local_tensor,
     mesh_of_rows,
+    tied_on_all_ranks,
 )
 from deftx_kernels.validation import all_tensors
 
@@ -162,14 +164,10 @@ def _names_of_all(
     mine: _Parts, theirs: _Parts, tied: Mapping[str, str], group: dist.ProcessGroup | None
 ) -> tuple[list[str], dict[str, str]]:
     """The names of the tensors to compare, and the tied names: those that are tied on each rank with rows of them."""
-    common = [n for n in theirs if n in mine]
-    without_rows = {n for n in {*mine, *theirs} if not (mine.get(n) or theirs[n]).local.numel()}
-    everyone = exchange(None, (common, dict(tied), without_rows), group)
-    if any({*rank[0]} != {*common} for rank in everyone):
-        raise ValueError("the tensors must have the same names on all ranks")
-    found = {n: first for rank in everyone for n, first in rank[1].items()}
-    tied = {n: f for n, f in found.items() if all(t.get(n) == f or n in empty for _, t, empty in everyone)}
-    return [n for n in everyone[0][0] if n not in tied], tied
+    local = {n: (mine.get(n) or theirs[n]).local for n in {**theirs, **mine}}
+    common = in_common_order({n: local[n] for n in theirs if n in mine}, "new and old", group)
+    tied = {n: first for n, first in tied_on_all_ranks(tied, local, group).items() if n != first}
+    return [n for n in common if n not in tied], tied
 
 
 def _placed(parts: _Parts, group: dist.ProcessGroup | None) -> _Parts:

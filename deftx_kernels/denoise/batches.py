@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,16 +11,16 @@ from torch import Tensor
 from deftx_kernels.denoise import products
 from deftx_kernels.denoise.gram import denoise_by_gram
 from deftx_kernels.denoise.matrices import power_of_two_scale, sums_of_squares
+from deftx_kernels.denoise.plans import Group, Layout, Part, large_groups, small_batches, test_matrix_of
 from deftx_kernels.denoise.products import full_precision
 from deftx_kernels.denoise.rule import Rule
 from deftx_kernels.denoise.small import denoise_by_svd
 from deftx_kernels.denoise.subspace import denoise_by_subspace
 from deftx_kernels.ops.schemas import compute_dtype
-from deftx_kernels.validation import check_finite
+from deftx_kernels.validation import check_finite, has_memory
 
+_ALIGNMENT = 64  # bytes: as torch allocates. The last bits of a product depend on the alignment of its factors
 _MATRICES_PER_CALL = 16  # matrices between two calls of `progress`, at least
-_SMALL_SIDE, _SMALL_MATRIX = 32, 1 << 16  # the short side and the entries of a small matrix at most
-_SMALL_BATCH = 1 << 20  # entries of the small matrices of one batch
 
 Found = dict[Any, list[Sequence[Tensor]]]  # name -> rank, energy and residual of the tensor's matrices, batch by batch
 
@@ -50,13 +50,11 @@ def denoise(
     """
     totals = _sums_of_squares(sources, labels)
     found: Found = {name: [] for name in sources}
-    matrices = {name: t for name, t in sources.items() if t.numel()}
-    # Of small matrices, calls for each one would take longer than a batched singular value decomposition.
-    sizes = {name: sorted(t.shape[-2:]) for name, t in matrices.items()}
-    small = {name: matrices[name] for name, (n, m) in sizes.items() if n <= _SMALL_SIDE and m * n <= _SMALL_MATRIX}
-    large = {name: t for name, t in matrices.items() if name not in small}
-    done, total = 0, sum(math.prod(t.shape[:-2]) for t in matrices.values())
-    steps = itertools.chain(_denoise_small(small, outs, rule, found), _denoise_large(large, outs, totals, rule, found))
+    layouts = {name: Layout.of(t) for name, t in sources.items() if t.numel()}
+    done, total = 0, sum(layout.matrices for layout in layouts.values())
+    small = _denoise_small(small_batches(layouts, rule), sources, outs, rule, found)
+    large = _denoise_large(large_groups(layouts, rule), sources, outs, totals, rule, found)
+    steps = itertools.chain(small, large)
     for count in steps:
         if progress is not None:
             progress(done, total)
@@ -67,33 +65,24 @@ def denoise(
 
 
 def _denoise_small(
-    sources: Mapping[Any, Tensor], outs: Mapping[Any, Tensor], rule: Rule, found: Found
+    batches: Iterable[list[Part]], sources: Mapping[Any, Tensor], outs: Mapping[Any, Tensor], rule: Rule, found: Found
 ) -> Iterator[int]:
     """`denoise` of tensors of small matrices. Yields, before each batch, how many matrices it has."""
-    groups: dict[tuple, list[tuple[Any, Tensor, Tensor]]] = {}
-    for name, t in sources.items():
-        m, n = t.shape[-2:]
-        most = max(1, (_SMALL_BATCH if rule.batch_bytes is None else rule.batch_bytes // 64) // (m * n))
-        parts = zip(t.reshape(-1, m, n).split(most), outs[name].view(-1, m, n).split(most))
-        groups.setdefault((m, n, t.dtype, t.device, most), []).extend((name, *part) for part in parts)
-    for (_, _, dtype, device, most), group in groups.items():
-        group.reverse()  # taken from the end
-        while group:
-            batch: list[tuple[Any, Tensor, Tensor]] = []
-            count = 0
-            while group and (not batch or count + len(group[-1][1]) <= most):
-                batch.append(group.pop())
-                count += len(batch[-1][1])
-            yield count
-            with full_precision(device.type):
-                matrices = [w.to(compute_dtype(dtype)) for _, w, _ in batch]
-                results = [_result_for(w, out, rule) for w, (_, _, out) in zip(matrices, batch)]
-                numbers = denoise_by_svd(matrices, results, rule)
-                counts = [len(w) for w in matrices]
-                for (name, _, out), result, *parts in zip(batch, results, *(x.split(counts) for x in numbers)):
-                    if result is not out and not rule.keeps_all:
-                        out.copy_(result)
-                    found[name].append(parts)
+    for batch in batches:
+        yield sum(part.stop - part.start for part in batch)
+        _, dtype, device = Layout.of(sources[batch[0].name])
+        m, n = sources[batch[0].name].shape[-2:]
+        with full_precision(device.type):
+            parts = [(sources[x.name].reshape(-1, m, n), outs[x.name].view(-1, m, n), slice(*x[1:])) for x in batch]
+            matrices = [w[some].to(compute_dtype(dtype)) for w, _, some in parts]
+            targets = [out[some] for _, out, some in parts]
+            results = [_result_for(w, out, rule) for w, out in zip(matrices, targets)]
+            numbers = denoise_by_svd(matrices, results, rule)
+            counts = [len(w) for w in matrices]
+            for part, out, result, *parts in zip(batch, targets, results, *(x.split(counts) for x in numbers)):
+                if result is not out and not rule.keeps_all:
+                    out.copy_(result)
+                found[part.name].append(parts)
 
 
 def _result_for(w: Tensor, out: Tensor, rule: Rule) -> Tensor:
@@ -102,6 +91,7 @@ def _result_for(w: Tensor, out: Tensor, rule: Rule) -> Tensor:
 
 
 def _denoise_large(
+    groups: Iterable[Group],
     sources: Mapping[Any, Tensor],
     outs: Mapping[Any, Tensor],
     totals: Mapping[Any, list[float]],
@@ -109,33 +99,26 @@ def _denoise_large(
     found: Found,
 ) -> Iterator[int]:
     """`denoise` of the other tensors. Yields, before each batch, how many matrices it has."""
-    groups: dict[tuple, list[_Matrix]] = {}  # by shape (with an energy: by its short side), dtype and device
-    for name, t in sources.items():
-        m, n = t.shape[-2:]
-        # A GPU decomposes the Gram matrices of all layers at once: one after the other would leave it mostly idle.
-        size = (m, n) if rule.energy is None else min(m, n)
-        parts = zip(t.reshape(-1, m, n), outs[name].view(-1, m, n), totals[name])
-        group = groups.setdefault((size, t.dtype, t.device), [])
-        group += [_Matrix(source, out, total, name) for source, out, total in parts]
-    for (_, dtype, device), group in groups.items():
-        group.sort(key=lambda w: w.source.shape)  # stable: a tensor's matrices stay in order
-        shape, compute = group[0].source.shape, compute_dtype(dtype)
-        rank = rule.fixed_rank(shape)
-        # In float64 a Gram matrix would lose what is below 1e-8 of the largest singular value.
-        approximate = rank is not None and (compute == torch.float64 or not _exact_is_as_fast(rank, shape))
-        test_matrix = rule.test_matrix(shape, compute, device) if approximate else None
-        count = _batch_size(shape, compute, device, test_matrix, rule.batch_bytes)
+    for matrices, first, _, count in groups:
+        group: list[_Matrix] = []
+        for name, run in itertools.groupby(matrices, key=lambda x: x[0]):
+            m, n = sources[name].shape[-2:]
+            parts = zip(run, sources[name].reshape(-1, m, n), outs[name].view(-1, m, n), totals[name])
+            group += [_Matrix(*part[1:], name) for part in parts]
+        compute = compute_dtype(first.dtype)
+        test_matrix = test_matrix_of(first, rule)
         # Matrices in another dtype, and results that are not kept, need additional memory.
-        many = count if dtype != compute or rule.keeps_all else max(1, _MATRICES_PER_CALL // count) * count
-        for first in range(0, len(group), many):
-            batch = group[first : first + many]
+        is_copied = first.dtype != compute or rule.keeps_all
+        many = count if is_copied else max(1, _MATRICES_PER_CALL // count) * count
+        for start in range(0, len(group), many):
+            batch = group[start : start + many]
             yield len(batch)
-            with full_precision(device.type):
+            with full_precision(first.device.type):
                 numbers = _denoise_batch(batch, count, compute, rule, test_matrix)
             end = 0
             for name, run in itertools.groupby(w.name for w in batch):
-                start, end = end, end + len(list(run))
-                found[name].append([x[start:end] for x in numbers])
+                begin, end = end, end + len(list(run))
+                found[name].append([x[begin:end] for x in numbers])
 
 
 def _denoise_batch(
@@ -150,7 +133,10 @@ def _denoise_batch(
             scale = float(power_of_two_scale(torch.linalg.vector_norm(source, math.inf), dtype))
             source = source * scale
             total = float(sums_of_squares(source))
-        sources.append(source.contiguous())
+        source = source.contiguous()
+        # Tensors of torch.func's transforms have no address.
+        is_misaligned = has_memory(source) and source.data_ptr() % _ALIGNMENT != 0
+        sources.append(source.clone() if is_misaligned else source)
         outs.append(_result_for(sources[-1], w.out, rule))
         scales.append(scale)
         totals.append(total)
@@ -202,36 +188,3 @@ def _information(tensor: Tensor, found: list[Sequence[Tensor]], rule: Rule) -> d
         rank = torch.zeros(batch, dtype=torch.int64, device=device)
         energy, residual = (torch.full(batch, x, dtype=torch.float64, device=device) for x in (1.0, 0.0))
     return {"rank": rank, "energy": energy, "residual": torch.zeros_like(residual) if rule.keeps_all else residual}
-
-
-def _batch_size(
-    shape: torch.Size, dtype: torch.dtype, device: torch.device, test_matrix: Tensor | None, limit: int | None
-) -> int:
-    m, n = max(shape), min(shape)
-    # Memory per matrix: its products with the test matrix; or its Gram matrix, eigenvectors and LAPACK's workspace.
-    # On CUDA: two bfloat16 parts, together as large as the matrix, and copies of the matrices that take more iterations
-    # than the rest; or two copies of its Gram matrix, the projector, a power of it, and three operands of products,
-    # each 1.5 times as large.
-    cuda = device.type == "cuda"
-    if test_matrix is None:
-        size = (9 if cuda else 6) * n * n * dtype.itemsize
-    else:
-        size = ((2 * m * n if cuda else 0) + 4 * (m + n) * test_matrix.shape[1]) * dtype.itemsize
-    if limit is None and cuda:
-        # What torch keeps but does not use is free: else batches, and with them the last bits, would depend on history.
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        limit = (torch.cuda.mem_get_info(device)[0] + cached) // 4
-    if limit is not None:
-        return max(1, limit // size)
-    # 8 or 16 MiB per thread: larger batches take longer to page in than they save (measured with 2 threads).
-    threads = torch.get_num_threads()
-    count = (threads << (24 if test_matrix is None else 23)) // size
-    return max(1, count // threads * threads if count > threads else count)  # as many matrices for each thread
-
-
-def _exact_is_as_fast(rank: int, shape: Sequence[int]) -> bool:
-    """Whether the exact truncation takes no longer than subspace iteration (measured: noise and power laws, 384 to 1024
-    columns, square and four times as tall, one and two cores of an AMD EPYC).
-    """
-    short = min(shape)
-    return rank * (6 if short <= 512 or max(shape) >= 4 * short else 4) >= short

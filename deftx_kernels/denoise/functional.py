@@ -145,30 +145,36 @@ def svd_denoise(
         2
     """
     rule = check_rule(rank, energy, residual_density, oversample, n_iter, generator, batch_bytes)
-    tensors: dict[Any, Tensor]
-    structure: Callable[[dict], Any]  # makes the structure of `delta` from a dict with the keys of `tensors`
-    if isinstance(delta, Tensor):
-        tensors, labels, structure = {0: delta}, ["delta"], lambda found: found[0]
-    elif isinstance(delta, Mapping):
-        tensors, labels, structure = dict(delta), [f"delta[{n!r}]" for n in delta], dict
-    elif isinstance(delta, Sequence) and not isinstance(delta, str):
-        tensors, labels = dict(enumerate(delta)), [f"delta[{i}]" for i in range(len(delta))]
-        sequence = tuple if isinstance(delta, tuple) else list
-        structure = lambda found: sequence(found.values())  # noqa: E731
-    else:
-        raise TypeError(f"delta must be a tensor, a mapping or a sequence of tensors, got {type(delta).__name__}")
-    for tensor, label in zip(tensors.values(), labels):
-        check_float(tensor, label)
-        check_readable(tensor, label)
+    tensors, labels, structure = tensors_of(delta)
+    for name, tensor in tensors.items():
+        check_float(tensor, labels[name])
+        check_readable(tensor, labels[name])
     tensors = {n: t.detach() for n, t in tensors.items()}
     matrices = {n: t for n, t in tensors.items() if t.dim() >= 2}
     results: dict[Any, Tensor] = {}
     infos: dict[Any, dict[str, Tensor] | None] = dict.fromkeys(tensors)
-    for (name, tensor), label in zip(tensors.items(), labels):
+    for name, tensor in tensors.items():
         is_written = name in matrices and not rule.keeps_all
         if not is_written:
-            check_finite(tensor, label)
+            check_finite(tensor, labels[name])
         results[name] = (torch.empty_like if is_written else torch.clone)(tensor, memory_format=torch.contiguous_format)
     if return_info or not rule.keeps_all:
-        infos |= denoise(matrices, results, dict(zip(tensors, labels)), rule, progress)
+        infos |= denoise(matrices, results, labels, rule, progress)
     return (structure(results), structure(infos)) if return_info else structure(results)
+
+
+def tensors_of(
+    delta: Tensor | Mapping[str, Tensor] | Sequence[Tensor],
+) -> tuple[dict[Any, Tensor], dict[Any, str], Callable[[dict], Any]]:
+    """The tensors of an argument, their labels in errors, and what makes the argument's structure from a dict with the
+    keys of the tensors.
+    """
+    if isinstance(delta, Tensor):
+        return {0: delta}, {0: "delta"}, lambda found: found[0]
+    if isinstance(delta, Mapping):
+        return dict(delta), {n: f"delta[{n!r}]" for n in delta}, dict
+    if isinstance(delta, Sequence) and not isinstance(delta, str):
+        sequence = tuple if isinstance(delta, tuple) else list
+        labels = {i: f"delta[{i}]" for i in range(len(delta))}
+        return dict(enumerate(delta)), labels, lambda found: sequence(found.values())
+    raise TypeError(f"delta must be a tensor, a mapping or a sequence of tensors, got {type(delta).__name__}")

@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Rule(NamedTuple):
     n_iter: int
     generator: torch.Generator | None
     batch_bytes: int | None
+    drawn: Mapping[Any, Tensor | None] | None = None  # test matrices that are drawn already (plans.py)
 
     @property
     def keeps_all(self) -> bool:
@@ -58,13 +59,16 @@ class Rule(NamedTuple):
 
     def test_matrix(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Gaussian [min(m, n), rank + oversample] of a fixed rank; None where the exact decomposition is faster."""
-        rank = self.fixed_rank(shape)
-        assert rank is not None
-        short, columns = min(shape), rank + self.oversample
-        if 2 * columns >= short:
+        if (columns := self.test_columns(shape)) is None:
             return None
         generator = self.generator or torch.Generator(device=device).manual_seed(0)
-        return torch.randn(short, columns, dtype=dtype, device=generator.device, generator=generator).to(device)
+        return torch.randn(min(shape), columns, dtype=dtype, device=generator.device, generator=generator).to(device)
+
+    def test_columns(self, shape: Sequence[int]) -> int | None:
+        rank = self.fixed_rank(shape)
+        assert rank is not None
+        columns = rank + self.oversample
+        return columns if 2 * columns < min(shape) else None
 
 
 def check_rule(

@@ -50,7 +50,7 @@ def topk_mask(
     validation.check_floats(list(scores.values()), list(scores), "scores")
     validation.check_devices(scores, "scores")
     chosen = validation.untied(scores, "scores")  # detached, 20,000 small tensors would need 5 MB more
-    counts = _checked_counts(chosen, k, density, scope)
+    counts = checked_counts({n: t.shape for n, t in chosen.items()}, k, density, scope)
     return _select(chosen, {}, "scores[{!r}]", set(), None, counts, scope)
 
 
@@ -126,19 +126,17 @@ def select_mask(
         >>> select_mask(tuned, base, k=2).to_dense()["w"].nonzero().tolist()
         [[0, 1], [1, 2]]
     """
-    rule = check_rule(rank, energy, residual_density) if rank is not None or energy is not None else None
-    if rule is None and (residual_density != 0 or denoise_names is not None):
-        given = "denoise_names" if residual_density == 0 else f"residual_density = {residual_density}"
-        raise ValueError(f"{given} needs a rank or an energy")
+    rule = checked_rule(rank, energy, residual_density, denoise_names)
     old = validation.all_tensors(base, "base")
     tied = validation.tied_names(old, "base")
     new = validation.with_tied_names(validation.all_tensors(tuned, "tuned"), tied)
-    chosen = _chosen_names(new, old, tied, names)
-    denoised_names = set() if rule is None else _names_to_denoise(chosen, old, denoise_names)
+    chosen = chosen_names(new, old, names)
+    check_differences(new, old, chosen)
+    tied = tied_names_of_chosen(new, old, tied, chosen)
+    chosen = [n for n in chosen if tied[n] == n]
+    denoised_names = names_to_denoise(chosen, old, rule, denoise_names, return_info)
     new, old = ({n: model[n] for n in chosen} for model in (new, old))
-    counts = _checked_counts(new, k, density, scope)
-    if rule is not None and rule.residual_density == 1 and not return_info:
-        denoised_names = set()  # L + H is the difference itself
+    counts = checked_counts({n: t.shape for n, t in new.items()}, k, density, scope)
     label = "tuned[{0!r}] - base[{0!r}]"
     return _select(new, old, label, denoised_names, rule, counts, scope, return_info, progress)
 
@@ -176,16 +174,21 @@ def low_rank_mask(
     rule = check_rule(rank, None, 0.0)
     tensors = validation.untied(validation.all_tensors(weights, "weights"), "weights")
     validation.check_floats(list(tensors.values()), list(tensors), "weights")
-    counts = _checked_counts(tensors, k, density, scope)
+    counts = checked_counts({n: t.shape for n, t in tensors.items()}, k, density, scope)
     validation.check_devices(tensors, "weights")
     denoised_names = {n for n, t in tensors.items() if t.dim() >= 2}
     return _select(tensors, {}, "weights[{!r}]", denoised_names, rule, counts, scope, return_info, progress)
 
 
-def _checked_counts(tensors: Mapping[str, Tensor], k: int | None, density: float | None, scope: str) -> list[int]:
-    shapes = [t.shape for t in tensors.values()]
-    validation.check_mask_layout(list(tensors), shapes)
-    return selected_counts(list(tensors), shapes, k, density, scope)
+def checked_counts(shapes: Mapping[str, torch.Size], k: int | None, density: float | None, scope: str) -> list[int]:
+    """`selected_counts` of the tensors of a mask."""
+    validation.check_mask_layout(list(shapes), list(shapes.values()))
+    return selected_counts(list(shapes), list(shapes.values()), k, density, scope)
+
+
+def score_dtype(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> torch.dtype:
+    """Of the differences new - old, and of what is denoised."""
+    return reduce(torch.promote_types, (t.dtype for t in (*new.values(), *old.values())), torch.float32)
 
 
 def _select(
@@ -202,7 +205,7 @@ def _select(
     """The mask of the largest entries of `new`, or of new - old where `old` is not empty, after denoising some."""
     names = list(new)
     device = next(iter((old or new).values())).device
-    dtype = reduce(torch.promote_types, (t.dtype for t in (*new.values(), *old.values())), torch.float32)
+    dtype = score_dtype(new, old)
     infos: dict[str, dict[str, Tensor] | None] = dict.fromkeys(names) if return_info else {}
 
     def score(name: str) -> Tensor:
@@ -240,21 +243,21 @@ def _select(
     return (mask, infos) if return_info else mask
 
 
-def _names_to_denoise(chosen: list[str], old: Mapping[str, Tensor], names: Iterable[str] | None) -> set[str]:
-    denoised_names = {n for n in chosen if old[n].dim() >= 2}
-    if names is None:
-        return denoised_names
-    if isinstance(names, str):
-        raise TypeError("denoise_names must be an iterable of names, got one string")
-    wanted = set(names)
-    if unknown := sorted(wanted.difference(chosen)):
-        raise ValueError(f"denoise_names holds {unknown[0]!r}, which is not among the tensors to select from")
-    return denoised_names & wanted
+# ---- the arguments of `select_mask`; sharded.py uses these, too ----
+def checked_rule(
+    rank: int | str | None, energy: float | None, residual_density: float, denoise_names: Iterable[str] | None
+) -> Rule | None:
+    """None: no denoising."""
+    if rank is not None or energy is not None:
+        return check_rule(rank, energy, residual_density)
+    if residual_density != 0 or denoise_names is not None:
+        given = "denoise_names" if residual_density == 0 else f"residual_density = {residual_density}"
+        raise ValueError(f"{given} needs a rank or an energy")
+    return None
 
 
-def _chosen_names(
-    new: Mapping[str, Tensor], old: Mapping[str, Tensor], tied: Mapping[str, str], names: Iterable[str] | None
-) -> list[str]:
+def chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: Iterable[str] | None) -> list[str]:
+    """The names of the tensors to select from, sorted, tied ones included. Both models have them."""
     if isinstance(names, str):
         raise TypeError("names must be an iterable of names, got one string")
     chosen = sorted(n for n in old if old[n].is_floating_point()) if names is None else sorted(names)
@@ -265,17 +268,55 @@ def _chosen_names(
         for name in chosen:
             if name not in mapping:
                 raise ValueError(f"{argument} lacks tensor {name!r}")
+    return chosen
+
+
+def check_differences(new: Mapping[str, Tensor], old: Mapping[str, Tensor], chosen: list[str]) -> None:
+    """ValueError or TypeError unless new - old can be computed."""
+    for mapping, argument in ((old, "base"), (new, "tuned")):
         validation.check_floats([mapping[n] for n in chosen], chosen, argument)
     for name in chosen:
         validation.check_readable(new[name], f"tuned[{name!r}]")
-        if new[name].shape != old[name].shape:
-            shapes = f"{list(new[name].shape)} in tuned and {list(old[name].shape)} in base"
-            raise ValueError(f"tensor {name!r} has shape {shapes}")
+        check_shapes(name, new, old)
+    validation.check_devices({n: old[n] for n in chosen}, "base")
+
+
+def check_shapes(name: str, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
+    """ValueError unless a tensor has one shape in both models."""
+    if new[name].shape != old[name].shape:
+        shapes = f"{list(new[name].shape)} in tuned and {list(old[name].shape)} in base"
+        raise ValueError(f"tensor {name!r} has shape {shapes}")
+
+
+def tied_names_of_chosen(
+    new: Mapping[str, Tensor], old: Mapping[str, Tensor], tied: Mapping[str, str], chosen: list[str]
+) -> dict[str, str]:
+    """Chosen name → the first chosen one of the same tensor, in the order of `old`, whose `tied_names` are `tied`."""
     wanted = set(chosen)
     known = {n: t for n, t in old.items() if n in wanted}
-    validation.check_devices(known, "base")
     first: dict[str, str] = {}  # first name in `old` of a tied tensor → the first of the known ones
-    tied = validation.tied_in_either(
+    return validation.tied_in_either(
         known, {n: new[n] for n in chosen}, {n: first.setdefault(tied[n], n) for n in known}
     )
-    return [n for n in chosen if tied[n] == n]
+
+
+def names_to_denoise(
+    chosen: list[str],
+    old: Mapping[str, Tensor],
+    rule: Rule | None,
+    names: Iterable[str] | None,
+    return_info: bool,
+) -> set[str]:
+    if rule is None:
+        return set()
+    if isinstance(names, str):
+        raise TypeError("denoise_names must be an iterable of names, got one string")
+    denoised_names = {n for n in chosen if old[n].dim() >= 2}
+    if names is not None:
+        wanted = set(names)
+        if unknown := sorted(wanted.difference(chosen)):
+            raise ValueError(f"denoise_names holds {unknown[0]!r}, which is not among the tensors to select from")
+        denoised_names &= wanted
+    if rule.residual_density == 1 and not return_info:
+        return set()  # L + H is the difference itself
+    return denoised_names

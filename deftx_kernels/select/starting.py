@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deftx_kernels import validation
 from deftx_kernels.mask import CSRMask
-from deftx_kernels.select.functional import low_rank_mask, selected_counts, topk_mask
+from deftx_kernels.select.functional import checked_counts, low_rank_mask, topk_mask
 from deftx_kernels.select.streaming import select_by_groups
 
 METHODS = ("lift", "magnitude", "random")
@@ -84,32 +84,35 @@ def mask_from_weights(
     seed: int,
 ) -> CSRMask:
     """`init_mask` of given weights."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    validation.check_int(rank, "rank", 1)
-    validation.check_int(seed, "seed", 0)
+    check_method(method, rank, seed)
     validation.check_floats(list(weights.values()), list(weights), "model")
     size: dict[str, Any] = dict(density=density, k=k, scope=scope)
     if method == "random":
-        return _random_mask(weights, seed, **size)
+        shapes = {n: t.shape for n, t in weights.items()}
+        counts = checked_counts(shapes, **size)
+        validation.check_devices(weights, "model")
+        return random_mask(shapes, counts, scope, seed).to(next(iter(weights.values())).device)
     if method == "lift":
         return low_rank_mask(weights, rank=rank, **size)
     return topk_mask(weights, **size)
 
 
-def _random_mask(tensors: Mapping[str, Tensor], seed: int, density: float | None, k: int | None, scope: str) -> CSRMask:
+def check_method(method: object, rank: object, seed: object) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    validation.check_int(rank, "rank", 1)
+    validation.check_int(seed, "seed", 0)
+
+
+def random_mask(shapes: Mapping[str, torch.Size], counts: list[int], scope: str, seed: int) -> CSRMask:
     """The largest of random scores, which are made and compared on the CPU, for the same mask on every device."""
-    names, shapes = list(tensors), [t.shape for t in tensors.values()]
-    validation.check_mask_layout(names, shapes)
-    counts = selected_counts(names, shapes, k, density, scope)
-    validation.check_devices(tensors, "model")
     cpu = torch.device("cpu")
 
     def scores(group: Sequence[str]) -> list[Tensor]:
-        return [_random_scores(name, tensors[name].shape, seed) for name in group]
+        return [_random_scores(name, shapes[name], seed) for name in group]
 
-    crow, col = select_by_groups(scores, dict(zip(names, shapes)), counts, scope, torch.float64, cpu, None)
-    return CSRMask.unchecked(names, shapes, crow, col).to(next(iter(tensors.values())).device)
+    crow, col = select_by_groups(scores, dict(shapes), counts, scope, torch.float64, cpu, None)
+    return CSRMask.unchecked(list(shapes), list(shapes.values()), crow, col)
 
 
 def _random_scores(name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -193,8 +196,9 @@ def _no_match(target: object, names: Sequence[str]) -> ValueError:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    cls = type(module)
-    return isinstance(module, nn.Linear) or (cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers."))
+    bases = type(module).__mro__  # FSDP2 makes a class of its own for each module's class
+    conv1d = any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in bases)
+    return conv1d or isinstance(module, nn.Linear)
 
 
 def _head_names(model: nn.Module) -> set[str]:

@@ -3,7 +3,7 @@
 It uses two operators: magnitude_histogram, whose counts can be summed over groups or ranks, and threshold_mask.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 
 import torch
@@ -193,7 +193,7 @@ def select_by_groups(
     entry_bytes = (k + k // 4) * (dtype.itemsize + columns.itemsize)
     few = entry_bytes <= 0.25 * dtype.itemsize * sum(s.numel() for s in shapes.values())
     passes = 1 if scope != "global" or few else 1 + dtype.itemsize // 2
-    names, done = _groups(shapes, device), 0
+    names, done = groups_of_names(shapes, device), 0
 
     def groups() -> Iterator[list[Tensor]]:
         nonlocal done
@@ -221,7 +221,7 @@ def select_by_groups(
     return selected.csr()
 
 
-def _groups(shapes: dict[str, torch.Size], device: torch.device) -> list[list[str]]:
+def groups_of_names(shapes: Mapping[str, torch.Size], device: torch.device) -> list[list[str]]:
     """The names in order, in groups of at most as many elements as the largest tensor has, or `_MIN_GROUP`."""
     cuda, largest = device.type == "cuda", max(s.numel() for s in shapes.values())
     # Half as much more on a GPU: the embedding of XLM-R, alone, would take as long as all its linear layers together.

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deftx_kernels import select_mask, svd_denoise, topk_mask
-from deftx_kernels.denoise import batches, subspace
+from deftx_kernels.denoise import batches, plans, subspace
 from tests.denoise import oracle
 from tests.denoise.oracle import (
     SHAPES,
@@ -362,9 +362,10 @@ def test_equal_calls_give_equal_results():
 def test_a_default_batch_is_within_its_memory_limit(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for n in (64, 768, 1024, 1536, 2300, 4096):
-        for test_matrix, most in ((None, threads << 24), (torch.empty(n, 24), threads << 23)):
-            each = 4 * (6 * n * n if test_matrix is None else 8 * n * 24)
-            count = batches._batch_size(torch.Size((n, n)), torch.float32, torch.device("cpu"), test_matrix, None)
+        for columns, most in ((None, threads << 24), (24, threads << 23)):
+            each = 4 * (6 * n * n if columns is None else 8 * n * 24)
+            layout = plans.Layout(torch.Size((n, n)), torch.float32, torch.device("cpu"))
+            count = plans.batch_size(layout, columns, None)
             assert count == 1 or count * each <= most
             assert count % threads == 0 or count < threads
 
