@@ -89,6 +89,8 @@ class Case:
     isolated: bool = False  # too large to be held side by side: each implementation is timed in its own process
     # Implementations checked and timed each in its own process: CUDA graphs, whose faults may stop all later calls.
     apart: tuple[str, ...] = ()
+    one_by_one: bool = False  # each is made, checked and timed before the next is made: they have processes of their own
+    peaks: dict[str, float] = field(default_factory=dict)  # of these, in megabytes; filled in by the check
 
     def __post_init__(self) -> None:
         """Leave out the implementations that are absent, or whose package does not import."""
@@ -394,7 +396,7 @@ def measure(
         row["times_ours"] = f"{statistics.median(t / o for t, o in zip(one.times, ours)):.3f}" if ours else ""
         row["peak_extra_mb"] = "" if one.peak is None else f"{one.peak:.1f}"
         if held := case.footprints.get(name):
-            row |= {f"{what}_bytes_per_param": f"{size / case.parameters:.3f}" for what, size in held.items()}
+            row |= {f"{what}_bytes_per_param": f"{size / case.parameters:.6f}" for what, size in held.items()}
             row["parameters"] = case.parameters
         yield row
 
@@ -402,6 +404,8 @@ def measure(
 def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> dict[str, Measured]:
     """Check and time the case, which then lets go of its inputs."""
     device = workload.device
+    if case.one_by_one:
+        return {name: one_of(case, name, device, rounds) for name in case.implementations}
     found, calls = checked(case)
     fresh = case.isolated or (fresh and device == "cpu")
     if not fresh:
@@ -421,6 +425,20 @@ def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> dict[str, M
         if case.isolated or name in apart:
             found[name] = result
         found[name].peak = result.peak
+    return found
+
+
+def one_of(case: Case, name: str, device: str, rounds: int) -> Measured:
+    """Make, check and time one implementation."""
+    found = Measured()
+    try:
+        call = case.implementations[name]()
+        found.wrong = case.check(call()) or ""
+        if not found.wrong:
+            found.times = timed({name: call}, device, rounds, training=case.training)[0][name]
+            found.peak = case.peaks.get(name)
+    except Exception as error:  # reported as a wrong result
+        found.wrong = f"{type(error).__name__}: {error}"
     return found
 
 
