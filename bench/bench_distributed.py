@@ -13,10 +13,10 @@ processes of its own. They are checked, measured and ended before those of the n
 DDP runs at its best settings here: gradients are views of its buckets, and buffers, which are constant, are not sent.
 FSDP2 has a group for each layer and one for the rest.
 
-Check: the mean over the processes of the loss, before the first step and after each of two, is that of the same method
-in one process with the whole batch.
+Check: the mean over the processes of the losses of three steps is that of the same method in one process with the
+whole batch.
 
-Measured in the first process, in the step after these: the bytes that it sends with ring algorithms, from what
+Measured in the first process, in the third of these steps: the bytes that it sends with ring algorithms, from what
 `CollectiveCounter` sees (sent_bytes_per_param), the bytes that the operating system says it has written
 (wire_bytes_per_param: gloo's reduce-scatter is an all-reduce), the bytes of parameters, gradients, optimizer state and
 masks, and the peak of memory in that step, without what was in use before the model was made. Nothing is counted in the
@@ -42,12 +42,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bench import scale
 from bench.bench_steps import LORA, LORA_RANK, SETTINGS, Trainers, flops, fused_adamw, has, peft_config
 from bench.collectives import CollectiveCounter, written_bytes
-from bench.harness import Case, Choice, Workload, trim, workload
+from bench.harness import Case, Choice, Workload, available_bytes, too_large, trim, workload
 from bench.rows import OURS
 from bench.step_models import MODELS, build, make_batch
 from deftx_kernels import CSRMask, SparseAdamW, sparsify
+from deftx_kernels.distributed import MaskedAllreduceState, masked_allreduce_hook
 from deftx_kernels.nn import masked_parameters
 from deftx_kernels.shards import local_tensor
 from deftx_kernels.train.tensors import memory_in_use, peak_bytes, state_bytes
@@ -67,7 +69,9 @@ IMPLEMENTATIONS = {
     DENSE_FSDP2: ("dense", FSDP2),
     LORA_DDP: ("LoRA", DDP),
 }
-CHECKED_STEPS = 2
+# Name → the method that has the same losses in one process.
+REFERENCES = {name: "sparsified" if method == "masked" else method for name, (method, _) in IMPLEMENTATIONS.items()}
+CHECKED_STEPS = 3
 SECONDS = 600  # that the processes have for an answer
 PRELOADED = [  # imported once for all processes
     "bench.bench_distributed",
@@ -99,6 +103,7 @@ class Training:
         shape = MODELS[size]
         self.batch = {name: t.chunk(world)[rank] for name, t in make_batch(shape, dtype, "cpu").items()}
         self.masks: list[CSRMask] = []
+        self.hook_state: MaskedAllreduceState | None = None
         torch.manual_seed(0)  # of LoRA's start
         model = build(shape, dtype, "cpu")
         if method == "sparsified":
@@ -115,13 +120,8 @@ class Training:
             options = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
             self.model = nn.parallel.DistributedDataParallel(model, **options)
             if method == "masked":
-                self.add_hook(mask)
-
-    def add_hook(self, mask: CSRMask) -> None:
-        from deftx_kernels.distributed import MaskedAllreduceState, masked_allreduce_hook
-
-        self.hook_state = MaskedAllreduceState(self.model.named_parameters(), mask)
-        self.model.register_comm_hook(self.hook_state, masked_allreduce_hook)
+                self.hook_state = MaskedAllreduceState(self.model.named_parameters(), mask)
+                self.model.register_comm_hook(self.hook_state, masked_allreduce_hook)
 
     def backward(self) -> Tensor:
         """The loss, float32 []."""
@@ -137,14 +137,14 @@ class Training:
         self.optimizer.zero_grad()
         return float(loss)
 
-    def count(self, before: int | None) -> dict[str, int]:
-        """What a step sends and holds, in bytes. `before`: the memory in use before the model was made."""
-        found: dict[str, int] = {}
+    def count(self, before: int | None) -> dict[str, Any]:
+        """What a step sends and holds, in bytes, and its loss. `before`: memory in use before the model was made."""
+        found: dict[str, Any] = {}
 
         def counted_step() -> None:
             written = written_bytes()
             with CollectiveCounter() as counter:
-                self.backward()
+                found["loss"] = float(self.backward())
                 found["gradient"] = bytes_of(p.grad for p in self.model.parameters() if p.grad is not None)
                 self.optimizer.step()
             if written is not None:
@@ -163,7 +163,7 @@ class Training:
     def held_masks(self) -> list[CSRMask]:
         """All masks that training keeps: the whole one, those of layers, of the optimizer's buckets and of DDP's."""
         held = [*self.masks, *(bucket.mask for bucket in getattr(self.optimizer, "_buckets", ()))]
-        return held + [*self.hook_state._of_buckets.values()] if hasattr(self, "hook_state") else held
+        return [*held, *self.hook_state._of_buckets.values()] if self.hook_state is not None else held
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -260,51 +260,63 @@ class Processes:
 
 
 # ---- the case ----
+# What each sends and holds, by the model and the density, as bench/scale.py computes it.
+COSTS: dict[str, Callable[[scale.Model, float], scale.Cost]] = {
+    OURS: lambda model, density: scale.compact_ddp(model, WORLD, density),
+    HOOK: lambda model, density: scale.compact_ddp(model, WORLD, density, sparsified=False),
+    OURS_FSDP2: lambda model, density: scale.masked_fsdp2(model, WORLD, density),
+    DENSE_DDP: lambda model, _: scale.dense_ddp(model, WORLD),
+    DENSE_FSDP2: lambda model, _: scale.dense_fsdp2(model, WORLD),
+    LORA_DDP: lambda model, _: scale.lora_ddp(model, WORLD, LORA_RANK),
+}
+
+
 def distributed_case(size: str, dtype: torch.dtype, density: float, device: str) -> Case:
     if not has("transformers"):
         return Case(0, {}, lambda result: None, absent={OURS: "transformers is not installed"})
-    trainers = Trainers(size, dtype, density, device)
-    folder = Path(tempfile.mkdtemp())
+    trainers, folder = Trainers(size, dtype, density, device), Path(tempfile.mkdtemp())
     trainers.mask.save(folder / "mask.safetensors")
-    makers: dict[str, Callable] = {
-        name: partial(Processes, name, size, dtype, folder / "mask.safetensors") for name in IMPLEMENTATIONS
-    }
+    expected = cache(partial(losses_of_one_process, size, dtype, trainers.mask))
+
+    def make(name: str) -> Processes:
+        expected(REFERENCES[name])  # before the processes take the memory
+        return Processes(name, size, dtype, folder / "mask.safetensors")
+
     # Values and moments are read and written, columns read, the weights of linear layers read, by each process.
     moved = 4 * trainers.linears + trainers.mask.nnz * (24 + trainers.mask.col_indices.element_size())
-    case = Case(WORLD * moved, makers, lambda result: None, flops(trainers), training=True, one_by_one=True)
+    model = scale.step_model(size)
+    held = {name: sum(cost(model, density).memory.values()) for name, cost in COSTS.items()}
+    needs = {name: WORLD * (each + 4 * model.numel()) for name, each in held.items()}  # with activations
+    makers: dict[str, Callable] = {name: partial(make, name) for name in IMPLEMENTATIONS}
+    absent = too_large(needs, available_bytes()) | ({} if has("peft") else {LORA_DDP: "peft is not installed"})
+    case = Case(WORLD * moved, makers, lambda result: None, flops(trainers), absent=absent, training=True)
+    case.one_by_one = True
     case.rounds, case.served_by, case.parameters = MODELS[size].rounds, "masked_linear_grad", trainers.numel
-    case.check = checker(case, trainers)
+    case.check = partial(check, case.footprints, case.peaks, expected)
     weakref.finalize(case, shutil.rmtree, folder, ignore_errors=True)
     return case
 
 
-def checker(case: Case, trainers: Trainers) -> Callable[[Processes], str | None]:
-    """The check of an implementation, which also adds its bytes to the case."""
-    name = next(n for n, shape in MODELS.items() if shape is trainers.shape)
-    footprints, peaks = case.footprints, case.peaks
+def losses_of_one_process(size: str, dtype: torch.dtype, mask: CSRMask, method: str) -> list[float]:
+    training = Training(size, dtype, mask, method, "")
+    losses = [training.step() for _ in range(CHECKED_STEPS)]
+    del training
+    trim()
+    return losses
 
-    @cache
-    def expected(method: str) -> list[float]:
-        """The losses of one process."""
-        training = Training(name, trainers.dtype, trainers.mask, method, "")
-        losses = [training.step() for _ in range(CHECKED_STEPS + 1)]
-        del training
-        trim()
-        return losses
 
-    def check(processes: Processes) -> str | None:
-        method, _ = IMPLEMENTATIONS[processes.name]
-        for _ in range(CHECKED_STEPS):
-            processes()
-        if fault := wrong_losses(processes.losses, expected("sparsified" if method == "masked" else method)):
-            return fault
-        found = processes.ask("count")[0]
-        if "peak" in found:
-            peaks[processes.name] = found.pop("peak") / 1e6
-        footprints[processes.name] = found
-        return None
-
-    return check
+def check(footprints: dict, peaks: dict, expected: Callable[[str], list[float]], processes: Processes) -> str | None:
+    """Whether losses are those of one process; also fills in the bytes of the case."""
+    while len(processes.losses) < CHECKED_STEPS - 1:  # before the last DDP makes its buckets anew
+        processes()
+    counts = processes.ask("count")
+    processes.losses.append(statistics.mean(found.pop("loss") for found in counts))
+    if fault := wrong_losses(processes.losses, expected(REFERENCES[processes.name])):
+        return fault
+    if "peak" in counts[0]:
+        peaks[processes.name] = counts[0].pop("peak") / 1e6
+    footprints[processes.name] = counts[0]
+    return None
 
 
 def wrong_losses(losses: list[float], expected: list[float]) -> str | None:

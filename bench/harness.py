@@ -89,7 +89,7 @@ class Case:
     isolated: bool = False  # too large to be held side by side: each implementation is timed in its own process
     # Implementations checked and timed each in its own process: CUDA graphs, whose faults may stop all later calls.
     apart: tuple[str, ...] = ()
-    one_by_one: bool = False  # each is made, checked and timed before the next is made: they have processes of their own
+    one_by_one: bool = False  # each is made, checked and timed before the next, and has processes of its own
     peaks: dict[str, float] = field(default_factory=dict)  # of these, in megabytes; filled in by the check
 
     def __post_init__(self) -> None:

@@ -308,7 +308,7 @@ class Method:
 def methods() -> Iterator[Method]:
     from bench.figures import AMBER, BLUE, GREEN, GREY
 
-    yield Method("dense AdamW, FSDP2", lambda m, n: dense_fsdp2(m, n, DENSE), {"color": GREY})
+    yield Method("dense AdamW, FSDP2", lambda m, n: dense_fsdp2(m, n, DENSE), {"color": GREY, "linewidth": 4})
     for rank, line in zip(LORA_RANKS, ("-", "--")):
         style = {"color": AMBER, "linestyle": line}
         yield Method(f"LoRA rank {rank}, FSDP2", lambda m, n, r=rank: lora_fsdp2(m, n, r, FROZEN), style)

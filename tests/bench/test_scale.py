@@ -11,14 +11,6 @@ from bench import scale
 from bench.rows import RESULTS, by_workload, newest
 
 RANKS = family.WORLD
-COSTS = {
-    family.OURS: lambda model, density: scale.compact_ddp(model, RANKS, density),
-    family.HOOK: lambda model, density: scale.compact_ddp(model, RANKS, density, sparsified=False),
-    family.OURS_FSDP2: lambda model, density: scale.masked_fsdp2(model, RANKS, density),
-    family.DENSE_DDP: lambda model, _: scale.dense_ddp(model, RANKS),
-    family.DENSE_FSDP2: lambda model, _: scale.dense_fsdp2(model, RANKS),
-    family.LORA_DDP: lambda model, _: scale.lora_ddp(model, RANKS, family.LORA_RANK),
-}
 # Relative. How many of a mask's entries are in the first rank's rows is chance, and gloo adds a header to each message.
 TOLERANCES = {"sent": 1e-5, "weight": 1e-5, "gradient": 1e-5, "state": 0.01, "mask": 0.01, "wire": 0.005}
 MEASURED = by_workload(row for row in newest(RESULTS) if row["op"] in family.OPS)
@@ -34,10 +26,10 @@ def test_parameters(model, parameters):
 @pytest.mark.parametrize("workload", MEASURED, ids=" ".join)
 def test_bytes_of_two_processes(workload):
     rows, model = MEASURED[workload], scale.step_model(workload[1].partition(",")[0])
-    assert rows.keys() == COSTS.keys()
+    assert rows.keys() == family.COSTS.keys()
     for name, row in rows.items():
         assert int(row["parameters"]) == model.numel()
-        cost = COSTS[name](model, float(row["density"]))
+        cost = family.COSTS[name](model, float(row["density"]))
         expected = {"sent": cost.traffic.sent(RANKS), "wire": cost.traffic.sent_by_gloo(RANKS), "mask": 0}
         expected |= cost.memory | {"mask": cost.memory.get("mask", 0) + cost.memory.get("host_mask", 0)}
         for what, tolerance in TOLERANCES.items():
