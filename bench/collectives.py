@@ -1,8 +1,9 @@
 """The bytes of a step's collectives: by formula, counted in a step, and as written to sockets.
 
-A `Traffic` is what one rank's collectives hold. `CollectiveCounter` adds it up in a step that it watches, bench/scale.py
-computes it from shapes. `sent` is what a rank then sends with ring algorithms, as NCCL's. `sent_by_gloo` is what gloo
-sends: its reduce-scatter is an all-reduce. `written_bytes` are counted by the operating system, and so check both.
+A `Traffic` is what one rank's collectives hold. `CollectiveCounter` adds it up in a step that it watches;
+bench/scale.py computes it from shapes. `sent` is what a rank then sends with ring algorithms, as NCCL's.
+`sent_by_gloo` is what gloo sends: its reduce-scatter is an all-reduce. `written_bytes` are counted by the operating
+system, and so check both.
 """
 
 from dataclasses import dataclass

@@ -293,6 +293,7 @@ def lora_fsdp2(model: Model, ranks: int, rank: int, sizes: Precision = ON_CPU) -
 
 # ---- the table ----
 NOT_YET = "not yet"
+BROWN = "#92400e"
 
 
 @dataclass(frozen=True)
@@ -312,6 +313,8 @@ def methods() -> Iterator[Method]:
     for rank, line in zip(LORA_RANKS, ("-", "--")):
         style = {"color": AMBER, "linestyle": line}
         yield Method(f"LoRA rank {rank}, FSDP2", lambda m, n, r=rank: lora_fsdp2(m, n, r, FROZEN), style)
+        style = style | {"color": BROWN}
+        yield Method(f"LoRA rank {rank}, DDP", lambda m, n, r=rank: lora_ddp(m, n, r, FROZEN), style)
     for d in DENSITIES:
         drawn = d == DENSITIES[0]
         style, percent = {"color": BLUE} if drawn else {}, f"deftx {100 * d:g} %"
@@ -382,7 +385,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axes[i][0].set_ylabel(label)
         axes[0][0].text(GPUS[-1], CARD, readable(CARD), ha="right", va="bottom", fontsize=6.5, color=MUTED)
         handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=3)
+        figure.legend(handles, labels, loc="outside upper center", ncols=4)
         figure.savefig(path, bbox_inches="tight", facecolor="white")
 
 

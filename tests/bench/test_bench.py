@@ -46,6 +46,8 @@ def bench(tmp_path, monkeypatch):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_runs(bench, capsys, family, device):
+    if not list(FAMILIES[family].workloads(Choice(device, ("tiny",)))):
+        pytest.skip(f"{family} has no workloads on this device")
     status, found = bench("--family", family, "--device", device)
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")] == []
     assert status == 0
@@ -150,7 +152,7 @@ def test_listing_workloads_makes_no_tensor(monkeypatch):
     for name in ("randn", "empty", "zeros", "ones", "tensor"):
         monkeypatch.setattr(torch, name, raises)
     for family in FAMILIES.values():
-        assert list(family.workloads(Choice("cuda", family.SIZES)))
+        assert [w for device in ("cpu", "cuda") for w in family.workloads(Choice(device, family.SIZES))]
 
 
 def test_commit_of_a_tree_without_history(monkeypatch, tmp_path):
@@ -266,6 +268,27 @@ def test_implementations_apart_are_checked_and_timed_in_processes_of_their_own(m
     assert found["a"]["rounds"] == found[OURS]["rounds"] == 3
     assert float(found["a"]["times_ours"]) > 0
     assert found["b"]["wrong"] == "not 1"
+
+
+def test_implementations_one_by_one(log):
+    def made(name):
+        return lambda: log.append(f"make {name}") or (lambda: log.append(name) or (name, 1 / (name != "c")))
+
+    def check(result):
+        case.peaks[result[0]] = 5.0
+        return "not right" if result[0] == "b" else None
+
+    case = Case(1, {n: made(n) for n in (OURS, "a", "b", "c")}, check, one_by_one=True)
+    found = {r["provider"]: r for r in measure(workload_of(lambda: case), {}, 2, (), fresh=True)}
+    right = [x for n in (OURS, "a") for x in (f"make {n}", n, "flush", n, "flush", n)]
+    assert log == [*right, "make b", "b", "make c", "c"]
+    assert {n: found[n].get("wrong") for n in "abc"} == {
+        "a": None,
+        "b": "not right",
+        "c": "ZeroDivisionError: division by zero",
+    }
+    assert float(found["a"]["times_ours"]) > 0
+    assert found[OURS]["peak_extra_mb"] == "5.0"
 
 
 # ---- peaks and sizes ----
