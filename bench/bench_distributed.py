@@ -2,7 +2,8 @@
 
 The models, masks and settings are those of the training steps (bench_steps.py), in float32. Each of the two processes
 of a gloo group on the CPU, over the loopback device, has one thread and half of the batch. An implementation has
-processes of its own. They are checked, measured and ended before those of the next one start.
+processes of its own, which wait while others take a step. Where memory is short for all at once, the processes of one
+end before those of the next start, and steps are not interleaved.
 
 - ours: a sparsified model under DDP, which all-reduces compact gradients.
 - "masked_allreduce_hook": a plain model under DDP, of whose dense gradients the masked entries are all-reduced.
@@ -289,8 +290,8 @@ def distributed_case(size: str, dtype: torch.dtype, density: float, device: str)
     needs = {name: WORLD * (each + 4 * model.numel()) for name, each in held.items()}  # with activations
     makers: dict[str, Callable] = {name: partial(make, name) for name in IMPLEMENTATIONS}
     absent = too_large(needs, available_bytes()) | ({} if has("peft") else {LORA_DDP: "peft is not installed"})
-    case = Case(WORLD * moved, makers, lambda result: None, flops(trainers), absent=absent, training=True)
-    case.one_by_one = True
+    case = Case(WORLD * moved, makers, lambda result: None, flops(trainers), absent=absent, peaks={})
+    case.one_by_one = sum(needs.values()) > available_bytes()
     case.rounds, case.served_by, case.parameters = MODELS[size].rounds, "masked_linear_grad", trainers.numel
     case.check = partial(check, case.footprints, case.peaks, expected)
     weakref.finalize(case, shutil.rmtree, folder, ignore_errors=True)

@@ -14,7 +14,7 @@ counts the longer of the two.
 Peak memory (`peak_extra_mb`) is the most memory in use during one call, less that in use before it: inputs do not
 count. On the CPU it is measured in a fresh process for each implementation, where no arena left by another one hides
 an allocation. For a `training` case it covers making the implementation and two calls, so it includes weights, masks,
-optimizer state, gradients and activations.
+optimizer state, gradients and activations. Implementations with processes of their own report it (`Case.peaks`).
 """
 
 import contextlib
@@ -89,8 +89,9 @@ class Case:
     isolated: bool = False  # too large to be held side by side: each implementation is timed in its own process
     # Implementations checked and timed each in its own process: CUDA graphs, whose faults may stop all later calls.
     apart: tuple[str, ...] = ()
-    one_by_one: bool = False  # each is made, checked and timed before the next, and has processes of its own
-    peaks: dict[str, float] = field(default_factory=dict)  # of these, in megabytes; filled in by the check
+    # In megabytes, by implementation, where each has processes of its own; filled in by the check.
+    peaks: dict[str, float] | None = None
+    one_by_one: bool = False  # too large to be held side by side: each is made, checked and timed before the next
 
     def __post_init__(self) -> None:
         """Leave out the implementations that are absent, or whose package does not import."""
@@ -407,8 +408,11 @@ def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> dict[str, M
     if case.one_by_one:
         return {name: one_of(case, name, device, rounds) for name in case.implementations}
     found, calls = checked(case)
-    fresh = case.isolated or (fresh and device == "cpu")
-    if not fresh:
+    fresh = case.peaks is None and (case.isolated or (fresh and device == "cpu"))
+    if case.peaks is not None:
+        for name in calls:
+            found[name].peak = case.peaks.get(name)
+    elif not fresh:
         for name, call in calls.items():  # and the warm-up
             found[name].peak = peak_of(case, case.implementations[name], call, device)
     if not case.isolated:
@@ -436,7 +440,7 @@ def one_of(case: Case, name: str, device: str, rounds: int) -> Measured:
         found.wrong = case.check(call()) or ""
         if not found.wrong:
             found.times = timed({name: call}, device, rounds, training=case.training)[0][name]
-            found.peak = case.peaks.get(name)
+            found.peak = (case.peaks or {}).get(name)
     except Exception as error:  # reported as a wrong result
         found.wrong = f"{type(error).__name__}: {error}"
     return found

@@ -270,7 +270,8 @@ def test_implementations_apart_are_checked_and_timed_in_processes_of_their_own(m
     assert found["b"]["wrong"] == "not 1"
 
 
-def test_implementations_one_by_one(log):
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_implementations_with_processes_of_their_own(log, one_by_one):
     def made(name):
         return lambda: log.append(f"make {name}") or (lambda: log.append(name) or (name, 1 / (name != "c")))
 
@@ -278,15 +279,17 @@ def test_implementations_one_by_one(log):
         case.peaks[result[0]] = 5.0
         return "not right" if result[0] == "b" else None
 
-    case = Case(1, {n: made(n) for n in (OURS, "a", "b", "c")}, check, one_by_one=True)
+    names = (OURS, "a", "b", "c")
+    case = Case(1, {n: made(n) for n in names}, check, peaks={}, one_by_one=one_by_one)
     found = {r["provider"]: r for r in measure(workload_of(lambda: case), {}, 2, (), fresh=True)}
-    right = [x for n in (OURS, "a") for x in (f"make {n}", n, "flush", n, "flush", n)]
-    assert log == [*right, "make b", "b", "make c", "c"]
-    assert {n: found[n].get("wrong") for n in "abc"} == {
-        "a": None,
-        "b": "not right",
-        "c": "ZeroDivisionError: division by zero",
-    }
+    each = {n: [f"make {n}", n] for n in names}
+    if one_by_one:
+        steps = [["flush", n] * 2 for n in (OURS, "a")]
+        assert log == [*each[OURS], *steps[0], *each["a"], *steps[1], *each["b"], *each["c"]]
+    else:
+        assert log == [*(x for n in names for x in each[n]), *(x for n in ("a", OURS, OURS, "a") for x in ("flush", n))]
+    faults = {"a": None, "b": "not right", "c": "ZeroDivisionError: division by zero"}
+    assert {n: found[n].get("wrong") for n in "abc"} == faults
     assert float(found["a"]["times_ours"]) > 0
     assert found[OURS]["peak_extra_mb"] == "5.0"
 
