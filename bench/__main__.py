@@ -3,9 +3,9 @@
 `python -m bench` times the chosen workloads, prints the results and appends rows to bench/results. `python -m bench
 table` writes the tables of README.md and bench/results/README.md, `python -m bench plot` the figures, both from the
 rows alone. `python -m bench papers RUN_DIR...` collects the scores of `deftx run` (bench/papers.py). `python -m bench
-weight-sync` trains and generates in two processes that share patches (bench/weight_sync.py). `python -m bench machine`
-measures the machine's own rates, `python -m bench counters` the memory traffic of our kernels on a GPU
-(bench/machine.py).
+weight-sync` trains and generates in two processes that share patches (bench/weight_sync.py). `python -m bench scale`
+computes memory and communication of large models on many GPUs (bench/scale.py). `python -m bench machine` measures the
+machine's own rates, `python -m bench counters` the memory traffic of our kernels on a GPU (bench/machine.py).
 """
 
 import argparse
@@ -182,6 +182,12 @@ def weight_sync(options: argparse.Namespace) -> int:
     return weight_sync.measure(options.out, options.quick)
 
 
+def write_scale(options: argparse.Namespace) -> int:
+    from bench import scale
+
+    return scale.write(options.out)
+
+
 def collect_scores(options: argparse.Namespace) -> int:
     from bench import papers
 
@@ -197,6 +203,7 @@ COMMANDS = {
     "machine": lambda options: machine.measure(options.device, options.out),
     "papers": collect_scores,
     "weight-sync": weight_sync,
+    "scale": write_scale,
     "counters": lambda options: machine.counters(options.out),
 }
 

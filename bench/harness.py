@@ -14,7 +14,7 @@ counts the longer of the two.
 Peak memory (`peak_extra_mb`) is the most memory in use during one call, less that in use before it: inputs do not
 count. On the CPU it is measured in a fresh process for each implementation, where no arena left by another one hides
 an allocation. For a `training` case it covers making the implementation and two calls, so it includes weights, masks,
-optimizer state, gradients and activations.
+optimizer state, gradients and activations. Implementations with processes of their own report it (`Case.peaks`).
 """
 
 import contextlib
@@ -89,6 +89,9 @@ class Case:
     isolated: bool = False  # too large to be held side by side: each implementation is timed in its own process
     # Implementations checked and timed each in its own process: CUDA graphs, whose faults may stop all later calls.
     apart: tuple[str, ...] = ()
+    # In megabytes, by implementation, where each has processes of its own; filled in by the check.
+    peaks: dict[str, float] | None = None
+    one_by_one: bool = False  # too large to be held side by side: each is made, checked and timed before the next
 
     def __post_init__(self) -> None:
         """Leave out the implementations that are absent, or whose package does not import."""
@@ -416,7 +419,7 @@ def measure(
         row["times_ours"] = f"{statistics.median(t / o for t, o in zip(one.times, ours)):.3f}" if ours else ""
         row["peak_extra_mb"] = "" if one.peak is None else f"{one.peak:.1f}"
         if held := case.footprints.get(name):
-            row |= {f"{what}_bytes_per_param": f"{size / case.parameters:.3f}" for what, size in held.items()}
+            row |= {f"{what}_bytes_per_param": f"{size / case.parameters:.6f}" for what, size in held.items()}
             row["parameters"] = case.parameters
         yield row
 
@@ -424,9 +427,14 @@ def measure(
 def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> Iterator[tuple[str, Measured]]:
     """Check and time the case, which then lets go of its inputs; each implementation as soon as it is measured."""
     device = workload.device
+    if case.one_by_one:
+        return {name: one_of(case, name, device, rounds) for name in case.implementations}
     found, calls = checked(case)
-    fresh = case.isolated or (fresh and device == "cpu")
-    if not fresh:
+    fresh = case.peaks is None and (case.isolated or (fresh and device == "cpu"))
+    if case.peaks is not None:
+        for name in calls:
+            found[name].peak = case.peaks.get(name)
+    elif not fresh:
         for name, call in calls.items():  # and the warm-up
             found[name].peak = peak_of(case, case.implementations[name], call, device)
     if not case.isolated:
@@ -445,6 +453,20 @@ def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> Iterator[tu
         yield name, one
     for name in apart:
         yield name, alone(workload, name, rounds)
+
+
+def one_of(case: Case, name: str, device: str, rounds: int) -> Measured:
+    """Make, check and time one implementation."""
+    found = Measured()
+    try:
+        call = case.implementations[name]()
+        found.wrong = case.check(call()) or ""
+        if not found.wrong:
+            found.times = timed({name: call}, device, rounds, training=case.training)[0][name]
+            found.peak = (case.peaks or {}).get(name)
+    except Exception as error:  # reported as a wrong result
+        found.wrong = f"{type(error).__name__}: {error}"
+    return found
 
 
 def checked(case: Case) -> tuple[dict[str, Measured], dict[str, Call]]:

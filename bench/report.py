@@ -2,6 +2,7 @@
 bench/results/README.md."""
 
 import re
+from collections.abc import Iterator
 
 from bench.families import OPS
 from bench.rows import NOT_MEASURED, OURS, Row, by_workload, of_device, workload_of
@@ -138,6 +139,12 @@ time in which this machine could move the bytes and do the arithmetic.
 
 ![Sparse patches: size by learning rate, and the time of getting one](weight_sync.png)
 
+![Memory and communication of a GPU for Llama 3.1 on 8 to 1,024 GPUs](scale.png)
+
+The last figure is computed, not measured (`python -m bench scale`, all numbers: scale.csv; what is counted:
+bench/scale.py). The same functions give the bytes that two processes have sent and held (`distributed_step` below).
+"Not yet": not in the library. Dotted: 80 GB.
+
 ## Performance targets
 """
 
@@ -154,6 +161,9 @@ def results_page(rows: list[Row]) -> str:
                 backend = ", ".join(dict.fromkeys(found[OURS]["backend"] for found in shown))
                 meaning = OPS.get(op, op)
                 lines += [f"### {op}", "", f"{meaning[0].upper()}{meaning[1:]}. Backend: {backend}.", ""]
+                if any(row.get("sent_bytes_per_param") for found in shown for row in found.values()):
+                    lines += [*table(OF_A_PROCESS, [line for found in shown for line in process_lines(found)]), ""]
+                    continue
                 header = ["workload", OURS, "p20 to p80", FLOOR, "peak memory", "speedup over"]
                 lines += [*table(header, list(map(workload_line, shown))), ""]
     if not any(row.get("driver") for row in rows):
@@ -170,6 +180,19 @@ def workload_line(found: dict[str, Row]) -> list[str]:
     floor = percent(float(ours["share_of_floor"]))
     speedups = ", ".join(f"{row['provider']} {row['times_ours']}{in_brackets(row, peak=True)}" for row in baselines)
     return [details(ours), p50 + in_brackets(ours), f"{p20} to {p80}", floor, megabytes(ours), speedups]
+
+
+# Of one process: what it sends in a step with ring algorithms, what gloo sends, and what the process holds.
+OF_A_PROCESS = ["workload", "implementation", "step", "sent", "by gloo"]
+OF_A_PROCESS += ["weights", "gradients", "state", "masks", "peak memory"]
+
+
+def process_lines(found: dict[str, Row]) -> Iterator[list[str]]:
+    for name, row in found.items():
+        columns = (f"{what}_bytes_per_param" for what in ("sent", "wire", "weight", "gradient", "state", "mask"))
+        sizes = [float(row["parameters"]) * float(row[c]) / 1e6 if row[c] else None for c in columns]
+        shown = ["" if size is None else f"{size:.3g} MB" if size < 100 else f"{size:.0f} MB" for size in sizes]
+        yield [details(row), name, duration(float(row["p50_ms"])), *shown, megabytes(row)]
 
 
 def megabytes(row: Row) -> str:

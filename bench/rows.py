@@ -21,7 +21,8 @@ COLUMNS = (
     "date", "op", "provider", "package", "backend", "size", "dtype", "density", "p20_ms", "p50_ms", "p80_ms", "host_ms",
     "rounds", "times_ours", "bytes", "flops", "copy_gb_s", "product_gflop_s", "floor_ms", "share_of_floor",
     "peak_extra_mb", "parameters", "weight_bytes_per_param", "gradient_bytes_per_param", "state_bytes_per_param",
-    "mask_bytes_per_param", "file_bytes_per_param", "device", "threads", "driver", "torch", "triton", "commit",
+    "mask_bytes_per_param", "file_bytes_per_param", "sent_bytes_per_param", "wire_bytes_per_param", "device", "threads",
+    "driver", "torch", "triton", "commit",
 )  # fmt: skip
 WORKLOAD = ("op", "size", "dtype", "density")  # the columns that name a workload
 # First word of an implementation → distribution.

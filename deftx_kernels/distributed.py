@@ -137,7 +137,8 @@ class MaskedAllreduceState:
             return names, None
         key = tuple(map(id, params))
         if key not in self._of_buckets:  # DDP makes its buckets anew after the first backward
-            self._of_buckets[key] = self.mask.restrict(covered).to(params[0].device)
+            others = {ids: mask for ids, mask in self._of_buckets.items() if not {*ids} & {*key}}
+            self._of_buckets = others | {key: self.mask.restrict(covered).to(params[0].device)}
         return names, self._of_buckets[key]
 
 

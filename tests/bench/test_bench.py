@@ -55,6 +55,8 @@ def bench(tmp_path, monkeypatch):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_runs(bench, capsys, family, device):
+    if not list(FAMILIES[family].workloads(Choice(device, ("tiny",)))):
+        pytest.skip(f"{family} has no workloads on this device")
     status, found = bench("--family", family, "--device", device)
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")] == []
     assert status == 0
@@ -159,7 +161,7 @@ def test_listing_workloads_makes_no_tensor(monkeypatch):
     for name in ("randn", "empty", "zeros", "ones", "tensor"):
         monkeypatch.setattr(torch, name, raises)
     for family in FAMILIES.values():
-        assert list(family.workloads(Choice("cuda", family.SIZES)))
+        assert [w for device in ("cpu", "cuda") for w in family.workloads(Choice(device, family.SIZES))]
 
 
 def test_commit_of_a_tree_without_history(monkeypatch, tmp_path):
@@ -327,6 +329,30 @@ def test_on_a_gpu_a_process_is_kept_until_something_is_wrong(monkeypatch):
     alone(on_cpu, "f", 1)
     assert pools[3:] == [["e", "shutdown"], ["f", "shutdown"]]
     harness._gpu_process.cache_clear()
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_implementations_with_processes_of_their_own(log, one_by_one):
+    def made(name):
+        return lambda: log.append(f"make {name}") or (lambda: log.append(name) or (name, 1 / (name != "c")))
+
+    def check(result):
+        case.peaks[result[0]] = 5.0
+        return "not right" if result[0] == "b" else None
+
+    names = (OURS, "a", "b", "c")
+    case = Case(1, {n: made(n) for n in names}, check, peaks={}, one_by_one=one_by_one)
+    found = {r["provider"]: r for r in measure(workload_of(lambda: case), {}, 2, (), fresh=True)}
+    each = {n: [f"make {n}", n] for n in names}
+    if one_by_one:
+        steps = [["flush", n] * 2 for n in (OURS, "a")]
+        assert log == [*each[OURS], *steps[0], *each["a"], *steps[1], *each["b"], *each["c"]]
+    else:
+        assert log == [*(x for n in names for x in each[n]), *(x for n in ("a", OURS, OURS, "a") for x in ("flush", n))]
+    faults = {"a": None, "b": "not right", "c": "ZeroDivisionError: division by zero"}
+    assert {n: found[n].get("wrong") for n in "abc"} == faults
+    assert float(found["a"]["times_ours"]) > 0
+    assert found[OURS]["peak_extra_mb"] == "5.0"
 
 
 # ---- peaks and sizes ----

@@ -146,6 +146,7 @@ def _masked_allreduce_hook(rank):
             train(wrapped, dk.SparseAdamW(wrapped.named_parameters(), mask, lr=1e-2), rows, parts)
         assert sum(sent) == 5 * 4 * (mask.nnz + 6 * 4 + 4)
         assert (len(sent) > 5) == bool(options)
+        assert sum(part.nnz for part in state._of_buckets.values()) == mask.nnz  # DDP's first buckets are gone
         sent.clear()
         check_weights(dict(model.named_parameters()), rank)
         for name, chosen in mask.to_dense().items():
