@@ -428,7 +428,8 @@ def run(workload: Workload, case: Case, rounds: int, fresh: bool) -> Iterator[tu
     """Check and time the case, which then lets go of its inputs; each implementation as soon as it is measured."""
     device = workload.device
     if case.one_by_one:
-        return {name: one_of(case, name, device, rounds) for name in case.implementations}
+        yield from ((name, one_of(case, name, device, rounds)) for name in case.implementations)
+        return
     found, calls = checked(case)
     fresh = case.peaks is None and (case.isolated or (fresh and device == "cpu"))
     if case.peaks is not None:
