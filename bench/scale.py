@@ -1,9 +1,8 @@
 """What a rank sends in a step and what it holds, computed from shapes: the benchmark's models, and Llama 3.1.
 
-`python -m bench scale` computes Llama 3.1 8B, 70B and 405B on 8 to 1,024 GPUs for dense AdamW and LoRA under FSDP2 and
-for this library, and writes bench/results/scale.csv and scale.png. Nothing is timed.
-tests/bench/test_scale.py compares the same functions with what bench/bench_distributed.py has measured in two
-processes.
+`python -m bench scale` computes Llama 3.1 8B, 70B and 405B on 8 to 1,024 GPUs, for this library, dense AdamW and LoRA,
+under FSDP2 and DDP, and writes bench/results/scale.csv and scale.png. Nothing is timed. tests/bench/test_scale.py
+compares the same functions with what bench/bench_distributed.py has measured in two processes.
 
 Bytes sent are those of ring algorithms (`Traffic.sent`). FSDP2 divides each tensor by rows, so that a tensor with fewer
 rows than ranks counts one row for each. It has a group for each layer, gathered in forward and again in backward, and
