@@ -7,6 +7,7 @@ end before those of the next start, and steps are not interleaved.
 
 - ours: a sparsified model under DDP, which all-reduces compact gradients.
 - "masked_allreduce_hook": a plain model under DDP, of whose dense gradients the masked entries are all-reduced.
+- "sparsified, FSDP2": a sparsified model, then sharded by `fully_shard`: FSDP2 reduces compact gradients.
 - "FSDP2" (ours): a plain model, sharded by `fully_shard`, and `SparseAdamW`; gradients are dense.
 - "DDP" and "FSDP2": `torch.optim.AdamW(fused=True)`.
 - "PEFT LoRA": rank 16 at all linear layers, under DDP. It trains fewer values: a point of reference.
@@ -51,7 +52,7 @@ from bench.rows import OURS
 from bench.step_models import MODELS, build, make_batch
 from deftx_kernels import CSRMask, SparseAdamW, sparsify
 from deftx_kernels.distributed import MaskedAllreduceState, masked_allreduce_hook
-from deftx_kernels.nn import masked_parameters
+from deftx_kernels.nn import masked_parameters, sharded
 from deftx_kernels.shards import local_tensor
 from deftx_kernels.train.tensors import memory_in_use, peak_bytes, state_bytes
 
@@ -59,12 +60,14 @@ OPS = {"distributed_step": "one step of fine-tuning in two processes of one thre
 SIZES = ("tiny", "minilm", "xlmr")
 WORLD = 2
 DDP, FSDP2 = "DDP", "FSDP2"
-HOOK, OURS_FSDP2 = f"{OURS}, masked_allreduce_hook", f"{OURS}, FSDP2"
+HOOK, SPARSIFIED_FSDP2 = f"{OURS}, masked_allreduce_hook", f"{OURS}, sparsified, FSDP2"
+OURS_FSDP2 = f"{OURS}, FSDP2"
 DENSE_DDP, DENSE_FSDP2, LORA_DDP = "DDP, torch AdamW fused", "FSDP2, torch AdamW fused", f"{LORA}, DDP"
 # Name → method, and what the model is wrapped in.
 IMPLEMENTATIONS = {
     OURS: ("sparsified", DDP),
     HOOK: ("masked", DDP),
+    SPARSIFIED_FSDP2: ("sparsified", FSDP2),
     OURS_FSDP2: ("masked", FSDP2),
     DENSE_DDP: ("dense", DDP),
     DENSE_FSDP2: ("dense", FSDP2),
@@ -158,13 +161,16 @@ class Training:
             counted_step()
         found["weight"] = bytes_of(self.model.parameters())
         found["state"] = state_bytes(self.optimizer)
-        found["mask"] = bytes_of(t for m in self.held_masks() for t in (m.crow_indices, m.col_indices))
+        indices = (t for m in self.held_masks() for t in (m.crow_indices, m.col_indices))
+        found["mask"] = bytes_of(t for t in indices if t is not None)  # a FullMask has no columns
         return found if peak is None else found | {"peak": peak}
 
     def held_masks(self) -> list[CSRMask]:
-        """All masks that training keeps: the whole one, those of layers, of the optimizer's buckets and of DDP's."""
+        """All masks that training keeps: the whole one, those of layers, of the optimizer's buckets, of the rows of
+        sharded layers, and of DDP's buckets."""
         held = [*self.masks, *(bucket.mask for bucket in getattr(self.optimizer, "_buckets", ()))]
-        return [*held, *self.hook_state._of_buckets.values()] if self.hook_state is not None else held
+        held += [batch.mask for batch in sharded._batches.get(self.optimizer, ([], []))[1]]
+        return held if self.hook_state is None else [*held, *self.hook_state._of_buckets.values()]
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -265,6 +271,7 @@ class Processes:
 COSTS: dict[str, Callable[[scale.Model, float], scale.Cost]] = {
     OURS: lambda model, density: scale.compact_ddp(model, WORLD, density),
     HOOK: lambda model, density: scale.compact_ddp(model, WORLD, density, sparsified=False),
+    SPARSIFIED_FSDP2: lambda model, density: scale.sparsified_fsdp2(model, WORLD, density),
     OURS_FSDP2: lambda model, density: scale.masked_fsdp2(model, WORLD, density),
     DENSE_DDP: lambda model, _: scale.dense_ddp(model, WORLD),
     DENSE_FSDP2: lambda model, _: scale.dense_fsdp2(model, WORLD),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,21 +22,23 @@ class Traffic:
     all_reduce: float = 0
     all_gather: float = 0  # of the results
     reduce_scatter: float = 0  # of the inputs
+    all_to_all: float = 0  # of what goes to other ranks
 
     def sent(self, ranks: int) -> float:
         """Bytes that each rank sends with ring algorithms: an all-reduce is a reduce-scatter and an all-gather."""
-        return (2 * self.all_reduce + self.all_gather + self.reduce_scatter) * (ranks - 1) / ranks
+        rings = 2 * self.all_reduce + self.all_gather + self.reduce_scatter
+        return rings * (ranks - 1) / ranks + self.all_to_all
 
     def sent_by_gloo(self, ranks: int) -> float:
-        return Traffic(self.all_reduce + self.reduce_scatter, self.all_gather).sent(ranks)
+        return Traffic(self.all_reduce + self.reduce_scatter, self.all_gather, 0, self.all_to_all).sent(ranks)
 
 
 class CollectiveCounter(TorchDispatchMode):
     """Adds up this rank's collectives while it is active, in `traffic`.
 
     Every call of a process group, by DDP's reducer in C++, by FSDP2 or by `torch.distributed`, is an operator of the
-    dispatcher (`c10d::allreduce_`), which this mode sees with its tensors. RuntimeError for a collective whose bytes it
-    does not know: nothing stays uncounted.
+    dispatcher (`c10d::allreduce_`), which this mode sees with its tensors. All groups are that of all ranks.
+    RuntimeError for a collective whose bytes it does not know: nothing stays uncounted.
     """
 
     def __init__(self) -> None:
@@ -56,6 +59,10 @@ class CollectiveCounter(TorchDispatchMode):
             self.traffic.all_gather += _bytes(args[0])
         elif name == "_reduce_scatter_base_":
             self.traffic.reduce_scatter += _bytes(args[1])
+        elif name == "alltoall_base_":
+            rows, sizes = args[1], list(args[4])
+            kept = sizes[dist.get_rank()] / sum(sizes) if any(sizes) else 1 / dist.get_world_size()
+            self.traffic.all_to_all += _bytes(rows) * (1 - kept)
         elif name != "barrier":
             raise RuntimeError(f"the bytes of the collective {name} are not known")
 

@@ -143,7 +143,7 @@ time in which this machine could move the bytes and do the arithmetic.
 
 The last figure is computed, not measured (`python -m bench scale`, all numbers: scale.csv; what is counted:
 bench/scale.py). The same functions give the bytes that two processes have sent and held (`distributed_step` below).
-"Not yet": not in the library. Dotted: 80 GB.
+Dotted: 80 GB.
 
 ## Performance targets
 """

@@ -42,9 +42,9 @@ LORA_RANKS = (16, 64)
 CARD = 80e9  # bytes of a usual GPU
 FLOAT32 = 4  # bytes; of moments, compact values and their gradients, adapters
 COLUMNS = (
-    "model", "parameters", "method", "available", "gpus", "sent_bytes", "all_reduce_bytes", "all_gather_bytes",
-    "reduce_scatter_bytes", "memory_bytes", "weight_bytes", "gradient_bytes", "state_bytes", "mask_bytes",
-    "gathered_bytes", "host_mask_bytes",
+    "model", "parameters", "method", "gpus", "sent_bytes", "all_reduce_bytes", "all_gather_bytes",
+    "reduce_scatter_bytes", "all_to_all_bytes", "memory_bytes", "weight_bytes", "gradient_bytes", "state_bytes",
+    "mask_bytes", "gathered_bytes", "host_mask_bytes",
 )  # fmt: skip
 
 
@@ -181,10 +181,14 @@ def elements(parameters: Iterable[Parameter], ranks: int = 1) -> int:
     return sum(p.numel(ranks) for p in parameters)
 
 
-def add_gathers(cost: Cost, parameters: Iterable[Parameter], ranks: int, layers: int, size: int) -> None:
-    """FSDP2's all-gathers of some parameters of so many bytes an element, and their temporary whole tensors."""
+def add_gathers(
+    cost: Cost, parameters: Iterable[Parameter], ranks: int, layers: int, size: int, share: float = 1
+) -> None:
+    """FSDP2's all-gathers of some parameters, or of a share of their elements, of so many bytes an element, and the
+    temporary whole tensors.
+    """
     for p in parameters:
-        whole = size * ranks * p.numel(ranks)
+        whole = size * share * ranks * p.numel(ranks)
         cost.traffic.all_gather += whole * (2 if p.in_layer else 1)
         cost.add(gathered=whole * (2 / layers if p.in_layer else 1))
 
@@ -259,23 +263,23 @@ def masked_fsdp2(model: Model, ranks: int, density: float, sizes: Precision = ON
 
 
 def sparsified_fsdp2(model: Model, ranks: int, density: float, sizes: Precision = ON_CPU) -> Cost:
-    """A sparsified model whose compact values FSDP2 divides: not in the library yet.
+    """A sparsified model: FSDP2 gathers weights and values, and reduces the gradients of the values.
 
-    The weights are gathered as in `masked_fsdp2`. Of the masked entries the gradients are reduce-scattered and the new
-    values gathered, once each, to be written into the weights. Every rank has the mask of the whole tensors on its GPU:
-    it computes its batch's gradient at all entries of a layer.
+    After a step, ranks send each other the values that are in another one's rows: few, where entries are spread evenly,
+    and not counted here. Each rank has the masks of whole tensors, since it computes its batch's gradients at all
+    entries of a layer, and that of its rows.
     """
     _, masked, dense = split(model)
     cost, entries, others = Cost(), density * elements(masked) / ranks, elements(dense, ranks)
     add_gathers(cost, model.parameters, ranks, model.layers, sizes.gathered)
-    compact = replace(sizes, reduced=FLOAT32, gathered=FLOAT32)
-    add_reductions(cost, masked, ranks, model.layers, compact, share=density)
+    add_gathers(cost, masked, ranks, model.layers, sizes.gathered, density)
+    add_reductions(cost, masked, ranks, model.layers, sizes, density)
     add_reductions(cost, dense, ranks, model.layers, sizes)
-    cost.traffic.all_gather += FLOAT32 * density * elements(masked)
     cost.add(weight=sizes.weight * elements(model.parameters, ranks) + FLOAT32 * entries)
     cost.add(gradient=FLOAT32 * entries + sizes.weight * others)
     cost.add(state=adamw_state(masked, entries) + adamw_state(dense, others, sizes.weight))
-    cost.add(mask=mask_bytes(masked, density, table=sizes.table) + row_pointers(masked))
+    cost.add(mask=mask_bytes(masked, density) + row_pointers(masked) + mask_bytes(masked, density, ranks))
+    cost.add(mask=8 * (sum(p.count for p in masked) + 1))  # of the optimizer's bucket: where each tensor's values begin
     return cost
 
 
@@ -291,7 +295,6 @@ def lora_fsdp2(model: Model, ranks: int, rank: int, sizes: Precision = ON_CPU) -
 
 
 # ---- the table ----
-NOT_YET = "not yet"
 BROWN = "#92400e"
 
 
@@ -302,7 +305,6 @@ class Method:
     name: str
     cost: Callable[[Model, int], Cost]
     style: dict[str, Any] = field(default_factory=dict)
-    available: str = "yes"
 
 
 def methods() -> Iterator[Method]:
@@ -318,9 +320,9 @@ def methods() -> Iterator[Method]:
         drawn = d == DENSITIES[0]
         style, percent = {"color": BLUE} if drawn else {}, f"deftx {100 * d:g} %"
         yield Method(f"{percent}, FSDP2", lambda m, n, d=d: masked_fsdp2(m, n, d, FROZEN), style)
-        planned = style | {"linestyle": ":"} if drawn else {}
+        dashed = style | {"linestyle": "--"} if drawn else {}
         name = f"{percent}, sparsified, FSDP2"
-        yield Method(name, lambda m, n, d=d: sparsified_fsdp2(m, n, d, FROZEN), planned, NOT_YET)
+        yield Method(name, lambda m, n, d=d: sparsified_fsdp2(m, n, d, FROZEN), dashed)
         style = {"color": GREEN} if drawn else {}
         yield Method(f"{percent}, sparsified, DDP", lambda m, n, d=d: compact_ddp(m, n, d, FROZEN), style)
 
@@ -328,7 +330,7 @@ def methods() -> Iterator[Method]:
 def rows_of(model: Model, method: Method) -> Iterator[dict[str, Any]]:
     for gpus in GPUS:
         cost = method.cost(model, gpus)
-        row = {"model": model.name, "parameters": model.numel(), "method": method.name, "available": method.available}
+        row = {"model": model.name, "parameters": model.numel(), "method": method.name}
         sizes = {f"{what}_bytes": size for what, size in vars(cost.traffic).items()}
         sizes |= {f"{what}_bytes": size for what, size in cost.memory.items()}
         sizes["sent_bytes"] = cost.traffic.sent(gpus)
@@ -369,8 +371,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 for method in methods():
                     here = [r for r in rows if (r["model"], r["method"]) == (model.name, method.name)]
                     if method.style:
-                        note = ", not yet" if method.available == NOT_YET else ""
-                        axis.plot(GPUS, [r[column] for r in here], label=method.name + note, **method.style)
+                        axis.plot(GPUS, [r[column] for r in here], label=method.name, **method.style)
                 axis.set(xscale="log", yscale="log")
                 axis.set_xticks(GPUS, [f"{n:,}" if n in (8, 64, 1024) else "" for n in GPUS])
                 axis.minorticks_off()

@@ -35,6 +35,8 @@ def _known_collectives(rank):
         (lambda: dist.all_gather_into_tensor(x, half), Traffic(all_gather=4 * N)),
         (lambda: dist.all_gather(list(x.chunk(2)), half), Traffic(all_gather=4 * N)),
         (lambda: dist.reduce_scatter_tensor(half, x), Traffic(reduce_scatter=4 * N)),
+        (lambda: dist.all_to_all_single(torch.empty(N), x), Traffic(all_to_all=2 * N)),
+        (lambda: exchange(rank, x), Traffic(all_to_all=4 * (100 if rank == 0 else N - 300))),
         (dist.barrier, Traffic()),
     ):
         found, written = counted(function)
@@ -43,6 +45,13 @@ def _known_collectives(rank):
             assert 0 <= written - found.sent_by_gloo(2) < 2000
     with pytest.raises(RuntimeError, match="the bytes of the collective broadcast_ are not known"):
         counted(lambda: dist.broadcast(x, 0))
+
+
+def exchange(rank, x):
+    """100 elements to rank 1, and all but 300 to rank 0."""
+    sent = [[N - 100, 100], [N - 300, 300]]
+    received = [row[rank] for row in sent]
+    dist.all_to_all_single(torch.empty(sum(received)), x, received, sent[rank])
 
 
 def backward(model):
