@@ -20,12 +20,12 @@ from deftx_kernels.mask import CSRMask
 
 
 # ---- ranks ----
-def attempt(function: Callable, *arguments: Any, errors: Any = (TypeError, ValueError)) -> tuple[str | None, Any]:
+def attempt(function: Callable, *arguments: Any) -> tuple[str | None, Any]:
     """(None, the function's result), or (the message of its error, {})."""
     try:
         return None, function(*arguments)
-    except errors as error:
-        return str(error), {}
+    except Exception as error:  # of any kind: without an answer the other ranks would wait
+        return str(error) or repr(error), {}
 
 
 def exchange(error: str | None, content: Any, group: dist.ProcessGroup | None) -> list:
@@ -46,7 +46,7 @@ def check_same_arguments(arguments: dict[str, Any], group: dist.ProcessGroup | N
     everyone = exchange(error, [*arguments.items()], group)
     for rank, theirs in enumerate(everyone):
         for (name, first), (_, other) in zip(everyone[0], theirs):
-            if first != other:
+            if first != other and (first == first or other == other):  # NaN differs from itself
                 values = f"{reprlib.repr(first)} on rank 0 and {reprlib.repr(other)} on rank {rank}"
                 raise ValueError(f"{name} must be the same on all ranks, got {values}")
 

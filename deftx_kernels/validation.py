@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -216,6 +217,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def reshard(model: nn.Module) -> None:
+    """Make DTensors the parameters of a model that FSDP2 has sharded, also after a forward without a backward, which
+    leaves gathered copies in their place: in the dtype of a `MixedPrecisionPolicy`, and without effect when written.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
 def plain_name(name: str) -> str:
     """A parameter's name without what torch.compile and activation checkpointing insert."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
@@ -237,6 +248,7 @@ def all_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[
     ValueError for a sparsified model, TypeError for anything else.
     """
     if isinstance(model, nn.Module):
+        reshard(model)
         model = {plain_name(n): p for n, p in unwrapped(model).named_parameters(remove_duplicate=False)}
     check_mapping(model, argument, "a module or ")
     for name, tensor in model.items():

@@ -105,7 +105,7 @@ def apply_patch_(
         after = {n: added(total, changes.get(n, 0)) for n, total in sums.items()}
         for state, found_sums, version in ((patch.before, sums, "was made for"), (patch.after, after, "leads to")):
             _check_sums(state, found_sums, targets, parts, f"the version that the patch {version}", group)
-    error, _ = attempt(mine.apply_, tensors, False, errors=Exception)
+    error, _ = attempt(mine.apply_, tensors, False)
     try:
         exchange(error, None, group)
     except ValueError:

@@ -93,6 +93,8 @@ def check_rule(
         raise ValueError(f"residual_density must be in [0, 1], got {residual_density}")
     check_int(oversample, "oversample", 0)
     check_int(n_iter, "n_iter", 0)
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if batch_bytes is not None:
         check_int(batch_bytes, "batch_bytes", 1)
     return Rule(rank, energy, float(residual_density), oversample, n_iter, generator, batch_bytes)

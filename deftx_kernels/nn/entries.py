@@ -143,6 +143,7 @@ class Entry:
 
     copy: AutocastCopy | None = None
     is_sharded = False  # the two tensors are DTensors
+    gathered_dtype: torch.dtype | None = None  # of a sharded dense tensor, at the first forward
     values: Any  # [nnz]: a parameter
 
     def __init__(self, mask: CSRMask, dense: nn.Parameter, buffer: "ValuesBuffer", start: int) -> None:
@@ -210,6 +211,18 @@ class Entry:
             self.copy, self.is_sharded, self.buffer.data = None, True, None
             self.mask = self.mask.to(values.device_mesh.device_type)  # fully_shard moves parameters there
             self.set_tensors(dense, values)
+
+    def check_gathered(self) -> None:
+        """RuntimeError in a forward after a cast of shards that were gathered before: FSDP2 keeps the buffers of that
+        time, and would read other bytes than the weights'.
+        """
+        dtype = self.dense.dtype
+        if self.gathered_dtype not in (None, dtype):
+            raise RuntimeError(
+                f"{self.name!r} was cast from {self.gathered_dtype} to {dtype} after a forward, which FSDP2 does not "
+                "support: cast the model before its first forward"
+            )
+        self.gathered_dtype = dtype
 
     def release(self) -> None:
         """Make the dense tensor a plain parameter again."""

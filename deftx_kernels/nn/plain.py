@@ -4,12 +4,12 @@ from torch import Tensor, nn
 
 from deftx_kernels.nn.entries import Entry, MaskedParameter
 from deftx_kernels.nn.modules import Masked
-from deftx_kernels.nn.sharded import reshard
-from deftx_kernels.validation import plain_name
+from deftx_kernels.validation import plain_name, reshard
 
 
 def masked_parameters(model: nn.Module) -> dict[str, MaskedParameter]:
     """Name in the plain model → masked parameter, tied ones once; empty for a model that is not sparsified."""
+    reshard(model)
     entries: dict[str, Entry] = {}
     for module in model.modules():
         for entry in module._masked_entries.values() if isinstance(module, Masked) else ():
@@ -24,15 +24,13 @@ def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
     Names as without torch.compile and activation checkpointing. Of a model sharded with FSDP2 they are DTensors, which
     hold the values as of the last step of an optimizer or `load_state_dict`.
     """
-    values, sharded = set(), False
+    reshard(model)
+    values = set()
     for module in model.modules():
         if isinstance(module, Masked):
             for attr, entry in module._masked_entries.items():
                 entry.find_shards()
-                sharded |= entry.is_sharded
                 if not entry.is_sharded:
                     module._masked(attr)
                 values.add(id(entry.values))
-    if sharded:
-        reshard(model)
     return {plain_name(name): p for name, p in model.named_parameters() if id(p) not in values}

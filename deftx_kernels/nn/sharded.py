@@ -6,14 +6,18 @@ values, the ranks exchange those that are in another one's rows, and each writes
 the values. All ranks call the functions that exchange something.
 """
 
-import sys
 import weakref
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn.entries import Entry, entries_of
@@ -72,6 +76,19 @@ class _Batch:
         values = self.of_rows([e.values for e in self.entries]).to(dense[0])
         torch.ops.deftx.csr_scatter_(dense, self.mask.crow_indices, self.mask.col_indices, values)
 
+    def check_rows(self) -> None:
+        """ValueError, on all ranks, unless the rows of the dense tensors hold the values."""
+        found, error = self.in_rows([e.dense for e in self.entries]), None
+        wanted = self.of_rows([local_tensor(e.values) for e in self.entries]).to(found)
+        differs = (found != wanted) & ~(found.isnan() & wanted.isnan())
+        if len(at := differs.nonzero()):
+            name = self.entries[bisect_right(self.mask.entry_offsets, int(at[0])) - 1].name
+            error = (
+                f"{name!r} does not hold its values: other code has written one of the two since fully_shard. Load "
+                "weights with load_state_dict, which writes both (a plain model's state has no values)"
+            )
+        exchange(error, None, self.mesh.get_group())
+
     def read_rows(self) -> None:
         """Read the values from the rows. Values that round to what these hold stay, in their precision."""
         values, dense = [local_tensor(e.values) for e in self.entries], [e.dense for e in self.entries]
@@ -84,14 +101,17 @@ class _Batch:
 _batches: weakref.WeakKeyDictionary[Optimizer, tuple[list, list[_Batch]]] = weakref.WeakKeyDictionary()
 
 
-def _write_rows_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _batches_of(optimizer: Optimizer) -> list[_Batch]:
+    """The sharded entries that an optimizer trains. All ranks call it."""
     params = [p for group in optimizer.param_groups for p in group["params"] if is_dtensor(p)]
     found = entries_of(params) if params else {}
     entries = [found[id(p)] for p in params if id(p) in found]
     if not entries:
-        return
+        return []
     kinds = [(e, e.dense.device, e.dense.dtype, e.values.dtype, e.values.device_mesh) for e in entries]
     if _batches.get(optimizer, ([],))[0] != kinds:
+        for entry in entries:
+            check_shards(entry)
         masks = [(e.name, e.mask.fingerprint()) for e in entries]
         message = "the model was sparsified with another mask on rank 0 than on ranks {ranks}"
         check_same(masks, message, dict.fromkeys(e.values.device_mesh for e in entries))
@@ -99,10 +119,27 @@ def _write_rows_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None
         for entry, *kind in kinds:
             by_kind.setdefault(tuple(kind), []).append(entry)
         _batches[optimizer] = kinds, [_Batch(batch) for batch in by_kind.values()]
-    for batch in _batches[optimizer][1]:
+    return _batches[optimizer][1]
+
+
+def _check_before_first_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer in _batches:
+        return
+    try:
+        for batch in _batches_of(optimizer):
+            if not batch.entries[0].dense.is_meta:
+                batch.check_rows()
+    except ValueError:
+        _batches.pop(optimizer, None)
+        raise
+
+
+def _write_rows_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for batch in _batches_of(optimizer):
         batch.write_rows()
 
 
+register_optimizer_step_pre_hook(_check_before_first_step)
 register_optimizer_step_post_hook(_write_rows_after_step)
 
 
@@ -138,11 +175,3 @@ def after_apply(entry: Entry, dense: nn.Parameter, values: nn.Parameter, before:
     entry.synchronised_dtype = dense.dtype
     if was_cast and not dense.is_meta:
         synchronise_shards(entry, from_values=True)
-
-
-def reshard(model: nn.Module) -> None:
-    """Make DTensors the parameters of a model, also after a forward that leaves the gathered ones in their place."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules():
-        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
-            module.reshard()

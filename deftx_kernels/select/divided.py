@@ -104,7 +104,7 @@ def denoised_rows(
         found[name] = moved(part, source, target, group)
     exchange(next((e for e in errors if e is not None), None), None, group)
     mine = [{n: found[n] for n in names} for names in division.lists if division.owners[names[0]] == rank]
-    error, infos = attempt(_denoise, mine, labels, rule, progress, errors=Exception)
+    error, infos = attempt(_denoise, mine, labels, rule, progress)
     exchange(error, None, group)
     return found, infos
 

@@ -261,6 +261,8 @@ def chosen_names(new: Mapping[str, Tensor], old: Mapping[str, Tensor], names: It
     if isinstance(names, str):
         raise TypeError("names must be an iterable of names, got one string")
     chosen = sorted(n for n in old if old[n].is_floating_point()) if names is None else sorted(names)
+    if not chosen:
+        raise ValueError(f"{'base' if names is None else 'names'} has no tensor to select from")
     for before, after in zip(chosen, chosen[1:]):
         if before == after:
             raise ValueError(f"names holds {before!r} twice")

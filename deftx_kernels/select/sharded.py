@@ -284,7 +284,9 @@ def svd_denoise(
     numbers = (rank, energy, residual_density, oversample, n_iter)
     error, given = attempt(_checked_delta, delta, (*numbers, generator, batch_bytes), group)
     keys = ("rank", "energy", "residual_density", "oversample", "n_iter")
-    state = None if generator is None else hashlib.sha256(bytes(generator.get_state().tolist())).hexdigest()
+    state = None
+    if isinstance(generator, torch.Generator):
+        state = hashlib.sha256(bytes(generator.get_state().tolist())).hexdigest()
     arguments = dict(zip(keys, numbers)) | {"batch_bytes": batch_bytes, "return_info": return_info}
     check_same_arguments(arguments | {"the state of generator": state}, group, error)
     tensors, labels, structure, rule = given

@@ -24,7 +24,9 @@ def test_selection_and_denoising():
 
 
 def test_starting_masks_and_errors():
-    run_ranks((_init_mask, _errors, _errors_of_entries), WORLD, ("torch._dynamo", "torch.distributed.fsdp"))
+    run_ranks(
+        (_init_mask, _after_a_forward, _errors, _errors_of_entries), WORLD, ("torch._dynamo", "torch.distributed.fsdp")
+    )
 
 
 # ---- tensors and their placements ----
@@ -326,6 +328,29 @@ def _init_mask(rank):
     assert distributed.init_mask(wrapped, density=0.1, rank=3) == dk.init_mask(model, density=0.1, rank=3)
 
 
+def _after_a_forward(rank):
+    """A forward without a backward leaves gathered copies, here in bfloat16, in place of the root's parameters."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.manual_seed(0)
+    base, tuned = nn.Linear(40, 30), nn.Linear(40, 30)
+    with torch.no_grad():
+        tuned.weight.copy_(base.weight + 1e-4 * tuned.weight)
+    expected, patch = dk.select_mask(tuned, base, density=0.1), dk.SparsePatch.diff(base, tuned)
+    for policy in (MixedPrecisionPolicy(), MixedPrecisionPolicy(param_dtype=torch.bfloat16)):
+        model = fully_shard(copy.deepcopy(tuned), mesh=mesh_of(WORLD), mp_policy=policy)
+
+        def forward(model=model):
+            with torch.no_grad():
+                model(torch.ones(1, 40))
+            return model
+
+        assert distributed.select_mask(forward(), base, density=0.1) == expected
+        distributed.apply_patch_(patch, forward())
+        found = dk.nn.plain_tensors(forward())
+        assert all(torch.equal(found[n].full_tensor(), p) for n, p in base.named_parameters())
+
+
 # ---- errors ----
 def assert_fails(call, message):
     """A ValueError on every rank, with the same message."""
@@ -367,6 +392,9 @@ def _errors(rank):
         (lambda: select(tuned, plain, density=0.1, energy=0.5 + two / 4), "energy must be the same .* 0.5 .* 0.75"),
         (lambda: both(names=["wide", "bias"][: 1 + two]), r"names must be the same .* \['wide'\] on rank 0 and"),
         (lambda: both(rank=1, denoise_names=["x"]), "denoise_names holds 'x'"),
+        (lambda: both(names=(n for n in ["wide"] if fewer[n] is not None)), "rank 2: 'wide'"),
+        (lambda: both(names=[]), "rank 0: names has no tensor to select from"),
+        (lambda: select(tuned, plain, density=float("nan")), r"density must be in \[0, 1\], got nan"),
         (lambda: both(residual_density=0.5), "rank 0: residual_density = 0.5 needs a rank"),
         (lambda: select(tuned, plain, k=10**6), "k = 1000000 is more than the 5497 entries"),
         (lambda: select(tuned, other if two else plain, k=1), r"rank 2: tensor 'wide' has shape \[61, 90\] in tuned"),
@@ -384,6 +412,7 @@ def _errors(rank):
         (lambda: denoise(tuned, rank=1, energy=0.5), "rank 0: exactly one of rank and energy"),
         (lambda: denoise(columns["wide"], rank=1), "must be placed"),
         (lambda: denoise([plain["wide"]] * (1 + two), rank=1), "rank 0 has no 1"),
+        (lambda: denoise(plain, rank=1, generator=3 if two else None), "rank 2: generator must be a torch.Generator"),
         (lambda: denoise(plain, rank=1, generator=generator), "the state of generator must be the same"),
         (lambda: init(model, method="fisher"), "rank 0: method must be one of lift, magnitude, random"),
         (lambda: init(model, method="random", seed=rank), "seed must be the same"),

@@ -44,7 +44,7 @@ def test_state(tmp_path):
 
 
 def test_errors():
-    run_ranks((_errors,), WORLD, IMPORTS)
+    run_ranks((_errors, _written_by_other_code, _cast_after_a_forward), WORLD, IMPORTS)
 
 
 # ---- models ----
@@ -211,7 +211,7 @@ def _sent(rank):
             below = [mask[n].crow_indices[384] for n in mask.names]
             wanted = sum(max(0, -(-mask[n].nnz // 2) - int(rows)) for n, rows in zip(mask.names, below))
             assert wanted > 1000
-            assert sent == [4 * wanted] * 3
+            assert sent == [4 * wanted] * 4  # the first step compares values and weights before
         assert_near(whole(model), whole(expected))
 
 
@@ -394,5 +394,44 @@ def _errors(rank):
     ):
         model = sparsify(nn.Linear(8, 8), even)
         fully_shard(model, **options)
-        with pytest.raises(ValueError, match=r"must be placed Shard\(0\) or Replicate\(\) on a 1-D mesh"):
-            SparseAdamW(model.named_parameters(), even)
+        for step in (
+            lambda m=model: SparseAdamW(m.named_parameters(), even),
+            torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step,
+        ):
+            with pytest.raises(ValueError, match=r"must be placed Shard\(0\) or Replicate\(\) on a 1-D mesh"):
+                step()
+
+
+def _written_by_other_code(rank):
+    """Weights that are initialised after `to_empty` without load_state_dict: the values hold anything then."""
+    from torch.distributed.tensor import distribute_tensor
+
+    mask, weights = make_mask(), {n: p.detach() + 1.0 for n, p in Model().named_parameters()}
+    mesh = mesh_of(WORLD)
+    with torch.device("meta"):
+        model = Model()
+    model = shard(sparsify(model, mask), mesh).to_empty(device="cpu")
+    with torch.no_grad():
+        for name, tensor in plain_tensors(model).items():
+            tensor.copy_(distribute_tensor(weights[name], mesh, tensor.placements))
+        for _, values, _ in masked_parameters(model).values():
+            values.zero_()
+    optimizers = SparseAdamW(model.named_parameters(), mask), torch.optim.SGD(model.parameters(), lr=0.0)
+    for optimizer in optimizers:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="'embedding.weight' does not hold its values"):
+                optimizer.step()
+    assert_same(whole(model), weights)
+    model.load_state_dict(plain_tensors(model))
+    train(model, optimizers[1], mesh, 2)
+    assert_same(whole(model), weights)
+    assert_synchronised(model)
+
+
+def _cast_after_a_forward(rank):
+    """FSDP2's buffers keep the old dtype; of plain models, too, where torch raises an error."""
+    model = shard(sparsify(Model(), make_mask(), freeze_others=True), mesh_of(WORLD)).to(torch.float16)
+    model.to(torch.float32)(IDS)
+    model.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="was cast from torch.float32 to torch.bfloat16 after a forward"):
+        model(IDS)
