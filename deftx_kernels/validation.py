@@ -260,8 +260,8 @@ def all_tensors(model: Mapping[str, Tensor] | nn.Module, argument: str) -> dict[
         dense = model.get(dense_name(name)) if dense_name(name) != name else None
         if dense is not None and tensor.dim() == 1 and tensor.numel() <= dense.numel() and tensor.is_floating_point():
             raise ValueError(
-                f"{argument} is sparsified ({name!r} beside {dense_name(name)!r}): densify(model) first, or, to read it "
-                "only, pass nn.plain_tensors(model)"
+                f"{argument} is sparsified ({name!r} beside {dense_name(name)!r}): densify(model) first, or, to "
+                "read it only, pass nn.plain_tensors(model)"
             )
     return {n: t.detach() for n, t in model.items()}
 
