@@ -131,6 +131,8 @@ def _parts(delta: SparseDelta, shards: dict[str, list[str]], dense: bool) -> dic
             hint = "" if name in delta.mask else "; dense=False leaves whole tensors out"
             if fitting := fitting_prefix([*delta.mask.names, *whole], every):
                 hint = f": delta.{fitting[0]}({fitting[1]!r}) has the base's names"
+            elif name in delta.mask and len(delta.mask[name].shapes[0]) == 3:  # from_pretrained joins experts
+                hint = ": if its files have a tensor for each expert, load the model, delta.apply_(model) and save it"
             raise ValueError(f"base lacks tensor {name!r} of the delta{hint}")
     return found
 

@@ -38,7 +38,8 @@ class SparseConfig:
     rank: int = 128
     """Of "lift"."""
     target_modules: str | Iterable[str] = "all-linear"
-    """ "all-linear", a list of name endings, or a regular expression, as in `init_mask`."""
+    """ "all-linear", a list of name endings, or a regular expression, as in `init_mask`. None of them covers the joint
+    weights of a mixture's experts: give `get_sparse_model` a mask of these."""
     modules_to_save: Iterable[str] | None = None
     """Names or endings of modules that are trained densely and stored whole: a new head, norms."""
     scope: str = "tensor"

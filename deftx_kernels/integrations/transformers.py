@@ -13,6 +13,11 @@ Checkpoints hold dense tensors and values, so that training resumes with `resume
 with the same mask, which the delta in the checkpoint has (`SparseDelta.from_pretrained(checkpoint).mask`). Several GPUs
 need a launcher (torchrun, accelerate).
 
+Of a mixture of experts, transformers may save weights under other names than the model's, and `resume_from_checkpoint`
+does not load those, of plain models either (it logs "missing keys"). Load them before:
+`model.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoint).state_dict())`. `SaveDeltaCallback` raises an
+error where they are missing.
+
 `peft_config`, or `get_peft_model`, beside a sparsified model freezes the values as all other parameters. The optimizer
 and the callback raise an error then; a trainer without both of them would train PEFT's adapter alone.
 """
@@ -28,6 +33,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_utils import HubStrategy
 
 from deftx_kernels.delta import SparseDelta
+from deftx_kernels.delta.storage import CONFIG_NAME
 from deftx_kernels.integrations.sparse_model import base_record, sparse_delta
 from deftx_kernels.mask import CSRMask
 from deftx_kernels.nn import masked_parameters
@@ -78,6 +84,21 @@ class _OptimizerFactory:
         return SparseAdamW([g for g in groups if g["params"]], mask, **options)
 
 
+def _check_loaded(model: nn.Module, saved: SparseDelta) -> None:
+    """ValueError where a tensor that a checkpoint's delta changes is the base's."""
+    now = sparse_delta(model)
+    for name in saved.mask.names:
+        if name in now.mask and _changes(saved, name) and not _changes(now, name):
+            raise ValueError(
+                f"the checkpoint's {name!r} was not loaded: transformers has saved it under another name. Before "
+                "training, model.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoint).state_dict())"
+            )
+
+
+def _changes(delta: SparseDelta, name: str) -> bool:
+    return bool(delta.restricted({name: name}).values.any())
+
+
 class SaveDeltaCallback(TrainerCallback):
     """Saves the delta of a model of `get_sparse_model` in each checkpoint, and at the end in `output_dir`.
 
@@ -92,9 +113,14 @@ class SaveDeltaCallback(TrainerCallback):
         self.dtype = dtype
 
     def on_train_begin(self, args, state, control, model=None, **_):
-        """ValueError unless the model is sparsified and its values are trained."""
+        """ValueError unless the model is sparsified, its values are trained and, if training is resumed from a
+        checkpoint in `output_dir`, were loaded.
+        """
         _trained(model)
         base_record(model)
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.global_step and (folder / CONFIG_NAME).is_file() and not _is_sharded(model):
+            _check_loaded(model, SparseDelta.from_pretrained(folder))
 
     def on_save(self, args, state, control, model=None, **_):
         """Write the delta into the new checkpoint, and upload it."""
@@ -123,9 +149,13 @@ class SaveDeltaCallback(TrainerCallback):
 
 def _delta(model: nn.Module, state: TrainerState) -> SparseDelta | None:
     """The delta, on the main process. All ranks gather that of a model which is sharded with FSDP2."""
-    sharded = any(is_dtensor(m.values) for m in masked_parameters(model).values())
-    delta = sparse_delta(model, {"step": state.global_step}) if sharded or state.is_world_process_zero else None
+    is_needed = _is_sharded(model) or state.is_world_process_zero
+    delta = sparse_delta(model, {"step": state.global_step}) if is_needed else None
     return delta if state.is_world_process_zero else None
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(is_dtensor(m.values) for m in masked_parameters(model).values())
 
 
 def _trained(model: nn.Module) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class ExpertMasks:
             self.has_warned = True
             warnings.warn(
                 f"the gradient of {name!r}, weights of experts, is computed as a dense tensor and gathered: in a "
-                "captured step, and where a forward uses them for anything but matrix products with one expert, "
-                "torch.bmm and grouped_mm",
+                "captured step, and where their module's forward uses them for anything but matrix products with one "
+                "expert, torch.bmm and grouped_mm, or other code reads them",
                 stacklevel=2,
             )

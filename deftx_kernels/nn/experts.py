@@ -67,7 +67,9 @@ class ExpertsWeight(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        operation = _OPERATIONS.get(func.__self__.__name__ if name == "__get__" else name)
+        operation = None
+        if torch.is_grad_enabled():  # without gradients the result is a constant
+            operation = _OPERATIONS.get(func.__self__.__name__ if name == "__get__" else name)
         with torch._C.DisableTorchFunctionSubclass():
             out = NotImplemented if operation is None else operation(func, *args, **kwargs)
             return func(*args, **kwargs) if out is NotImplemented else out
@@ -159,7 +161,7 @@ _OPERATIONS: dict[str, Callable] = {
 
 
 # ---- masked modules ----
-_RUNNING = threading.local()  # `forward`: the innermost running forward of a module of experts, and its weights
+_RUNNING = threading.local()  # `forward`: the innermost running forward of a module of experts, and its sources
 
 
 class Experts:
@@ -193,26 +195,38 @@ def expert_attribute(attr: str, ordinary: property) -> property:
     ordinary_read: Any = ordinary.fget
 
     def read(module: Any) -> Any:
-        running = getattr(_RUNNING, "forward", None) if torch.is_grad_enabled() and not is_traced() else None
         present = module._parameters.get(attr)
-        if running is None or running[0] is not module or is_traceable_wrapper_subclass(present):
+        if not torch.is_grad_enabled() or is_traced() or is_traceable_wrapper_subclass(present):
             return ordinary_read(module)
-        weights = running[1]
-        if attr not in weights:
-            weights[attr] = _in_forward(module, attr)
-        return weights[attr]
+        running = getattr(_RUNNING, "forward", None)
+        if running is not None and running[0] is module:
+            return _in_forward(module, attr, running[1])
+        if torch._C._current_graph_task_id() != -1:  # a checkpointed part of the forward runs again in backward
+            return _in_forward(module, attr, {})
+        weight, entry = ordinary_read(module), module._masked_entries[attr]
+        if weight.requires_grad:
+            masks, name = entry.expert_masks, entry.name
+            weight.register_hook(lambda gradient: masks.warn(name))
+        return weight
 
     return property(read, ordinary.fset, ordinary.fdel)
 
 
-def _in_forward(module: Any, attr: str) -> Tensor:
-    """The masked weight as a forward sees it."""
-    dense, values, mask = module._masked(attr)
-    if not values.requires_grad:
+def _in_forward(module: Any, attr: str, sources: dict[str, tuple[Tensor, CSRMask, _Source]]) -> Tensor:
+    """The masked weight as a forward sees it. Each read saves the same tensors for backward, whether it is the first
+    one or not: checkpointing compares their number.
+    """
+    entry = module._masked_entries[attr]
+    if attr not in sources:
+        dense, values, mask = module._masked(attr)
+        is_compact = values.requires_grad and not is_capturing(dense)
+        sources[attr] = dense, mask, _Source(values, entry.expert_masks.of(mask) if is_compact else (), [])
+    dense, mask, source = sources[attr]
+    if not source.values.requires_grad:
         return dense
-    weight, masks = gather_gradient(dense, values, mask), module._masked_entries[attr].expert_masks
+    weight, masks, name = gather_gradient(dense, source.values, mask), entry.expert_masks, entry.name
     if is_capturing(dense):  # the numbers of the experts' tokens would have to be read
-        masks.warn(mask.names[0])
+        masks.warn(name)
         return weight
-    weight.register_hook(lambda gradient: masks.warn(mask.names[0]))
-    return ExpertsWeight.of(weight, _Source(values, masks.of(mask), []), None, False)
+    weight.register_hook(lambda gradient: masks.warn(name))
+    return ExpertsWeight.of(weight, source, None, False)

@@ -41,8 +41,13 @@ def init_mask(
       the other tensors.
 
     Only weights are covered: no bias, and with "all-linear" no norm, no embedding and no head. Gradient scores (Fisher
-    information, movement) go through `topk_mask`, and so do experts that are one 3-D parameter of their module, since
-    that is no `weight`. For several densities, `init_mask(...) | init_mask(...)` joins the masks of different targets.
+    information, movement) go through `topk_mask`. For several densities, `init_mask(...) | init_mask(...)` joins the
+    masks of different targets.
+
+    Experts of transformers 5, one parameter [experts, m, n] for all of them ("gate_up_proj"), are no module's `weight`:
+    no target matches them, and the density is that of the other weights. As "magnitude" and "lift" select them:
+    `topk_mask(experts, density=0.01, scope="tensor")` and `topk_mask(svd_denoise(experts, rank=128), ...)`, where
+    `experts` is a dict of these tensors, detached; `|` joins the masks.
 
     Args:
         model: the plain model, on one device, which the mask is on, too.
@@ -166,16 +171,16 @@ def _matching(model: nn.Module, names: list[str], targets: str | Iterable[str]) 
                 raise ValueError(f"target_modules is no regular expression: {targets!r}: {error}") from None
             found = [n for n in names if pattern.fullmatch(n)]
         if not found:
-            raise _no_match(targets, names)
+            raise _no_match(model, targets, names)
         return found
     endings = list(targets)
     for target in endings:
         if not isinstance(target, str):
             raise TypeError(f"target_modules must be names, got {target!r}")
         if not any(matches_ending(n, target) for n in names):
-            raise _no_match(target, names)
+            raise _no_match(model, target, names)
     if not endings:
-        raise _no_match(endings, names)
+        raise _no_match(model, endings, names)
     return [n for n in names if any(matches_ending(n, target) for target in endings)]
 
 
@@ -189,10 +194,14 @@ def matches_ending(name: str, ending: str) -> bool:
     return name == ending or name.endswith(f".{ending}")
 
 
-def _no_match(target: object, names: Sequence[str]) -> ValueError:
+def _no_match(model: nn.Module, target: object, names: Sequence[str]) -> ValueError:
     step = max(1, len(names) // 6)
     some = ", ".join(names[::step][:6]) or "none"
-    return ValueError(f"target_modules: {target!r} matches no module that has a weight. Some of the model's: {some}")
+    others = [n for n, p in model.named_parameters() if p.dim() == 3 and n.rpartition(".")[2] != "weight"]
+    hint = f". Weights of experts, such as {others[0]!r}, are selected with topk_mask" if others else ""
+    return ValueError(
+        f"target_modules: {target!r} matches no module that has a weight. Some of the model's: {some}{hint}"
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:

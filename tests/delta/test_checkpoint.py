@@ -120,6 +120,11 @@ def test_wrong_arguments(base, delta, tmp_path):
         merge_into_checkpoint(base, lacking, tmp_path / "out")
     with pytest.raises(ValueError, match=r"'x.a' of the delta: delta.without_prefix\('x.'\) has the base's names"):
         merge_into_checkpoint(base, delta.with_prefix("x."), tmp_path / "out")
+    experts = SparseDelta.from_models({"up": torch.ones(2, 1, 1)}, {"up": torch.zeros(2, 1, 1)})
+    with pytest.raises(
+        ValueError, match="'up' of the delta: if its files have a tensor for each expert, load the model"
+    ):
+        merge_into_checkpoint(base, experts, tmp_path / "out")
     whole = SparseDelta(delta.mask, delta.values, {"score": torch.ones(2)})
     with pytest.raises(ValueError, match="base lacks tensor 'score' of the delta; dense=False"):
         merge_into_checkpoint(base, whole, tmp_path / "out", strict=False)

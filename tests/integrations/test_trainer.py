@@ -100,6 +100,30 @@ class Gradients(TrainerCallback):
         self.norms.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item())
 
 
+def test_experts_that_a_resumed_trainer_does_not_load(tmp_path):
+    """transformers saves Mixtral's under other names. Unless they are loaded before, the base would be trained on."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+
+    def model():
+        torch.manual_seed(0)
+        sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_local_experts=4)
+        heads = dict(num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=len(WORDS))
+        plain = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads))
+        experts = {n: p.detach() for n, p in plain.named_parameters() if p.dim() == 3}
+        return get_sparse_model(plain, SparseConfig(), topk_mask(experts, density=0.1))
+
+    args = arguments(tmp_path, bf16=False)
+    whole = trainer(model(), args, SaveDeltaCallback())
+    whole.train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="the checkpoint's '.*experts.down_proj' was not loaded"):
+        trainer(model(), args, SaveDeltaCallback()).train(resume_from_checkpoint=checkpoint)
+    resumed = trainer(model(), args, SaveDeltaCallback())
+    resumed.model.load_state_dict(transformers.AutoModelForCausalLM.from_pretrained(checkpoint).state_dict())
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert_same(weights(resumed.model), weights(whole.model))
+
+
 def test_trainer_clips_what_is_trained(tmp_path):
     plain, rows = llama(), data(4)
     model = get_sparse_model(llama(), CONFIG)

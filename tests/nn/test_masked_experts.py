@@ -340,6 +340,44 @@ class Einsum(Loop):
         return torch.einsum("ti,eoi->teo", x, self.weight).sum() + F.linear(x, self.weight[2]).square().sum()
 
 
+class Constants(Loop):
+    def forward(self, x):
+        weight = self.weight
+        with torch.no_grad():
+            constant = F.linear(x, weight[0]), weight[2], weight.mT
+        products = F.linear(x, weight[1]), F.linear(x, constant[1]), torch.bmm(x.expand(4, *x.shape), constant[2])
+        return constant[0].sum() + sum(product.square().sum() for product in products)
+
+
+class Checkpointed(Loop):
+    def forward(self, x):
+        def part(x, expert):
+            return F.linear(x, self.weight[expert]).square()
+
+        parts = (torch.utils.checkpoint.checkpoint(part, x, e, use_reentrant=e > 1) for e in range(4))
+        return sum(part.sum() for part in parts)
+
+
+@pytest.mark.parametrize("cls", [Constants, Checkpointed])
+def test_parts_of_a_forward_without_gradients_and_checkpointed(cls):
+    torch.manual_seed(0)
+    x, model = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), cls()
+    model(x).backward()
+    dense, d_x = model.weight.grad, x.grad
+    model.weight.grad = x.grad = None
+    sparsify(model, mask := mask_of(model, 0.5))
+    model(x).backward()
+    torch.testing.assert_close(model.values.grad, mask.gather({"weight": dense}))
+    torch.testing.assert_close(x.grad, d_x)
+
+
+def test_a_weight_that_other_modules_read_has_a_dense_gradient_and_warns():
+    model = Loop()
+    sparsify(model, mask_of(model, 0.5))
+    with pytest.warns(UserWarning, match="the gradient of 'weight', .* other code reads them"):
+        model.weight[1].square().sum().backward()
+
+
 def test_a_dense_gradient_warns_once_and_is_right():
     torch.manual_seed(0)
     x, model = torch.randn(6, 5), Einsum(torch.float32)

@@ -191,6 +191,14 @@ def test_bad_arguments(options, error, match):
         init_mask(model, **{"density": 0.1, **options})
 
 
+def test_weights_of_experts_are_no_target():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Module())
+    model[1].up_proj = nn.Parameter(torch.ones(2, 8, 8))
+    assert init_mask(model, density=0.1).names == ("0.weight",)
+    with pytest.raises(ValueError, match="'1' matches no .*: 0. Weights of experts, such as '1.up_proj', are selected"):
+        init_mask(model, density=0.1, target_modules=["1"])
+
+
 def test_bad_models():
     model = nn.Sequential(nn.Linear(8, 8))
     sparsify(model, init_mask(model, density=0.1))
