@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -436,3 +437,20 @@ def test_accelerate_launch(finished, still_bert, data, tmp_path):
     said, _ = process.communicate()
     assert process.returncode == 0, said
     assert metrics(tmp_path / "run") == metrics(finished / "two/run")
+
+
+@pytest.mark.slow
+def test_two_machines(finished, still_bert, data, tmp_path):
+    """Two launchers of one process each, as on two machines with a shared folder."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{s.getsockname()[1]}"
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", where]
+    torchrun = ["torch.distributed.run", *options, "--rdzv-id", "deftx", "--local-addr", "127.0.0.1"]
+    arguments = ["-m", "deftx_kernels.cli", *command(still_bert, data, tmp_path / "run")]
+    machines = [launcher(*torchrun, *arguments) for _ in range(2)]
+    said = [process.communicate()[0] for process in machines]
+    assert [process.returncode for process in machines] == [0, 0], said
+    assert "".join(said).count("Report:") == 1
+    assert metrics(tmp_path / "run") == metrics(finished / "two/run")
+    assert files(tmp_path) == files(finished / "two")
