@@ -52,8 +52,8 @@ from bench.rows import OURS
 from bench.step_models import MODELS, build, make_batch
 from deftx_kernels import CSRMask, SparseAdamW, sparsify
 from deftx_kernels.distributed import MaskedAllreduceState, masked_allreduce_hook
+from deftx_kernels.mask.shards import local_tensor
 from deftx_kernels.nn import masked_parameters, sharded
-from deftx_kernels.shards import local_tensor
 from deftx_kernels.train.tensors import memory_in_use, peak_bytes, state_bytes
 
 OPS = {"distributed_step": "one step of fine-tuning in two processes of one thread: forward, loss, backward, optimizer"}

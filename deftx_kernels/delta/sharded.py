@@ -23,8 +23,7 @@ from deftx_kernels.delta.model_state import (
 )
 from deftx_kernels.delta.models import Model, persistent_buffers, plain_model
 from deftx_kernels.delta.patch import SparsePatch, check_fits, different_entries
-from deftx_kernels.ops.schemas import index_dtype
-from deftx_kernels.shards import (
+from deftx_kernels.mask.shards import (
     attempt,
     check_placement,
     check_ranks,
@@ -36,6 +35,7 @@ from deftx_kernels.shards import (
     mesh_of_rows,
     tied_on_all_ranks,
 )
+from deftx_kernels.ops.schemas import index_dtype
 from deftx_kernels.validation import all_tensors
 
 

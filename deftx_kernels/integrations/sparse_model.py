@@ -12,9 +12,9 @@ from deftx_kernels import validation
 from deftx_kernels.delta import SparseDelta, fingerprint
 from deftx_kernels.delta.models import persistent_buffers
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.mask.shards import gather_entries, whole_tensor
 from deftx_kernels.nn import masked_parameters, plain_tensors, sparsify
 from deftx_kernels.select import mask_from_weights, matches_ending, plain_modules, target_weights
-from deftx_kernels.shards import gather_entries, whole_tensor
 
 _RECORD = "_sparse_base"  # attribute of the model: its BaseRecord
 

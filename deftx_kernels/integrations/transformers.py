@@ -36,9 +36,9 @@ from deftx_kernels.delta import SparseDelta
 from deftx_kernels.delta.storage import CONFIG_NAME
 from deftx_kernels.integrations.sparse_model import base_record, sparse_delta
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.mask.shards import is_dtensor
 from deftx_kernels.nn import masked_parameters
 from deftx_kernels.optim import SparseAdamW
-from deftx_kernels.shards import is_dtensor
 
 
 def optimizer_cls_and_kwargs(

@@ -21,10 +21,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
 
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.mask.shards import is_dtensor
 from deftx_kernels.nn.autocast_copy import AutocastCopy, is_capturing, write_copies
 from deftx_kernels.nn.expert_masks import ExpertMasks
 from deftx_kernels.nn.functional import is_traced
-from deftx_kernels.shards import is_dtensor
 from deftx_kernels.validation import values_name
 
 

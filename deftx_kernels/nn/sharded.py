@@ -20,9 +20,7 @@ from torch.optim.optimizer import (
 )
 
 from deftx_kernels.mask import CSRMask
-from deftx_kernels.nn.entries import Entry, entries_of
-from deftx_kernels.ops.schemas import compute_dtype
-from deftx_kernels.shards import (
+from deftx_kernels.mask.shards import (
     Redistribution,
     check_placement,
     check_same,
@@ -34,6 +32,8 @@ from deftx_kernels.shards import (
     mesh_of_rows,
     row_bounds,
 )
+from deftx_kernels.nn.entries import Entry, entries_of
+from deftx_kernels.ops.schemas import compute_dtype
 
 
 def check_shards(entry: Entry) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.mask.shards import check_placement, check_rows, check_same, is_dtensor
 from deftx_kernels.nn import check_shards
-from deftx_kernels.shards import check_placement, check_rows, check_same, is_dtensor
 from deftx_kernels.validation import (
     check_float,
     check_hyperparameters,

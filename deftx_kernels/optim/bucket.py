@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.mask.shards import is_dtensor, local_gradient, local_part, local_tensor, mesh_of_rows
 from deftx_kernels.nn import entries_of, write_copies
 from deftx_kernels.ops.schemas import compute_dtype
 from deftx_kernels.optim.full import FullMask
 from deftx_kernels.optim.functional import CompactState, StepOptions, apply_step, check_targets
-from deftx_kernels.shards import is_dtensor, local_gradient, local_part, local_tensor, mesh_of_rows
 from deftx_kernels.validation import scalar
 
 # Name in the mask → (dense tensor, parameter), of parameters that a mask covers. The parameter is the dense tensor

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
+from deftx_kernels.mask.shards import local_gradient, local_tensor, mesh_of_rows
 from deftx_kernels.optim.bucket import Bucket
-from deftx_kernels.shards import local_gradient, local_tensor, mesh_of_rows
 
 
 def step_dense(

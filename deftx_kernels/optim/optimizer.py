@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.mask.shards import errors_on_all_ranks, local_entries, mesh_of_rows, meshes_of
 from deftx_kernels.nn import entries_of
 from deftx_kernels.optim.arguments import (
     as_lists,
@@ -32,7 +33,6 @@ from deftx_kernels.optim.dense import step_dense, total_norm
 from deftx_kernels.optim.full import FullMask
 from deftx_kernels.optim.tracking import ChangeTracker
 from deftx_kernels.optim.whole_state import Masked, change_entries, local_state, whole_state
-from deftx_kernels.shards import errors_on_all_ranks, local_entries, mesh_of_rows, meshes_of
 from deftx_kernels.validation import is_number
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deftx_kernels.mask import CSRMask
-from deftx_kernels.shards import (
+from deftx_kernels.mask.shards import (
     check_same,
     compact_bounds,
     gather_all,

@@ -15,8 +15,8 @@ from torch import Tensor
 from deftx_kernels.denoise.batches import denoise
 from deftx_kernels.denoise.plans import Layout, together, work
 from deftx_kernels.denoise.rule import Rule
+from deftx_kernels.mask.shards import attempt, exchange
 from deftx_kernels.select.rows import Rows, moved
-from deftx_kernels.shards import attempt, exchange
 from deftx_kernels.validation import check_finite
 
 Infos = dict[Any, dict[str, Tensor]]

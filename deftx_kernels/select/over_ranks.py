@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from deftx_kernels.mask import CSRMask, column_dtype, rows_and_columns, signed
+from deftx_kernels.mask.shards import attempt, exchange
 from deftx_kernels.ops.schemas import SCOPES
 from deftx_kernels.select.rows import Rows
 from deftx_kernels.select.streaming import count_equal, find_threshold
-from deftx_kernels.shards import attempt, exchange
 from deftx_kernels.validation import raise_not_finite
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deftx_kernels.shards import (
+from deftx_kernels.mask.shards import (
     check_placement,
     check_ranks,
     check_rows,

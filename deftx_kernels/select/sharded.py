@@ -14,6 +14,16 @@ from deftx_kernels.denoise.functional import tensors_of
 from deftx_kernels.denoise.plans import Layout, with_drawn_matrices
 from deftx_kernels.denoise.rule import Rule, check_rule
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.mask.shards import (
+    attempt,
+    check_same_arguments,
+    exchange,
+    in_common_order,
+    is_dtensor,
+    local_tensor,
+    placed_like,
+    tied_on_all_ranks,
+)
 from deftx_kernels.select.divided import Division, denoised_rows, infos_of_all_ranks, lists_to_denoise
 from deftx_kernels.select.functional import (
     check_differences,
@@ -29,16 +39,6 @@ from deftx_kernels.select.over_ranks import select_over_ranks
 from deftx_kernels.select.rows import Rows, check_dtensor, moved, rows_of_ranks
 from deftx_kernels.select.starting import ALL_LINEAR, check_method, random_mask, target_weights
 from deftx_kernels.select.streaming import groups_of_names
-from deftx_kernels.shards import (
-    attempt,
-    check_same_arguments,
-    exchange,
-    in_common_order,
-    is_dtensor,
-    local_tensor,
-    placed_like,
-    tied_on_all_ranks,
-)
 
 Group = dist.ProcessGroup | None
 Progress = Callable[[int, int], None] | None

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from deftx_kernels.distributed import broadcast_mask, check_same_mask
 from deftx_kernels.mask import CSRMask
+from deftx_kernels.mask.over_ranks import broadcast_mask, check_same_mask
 
 T = TypeVar("T")
 TRAINING_TIMEOUT = timedelta(hours=1)

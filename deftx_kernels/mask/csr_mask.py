@@ -19,8 +19,6 @@ from deftx_kernels.files import parse_json, reading, write_tensors
 from deftx_kernels.kernels.tensors import FLOATS, row_starts_of, signed
 from deftx_kernels.ops.schemas import ELECTIONS, OPERATIONS, column_dtype, compute_dtype, rows_and_columns
 
-__all__ = ["CSRMask", "column_dtype", "rows_and_columns", "signed"]
-
 FORMAT = "deftx_csr_mask"
 
 

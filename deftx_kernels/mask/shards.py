@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deftx_kernels.mask import CSRMask
+from deftx_kernels.mask.csr_mask import CSRMask
 
 
 # ---- ranks ----
