@@ -31,12 +31,18 @@ struct LanesOf {
 };
 template <typename Compute>
 using Lanes = typename LanesOf<Compute>::type;
+template <typename Element, int64_t lanes>
+struct VectorOf {
+  typedef Element type __attribute__((vector_size(lanes * sizeof(Element))));
+};
 
 DEFTX_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 1); }  // into L2
 #else
 #define DEFTX_INLINE inline
 template <typename Compute>
 using Lanes = Compute;
+template <typename Element, int64_t lanes>
+struct VectorOf;
 
 inline void prefetch(const void*) {}
 #endif
@@ -47,6 +53,13 @@ using UnsignedOf = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional
 template <typename Vector, typename Compute>
 using UnsignedLanes =
     std::conditional_t<std::is_same_v<Vector, Compute>, UnsignedOf<Compute>, Lanes<UnsignedOf<Compute>>>;
+template <typename Element>
+struct VectorOf<Element, 1> {
+  typedef Element type;
+};
+// The bits of as many elements of type T as there are numbers in a vector.
+template <typename T, typename Vector, typename Compute>
+using StoredBits = typename VectorOf<UnsignedOf<T>, int64_t{sizeof(Vector) / sizeof(Compute)}>::type;
 
 // ---- 16-bit numbers ----
 
@@ -102,7 +115,7 @@ struct Pointers {
   const Compute *grad, *decay_to;          // [n] may be null
   const Compute* weights;                  // [n] where all entries follow one another
   const uint32_t* words;                   // [n] to round parameters stochastically, or null
-  uint8_t* differ;                         // [n] 255 where the bits of the tensor change, else 0; or null
+  uint32_t* changed;                       // [n / kWord] gets a bit where those of the tensor change; or null
 };
 
 template <typename Vector>
@@ -154,16 +167,38 @@ DEFTX_INLINE void update(Vector& w, Vector& g, const Pointers<Compute>& p, const
   std::memcpy(p.exp_avg_sq + k, &v, sizeof v);
 }
 
-// 255 where a truth value, or an element of a vector of them, is true, else 0.
-DEFTX_INLINE void put_truth(bool truth, uint8_t* out) { *out = truth ? 255 : 0; }
+// Bit q: whether element q of a vector, or a number, is not 0; the elements of vectors are 0 or -1.
+DEFTX_INLINE uint32_t truth_bits(bool truth) { return truth; }
 #if defined(__GNUC__)
 template <typename Vector>
-DEFTX_INLINE void put_truth(const Vector& truth, uint8_t* out) {
-  typedef int8_t Bytes __attribute__((vector_size(sizeof(Vector) / sizeof(truth[0]))));
-  const Bytes bytes = __builtin_convertvector(truth, Bytes);
-  std::memcpy(out, &bytes, sizeof bytes);
+DEFTX_INLINE uint32_t truth_bits(const Vector& truth) {
+  constexpr size_t kSize = sizeof(truth[0]);
+#if defined(__SSE2__)
+  __m128i parts[sizeof(Vector) / sizeof(__m128i)];
+  std::memcpy(parts, &truth, sizeof truth);
+  uint32_t result = 0;
+  for (size_t i = 0; i < sizeof parts / sizeof parts[0]; ++i) {
+    const int part = kSize == 8   ? _mm_movemask_pd(_mm_castsi128_pd(parts[i]))
+                     : kSize == 4 ? _mm_movemask_ps(_mm_castsi128_ps(parts[i]))
+                                  : _mm_movemask_epi8(_mm_packs_epi16(parts[i], _mm_setzero_si128()));
+    result |= static_cast<uint32_t>(part) << i * (sizeof(__m128i) / kSize);
+  }
+  return result;
+#else
+  uint32_t result = 0;
+  for (size_t q = 0; q < sizeof(Vector) / kSize; ++q) result |= uint32_t{truth[q] != 0} << q;
+  return result;
+#endif
+}
+template <typename To, typename From>
+DEFTX_INLINE std::enable_if_t<!std::is_arithmetic_v<From>, To> narrowed(const From& bits) {
+  return __builtin_convertvector(bits, To);
 }
 #endif
+template <typename To, typename From>
+DEFTX_INLINE std::enable_if_t<std::is_arithmetic_v<From>, To> narrowed(From bits) {
+  return static_cast<To>(bits);
+}
 
 // The bits of each weight in the tensor's type T. words: to round to bfloat16 stochastically, to one of the two numbers
 // beside it, each as likely as it is near (bfloat16's own numbers, and NaN, stay); or null.
@@ -201,14 +236,14 @@ template <typename Vector, typename T, typename G, typename Compute>
 DEFTX_INLINE void step_vector(const Pointers<Compute>& p, const Scalars<Compute>& s, int64_t k) {
   constexpr int64_t kLanes = sizeof(Vector) / sizeof(Compute);
   using Element = UnsignedOf<T>;
-  using Bits = UnsignedLanes<Vector, Compute>;
+  using Stored = StoredBits<T, Vector, Compute>;
   Vector w = p.values ? load<Vector>(p.values + k) : gather<Vector, T, Compute>(p.params, p.offsets + k);
-  Bits former{};  // read early, as it may come from L2
-  if (p.differ) {
+  Stored former{};  // read early, as it may come from L2
+  if (p.changed) {
     if (std::is_same_v<T, Compute> && !p.values)
-      std::memcpy(&former, &w, sizeof w);
+      std::memcpy(&former, &w, sizeof former);
     else
-      former = gather<Bits, Element, UnsignedOf<Compute>>(p.params, p.offsets + k);
+      former = gather<Stored, Element, Element>(p.params, p.offsets + k);
   }
   Vector g = p.grad ? load<Vector>(p.grad + k) : gather<Vector, G, Compute>(p.grads, p.offsets + k);
   for (int64_t q = 0; q < kLanes; ++q) {
@@ -217,12 +252,12 @@ DEFTX_INLINE void step_vector(const Pointers<Compute>& p, const Scalars<Compute>
   }
   update(w, g, p, s, k);
   if (p.values) std::memcpy(p.values + k, &w, sizeof w);
-  const Bits bits = rounded_bits<T, Vector, Compute>(w, p.words ? p.words + k : nullptr);
-  if (p.differ) put_truth(bits != former, p.differ + k);
-  UnsignedOf<Compute> lanes[kLanes];
+  const auto bits = narrowed<Stored>(rounded_bits<T, Vector, Compute>(w, p.words ? p.words + k : nullptr));
+  if (p.changed) p.changed[k / kWord] |= truth_bits(bits != former) << k % kWord;
+  Element lanes[kLanes];
   std::memcpy(lanes, &bits, sizeof bits);
   Element* out = reinterpret_cast<Element*>(p.params);
-  for (int64_t q = 0; q < kLanes; ++q) out[p.offsets[k + q]] = static_cast<Element>(lanes[q]);
+  for (int64_t q = 0; q < kLanes; ++q) out[p.offsets[k + q]] = lanes[q];
 }
 
 template <typename T, typename G, typename Compute>
@@ -271,11 +306,7 @@ inline __m128i equal(const uint16_t* a, const uint16_t* b) {  // 8 elements
   return _mm_cmpeq_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)),
                          _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
 }
-inline __m128i equal_bytes(const uint8_t* a, const uint8_t* b) {  // of 16 elements
-  return _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)),
-                        _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
-}
-inline __m128i equal_bytes(const uint16_t* a, const uint16_t* b) {
+inline __m128i equal_bytes(const uint16_t* a, const uint16_t* b) {  // 16 elements
   return _mm_packs_epi16(equal(a, b), equal(a + 8, b + 8));
 }
 inline __m128i equal_bytes(const uint32_t* a, const uint32_t* b) {
@@ -371,7 +402,6 @@ struct Worker {
   Compute exp_avg[kBlock], exp_avg_sq[kBlock], grad[kBlock], decay_to[kBlock];
   uint32_t words[3][kBlock];
   Compute param[kBlock], rounded[kBlock];  // in the type that is computed in, and in the tensor's
-  uint8_t differ[kBlock];
   uint32_t changed[kBlock / kWord];
 
   void step(const Block& block, const Block& next) {
@@ -388,10 +418,13 @@ struct Worker {
     p.grad = work.grad.block(block.first, block.n, grad);
     set_state(p, block.first, block.n);
     p.words = work.round_params ? words[0] : nullptr;
-    p.differ = work.changed ? differ : nullptr;
+    if (work.changed) {
+      std::memset(changed, 0, sizeof changed);
+      p.changed = changed;
+      prefetch(work.changed + (next.first + next.n) / kWord);
+    }
     work.step_block(p, work.scalars, block.n);
-    static constexpr uint8_t kNone[kBlock] = {};
-    if (work.changed) mark<uint8_t>(differ, kNone, block.first, block.n);
+    if (work.changed) add_changes(changed, block.first, block.n, work.changed);
     put_state(p, block.first, block.n);
   }
 
@@ -473,7 +506,7 @@ void for_each_piece(int64_t nnz, const Step& step) {
 template <typename Compute>
 void step_full(const Work<Compute>& work) {
   for_each_piece(work.params.nnz, [&](int64_t begin, int64_t end) {
-    Worker<Compute> worker{work, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    Worker<Compute> worker{work, {}, {}, {}, {}, {}, {}, {}, {}};
     for_each_run(work.params, begin, end, [&](const Run& run) {
       for (int64_t i = run.begin; i < run.end; i += kBlock)
         worker.step_full(run.tensor, i - run.row_begin, i, std::min(kBlock, run.end - i));
@@ -486,7 +519,7 @@ void step_all(const Work<Compute>& work) {
   check_contents<Column>(work.params);
   const auto* col = static_cast<const Column*>(work.params.col);
   for_each_piece(work.params.nnz, [&](int64_t begin, int64_t end) {
-    Worker<Compute> worker{work, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    Worker<Compute> worker{work, {}, {}, {}, {}, {}, {}, {}, {}};
     Block blocks[2], *filling = &blocks[0], *before = &blocks[1];
     filling->first = before->first = begin;
     const auto advance = [&] {
