@@ -4,6 +4,7 @@ GPU code executed on the CPU (`emulated`).
 
 import contextlib
 import functools
+import gc
 import importlib
 import os
 import re
@@ -232,6 +233,13 @@ def pytest_generate_tests(metafunc):
     }
     names = [n for n in IMPLEMENTATIONS if has.get(n, True)]
     metafunc.parametrize("implementation", params_of(names), indirect=True, scope="session")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _modules_out_of_garbage_collection():
+    """Millions of objects of imported modules made each collection take half a second; a Trainer starts one a run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
