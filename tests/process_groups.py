@@ -1,7 +1,6 @@
 """Several processes of a gloo group, for tests."""
 
 import gc
-import importlib
 import os
 import socket
 import sys
@@ -12,30 +11,32 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Its processes have imported what takes long, once for all tests.
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "deftx_kernels.train.pipeline",
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint.state_dict",
+    ]
+)
 
-def run_ranks(functions: Sequence[Callable[[int], None]], world: int, imports: Sequence[str] = ()) -> None:
-    """Call each function, of a test file, with the rank in `world` processes of one group. `imports`: modules that take
-    long to import, which is done once for all processes.
-    """
+
+def run_ranks(functions: Sequence[Callable[[int], None]], world: int) -> None:
+    """Call each function, of a test file, with the rank in `world` processes of one group."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_fork, args=(port, functions, world, imports))
-
-
-def _fork(_, port, functions, world, imports):
-    """In a fresh process of one thread, whose imports its forks share."""
-    for name in ("torch.distributed.tensor", *imports):
-        importlib.import_module(name)
-    torch.set_num_threads(1)
-    mp.start_processes(_process, args=(port, functions, world), nprocs=world, start_method="fork")
+    mp.start_processes(_process, args=(port, functions, world), nprocs=world, start_method=CONTEXT.get_start_method())
 
 
 def _process(rank, port, functions, world):
     if sys.platform == "linux":  # whatever the host's name resolves to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     try:
         for function in functions:

@@ -10,7 +10,6 @@ import deftx_kernels as dk
 from deftx_kernels.nn import plain_tensors
 
 STEPS, BATCH = 20, 12
-IMPORTS = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict")
 
 
 @cache

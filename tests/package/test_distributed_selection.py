@@ -24,9 +24,7 @@ def test_selection_and_denoising():
 
 
 def test_starting_masks_and_errors():
-    run_ranks(
-        (_init_mask, _after_a_forward, _errors, _errors_of_entries), WORLD, ("torch._dynamo", "torch.distributed.fsdp")
-    )
+    run_ranks((_init_mask, _after_a_forward, _errors, _errors_of_entries), WORLD)
 
 
 # ---- tensors and their placements ----

@@ -7,7 +7,6 @@ import pytest
 import torch
 from fsdp_models import (
     IDS,
-    IMPORTS,
     STEPS,
     TARGET,
     Model,
@@ -33,16 +32,16 @@ WORLD = 4
 
 
 def test_training():
-    run_ranks((_training, _other_options, _mixed_precision, _grad_scaler), WORLD, IMPORTS)
+    run_ranks((_training, _other_options, _mixed_precision, _grad_scaler), WORLD)
 
 
 def test_state(tmp_path):
     functions = (partial(_checkpoints, tmp_path), _full_state_dict, _state_dict, _update_mask)
-    run_ranks(functions, WORLD, IMPORTS)
+    run_ranks(functions, WORLD)
 
 
 def test_placements_and_errors():
-    run_ranks((_placements, _replicas, _errors, _different_ranks), WORLD, IMPORTS)
+    run_ranks((_placements, _replicas, _errors, _different_ranks), WORLD)
 
 
 # ---- training ----

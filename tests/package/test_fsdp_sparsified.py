@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from fsdp_models import (
     IDS,
-    IMPORTS,
     STEPS,
     Model,
     assert_equal_on_all,
@@ -35,16 +34,16 @@ WORLD = 4
 
 
 def test_training():
-    run_ranks((_training, _options, _mixed_precision, _bfloat16, _sent, _other_optimizers), WORLD, IMPORTS)
+    run_ranks((_training, _options, _mixed_precision, _bfloat16, _sent, _other_optimizers), WORLD)
 
 
 def test_state(tmp_path):
     functions = (partial(_checkpoints, tmp_path), _full_state_dict, _states, _results)
-    run_ranks(functions, WORLD, IMPORTS)
+    run_ranks(functions, WORLD)
 
 
 def test_errors():
-    run_ranks((_errors, _written_by_other_code, _cast_after_a_forward), WORLD, IMPORTS)
+    run_ranks((_errors, _written_by_other_code, _cast_after_a_forward), WORLD)
 
 
 # ---- models ----

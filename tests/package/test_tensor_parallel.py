@@ -17,7 +17,7 @@ X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
 
 def test_tensor_parallel_models():
     functions = (_refused, _placements, _rows_are_trained, _experts_are_trained, _sparsified_experts)
-    run_ranks(functions, WORLD, ("torch._dynamo", "torch.distributed.fsdp"))
+    run_ranks(functions, WORLD)
 
 
 def make():

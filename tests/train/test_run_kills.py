@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -17,6 +16,7 @@ import torch
 from train_tiny import sentence, write_csv
 
 from deftx_kernels import cli
+from tests.process_groups import CONTEXT
 
 pytestmark = pytest.mark.slow
 TIMES = {"seconds", "median_step_seconds", "resumed_from"}  # what may differ from run to run
@@ -58,8 +58,6 @@ class Small:
             *["--device", "cpu", "--cost-steps", "0", "--language.head-steps", "3", "--recipes", "deft-x"],
             *phases,
         ]
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["deftx_kernels.train.pipeline", "test_run_kills"])
         self.run(folder / "warm", folder / "log")  # the first process of the server waits for its imports
         began = time.perf_counter()
         assert self.run(folder / "whole", folder / "log") == 0, (folder / "log").read_text()
@@ -67,7 +65,7 @@ class Small:
         self.bytes = sum(path.stat().st_size for path in (folder / "whole").rglob("*"))
 
     def start(self, run_dir: Path, log: Path, file_size: int | None = None):
-        process = self.context.Process(
+        process = CONTEXT.Process(
             target=run_command, args=([*self.arguments, "--run-dir", str(run_dir)], log, file_size)
         )
         process.start()

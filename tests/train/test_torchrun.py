@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -23,11 +22,10 @@ from deftx_kernels import CSRMask, SparseDelta, cli
 from deftx_kernels.train import checkpoints, global_batches, models, processes, recipes, trainer
 from deftx_kernels.train.global_batches import LengthGroups, RankPart
 from deftx_kernels.train.tokens import IGNORED
+from tests.process_groups import CONTEXT
 
 PHASE = {"lr": "0.01", "max-steps": "4", "eval-every": "2", "weight-decay": "0.01"}
 TIMES = ("seconds", "median_step_seconds", "resumed_from")  # what may differ from run to run
-CONTEXT = multiprocessing.get_context("forkserver")  # its processes have imported everything
-CONTEXT.set_forkserver_preload(["deftx_kernels.train.pipeline", "torch.distributed.tensor", "test_torchrun"])
 LIMIT = 250  # seconds
 STORES: list[torch.distributed.TCPStore] = []
 
