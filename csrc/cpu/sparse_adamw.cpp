@@ -375,19 +375,14 @@ struct Work {
   uint32_t* changed;               // [ceil(nnz / kWord)] or null
 };
 
-// Adds the bits of n entries from `first` on. No other thread has entries of the same words.
+// Adds the bits of n <= kBlock entries from `first` on. No other thread has entries of the same words.
 inline void add_changes(const uint32_t* changed, int64_t first, int64_t n, uint32_t* all) {
-  uint32_t bits[kBlock / kWord + 1] = {}, added = 0;
-  for (int64_t w = 0; w * kWord < n; ++w) {
-    const uint64_t shifted = uint64_t{changed[w]} << first % kWord;
-    bits[w] |= static_cast<uint32_t>(shifted);
-    bits[w + 1] |= static_cast<uint32_t>(shifted >> 32);
-  }
   uint32_t* words = all + first / kWord;
-  const int64_t count = (first % kWord + n + kWord - 1) / kWord;
-  for (int64_t w = 0; w < count; ++w) added |= bits[w] & ~words[w];
-  if (added == 0) return;
-  for (int64_t w = 0; w < count; ++w) words[w] |= bits[w];
+  const int64_t shift = first % kWord, count = (n + kWord - 1) / kWord;
+  for (int64_t w = 0; w < count; ++w) words[w] |= changed[w] << shift;
+  if (shift == 0) return;
+  for (int64_t w = 0; w < count; ++w)
+    if (const uint32_t rest = changed[w] >> (kWord - shift)) words[w + 1] |= rest;  // there are such entries
 }
 
 // Entries of one tensor.
