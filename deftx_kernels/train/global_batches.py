@@ -12,7 +12,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import set_seed
@@ -49,7 +49,9 @@ def _labelled(rows: list[dict]) -> int:
 
 
 class LengthGroups(LengthGroupedSampler):
-    """The order of `group_by_length`, by seed and epoch: Trainer's is by the rank's state of the random generator."""
+    """The order of `group_by_length`, by seed and epoch. Trainer's is by the state of the random generator, which
+    a phase that is resumed within an epoch does not have.
+    """
 
     def __init__(self, batch_size: int, dataset, seed: int):
         super().__init__(batch_size, dataset=dataset)
@@ -72,7 +74,8 @@ class SeedOfRank(TrainerCallback):
 class GlobalBatchTrainer(Trainer):
     """A Trainer whose batches of several processes are those of one process.
 
-    Its batch sizes `per_device_...` are those of a rank. In one process nothing is changed.
+    Its batch sizes `per_device_...` are those of a rank. In one process nothing is changed, but that `group_by_length`
+    has the same order after a resumption.
     """
 
     rows = 0  # of the evaluated batch
@@ -82,11 +85,15 @@ class GlobalBatchTrainer(Trainer):
     def get_train_dataloader(self):
         if world_size() == 1:
             return super().get_train_dataloader()
-        args, size = self.args, self.args.train_batch_size * world_size()
-        sampler = RandomSampler(self.train_dataset)  # accelerate replaces it by one with a seed, as in one process
-        if args.train_sampling_strategy == "group_by_length":
-            sampler = LengthGroups(size * args.gradient_accumulation_steps, self.train_dataset, args.data_seed)
-        return self.divided(self._remove_unused_columns(self.train_dataset), batch_size=size, sampler=sampler)
+        size, data = self.args.train_batch_size * world_size(), self._remove_unused_columns(self.train_dataset)
+        return self.divided(data, batch_size=size, sampler=self._get_train_sampler())
+
+    def _get_train_sampler(self, train_dataset=None):
+        args = self.args
+        if args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)  # accelerate gives it a seed
+        size = args.train_batch_size * world_size() * args.gradient_accumulation_steps
+        return LengthGroups(size, self.train_dataset if train_dataset is None else train_dataset, args.data_seed)
 
     def get_eval_dataloader(self, eval_dataset=None):
         if world_size() == 1:

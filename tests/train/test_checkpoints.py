@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from train_vectors import (
     RUNTIME,
     Crash,
@@ -141,6 +142,19 @@ def test_a_phase_resumed_behind_its_last_step_has_the_same_metrics(interrupted, 
     assert again.pop("resumed_from") == "checkpoint-6"
     times = ("seconds", "median_step_seconds")
     assert {k: v for k, v in again.items() if k not in times} == {k: whole[k] for k in again if k not in times}
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_a_resumed_second_epoch_has_the_same_order(tiny_bert, tmp_path, group_by_length):
+    settings = task_settings(phase(max_steps=12, eval_every=2))  # epochs of 6 steps
+    settings = dataclasses.replace(settings, group_by_length=group_by_length)
+    whole, broken = (task_vector(tiny_bert, tmp_path / name, settings) for name in ("whole", "broken"))
+    dense_phase(whole, RUNTIME)
+    with pytest.raises(RuntimeError, match="power"):
+        dense_phase(broken, dataclasses.replace(RUNTIME, callbacks=(Crash(9),)))
+    assert dense_phase(broken, RUNTIME)["resumed_from"] == "checkpoint-8"
+    expected, found = (load_file(vector.folder / "dense/model/model.safetensors") for vector in (whole, broken))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("kind", ["task", "language"])
