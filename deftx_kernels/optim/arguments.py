@@ -77,6 +77,18 @@ _DTENSORS = (
 )
 
 
+def check_memory(names: Iterable[str], params: Iterable[Tensor]) -> None:
+    """ValueError if a parameter was what FSDP2 gathered for a forward pass: `model.parameters()` has those until the
+    backward pass, which frees them, and never gives them a gradient.
+    """
+    for name, param in zip(names, params):
+        if not param.is_meta and not is_dtensor(param) and param.numel() and not param.untyped_storage().nbytes():
+            raise ValueError(
+                f"named_params[{name!r}] has no memory: it was a whole tensor that FSDP2 had gathered. Call "
+                "`model.reshard()` after a forward pass, or make the optimizer before it"
+            )
+
+
 def check_stepped_whole(name: str, param: Tensor) -> None:
     """TypeError unless the kernel can step every entry of a parameter."""
     if is_dtensor(param):

@@ -19,6 +19,7 @@ from deftx_kernels.optim.arguments import (
     check_covered,
     check_entry,
     check_masked,
+    check_memory,
     check_options,
     check_ranks_agree,
     check_same_mask,
@@ -179,6 +180,8 @@ class SparseAdamW(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _pairs_by_group(self) -> list[tuple[Pairs, Pairs]]:
+        for group in self.param_groups:
+            check_memory(group["param_names"], group["params"])
         return [self._pairs(g["param_names"], g["params"]) for g in self.param_groups]
 
     def _pairs(self, names: list[str], params: list[Tensor]) -> tuple[Pairs, Pairs]:

@@ -41,7 +41,7 @@ def test_state(tmp_path):
 
 
 def test_placements_and_errors():
-    run_ranks((_placements, _replicas, _errors, _different_ranks), WORLD)
+    run_ranks((_placements, _replicas, _errors, _different_ranks, _after_a_forward), WORLD)
 
 
 # ---- training ----
@@ -337,3 +337,19 @@ def _different_ranks(rank):
         with pytest.raises(ValueError, match=message):
             SparseAdamW(params, given, **options)
     SparseAdamW(named, mask)
+
+
+def _after_a_forward(rank):
+    """What FSDP2 has gathered for a forward pass gets no gradient."""
+    mesh, mask, model = mesh_of(WORLD), make_mask(), shard(Model(), mesh_of(WORLD))
+    with torch.no_grad():
+        model(IDS)
+    optimizer = SparseAdamW(model.named_parameters(), mask, lr=1e-2)
+    with pytest.raises(ValueError, match=r"'embedding.weight'\] has no memory: .* `model.reshard\(\)`"):
+        train(model, optimizer, mesh, steps=1)
+    with torch.no_grad():
+        model(IDS)
+    model.reshard()
+    before = whole(model)
+    train(model, SparseAdamW(model.named_parameters(), mask, lr=1e-2), mesh, steps=1)
+    assert not torch.equal(whole(model)["embedding.weight"], before["embedding.weight"])
