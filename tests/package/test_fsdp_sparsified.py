@@ -13,6 +13,7 @@ from fsdp_models import (
     assert_equal_on_all,
     assert_near,
     assert_same,
+    assert_synchronised,
     assert_untouched,
     check_checkpoints,
     make_mask,
@@ -52,13 +53,6 @@ def start(mesh, mask, **options):
     if mesh is not None:
         shard(model, mesh, **options)
     return model, SparseAdamW(model.named_parameters(), mask, lr=1e-2)
-
-
-def assert_synchronised(model):
-    """The dense tensors hold the values, bit for bit."""
-    for name, (dense, values, mask) in masked_parameters(model).items():
-        found = mask.gather({name: dense.detach().full_tensor()})
-        assert torch.equal(found, values.detach().full_tensor().to(found.dtype)), name
 
 
 # ---- training ----
