@@ -39,7 +39,7 @@ WORLD = 4
 
 
 def test_training():
-    run_ranks((_training, _checkpointing, _mixed_precision, _plain), WORLD)
+    run_ranks((_training, _ranks_without_tokens, _checkpointing, _mixed_precision, _plain), WORLD)
 
 
 def test_state(tmp_path):
@@ -131,6 +131,27 @@ def _training(rank):
                     assert values.grad.to_local().shape == values.to_local().shape
 
 
+def _ranks_without_tokens(rank):
+    """Only the second expert is trained, and only the tokens of one rank come to it."""
+    from torch.distributed.fsdp import fully_shard
+
+    def gradients(module, rows):
+        module(x[rows], experts[rows], torch.ones(6, 2)[rows]).square().sum().backward()
+        found = {n: m.values.grad for n, m in masked_parameters(module).items()}
+        return {n: g.full_tensor() if hasattr(g, "full_tensor") else g / 2 for n, g in found.items()}
+
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
+    experts = torch.tensor([[0, 2], [2, 0], [4, 2], [1, 3], [3, 1], [1, 4]])
+    for dispatch in ("eager", "batched_mm", "grouped_mm"):
+        modules = [Model("Mixtral", dispatch).inner.layers[0].mlp.experts for _ in range(2)]
+        mask = make_mask(model=modules[0]).to_dense()
+        mask = CSRMask.from_dense({n: t & (torch.arange(5) == 1)[:, None, None] for n, t in mask.items()})
+        expected = gradients(sparsify(modules[0], mask), slice(None))
+        for _, mesh in meshes(rank, (2,)):
+            module = fully_shard(sparsify(modules[1], mask), mesh=mesh)
+            assert_near(gradients(module, slice(3 * rank, 3 * rank + 3)), expected)
+
+
 def _checkpointing(rank):
     """Each layer's forward runs again in backward."""
     mask = mask_of(Model("Qwen3Moe"))
@@ -204,6 +225,12 @@ def _states(rank):
             assert_same(whole(model), expected)
         optimizer.load_state_dict(optimizer_state)
         train(model, optimizer, mesh, 2)
+        assert_same(whole(model), after)
+        with torch.device("meta"):
+            model = Model()
+        model = shard(sparsify(model, mask_of(Model())), mesh).to_empty(device="cpu")
+        model.load_state_dict(plain.state_dict())
+        assert_synchronised(model)
         assert_same(whole(model), after)
 
 
