@@ -415,10 +415,15 @@ def _written_by_other_code(rank):
             with pytest.raises(ValueError, match="'embedding.weight' does not hold its values"):
                 optimizer.step()
     assert_same(whole(model), weights)
-    model.load_state_dict(plain_tensors(model))
-    train(model, optimizers[1], mesh, 2)
-    assert_same(whole(model), weights)
-    assert_synchronised(model)
+    for _ in range(2):  # before the first step, and after it
+        model.load_state_dict(plain_tensors(model))
+        train(model, optimizers[1], mesh, 2)
+        assert_same(whole(model), weights)
+        assert_synchronised(model)
+        with torch.no_grad():
+            for tensor in plain_tensors(model).values():
+                tensor.data.mul_(2.0)
+        weights = {n: 2.0 * t for n, t in weights.items()}
 
 
 def _cast_after_a_forward(rank):
