@@ -311,10 +311,10 @@ def sparsify(
     values are sharded, gradients and their communication are compact. After a step of any torch optimizer, which all
     ranks take, they exchange the values that are in another one's rows. A sharded model stays sparsified:
     `nn.plain_tensors` has the weights, `integrations.sparse_delta` what was learned. What other code writes into shards
-    of values reaches the weights with the next step; what it writes into masked entries of weights is lost then, so
-    load weights with `load_state_dict`. The first step of an optimizer is a ValueError where the two differ. FSDP2
-    trains parameters of one dtype: beside the values of 16-bit weights, freeze the others. It takes no cast after the
-    first forward.
+    of values reaches the weights with the next step; what it writes into masked entries of weights is lost then, unless
+    `model.load_state_dict(nn.plain_tensors(model))` reads it into the values before. The first step of an optimizer,
+    but no later one, is a ValueError where the two differ. FSDP2 trains parameters of one dtype: beside the values of
+    16-bit weights, freeze the others. It takes no cast after the first forward.
 
     A masked `weight` that is read as an attribute (by a fused loss over `lm_head.weight`) has a gradient that reaches
     the values; it is dense during backward. The parameter itself, from `named_parameters`, is frozen.

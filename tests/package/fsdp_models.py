@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 import deftx_kernels as dk
-from deftx_kernels.nn import plain_tensors
+from deftx_kernels.nn import masked_parameters, plain_tensors
 
 STEPS, BATCH = 20, 12
 
@@ -147,9 +147,16 @@ def assert_same(found, expected):
         assert torch.equal(found[name].view(torch.uint8), expected[name].view(torch.uint8)), name
 
 
-def assert_untouched(found, mask):
-    """Entries outside the mask are those of the start, bit for bit; the others changed, and so did the head."""
-    start, chosen = whole(Model()), mask.to_dense()
+def assert_synchronised(model):
+    """The dense tensors hold the values, bit for bit."""
+    for name, (dense, values, mask) in masked_parameters(model).items():
+        found = mask.gather({name: dense.detach().full_tensor()})
+        assert torch.equal(found, values.detach().full_tensor().to(found.dtype)), name
+
+
+def assert_untouched(found, mask, model=None):
+    """Entries outside the mask are those of the start, bit for bit; the others changed, and so did other tensors."""
+    start, chosen = whole(model or Model()), mask.to_dense()
     for name, tensor in found.items():
         if name in chosen:
             assert torch.equal(tensor[~chosen[name]], start[name][~chosen[name]]), name

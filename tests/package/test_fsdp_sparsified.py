@@ -13,6 +13,7 @@ from fsdp_models import (
     assert_equal_on_all,
     assert_near,
     assert_same,
+    assert_synchronised,
     assert_untouched,
     check_checkpoints,
     make_mask,
@@ -52,13 +53,6 @@ def start(mesh, mask, **options):
     if mesh is not None:
         shard(model, mesh, **options)
     return model, SparseAdamW(model.named_parameters(), mask, lr=1e-2)
-
-
-def assert_synchronised(model):
-    """The dense tensors hold the values, bit for bit."""
-    for name, (dense, values, mask) in masked_parameters(model).items():
-        found = mask.gather({name: dense.detach().full_tensor()})
-        assert torch.equal(found, values.detach().full_tensor().to(found.dtype)), name
 
 
 # ---- training ----
@@ -421,10 +415,15 @@ def _written_by_other_code(rank):
             with pytest.raises(ValueError, match="'embedding.weight' does not hold its values"):
                 optimizer.step()
     assert_same(whole(model), weights)
-    model.load_state_dict(plain_tensors(model))
-    train(model, optimizers[1], mesh, 2)
-    assert_same(whole(model), weights)
-    assert_synchronised(model)
+    for _ in range(2):  # before the first step, and after it
+        model.load_state_dict(plain_tensors(model))
+        train(model, optimizers[1], mesh, 2)
+        assert_same(whole(model), weights)
+        assert_synchronised(model)
+        with torch.no_grad():
+            for tensor in plain_tensors(model).values():
+                tensor.data.mul_(2.0)
+        weights = {n: 2.0 * t for n, t in weights.items()}
 
 
 def _cast_after_a_forward(rank):
