@@ -87,7 +87,7 @@ def check_memory(names: Iterable[str], params: Iterable[Tensor]) -> None:
         if param.numel() and not param.untyped_storage().nbytes():
             raise ValueError(
                 f"named_params[{name!r}] has no memory: it was a whole tensor that FSDP2 had gathered. Call "
-                "`model.reshard()` after a forward pass, or make the optimizer before it"
+                "`reshard()` of each FSDPModule after a forward pass, or make the optimizer before it"
             )
 
 
