@@ -82,10 +82,12 @@ def check_memory(names: Iterable[str], params: Iterable[Tensor]) -> None:
     backward pass, which frees them, and never gives them a gradient.
     """
     for name, param in zip(names, params):
-        if not param.is_meta and not is_dtensor(param) and param.numel() and not param.untyped_storage().nbytes():
+        if is_dtensor(param) or param.is_meta or param.layout != torch.strided:  # other layouts have no such storage
+            continue
+        if param.numel() and not param.untyped_storage().nbytes():
             raise ValueError(
                 f"named_params[{name!r}] has no memory: it was a whole tensor that FSDP2 had gathered. Call "
-                "`model.reshard()` after a forward pass, or make the optimizer before it"
+                "`reshard()` of each FSDPModule after a forward pass, or make the optimizer before it"
             )
 
 

@@ -309,6 +309,14 @@ def test_sparse_gradients_are_refused(masked):
     assert all(float(s["step"]) == 0 for s in optimizer.state.values())
 
 
+def test_a_sparse_parameter_without_a_gradient_is_skipped():
+    other, weight = nn.Parameter(torch.eye(2).to_sparse()), nn.Parameter(torch.ones(4, 2))
+    optimizer = SparseAdamW([("other", other), ("weight", weight)], full_mask(weight=(4, 2)))
+    weight.grad = torch.ones(4, 2)
+    optimizer.step()
+    assert bool((weight < 1).all())
+
+
 # ---- memory that changes between steps ----
 def moved_apart(tensor):
     tensor.data = tensor.data.clone()

@@ -341,15 +341,20 @@ def _different_ranks(rank):
 
 def _after_a_forward(rank):
     """What FSDP2 has gathered for a forward pass gets no gradient."""
-    mesh, mask, model = mesh_of(WORLD), make_mask(), shard(Model(), mesh_of(WORLD))
+    from torch.distributed.fsdp import FSDPModule
+
+    mesh, mask = mesh_of(WORLD), make_mask()
+    model = shard(Model(), mesh, reshard_after_forward=False)
     with torch.no_grad():
         model(IDS)
     optimizer = SparseAdamW(model.named_parameters(), mask, lr=1e-2)
-    with pytest.raises(ValueError, match=r"'embedding.weight'\] has no memory: .* `model.reshard\(\)`"):
+    with pytest.raises(ValueError, match=r"'embedding.weight'\] has no memory: .* `reshard\(\)` of each FSDPModule"):
         train(model, optimizer, mesh, steps=1)
     with torch.no_grad():
         model(IDS)
-    model.reshard()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     before = whole(model)
     train(model, SparseAdamW(model.named_parameters(), mask, lr=1e-2), mesh, steps=1)
     assert not torch.equal(whole(model)["embedding.weight"], before["embedding.weight"])

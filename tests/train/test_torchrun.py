@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,6 +38,7 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
     """What torchrun sets. Its store is in the agent, here in the process of the tests."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     found = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    found["OMP_NUM_THREADS"] = "1"  # without it accelerate warns
     return {**found, **{name: str(value) for name, value in names.items()}} if world > 1 else {}
 
 
@@ -173,8 +175,9 @@ def test_two_processes_end_like_one(finished):
 
 
 def test_a_second_call_repeats_nothing(finished, still_bert, data, monkeypatch):
+    shutil.copytree(finished / "two/run", finished / "two/again")  # the call writes metrics of one process
     monkeypatch.setattr(recipes, "train_phase", lambda *_, **__: pytest.fail("trained again"))
-    arguments = command(still_bert, data, finished / "two/run")
+    arguments = command(still_bert, data, finished / "two/again")
     with contextlib.redirect_stdout(io.StringIO()):
         assert cli.main(arguments) == 0
 
