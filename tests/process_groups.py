@@ -30,7 +30,7 @@ def run_ranks(functions: Sequence[Callable[[int], None]], world: int) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.start_processes(_process, args=(port, functions, world), nprocs=world, start_method=CONTEXT.get_start_method())
+    mp.start_processes(_process, args=(port, functions, world), nprocs=world, start_method="forkserver")
 
 
 def _process(rank, port, functions, world):

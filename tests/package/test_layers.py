@@ -113,6 +113,12 @@ def test_imports_run_one_way(module):
     assert not faults(MODULES[module].read_text(), module)
 
 
+@pytest.mark.parametrize("face", sorted(FACES))
+def test_faces_hold_names_only(face):
+    body = ast.parse(MODULES[face].read_text()).body
+    assert not [ast.unparse(n) for n in body if not isinstance(n, ast.ImportFrom | ast.Assign | ast.Expr)]
+
+
 def test_no_two_files_import_each_other():
     edges = {
         m: {own_module(n) for n in imports(p.read_text()) if n.startswith(f"{PACKAGE}.")} - {m}
